@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests the longer forms that the suite leaves out: further meshes of devices, kills in a sweep, and
-# rounds of random faults. Arguments go to pytest:
+# Tests the longer forms that the suite leaves out, such as further meshes of devices and kills in a
+# sweep. Arguments go to pytest:
 #
 #   ./scripts/test_long.sh
 #   ./scripts/test_long.sh -k mapping
@@ -9,5 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup.sh
 
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
-# Those of several processes have a script of their own.
+# scripts/test_processes.sh runs those of several processes.
 exec .venv/bin/python -m pytest -n 2 --dist worksteal -m long --ignore=tests/training/test_processes.py "$@"

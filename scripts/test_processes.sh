@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests several processes that train as one, with real ones on this machine: 2 and 4 of them, killed
-# and gone on with by others. The suite has the shortest. Arguments go to pytest:
+# Tests several processes that train as one, on this machine: 2 and 4 of them, which are killed and
+# resumed by others. The suite has the shortest of these tests. Arguments go to pytest:
 #
 #   ./scripts/test_processes.sh
 #   ./scripts/test_processes.sh -k sweep

@@ -1,4 +1,4 @@
-"""Random batches and small sizes that several tests share."""
+"""Random batches and small sizes that tests share."""
 
 import dataclasses
 import functools

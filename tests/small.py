@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class World(NamedTuple):
         return folder
 
     def student(self, mode: str) -> Path:
-        """The workdir of a student of that mode; a test runs commands on a copy alone."""
+        """The workdir of a student of that mode; a test runs commands only on a copy."""
         config = self.config(distill__mode=mode)
         return self.made(mode, lambda folder: api.train(config, folder))
 
@@ -122,6 +123,15 @@ def _share_compiled_programs(folder: Path) -> None:
     compilation_cache.reset_cache()
 
 
+def free_port() -> int:
+    """A port below those that the system hands out, so that no other process gets it meanwhile."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     """Runs a module (-m) or a program (-c) at the root of the repository, see `forked`."""
     return forked.Program(*arguments).ended()
@@ -135,7 +145,7 @@ from kd_ranker.training import checkpoints, workdir
 module, moment, name, at, signal = sys.argv[1:6]
 write, save, write_file = workdir.MetricsWriter.write, checkpoints.save, workdir.write_atomically
 written, interrupted = 0, False
-signals.signal(signals.SIGHUP, signals.SIG_DFL)  # which these tests may have been told to ignore
+signals.signal(signals.SIGHUP, signals.SIG_DFL)  # which the parent of these tests may ignore
 
 def interrupt_at(step):
     global interrupted
@@ -187,7 +197,7 @@ def run_and_signal(
 
 @contextlib.contextmanager
 def stopped(module: str, name: str, at: int, flags: list[str]) -> Iterator[subprocess.Popen]:
-    """An entry point that stands still in its run in a workdir called `name`; killed at the end."""
+    """An entry point that is stopped in its run in a workdir called `name`; killed at the end."""
     stop = str(int(signal.SIGSTOP))
     program = ["-c", _INTERRUPTED, module, "logging", name, str(at), stop, *flags]
     with subprocess.Popen([sys.executable, *program], cwd=ROOT) as process:

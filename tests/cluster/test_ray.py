@@ -64,7 +64,7 @@ def test_a_sweep_whose_node_is_lost_ends_as_one_that_ran_here(world, cluster, tm
     killer = threading.Thread(target=lose_a_node, daemon=True)
     killer.start()
     assert small.sweep(config_of(world, started), workdir)
-    killer.join(timeout=60)
+    killer.join(timeout=900)
     assert lost.is_set()
     for table in TABLES:
         assert (workdir / table).read_bytes() == (expected / table).read_bytes(), table
@@ -99,7 +99,7 @@ def test_a_teacher_logs_the_bytes_that_it_logs_here_though_a_node_is_lost(
     threading.Thread(target=lose_a_node, daemon=True).start()
     on_ray = config_of(world, started, data__dir=str(tmp_path))
     assert api.log_teacher(on_ray).directory == directory
-    assert lost.wait(timeout=60)
+    assert lost.wait(timeout=900)
     assert contents(directory, "*") == expected
 
 

@@ -302,7 +302,7 @@ def test_lists_taken_a_few_at_a_time_give_the_same(lists, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_members_with_numbers_of_their_own_are_each_as_if_alone(name):
+def test_members_with_different_numbers_are_each_as_if_by_themselves(name):
     logits, probability, weight, *_ = random_case(11)
     members = np.stack([logits, 2 * logits, logits - 1])
     numbers = LossNumbers(jnp.array([1.0, 2.0, 0.5]), jnp.array([1.0, 2.0, 3.0]))
@@ -310,10 +310,10 @@ def test_members_with_numbers_of_their_own_are_each_as_if_alone(name):
         members, numbers
     )
     for index, own in enumerate(members):
-        alone, _ = compiled(name)(
+        by_itself, _ = compiled(name)(
             own, probability, weight, numbers.temperature[index], numbers.top_k[index]
         )
-        np.testing.assert_allclose([total[index] for total in together], alone, rtol=1e-5)
+        np.testing.assert_allclose([total[index] for total in together], by_itself, rtol=1e-5)
 
 
 def test_numbers_have_the_defaults_of_the_config():

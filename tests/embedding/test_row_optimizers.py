@@ -59,7 +59,7 @@ def test_one_place_stands_for_all_that_are_equal(rows, seed):
     owner = generator.integers(-5, 99, ROWS).astype(np.int32)
     (_, position, stands), owner = find_occurrences(jnp.asarray(rows), mask, jnp.asarray(owner))
     position, stands = np.asarray(position), np.asarray(stands)
-    # As many stand as there are different rows, one for each.
+    # One place stands for each of the different rows.
     np.testing.assert_array_equal(np.sort(rows[stands]), np.unique(rows[mask]))
     np.testing.assert_array_equal(rows[position], rows)
     assert stands[position[mask]].all()
@@ -130,7 +130,7 @@ def test_lazy_adam_is_optax_adam_for_a_row_in_every_batch():
 
 
 @pytest.mark.parametrize("name", ROW_OPTIMIZERS)
-def test_members_side_by_side_are_updated_as_each_alone(name):
+def test_members_are_updated_as_each_by_itself(name):
     generator = np.random.default_rng(1)
     optimizer, members = ROW_OPTIMIZERS[name], 3
     rows, mask = generator.integers(0, ROWS, 8), generator.random(8) < 0.8

@@ -17,7 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.models.model import Parameters
 from tests.random_batches import SPEC as ANY_SPEC
 from tests.random_batches import STUDENT, logits_of, random_batch, random_items
-from tests.training.steps import alone, hyperparameters, make_recipe, run
+from tests.training.steps import hyperparameters, make_recipe, member_of, run
 
 SPEC = dataclasses.replace(ANY_SPEC, tasks=("watch", "like"), num_users=4, num_items=6)
 USERS, CANDIDATES, TASKS, FEATURES = 4, 3, len(SPEC.tasks), SPEC.user_features
@@ -118,7 +118,7 @@ def student(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_loss_and_gradients_are_those_of_the_sample(mode):
     recipe, state = student(mode)
-    before = alone(state)
+    before = member_of(state)
     of = by_name(before)
     logits = logits_of(recipe.model, before.parameters, BATCH, random_items(spec=SPEC))
     np.testing.assert_allclose(logits.reshape(ROWS, -1), sample_logits(of), atol=1e-5)
@@ -126,7 +126,7 @@ def test_logits_loss_and_gradients_are_those_of_the_sample(mode):
     # A step of plain descent at a rate of 1 goes down by the gradient.
     rates = dict(learning_rate=1, table_learning_rate=1, weight_decay=0, table_weight_decay=0)
     numbers = hyperparameters(distill_weight=1, **rates)
-    after, losses = run(recipe, state, [BATCH], numbers, live=False, spec=SPEC)
+    after, losses = run(recipe, state, [BATCH], numbers, spec=SPEC)
     # The project's losses are means over rows and over tasks, the sample's are sums.
     summed = ROWS * TASKS
     np.testing.assert_allclose(losses["loss"] * summed, sample_loss(mode, of), rtol=1e-6)

@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -53,9 +52,7 @@ def exported(trained, tmp_path_factory):
 @contextlib.contextmanager
 def serving(export, *flags):
     """The address of a server in a process of its own, which runs elsewhere."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = small.free_port()
     program = [sys.executable, str(SERVE / "server.py"), str(export), f"--port={port}", *flags]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(program, cwd="/", stderr=subprocess.PIPE, text=True) as process:

@@ -32,7 +32,7 @@ from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, random_item
 
 @functools.cache
 def world_of(spec):
-    """A live teacher, and what a step reads along with it."""
+    """A live teacher, and the frozen arrays that a step reads."""
     model, parameters = make_model(FinalRanker, len(spec.tasks), TEACHER, seed=1, spec=spec)
     return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(spec=spec), parameters)
 
@@ -64,7 +64,7 @@ def program_of(recipes, teacher, mapping, devices):
 
 
 def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
-    """A recipe, and the state of a group with a member a seed."""
+    """A recipe, and the state of a group with one member per seed."""
     how = mode, optimizer, spec, student
     return recipe_of(*how), state_of(*how, tuple(seeds))
 
@@ -75,7 +75,7 @@ def state_of(mode, optimizer, spec, student, seeds):
     slots = recipe.row_optimizer.slots(STUDENT.width)
     draw = program_of_init(student, spec, MODES[mode].heads_per_task * len(spec.tasks), slots)
     members = jax.tree.map(lambda *of: np.stack(of), *(draw(jax.random.key(of)) for of in seeds))
-    # In one program, not one an array.
+    # In one program, not one per array.
     return jax.jit(lambda parameters: init_state(recipe, parameters, len(spec.tasks), True))(
         members
     )
@@ -83,7 +83,7 @@ def state_of(mode, optimizer, spec, student, seeds):
 
 @functools.cache
 def program_of_init(student, spec, heads, slots):
-    """Parameters by a key: what is drawn takes as long to compile as a step does."""
+    """A program from a key to parameters: compiling it takes as long as compiling a step."""
     _, init = build_model(student, spec, heads, STUDENT)
     return jax.jit(lambda key: init(key, slots))
 
@@ -117,10 +117,10 @@ def run_groups(
     numbers,
     mapping="pmap",
     devices=1,
-    live=True,
+    live=False,
     spec=SPEC,
 ):
-    """The states after a step on each batch, and the losses of the last, a group each."""
+    """The states after a step on each batch, and the losses of the last, per group"""
     teacher, frozen = world_of(spec) if live else (None, Frozen(random_items(spec=spec), None))
     spread, step = program_of(tuple(recipes), teacher, mapping, devices)
     states, frozen = spread.place(tuple(states)), spread.place(frozen)
@@ -130,14 +130,14 @@ def run_groups(
 
 
 def run(recipe, state, batches, numbers=None, **how):
-    """The same of one group of one member, without the axis of members."""
+    """`run_groups` of one group of one member, without the axis of members."""
     numbers = stack_members([numbers or hyperparameters()])
     (state,), (losses,) = run_groups([recipe], [state], batches, [numbers], **how)
-    return alone(state), select_member(losses, 0)
+    return member_of(state), select_member(losses, 0)
 
 
-def alone(state, member=0):
-    """A member's state without the axis of members, and without what means nothing."""
+def member_of(state, member=0):
+    """A member's state without the axis of members, and without fields of no meaning."""
     own = select_member(state.replace(step=None, unknown_ids=None, owners=None), member)
     return own.replace(step=state.step, unknown_ids=state.unknown_ids)
 

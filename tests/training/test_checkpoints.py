@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, dama
     assert restore(workdir)[1] == 6
 
 
-def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(workdir, monkeypatch):
+def test_the_first_process_chooses_the_checkpoint_that_all_resume_from(workdir, monkeypatch):
     """Another one may see an older list of the folder, as a mounted one is cached."""
     with checkpoints.open_in(workdir) as saved:
         of_first = saved.all_steps
@@ -146,7 +146,7 @@ def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(wor
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_checkpoint_that_one_of_several_processes_cannot_read_is_left_and_told(
+def test_a_checkpoint_that_only_one_process_cannot_read_is_kept_and_named(
     workdir, monkeypatch, here
 ):
     def fail(*_):
@@ -158,16 +158,16 @@ def test_a_checkpoint_that_one_of_several_processes_cannot_read_is_left_and_told
         monkeypatch.setattr(checkpoints, "_record_of", fail)
     with pytest.raises(
         UserError, match=r"process \d cannot read .*/6, and another one can"
-    ) as told:
+    ) as caught:
         restore(workdir)
-    assert ("no such device" in str(told.value)) == here
+    assert ("no such device" in str(caught.value)) == here
 
 
 def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
     left = folder(workdir, "5.orbax-checkpoint-tmp") / "state"
     left.mkdir(parents=True)
     assert restore(workdir)[1] == 6
-    assert left.exists()  # who only reads may do so beside the one that writes
+    assert left.exists()  # a reader must not disturb the writer
     with checkpoints.open_in(workdir, to_write=True) as saved:
         checkpoints.save(saved, 8, state_of(8), None, OURS)
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_ranker.batch import Stage
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import recipes
 from kd_ranker.training.loop import (
     initial_states,
@@ -26,8 +24,9 @@ from kd_ranker.training.mapping import (
     share_of,
     shares,
 )
-from kd_ranker.training.state import Frozen, LiveTeacher
-from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
+from kd_ranker.training.state import Frozen
+from tests.random_batches import SPEC, random_batch, random_items
+from tests.training.steps import world_of
 
 long = pytest.mark.long
 
@@ -53,16 +52,9 @@ MEMBERS = {
 
 
 @functools.cache
-def world():
-    """The live teacher of all runs, and what their steps read along with it."""
-    model, parameters = make_model(FinalRanker, len(SPEC.tasks), TEACHER, seed=1)
-    return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(), parameters)
-
-
-@functools.cache
 def made(mapping, devices, members, sharded=False):
     """A run of all members."""
-    teacher, frozen = world()
+    teacher, frozen = world_of(SPEC)
     run = make_run(
         recipes.student_groups(MEMBERS, SPEC),
         teacher,
@@ -77,21 +69,6 @@ def made(mapping, devices, members, sharded=False):
     )
 
 
-@functools.cache
-def ended(*how):
-    """The states of such a run after all steps, and the last one's losses."""
-    run = made(*how)
-    return trained(run, initial_states(run), 0, STEPS)
-
-
-@functools.cache
-def stopped(*how):
-    """Its states after half of the steps."""
-    run = made(*how)
-    states, _ = trained(run, initial_states(run), 0, STEPS // 2)
-    return states
-
-
 def numbers_of(run):
     return tuple(group.numbers for group in run.filled)
 
@@ -104,7 +81,7 @@ def trained(run, states, start, stop):
 
 
 def assert_same(states, others, atol):
-    """All but what means nothing between steps."""
+    """All fields except those that mean nothing between steps."""
     for one, other in zip(states, others, strict=True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0),
@@ -113,61 +90,50 @@ def assert_same(states, others, atol):
         )
 
 
+@functools.cache
+def on_one_device():
+    """The states of all members after all steps, and the last one's losses."""
+    run = made("auto", 1, 1)
+    states, losses = trained(run, initial_states(run), 0, STEPS)
+    # They learned, and not the same.
+    start = run.groups[1].init().parameters.tables["item"]
+    table = states[1].parameters.tables["item"]
+    assert (np.abs(table - start).max(axis=(1, 2)) > 1e-2).all()
+    assert len({member.tobytes() for member in table}) == len(table)
+    return states, losses
+
+
 # Where the devices share no requests, a member does what it does on one device. But the compiler
 # gives products of other numbers of members, and of a part of the teacher's requests, other code,
 # which adds up in another order.
 @pytest.mark.parametrize(
-    "how",
+    ("before", "after"),
     [
-        pytest.param(("auto", 8, 8), id="8x1"),
-        pytest.param(("shard_map", 8, 4), id="4x2"),
-        pytest.param(("auto", 8, 2, True), id="2x4, dealt rows"),
-        pytest.param(("auto", 2, 2), id="2x1", marks=long),
-        pytest.param(("shard_map", 2, 1), id="1x2", marks=long),
-        pytest.param(("auto", 2, 1, True), id="1x2, dealt rows", marks=long),
-        pytest.param(("auto", 4, 1, True), id="1x4, dealt rows", marks=long),
+        (("shard_map", 8, 4), ("auto", 8, 2, True)),
+        (("auto", 8, 8), ("auto", 1, 1)),
+        pytest.param(("auto", 2, 2), ("shard_map", 2, 1), marks=long),
+        pytest.param(("auto", 4, 1, True), ("auto", 2, 1, True), marks=long),
     ],
+    ids=str,
 )
-def test_members_on_devices_of_their_own_are_as_all_on_one(how):
-    expected, expected_losses = ended("auto", 1, 1)
-    states, losses = ended(*how)
+def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
+    """What is saved, on the host, is the same on any mesh of members, requests and dealt rows."""
+    first, second = made(*before), made(*after)
+    half, _ = trained(first, initial_states(first), 0, STEPS // 2)
+    states = second.devices.place(half)
+    assert_same(states_on_host(second, states), half, atol=0)
+    states, losses = trained(second, states, STEPS // 2, STEPS)
     assert [len(state.non_finite_step) for state in states] == [1, 5]
+    expected, expected_losses = on_one_device()
     assert_same(states, expected, atol=1e-5)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
         losses,
         expected_losses,
     )
-    # They learned, and not the same.
-    groups = made(*how).groups
-    start = groups[1].init().parameters.tables["item"]
-    table = states[1].parameters.tables["item"]
-    assert (np.abs(table - start).max(axis=(1, 2)) > 1e-2).all()
-    assert len({member.tobytes() for member in table}) == len(table)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((8, 4), (1, 1)),
-        ((8, 4), (8, 2, True)),
-        pytest.param((2, 2), (8, 4), marks=long),
-        pytest.param((4, 1, True), (2, 1), marks=long),
-        pytest.param((2, 2), (8, 2, True), marks=long),
-    ],
-    ids=str,
-)
-def test_a_run_goes_on_on_another_mesh_as_if_it_had_been_on_it(before, after):
-    """What is saved, on the host, is the same on any mesh."""
-    expected, _ = ended("auto", 1, 1)
-    half, second = stopped("auto", *before), made("auto", *after)
-    again = second.devices.place(half)
-    assert_same(states_on_host(second, again), half, atol=0)
-    states, _ = trained(second, again, STEPS // 2, STEPS)
-    assert_same(states, expected, atol=1e-5)
-
-
-def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
+def test_a_device_holds_only_its_own_members_and_they_exchange_nothing():
     run = made("auto", 8, 8)
     states = initial_states(run)
     for state in states:
@@ -181,7 +147,7 @@ def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
     # Those of a group of devices, and not of each with itself; releases of XLA write them so or so.
     together = re.compile(r"replica_groups=(\{\{0,1|mesh\[.*?\] \{'members'\})")
     exchanges = [line for line in text.splitlines() if together.search(line)]
-    # Only what the teacher has said: [requests, candidates, tasks].
+    # Only the teacher's probabilities: [requests, candidates, tasks].
     assert [line.split(" = ")[1].split("{")[0] for line in exchanges] == ["f32[8,5,3]"]
 
 

@@ -3,11 +3,9 @@
 They are real processes on this machine. `scripts/test_processes.sh` has those that take long too.
 """
 
-import contextlib
 import os
 import re
 import signal
-import socket
 
 import jax
 import numpy as np
@@ -32,19 +30,10 @@ CHANGES = {
 }
 
 
-def free_port():
-    """A port below those that the system hands out, so that no other process gets it meanwhile."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("localhost", port))
-            return port
-    raise OSError("no port is free")
-
-
 def together(number, devices, *arguments, of_last=(), program=("-m",)):
-    """Runs an entry point by so many processes with so many devices each; they have ended."""
+    """Runs an entry point by a number of processes with a number of devices each, to their end."""
     environment = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{small.free_port()}",
         "JAX_NUM_PROCESSES": str(number),
         "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]),
     }
@@ -66,16 +55,16 @@ def flags(world, workdir, **changes):
     return world.flags(workdir, **(CHANGES | changes))
 
 
-def alone(world):
+def of_one_process(world):
     """A student that one process has trained on 4 devices."""
     changes = CHANGES | {"parallel__devices": 4}
-    return world.made("alone", lambda folder: api.train(world.config(**changes), folder))
+    return world.made("of_one_process", lambda folder: api.train(world.config(**changes), folder))
 
 
 def assert_same_student(workdir, world):
-    expected, found = (open_finished(of).parameters for of in (alone(world), workdir))
+    expected, found = (open_finished(of).parameters for of in (of_one_process(world), workdir))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), found, expected)
-    assert_same_results(workdir, alone(world))
+    assert_same_results(workdir, of_one_process(world))
 
 
 def assert_same_results(workdir, other):
@@ -87,14 +76,13 @@ _OF_GLOO = re.compile(
     r"(?m)^(?:\[Gloo\] Rank |\d+| is connected to | peer ranks\. "
     r"|Expected number of connected peer ranks is : )*\n"
 )
-"""What Gloo, by which CPUs exchange, writes past Python: in pieces, and from several threads."""
+"""What Gloo, by which CPUs exchange, writes past Python, in pieces and from its own threads."""
 
 
 def of_first(ended):
-    """What the first process wrote; all have ended well, and the others have nothing to say."""
+    """What the first process wrote; all have ended well, and the others have written nothing."""
     for process in ended:
         assert process.returncode == 0, process.stderr
-        assert "Error" not in process.stderr
     first, *others = [_OF_GLOO.sub("", process.stdout) for process in ended]
     assert not any(others)
     return first
@@ -114,7 +102,7 @@ def test_processes_train_the_student_that_one_does(world, tmp_path, number, devi
     assert "results:" in out
     assert_same_student(workdir, world)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len((alone(world) / "metrics.jsonl").read_text().splitlines())
+    assert len(lines) == len((of_one_process(world) / "metrics.jsonl").read_text().splitlines())
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
 
 
@@ -122,7 +110,7 @@ def test_processes_train_the_student_that_one_does(world, tmp_path, number, devi
 def test_processes_have_members_of_their_own_in_a_sweep(world, tmp_path):
     changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "teacher__source": "live"}
     at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
-    expected = world.made("swept_alone", lambda folder: api.sweep(at_once, folder))
+    expected = world.made("swept_by_one_process", lambda folder: api.sweep(at_once, folder))
     workdir = tmp_path / "sweep"
     of_first(together(2, 2, "experiments.sweep", *flags(world, workdir, **changes)))
     assert_same_results(workdir, expected)
@@ -130,7 +118,7 @@ def test_processes_have_members_of_their_own_in_a_sweep(world, tmp_path):
 
 @long
 @pytest.mark.parametrize(("before", "after"), [((4, 1), (1, 8)), ((1, 4), (2, 1))])
-def test_a_run_goes_on_with_other_processes(world, tmp_path, before, after):
+def test_a_run_resumes_with_other_processes(world, tmp_path, before, after):
     workdir = tmp_path / "run"
     program = ("-c", small._INTERRUPTED)
     killed = ["experiments.train", "saving", "run", "8", str(int(signal.SIGKILL))]
@@ -148,13 +136,18 @@ def test_a_run_goes_on_with_other_processes(world, tmp_path, before, after):
         pytest.param("--workdir=", "process 1 does not see what process 0 writes to", marks=long),
     ],
 )
-def test_processes_that_differ_are_told_by_the_first(world, tmp_path, differing, line):
+def test_processes_that_differ_end_with_one_line_of_the_first(world, tmp_path, differing, line):
     if differing.endswith("="):
         differing += str(tmp_path / "other")
     given = flags(world, tmp_path / "run")
     ended = together(2, 1, "experiments.train", *given, of_last=[differing])
     assert [process.returncode for process in ended] == [2, 2]
-    said = [line for process in ended for line in process.stderr.splitlines() if "rror" in line]
+    said = [
+        line
+        for process in ended
+        for line in process.stderr.splitlines()
+        if line.startswith("error: ")
+    ]
     assert len(said) == 1, said
     assert f"error: {line}" in said[0]
     assert said[0] in ended[0].stderr
@@ -171,9 +164,9 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 
 
 @long
-def test_a_process_whose_others_do_not_come_says_so(world, tmp_path):
+def test_a_process_that_waits_in_vain_ends_with_one_line(world, tmp_path):
     environment = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{small.free_port()}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": "1",
     }
@@ -185,7 +178,7 @@ def test_a_process_whose_others_do_not_come_says_so(world, tmp_path):
 
 
 @long
-def test_processes_that_are_asked_to_end_save_and_go_on(world, tmp_path):
+def test_processes_that_get_a_signal_save_and_resume(world, tmp_path):
     workdir = tmp_path / "run"
     program = ("-c", small._INTERRUPTED)
     # At step 4, so after the few steps of the next call.
@@ -206,7 +199,7 @@ def test_processes_that_are_asked_to_end_save_and_go_on(world, tmp_path):
         ("log_teacher", "this command is of one process; leave parallel.processes out"),
     ],
 )
-def test_a_process_that_is_alone_is_told_so(world, tmp_path, module, line):
+def test_a_command_of_one_process_refuses_the_key(world, tmp_path, module, line):
     given = flags(world, tmp_path / "run")
     finished = small.run("-m", f"experiments.{module}", *given, "--config.parallel.processes=True")
     assert finished.returncode == 2

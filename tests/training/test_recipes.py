@@ -52,12 +52,12 @@ def test_a_batch_needs_what_some_member_has_a_use_for(members, teacher, expected
     assert recipes.needs(groups, live, Stage.PASSED) == expected
 
 
-def test_a_teacher_in_training_needs_labels_and_histories_alone():
+def test_a_teacher_in_training_needs_only_labels_and_histories():
     group = recipes.teacher_group(cascade("small"), SPEC)
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
 
 
-def test_a_teacher_that_hears_the_log_needs_it_and_meets_it_with_what_it_serves():
+def test_a_teacher_that_learns_from_the_log_compares_it_with_the_logits_that_it_serves():
     config = cascade("small")
     config.teacher.log_weight = 2.0
     group = recipes.teacher_group(config, SPEC)

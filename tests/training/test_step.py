@@ -33,10 +33,10 @@ from tests.random_batches import (
 )
 from tests.requests.random_requests import random_request
 from tests.training.steps import (
-    alone,
     assert_close,
     hyperparameters,
     make_recipe,
+    member_of,
     recipe_of,
     run,
     run_groups,
@@ -59,7 +59,8 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mapping,
     numbers = [stack_members([hyperparameters()])] * 2
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=CATEGORY_SPEC) for seed in range(6)]
-    take = functools.partial(run_groups, recipes, states, batches, numbers, spec=CATEGORY_SPEC)
+    how = {"live": True, "spec": CATEGORY_SPEC}
+    take = functools.partial(run_groups, recipes, states, batches, numbers, **how)
     one, other = take(), take(mapping=mapping, devices=devices)
     assert_close(one[1], other[1], 1e-5)
     for group, other_group in zip(one[0], other[0], strict=True):
@@ -77,13 +78,13 @@ def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRI
 
 
 def test_steps_in_one_call_are_those_on_the_batches_themselves():
-    """However the steps are cut into calls, to the last bit, and none of them compiles anew."""
+    """However the steps are cut into calls, to the last bit, and none of them compiles again."""
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
     steps = 4
     batches = packed(*sample_of(requests, 0.6, steps=steps))
     recipe, state = make_recipe()
-    expected, expected_losses = run(recipe, state, unpacked(batches), live=False)
+    expected, expected_losses = run(recipe, state, unpacked(batches))
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
     spread = MAPPINGS["shard_map"](jax.devices()[:2])
@@ -104,7 +105,7 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
         return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
 
     one_by_one = (found,), (losses,) = after([1, 2, 3])
-    assert_close(alone(found).parameters, expected.parameters, 1e-5)
+    assert_close(member_of(found).parameters, expected.parameters, 1e-5)
     assert_close(select_member(losses, 0), expected_losses, 1e-5)
     for cuts in range(3):
         for stops in itertools.combinations([1, 2, 3], cuts):
@@ -117,8 +118,8 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
     [("shared", True, 0.0), ("aux", False, 0.0), ("none", False, 0.0), ("shared", False, 0.5)],
     ids=["live", "logged", "none", "unshown"],
 )
-def test_a_step_leaves_out_what_cannot_count(mode, live, unshown_weight):
-    """Batches of what counts, with the fewest slots that do, against all candidates."""
+def test_a_step_leaves_out_candidates_that_cannot_count(mode, live, unshown_weight):
+    """Batches with the fewest slots against batches of all candidates."""
     requests = [random_request(seed, shown=6) for seed in range(8)]
     few_positives = (np.arange(6) < 2)[:, None]
     requests = [
@@ -151,7 +152,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     """The step against plain differentiation of everything, whole tables included, with SGD."""
     spec = CATEGORY_SPEC
     recipe, group = make_recipe(mode, "sgd", spec=spec)
-    state, (live, frozen) = alone(group), world_of(spec)
+    state, (live, frozen) = member_of(group), world_of(spec)
     batch = random_batch(5, spec=spec)
     numbers = hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
     teacher = jax.jit(
@@ -181,7 +182,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
 
     differentiated = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     before, (gradients, transform_gradients) = differentiated(state.parameters, state.transform)
-    after, losses = run(recipe, group, [batch], numbers, spec=spec)
+    after, losses = run(recipe, group, [batch], numbers, live=True, spec=spec)
     np.testing.assert_allclose(losses["loss"], before, rtol=1e-5)
     assert_close(
         after.parameters.dense,
@@ -218,9 +219,7 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
 
     def take_steps(batches, *members, devices=1):
         numbers = [stack_members(members)] * len(names)
-        return run_groups(
-            recipes, [state] * len(names), batches, numbers, live=False, devices=devices
-        )
+        return run_groups(recipes, [state] * len(names), batches, numbers, devices=devices)
 
     reference, losses = take_steps(batches, first, second)
     assert all((of_group["distill_loss"] > 0).all() for of_group in losses)
@@ -228,18 +227,18 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
     other, other_losses = take_steps(batches, first, second, devices=8)
     assert_close(losses, other_losses, 1e-5)
     for one, another in zip(reference, other, strict=True):
-        assert_close(alone(one).parameters, alone(another).parameters, 1e-6)
-        assert_close(alone(one).transform, alone(another).transform, 1e-6)
+        assert_close(member_of(one).parameters, member_of(another).parameters, 1e-6)
+        assert_close(member_of(one).transform, member_of(another).transform, 1e-6)
 
     beside_another, _ = take_steps(batches, second, second)
     for one, another in zip(reference, beside_another, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, alone(one, 1), alone(another, 1))
+        jax.tree.map(np.testing.assert_array_equal, member_of(one, 1), member_of(another, 1))
 
     _, at_once = take_steps(batches[:1], first, second)
     bce, softmax, both, _ = (of_group["user_loss"] for of_group in at_once)
     np.testing.assert_allclose(both, bce + softmax, rtol=1e-6)
 
-    # What stands at weight 0 changes no bit.
+    # A value of weight 0 changes no bit.
     poisoned = [
         batch.replace(
             teacher_probability=np.where(
@@ -258,26 +257,26 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
         teacher_weight=np.zeros_like(batch.teacher_weight),
         teacher_probability=np.full_like(batch.teacher_probability, np.nan),
     )
-    shared, losses = run(*make_recipe("shared", "sgd"), [batch], live=False)
-    none, _ = run(*make_recipe("none", "sgd"), [batch], live=False)
+    shared, losses = run(*make_recipe("shared", "sgd"), [batch])
+    none, _ = run(*make_recipe("none", "sgd"), [batch])
     assert losses["distill_loss"] == 0
     assert_close(shared.parameters, none.parameters, 1e-7)
 
 
-def test_stages_teach_what_a_teacher_that_says_them_does_and_need_none():
+def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
     recipe, state = make_recipe("aux", "sgd")
     recipes = [recipe._replace(terms=(Term("softmax", signal),)) for signal in SIGNALS]
     batch = random_batch(3)
     probability, weight = SIGNALS["stage"](batch)
     said = batch.replace(teacher_probability=probability, teacher_weight=weight)
     silent = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
-    logged, losses = run(recipes[0], state, [said], live=False)
-    stage, of_stage = run(recipes[1], state, [silent], live=False)
+    logged, losses = run(recipes[0], state, [said])
+    stage, of_stage = run(recipes[1], state, [silent])
     assert losses["distill_loss"] > 0
     jax.tree.map(np.testing.assert_array_equal, (logged, losses), (stage, of_stage))
 
 
-def test_several_terms_add_up_by_their_weights():
+def test_terms_add_up_by_their_weights():
     """A group per term, one of all terms, and one of all in which a single weight is not 0."""
     recipe, state = make_recipe("shared", "sgd")
     terms = (Term("bce", "logged"), Term("softmax", "stage"), Term("dftopk", "logged"))
@@ -287,7 +286,6 @@ def test_several_terms_add_up_by_their_weights():
         [state] * 5,
         [random_batch(3)],
         [stack_members([hyperparameters(term_weights=of)]) for of in weights],
-        live=False,
     )
     *each, together, with_others = (float(of["distill_loss"][0]) for of in losses)
     assert len(set(each)) == 3
@@ -296,15 +294,15 @@ def test_several_terms_add_up_by_their_weights():
     assert_close(states[0].parameters, states[4].parameters, 1e-7)
 
 
-def test_stages_are_heard_of_candidates_of_which_the_teacher_does_not_speak():
+def test_stages_are_signals_of_candidates_without_teacher_values():
     """The logged teacher knows what was passed, and a batch holds the rest behind that."""
     requests = [random_request(seed) for seed in range(8)]
     recipe, state = make_recipe("shared", "sgd")
     recipe = recipe._replace(terms=(Term("listmle", "stage"),))
     few, _ = unpacked(packed(*sample_of(requests, 0.6)))
     assert few.judged < few.item_id.shape[1]
-    _, losses = run(recipe, state, [few], live=False)
-    _, fewer_losses = run(recipe, state, [few.first(few.judged)], live=False)
+    _, losses = run(recipe, state, [few])
+    _, fewer_losses = run(recipe, state, [few.first(few.judged)])
     assert losses["distill_loss"] != fewer_losses["distill_loss"]
     assert losses["user_loss"] == pytest.approx(fewer_losses["user_loss"])
 
@@ -340,7 +338,9 @@ def test_padding_changes_nothing():
     numbers = hyperparameters(
         learning_rate=1e3, table_learning_rate=1e3, weight_decay=0.0, table_weight_decay=0.0
     )
-    one, other, same = (run(recipe, state, [of], numbers, spec=spec) for of in (few, padded, noisy))
+    one, other, same = (
+        run(recipe, state, [of], numbers, live=True, spec=spec) for of in (few, padded, noisy)
+    )
 
     def compare(one, other):
         assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(one)
@@ -350,7 +350,7 @@ def test_padding_changes_nothing():
     assert np.isfinite(other[1]["loss"])
 
 
-def test_candidates_that_no_label_speaks_of_are_as_good_as_padding():
+def test_candidates_without_labels_are_as_good_as_padding():
     """Mode none must not depend on how many unlabelled candidates fill up a batch."""
     batches = [random_batch(seed) for seed in range(3)]
     without = [
@@ -363,7 +363,7 @@ def test_candidates_that_no_label_speaks_of_are_as_good_as_padding():
 
 
 def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
-    """Members on several devices against one alone, with a batch whose log says so."""
+    """Members on two devices against single members on batches with such labels."""
     weights = (0.2, 3.0)
     recipe, state = make_recipe("aux", seeds=(0, 0))
     learns_unshown = recipe._replace(unshown_are_negatives=True)
@@ -385,7 +385,7 @@ def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
                 )
             )
         expected, _ = run(recipe, lone, labelled)
-        assert_close(alone(after, member).parameters, expected.parameters, 1e-5)
+        assert_close(member_of(after, member).parameters, expected.parameters, 1e-5)
 
 
 def test_weights_of_both_losses_are_traced_so_a_sweep_compiles_once():
@@ -461,16 +461,18 @@ def test_a_member_that_diverges_is_frozen_and_costs_the_others_no_bit():
     assert not np.isfinite(losses["loss"][1])
     np.testing.assert_array_equal(after.non_finite_step, [0, step, 0])
     for member in (0, 2):
-        jax.tree.map(np.testing.assert_array_equal, alone(after, member), alone(expected, member))
+        jax.tree.map(
+            np.testing.assert_array_equal, member_of(after, member), member_of(expected, member)
+        )
     # It is as it was before the step at which its loss was found not to be finite.
     (before,), _ = run_groups(recipes, states, batches[: step - 1], [ill])
-    one, other = alone(after, 1), alone(before, 1)
+    one, other = member_of(after, 1), member_of(before, 1)
     for name in ("parameters", "transform", "optimizer_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
 
 
-def test_a_member_ends_after_its_own_number_of_steps_as_the_same_member_alone():
-    """In its own program, to the last bit, as it was after that step; as alone up to rounding.
+def test_a_member_ends_after_its_own_number_of_steps_as_a_lone_member():
+    """Equal to the last bit to its state after that step; equal up to rounding to a lone member.
 
     A group per mode, each with an optimizer, a schedule and a student of its own.
     """
@@ -496,12 +498,15 @@ def test_a_member_ends_after_its_own_number_of_steps_as_the_same_member_alone():
     together = after(MEMBERS, 9)
     for index, member in enumerate(MEMBERS):
         then, by_itself = (after(of, member["steps"]) for of in (MEMBERS, [member]))
-        for group, group_then, group_alone in zip(together, then, by_itself, strict=True):
+        for group, group_then, group_lone in zip(together, then, by_itself, strict=True):
             for name in ("parameters", "transform", "optimizer_state"):
-                one, other = (getattr(alone(of, index), name) for of in (group, group_then))
+                one, other = (getattr(member_of(of, index), name) for of in (group, group_then))
                 jax.tree.map(np.testing.assert_array_equal, one, other)
             for name in ("parameters", "transform"):
-                one, other = getattr(alone(group, index), name), getattr(alone(group_alone), name)
+                one, other = (
+                    getattr(member_of(group, index), name),
+                    getattr(member_of(group_lone), name),
+                )
                 assert_close(one, other, 1e-5)
 
 
@@ -537,7 +542,7 @@ def test_the_teacher_is_paid_for_once_and_nothing_is_sorted():
 
 def test_one_request_with_one_candidate_trains():
     recipe, state = make_recipe("shared")
-    after, losses = run(recipe, state, [random_batch(0, requests=1, candidates=1)])
+    after, losses = run(recipe, state, [random_batch(0, requests=1, candidates=1)], live=True)
     assert np.isfinite(losses["loss"])
     assert after.step == 1
 
@@ -550,7 +555,7 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
     for index, batch in enumerate(batches):
         # Negative, one past the end, far beyond; some of them only fill up space.
         batch.item_id[index + 1, :3] = [-1, spec.num_items, 2**31 - 1]
-        # A negative category stands for no value.
+        # A negative category means no value.
         batch.request_category[index] = [-7, spec.num_categories, 2**31 - 1]
         batch.candidate_category[index + 1, :3] = [2**31 - 1, spec.num_categories, -1]
         there = (batch.stage[index + 1, :3] > 0).sum()
@@ -558,7 +563,7 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
         unknown["category"] += 2 + 2 * there
     batches[1].user_id[3] = -7
     recipe, state = make_recipe("shared", "sgd", spec=spec)
-    after, losses = run(recipe, state, batches, devices=2, spec=spec)
+    after, losses = run(recipe, state, batches, devices=2, live=True, spec=spec)
     assert np.isfinite(losses["loss"])
     assert after.unknown_ids == unknown
     of_items = np.concatenate([batch.item_id[batch.stage > 0] for batch in batches])
@@ -571,7 +576,7 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
             + [batch.candidate_category[batch.stage > 0].ravel() for batch in batches]
         ),
     }
-    width, before = STUDENT.width, alone(state).parameters.tables
+    width, before = STUDENT.width, member_of(state).parameters.tables
     for name, table in after.parameters.tables.items():
         reserved = recipe.model.embedding.tables[name].size
         assert 1 <= table[reserved, width] <= 2
@@ -614,7 +619,7 @@ def test_hashed_tables_train_under_both_mappings():
     }  # fmt: skip
     batch = random_batch(0, spec=spec)
     batch.item_id[0, 0] = batch.request_category[0, 0] = 10**9
-    how = {"live": False, "spec": spec}
+    how = {"spec": spec}
     one, _ = run(recipe, state, [batch], **how)
     other, _ = run(recipe, state, [batch], mapping="shard_map", devices=2, **how)
     assert_close(one.parameters, other.parameters, 1e-6)
