@@ -1,9 +1,7 @@
 """Report on a log before a model is trained on it: `data_report.json` and `.html`."""
 
 import collections
-import itertools
 import json
-import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ from kd_ranker.requests.templates import templates_of
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
 from kd_ranker.sources.logs.leaks import remarks_of
-from kd_ranker.sources.logs.looks import label_hint, probability_hint, size_hint
 from kd_ranker.sources.logs.rejected import REASONS
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
@@ -28,6 +25,8 @@ FAULTS = ("values", "missing", "out_of_range", "cut_off")
 
 # The distance of the teacher's calibration from 1 that causes a remark.
 _CALIBRATION_TOLERANCE = 0.1
+# The largest request has a remark beyond this multiple of the median.
+_FAR = 5
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
 
@@ -165,10 +164,27 @@ def _columns(
         is_probability = column["key"].startswith("data.teacher.")
         is_probability &= layout.teacher_signal == "probability"
         if is_probability and 2 * bad > number:
-            column["hint"] = probability_hint(some_numbers(column["column"]))
+            column["hint"] = _probability_hint(some_numbers(column["column"]))
         elif bad and column["key"].startswith("data.labels."):
-            column["hint"] = label_hint(some_numbers(column["column"]))
+            column["hint"] = _label_hint(some_numbers(column["column"]))
     return columns
+
+
+def _probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
+    """Return the range of numbers that should be probabilities, in words."""
+    if not len(numbers):
+        return ""
+    low, high = numbers.min(), numbers.max()
+    found = f"{low:.4g} to {high:.4g}"
+    if low < 0:
+        return f"{found}: logits? then take their sigmoid, or set data.teacher_signal='score'"
+    return f"{found}: percentages? then divide by 100" if high <= 100 else found
+
+
+def _label_hint(numbers: Float64[np.ndarray, "n"]) -> str:
+    """Return the most frequent number of a column of labels except 0 and 1, in words."""
+    others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
+    return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
 
 
 def _requests(layout: LogLayout, counts: Counts) -> dict:
@@ -184,11 +200,9 @@ def _requests(layout: LogLayout, counts: Counts) -> dict:
         "cutoffs": {split: _date(time) for split, time in cutoffs.items()} or None,
         "several_times": sum(of["several_times"] for of in splits),
         "several_users": sum(of["several_users"] for of in splits),
-        "earlier_than_the_one_before": counts.row("steps_back")["requests"],
         "candidates_a_request": {
             "mean": float((number * np.arange(len(number))).sum() / number.sum()),
             "quantiles": {f"{q:g}": _quantile(number, q) for q in _QUANTILES},
-            "histogram": _histogram(number),
         },
     }
     for index, split in enumerate(SPLITS):
@@ -206,17 +220,6 @@ def _requests(layout: LogLayout, counts: Counts) -> dict:
 def _quantile(number: Int64[np.ndarray, "n"], q: float) -> int:
     """Return the lower quantile of sizes; `number[s]` of them are s."""
     return int(np.searchsorted(np.cumsum(number), int(q * (number.sum() - 1)) + 1))
-
-
-def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
-    """Return at most 20 bars over the range of sizes."""
-    used = np.flatnonzero(number)
-    low, high = int(used[0]), int(used[-1])
-    edges = np.unique(np.linspace(low, high + 1, min(20, high + 1 - low) + 1).astype(int))
-    return [
-        {"from": int(start), "to": int(end) - 1, "requests": int(number[start:end].sum())}
-        for start, end in itertools.pairwise(edges)
-    ]
 
 
 def _labels(layout: LogLayout, counts: Counts) -> dict:
@@ -254,19 +257,11 @@ def _teacher(layout: LogLayout, counts: Counts) -> dict:
         }
         by_task[task] = {"coverage": coverage}
         if layout.teacher_signal == "probability":
-            bins = [row for row in counts.tables["calibration"] if row["task"] == task]
-            predicted, observed = (sum(row[of] for row in bins) for of in ("predicted", "observed"))
-            by_task[task]["calibration"] = {
-                "predicted_over_observed": _ratio(predicted, observed),
-                "bins": [
-                    {
-                        "weight": row["weight"],
-                        "predicted": _ratio(row["predicted"], row["weight"]),
-                        "observed": _ratio(row["observed"], row["weight"]),
-                    }
-                    for row in sorted(bins, key=operator.itemgetter("bin"))
-                ],
-            }
+            predicted, observed = (
+                sum(of[f"{name}/{task}"] for of in totals.values())
+                for name in ("predicted", "observed")
+            )
+            by_task[task]["predicted_over_observed"] = _ratio(predicted, observed)
     return {
         "signal": layout.teacher_signal,
         "version": layout.teacher_version,
@@ -341,8 +336,12 @@ def _remarks_on_requests(requests: dict) -> list[str]:
         if (without := requests[split]["without_a_label"])
     ]
     sizes = requests["candidates_a_request"]["quantiles"]
-    if hint := size_hint(sizes["0.5"], sizes["0.999"], sizes["1"]):
-        sentences.append(f"{hint[0].upper()}{hint[1:]}.")
+    if sizes["1"] > _FAR * sizes["0.5"]:
+        sentences.append(
+            f"The largest request has {sizes['1']:,} candidates; the median is {sizes['0.5']:,}, "
+            f"the 99.9% quantile {sizes['0.999']:,}: if it is an error, set "
+            f"config.funnel.retrieved={sizes['0.999']}, which rejects the candidates beyond."
+        )
     if requests["several_times"]:
         sentences.append(
             f"The rows of {requests['several_times']:,} requests have several times; the earliest "
@@ -368,12 +367,6 @@ def _remarks_on_labels(labels: dict) -> list[str]:
                 f"{entry['positives_not_shown']:,} candidates that were not shown have label 1 of "
                 f"{task}; labels count only where a candidate was shown."
             )
-        sentences += [
-            f"Every label of {task} in {split} is {entry[split]['rate']:.0f}, which leaves "
-            "nothing to learn."
-            for split in SPLITS
-            if labels["labelled"][split] and entry[split]["rate"] in (0, 1)
-        ]
     return sentences
 
 
@@ -391,7 +384,7 @@ def _remarks_on_teacher(teacher: dict) -> list[str]:
                 sentences.append(
                     f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
                 )
-        ratio = entry.get("calibration", {}).get("predicted_over_observed")
+        ratio = entry.get("predicted_over_observed")
         if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
             sentences.append(
                 f"The teacher of {task} predicts {ratio:.2f} times the rate of labels on shown "

@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.data_report import Report
-from kd_ranker.sources.logs.looks import EARLIEST, LATEST
+from kd_ranker.sources.logs.layout import TIME_UNITS, LogLayout
 
 # A larger share of the candidates points at a fault of the log or of the config.
 _MOST_REJECTED = 0.1
@@ -16,6 +17,9 @@ _LEAST_COVERED = 0.5
 # In test or validation; fewer cannot show a difference between rankers.
 _LEAST_POSITIVES = 100
 _MEASURED = ("validation", "test")
+# Times outside of this range were read in the wrong unit.
+_EARLIEST, _LATEST = (np.datetime64(f"{year}-01-01", "s") for year in (1990, 2100))
+_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
 class Finding(NamedTuple):
@@ -43,6 +47,25 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
     if texts["times"]:
         texts["times"] += time_hint()
     return [Finding(name, text) for name, text in texts.items() if text]
+
+
+def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
+    """Return the unit in which numbers of the time column are recent, in words.
+
+    It is "" if that is the unit of the config, or if there are no numbers.
+    """
+    if not len(numbers):
+        return ""
+    middle = np.median(numbers)
+    earliest, latest = (limit.astype(np.int64) for limit in (_EARLIEST, _LATEST))
+    for unit, per_second in (*TIME_UNITS.items(), ("ns", 10**9)):
+        if earliest <= middle / per_second < latest:
+            if per_second == layout.units_per_second:
+                return ""
+            if unit not in TIME_UNITS:
+                return "; its numbers look like nanoseconds: make them timestamps"
+            return f"; its numbers look like {_NAMES[unit]}: try --config.data.time_unit={unit}"
+    return f"; its numbers, such as {middle:.10g}, do not look like times"
 
 
 def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
@@ -92,7 +115,7 @@ def _times(report: Report) -> str:
         for end in ("first", "last")
         if of_split[end]
     ]
-    if min(dates) >= EARLIEST and max(dates) < LATEST:
+    if min(dates) >= _EARLIEST and max(dates) < _LATEST:
         return ""
     first, last = (str(date)[:-9] for date in (min(dates), max(dates)))
     return f"they are between {first} and {last}"

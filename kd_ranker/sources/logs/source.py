@@ -47,7 +47,6 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.leaks import find_leaks
-from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.query import PREFIX, Query, kind_of
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
@@ -254,7 +253,7 @@ def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
         raise UserError(
             f"data.split='time', but the requests of {layout.path} have less than three different "
             "times, one a split; split by 'request' or 'user'"
-            f"{time_hint(numbers, layout)}"
+            f"{findings.time_hint(numbers, layout)}"
         )
     count = "SELECT count(*) FROM bad_splits"
     if layout.split == "column" and (number := database.number(count)):
@@ -270,7 +269,9 @@ def _source(read: PreparedLog, run: Runner) -> Source:
     log, layout, database, earlier = read.log, read.layout, read.database, read.earlier
     some_numbers = functools.partial(_some_numbers, database, read.query)
     report = make_data_report(log, layout, read.counts, some_numbers)
-    found = findings.find(report, lambda: time_hint(some_numbers(layout.columns["time"]), layout))
+    found = findings.find(
+        report, lambda: findings.time_hint(some_numbers(layout.columns["time"]), layout)
+    )
     report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
     for name, text in found:
         verdict = "Allowed" if name in layout.allow else "Refused"

@@ -411,7 +411,7 @@ def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
     np.testing.assert_allclose(found(first, rows[0]), [np.nan, *(1 / (2 + ranks))], 1e-6)
     number = min(len(rows[1].candidates), 6)
     np.testing.assert_allclose(found(second, rows[1]), 1 / (2 + np.arange(number)), 1e-6)
-    assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
+    assert "predicted_over_observed" not in log.report["teacher"]["tasks"]["watch"]
 
 
 def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
@@ -429,7 +429,7 @@ def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
     scores[1] = np.nan  # which is too large
     stored = np.array([found[items[of["item_id"]]] for of in rows[0].candidates], np.float64)
     np.testing.assert_allclose(np.log(stored / (1 - stored)), scores, rtol=1e-2)
-    assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
+    assert "predicted_over_observed" not in log.report["teacher"]["tasks"]["watch"]
     watch = next(of for of in log.report["columns"] if of["key"] == "data.teacher.watch")
     assert watch["out_of_range"] == sum(
         abs(of["teacher_probability_watch"]) > 13.8 for row in rows for of in row.candidates
@@ -726,21 +726,9 @@ def test_the_calibration_of_the_report_is_that_of_the_shown_labels(tmp_path):
     weight = np.array([c["weight"] for c in shown])
     predicted = np.array([c["teacher_probability_watch"] for c in shown])
     observed = np.array([c["watch"] for c in shown])
-    calibration = log.report["teacher"]["tasks"]["watch"]["calibration"]
-    assert calibration["predicted_over_observed"] == pytest.approx(
+    assert log.report["teacher"]["tasks"]["watch"]["predicted_over_observed"] == pytest.approx(
         (weight * predicted).sum() / (weight * observed).sum(), rel=1e-5
     )
-    inside = (predicted >= 0.05) & (predicted < 0.1)
-    (found,) = [b for b in calibration["bins"] if 0.05 <= b["predicted"] < 0.1]
-    assert found["weight"] == weight[inside].sum()
-    assert found["observed"] == pytest.approx(np.average(observed[inside], weights=weight[inside]))
-
-
-def test_time_order_is_reported(tmp_path):
-    rows = make_rows(23, requests=10)
-    rows[4], rows[5] = rows[5], rows[4]
-    log = read_rows(rows, tmp_path, by_request=True, files=3, row_group=2)
-    assert log.report["requests"]["earlier_than_the_one_before"] == 1
 
 
 @pytest.mark.parametrize(
@@ -928,7 +916,7 @@ def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
         chunk.total_compressed_size - 30
     )
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"part-0.parquet cannot be read as Parquet: "):
+    with pytest.raises(UserError, match=r"cannot be read.*part-0.parquet"):
         faulty_logs.open_source(faulty_logs.config(log, tmp_path))
 
 

@@ -140,6 +140,10 @@ CREATE TABLE totals AS SELECT split, count(*) AS candidates,
     count(*) FILTER (WHERE stage = {{ stage }} AND {{ proper(task) }})
         AS "covered/{{ task }}/{{ stage }}",
     {% endfor %}
+    {% for name, value in [("predicted", "teacher:" ~ task), ("observed", "label:" ~ task)] %}
+    sum(label_weight::DOUBLE * "{{ value }}"::DOUBLE) FILTER (WHERE {{ labelled }} AND {{ proper(task) }})
+        AS "{{ name }}/{{ task }}",
+    {% endfor %}
 {% endfor %}
     sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }}) AS label_weight FROM used GROUP BY split;
 CREATE TABLE sizes AS
@@ -150,21 +154,6 @@ CREATE TABLE sizes AS
 CREATE TABLE splits AS SELECT split, count(*) AS requests, min(time) AS first, max(time) AS last,
     count(*) FILTER (WHERE moved) AS several_times, count(*) FILTER (WHERE users > 1) AS several_users
     FROM requests GROUP BY split;
-CREATE TABLE steps_back AS
-    WITH ordered AS (SELECT time, lag(time) OVER (ORDER BY file, "row") AS before FROM requests)
-    SELECT count(*) AS requests FROM ordered WHERE time < before;
-{% if layout.scored_tasks and layout.teacher_signal == "probability" %}
--- The teacher's probabilities against labels.
-CREATE TABLE calibration AS
-{% for task in layout.scored_tasks %}
-    SELECT '{{ task }}' AS task,
-        least(floor("teacher:{{ task }}"::DOUBLE * 20), 19)::BIGINT AS bin,
-        sum(label_weight::DOUBLE) AS weight,
-        sum(label_weight::DOUBLE * "teacher:{{ task }}"::DOUBLE) AS predicted,
-        sum(label_weight::DOUBLE * "label:{{ task }}") AS observed
-        FROM used WHERE {{ labelled }} AND {{ proper(task) }} GROUP BY bin{{ " UNION ALL" if not loop.last }}
-{% endfor %};
-{% endif %}
 {% for table, features, where in [("used", layout.of("candidate", kind="dense"), "split = 0"),
         ("request_rows", layout.of("user", "context", kind="dense"), "split = 0"),
         ("items", layout.of("item", kind="dense"), "train > 0")] if features %}
