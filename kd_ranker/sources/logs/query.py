@@ -158,6 +158,11 @@ class Query:
     types: Mapping[str, pa.DataType]
     known_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def types_in_log(self) -> dict[str, pa.DataType]:
+        """Column of the log -> its type."""
+        return {name.removeprefix(PREFIX): of for name, of in self.types.items()}
+
     def statements(self, template: str) -> list[str]:
         """The statements of a template, in their order."""
         layout, wanted = self.layout, wanted_columns(self.layout)
