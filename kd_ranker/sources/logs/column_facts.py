@@ -189,9 +189,9 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
         if not table.num_rows:
             raise UserError(f"data.path={path} has no rows")
         return table, table.num_rows
-    system, files, *_ = find_files(path)
+    system, files = find_files(path)
     try:
-        dataset = ds.dataset(files, filesystem=system, format="parquet", partitioning="hive")
+        dataset = ds.dataset([*files], filesystem=system, format="parquet", partitioning="hive")
         pieces = [of for of in dataset.get_fragments() if of.count_rows()]
         rows = sum(of.count_rows() for of in pieces)
         size = sum(group.total_byte_size for of in pieces for group in of.row_groups)

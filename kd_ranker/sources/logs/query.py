@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import is_list, wanted_columns
+from kd_ranker.sources.logs.files import inner_type, is_list, is_text, wanted_columns
 from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout
 
 # Before the names of the log's columns in all tables.
@@ -43,35 +43,6 @@ def quoted(name: str) -> str:
 def literal(text: str) -> str:
     """A text as SQL takes it."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def inner_type(type_: pa.DataType) -> pa.DataType:
-    """The type of the values of a column, without lists and dictionaries around them."""
-    while is_list(type_) or pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    return type_
-
-
-def is_text(type_: pa.DataType) -> bool:
-    """True if ids of a type are texts: texts, bytes, UUIDs, and integers of more than 64 bits."""
-    type_ = inner_type(type_)
-    return (
-        pa.types.is_string(type_)
-        or pa.types.is_large_string(type_)
-        or pa.types.is_string_view(type_)
-        or _is_bytes(type_)
-        or pa.types.is_decimal(type_)
-        or isinstance(type_, pa.BaseExtensionType)
-    )
-
-
-def _is_bytes(type_: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(type_)
-        or pa.types.is_large_binary(type_)
-        or pa.types.is_binary_view(type_)
-        or pa.types.is_fixed_size_binary(type_)
-    )
 
 
 def kind_of(type_: pa.DataType) -> str:
