@@ -18,7 +18,7 @@ import pyarrow as pa
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.sources.logs.files import inner_type, is_list, is_text, wanted_columns
-from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout
+from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout, literal
 
 # Before the names of the log's columns in all tables.
 PREFIX = "log:"
@@ -38,11 +38,6 @@ _YES, _NO = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
 def quoted(name: str) -> str:
     """A name as SQL takes it."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text as SQL takes it."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def kind_of(type_: pa.DataType) -> str:
