@@ -314,19 +314,10 @@ def _stage_counts(
 def _ranks(
     position: np.ndarray, weight: Float32[np.ndarray, "n"], owner: Int[np.ndarray, "n"]
 ) -> Float32[np.ndarray, "n"]:
-    """Positions as numbers in (0, 1), by the number of the request's candidates before."""
-    proper = np.flatnonzero((position >= 0) & np.isfinite(position) & (weight > 0))
-    result = np.full(len(position), np.nan, np.float32)
-    order = proper[np.lexsort((position[proper], owner[proper]))]
-    request, place = owner[order], position[order]
-    # Runs of the same position share the mean of their places.
-    starts = np.append(True, (request[1:] != request[:-1]) | (place[1:] != place[:-1]))
-    run = np.cumsum(starts[: len(order)]) - 1
-    begin = np.searchsorted(request, request)
-    within = np.arange(len(order)) - begin
-    mean = np.bincount(run, weights=within) / np.maximum(np.bincount(run), 1)
-    result[order] = probability_of_rank(mean[run])
-    return result
+    """Positions as numbers in (0, 1), by the rank in the request; equal ones share their mean."""
+    proper = (position >= 0) & np.isfinite(position) & (weight > 0)
+    rank = pd.Series(np.where(proper, position, np.nan)).groupby(owner).rank() - 1
+    return probability_of_rank(rank.to_numpy()).astype(np.float32)
 
 
 def floats_of(table: pa.Table, name: str) -> Float64[np.ndarray, "n"]:
