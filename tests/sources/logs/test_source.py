@@ -411,7 +411,7 @@ def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
     np.testing.assert_allclose(found(first, rows[0]), [np.nan, *(1 / (2 + ranks))], 1e-6)
     number = min(len(rows[1].candidates), 6)
     np.testing.assert_allclose(found(second, rows[1]), 1 / (2 + np.arange(number)), 1e-6)
-    assert "predicted_over_observed" not in log.report["teacher"]["tasks"]["watch"]
+    assert "predicted_over_observed/watch" not in log.report["splits"]["train"]
 
 
 def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
@@ -429,7 +429,7 @@ def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
     scores[1] = np.nan  # which is too large
     stored = np.array([found[items[of["item_id"]]] for of in rows[0].candidates], np.float64)
     np.testing.assert_allclose(np.log(stored / (1 - stored)), scores, rtol=1e-2)
-    assert "predicted_over_observed" not in log.report["teacher"]["tasks"]["watch"]
+    assert "predicted_over_observed/watch" not in log.report["splits"]["train"]
     watch = next(of for of in log.report["columns"] if of["key"] == "data.teacher.watch")
     assert watch["out_of_range"] == sum(
         abs(of["teacher_probability_watch"]) > 13.8 for row in rows for of in row.candidates
@@ -704,29 +704,28 @@ def test_the_report_counts_what_is_in_a_column(tmp_path):
     assert (age["values"], age["missing"], age["out_of_range"]) == (30, 1, 1)
     assert columns["data.teacher.watch"]["out_of_range"] == 1
     assert columns["data.features.score"]["missing"] == 1
-    assert (
-        log.report["labels"]["shown"]["train"] == 1 + 3 + log.report["labels"]["labelled"]["train"]
-    )
-    assert log.report["requests"]["train"]["without_a_label"] == 2
-    number = log.report["requests"]["train"]["requests"]
+    train = log.report["splits"]["train"]
+    assert train["shown"] == 1 + 3 + train["labelled"]
+    assert train["without_a_label"] == 2
+    number = train["requests"]
     remark = f"2 of {number} train requests ({2 / number:.1%}) have no label."
     assert remark in log.report["remarks"]
     varying = {of["name"]: of.get("items_with_several_values") for of in log.report["features"]}
     assert varying["duration"] == 1
     assert varying["author"] == 0
-    coverage = log.report["teacher"]["tasks"]["watch"]["coverage"]["train"]["shown"]
-    shown = log.report["labels"]["shown"]["train"]
-    assert coverage == pytest.approx((shown - 2) / shown)
+    shown = train["shown"]
+    assert train["coverage/watch/shown"] == pytest.approx((shown - 2) / shown)
 
 
 def test_the_calibration_of_the_report_is_that_of_the_shown_labels(tmp_path):
     rows = make_rows(22, requests=60)
     log = read_rows(rows, tmp_path)
-    shown = [c for row in rows for c in row.candidates if c["stage"] == "shown"]
+    train = rows[: len(log.requests["train"])]
+    shown = [c for row in train for c in row.candidates if c["stage"] == "shown"]
     weight = np.array([c["weight"] for c in shown])
     predicted = np.array([c["teacher_probability_watch"] for c in shown])
     observed = np.array([c["watch"] for c in shown])
-    assert log.report["teacher"]["tasks"]["watch"]["predicted_over_observed"] == pytest.approx(
+    assert log.report["splits"]["train"]["predicted_over_observed/watch"] == pytest.approx(
         (weight * predicted).sum() / (weight * observed).sum(), rel=1e-5
     )
 

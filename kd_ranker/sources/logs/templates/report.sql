@@ -128,24 +128,27 @@ CREATE TABLE {{ table }} AS
 {%- endmacro %}
 CREATE TABLE totals AS SELECT split, count(*) AS candidates,
     count(*) FILTER (WHERE stage = 1) AS retrieved, count(*) FILTER (WHERE stage = 2) AS passed,
-    count(*) FILTER (WHERE stage = 3) AS shown, count(*) FILTER (WHERE {{ labelled }}) AS labelled,
+    count(*) FILTER (WHERE {{ labelled }}) AS labelled,
 {% for task in layout.tasks %}
     count(*) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1) AS "positives/{{ task }}",
-    sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1)
-        AS "weighted_positives/{{ task }}",
+    coalesce(sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1), 0)
+        / nullif(sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }}), 0) AS "rate/{{ task }}",
     count(*) FILTER (WHERE stage < 3 AND "label:{{ task }}" = 1) AS "positives_not_shown/{{ task }}",
 {% endfor %}
 {% for task in layout.scored_tasks %}
-    {% for stage in (1, 2, 3) %}
-    count(*) FILTER (WHERE stage = {{ stage }} AND {{ proper(task) }})
-        AS "covered/{{ task }}/{{ stage }}",
+    {% for stage in ("retrieved", "passed", "shown") %}
+    count(*) FILTER (WHERE stage = {{ loop.index }} AND {{ proper(task) }})
+        / nullif(count(*) FILTER (WHERE stage = {{ loop.index }}), 0) AS "coverage/{{ task }}/{{ stage }}",
     {% endfor %}
-    {% for name, value in [("predicted", "teacher:" ~ task), ("observed", "label:" ~ task)] %}
-    sum(label_weight::DOUBLE * "{{ value }}"::DOUBLE) FILTER (WHERE {{ labelled }} AND {{ proper(task) }})
-        AS "{{ name }}/{{ task }}",
+    {% if layout.teacher_signal == "probability" %}
+    {% for value in ("teacher:" ~ task, "label:" ~ task) %}
+    {{ "/ nullif(" if not loop.first }} sum(label_weight::DOUBLE * "{{ value }}"::DOUBLE)
+        FILTER (WHERE {{ labelled }} AND {{ proper(task) }}) {{ ", 0)" if not loop.first }}
     {% endfor %}
+        AS "predicted_over_observed/{{ task }}",
+    {% endif %}
 {% endfor %}
-    sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }}) AS label_weight FROM used GROUP BY split;
+    count(*) FILTER (WHERE stage = 3) AS shown FROM used GROUP BY split;
 CREATE TABLE sizes AS
     WITH of_requests AS (SELECT number, split, count(*) AS size,
         count(*) FILTER (WHERE {{ labelled }}) AS labels FROM used GROUP BY number, split)
