@@ -190,23 +190,19 @@ def assert_items_as_restated(log: Log, restated: Restated, in_train: list[dict])
     assert numbers == sorted(numbers, reverse=True)
 
 
-@pytest.mark.parametrize("by_request", [False, True])
-def test_a_log_without_faults_is_what_it_says(tmp_path, by_request):
-    rows = make_rows(0)
-    log = read_rows(rows, tmp_path, by_request)
-    assert not log.counts
-    assert len(log.rejected) == 0
-    config = faulty_logs.config("", "")
-    assert_as_restated(log, restate(rows, config), config)
-
-
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), by_request=st.booleans(), files=st.integers(1, 3))
+@given(
+    seed=st.integers(0, 10**6),
+    by_request=st.booleans(),
+    files=st.integers(1, 3),
+    texts=st.booleans(),
+    faults=st.sampled_from([0.06, 0.06, 0.0]),
+)
 def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reason(
-    tmp_path_factory, seed, by_request, files
+    tmp_path_factory, seed, by_request, files, texts, faults
 ):
     tmp_path = tmp_path_factory.mktemp("faulty")
-    rows = make_rows(seed, requests=40, faults=0.06)
+    rows = make_rows(seed, requests=40, texts=texts, faults=faults)
     log = read_rows(rows, tmp_path, by_request, files=files)
     config = faulty_logs.config("", "")
     restated = restate(rows, config)
@@ -235,16 +231,6 @@ def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_sam
         np.testing.assert_array_equal(whole.item_category, other.item_category)
         assert whole.vocabularies == other.vocabularies
         assert other.spec == whole.spec
-
-
-def test_ids_of_texts_are_looked_up_in_the_vocabularies(tmp_path):
-    rows = make_rows(2, texts=True)
-    log = read_rows(rows, tmp_path)
-    by_time = [row for row in rows if row.of_request["time"] < log.requests["validation"][0].time]
-    for request, row in zip(log.requests["train"], by_time, strict=True):
-        assert log.vocabularies["user"][request.user_id] == row.of_request["user_id"]
-        found = {log.vocabularies["item"][i] for i in request.item_id}
-        assert found == {candidate["item_id"] for candidate in row.candidates}
 
 
 def test_rejected_rows_stand_as_they_do_in_the_log_with_file_and_row(tmp_path):
@@ -823,31 +809,6 @@ def test_an_item_keeps_its_last_value_by_time_whatever_the_order_of_the_log(tmp_
     known = [others[log.vocabularies["item"][i]] for i in sorted(trained)]
     expected = faulty_logs.scaled(float(number), known)
     assert log.item_features[index, 0] == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_request_of_several_users_is_of_the_one_with_most_rows_or_else_the_least_id(tmp_path):
-    rows = make_rows(31)
-    head, candidates = rows[0].of_request, rows[0].candidates[:3] + rows[1].candidates[3:]
-    one, other = head | {"user_id": 105}, head | {"user_id": 101}
-    for name, split, expected in (("most", 2, 105), ("tie", 1, 101)):
-        number = 3 if name == "most" else 2
-        parts = [Row(one, candidates[:split]), Row(other, candidates[split:number])]
-        for order in (1, -1):
-            log = read_rows(parts[::order] + rows[1:], tmp_path, name=f"{name}{order}")
-            request = log.requests["train"][0]
-            assert log.vocabularies["user"][request.user_id] == expected
-            assert log.counts == {"several_users": number - len(request.item_id)}
-            assert log.report["requests"]["several_users"] == 1
-
-
-def test_rows_of_a_request_that_lie_apart_come_together(tmp_path):
-    rows = make_rows(30)
-    apart = [Row(row.of_request, [candidate]) for row in rows for candidate in row.candidates]
-    apart.sort(key=lambda row: row.candidates[0]["item_id"])
-    together = read_rows(rows, tmp_path, by_request=True, name="together")
-    for by_request in (False, True):
-        log = read_rows(apart, tmp_path, by_request, name=f"apart-{by_request}", files=2)
-        assert same(log.requests, together.requests)
 
 
 @pytest.mark.parametrize("fixed", [True, False])
