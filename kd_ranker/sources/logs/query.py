@@ -163,34 +163,26 @@ class Query:
         return split_statements(text)
 
     def _functions(self) -> dict[str, Any]:
+        methods = (
+            *("id", "number", "seconds", "label", "label_number", "label_weight", "is_aligned"),
+            *("teacher_weight", "other_version", "feature_value", "raw_and_features", "ids_in"),
+        )
         return {
+            **{name: getattr(self, name) for name in methods},
             "name": quoted,
+            "raw": raw,
+            "vocabulary": vocabulary_table,
             "names": lambda columns: ", ".join(map(quoted, columns)),
             "and_names": lambda columns: "".join(f", {quoted(of)}" for of in columns),
             "length": lambda column: f"array_length({quoted(column)})",
-            "id": self.id,
-            "number": self.number,
-            "seconds": self.seconds,
             "within": lambda column, low: within(self.number(column), low),
             "code": lambda column, codes: code_of(quoted(column), self.inner(column), codes),
-            "label": self.label,
-            "label_number": self.label_number,
-            "label_weight": self.label_weight,
-            "teacher_weight": self.teacher_weight,
-            "other_version": self.other_version,
             "in_32_bits": lambda column: _in_32_bits(self.number(column)),
-            "feature_value": self.feature,
             "and_features": lambda features: "".join(
                 f", {quoted(f'feature:{feature.name}')}" for feature in features
             ),
-            "raw_and_features": self.raw_and_features,
-            "raw": raw,
             "digest": lambda share: f"{int(share * 2**52):013x}",
-            "vocabulary": vocabulary_table,
-            "inner": self.inner,
             "is_float": lambda column: pa.types.is_floating(self.inner(column)),
-            "ids_in": self.ids_in,
-            "is_aligned": self.is_aligned,
         }
 
     def some_numbers(self, column: str) -> str:
@@ -270,7 +262,7 @@ class Query:
         ids = f"list_transform({value}, lambda each: {self.id(column, 'each')})"
         return f"list_filter({ids}, lambda each: each IS NOT NULL)"
 
-    def feature(self, feature: Feature, value: str = "") -> str:
+    def feature_value(self, feature: Feature, value: str = "") -> str:
         """The value of a feature: a number, an id, or a list of ids, cut to its length."""
         column, value = feature.column, value or quoted(feature.column)
         if feature.of == "event":
@@ -308,10 +300,10 @@ class Query:
     def raw_and_features(self, features: list[Feature]) -> str:
         """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""
         columns = dict.fromkeys(feature.column for feature in features)
-        selected = [f"log.{quoted(of)} AS {raw(of)}" for of in columns] + [
-            f"{self.feature(of, f'log.{quoted(of.column)}')} AS {quoted(f'feature:{of.name}')}"
-            for of in features
-        ]
+        selected = [f"log.{quoted(of)} AS {raw(of)}" for of in columns]
+        for of in features:
+            value = self.feature_value(of, f"log.{quoted(of.column)}")
+            selected.append(f"{value} AS {quoted(f'feature:{of.name}')}")
         return "".join(f",\n        {of}" for of in selected)
 
 

@@ -7,7 +7,7 @@ candidates and the features of these; no column that is known only after a reque
 import functools
 import pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -140,16 +140,16 @@ def read_unseen(
             database.number(
                 "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
             ),
-            used=sum(piece.candidates for piece in pieces),
+            used=pieces[-1].candidates[1],
             rejected=rejected,
             new={
                 USER: database.number(new.format(users, "number")),
                 ITEM: database.number(new.format(new_items, "item")),
             },
         )
-    whole = Items(*with_items(layout, settled.encoding, items, logged))
+    matrices: Any = with_items(layout, settled.encoding, items, logged)
     names = logged.select(["value", "id"])
-    found = Unseen(pieces, counted, settled.encoding, whole, names)
+    found = Unseen(pieces, counted, settled.encoding, Items(*matrices), names)
     (folder / _READ).write_bytes(pickle.dumps(found))
 
 
