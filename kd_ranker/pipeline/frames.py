@@ -19,8 +19,8 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.logs.column_facts import Log, arrow_of, identifier, is_table
 from kd_ranker.sources.logs.files import is_list, line_of
 from kd_ranker.sources.logs.infer import find_sizes
-from kd_ranker.sources.logs.layout import OPTIONAL, STAGES
-from kd_ranker.sources.logs.query import literal, quoted
+from kd_ranker.sources.logs.layout import OPTIONAL, STAGES, literal
+from kd_ranker.sources.logs.query import quoted
 
 Columns = Mapping[str, str | Sequence[str]]
 """Field of a request -> its column, or its columns: one per number or per task."""

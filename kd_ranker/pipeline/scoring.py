@@ -61,13 +61,14 @@ from kd_ranker.sources.logs.encode import encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.ordered import Piece
-from kd_ranker.sources.logs.settled import Settled, settled_by
-from kd_ranker.sources.logs.unseen import Unseen
+from kd_ranker.sources.logs.unseen import Counted
 from kd_ranker.sources.logs.vocabulary import (
     MANIFEST,
+    Settled,
     read_requests_of,
     read_vocabulary,
     requests_of_piece,
+    settled_by,
 )
 from kd_ranker.training.recipes import TEACHER_STAGES
 from kd_ranker.training.workdir import read_json, write_atomically
@@ -311,7 +312,7 @@ def score_unseen(
         read = functools.partial(_of_log, log, layout, settled, dataset)
         counts = score(config, ranker, reopen, read, output, inputs)
     scored = Scored(output, tuple(columns_of(ranker)))
-    lines = [trained.ranker_line(ranker), *_unseen_lines(Unseen([], *counts))]
+    lines = [trained.ranker_line(ranker), *_unseen_lines(Counted(*counts))]
     return scored, lines
 
 
@@ -329,13 +330,14 @@ def _of_log(
         parts=[(piece,) for piece in read.pieces],
         read=functools.partial(_read_log, layout, folder),
         files=_names_like(log.files or [SQL]),
-        candidates=read.largest,
-        counts=read[1:],
+        candidates=read.counted.largest,
+        counts=read.counted,
     )
 
 
 def _read_log(layout: LogLayout, folder: Path, ranker: Finished, piece: Piece) -> Part:
-    (block,) = encode_requests(layout, folder, piece)
+    read = unseen.load_unseen(folder)
+    (block,) = encode_requests(layout, read.encoding, folder, piece)
     columns = columns_of_block(block, ranker.dataset.spec)
     names = requests_of_piece(folder, piece)
     return Part(
@@ -344,12 +346,12 @@ def _read_log(layout: LogLayout, folder: Path, ranker: Finished, piece: Piece) -
         scored=columns.counts.retrieved,
         request=names["request"].combine_chunks(),
         file=names["file"].to_numpy(),
-        item_names=unseen.load_item_names(folder),
-        items=unseen.load_items(folder),
+        item_names=read.item_names,
+        items=read.items,
     )
 
 
-def _unseen_lines(read: Unseen) -> list[str]:
+def _unseen_lines(read: Counted) -> list[str]:
     """The lines on a scored log: its candidates, and how many have values unknown to training."""
     unknown = (
         f"{number:,} candidates ({number / read.used:.1%}) by their {name}"

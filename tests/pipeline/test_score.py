@@ -24,7 +24,7 @@ from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
-from kd_ranker.sources.logs.settled import settled_by
+from kd_ranker.sources.logs.vocabulary import settled_by
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -284,7 +284,7 @@ def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
     (tmp_path / "read").mkdir()
     items = datasets.dataset_of(config).items
     unseen.read_unseen(log, own, settled, items, tmp_path / "read")
-    found = unseen.load_unseen(tmp_path / "read")
+    found = unseen.load_unseen(tmp_path / "read").counted
     in_train = rows[: 20 - round(0.4 * 20)]
     users = {row.of_request["user_id"] for row in in_train}
     known = {of["item_id"] for row in in_train for of in row.candidates}

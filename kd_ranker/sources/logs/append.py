@@ -24,11 +24,12 @@ from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, encoding_of
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.query import quoted
-from kd_ranker.sources.logs.settled import Settled, settled_by
 from kd_ranker.sources.logs.vocabulary import (
     MANIFEST,
+    Settled,
     find_vocabularies,
     read_requests_of,
+    settled_by,
     shifted,
 )
 
@@ -55,10 +56,9 @@ class Earlier(NamedTuple):
         """The number of its requests."""
         return sum(map(len, self.dataset.columns.values()))
 
-    @property
-    def known(self) -> dict[str, int]:
-        """Name of a vocabulary -> the number of its entries."""
-        return {name: len(table) for name, table in self.settled.vocabularies.items()}
+    def known(self, name: str) -> int:
+        """The number of entries of a vocabulary."""
+        return len(self.settled.vocabularies[name])
 
 
 def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
@@ -93,17 +93,6 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
     report = read_data_report(dataset.directory)
     assert report  # `settled_by` has read it
     return Earlier(dataset, settled, before, report)
-
-
-def sizes_of(earlier: Earlier) -> dict[str, int]:
-    """Return the names and sizes of the tables that `put_known` makes, for `Query.known_size`."""
-    return {f"known_{name}": number for name, number in earlier.known.items()}
-
-
-def put_known(earlier: Earlier, database: Database) -> None:
-    """Make a table `known_<name>` of each vocabulary."""
-    for name, table in earlier.settled.vocabularies.items():
-        database.put(f"known_{name}", table)
 
 
 def check_requests(earlier: Earlier, layout: LogLayout, database: Database) -> None:
@@ -161,7 +150,7 @@ def extend(
       layout: of the log.
       database: with the tables of the new files.
     """
-    found = find_vocabularies(database, layout, {of: earlier.known[of] for of in (USER, ITEM)})
+    found = find_vocabularies(database, layout, {of: earlier.known(of) for of in (USER, ITEM)})
     spec, vocabularies = earlier.dataset.spec, {}
     last = spec.num_categories
     for name, known in earlier.settled.vocabularies.items():
@@ -216,7 +205,7 @@ def extend_report(earlier: Earlier, report: Report, database: Database) -> None:
             if name in moments[feature["name"]]:
                 feature[name] = moments[feature["name"]][name]
     for name in (USER, ITEM):
-        known, table = earlier.known[name], quoted(f"{name}s")
+        known, table = earlier.known(name), quoted(f"{name}s")
         count = f"SELECT count(*) FROM {table} WHERE id >= {known}"
         report["ids"][f"{name}s"] = known + database.number(count)
         report["ids"][f"{name}s_not_in_train"] = database.number(f"{count} AND train = 0")

@@ -3,7 +3,6 @@
 import functools
 import json
 import keyword
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -189,9 +188,9 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
         if not table.num_rows:
             raise UserError(f"data.path={path} has no rows")
         return table, table.num_rows
-    system, files, *_ = find_files(path)
+    system, files = find_files(path)
     try:
-        dataset = ds.dataset(files, filesystem=system, format="parquet", partitioning="hive")
+        dataset = ds.dataset([*files], filesystem=system, format="parquet", partitioning="hive")
         pieces = [of for of in dataset.get_fragments() if of.count_rows()]
         rows = sum(of.count_rows() for of in pieces)
         size = sum(group.total_byte_size for of in pieces for group in of.row_groups)
@@ -341,22 +340,13 @@ def set_shown(log: Log, shown: str) -> None:
     t["placed"] = t.only_shown | (not shown)
 
 
-def skill(log: Log, score: str, label: str, shown: str) -> float:
-    """Return the share of a label's entropy that a score explains as its probability, where shown.
-
-    It is 0 if the gain may be chance, and -1 where the sample has too few labels to decide.
-    """
-    y, p = quoted(label), f"least(greatest({quoted(score)}, 1e-6), 1 - 1e-6)"
-    gain = f"sum(CASE {y} WHEN 1 THEN ln({p}) ELSE ln(1 - {p}) END)"
-    where = f"{y} IN (0, 1) AND {quoted(score)} IS NOT NULL AND ({shown or 'true'})"
-    number, ones, likelihood = log.row(
-        "count(*)", f"coalesce(sum({y}), 0)", gain, source=f"candidates WHERE {where}"
-    )
-    if min(ones, number - ones) < 30:
-        return -1.0
-    base = ones / number
-    entropy = -number * (base * math.log(base) + (1 - base) * math.log(1 - base))
-    return 0.0 if entropy + likelihood < 12 else float(1 + likelihood / entropy)
+def correlates(log: Log, score: str, label: str, shown: str) -> bool:
+    """Return True if a score correlates with a label where shown, by three standard errors."""
+    where = f"{quoted(label)} IN (0, 1) AND {quoted(score)} IS NOT NULL AND ({shown or 'true'})"
+    y, p = quoted(label), quoted(score)
+    correlation = f"covar_pop({p}, {y}) / nullif(stddev_pop({p}) * stddev_pop({y}), 0)"
+    by_chance = f"{correlation} * sqrt(count(*)) < 3"
+    return log.row(by_chance, source=f"candidates WHERE {where}")[0] is False
 
 
 def kind_of_feature(log: Log, f: Any, item: str) -> tuple[str, list[str]]:

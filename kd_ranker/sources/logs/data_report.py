@@ -1,7 +1,5 @@
 """Report on a log before a model is trained on it: `data_report.json` and `.html`."""
 
-import collections
-import itertools
 import json
 import operator
 from collections.abc import Callable, Mapping
@@ -15,9 +13,8 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.sources.logs.files import SQL, Log
-from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
+from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.leaks import remarks_of
-from kd_ranker.sources.logs.looks import label_hint, probability_hint, size_hint
 from kd_ranker.sources.logs.rejected import REASONS
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
@@ -28,6 +25,8 @@ FAULTS = ("values", "missing", "out_of_range", "cut_off")
 
 # The distance of the teacher's calibration from 1 that causes a remark.
 _CALIBRATION_TOLERANCE = 0.1
+# The largest request has a remark beyond this multiple of the median.
+_FAR = 5
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
 
@@ -48,14 +47,6 @@ class Counts(NamedTuple):
         """Return the only row of a table, with 0 for NULL; {} if there is no table."""
         (row,) = self.tables.get(name) or [{}]
         return {column: value or 0 for column, value in row.items()}
-
-    def of_split(self, name: str) -> list[dict[str, Any]]:
-        """Return the row of each split; missing rows have counts of 0."""
-        found = {row["split"]: row for row in self.tables[name]}
-        return [
-            collections.defaultdict(int, {of: n or 0 for of, n in found.get(split, {}).items()})
-            for split in range(len(SPLITS))
-        ]
 
     @property
     def faults(self) -> dict[str, dict[str, int]]:
@@ -134,12 +125,14 @@ def make_data_report(
     if counts.used:
         report |= {
             "requests": _requests(layout, counts),
-            "stages": [
-                {"split": split, **{stage: totals[stage] for stage in STAGES}}
-                for split, totals in zip(SPLITS, counts.of_split("totals"), strict=True)
-            ],
-            "labels": _labels(layout, counts),
-            "teacher": _teacher(layout, counts),
+            "splits": _splits(counts),
+            "tasks": list(layout.tasks),
+            "teacher": {
+                "signal": layout.teacher_signal,
+                "version": layout.teacher_version,
+                "other_version": counts.row("faults_of_candidates").get("other_version", 0),
+                "tasks": list(layout.scored_tasks),
+            },
             "features": [_feature(feature, counts) for feature in layout.features],
             "ids": counts.row("ids") | counts.row("events"),
         }
@@ -165,114 +158,65 @@ def _columns(
         is_probability = column["key"].startswith("data.teacher.")
         is_probability &= layout.teacher_signal == "probability"
         if is_probability and 2 * bad > number:
-            column["hint"] = probability_hint(some_numbers(column["column"]))
+            column["hint"] = _probability_hint(some_numbers(column["column"]))
         elif bad and column["key"].startswith("data.labels."):
-            column["hint"] = label_hint(some_numbers(column["column"]))
+            column["hint"] = _label_hint(some_numbers(column["column"]))
     return columns
+
+
+def _probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
+    """Return the range of numbers that should be probabilities, in words."""
+    if not len(numbers):
+        return ""
+    low, high = numbers.min(), numbers.max()
+    found = f"{low:.4g} to {high:.4g}"
+    if low < 0:
+        return f"{found}: logits? then take their sigmoid, or set data.teacher_signal='score'"
+    return f"{found}: percentages? then divide by 100" if high <= 100 else found
+
+
+def _label_hint(numbers: Float64[np.ndarray, "n"]) -> str:
+    """Return the most frequent number of a column of labels except 0 and 1, in words."""
+    others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
+    return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
 
 
 def _requests(layout: LogLayout, counts: Counts) -> dict:
     number = np.zeros(layout.retrieved + 1, np.int64)
-    without_label = dict.fromkeys(range(len(SPLITS)), 0)
     for row in counts.tables["sizes"]:
         number[row["size"]] += row["requests"]
-        without_label[row["split"]] += row["without_label"]
-    totals, splits = counts.of_split("totals"), counts.of_split("splits")
     cutoffs = counts.row("cutoffs")
-    result: dict[str, Any] = {
+    return {
         "split_by": layout.split,
         "cutoffs": {split: _date(time) for split, time in cutoffs.items()} or None,
-        "several_times": sum(of["several_times"] for of in splits),
-        "several_users": sum(of["several_users"] for of in splits),
-        "earlier_than_the_one_before": counts.row("steps_back")["requests"],
         "candidates_a_request": {
             "mean": float((number * np.arange(len(number))).sum() / number.sum()),
             "quantiles": {f"{q:g}": _quantile(number, q) for q in _QUANTILES},
-            "histogram": _histogram(number),
+        },
+        **{
+            name: sum(row[name] for row in counts.tables["splits"])
+            for name in ("several_times", "several_users")
         },
     }
-    for index, split in enumerate(SPLITS):
-        of = splits[index]
-        result[split] = {
-            "requests": of["requests"],
-            "candidates": totals[index]["candidates"],
-            "without_a_label": without_label[index],
-            "first": _date(of["first"]) if of else None,
-            "last": _date(of["last"]) if of else None,
-        }
-    return result
+
+
+def _splits(counts: Counts) -> dict[str, dict[str, Any]]:
+    """Return the counts of each split that has requests, and rates; None for those of nothing."""
+    splits: dict[str, dict[str, Any]] = {}
+    for row in sorted(counts.tables["splits"], key=operator.itemgetter("split")):
+        times = {name: _date(row[name]) for name in ("first", "last")}
+        splits[SPLITS[row["split"]]] = {"requests": row["requests"], "without_a_label": 0, **times}
+    for row in counts.tables["sizes"]:
+        splits[SPLITS[row["split"]]]["without_a_label"] += row["without_label"]
+    for row in counts.tables["totals"]:
+        rounded = {name: _rounded(of) for name, of in row.items() if name != "split"}
+        splits[SPLITS[row["split"]]] |= rounded
+    return splits
 
 
 def _quantile(number: Int64[np.ndarray, "n"], q: float) -> int:
     """Return the lower quantile of sizes; `number[s]` of them are s."""
     return int(np.searchsorted(np.cumsum(number), int(q * (number.sum() - 1)) + 1))
-
-
-def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
-    """Return at most 20 bars over the range of sizes."""
-    used = np.flatnonzero(number)
-    low, high = int(used[0]), int(used[-1])
-    edges = np.unique(np.linspace(low, high + 1, min(20, high + 1 - low) + 1).astype(int))
-    return [
-        {"from": int(start), "to": int(end) - 1, "requests": int(number[start:end].sum())}
-        for start, end in itertools.pairwise(edges)
-    ]
-
-
-def _labels(layout: LogLayout, counts: Counts) -> dict:
-    totals = dict(zip(SPLITS, counts.of_split("totals"), strict=True))
-    by_task: dict[str, dict] = {}
-    for task in layout.tasks:
-        by_task[task] = {
-            split: {
-                "positives": of[f"positives/{task}"],
-                "rate": _ratio(of[f"weighted_positives/{task}"], of["label_weight"]),
-            }
-            for split, of in totals.items()
-        }
-        not_shown = (of[f"positives_not_shown/{task}"] for of in totals.values())
-        by_task[task]["positives_not_shown"] = sum(not_shown)
-    return {
-        "shown": {split: of["shown"] for split, of in totals.items()},
-        "labelled": {split: of["labelled"] for split, of in totals.items()},
-        "tasks": by_task,
-    }
-
-
-def _teacher(layout: LogLayout, counts: Counts) -> dict:
-    if not layout.scored_tasks:
-        return {"signal": layout.teacher_signal, "tasks": {}, "other_version": 0}
-    totals = dict(zip(SPLITS, counts.of_split("totals"), strict=True))
-    by_task: dict[str, dict] = {}
-    for task in layout.scored_tasks:
-        coverage = {
-            split: {
-                stage: _ratio(of[f"covered/{task}/{place}"], of[stage])
-                for place, stage in enumerate(STAGES, start=1)
-            }
-            for split, of in totals.items()
-        }
-        by_task[task] = {"coverage": coverage}
-        if layout.teacher_signal == "probability":
-            bins = [row for row in counts.tables["calibration"] if row["task"] == task]
-            predicted, observed = (sum(row[of] for row in bins) for of in ("predicted", "observed"))
-            by_task[task]["calibration"] = {
-                "predicted_over_observed": _ratio(predicted, observed),
-                "bins": [
-                    {
-                        "weight": row["weight"],
-                        "predicted": _ratio(row["predicted"], row["weight"]),
-                        "observed": _ratio(row["observed"], row["weight"]),
-                    }
-                    for row in sorted(bins, key=operator.itemgetter("bin"))
-                ],
-            }
-    return {
-        "signal": layout.teacher_signal,
-        "version": layout.teacher_version,
-        "other_version": counts.row("faults_of_candidates").get("other_version", 0),
-        "tasks": by_task,
-    }
 
 
 def _feature(feature: Feature, counts: Counts) -> dict[str, Any]:
@@ -323,26 +267,26 @@ def remarks(report: Report) -> list[str]:
             sentences.append(f"{column['key']}: column {column['column']!r} is empty.")
     if "requests" in report:
         sentences += _remarks_on_requests(report["requests"])
-        if not any(of["retrieved"] or of["passed"] for of in report["stages"]):
+        if not any(of["retrieved"] or of["passed"] for of in report["splits"].values()):
             sentences.append(
                 "All candidates were shown, so a funnel is measured within what was shown."
             )
-        sentences += _remarks_on_labels(report["labels"])
-        sentences += _remarks_on_teacher(report["teacher"])
+        for split, of in report["splits"].items():
+            sentences += _remarks_on_split(split, of, report)
+        sentences += _remarks_on_teacher(report)
         sentences += _remarks_on_features(report["features"], report["ids"])
     return sentences
 
 
 def _remarks_on_requests(requests: dict) -> list[str]:
-    sentences = [
-        f"{without:,} of {(number := requests[split]['requests']):,} {split} requests "
-        f"({without / number:.1%}) have no label."
-        for split in SPLITS
-        if (without := requests[split]["without_a_label"])
-    ]
+    sentences = []
     sizes = requests["candidates_a_request"]["quantiles"]
-    if hint := size_hint(sizes["0.5"], sizes["0.999"], sizes["1"]):
-        sentences.append(f"{hint[0].upper()}{hint[1:]}.")
+    if sizes["1"] > _FAR * sizes["0.5"]:
+        sentences.append(
+            f"The largest request has {sizes['1']:,} candidates; the median is {sizes['0.5']:,}, "
+            f"the 99.9% quantile {sizes['0.999']:,}: if it is an error, set "
+            f"config.funnel.retrieved={sizes['0.999']}, which rejects the candidates beyond."
+        )
     if requests["several_times"]:
         sentences.append(
             f"The rows of {requests['several_times']:,} requests have several times; the earliest "
@@ -353,49 +297,46 @@ def _remarks_on_requests(requests: dict) -> list[str]:
     return sentences
 
 
-def _remarks_on_labels(labels: dict) -> list[str]:
+def _remarks_on_split(split: str, of: dict, report: Report) -> list[str]:
     sentences = []
-    for split in SPLITS:
-        unlabelled = labels["shown"][split] - labels["labelled"][split]
-        if unlabelled:
+    if without := of["without_a_label"]:
+        sentences.append(
+            f"{without:,} of {of['requests']:,} {split} requests ({without / of['requests']:.1%}) "
+            "have no label."
+        )
+    if unlabelled := of["shown"] - of["labelled"]:
+        sentences.append(
+            f"{unlabelled:,} of {of['shown']:,} shown candidates in {split} lack a label or have "
+            "label weight 0, and are not learned from by labels."
+        )
+    sentences += [
+        f"{positives:,} candidates in {split} that were not shown have label 1 of {task}; labels "
+        "count only where a candidate was shown."
+        for task in report["tasks"]
+        if (positives := of[f"positives_not_shown/{task}"])
+    ]
+    for task in report["teacher"]["tasks"]:
+        share = of[f"coverage/{task}/passed"]
+        if share is not None and share < 1:
             sentences.append(
-                f"{unlabelled:,} of {labels['shown'][split]:,} shown candidates in {split} lack a "
-                "label or have label weight 0, and are not learned from by labels."
+                f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
             )
-    for task, entry in labels["tasks"].items():
-        if entry["positives_not_shown"]:
-            sentences.append(
-                f"{entry['positives_not_shown']:,} candidates that were not shown have label 1 of "
-                f"{task}; labels count only where a candidate was shown."
-            )
-        sentences += [
-            f"Every label of {task} in {split} is {entry[split]['rate']:.0f}, which leaves "
-            "nothing to learn."
-            for split in SPLITS
-            if labels["labelled"][split] and entry[split]["rate"] in (0, 1)
-        ]
     return sentences
 
 
-def _remarks_on_teacher(teacher: dict) -> list[str]:
-    sentences = []
+def _remarks_on_teacher(report: Report) -> list[str]:
+    sentences, teacher = [], report["teacher"]
     if teacher["other_version"]:
         sentences.append(
             f"{teacher['other_version']:,} candidates were scored by another teacher than version "
             f"{teacher['version']!r}, and their values do not count."
         )
-    for task, entry in teacher["tasks"].items():
-        for split in SPLITS:
-            share = entry["coverage"][split]["passed"]
-            if share is not None and share < 1:
-                sentences.append(
-                    f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
-                )
-        ratio = entry.get("calibration", {}).get("predicted_over_observed")
+    for task in teacher["tasks"]:
+        ratio = report["splits"].get("train", {}).get(f"predicted_over_observed/{task}")
         if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
             sentences.append(
                 f"The teacher of {task} predicts {ratio:.2f} times the rate of labels on shown "
-                "candidates."
+                "candidates of training requests."
             )
     return sentences
 
@@ -463,8 +404,12 @@ def _number(value: float | None) -> str:
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
-    # 12 digits hide the order of summation.
-    return float(f"{numerator / denominator:.12g}") if denominator else None
+    return _rounded(numerator / denominator) if denominator else None
+
+
+def _rounded(value: Any) -> Any:
+    """Return a number with 12 digits, which hide the order of summation."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def _date(seconds: int) -> str:

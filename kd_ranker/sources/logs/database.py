@@ -14,7 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import Log, line_of, register_store, register_stores
-from kd_ranker.sources.logs.query import PREFIX, literal, quoted
+from kd_ranker.sources.logs.layout import literal
+from kd_ranker.sources.logs.query import PREFIX, quoted
 
 # Bytes of a candidate in all tables that exist at a time, about.
 _BYTES_A_CANDIDATE = 300

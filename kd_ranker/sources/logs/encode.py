@@ -1,7 +1,5 @@
 """The last pass: ids and numbers of a piece as features, a `Request` at a time."""
 
-import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
@@ -113,40 +110,17 @@ def _scale_of(feature: Feature, moments: Mapping[str, float]) -> tuple[float, fl
     return mean, 1.0 if constant else deviation, 0.0
 
 
-def save_encoding(encoding: Encoding, folder: Path) -> None:
-    """Writes an encoding for `load_encoding`."""
-    folder.mkdir()
-    (folder / "spec.json").write_text(encoding.spec.to_json())
-    (folder / "rest.json").write_text(json.dumps([encoding.scales, [*encoding.values]]))
-    for index, (name, values) in enumerate(encoding.values.items()):
-        table = pa.table({"value": pa.array(values), "id": encoding.ids[name]})
-        pq.write_table(table, folder / f"{index}.parquet")
-
-
-@functools.lru_cache(maxsize=1)
-def load_encoding(folder: Path) -> Encoding:
-    """The inverse of `save_encoding`, once a process."""
-    scales, names = json.loads((folder / "rest.json").read_text())
-    tables = {name: pq.read_table(folder / f"{index}.parquet") for index, name in enumerate(names)}
-    return Encoding(
-        FeatureSpec.from_json((folder / "spec.json").read_text()),
-        values={name: _index_of(table["value"]) for name, table in tables.items()},
-        ids={name: table["id"].to_numpy() for name, table in tables.items()},
-        scales=scales,
-    )
-
-
-def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str]) -> dict[str, Any]:
+def transforms(layout: LogLayout, encoding: Encoding, kinds: Mapping[str, str]) -> dict[str, Any]:
     """The way from raw columns to the fields of a request, for those who serve without this code.
 
     Args:
       layout: of the log.
       encoding: its rules.
-      hashed: feature with hashed values -> `query.kind_of` these.
+      kinds: key of the config that names a column of ids -> `query.kind_of` these.
 
     Returns:
-      What JSON holds: the formula of dense features, and by field its columns in their order; the
-      formula of hashes, and by field its categorical features in theirs.
+      Values for JSON: the formula of dense features, and by field its columns in their order; the
+      formula of hashes, and by field its categorical features in theirs; and `kinds`.
     """
     cheap_first = sorted(layout.of("item", kind="dense"), key=lambda feature: not feature.cheap)
     dense = {
@@ -173,7 +147,10 @@ def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str])
         kept = {name: getattr(feature, name) for name in ("name", "column", "kind", "length")}
         size: dict[str, Any] = {"buckets": None}
         if feature.hashed:
-            size = {"buckets": feature.size, "values": hashed[feature.name]}
+            size = {
+                "buckets": feature.size,
+                "values": kinds.get(f"data.features.{feature.key}", ""),
+            }
         return {**kept, **size, "first_id": starts[feature.name]}
 
     history = layout.history
@@ -192,6 +169,7 @@ def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str])
         if history
         else {},
         "history_formula": _HISTORY_FORMULA,
+        "kinds": dict(kinds),
     }
 
 
@@ -231,17 +209,17 @@ def item_matrix(
 
 
 def encode_requests(
-    layout: LogLayout, folder: Path, piece: Piece, before: int = 0
+    layout: LogLayout, encoding: Encoding, folder: Path, piece: Piece, before: int = 0
 ) -> Iterator[Block]:
-    """The requests of a piece of the files in a folder, with the encoding in it.
+    """Yield the requests of a piece as a block.
 
     Args:
       layout: of the log.
-      folder: with the files.
+      encoding: its rules.
+      folder: with the files of `ordered.write_ordered`.
       piece: the piece.
       before: the number of requests of the dataset before the first piece.
     """
-    encoding = load_encoding(folder / "encoding")
     requests, candidates = read_piece(folder, piece)
     spec, tasks = encoding.spec, layout.tasks
     number = requests.num_rows
@@ -336,19 +314,10 @@ def _stage_counts(
 def _ranks(
     position: np.ndarray, weight: Float32[np.ndarray, "n"], owner: Int[np.ndarray, "n"]
 ) -> Float32[np.ndarray, "n"]:
-    """Positions as numbers in (0, 1), by the number of the request's candidates before."""
-    proper = np.flatnonzero((position >= 0) & np.isfinite(position) & (weight > 0))
-    result = np.full(len(position), np.nan, np.float32)
-    order = proper[np.lexsort((position[proper], owner[proper]))]
-    request, place = owner[order], position[order]
-    # Runs of the same position share the mean of their places.
-    starts = np.append(True, (request[1:] != request[:-1]) | (place[1:] != place[:-1]))
-    run = np.cumsum(starts[: len(order)]) - 1
-    begin = np.searchsorted(request, request)
-    within = np.arange(len(order)) - begin
-    mean = np.bincount(run, weights=within) / np.maximum(np.bincount(run), 1)
-    result[order] = probability_of_rank(mean[run])
-    return result
+    """Positions as numbers in (0, 1), by the rank in the request; equal ones share their mean."""
+    proper = (position >= 0) & np.isfinite(position) & (weight > 0)
+    rank = pd.Series(np.where(proper, position, np.nan)).groupby(owner).rank() - 1
+    return probability_of_rank(rank.to_numpy()).astype(np.float32)
 
 
 def floats_of(table: pa.Table, name: str) -> Float64[np.ndarray, "n"]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.layout import (
+    IDENTIFYING,
     OPTIONAL,
     LogLayout,
     reader_of,
@@ -66,7 +67,18 @@ _TAKES = {
     "time": ((_INTEGER, _FLOAT, _TIME, _TEXT, _NULL), "timestamps, numbers or ISO texts"),
     "text": ((_INTEGER, _BOOLEAN, _TEXT, _NULL), "texts or whole numbers"),
 }
+_USE_OF_COLUMN = dict.fromkeys(("request", "user", "item"), "id") | {"time": "time"}
+_USE_OF_COLUMN |= dict.fromkeys(("stage", "teacher_version", "split"), "text")
 _USE_OF_KIND = {"dense": "number", "category": "id", "bag": "id", "history": "id"}
+
+
+_LISTS = (
+    pa.ListType,
+    pa.LargeListType,
+    pa.FixedSizeListType,
+    pa.ListViewType,
+    pa.LargeListViewType,
+)
 
 
 class Wanted(NamedTuple):
@@ -123,35 +135,20 @@ class Log:
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
     """Return the columns that a log must have."""
     listed = 1 if layout.by_request else 0
-    columns = layout.columns
-    wanted = [
-        Wanted("data.columns.request", columns["request"], "id"),
-        *(
-            Wanted(f"data.columns.{name}", columns[name], use)
-            for name, use in (("time", "time"), ("user", "id"))
-            if name in columns
-        ),
-        Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
-    ]
-    uses = dict.fromkeys(("stage", "teacher_version", "split"), "text")
-    # Other columns need no list if all candidates of a request have the same value.
-    least = dict.fromkeys(("stage", "position", "incumbent"), listed)
-    wanted += [
-        Wanted(
-            f"data.columns.{name}",
-            columns[name],
-            uses.get(name, "number"),
-            listed,
-            least.get(name, 0),
-            True,
-        )
-        for name in OPTIONAL
-        if name in columns
-    ]
-    for section in ("labels", "teacher"):
-        for task, column in getattr(layout, section).items():
-            use = "label" if section == "labels" else "number"
-            wanted.append(Wanted(f"data.{section}.{task}", column, use, listed, listed, True))
+    wanted = []
+    for name in (of for of in (*IDENTIFYING, *OPTIONAL) if of in layout.columns):
+        is_listed = name not in ("request", "time", "user")
+        depth = listed if is_listed else 0
+        # Other columns need no list if all candidates of a request have the same value.
+        least = depth if name in ("item", "stage", "position", "incumbent") else 0
+        use = _USE_OF_COLUMN.get(name, "number")
+        column = layout.columns[name]
+        wanted.append(Wanted(f"data.columns.{name}", column, use, depth, least, is_listed))
+    for section, use in (("labels", "label"), ("teacher", "number")):
+        wanted += [
+            Wanted(f"data.{section}.{task}", column, use, listed, listed, True)
+            for task, column in getattr(layout, section).items()
+        ]
     for feature in layout.features:
         lists = (feature.kind in ("bag", "history")) + (feature.of == "event")
         lists += feature.place is not None
@@ -184,30 +181,27 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
         _check_history(layout, families)
         names, manifest = tuple(schema.names), manifest_of("", layout.sql)
         return Log("", (), manifest, 0, names, given_by_folders([]), sql, layout.path)
-    system, files, sizes, changed = find_files(layout.path)
-    rows = candidates = 0
-    files_with: collections.Counter[str] = collections.Counter()
+    system, manifest = find_files(layout.path)
+    files = list(manifest)
+    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+        footers = list(pool.map(lambda file: _footer(system, file, layout), files))
+    own = [place for place, file in enumerate(files) if file not in earlier]
+    files_with = collections.Counter(name for place in own for name in footers[place].schema.names)
+    # A column in a file takes precedence over the names of folders.
+    in_files = {name for footer in footers for name in footer.schema.names}
     given = given_by_folders(files)
-    own = [index for index, file in enumerate(files) if file not in earlier]
-    for index, (schema, metadata) in enumerate(read_footers(system, files)):
-        _check_schema(files[index], _with_given(schema, given), wanted, families)
-        if files[index] in earlier:
-            continue
-        rows += metadata.num_rows
-        candidates += _candidates_in(metadata, layout)
-        files_with.update(schema.names)
+    given = given.drop_columns([name for name in given.column_names if name in in_files])
+    for file, footer in zip(files, footers, strict=True):
+        _check_schema(file, pa.schema([*footer.schema, *given.schema]), wanted, families)
     given = given.take(own)
     _check_features(layout, given, files_with, len(own))
     _check_history(layout, families)
     _check_known(wanted, families)
-    if not rows:
+    if not sum(footers[place].rows for place in own):
         raise UserError(f"data.path={layout.path}: {_count(len(own), 'file')} without any row")
-    _check_given(given, wanted, files_with)
-    # A column in a file takes precedence over its folder.
-    given = given.drop_columns([name for name in given.column_names if name in files_with])
-    manifest = _manifest(files, sizes, changed)
-    url, names = url_of(layout.path), tuple(sorted(files_with))
-    return Log(url, tuple(files[of] for of in own), manifest, candidates, names, given)
+    candidates = sum(footers[place].candidates for place in own)
+    names, read = tuple(sorted(files_with)), tuple(files[place] for place in own)
+    return Log(url_of(layout.path), read, manifest, candidates, names, given)
 
 
 def _select_of(layout: LogLayout) -> tuple[str, pa.Schema]:
@@ -279,28 +273,24 @@ def manifest_of(path: str, sql: str = "") -> dict[str, list]:
       UserError: there are no files at `path`.
     """
     if not sql:
-        return _manifest(*find_files(path)[1:])
+        return find_files(path)[1]
     manifest: dict[str, list] = {SQL: [len(sql), hashlib.sha256(sql.encode()).hexdigest()]}
     for text in re.findall(r"'((?:[^']|'')+)'|\"([^\"]+)\"", sql):
         # A text that is not the name of a file is another value of the query.
         with contextlib.suppress(Exception):
             system, place = fsspec.core.url_to_fs("".join(text).replace("''", "'"))
-            files = [of for of in system.glob(place) if system.isfile(of)]
-            manifest |= _manifest(files, *_sizes_and_changes(system, files))
+            manifest |= _manifest(system, filter(system.isfile, system.glob(place)))
     return manifest
 
 
-def _manifest(
-    files: Sequence[str], sizes: Sequence[int], changed: Sequence[str]
-) -> dict[str, list]:
-    return {file: list(of) for file, *of in zip(files, sizes, changed, strict=True)}
-
-
-def _sizes_and_changes(system: Any, files: Sequence[str]) -> tuple[list[int], list[str]]:
+def _manifest(system: Any, files: Iterable[str]) -> dict[str, list]:
     """Return the size of each file, and a text that changes when it is rewritten."""
-    infos = [system.info(file) for file in files]
-    changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
-    return [int(info["size"] or 0) for info in infos], changed
+    manifest = {}
+    for file in files:
+        info = system.info(file)
+        changed = "; ".join(str(info[key]) for key in _CHANGED if info.get(key))
+        manifest[file] = [int(info["size"] or 0), changed]
+    return manifest
 
 
 def url_of(path: str) -> str:
@@ -308,27 +298,38 @@ def url_of(path: str) -> str:
     return split_path(path)[0]
 
 
-def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema, pq.FileMetaData]]:
-    """Yield the columns and the footer of each file.
+class _Footer(NamedTuple):
+    """The columns of a file, the number of its rows, and about that of its candidates."""
+
+    schema: pa.Schema
+    rows: int
+    candidates: int
+
+
+def _footer(system: Any, file: str, layout: LogLayout) -> _Footer:
+    """Read the footer of a file.
 
     Raises:
-      UserError: a file is not a Parquet file.
+      UserError: it is not a Parquet file.
     """
+    with _opened(system, file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+    if not layout.by_request:
+        return _Footer(schema, metadata.num_rows, metadata.num_rows)
+    # A list of items counts as many values as it has, and an empty one counts 1.
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    item = f"{layout.columns['item']}."
+    places = [place for place, path in enumerate(paths) if f"{path}.".startswith(item)]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
+    return _Footer(schema, metadata.num_rows, candidates)
 
-    def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
-        with _opened(system, file) as parquet:
-            return parquet.schema_arrow, parquet.metadata
 
-    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
-        yield from pool.map(footer, files)
-
-
-def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
+def find_files(path: str) -> tuple[Any, dict[str, list]]:
     """Find the Parquet files that `data.path` names: one or several URLs, with commas between.
 
     Returns:
-      The file system; and per file the path, the size and a text that changes when it is
-        rewritten.
+      The file system, and `Log.manifest` of the files in the order of their names.
 
     Raises:
       UserError: there are no files, or they are on several file systems.
@@ -343,13 +344,12 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
         if any(other is not system for _, other, _ in places):
             raise UserError(f"data.path={path} names several file systems; give those of one")
         files = sorted({file for place in places for file in _files_at(*place)})
-        sizes, changed = _sizes_and_changes(system, files)
+        return system, _manifest(system, files)
     except UserError:
         raise
     # Stores raise errors of many kinds: an unknown protocol, a missing package, refused access.
     except Exception as error:
         raise UserError(f"data.path={path} cannot be read: {error}") from error
-    return system, files, sizes, changed
 
 
 def is_there(path: str) -> bool:
@@ -421,11 +421,6 @@ def _typed_texts(texts: Sequence[str | None]) -> pa.Array:
     return array
 
 
-def _with_given(schema: pa.Schema, given: pa.Table) -> pa.Schema:
-    """Return the columns of a file, and those from folders."""
-    return pa.schema([*schema, *(of for of in given.schema if of.name not in schema.names)])
-
-
 @contextlib.contextmanager
 def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file, and raise a UserError if it cannot be read."""
@@ -446,18 +441,6 @@ def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]
             f"{file} cannot be read in parts; download the log, or use a server that supports "
             f"range requests: {error}"
         ) from error
-
-
-def _candidates_in(metadata: pq.FileMetaData, layout: LogLayout) -> int:
-    """Return the approximate number of candidates in a file."""
-    if not layout.by_request:
-        return metadata.num_rows
-    # A list of items counts as many values as it has, and an empty one counts 1.
-    item = layout.columns["item"]
-    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    place = next(place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}."))
-    row_groups = map(metadata.row_group, range(metadata.num_row_groups))
-    return sum(row_group.column(place).num_values for row_group in row_groups)
 
 
 def _check_names(file: str, names: Sequence[str]) -> None:
@@ -492,13 +475,14 @@ def _check_schema(
                 f"{file} has two columns {column.column!r} ({column.key}); rename one of them"
             )
         type_ = schema.field(column.column).type
-        depth, family = family_of(type_)
+        depth, family = _depth_of(type_), family_of(type_)
         takes, words = _TAKES[column.use]
         if family == _NULL:
             continue
         if not column.least_depth <= depth <= column.depth or family not in takes:
             lists = "".join("lists of " for _ in range(column.depth))
-            nested = "; flatten it: make each of its fields a column" if _is_nested(type_) else ""
+            is_nested = pa.types.is_nested(inner_type(type_))
+            nested = "; flatten it: make each of its fields a column" if is_nested else ""
             raise UserError(
                 f"{file}: column {column.column!r} ({column.key}) is {type_}; it takes "
                 f"{lists}{words}{nested}"
@@ -506,7 +490,10 @@ def _check_schema(
         if column.use == "id":
             # A number and its text are different ids, and no engine has one type for signed and
             # unsigned integers of 64 bits.
-            family = _id_family(type_, family)
+            if pa.types.is_uint64(inner_type(type_)):
+                family = _UNSIGNED
+            else:
+                family = _TEXT if is_text(type_) else _INTEGER
             before, where = families.setdefault(column.column, (family, file))
             if family != before:
                 raise UserError(
@@ -522,17 +509,6 @@ def _check_known(wanted: Sequence[Wanted], families: dict[str, tuple[str, str]])
             raise UserError(
                 f"column {column.column!r} ({column.key}) holds nothing in any file; leave "
                 "it out of the config"
-            )
-
-
-def _check_given(given: pa.Table, wanted: Sequence[Wanted], files_with: Mapping[str, int]) -> None:
-    """Refuse a column that some files have and others have from their folders."""
-    for column in wanted:
-        name, number = column.column, files_with.get(column.column, 0)
-        if name in given.column_names and 0 < number < given.num_rows:
-            raise UserError(
-                f"column {name!r} ({column.key}) is in {_count(number, 'file')} of "
-                f"{given.num_rows}, and others have it from the names of folders; write it to all"
             )
 
 
@@ -578,39 +554,34 @@ def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> N
         )
 
 
-def family_of(type_: pa.DataType) -> tuple[int, str]:
-    """Return the number of lists around the values of a type, and the family of the values."""
-    depth = 0
-    while is_list(type_) or pa.types.is_dictionary(type_):
-        depth += is_list(type_)
-        type_ = type_.value_type
-    families = (of for of, name in _FAMILIES.items() if re.fullmatch(name, str(type_)))
-    return depth, next(families, _OTHER)
-
-
-def _id_family(type_: pa.DataType, family: str) -> str:
+def inner_type(type_: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a column, without lists and dictionaries around them."""
     while is_list(type_) or pa.types.is_dictionary(type_):
         type_ = type_.value_type
-    if pa.types.is_uint64(type_):
-        return _UNSIGNED
-    return _TEXT if family in (_TEXT, _DECIMAL) else _INTEGER
+    return type_
 
 
-def _is_nested(type_: pa.DataType) -> bool:
-    while is_list(type_):
-        type_ = type_.value_type
-    return pa.types.is_struct(type_) or pa.types.is_map(type_)
+def family_of(type_: pa.DataType) -> str:
+    """Return the family of the values of a column."""
+    name = str(inner_type(type_))
+    return next((of for of, like in _FAMILIES.items() if re.fullmatch(like, name)), _OTHER)
+
+
+def _depth_of(type_: pa.DataType) -> int:
+    """Return the number of lists around the values of a column."""
+    if pa.types.is_dictionary(type_):
+        return _depth_of(type_.value_type)
+    return 1 + _depth_of(type_.value_type) if is_list(type_) else 0
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """Return True if ids are texts: texts, bytes, UUIDs, and integers of more than 64 bits."""
+    return family_of(type_) in (_TEXT, _DECIMAL)
 
 
 def is_list(type_: pa.DataType) -> bool:
     """Return True for lists of any layout."""
-    return (
-        pa.types.is_list(type_)
-        or pa.types.is_large_list(type_)
-        or pa.types.is_fixed_size_list(type_)
-        or pa.types.is_list_view(type_)
-        or pa.types.is_large_list_view(type_)
-    )
+    return isinstance(type_, _LISTS)
 
 
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.data_report import Report
-from kd_ranker.sources.logs.looks import EARLIEST, LATEST
+from kd_ranker.sources.logs.layout import TIME_UNITS, LogLayout
 
 # A larger share of the candidates points at a fault of the log or of the config.
 _MOST_REJECTED = 0.1
@@ -15,7 +16,9 @@ _MOST_REJECTED = 0.1
 _LEAST_COVERED = 0.5
 # In test or validation; fewer cannot show a difference between rankers.
 _LEAST_POSITIVES = 100
-_MEASURED = ("validation", "test")
+# Times outside of this range were read in the wrong unit.
+_EARLIEST, _LATEST = (np.datetime64(f"{year}-01-01", "s") for year in (1990, 2100))
+_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
 class Finding(NamedTuple):
@@ -37,12 +40,31 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
         "times": _times(report),
         "one_candidate": _one_candidate(report),
         "one_label": _one_label(report),
-        "few_positives": _few_positives(report.get("labels")),
+        "few_positives": _few_positives(report),
         "teacher_coverage": _teacher_coverage(report),
     }
     if texts["times"]:
         texts["times"] += time_hint()
     return [Finding(name, text) for name, text in texts.items() if text]
+
+
+def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
+    """Return the unit in which numbers of the time column are recent, in words.
+
+    It is "" if that is the unit of the config, or if there are no numbers.
+    """
+    if not len(numbers):
+        return ""
+    middle = np.median(numbers)
+    earliest, latest = (limit.astype(np.int64) for limit in (_EARLIEST, _LATEST))
+    for unit, per_second in (*TIME_UNITS.items(), ("ns", 10**9)):
+        if earliest <= middle / per_second < latest:
+            if per_second == layout.units_per_second:
+                return ""
+            if unit not in TIME_UNITS:
+                return "; its numbers look like nanoseconds: make them timestamps"
+            return f"; its numbers look like {_NAMES[unit]}: try --config.data.time_unit={unit}"
+    return f"; its numbers, such as {middle:.10g}, do not look like times"
 
 
 def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
@@ -84,15 +106,11 @@ def _times(report: Report) -> str:
             bad, number = column["out_of_range"], column["values"]
             if bad > _MOST_REJECTED * number:
                 return f"{bad:,} of {number:,} values of column {column['column']!r} are not times"
-    if "requests" not in report:
+    if "splits" not in report:
         return ""
-    dates = [
-        np.datetime64(of_split[end])
-        for of_split in (report["requests"][split] for split in ("train", *_MEASURED))
-        for end in ("first", "last")
-        if of_split[end]
-    ]
-    if min(dates) >= EARLIEST and max(dates) < LATEST:
+    ends = ("first", "last")
+    dates = [np.datetime64(of[end]) for of in report["splits"].values() for end in ends]
+    if min(dates) >= _EARLIEST and max(dates) < _LATEST:
         return ""
     first, last = (str(date)[:-9] for date in (min(dates), max(dates)))
     return f"they are between {first} and {last}"
@@ -111,25 +129,30 @@ def _one_candidate(report: Report) -> str:
 def _one_label(report: Report) -> str:
     hints, tasks = _hints(report, "labels"), []
     missing = {column["key"] for column in report["columns"] if column.get("missing")}
-    for task, entry in report["labels"]["tasks"].items() if "labels" in report else ():
-        splits = []
-        for split in ("train", *_MEASURED):
-            rate = entry[split]["rate"]
-            if rate is None:
-                splits.append(f"no label of {task} in {split}")
-            elif rate in (0, 1):
-                splits.append(f"every label of {task} in {split} is {rate:.0f}")
-        if splits:
-            tasks.append(f"{', '.join(splits)}{hints.get(task, '')}")
-            if entry["train"]["rate"] == 1 and f"data.labels.{task}" in missing:
+    for task in report.get("tasks", ()):
+        rates = {split: of[f"rate/{task}"] for split, of in report["splits"].items()}
+        texts = [
+            f"no label of {task} in {split}"
+            if rate is None
+            else f"every label of {task} in {split} is {rate:.0f}"
+            for split, rate in rates.items()
+            if rate in (None, 0, 1)
+        ]
+        if texts:
+            tasks.append(f"{', '.join(texts)}{hints.get(task, '')}")
+            if rates.get("train") == 1 and f"data.labels.{task}" in missing:
                 tasks[-1] += " (if a missing label means 0, write it by data.sql)"
     return ", ".join(tasks)
 
 
-def _few_positives(labels: dict | None) -> str:
+def _few_positives(report: Report) -> str:
     few = []
-    for task, entry in labels["tasks"].items() if labels else ():
-        numbers = {split: entry[split]["positives"] for split in _MEASURED}
+    for task in report.get("tasks", ()):
+        numbers = {
+            split: of[f"positives/{task}"]
+            for split, of in report["splits"].items()
+            if split != "train"
+        }
         low = [f"{n:,} in {split}" for split, n in numbers.items() if n < _LEAST_POSITIVES]
         if low:
             few.append(f"{task} has {' and '.join(low)}")
@@ -137,16 +160,15 @@ def _few_positives(labels: dict | None) -> str:
 
 
 def _teacher_coverage(report: Report) -> str:
-    if "teacher" not in report:
+    test = report.get("splits", {}).get("test")
+    if not test:
         return ""
-    hints = _hints(report, "teacher")
-    (stages,) = (of for of in report["stages"] if of["split"] == "test")
-    tasks = []
-    for task, entry in report["teacher"]["tasks"].items():
-        shares = entry["coverage"]["test"]
-        # Shown candidates were passed, too.
-        number = stages["passed"] + stages["shown"]
-        covered = sum((shares[of] or 0) * stages[of] for of in ("passed", "shown"))
+    hints, tasks = _hints(report, "teacher"), []
+    # Shown candidates were passed, too.
+    number = test["passed"] + test["shown"]
+    for task in report["teacher"]["tasks"]:
+        shares = {of: test[f"coverage/{task}/{of}"] or 0 for of in ("passed", "shown")}
+        covered = sum(share * test[of] for of, share in shares.items())
         if covered < _LEAST_COVERED * number:
             share = f"{covered / number:.1%}"
             tasks.append(

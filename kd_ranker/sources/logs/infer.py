@@ -1,8 +1,8 @@
 """Write a first config for a log, from the names of its columns and a few facts about their values.
 
 A role needs a name of `names.json` and values that fit, or values that prove it: 0 and 1 known only
-where a candidate was shown, or numbers in [0, 1] that predict a label. Without such evidence a role
-stays open: the config names the two likeliest columns, and `prepare_data` reports it as missing.
+where a candidate was shown. Without such evidence a role stays open: the config names the two
+likeliest columns, and `prepare_data` reports it as missing.
 """
 
 import json
@@ -25,6 +25,7 @@ from kd_ranker.sources.logs.column_facts import (
     Guess,
     Log,
     arrow_of,
+    correlates,
     each,
     has_word,
     identifier,
@@ -38,7 +39,6 @@ from kd_ranker.sources.logs.column_facts import (
     read_sample,
     set_constant,
     set_shown,
-    skill,
     words_of,
 )
 from kd_ranker.sources.logs.files import line_of
@@ -123,13 +123,14 @@ def find_ids(log: Log) -> tuple[Log, dict[str, Guess]]:
     times = t.index[t.is_time & (t.sure == "time")]
     t["groups"], t["is_sure"] = False, t.sure != ""
     for name in t.index[t.is_id & ((t.sure == "request") | (t.hint == "request"))]:
+        q = quoted(name)
         if log.request == ROW:
-            is_unique = log.row(f"count(DISTINCT {quoted(name)}) > 0.95 * count(DISTINCT {ROW})")[0]
+            is_unique = log.row(f"count(DISTINCT {q}) > 0.95 * count(DISTINCT {ROW})")[0]
             t.loc[name, "groups"] = bool(is_unique and t.request[name] == 1)
-        elif log.row(f"count(DISTINCT {quoted(name)}) < count(*) / 1.5")[0]:
-            set_constant(log, "request", quoted(name))
-            t.loc[name, "groups"] = bool((t.request[times] == 1).any())
-            t["request"] = float("nan")
+        elif log.row(f"count(DISTINCT {q}) < count(*) / 1.5")[0]:
+            of_time = [f"count(DISTINCT ({q}, {quoted(of)}))" for of in times]
+            number, *pairs = log.row(f"count(DISTINCT {q})", *of_time)
+            t.loc[name, "groups"] = any(of <= 1.05 * number for of in pairs)
     columns["request"] = choose("request", log)
     if log.request != ROW and columns["request"].column:
         log = log._replace(request=quoted(columns["request"].column))
@@ -209,31 +210,25 @@ def find_teacher(
     used = [of.column for of in (*labels.values(), *found.values())]
     free = log.facts[~log.facts.index.isin(used)].query("request != 1 and item != 1 and sure == ''")
     free = free.loc[[of for of in free.index if not has_word(of, "early")]]
-    by_name = {
-        task: [name for name in free.index if predicts(name, task, of.column)]
-        for task, of in labels.items()
-    }
-    for task, names in by_name.items():
-        by_name[task] = [name for name in names if has_word(name, "teacher")] or names
     scores = free.query("kind == 'float' and low >= 0 and high <= 1 and distinct >= 10")
-    for f in each(scores):
-        skills = {task: skill(log, f.Index, of.column, shown) for task, of in labels.items()}
-        best = max(skills, key=skills.__getitem__, default="")
-        named = next((task for task in labels if f.Index in by_name[task]), "")
+    for task, label in labels.items():
+        named = [of for of in free.index if predicts(of, task, label.column)]
+        named = [of for of in named if has_word(of, "teacher")] or named
         # An early ranker's score is known of all candidates, and a final ranker's of those passed.
-        is_late = f.known < 0.99 and f.known_in > 0.9 and best and skills[best] > 0.01
-        task = named or (best if is_late else "")
-        if task and task not in found and by_name[task] in ([f.Index], []) and skills[task]:
-            why = f"in [0, 1], explains {skills[task]:.0%} of the label"
-            found[task] = Guess(f.Index, why if skills[task] > 0 else "its name, and in [0, 1]")
-        elif task:
-            maybe.append(f.Index)
+        late = scores.index[(scores.known < 0.99) & (scores.known_in > 0.9)]
+        likely = [of for of in named or late if of in scores.index]
+        likely = [of for of in likely if correlates(log, of, label.column, shown)]
+        if named == likely and len(named) == 1 and task not in found:
+            found[task] = Guess(named[0], "its name, in [0, 1], and it correlates with the label")
+        else:
+            maybe += [of for of in likely if of not in maybe]
     ranks = [of for of in free.query("kind == 'integer'").index if has_word(of, "teacher")]
     ranks = [of for of in ranks if has_word(of, "ranks")]
     if ranks and labels and not found:
         doubt = "or the teacher of another task" if len(labels) > 1 else ""
         return {next(iter(labels)): Guess(ranks[0], "its name", doubt)}, [], True
-    return found, maybe, False
+    taken = {of.column for of in found.values()}
+    return found, [of for of in maybe if of not in taken], False
 
 
 def find_features(log: Log, used: Collection[str], item: str, maybe: Collection[str]) -> list[str]:

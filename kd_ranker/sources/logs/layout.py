@@ -31,9 +31,19 @@ OPTIONAL = (
     *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
     *("incumbent", "propensity", "split"),
 )
+# Keys of `config.data` that are fields of `LogLayout` as they are.
+_AS_GIVEN = (
+    *("teacher_version", "teacher_signal", "incumbent_signal", "split", "validation_share"),
+    *("test_share", "seed", "strict", "processes", "memory", "engine", "spark_master"),
+)
 _TEXT_FILE = r"\.([ct]sv|json|jsonl|ndjson)(\.gz)?$"
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
+
+
+def literal(text: str) -> str:
+    """Return a text as SQL takes it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,9 @@ class Feature:
 class LogLayout:
     """The part of the config on a log, checked.
 
+    Fields that are not listed are keys of `config.data`, see `config/keys.py`. A log to score has
+    `split` "" and `teacher_version` "": all of its requests are for the test.
+
     Attributes:
       path: of the log, or `data.sql` for one that a SELECT yields.
       sql: the SELECT; "" for the Parquet files at `path`.
@@ -76,21 +89,8 @@ class LogLayout:
       labels: a task -> its column.
       teacher: a task -> its column, for the tasks that have one.
       tasks: the tasks to keep, in the order of every T axis.
-      teacher_version: the only version that counts; "" takes every one.
-      teacher_signal: one of `TEACHER_SIGNALS`.
-      incumbent_signal: one of `INCUMBENT_SIGNALS`.
       units_per_second: of an integer time column.
       features: the features, in the config's order.
-      split: one of `SPLIT_BY`; "" has all requests in the test.
-      validation_share: of the requests.
-      test_share: of the requests.
-      seed: of the splits by hash.
-      allow: some of `ALLOWABLE`.
-      strict: True if a fault of a row ends the build.
-      processes: how many to work with.
-      memory: GiB that the engine holds at most.
-      engine: one of `ENGINES`.
-      spark_master: where Spark works.
       spark_options: settings of its session, by name.
       longest: the most seconds between the first and the last row of a request.
       retrieved: the most candidates of a request.
@@ -217,10 +217,6 @@ def reader_of(path: str, texts: Sequence[str] = ()) -> str:
       path: a file or a pattern.
       texts: columns of a CSV file to read as texts, whatever their values.
     """
-
-    def literal(text: str) -> str:
-        return "'" + text.replace("'", "''") + "'"
-
     if not re.search(r"\.[ct]sv(\.gz)?$", path, re.IGNORECASE):
         return f"read_json({literal(path)}, sample_size = -1)"
     columns = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in texts)
@@ -272,25 +268,14 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         labels={task: data.labels[task] for task in tasks},
         teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
         tasks=tuple(tasks),
-        teacher_version=str(data.teacher_version),
-        teacher_signal=data.teacher_signal,
-        incumbent_signal=data.incumbent_signal,
         units_per_second=TIME_UNITS[data.time_unit],
         features=features,
-        split=data.split,
-        validation_share=float(data.validation_share),
-        test_share=float(data.test_share),
-        seed=int(data.seed),
         allow=tuple(data.allow),
-        strict=bool(data.strict),
-        processes=int(data.processes),
-        memory=float(data.memory),
-        engine=data.engine,
-        spark_master=data.spark_master,
         spark_options=_read_options(data.spark_options),
         longest=int(data.longest_request),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
+        **{key: data[key] for key in _AS_GIVEN},
     )
 
 

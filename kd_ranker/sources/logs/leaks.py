@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import scipy.stats
-from jaxtyping import Float64, Int
+from jaxtyping import Int
 
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs.database import Database
@@ -53,7 +53,7 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
     found = {}
     for name, column in features.items():
         bins = bins_of(rows[column])
-        shares = {of: share_in_bins(bins, answer) for of, answer in answers.items()}
+        shares = {of: share_revealed(bins, answer) for of, answer in answers.items()}
         limits = {of: REVEALS_SHOWN if of == SHOWN else REVEALS_LABEL for of in answers}
         found[name] = {of: share for of, share in shares.items() if share >= limits[of]}
         found[name] |= copies.get(column, {})
@@ -77,46 +77,34 @@ def bins_of(values: pd.Series) -> Int[np.ndarray, "n"]:
     return np.append(places, -1)[codes]
 
 
-def share_in_bins(bins: Int[np.ndarray, "n"], answer: pd.Series) -> float:
-    """`share_revealed` for the bin of each row and its answer: 1, 0, or NaN for none."""
-    known = answer.notna().to_numpy()
-    places, yes = bins[known] + 1, answer.to_numpy()[known]
-    if not len(places):
-        return 0.0
-    return share_revealed(
-        np.bincount(places).astype(float),
-        np.bincount(places, weights=yes),
-    )
+def share_revealed(bins: Int[np.ndarray, "n"], answer: pd.Series) -> float:
+    """The share of the uncertainty of an answer that bins remove: I(bin; answer) / H(answer).
 
-
-def share_revealed(all_: Float64[np.ndarray, "bins"], yes: Float64[np.ndarray, "bins"]) -> float:
-    """The share of the uncertainty of an answer that a column removes: I(bin; answer) / H(answer).
-
-    The answer is yes or no. I is the estimate from counts, less its bias of about (bins − 1) / 2n
-    (Miller, 1955). 0 where a G-test at the level of 0.001 does not distinguish it from chance, and
-    with fewer than 30 answers of one kind.
+    I is the estimate from counts, less its bias of about (bins − 1) / 2n (Miller, 1955). 0 where a
+    G-test at the level of 0.001 does not distinguish it from chance, and with fewer than 30 answers
+    of one kind.
 
     Args:
-      all_: the number of answers in each bin of the column.
-      yes: how many of these are yes.
+      bins: the bin of each row, from -1.
+      answer: 1, 0, or NaN for none.
 
-    >>> round(share_revealed(np.array([100.0, 100.0]), np.array([0.0, 100.0])), 2)
+    >>> bins = np.repeat([0, 1], 100)
+    >>> round(share_revealed(bins, pd.Series(bins, dtype=float)), 2)
     1.0
-    >>> share_revealed(np.array([100.0, 100.0]), np.array([50.0, 50.0]))
+    >>> share_revealed(bins, pd.Series(np.tile([0.0, 1.0], 100)))
     0.0
     """
-    counts = np.stack([all_ - yes, yes], axis=1)[all_ > 0]
-    number, answer = counts.sum(), counts.sum(axis=0)
-    if not len(counts) or answer.min() < _LEAST_ANSWERS:
+    known = answer.notna().to_numpy()
+    cells = 2 * (bins[known] + 1) + (answer[known] == 1)
+    counts = np.bincount(cells, minlength=2 * (bins.max(initial=-1) + 2)).reshape(-1, 2)
+    counts = counts[counts.any(axis=1)]
+    if len(counts) < 2 or counts.sum(axis=0).min() < _LEAST_ANSWERS:
         return 0.0
-    independent = counts.sum(axis=1, keepdims=True) * answer / number
-    held = counts > 0
-    shared = float((counts[held] * np.log(counts[held] / independent[held])).sum())
-    freedom = len(counts) - 1
-    if not freedom or scipy.stats.chi2.sf(2 * shared, freedom) > _LEVEL:
+    test = scipy.stats.chi2_contingency(counts, correction=False, lambda_="log-likelihood")
+    if test.pvalue > _LEVEL:
         return 0.0
-    entropy = -float((answer * np.log(answer / number)).sum())
-    return max(shared - freedom / 2, 0.0) / entropy
+    information = max(test.statistic - test.dof, 0.0) / 2 / counts.sum()
+    return float(information / scipy.stats.entropy(counts.sum(axis=0)))
 
 
 def copies_of_teachers(

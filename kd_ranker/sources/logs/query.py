@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import is_list, wanted_columns
-from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout
+from kd_ranker.sources.logs.files import inner_type, is_list, is_text, wanted_columns
+from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout, literal
 
 # Before the names of the log's columns in all tables.
 PREFIX = "log:"
@@ -38,40 +38,6 @@ _YES, _NO = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
 def quoted(name: str) -> str:
     """A name as SQL takes it."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text as SQL takes it."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def inner_type(type_: pa.DataType) -> pa.DataType:
-    """The type of the values of a column, without lists and dictionaries around them."""
-    while is_list(type_) or pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    return type_
-
-
-def is_text(type_: pa.DataType) -> bool:
-    """True if ids of a type are texts: texts, bytes, UUIDs, and integers of more than 64 bits."""
-    type_ = inner_type(type_)
-    return (
-        pa.types.is_string(type_)
-        or pa.types.is_large_string(type_)
-        or pa.types.is_string_view(type_)
-        or _is_bytes(type_)
-        or pa.types.is_decimal(type_)
-        or isinstance(type_, pa.BaseExtensionType)
-    )
-
-
-def _is_bytes(type_: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(type_)
-        or pa.types.is_large_binary(type_)
-        or pa.types.is_binary_view(type_)
-        or pa.types.is_fixed_size_binary(type_)
-    )
 
 
 def kind_of(type_: pa.DataType) -> str:
@@ -158,6 +124,11 @@ class Query:
     types: Mapping[str, pa.DataType]
     known_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def types_in_log(self) -> dict[str, pa.DataType]:
+        """Column of the log -> its type."""
+        return {name.removeprefix(PREFIX): of for name, of in self.types.items()}
+
     def statements(self, template: str) -> list[str]:
         """The statements of a template, in their order."""
         layout, wanted = self.layout, wanted_columns(self.layout)
@@ -192,34 +163,26 @@ class Query:
         return split_statements(text)
 
     def _functions(self) -> dict[str, Any]:
+        methods = (
+            *("id", "number", "seconds", "label", "label_number", "label_weight", "is_aligned"),
+            *("teacher_weight", "other_version", "feature_value", "raw_and_features", "ids_in"),
+        )
         return {
+            **{name: getattr(self, name) for name in methods},
             "name": quoted,
+            "raw": raw,
+            "vocabulary": vocabulary_table,
             "names": lambda columns: ", ".join(map(quoted, columns)),
             "and_names": lambda columns: "".join(f", {quoted(of)}" for of in columns),
             "length": lambda column: f"array_length({quoted(column)})",
-            "id": self.id,
-            "number": self.number,
-            "seconds": self.seconds,
             "within": lambda column, low: within(self.number(column), low),
             "code": lambda column, codes: code_of(quoted(column), self.inner(column), codes),
-            "label": self.label,
-            "label_number": self.label_number,
-            "label_weight": self.label_weight,
-            "teacher_weight": self.teacher_weight,
-            "other_version": self.other_version,
             "in_32_bits": lambda column: _in_32_bits(self.number(column)),
-            "feature_value": self.feature,
             "and_features": lambda features: "".join(
                 f", {quoted(f'feature:{feature.name}')}" for feature in features
             ),
-            "raw_and_features": self.raw_and_features,
-            "raw": raw,
             "digest": lambda share: f"{int(share * 2**52):013x}",
-            "vocabulary": vocabulary_table,
-            "inner": self.inner,
             "is_float": lambda column: pa.types.is_floating(self.inner(column)),
-            "ids_in": self.ids_in,
-            "is_aligned": self.is_aligned,
         }
 
     def some_numbers(self, column: str) -> str:
@@ -299,7 +262,7 @@ class Query:
         ids = f"list_transform({value}, lambda each: {self.id(column, 'each')})"
         return f"list_filter({ids}, lambda each: each IS NOT NULL)"
 
-    def feature(self, feature: Feature, value: str = "") -> str:
+    def feature_value(self, feature: Feature, value: str = "") -> str:
         """The value of a feature: a number, an id, or a list of ids, cut to its length."""
         column, value = feature.column, value or quoted(feature.column)
         if feature.of == "event":
@@ -337,10 +300,10 @@ class Query:
     def raw_and_features(self, features: list[Feature]) -> str:
         """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""
         columns = dict.fromkeys(feature.column for feature in features)
-        selected = [f"log.{quoted(of)} AS {raw(of)}" for of in columns] + [
-            f"{self.feature(of, f'log.{quoted(of.column)}')} AS {quoted(f'feature:{of.name}')}"
-            for of in features
-        ]
+        selected = [f"log.{quoted(of)} AS {raw(of)}" for of in columns]
+        for of in features:
+            value = self.feature_value(of, f"log.{quoted(of.column)}")
+            selected.append(f"{value} AS {quoted(f'feature:{of.name}')}")
         return "".join(f",\n        {of}" for of in selected)
 
 

@@ -38,8 +38,6 @@ from kd_ranker.sources.logs.encode import (
     encode_requests,
     encoding_of,
     item_matrix,
-    load_encoding,
-    save_encoding,
     spec_of,
     transforms,
 )
@@ -47,17 +45,18 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.leaks import find_leaks
-from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.query import PREFIX, Query, kind_of
+from kd_ranker.sources.logs.query import PREFIX, Query
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
-from kd_ranker.sources.logs.settled import check_types, with_items
 from kd_ranker.sources.logs.vocabulary import (
     MANIFEST,
     VOCABULARIES_FOLDER,
+    check_types,
     find_vocabularies,
+    kinds_of,
     requests_of_piece,
     shifted,
+    with_items,
     write_requests,
     write_vocabularies,
 )
@@ -86,11 +85,6 @@ class PreparedLog(NamedTuple):
     counts: Counts
     pieces: list[Piece]
     earlier: Earlier | None
-
-    @property
-    def types(self) -> dict[str, pa.DataType]:
-        """Column of the log -> its type."""
-        return {name.removeprefix(PREFIX): of for name, of in self.query.types.items()}
 
     def shards(self, split: str) -> list[Piece]:
         """The pieces of a split, in the order of time."""
@@ -134,7 +128,7 @@ def open_source(
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
-        known = append.sizes_of(earlier) if earlier else {}
+        known = earlier.settled.vocabularies if earlier else {}
         database, query = stack.enter_context(open_engine(log, layout, work, known))
         run = stack.enter_context(open_threads(layout.processes))
         source = _source(_read(log, layout, database, query, earlier), run)
@@ -175,7 +169,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
 
 @contextlib.contextmanager
 def open_engine(
-    log: Log, layout: LogLayout, folder: Path, known_size: Mapping[str, int] = MappingProxyType({})
+    log: Log, layout: LogLayout, folder: Path, known: Mapping[str, pa.Table] = MappingProxyType({})
 ) -> Iterator[tuple[Database, Query]]:
     """Open a log in the engine that the config names, and makes its query.
 
@@ -183,7 +177,7 @@ def open_engine(
       log: the log.
       layout: of the log.
       folder: for tables that do not fit in memory.
-      known_size: as of `Query`.
+      known: vocabularies of a dataset, which become the tables `known_<name>`.
 
     Raises:
       UserError: a file is damaged, or the engine is not installed or does not start.
@@ -205,7 +199,10 @@ def open_engine(
         database = stack.enter_context(opened)
         schema = database.open_log(log)
         types = {of.name: of.type for of in schema if of.name.startswith(PREFIX)}
-        yield database, Query(layout.with_prefix(PREFIX), types, known_size)
+        for name, table in known.items():
+            database.put(f"known_{name}", table)
+        sizes = {f"known_{name}": len(table) for name, table in known.items()}
+        yield database, Query(layout.with_prefix(PREFIX), types, sizes)
 
 
 def _read(
@@ -213,8 +210,7 @@ def _read(
 ) -> PreparedLog:
     """All passes except the last."""
     if earlier:
-        check_types(query, earlier.settled)
-        append.put_known(earlier, database)
+        check_types(layout, query.types_in_log, earlier.settled)
     database.run(query.statements("log.sql"))
     if earlier:
         append.check_requests(earlier, layout, database)
@@ -254,7 +250,7 @@ def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
         raise UserError(
             f"data.split='time', but the requests of {layout.path} have less than three different "
             "times, one a split; split by 'request' or 'user'"
-            f"{time_hint(numbers, layout)}"
+            f"{findings.time_hint(numbers, layout)}"
         )
     count = "SELECT count(*) FROM bad_splits"
     if layout.split == "column" and (number := database.number(count)):
@@ -270,7 +266,9 @@ def _source(read: PreparedLog, run: Runner) -> Source:
     log, layout, database, earlier = read.log, read.layout, read.database, read.earlier
     some_numbers = functools.partial(_some_numbers, database, read.query)
     report = make_data_report(log, layout, read.counts, some_numbers)
-    found = findings.find(report, lambda: time_hint(some_numbers(layout.columns["time"]), layout))
+    found = findings.find(
+        report, lambda: findings.time_hint(some_numbers(layout.columns["time"]), layout)
+    )
     report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
     for name, text in found:
         verdict = "Allowed" if name in layout.allow else "Refused"
@@ -280,8 +278,6 @@ def _source(read: PreparedLog, run: Runner) -> Source:
     encoding, vocabularies = _encoding(read)
     if earlier:
         append.extend_report(earlier, report, database)
-    save_encoding(encoding, database.folder / "encoding")
-    load_encoding(database.folder / "encoding")  # once, before threads need it
     items = database.fetch("SELECT * FROM item_fields ORDER BY id")
     if earlier:
         matrices = with_items(layout, encoding, earlier.dataset.items, items)
@@ -291,15 +287,14 @@ def _source(read: PreparedLog, run: Runner) -> Source:
 
     def shards(split: str) -> list[Callable[[], Iterator[Block]]]:
         return [
-            functools.partial(encode_requests, layout, database.folder, piece, before)
+            functools.partial(encode_requests, layout, encoding, database.folder, piece, before)
             for piece in read.shards(split)
         ]
 
     def write_beside(directory: Path) -> None:
         _write_report(read, report, directory)
         write_vocabularies(vocabularies, directory / VOCABULARIES_FOLDER)
-        hashed = {of.name: kind_of(read.types[of.column]) for of in layout.features if of.hashed}
-        rules = transforms(layout, encoding, hashed)
+        rules = transforms(layout, encoding, kinds_of(layout, read.query.types_in_log))
         (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
         for split in SPLITS:
             requests = [requests_of_piece(database.folder, of) for of in read.shards(split)]
@@ -395,4 +390,4 @@ def _write_report(read: PreparedLog, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
     write_data_report(report, directory)
     folder = directory / REJECTED_FOLDER
-    write_rejected(read.database, read.log, read.layout, read.types, folder)
+    write_rejected(read.database, read.log, read.layout, read.query.types_in_log, folder)

@@ -4,29 +4,41 @@ Ids, vocabularies, means and deviations are those of the dataset. The log gives 
 candidates and the features of these; no column that is known only after a request is read.
 """
 
-import json
-from collections.abc import Mapping
+import functools
+import pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.encode import ITEM, USER, save_encoding
+from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.rejected import count_rejected
-from kd_ranker.sources.logs.settled import Settled, check_types, with_items
 from kd_ranker.sources.logs.source import open_engine
+from kd_ranker.sources.logs.vocabulary import Settled, check_types, with_items
 
-_ITEM_FEATURES, _ITEM_CATEGORY, _READ = "item_features.npy", "item_category.npy", "read.json"
-_ITEM_NAMES = "items.parquet"
+_READ = "read.pickle"
+
+
+class Counted(NamedTuple):
+    """Numbers of candidates of a log.
+
+    Attributes:
+      largest: the most candidates that a request has.
+      used: the number of candidates.
+      rejected: reason -> the number of rejected candidates.
+      new: `user` and `item` -> the number of candidates with one that no training request has.
+    """
+
+    largest: int
+    used: int
+    rejected: dict[str, int]
+    new: dict[str, int]
 
 
 class Unseen(NamedTuple):
@@ -34,17 +46,17 @@ class Unseen(NamedTuple):
 
     Attributes:
       pieces: the pieces of its requests and candidates.
-      largest: the most candidates that a request has.
-      used: how many candidates there are.
-      rejected: reason -> how many candidates it has cost; they are in no piece.
-      new: `user` and `item` -> how many candidates are of one that no training request has.
+      counted: the numbers of its candidates.
+      encoding: the rules of the dataset.
+      items: features and category ids of the items of the dataset and of the log.
+      item_names: the `value` and `id` of the items of the log, by id.
     """
 
     pieces: list[Piece]
-    largest: int
-    used: int
-    rejected: dict[str, int]
-    new: dict[str, int]
+    counted: Counted
+    encoding: Encoding
+    items: Items
+    item_names: pa.Table
 
 
 def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
@@ -98,69 +110,50 @@ def read_unseen(
     items: Items,
     folder: Path,
 ) -> None:
-    """Read a log into a folder that is there, for `load_unseen`, `load_items` and encode_requests.
+    """Read a log into a folder that exists, for `load_unseen`.
 
     Args:
       log: the log.
       layout: of the columns that are read, see `open_unseen`.
-      settled: the terms to read it in.
+      settled: the ids and scales to read it with.
       items: features and category ids of the items of the dataset; those of items that are
         candidates in the log take their places, and new ones follow.
       folder: to write to.
 
     Raises:
-      UserError: the log cannot be read, holds ids of another type than training, or not one row of
-        it can be used.
+      UserError: the log cannot be read, holds ids of another type than training, or none of its
+        rows can be used.
     """
-    sizes = {f"known_{of}": len(settled.vocabularies[of]) for of in (USER, ITEM)}
-    with open_engine(log, layout, folder, sizes) as (database, query):
-        check_types(query, settled)
-        for of in (USER, ITEM):
-            database.put(f"known_{of}", settled.vocabularies[of])
+    known = {of: settled.vocabularies[of] for of in (USER, ITEM)}
+    with open_engine(log, layout, folder, known) as (database, query):
+        check_types(layout, query.types_in_log, settled)
         database.run(query.statements("log.sql"))
         rejected = count_rejected(database)
         if not database.number("SELECT count(*) FROM used"):
             raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
         pieces = write_ordered(database)
-        save_encoding(settled.encoding, folder / "encoding")
         logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
-        pq.write_table(logged.select(["value", "id"]), folder / _ITEM_NAMES)
-        whole = with_items(layout, settled.encoding, items, logged)
-        for file, matrix in zip((_ITEM_FEATURES, _ITEM_CATEGORY), whole, strict=True):
-            np.save(folder / file, matrix)
-        sizes_of = "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number) AS of"
-        found = Unseen(
-            pieces,
-            largest=database.number(sizes_of),
-            used=sum(piece.candidates for piece in pieces),
+        users = f"SELECT number FROM request_rows WHERE user_id >= {settled.trained[USER]}"
+        new_items = f"SELECT value AS item FROM items WHERE id >= {settled.trained[ITEM]}"
+        new = "SELECT count(*) FROM used SEMI JOIN ({}) AS new USING ({})"
+        counted = Counted(
+            database.number(
+                "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
+            ),
+            used=pieces[-1].candidates[1],
             rejected=rejected,
-            new=_new(database, settled.trained),
+            new={
+                USER: database.number(new.format(users, "number")),
+                ITEM: database.number(new.format(new_items, "item")),
+            },
         )
-    (folder / _READ).write_text(json.dumps(found))
+    matrices: Any = with_items(layout, settled.encoding, items, logged)
+    names = logged.select(["value", "id"])
+    found = Unseen(pieces, counted, settled.encoding, Items(*matrices), names)
+    (folder / _READ).write_bytes(pickle.dumps(found))
 
 
+@functools.lru_cache(maxsize=1)
 def load_unseen(folder: Path) -> Unseen:
     """Load what `read_unseen` has read into a folder."""
-    pieces, *rest = json.loads((folder / _READ).read_text())
-    return Unseen([Piece(batch, split, tuple(of), n) for batch, split, of, n in pieces], *rest)
-
-
-def load_items(folder: Path) -> Items:
-    """The items of the dataset and of the log that `read_unseen` has read into a folder."""
-    return Items(*(np.load(folder / file) for file in (_ITEM_FEATURES, _ITEM_CATEGORY)))
-
-
-def load_item_names(folder: Path) -> pa.Table:
-    """The `value` and `id` of the items of the log that `read_unseen` has read, by id."""
-    return pq.read_table(folder / _ITEM_NAMES)
-
-
-def _new(database: Database, trained: Mapping[str, int]) -> dict[str, int]:
-    """`Unseen.new`."""
-    users = f"SELECT number FROM request_rows WHERE user_id >= {trained[USER]}"
-    items = f"SELECT value AS item FROM items WHERE id >= {trained[ITEM]}"
-    count = "SELECT count(*) FROM used SEMI JOIN ({}) AS new USING ({})"
-    return {
-        USER: database.number(count.format(users, "number")),
-        ITEM: database.number(count.format(items, "item")),
-    }
+    return pickle.loads((folder / _READ).read_bytes())

@@ -1,20 +1,36 @@
-"""The ids of a dataset in the terms of its log: of users, items, values and requests."""
+"""The ids and scales of a dataset in the terms of its log, by which another log is read.
 
+The ids are of users, items, values and requests.
+"""
+
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.errors import UserError
 from kd_ranker.requests.ragged import starts_of
+from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.logs.database import Database
+from kd_ranker.sources.logs.encode import (
+    ITEM,
+    TRANSFORMS,
+    USER,
+    Encoding,
+    encoding_of,
+    item_matrix,
+)
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
-from kd_ranker.sources.logs.query import vocabulary_table
+from kd_ranker.sources.logs.query import kind_of, vocabulary_table
 
 VOCABULARIES_FOLDER = "vocabularies"
 # Beside a dataset: the files of its log, see `files.Log`.
@@ -107,3 +123,91 @@ def read_requests_of(directory: Path, split: str) -> pa.Table:
 
 def _requests_file(split: str) -> str:
     return f"log_requests-{split}.parquet"
+
+
+class Settled(NamedTuple):
+    """The ids, vocabularies and scales of a dataset, by which another log is read.
+
+    Attributes:
+      encoding: the rules by which values become ids and features.
+      vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
+      kinds: key of the config that names a column of ids or categories -> `query.kind_of` its
+        values, where known.
+      trained: how many of the first ids of `user` and of `item` training requests have.
+    """
+
+    encoding: Encoding
+    vocabularies: Mapping[str, pa.Table]
+    kinds: Mapping[str, str]
+    trained: Mapping[str, int]
+
+
+def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled:
+    """Read the ids, vocabularies and scales of the dataset in `directory`.
+
+    Args:
+      layout: of its log.
+      spec: its sizes.
+      directory: its folder.
+
+    Raises:
+      UserError: files next to the dataset are gone.
+    """
+    report = read_data_report(directory)
+    if report is None:
+        raise UserError(
+            f"{directory / JSON_FILE}, which holds the means and deviations of training, is gone; "
+            f"restore it, or remove {directory} and make it again with: python -m "
+            "experiments.prepare_data"
+        )
+    moments = {feature["name"]: feature for feature in report["features"]}
+    names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
+    vocabularies = {name: read_vocabulary(directory, name) for name in names}
+    encoding = encoding_of(layout, spec, vocabularies, moments)
+    ids = report["ids"]
+    trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
+    path = directory / TRANSFORMS
+    kinds = json.loads(path.read_text()).get("kinds", {}) if path.exists() else {}
+    return Settled(encoding, vocabularies, kinds, trained)
+
+
+def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:
+    """Return `Settled.kinds` of a log; requests keep their own ids."""
+    wanted = [of for of in files.wanted_columns(layout) if of.use == "id"]
+    kinds = {of.key: kind_of(types[of.column]) for of in wanted if of.key != "data.columns.request"}
+    return {key: kind for key, kind in kinds.items() if kind}
+
+
+def check_types(layout: LogLayout, types: Mapping[str, pa.DataType], settled: Settled) -> None:
+    """Refuse texts where training had whole numbers, and the reverse: none would match."""
+    column_of = {of.key: of.column for of in files.wanted_columns(layout)}
+    for key, here in kinds_of(layout, types).items():
+        there = settled.kinds.get(key, here)
+        if here != there:
+            raise UserError(
+                f"column {column_of[key]!r} ({key}) holds {here}, and in training it held "
+                f"{there}; give it the type that it had"
+            )
+
+
+def with_items(
+    layout: LogLayout, encoding: Encoding, items: Items, table: pa.Table
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features and category ids of the items of a dataset and of a log.
+
+    Args:
+      layout: of the log.
+      encoding: its rules.
+      items: those of the dataset.
+      table: the fields of the items of the log; their values take the places of known ones.
+    """
+    places = table["id"].to_numpy()
+    matrices = []
+    known_items = (np.asarray(items.features), np.asarray(items.category))
+    for known, logged in zip(known_items, item_matrix(layout, encoding, table), strict=True):
+        whole = np.zeros((max(len(known), places.max() + 1), known.shape[1]), known.dtype)
+        whole[: len(known)] = known
+        whole[places] = logged
+        matrices.append(whole)
+    features, category = matrices
+    return features, category

@@ -123,9 +123,9 @@ def test_a_column_that_some_files_have_from_their_folders_is_refused(tmp_path):
     write_log(log / "age=2", make_rows(1))
     path = log / "age=1" / "part-0.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["age"]), path)
-    assert "column 'age' (data.features.age) is in 1 file of 2, and others have it from" in (
-        fault_of(faulty_logs.config(log, tmp_path))
-    )
+    config = faulty_logs.config(log, tmp_path)
+    config.data.columns.label_weight, config.data.features = "age", ConfigDict()
+    assert "part-0.parquet has no column 'age' (data.columns.label_weight)" in fault_of(config)
 
 
 def test_a_day_that_no_month_has_is_a_text():

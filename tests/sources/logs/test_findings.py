@@ -14,32 +14,23 @@ from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
 START = 1_700_000_000
-WATCH = "labels__tasks__watch"
-COVERED = "teacher__tasks__watch__coverage__test"
 
 
 def report_of(**changes):
-    """A report that says nothing against its log; `test__watch__rate=0` changes a label."""
-    entry = {"positives": 200, "rate": 0.3}
-    splits = ("train", "validation", "test")
+    """A report that says nothing against its log; `splits__test__rows=0` changes a count."""
+    split = dict(first="1990-01-01 00:00:00", last="2099-12-31 23:59:59")
+    split |= {"retrieved": 70, "passed": 20, "shown": 10, "positives/watch": 200, "rate/watch": 0.3}
+    shares = {"retrieved": 0.0, "passed": 0.25, "shown": 1.0}
+    split |= {f"coverage/watch/{stage}": share for stage, share in shares.items()}
     report = {
         "candidates": {"in_the_log": 1000, "used": 900, "rejected": 100},
         "columns": [
             {"key": "data.columns.time", "column": "t", "values": 1000, "out_of_range": 100}
         ],
-        "requests": {
-            split: {"first": "1990-01-01 00:00:00", "last": "2099-12-31 23:59:59"}
-            for split in splits
-        },
-        "labels": {"tasks": {"watch": {split: dict(entry) for split in splits}}},
-        "stages": [
-            {"split": split, "retrieved": 70, "passed": 20, "shown": 10} for split in splits
-        ],
-        "teacher": {
-            "tasks": {
-                "watch": {"coverage": {"test": {"retrieved": 0.0, "passed": 0.25, "shown": 1.0}}}
-            }
-        },
+        "requests": {},
+        "splits": {of: dict(split) for of in ("train", "validation", "test")},
+        "tasks": ["watch"],
+        "teacher": {"tasks": ["watch"]},
     }
     for path, value in changes.items():
         *parts, last = path.split("__")
@@ -60,19 +51,19 @@ def test_a_report_on_the_edge_says_nothing():
     [
         ({"candidates__rejected": 101}, "rejected", "101 of 1,000 candidates (10.1%) are rej"),
         ({"columns__0__out_of_range": 101}, "times", "101 of 1,000 values of column 't' are not t"),
-        ({"requests__test__last": "2100-01-01 00:00:00"}, "times", "1990-01-01 and 2100-01-01"),
-        ({"requests__train__first": "1970-01-20 17:00:00"}, "times", "1970-01-20 and 2099-12-31"),
-        ({"requests__test__last": "33658-09-27 01:46:40"}, "times", "and 33658-09-27"),
-        ({f"{WATCH}__train__rate": 0.0}, "one_label", "every label of watch in train is 0"),
-        ({f"{WATCH}__test__rate": 1.0}, "one_label", "every label of watch in test is 1"),
-        ({f"{WATCH}__test__rate": None}, "one_label", "no label of watch in test"),
+        ({"splits__test__last": "2100-01-01 00:00:00"}, "times", "1990-01-01 and 2100-01-01"),
+        ({"splits__train__first": "1970-01-20 17:00:00"}, "times", "1970-01-20 and 2099-12-31"),
+        ({"splits__test__last": "33658-09-27 01:46:40"}, "times", "and 33658-09-27"),
+        ({"splits__train__rate/watch": 0.0}, "one_label", "every label of watch in train is 0"),
+        ({"splits__test__rate/watch": 1.0}, "one_label", "every label of watch in test is 1"),
+        ({"splits__test__rate/watch": None}, "one_label", "no label of watch in test"),
         ({"requests__candidates_a_request": {"quantiles": {"0.5": 1}}}, "one_candidate",
          "half of the requests have one candidate, which leaves nothing to rank"),
-        ({f"{WATCH}__test__positives": 99}, "few_positives", "below 100: watch has 99 in test"),
-        ({f"{WATCH}__validation__positives": 4}, "few_positives", "watch has 4 in validation"),
-        ({f"{COVERED}__passed": 0.24}, "teacher_coverage",
+        ({"splits__test__positives/watch": 99}, "few_positives", "below 100: watch has 99 in test"),
+        ({"splits__validation__positives/watch": 4}, "few_positives", "watch has 4 in validation"),
+        ({"splits__test__coverage/watch/passed": 0.24}, "teacher_coverage",
          "that of watch covers 49.3% of the passed candidates in test"),
-        ({f"{COVERED}__shown": None}, "teacher_coverage", "covers 16.7%"),
+        ({"splits__test__coverage/watch/shown": None}, "teacher_coverage", "covers 16.7%"),
     ],
 )  # fmt: skip
 def test_each_finding_has_its_name_and_its_numbers(changes, name, text):
@@ -82,7 +73,7 @@ def test_each_finding_has_its_name_and_its_numbers(changes, name, text):
 
 
 def test_a_label_of_1_or_missing_has_advice():
-    changes = {f"{WATCH}__{split}__rate": 1.0 for split in ("train", "validation", "test")}
+    changes = {f"splits__{split}__rate/watch": 1.0 for split in ("train", "validation", "test")}
     column = {"key": "data.labels.watch", "column": "w", "values": 9, "out_of_range": 0}
     for missing, advice in ((5, True), (0, False)):
         columns = [column | {"missing": missing}]
@@ -91,11 +82,11 @@ def test_a_label_of_1_or_missing_has_advice():
 
 
 def test_few_positives_of_training_are_its_own_matter():
-    assert find(report_of(labels__tasks__watch__train__positives=3)) == []
+    assert find(report_of(**{"splits__train__positives/watch": 3})) == []
 
 
 def test_the_refusal_names_all_and_the_flag_that_allows_them_with_what_is_allowed_already():
-    changes = {"candidates__rejected": 500, "labels__tasks__watch__test__rate": 1.0}
+    changes = {"candidates__rejected": 500, "splits__test__rate/watch": 1.0}
     found = find(report_of(**changes))
     why = refusal(found, ["times"])
     assert why.startswith("rejected: 500 of 1,000")

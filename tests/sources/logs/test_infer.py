@@ -217,6 +217,7 @@ def test_names_that_mislead(columns, tmp_path):
         del together[name]
     together["created_at"] = together["item_time"]
     together["score"] = [rng.random() if p is None else p for p in columns[TEACHER["click"]]]
+    together["p_click"] = rng.random(rows)
     _, config = infer(tmp_path / "no item", logs.table_of(together))
     gone = {"item_id", "time", "teacher_version", *TEACHER.values()}
     assert not wrong(config, {k: v for k, v in PLANTED.items() if v not in gone})

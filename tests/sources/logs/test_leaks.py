@@ -21,7 +21,7 @@ def told(columns, answer):
     """Column -> the share of the answer's uncertainty that it removes."""
     table = pd.DataFrame(columns)
     return {
-        name: leaks.share_in_bins(leaks.bins_of(table[name]), table[answer].astype(float))
+        name: leaks.share_revealed(leaks.bins_of(table[name]), table[answer].astype(float))
         for name in columns
         if name != answer
     }

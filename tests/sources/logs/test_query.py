@@ -16,7 +16,7 @@ import sqlglot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_ranker.sources.logs import query
+from kd_ranker.sources.logs import files, query
 from kd_ranker.sources.logs.encode import _places
 from kd_ranker.sources.logs.query import PREFIX, Query
 from tests.sources import faulty_logs
@@ -35,7 +35,7 @@ def values(tmp_path):
             connection.execute("SET TimeZone = 'UTC'")
             rows = f"read_parquet('{tmp_path}/values.parquet')"
             read = connection.sql(f"SELECT value FROM {rows} LIMIT 0").to_arrow_table()
-            value = function("value", query.inner_type(read.schema.field("value").type))
+            value = function("value", files.inner_type(read.schema.field("value").type))
             found = connection.sql(f"SELECT {value} AS value FROM {rows} ORDER BY place")
             return found.to_arrow_table()["value"].to_pylist()
 

@@ -104,7 +104,7 @@ def test_prepare_data_prints_what_was_found_whether_it_builds_the_dataset_or_fin
     assert capsys.readouterr().out == told
     directory = api.prepare(new).directory
     report = json.loads((directory / "data_report.json").read_text())
-    candidates, requests = report["candidates"], report["requests"]["train"]["requests"]
+    candidates, requests = report["candidates"], report["splits"]["train"]["requests"]
     reasons = {name: of["candidates"] for name, of in candidates["by_reason"].items()}
     rejected = sum(reasons.values())
     assert rejected == candidates["rejected"] > 0

@@ -128,20 +128,27 @@ CREATE TABLE {{ table }} AS
 {%- endmacro %}
 CREATE TABLE totals AS SELECT split, count(*) AS candidates,
     count(*) FILTER (WHERE stage = 1) AS retrieved, count(*) FILTER (WHERE stage = 2) AS passed,
-    count(*) FILTER (WHERE stage = 3) AS shown, count(*) FILTER (WHERE {{ labelled }}) AS labelled,
+    count(*) FILTER (WHERE {{ labelled }}) AS labelled,
 {% for task in layout.tasks %}
     count(*) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1) AS "positives/{{ task }}",
-    sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1)
-        AS "weighted_positives/{{ task }}",
+    coalesce(sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1), 0)
+        / nullif(sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }}), 0) AS "rate/{{ task }}",
     count(*) FILTER (WHERE stage < 3 AND "label:{{ task }}" = 1) AS "positives_not_shown/{{ task }}",
 {% endfor %}
 {% for task in layout.scored_tasks %}
-    {% for stage in (1, 2, 3) %}
-    count(*) FILTER (WHERE stage = {{ stage }} AND {{ proper(task) }})
-        AS "covered/{{ task }}/{{ stage }}",
+    {% for stage in ("retrieved", "passed", "shown") %}
+    count(*) FILTER (WHERE stage = {{ loop.index }} AND {{ proper(task) }})
+        / nullif(count(*) FILTER (WHERE stage = {{ loop.index }}), 0) AS "coverage/{{ task }}/{{ stage }}",
     {% endfor %}
+    {% if layout.teacher_signal == "probability" %}
+    {% for value in ("teacher:" ~ task, "label:" ~ task) %}
+    {{ "/ nullif(" if not loop.first }} sum(label_weight::DOUBLE * "{{ value }}"::DOUBLE)
+        FILTER (WHERE {{ labelled }} AND {{ proper(task) }}) {{ ", 0)" if not loop.first }}
+    {% endfor %}
+        AS "predicted_over_observed/{{ task }}",
+    {% endif %}
 {% endfor %}
-    sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }}) AS label_weight FROM used GROUP BY split;
+    count(*) FILTER (WHERE stage = 3) AS shown FROM used GROUP BY split;
 CREATE TABLE sizes AS
     WITH of_requests AS (SELECT number, split, count(*) AS size,
         count(*) FILTER (WHERE {{ labelled }}) AS labels FROM used GROUP BY number, split)
@@ -150,21 +157,6 @@ CREATE TABLE sizes AS
 CREATE TABLE splits AS SELECT split, count(*) AS requests, min(time) AS first, max(time) AS last,
     count(*) FILTER (WHERE moved) AS several_times, count(*) FILTER (WHERE users > 1) AS several_users
     FROM requests GROUP BY split;
-CREATE TABLE steps_back AS
-    WITH ordered AS (SELECT time, lag(time) OVER (ORDER BY file, "row") AS before FROM requests)
-    SELECT count(*) AS requests FROM ordered WHERE time < before;
-{% if layout.scored_tasks and layout.teacher_signal == "probability" %}
--- The teacher's probabilities against labels.
-CREATE TABLE calibration AS
-{% for task in layout.scored_tasks %}
-    SELECT '{{ task }}' AS task,
-        least(floor("teacher:{{ task }}"::DOUBLE * 20), 19)::BIGINT AS bin,
-        sum(label_weight::DOUBLE) AS weight,
-        sum(label_weight::DOUBLE * "teacher:{{ task }}"::DOUBLE) AS predicted,
-        sum(label_weight::DOUBLE * "label:{{ task }}") AS observed
-        FROM used WHERE {{ labelled }} AND {{ proper(task) }} GROUP BY bin{{ " UNION ALL" if not loop.last }}
-{% endfor %};
-{% endif %}
 {% for table, features, where in [("used", layout.of("candidate", kind="dense"), "split = 0"),
         ("request_rows", layout.of("user", "context", kind="dense"), "split = 0"),
         ("items", layout.of("item", kind="dense"), "train > 0")] if features %}
