@@ -174,21 +174,16 @@ SAMPLERS: dict[str, Sampler] = {
 """The samplers by name."""
 
 
-class Chosen(NamedTuple):
-    """The candidates that a sampler has drawn; these are the arguments of `sampling.rows_of`.
+Chosen = tuple[
+    Int[np.ndarray, "R steps"],
+    Int[np.ndarray, "R steps N"],
+    Float[np.ndarray, "R steps labelled"],
+    Bounds,
+]
+"""The candidates that a sampler has drawn: the arguments of `sampling.rows_of`.
 
-    Attributes:
-      request: the numbers of the requests.
-      place: in the candidates of each request, -1 for padding. Labelled ones are first, then the
-        others that were passed, then the rest.
-      factor: on the weight of each label; 0 if the label is not a training target.
-      bounds: of the requests.
-    """
-
-    request: Int[np.ndarray, "R steps"]
-    place: Int[np.ndarray, "R steps N"]
-    factor: Float[np.ndarray, "R steps labelled"]
-    bounds: Bounds
+Labelled candidates are first, then the others that were passed, then the rest.
+"""
 
 
 def slots_of(counts: Counts, stage: Stage, sizes: Sizes) -> Slots:
@@ -265,7 +260,7 @@ def draw(
 
     place, factor = _in_order(place, factor, counts_of, stage, slots)
     as_int32 = Bounds(*(of.astype(np.int32) for of in bounds))
-    return Chosen(request.astype(np.int32), place, factor, as_int32)
+    return request.astype(np.int32), place, factor, as_int32
 
 
 def _in_order(

@@ -45,7 +45,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import scipy.stats
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
@@ -676,11 +675,3 @@ def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
         )
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
-    # At least two numbers of 8 bytes for each topic of each user and item.
-    needed = 16 * data.num_topics * (data.num_users + data.num_items)
-    if needed > (free := psutil.virtual_memory().available):
-        raise UserError(
-            f"data.num_users={data.num_users} and data.num_items={data.num_items} need "
-            f"{needed / 1e9:,.1f} GB of memory at the least, and {free / 1e9:,.1f} GB are free; "
-            "lower one of them"
-        )

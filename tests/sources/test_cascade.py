@@ -407,13 +407,6 @@ def test_an_unknown_split_is_refused() -> None:
         list(source.requests("valid"))
 
 
-def test_a_world_that_no_memory_holds_is_refused_before_it_is_made():
-    funnel = ConfigDict({"retrieved": 100, "passed": 30, "shown": 10})
-    for size in ("num_users", "num_items"):
-        with pytest.raises(UserError, match=rf"{size}=1000000000000.* GB of memory at the least"):
-            cascade.open_source(make_data(**{size: 10**12}), cascade.TASKS, funnel)
-
-
 def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world() -> None:
     without, tasted = cascade.make_world(make_data()), cascade.make_world(make_data(taste=1.5))
     for name in ("interests", "topics", "quality", "upload_time", "teacher_item_error"):
