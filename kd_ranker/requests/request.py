@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -56,18 +55,3 @@ class Source:
     write_beside: Callable[[Path], None] | None = None
     earlier: Dataset | None = None
     close: Callable[[], None] = lambda: None
-
-
-def without_teacher(tasks: int) -> dict[str, Any]:
-    """Return the fields of a request without teacher values and without true probabilities.
-
-    >>> without_teacher(3)["teacher_probability"].shape
-    (0, 3)
-    """
-    none = np.zeros((0, tasks), np.float32)
-    return {
-        "teacher_probability": none,
-        "teacher_weight": none[:, 0],
-        "teacher_version": "",
-        "true_probability": none,
-    }

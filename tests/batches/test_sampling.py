@@ -22,7 +22,7 @@ from kd_ranker.requests.columns import (
     proper_probability,
     spread_order,
 )
-from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
+from tests.batches.packing_by_hand import full_fields, packed, prepared, starts_of, unpacked
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
 
@@ -285,10 +285,10 @@ def test_a_batch_holds_each_request_as_alone():
         random_request(2, shown=7, passed=7, retrieved=7, version="v0"),
         random_request(3, shown=1, passed=1, retrieved=1),
     ]
-    together = cutting.full_fields(columns_of(requests, V1), 20)
+    together = full_fields(columns_of(requests, V1), 20)
     drawn = cut(requests, 20, rows=np.array([2, 0, 1, 3, 1]))
     for place, index in enumerate([2, 0, 1, 3, 1]):
-        alone = cutting.full_fields(columns_of([requests[index]], V1), 20)
+        alone = full_fields(columns_of([requests[index]], V1), 20)
         for name, array in alone.items():
             np.testing.assert_array_equal(together[name][index], array[0], err_msg=name)
         # Room for all, so the same candidates, in another order.
@@ -353,9 +353,7 @@ def test_the_most_recent_events_are_kept(events):
         history_id=np.arange(events, dtype=np.int32),
         history_features=np.arange(events, dtype=np.float32)[:, None].repeat(3, 1),
     )
-    fields = {
-        name: array[0] for name, array in cutting.full_fields(columns_of([request], V1), 20).items()
-    }
+    fields = {name: array[0] for name, array in full_fields(columns_of([request], V1), 20).items()}
     kept = min(events, SPEC.history_length)
     assert fields["history_mask"].sum() == kept
     np.testing.assert_array_equal(fields["history_id"][:kept], np.arange(events)[events - kept :])
