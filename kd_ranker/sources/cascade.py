@@ -50,7 +50,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.errors import UserError, check_choice, check_tasks
+from kd_ranker.errors import UserError, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 
 TASKS = ("watch", "like", "share")
@@ -166,7 +166,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
 
     def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, SPLITS)
         for index in range(num_requests[split]):
             yield _draw_request(world, data, columns, funnel, split, index)
 

@@ -11,12 +11,10 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.requests import packing
 from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import (
     Columns,
     columns_of,
-    in_sampling_order,
     needed,
     only_counting,
     proper_probability,
@@ -124,28 +122,6 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
         wanted = ends[kind] - starts[kind]
         assert set(counts.values()) <= {wanted}
         assert len(counts) == (number if wanted else 0)
-
-
-def test_the_sampling_order_moves_whole_candidates():
-    requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
-    columns = in_sampling_order(columns_of(requests, V1))
-    fields = packing.unpack_rows(columns.candidates.values, columns.candidates.spans)
-    labels = packing.unpack_rows(columns.labels.values, columns.labels.spans)
-    for index, request in enumerate(requests):
-        shown, passed = len(request.user_label), request.num_passed
-        start = columns.candidates.first[index]
-        items = fields["item_id"][start : start + len(request.item_id)]
-        for stage in (slice(shown), slice(shown, passed), slice(passed, None)):
-            assert set(items[stage]) == set(request.item_id[stage])
-        place = {int(item): at for at, item in enumerate(request.item_id)}
-        was = np.array([place[int(item)] for item in items])
-        label = labels["user_label"][columns.labels.first[index] :][:shown]
-        np.testing.assert_array_equal(label, request.user_label[was[:shown]])
-        positive = request.user_label[was[:shown]].any(axis=1)
-        assert columns.counts.positives[index] == positive.sum()
-        assert positive[: positive.sum()].all()
-        probability = fields["teacher_probability"][start:][:passed]
-        np.testing.assert_array_equal(probability, request.teacher_probability[was[:passed]])
 
 
 def test_a_device_cuts_the_batch_that_the_host_cuts():

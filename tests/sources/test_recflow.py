@@ -4,16 +4,13 @@ import json
 import re
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from kd_ranker import api
-from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.configs import recflow as config_file
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation.evaluate import Plan, Ranker, Served, evaluate
 from kd_ranker.pipeline import datasets
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
@@ -122,15 +119,6 @@ def test_a_request_worked_by_hand(tmp_path):
     # Noon in UTC, on a Friday; no view before.
     np.testing.assert_allclose([row["hour_sin"], row["hour_cos"]], [0, -1], atol=1e-6)
     assert (row["weekday"], row["pause"], row["views"], row["history"]) == (4, None, 0, [])
-
-
-def test_of_two_rows_of_a_video_the_furthest_counts(tmp_path):
-    rows = worked_rows()
-    furthest = next(row for row in rows if row["video_id"] == 50)
-    without = {"realshow": 0, "rank_pos": 0, "rerank_pos": 0}
-    same = [furthest | without | {"rank_index": 1}, furthest | {"like": 0}, furthest]
-    once = rows_of(write_worked(tmp_path / "once"))
-    assert rows_of(write_worked(tmp_path / "twice", [*same, *rows])) == once
 
 
 # All requests of random files, from the definitions, a row at a time.
@@ -360,31 +348,6 @@ def test_a_request_has_ten_of_each_stage_by_the_flags_alone(graded):
         assert request.teacher_weight.tolist() == [1] * 10 + [0] * 10
         probability = request.teacher_probability[:10, 0]
         np.testing.assert_allclose(probability, 1 / (2 + np.arange(10)), rtol=1e-6)
-
-
-def test_survival_at_thirty_is_the_recall_of_the_final_rankers_ten(graded):
-    """Of a student that sorts by a feature of items."""
-    _, config, _ = graded
-    dataset = datasets.dataset_of(config)
-
-    def serve(middle, batch, items):
-        away = jnp.abs(items.features[batch.item_id, 0] - middle)
-        return Served({"user": 1 / (1 + away[..., None])}, seen={})
-
-    middle = float(np.median(dataset.items.features[:, 0]))
-    student = Ranker(serve, jnp.full(1, middle))
-    batches = evaluation_batches(dataset, "test", requests=8, candidates=40)
-    plan = Plan((1.0,), config.funnel.shown)
-    _, ((summed,),) = evaluate(None, [student], batches, dataset.items, plan)
-    recalls = []
-    for request in read_requests(dataset, "test"):
-        away = np.abs(dataset.items.features[request.item_id, 0] - middle)
-        first = set(request.item_id[np.argsort(away, kind="stable")[:30]].tolist())
-        recalls.append(len(first & set(request.item_id[:10].tolist())) / 10)
-    assert 0 < np.mean(recalls) < 1
-    sums = summed["user"].sums
-    assert sums["survival"][29] / sums["funnel_requests"] == pytest.approx(np.mean(recalls))
-    assert sums["shown_kept"][29] / 80 == pytest.approx(np.mean(recalls))
 
 
 def test_a_request_without_any_of_the_flags_is_none(tmp_path):
