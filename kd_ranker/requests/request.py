@@ -36,8 +36,6 @@ class Source:
       shards: split -> its requests in nonempty parts, which `run` writes. With None, only
         `requests` is read.
       run: the runner that writes shards, see `pool.open_pool`.
-      for_training: whether the requests of `train` are stored for training: candidates in sampling
-        order, without facts for the evaluation. If not, they are stored like those of other splits.
       write_beside: writes additional files into the dataset's folder.
       earlier: a dataset of requests that come before these and become training requests; its ids
         are valid here.
@@ -51,7 +49,6 @@ class Source:
     item_category: Int32[np.ndarray, "items I"] | None = None
     shards: Callable[[str], Sequence[Shard]] | None = None
     run: Runner = run_here
-    for_training: bool = True
     write_beside: Callable[[Path], None] | None = None
     earlier: Dataset | None = None
     close: Callable[[], None] = lambda: None

@@ -146,7 +146,7 @@ def _write_requests(source: Source, folder: Path) -> dict[str, list]:
         for split in SPLITS
     }
     calls = [
-        (path, shard, source.spec, source.for_training and split == "train")
+        (path, shard, source.spec, split == "train")
         for split in SPLITS
         for path, shard in zip(paths[split], shards[split], strict=True)
     ]
