@@ -284,6 +284,7 @@ def _in_order(
 
 def checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Places, Factors]:
     """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
+    places = factors = np.zeros(0)
     try:
         places, factors = map(np.asarray, result)
         # The default type of an empty array is float.

@@ -146,6 +146,7 @@ class BatchIterator(grain.DatasetIterator):
         """Take a number -> the passes from that one; each has the batches of `steps` steps."""
         super().__init__()
         self._passes_from, self._steps = passes_from, steps
+        self._made: PackedBatches | None = None
         self.set_state({"taken": 0})
 
     def __next__(self) -> tuple[PackedBatches, int]:
