@@ -150,7 +150,7 @@ def _lower(
     members, opened = PROGRAMS[name](config), _Shapes(config, sample, devices[0].platform)
     job = opened.job(members) if members else Job(config, {}, opened)
     run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
-    packed, _ = iter(run.batches).take(1)
+    packed, _ = run.batches.take(1)
     one: Any = jnp.int32(0)
     take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))

@@ -175,10 +175,3 @@ def all_fields(
     draw = sampling.rows_of(requests, places, factors, sampling.within(counts))  # type: ignore[arg-type]
     layout = Layout(columns.spans, Slots(*(places.shape[1],) * 3))
     return fields_of(read(columns, draw), layout)
-
-
-def full_fields(columns: Columns, candidates: int) -> dict[str, Any]:
-    """All candidates of all requests in their stored order, padded to `candidates`."""
-    index = np.arange(candidates)
-    places = np.where(index < columns.kept[:, None], index, -1)
-    return all_fields(columns, np.arange(len(columns)), places)

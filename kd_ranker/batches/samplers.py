@@ -174,21 +174,16 @@ SAMPLERS: dict[str, Sampler] = {
 """The samplers by name."""
 
 
-class Chosen(NamedTuple):
-    """The candidates that a sampler has drawn; these are the arguments of `sampling.rows_of`.
+Chosen = tuple[
+    Int[np.ndarray, "R steps"],
+    Int[np.ndarray, "R steps N"],
+    Float[np.ndarray, "R steps labelled"],
+    Bounds,
+]
+"""The candidates that a sampler has drawn: the arguments of `sampling.rows_of`.
 
-    Attributes:
-      request: the numbers of the requests.
-      place: in the candidates of each request, -1 for padding. Labelled ones are first, then the
-        others that were passed, then the rest.
-      factor: on the weight of each label; 0 if the label is not a training target.
-      bounds: of the requests.
-    """
-
-    request: Int[np.ndarray, "R steps"]
-    place: Int[np.ndarray, "R steps N"]
-    factor: Float[np.ndarray, "R steps labelled"]
-    bounds: Bounds
+Labelled candidates are first, then the others that were passed, then the rest.
+"""
 
 
 def slots_of(counts: Counts, stage: Stage, sizes: Sizes) -> Slots:
@@ -260,12 +255,12 @@ def draw(
         else:
             scores = np.full(own.retrieved, np.nan, np.float32)
         result = sampler.function(own, scores, sizes, start[at])
-        places, factors = _checked(name, result, own, sizes)
+        places, factors = checked(name, result, own, sizes)
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
     place, factor = _in_order(place, factor, counts_of, stage, slots)
     as_int32 = Bounds(*(of.astype(np.int32) for of in bounds))
-    return Chosen(request.astype(np.int32), place, factor, as_int32)
+    return request.astype(np.int32), place, factor, as_int32
 
 
 def _in_order(
@@ -287,37 +282,27 @@ def _in_order(
     return place, factor[..., : slots.labelled]
 
 
-def _checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Places, Factors]:
+def checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Places, Factors]:
     """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
+    places = factors = np.zeros(0)
     try:
         places, factors = map(np.asarray, result)
-    except (TypeError, ValueError):
-        problem = "a result that is not a pair of arrays"
-    else:
-        problem = _problem(places, factors, int(counts.retrieved), sizes.candidates)
-        if not problem:
-            return places, factors
-    raise UserError(
-        f"sampler {name}: request {int(counts.request_id)} has {problem}; see "
-        "`kd_ranker.batches.samplers`"
-    )
-
-
-def _problem(places: np.ndarray, factors: np.ndarray, retrieved: int, candidates: int) -> str:
-    """Describe how arrays of a sampler break its contract; "" if they keep it."""
-    problem = ""
-    if places.shape != factors.shape or places.ndim != 1:
-        problem = f"places of shape {places.shape} with factors of shape {factors.shape}"
-    elif len(places) > candidates:
-        problem = f"{len(places)} places for batch.candidates={candidates}"
-    elif len(places) and not (places.dtype.kind in "iu" and places.min() >= 0):
-        problem = "places that are not integers from 0 on"
-    elif len(places) and places.max() >= retrieved:
-        problem = f"place {places.max()} of {retrieved} candidates, counted from 0"
-    elif len(np.unique(places)) < len(places):
-        problem = "a place twice"
-    elif factors.dtype.kind not in "fiub":
-        problem = "factors that are not real numbers"
-    elif not ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all():
-        problem = "a factor that is negative or not finite as float32"
-    return problem
+        # The default type of an empty array is float.
+        whole = places.dtype.kind in "iu" or not places.size
+        keeps = (
+            places.shape == factors.shape == (len(np.unique(places)),)
+            and len(places) <= sizes.candidates
+            and (whole and places.min(initial=0) >= 0)
+            and places.max(initial=-1) < counts.retrieved
+            and factors.dtype.kind in "fiub"
+            and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
+        )
+    except (TypeError, ValueError):  # not a pair of arrays
+        keeps = False
+    if not keeps:
+        raise UserError(
+            f"sampler {name}: the result for request {int(counts.request_id)} must be at most "
+            f"{sizes.candidates} different places, integers from 0 to {int(counts.retrieved) - 1}, "
+            "and as many factors, finite and not negative; see `kd_ranker.batches.samplers`"
+        )
+    return places, factors

@@ -134,42 +134,16 @@ class _Chance(NamedTuple):
     start: Float[np.ndarray, "R steps kinds"]
 
 
-class _Cutter(NamedTuple):
-    """A cutter of the batches of consecutive steps.
+class BatchIterator(grain.DatasetIterator):
+    """An endless iterator over batches: the packed batches of some steps, and one step of these.
 
-    Attributes:
-      draw: random numbers -> candidates to hold; announces the reads to the disk, if it has any.
-      cut: a draw -> the batches, on the devices.
-      ahead: number of passes made ahead.
-    """
-
-    draw: Callable[[_Chance], Any]
-    cut: Callable[[Any], PackedBatches]
-    ahead: int
-
-
-class TrainingBatches(grain.IterDataset):
-    """An endless dataset of batches; its position is the number of batches handed out.
-
-    Each element is the packed batches of a few steps and the number of one batch among them.
-
-    Batches made ahead do not count, nor does the number made at a time. Thus a run that started
-    with the requests in memory may resume without them there.
+    Its position is the number of batches handed out. Batches made ahead do not count, nor does the
+    number made at a time. Thus a run that started with the requests in memory may resume without
+    them there.
     """
 
     def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
         """Take a number -> the passes from that one; each has the batches of `steps` steps."""
-        super().__init__()
-        self._passes_from, self._steps = passes_from, steps
-
-    def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self._passes_from, self._steps)
-
-
-class BatchIterator(grain.DatasetIterator):
-    """An iterator over `TrainingBatches` that hands out one batch, or several consecutive ones."""
-
-    def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
         super().__init__()
         self._passes_from, self._steps = passes_from, steps
         self._made: PackedBatches | None = None
@@ -209,8 +183,8 @@ def training_batches(
     devices: Devices = DEFAULT_DEVICE,
     copies: int = 1,
     resident: bool | None = None,
-) -> TrainingBatches:
-    """An endless dataset of training batches, packed, on the devices.
+) -> BatchIterator:
+    """Iterate over training batches without end, packed, on the devices.
 
     Each epoch has its own draw of candidates. The batches are the same whether the requests stay in
     memory or not. They depend only on `batch`, `needs` and the position (`get_state`, `set_state`).
@@ -241,27 +215,43 @@ def training_batches(
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = share.parts == 1 and _fits(columns, needs.stage, copies)
-    make_cutter = _in_memory if resident else _in_files
-    steps, cutter = make_cutter(columns, batch, needs, devices, scores)
+    if resident:
+        columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
+        columns = only_counting(columns, needs.stage)
+    plan = _plan(columns, batch, needs.stage, scores, resident)
+    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
+    cut = (_in_memory if resident else _in_files)(columns, plan, layout, devices)
+    # Nothing below refers to the rows of resident requests, which the host may free.
+    expect = None if resident else functools.partial(_expect, columns, needs.stage)
+    steps = _steps(batch, layout)
 
     @functools.lru_cache(maxsize=2)
     def drawn(number: int) -> Any:
         block, at = divmod(number * steps, BLOCK)
-        return cutter.draw(_Chance(*(of[own, at : at + steps] for of in chance(block))))
+        numbers = _Chance(*(of[own, at : at + steps] for of in chance(block)))
+        if expect:
+            expect(numbers.request.ravel())
+        return plan.draw(numbers)
 
     def make(number: int) -> PackedBatches:
         starts = drawn(number)
-        if not resident:
+        if expect:
             drawn(number + 1)  # the disk may fetch it while this one is cut
-        return cutter.cut(starts)
+        return cut(starts)
 
     def passes_from(number: int) -> Iterator[PackedBatches]:
         passes = grain.MapDataset.range(number, _ENDLESS).map(make).to_iter_dataset(_AS_ASKED)
+        ahead = 1 if resident else _READ_AHEAD
         return iter(
-            grain.experimental.ThreadPrefetchIterDataset(passes, prefetch_buffer_size=cutter.ahead)
+            grain.experimental.ThreadPrefetchIterDataset(passes, prefetch_buffer_size=ahead)
         )
 
-    return TrainingBatches(passes_from, steps)
+    return BatchIterator(passes_from, steps)
+
+
+def _expect(columns: Columns, stage: Stage, requests: Int[np.ndarray, "n"]) -> None:
+    """Announce to the disk the reads of requests, without candidates that cannot count."""
+    columns.expect(requests, counting(columns.counts.of(requests), stage))
 
 
 def _chance(requests: int, batch: BatchConfig) -> Callable[[int], _Chance]:
@@ -378,50 +368,26 @@ def _most(slots: Sequence[Slots]) -> Slots:
 
 
 def _in_memory(
-    columns: Columns,
-    batch: BatchConfig,
-    needs: Needs,
-    devices: Devices,
-    scores: Callable[[int], Scores],
-) -> tuple[int, _Cutter]:
-    """Place the needed part of the requests on the devices, which cut the batches from it."""
-    columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
-    columns = only_counting(columns, needs.stage)
-    plan = _plan(columns, batch, needs.stage, scores, resident=True)
-    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
+    columns: Columns, plan: _Plan, layout: Layout, devices: Devices
+) -> Callable[[Any], PackedBatches]:
+    """Place the requests on the devices, which cut the batches of a draw from them."""
     on_devices = devices.place(columns.values)
     # Three programs; each reads the output of the one before, see `cutting.gather`.
     choose = devices.map_batches(lambda _, drawn: plan.chosen(drawn))
     gather = devices.map_batches(cutting.gather)
     join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
-
-    # It keeps no reference to the host's data, which may be freed.
-    def cut(drawn: Any) -> PackedBatches:
-        return join((), gather(on_devices, choose((), devices.shard(drawn))))
-
-    return _steps(batch, layout), _Cutter(plan.draw, cut, ahead=1)
+    return lambda drawn: join((), gather(on_devices, choose((), devices.shard(drawn))))
 
 
 def _in_files(
-    columns: Columns,
-    batch: BatchConfig,
-    needs: Needs,
-    devices: Devices,
-    scores: Callable[[int], Scores],
-) -> tuple[int, _Cutter]:
-    """Read only the rows of the batches from the files, and place the batches on the devices."""
-    plan = _plan(columns, batch, needs.stage, scores, resident=False)
-    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
+    columns: Columns, plan: _Plan, layout: Layout, devices: Devices
+) -> Callable[[Any], PackedBatches]:
+    """Read only the rows of a draw from the files, and place its batches on the devices."""
     # On a device of this process, compiled: in NumPy it would take longer than all the rest.
     choose = jax.jit(plan.chosen)
-
-    def draw(chance: _Chance) -> Any:
-        requests = chance.request.ravel()
-        columns.expect(requests, counting(columns.counts.of(requests), needs.stage))
-        return plan.draw(chance)
 
     def cut(drawn: Any) -> PackedBatches:
         rows = cutting.read(columns, jax.device_get(choose(drawn)))
         return devices.shard(cutting.pack_batches(rows, layout))
 
-    return _steps(batch, layout), _Cutter(draw, cut, _READ_AHEAD)
+    return cut

@@ -13,6 +13,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.teacher_scores import with_column
+from kd_ranker.sources import given
 from kd_ranker.sources.logs import findings
 from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
 from kd_ranker.sources.registry import SOURCES
@@ -35,8 +36,9 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
         probabilities that were logged with it, if any.
 
     Returns:
-      `data.name` and eight hex digits that differ where the contents would differ. The name of
-      scores also contains the teacher and the stage that it has scored.
+      `data.name` and eight hex digits that differ where the contents would differ; of requests of
+      a program, the name in `data.path`. The name of scores also contains the teacher and the stage
+      that it has scored.
     """
     free = set(without_influence("dataset"))
     of_data, of_funnel = (
@@ -48,6 +50,8 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
         [of_data, list(config.tasks), of_funnel, version], sort_keys=True, default=str
     )
     name = f"{config.data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if config.data.name == given.NAME and config.data.path:
+        name = Path(config.data.path).parent.name
     scored_by = f"{teacher_version}-{config.teacher.stage}"
     return f"{name}-teacher-{scored_by}" if teacher_version else name
 
@@ -94,9 +98,12 @@ def dataset_of(config: ConfigDict) -> Dataset:
     """Open the config's dataset.
 
     Raises:
-      UserError: it was not built.
+      UserError: it was not built, or is one of a program's requests that do not suit the config.
     """
-    return storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
+    dataset = storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
+    if config.data.name == given.NAME:
+        given.check_fits(dataset, config.data, config.tasks, config.funnel.retrieved)
+    return dataset
 
 
 def scores_folder(config: ConfigDict, teacher_version: str = "") -> Path:

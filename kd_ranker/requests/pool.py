@@ -22,38 +22,28 @@ def run_here(function: Callable, calls: Sequence[tuple], description: str) -> It
 
 
 @contextlib.contextmanager
-def open_pool(processes: int) -> Iterator[Runner]:
-    """Yield a runner that uses n processes and shows a bar; a single process is this one.
+def open_pool(workers: int, threads: bool = False) -> Iterator[Runner]:
+    """Yield a runner that shows a bar and uses n processes; a single process is this one.
 
     New processes are spawned, not forked: a fork would lose the threads of JAX. They end with this
     process, even if it is killed.
+
+    Args:
+      workers: n, at least 1.
+      threads: whether to use threads of this process instead. They start at once and share the data
+        that they read; use them for functions that mostly work without Python's global lock.
     """
-    if processes == 1:
+    if workers == 1:
         yield run_here
         return
-    context = multiprocessing.get_context("spawn")
-    with _running(
-        ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
-    ) as run:
-        yield run
+    executor: Executor = (
+        ThreadPoolExecutor(workers)
+        if threads
+        else ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        )
+    )
 
-
-@contextlib.contextmanager
-def open_threads(threads: int) -> Iterator[Runner]:
-    """Yield a runner that uses n threads of this process and shows a bar.
-
-    Use it for functions that do most of their work without Python's global lock. Threads start at
-    once, and share the data that they read.
-    """
-    if threads == 1:
-        yield run_here
-        return
-    with _running(ThreadPoolExecutor(threads)) as run:
-        yield run
-
-
-@contextlib.contextmanager
-def _running(executor: Executor) -> Iterator[Runner]:
     def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
         waiting = deque(executor.submit(function, *arguments) for arguments in calls)
         # One by one, so that a result is freed after its use.

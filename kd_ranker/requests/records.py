@@ -19,7 +19,6 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
-from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows
 
@@ -60,25 +59,6 @@ class Dataset:
         features: Any = self.item_features  # typed for the device, where they are used
         category: Any = self.item_category
         return Items(features, category)
-
-
-@contextlib.contextmanager
-def damage(directory: Path, made_by: str) -> Iterator[None]:
-    """Turn errors from reading damaged files into a UserError with the remedy.
-
-    Args:
-      directory: the folder of the dataset.
-      made_by: the command that makes it.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the dataset at {directory} is damaged ({error}); remove that folder and rebuild it "
-            f"with: {made_by}"
-        ) from error
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:

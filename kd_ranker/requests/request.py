@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -37,8 +36,6 @@ class Source:
       shards: split -> its requests in nonempty parts, which `run` writes. With None, only
         `requests` is read.
       run: the runner that writes shards, see `pool.open_pool`.
-      for_training: whether the requests of `train` are stored for training: candidates in sampling
-        order, without facts for the evaluation. If not, they are stored like those of other splits.
       write_beside: writes additional files into the dataset's folder.
       earlier: a dataset of requests that come before these and become training requests; its ids
         are valid here.
@@ -52,22 +49,6 @@ class Source:
     item_category: Int32[np.ndarray, "items I"] | None = None
     shards: Callable[[str], Sequence[Shard]] | None = None
     run: Runner = run_here
-    for_training: bool = True
     write_beside: Callable[[Path], None] | None = None
     earlier: Dataset | None = None
     close: Callable[[], None] = lambda: None
-
-
-def without_teacher(tasks: int) -> dict[str, Any]:
-    """Return the fields of a request without teacher values and without true probabilities.
-
-    >>> without_teacher(3)["teacher_probability"].shape
-    (0, 3)
-    """
-    none = np.zeros((0, tasks), np.float32)
-    return {
-        "teacher_probability": none,
-        "teacher_weight": none[:, 0],
-        "teacher_version": "",
-        "true_probability": none,
-    }

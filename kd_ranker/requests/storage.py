@@ -20,10 +20,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +34,7 @@ from kd_ranker.requests import row_files
 from kd_ranker.requests.block import Block, blocks_of
 from kd_ranker.requests.columns import Columns, columns_of_block, slices
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.records import Dataset, damage, write_index
+from kd_ranker.requests.records import Dataset, write_index
 from kd_ranker.requests.request import SPLITS, Shard, Source
 
 FORMAT_VERSION = "2.0.0"
@@ -108,12 +106,7 @@ def write(source: Source, directory: Path) -> None:
                 removable=[path.relative_to(unfinished).as_posix() for path in removable],
                 known=known,
             )
-            # Flushing many files at once takes about as long as one.
-            with ThreadPoolExecutor() as threads:
-                for _ in threads.map(_flush, [*unfinished.rglob("*"), unfinished]):
-                    pass
             unfinished.rename(directory)
-            _flush(directory.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -153,7 +146,7 @@ def _write_requests(source: Source, folder: Path) -> dict[str, list]:
         for split in SPLITS
     }
     calls = [
-        (path, shard, source.spec, source.for_training and split == "train")
+        (path, shard, source.spec, split == "train")
         for split in SPLITS
         for path, shard in zip(paths[split], shards[split], strict=True)
     ]
@@ -227,15 +220,6 @@ def _write_columns(path: Path, parts: Iterable[Columns], for_training: bool) -> 
             counts_file.write(np.ascontiguousarray(counts).data)
 
 
-def _flush(path: Path) -> None:
-    """Flush a file or a folder to disk: a loss of power could otherwise leave only its name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _check_widths(spec: FeatureSpec) -> None:
     """Raise UserError for required features of width 0."""
     optional = {field.name for field in dataclasses.fields(Request) if field.default is None}
@@ -275,16 +259,9 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
       made_by: the command that makes the dataset, for the message if it is missing.
 
     Raises:
-      UserError: the dataset is missing, has an older format, or is damaged.
+      UserError: the dataset is missing or damaged.
     """
-    directory = directory_of(name, data_dir)
-    older = sorted(path.parent.name for path in directory.parent.glob(f"*/{SPEC_FILE}"))
-    if older and not directory.exists():
-        raise UserError(
-            f"the dataset at {directory.parent} has the format {older[-1]} and this release reads "
-            f"{FORMAT_VERSION}; rebuild it with: {made_by}"
-        )
-    return open_at(directory, made_by)
+    return open_at(directory_of(name, data_dir), made_by)
 
 
 def open_at(directory: Path, made_by: str) -> Dataset:
@@ -296,8 +273,18 @@ def open_at(directory: Path, made_by: str) -> Dataset:
     if not directory.exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
     check_whole(directory, made_by)
-    with damage(directory, made_by):
-        return _opened(directory, made_by)
+    spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
+    earlier = directory / _EARLIER_FILE
+    return Dataset(
+        directory=directory,
+        identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory, made_by)}"},
+        made_by=made_by,
+        spec=spec,
+        item_features=np.load(directory / _ITEMS_FILE),
+        item_category=np.load(directory / _CATEGORY_FILE),
+        columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
+        earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
+    )
 
 
 def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
@@ -325,18 +312,3 @@ def _fingerprint(directory: Path, made_by: str) -> str:
     rows = [path.name for path in itertools.chain.from_iterable(pairs)]
     files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
     return manifest.fingerprint(directory, files, _remedy(directory, made_by))
-
-
-def _opened(directory: Path, made_by: str) -> Dataset:
-    spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
-    earlier = directory / _EARLIER_FILE
-    return Dataset(
-        directory=directory,
-        identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory, made_by)}"},
-        made_by=made_by,
-        spec=spec,
-        item_features=np.load(directory / _ITEMS_FILE),
-        item_category=np.load(directory / _CATEGORY_FILE),
-        columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
-        earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
-    )

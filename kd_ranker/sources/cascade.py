@@ -45,13 +45,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import scipy.stats
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.errors import UserError, check_choice, check_tasks
+from kd_ranker.errors import UserError, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 
 TASKS = ("watch", "like", "share")
@@ -167,7 +166,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
 
     def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, SPLITS)
         for index in range(num_requests[split]):
             yield _draw_request(world, data, columns, funnel, split, index)
 
@@ -676,11 +674,3 @@ def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
         )
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
-    # At least two numbers of 8 bytes for each topic of each user and item.
-    needed = 16 * data.num_topics * (data.num_users + data.num_items)
-    if needed > (free := psutil.virtual_memory().available):
-        raise UserError(
-            f"data.num_users={data.num_users} and data.num_items={data.num_items} need "
-            f"{needed / 1e9:,.1f} GB of memory at the least, and {free / 1e9:,.1f} GB are free; "
-            "lower one of them"
-        )

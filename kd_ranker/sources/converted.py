@@ -62,7 +62,7 @@ def open_source(
             log.mkdir()
             try:
                 converter.write(data, files, log)
-            except duckdb.Error as error:
+            except (duckdb.Error, pa.ArrowException) as error:
                 raise UserError(
                     f"the files at {files[0].parent} cannot be read: {line_of(error)}"
                 ) from error

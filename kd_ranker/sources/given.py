@@ -1,11 +1,6 @@
-"""Requests of a program as a source.
-
-`keep` writes them as a dataset, which `data.path` then names. `open_source` reads it for the
-dataset of a config.
-"""
+"""Requests of a program as a dataset, which `keep` writes and `data.path` names."""
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +15,7 @@ from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.block import block_of
-from kd_ranker.requests.records import read_requests
+from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
@@ -40,31 +35,30 @@ _NEEDED = ("user_id", "item_id", "user_label")
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Open the requests at `data.path` as a source.
+    """Refuse to build a dataset: `keep` has written it, or it was removed.
 
     Raises:
-      UserError: they are missing, the config has other tasks, or a request has more candidates than
-        the funnel retrieves.
+      UserError: always.
     """
-    dataset = storage.open_at(Path(data.path), MADE_BY)
+    raise UserError(f"no requests at {data.path}; make them with {MADE_BY}")
+
+
+def check_fits(dataset: Dataset, data: ConfigDict, tasks: Sequence[str], retrieved: int) -> None:
+    """Check that requests suit a config.
+
+    Raises:
+      UserError: the config has other tasks, or a request has more than `retrieved` candidates.
+    """
     if tuple(tasks) != dataset.spec.tasks:
         raise UserError(
             f"tasks={tuple(tasks)}, and the requests at {data.path} have {dataset.spec.tasks}, in "
             "that order"
         )
-    most = max(int(dataset.columns[split].counts.retrieved.max()) for split in SPLITS)
-    if most > funnel.retrieved:
+    most = max(int(columns.counts.retrieved.max()) for columns in dataset.columns.values())
+    if most > retrieved:
         raise UserError(
-            f"funnel.retrieved={funnel.retrieved}, and a request at {data.path} has {most} "
-            "candidates"
+            f"funnel.retrieved={retrieved}, and a request at {data.path} has {most} candidates"
         )
-    return Source(
-        spec=dataset.spec,
-        item_features=dataset.item_features,
-        item_category=dataset.item_category,
-        requests=functools.partial(read_requests, dataset),
-        num_requests={split: len(dataset.columns[split]) for split in SPLITS},
-    )
 
 
 def keep(
@@ -76,7 +70,7 @@ def keep(
     validation_share: float,
     test_share: float,
 ) -> tuple[Path, tuple[str, ...], dict[str, Any]]:
-    """Write requests to a folder that is named by their content, and set the keys that read it.
+    """Write a dataset that is named by the content of its requests, and set the keys that name it.
 
     Args:
       splits: split -> its requests, or a table of them; "" for requests to split by time.
@@ -115,7 +109,6 @@ def keep(
         item_category=category,
         requests=lambda split: iter(requests[split]),
         num_requests={split: len(of_split) for split, of_split in requests.items()},
-        for_training=False,  # another dataset is made of them first
     )
     path = storage.build(source, f"given-{_digest(source, requests)}", data.dir)
     data.path, data.labels = str(path), ConfigDict({task: task for task in spec.tasks})

@@ -6,7 +6,7 @@ Interactive Intelligent Systems 5(4), 2015. `docs/datasets.md` describes request
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -180,16 +180,8 @@ def _mean(total: Any, count: Any) -> Any:
     return (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
 
 
-class _Block(NamedTuple):
-    """The ratings [first, end) of a user; `line` has all of the user's, and the user's features."""
-
-    time: int
-    user: int
-    block: int
-    split: str
-    first: int
-    end: int
-    line: dict[str, Any]
+_Block = tuple[int, int, int, str, int, int, dict[str, Any]]
+"""Time, user and number of a block, its split, and its ratings [first, end) of the user's line."""
 
 
 def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
@@ -217,7 +209,7 @@ def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
             for of in blocks:
                 end = int(starts[of + 1]) if of + 1 < len(starts) else total
                 time = int(line["time"][starts[of]])
-                found.append(_Block(time, line["user"], of, split, int(starts[of]), end, line))
+                found.append((time, line["user"], of, split, int(starts[of]), end, line))
     return sorted(found, key=lambda block: block[:3])
 
 

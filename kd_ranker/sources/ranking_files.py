@@ -10,7 +10,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,8 +37,6 @@ Value = TypeVar("Value")
 _RUN = "query Q0 document rank score tag"
 _QRELS = "query 0 document grade"
 _DOCUMENT = re.compile(r"docid\s*=\s*(\S+)")
-_NO_PAIR = re.compile(r"_|:\S*:")
-_NO_TEXT = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _LARGEST = float(np.finfo(np.float32).max)
 _TIME = 1_600_000_000  # seconds; queries have no time, and a log needs one
 _RETRIEVED, _PASSED, _SHOWN = 1, 2, 3
@@ -182,28 +180,22 @@ def read_letor(path: Path, num_features: int, sparse: bool = False) -> Iterator[
 def _features(where: str, pairs: str, number: int, sparse: bool) -> Float32[np.ndarray, "features"]:
     """The numbers of index:number pairs; those omitted are 0."""
     try:
-        index, value = np.array(pairs.replace(":", " ").split(), float).reshape(-1, 2).T
+        given = [pair.split(":") for pair in pairs.split()]
+        index = [int(place) for place, _ in given]
+        value = np.array([value for _, value in given], float)
     except ValueError as error:
         raise UserError(f"{where}: a feature is not index:number ({error})") from error
-    counts = {pairs.count(":"), len(pairs.split())}
-    if counts != {len(index)} or _NO_PAIR.search(pairs):
-        raise UserError(f"{where}: a feature is not index:number")
-    known = np.arange(1, number + 1)
-    if sparse:
-        fits = bool(np.isin(index, known).all() and (np.diff(index) > 0).all())
-    else:
-        fits = np.array_equal(index, known)
-    if not fits:
+    every = range(1, number + 1)
+    known = {*index} if sparse else every
+    if index != [of for of in every if of in known]:
         raise UserError(
-            f"{where}: {len(index)} features, the largest index is {index.max(initial=0):g}; "
+            f"{where}: {len(index)} features, the largest index is {max(index, default=0)}; "
             f"data.num_features={number} expects {'some of ' * sparse}1 to {number} in order"
         )
+    if not (np.abs(value) <= _LARGEST).all():
+        raise UserError(f"{where}: a feature is not a finite number of 32 bits")
     features = np.zeros(number, np.float32)
-    with np.errstate(over="ignore"):
-        features[index.astype(int) - 1] = value
-    if not np.isfinite(features).all():
-        place = int(np.isfinite(features).argmin())
-        raise UserError(f"{where}: feature {1 + place} is not a finite number of 32 bits")
+    features[np.array(index, int) - 1] = value
     return features
 
 
@@ -213,29 +205,22 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
       UserError: the file is missing, empty, or not text in UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    with path.open("rb") as raw:
-        if kind := _NO_TEXT.get(raw.read(2)):
-            raise UserError(f"{path} is a {kind} file; convert it to plain text in UTF-8")
     empty = True
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                line.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"{where}: not UTF-8; convert the file to UTF-8") from error
-            if line.strip():
-                empty = False
-                yield where, line
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    empty = False
+                    yield f"{path}, line {number}", line
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as plain text in UTF-8: {error}") from error
     if empty:
         raise UserError(f"{path} is empty")
 
 
 def _number(where: str, text: str) -> float:
     try:
-        number = np.nan if "_" in text else float(text)
+        number = float(text)
     except ValueError:
         number = np.nan
     if not abs(number) <= _LARGEST:
@@ -285,31 +270,20 @@ def _check_alike(*names: str) -> None:
         raise UserError(f"{', '.join(names)}: put {SPLIT} in all of these names, or in none")
 
 
-def _place(where: str | Path, query: str) -> str:
-    """A place itself, or that of a query's first line in a TREC file."""
-    if isinstance(where, str):
-        return where
-    return next(place for place, line in _lines(where) if line.split()[0] == query)
+def _numbered(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Give the rows of queries a time; a query belongs to one split, and one place of a file.
 
-
-class _Queries:
-    """The queries of the log so far; a query belongs to one split, and to one place of a file."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, str | Path] = {}
-
-    def columns(
-        self, where: str | Path, split: str, query: str, documents: Sequence[str]
-    ) -> dict[str, Any]:
-        """The columns that all logs share; raises UserError for a query that was there before."""
-        if query in self.seen:
-            second, first = (_place(of, query) for of in (where, self.seen[query]))
-            of_split = f" of split {split}" if split else ""
-            raise UserError(f"{second}: query {query}{of_split} was there before, at {first}")
-        self.seen[query] = where
-        time = _TIME + len(self.seen)
-        items = pa.array(documents, pa.string())
-        return {"request": query, "time": time, "split": split, "item": items}
+    Args:
+      rows: each after the place of its query in a file.
+    """
+    seen: dict[str, str] = {}
+    for number, (where, row) in enumerate(rows, start=1):
+        query, split = row["request"], row["split"]
+        place = f"{where}, split {split}" if split else where
+        if query in seen:
+            raise UserError(f"{place}: query {query} was there before, at {seen[query]}")
+        seen[query] = place
+        yield row | {"time": _TIME + number}
 
 
 def _labels(data: ConfigDict, grade: Float[np.ndarray, "n"]) -> dict[str, np.ndarray]:
@@ -319,7 +293,7 @@ def _labels(data: ConfigDict, grade: Float[np.ndarray, "n"]) -> dict[str, np.nda
     return {name: column.astype(np.float32) for name, column in columns.items()}
 
 
-def _names(query: str, documents: Sequence[Document]) -> list[str]:
+def _names(query: str, documents: Sequence[Document]) -> pa.Array:
     """The names of a query's documents; raises UserError for one that occurs twice."""
     names: dict[str, None] = {}
     for place, document in enumerate(documents):
@@ -327,25 +301,23 @@ def _names(query: str, documents: Sequence[Document]) -> list[str]:
         if name in names:
             raise UserError(f"{document.where}: query {query} has document {name} already")
         names[name] = None
-    return [*names]
+    return pa.array([*names])
 
 
-def _letor_rows(data: ConfigDict) -> Iterator[dict[str, Any]]:
+def _letor_rows(data: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row per query of LETOR files; all of its documents count as shown."""
-    queries = _Queries()
     for split in _splits_of(data, data.documents, data.scores):
         scored = _scored(data, split)
         for query, group in itertools.groupby(scored, lambda pair: pair[0].query):
             documents, scores = zip(*group, strict=True)
-            names = _names(query, documents)
-            row = queries.columns(documents[0].where, split, query, names)
+            row = {"request": query, "split": split, "item": _names(query, documents)}
             row["stage"] = np.full(len(documents), _SHOWN, np.int8)
             row |= _labels(data, np.array([of.grade for of in documents], float))
             row["features"] = np.stack([of.features for of in documents])
             if data.scores:
                 row["final_score"] = np.array(scores, np.float32)
                 row["final_rank"] = rankdata(-np.array(scores, float), "ordinal")
-            yield row
+            yield documents[0].where, row
 
 
 def _scored(data: ConfigDict, split: str) -> Iterator[tuple[Document, float]]:
@@ -364,32 +336,31 @@ def _scored(data: ConfigDict, split: str) -> Iterator[tuple[Document, float]]:
         yield document, _number(line[0], line[1].strip())
 
 
-def _trec_rows(data: ConfigDict) -> Iterator[dict[str, Any]]:
+def _trec_rows(data: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row per query that has a graded document in a run, with the documents of all runs."""
-    queries = _Queries()
+    known: set[str] = set()
     in_runs: set[str] = set()
     for split in _splits_of(data, data.qrels, *data.runs.values()):
         path = _path(data, data.qrels, split)
         qrels = read_qrels(path)
-        files = {name: _path(data, file, split) for name, file in data.runs.items()}
         runs = {}
-        for name, file in files.items():
+        for name, of_split in data.runs.items():
+            file = _path(data, of_split, split)
             run = runs[name] = read_run(file)
             if not run.keys() & qrels.keys():
                 raise UserError(
-                    f"{file}, line 1: query {next(iter(run))} is not in {path}, and neither is "
-                    "any other query of this run"
+                    f"{file}: query {next(iter(run))} is not in {path}, and neither is any other "
+                    "query of this run"
                 )
             in_runs |= run.keys()
         for query, grades in qrels.items():
             lists = {name: run.get(query, {}) for name, run in runs.items()}
             names = [*dict.fromkeys(itertools.chain.from_iterable(lists.values()))]
             if grades.keys() & names:
-                first = next(files[name] for name, of in lists.items() if of)
-                where = path if SPLIT in data.qrels else first
-                row = queries.columns(where, split, query, names)
-                yield row | _of_lists(data, lists, names, grades)
-    if left_out := len(in_runs - queries.seen.keys()):
+                known.add(query)
+                row = {"request": query, "split": split, "item": pa.array(names)}
+                yield str(path), row | _of_lists(data, lists, names, grades)
+    if left_out := len(in_runs - known):
         logging.warning("left out %d queries of the runs without graded documents", left_out)
 
 
@@ -428,11 +399,11 @@ def _find_trec(data: ConfigDict) -> list[Path]:
 
 
 def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
-    write_rows(folder / "log.parquet", _letor_rows(data))
+    write_rows(folder / "log.parquet", _numbered(_letor_rows(data)))
 
 
 def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
-    write_rows(folder / "log.parquet", _trec_rows(data))
+    write_rows(folder / "log.parquet", _numbered(_trec_rows(data)))
 
 
 LETOR = Converter(

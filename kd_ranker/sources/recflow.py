@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
@@ -37,29 +36,24 @@ GRADES = {
     "prerank_neg = 1": "retrieved",
 }
 _IDS = ("request_id", "user_id", "video_id")
-_COLUMNS = (
-    *(*_IDS, "request_timestamp", *OF_REQUEST, *OF_ITEM, "upload_timestamp", "duration"),
-    *("realshow", "rank_pos", "rank_neg", "rerank_pos", "rerank_neg", "coarse_neg", "prerank_neg"),
+_NUMBERS = (
+    *("request_timestamp", *OF_REQUEST, *OF_ITEM, "upload_timestamp", "duration", "realshow"),
+    *("rank_pos", "rank_neg", "rerank_pos", "rerank_neg", "coarse_neg", "prerank_neg"),
     *("rank_index", *LABELS),
 )
 # The columns of a sequence of views that are read, and their places among ten.
 _EVENTS = {"video_id": 0, "duration": 6, "viewed": 7, "playing_time": 8}
 _WIDTH = 10
-# The names that a pickle may use, by module. NumPy 1 and 2 name the same module differently.
-_ARRAYS = {"_reconstruct", "scalar"}
+# The names that a pickle may use. NumPy 1 and 2 name the same module differently.
 _ALLOWED = {
-    "collections": {"defaultdict"},
-    "numpy": {"ndarray", "dtype"},
-    "numpy.core.multiarray": _ARRAYS,
-    "numpy._core.multiarray": _ARRAYS,
+    "collections.defaultdict",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
 }
 # Functions that make the entries of a defaultdict. They are never called; `dict` replaces them.
-_MAKERS = {"defaultdict_tuple", "defaultdict_str"}
-_FACTORIES = {
-    "utils": _MAKERS,
-    "__main__": _MAKERS,
-    "builtins": {"dict", "list", "tuple", "str", "int"},
-}
+_FACTORIES = {"defaultdict_tuple", "defaultdict_str", "dict", "list", "tuple", "str", "int"}
 
 
 def find_files(data: ConfigDict) -> list[Path]:
@@ -69,15 +63,12 @@ def find_files(data: ConfigDict) -> list[Path]:
       UserError: one is missing, or the days of the splits overlap.
     """
     named = [(day, split) for split in SPLITS for day in sorted(data[f"{split}_days"])]
-    for split in SPLITS:
-        if not data[f"{split}_days"]:
-            raise UserError(f"data.{split}_days is empty; name at least one day, as 2024-02-18")
-    for (earlier, first), (later, second) in itertools.pairwise(named):
-        if earlier >= later:
-            raise UserError(
-                f"data.{second}_days has {later}, which does not come after {earlier} of "
-                f"data.{first}_days; name each day once, and those of {', '.join(SPLITS)} in order"
-            )
+    days = [day for day, _ in named]
+    if days != sorted({*days}) or {split for _, split in named} != {*SPLITS}:
+        raise UserError(
+            "name at least one day, as 2024-02-18, in each of data.train_days, "
+            "data.validation_days and data.test_days; each day once, and the splits in this order"
+        )
     files = []
     for (day, split), (folder, ending) in itertools.product(named, FOLDERS.items()):
         files.append(Path(data.path) / folder / f"{day}.{ending}")
@@ -95,7 +86,7 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     grades = GRADES if data.of_each_stage else STAGES
     with connect(data, folder) as con:
         for stages, sequences in zip(files[::2], files[1::2], strict=True):
-            _open_day(con, stages)
+            con.register("day", dataset.dataset(stages, format="ipc"))
             con.execute(_requests(data, grades))
             ids = con.sql("SELECT request_id FROM requests").fetchnumpy()["request_id"]
             if not len(ids):
@@ -105,34 +96,25 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
             rows.write_parquet(str(folder / f"{stages.stem}.parquet"), compression="zstd")
 
 
-def _open_day(con: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Make the view `logged` of a Feather file, in whole numbers; what is missing is NULL."""
-    try:
-        file = dataset.dataset(path, format="ipc")
-    except pa.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a Feather file (version 2): {reason}") from error
-    # Some published files have a blank before a name.
-    fields = {field.name.strip(): field for field in file.schema}
-    if missing := [name for name in _COLUMNS if name not in fields]:
-        raise UserError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(fields)}")
-    columns = []
-    for name in _COLUMNS:
-        of = fields[name].type
-        # pandas makes floats of whole numbers where some are missing.
-        if not (pa.types.is_boolean(of) or pa.types.is_integer(of) or pa.types.is_floating(of)):
-            raise UserError(f"{path}: column {name} holds {of}, expected whole numbers")
-        value = f'try_cast("{fields[name].name}" AS BIGINT)'
-        value = value if name in _IDS else f"if({value} >= 0, {value}, NULL)"
-        columns.append(f'{value} AS "{name}"')
-    con.register("day", file)
-    con.execute(f"CREATE OR REPLACE VIEW logged AS SELECT {', '.join(columns)} FROM day")
+def _whole(names: Sequence[str]) -> str:
+    """SQL for some columns of a day, as whole numbers.
+
+    pandas makes floats, with NaN, of whole numbers where some are missing. Some published files
+    have a blank before a name.
+    """
+    columns = rf"COLUMNS('^\s*({'|'.join(names)})$')"
+    return f"if(isnan({columns}::DOUBLE), NULL, {columns})::BIGINT"
 
 
 def _requests(data: ConfigDict, grades: Mapping[str, str]) -> str:
-    """SQL for `requests`, all of a day or some that are drawn."""
+    """SQL for `logged`, the rows of a day, and `requests`, all of the day or some that are drawn.
+
+    Negative numbers are missing ones, except for ids.
+    """
     most = f"LIMIT {data.max_requests_per_day}" if data.max_requests_per_day else ""
-    return f"""
+    return rf"""
+        CREATE OR REPLACE VIEW logged AS SELECT {_whole(_IDS)} AS '\1',
+            nullif(greatest({_whole(_NUMBERS)}, -1), -1) AS '\1' FROM day;
         CREATE OR REPLACE TABLE requests AS SELECT request_id, min(request_timestamp) AS time,
             min(user_id) AS user, {", ".join(f"max({name}) AS {name}" for name in OF_REQUEST)}
         FROM logged GROUP BY request_id HAVING bool_or({" OR ".join(grades)})
@@ -209,11 +191,12 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of `_ALLOWED`, or `dict` for one of `_FACTORIES`."""
-        if name in _FACTORIES.get(module, ()):
+        if name in _FACTORIES:
             return dict
-        if name not in _ALLOWED.get(module, ()):
+        module = module.replace("numpy.core", "numpy._core")
+        if f"{module}.{name}" not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module, name)
 
 
 def read_events(path: Path, request_ids: Int64[np.ndarray, "n"]) -> pa.Table:
@@ -233,27 +216,20 @@ def read_events(path: Path, request_ids: Int64[np.ndarray, "n"]) -> pa.Table:
     try:
         with path.open("rb") as file:
             contents = _Unpickler(file).load()
-    except Exception as error:  # a damaged pickle can raise any
-        raise UserError(f"{path} was not read: {' '.join(str(error).split())}") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__}, expected a dict of arrays")
-    sequences = {key: contents[key] for key in request_ids.tolist() if key in contents}
-    if not sequences:
-        raise UserError(f"{path} has no sequence of any request; its keys must be request ids")
-    for key, of in sequences.items():
-        whole = isinstance(of, np.ndarray) and of.dtype.kind in "iu" and of.ndim == 2
-        if not whole or of.shape[1] != _WIDTH:
-            raise UserError(
-                f"{path}: the sequence of request {key} is not an array of whole numbers with "
-                f"{_WIDTH} columns"
+        views = {key: contents[key] for key in request_ids.tolist() if key in contents}
+        events = np.concatenate([*views.values()])
+        if events.dtype.kind not in "iu" or events.shape[1:] != (_WIDTH,):
+            raise ValueError(
+                f"found {events.dtype} [views, {', '.join(map(str, events.shape[1:]))}]"
             )
-    events = np.concatenate([of.astype(np.int64) for of in sequences.values()])
-    columns = {
-        "request_id": np.repeat([*sequences], [len(of) for of in sequences.values()]),
-        **{name: events[:, column] for name, column in _EVENTS.items()},
-        "place": np.arange(len(events)),
-    }
-    return pa.table(columns)
+    except Exception as error:  # a damaged pickle can raise any
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} must be a pickle of request id -> whole numbers [views, {_WIDTH}]: {reason}"
+        ) from error
+    columns = {name: events[:, column].astype(np.int64) for name, column in _EVENTS.items()}
+    owner = np.repeat([*views], [len(of) for of in views.values()])
+    return pa.table({"request_id": owner, **columns, "place": np.arange(len(events))})
 
 
 CONVERTER = Converter(

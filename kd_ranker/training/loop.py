@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batches.cutting import PackedBatches, Span
-from kd_ranker.batches.training import BatchIterator, TrainingBatches
+from kd_ranker.batches.training import BatchIterator
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import with_deal
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
     groups: tuple[Group, ...]
     filled: tuple[Group, ...]
-    batches: TrainingBatches
+    batches: BatchIterator
     frozen: Frozen
     devices: DeviceMap
     take: Callable[..., tuple[States, tuple[Losses, ...]]]
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 def make_run(
     groups: Sequence[Group],
     teacher: LiveTeacher | None,
-    batches: TrainingBatches,
+    batches: BatchIterator,
     frozen: Frozen,
     devices: DeviceMap,
 ) -> Run:
@@ -220,7 +220,7 @@ def _fit(
 ) -> States:
     """Do the work of `fit`; ends with a checkpoint soon after `stop` returns True."""
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
-    batches = iter(run.batches)
+    batches = run.batches
     with checkpoints.open_in(workdir, to_write=True) as saved:
         states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, made_of)
         skip_steps(bar, start)

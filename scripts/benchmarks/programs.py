@@ -79,7 +79,7 @@ def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
 
 def training_batches(
     config: ConfigDict, dataset: Dataset, needs: training.Needs | None = None, **how: Any
-) -> training.TrainingBatches:
+) -> training.BatchIterator:
     """The training batches of `config`, if not said otherwise with what its student needs."""
     needs = needs or recipes.needs(recipes.student_groups({"": config}, dataset.spec), None)
     return training.training_batches(dataset, training.BatchConfig(**config.batch), needs, **how)

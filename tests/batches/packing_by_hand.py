@@ -1,5 +1,7 @@
 """From requests to training batches, all on the host."""
 
+from typing import Any
+
 import numpy as np
 
 from kd_ranker.batch import CandidateBatch, Stage
@@ -42,3 +44,10 @@ def packed(
 def unpacked(batches: PackedBatches) -> list[CandidateBatch]:
     """The batch of each step by itself."""
     return [cutting.unpack(batches, step) for step in range(batches.rows.shape[1])]
+
+
+def full_fields(columns: Columns, candidates: int) -> dict[str, Any]:
+    """All candidates of all requests in their stored order, padded to `candidates`."""
+    index = np.arange(candidates)
+    places = np.where(index < columns.kept[:, None], index, -1)
+    return cutting.all_fields(columns, np.arange(len(columns)), places)

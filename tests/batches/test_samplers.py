@@ -8,7 +8,16 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches.cutting import unpack
-from kd_ranker.batches.samplers import SAMPLERS, Sampler, Sizes, evenly, funnel, hard, scores_of
+from kd_ranker.batches.samplers import (
+    SAMPLERS,
+    Sampler,
+    Sizes,
+    checked,
+    evenly,
+    funnel,
+    hard,
+    scores_of,
+)
 from kd_ranker.batches.training import (
     ALL,
     ALONE,
@@ -220,30 +229,31 @@ def test_scores_are_the_mean_over_the_tasks_that_have_one():
 
 
 @pytest.mark.parametrize(
-    ("result", "problem"),
+    "result",
     [
-        ((np.arange(13), np.ones(13)), "13 places for batch.candidates=12"),
-        ((np.array([0, 20]), np.ones(2)), "place 20 of 20 candidates"),
-        ((np.array([-1]), np.ones(1)), "not integers from 0 on"),
-        ((np.array([0.5]), np.ones(1)), "not integers from 0 on"),
-        ((np.array([3, 3]), np.ones(2)), "a place twice"),
-        ((np.array([3, 4]), np.ones(1)), r"shape \(2,\) with factors of shape \(1,\)"),
-        ((np.array([3]), np.array([np.nan])), "negative or not finite"),
-        ((np.array([3]), np.array([1e39])), "negative or not finite"),
-        ((np.array([3]), np.array([1 + 2j])), "factors that are not real numbers"),
-        ((np.array([3]), np.array(["1"])), "factors that are not real numbers"),
-        ((np.array([3]), np.array([None])), "factors that are not real numbers"),
-        (([3, 4], [[1.0], [1.0, 1.0]]), "not a pair of arrays"),
-        ((np.array([3]), np.ones(1), np.ones(1)), "not a pair of arrays"),
-        (None, "not a pair of arrays"),
+        (np.arange(13), np.ones(13)),
+        (np.array([0, 20]), np.ones(2)),
+        (np.array([-1]), np.ones(1)),
+        (np.array([0.5]), np.ones(1)),
+        (np.array([3, 3]), np.ones(2)),
+        (np.array([3, 4]), np.ones(1)),
+        (np.array([3]), np.array([np.nan])),
+        (np.array([3]), np.array([1e39])),
+        (np.array([3]), np.array([1 + 2j])),
+        (np.array([3]), np.array(["1"])),
+        (np.array([3]), np.array([None])),
+        ([3, 4], [[1.0], [1.0, 1.0]]),
+        (np.array([3]), np.ones(1), np.ones(1)),
+        None,
     ],
 )
-def test_a_sampler_that_breaks_its_contract_is_an_error(tmp_path, monkeypatch, result, problem):
-    storage.build(random_source(), "small", str(tmp_path))
-    opened = storage.open_dataset("small", str(tmp_path), made_by="")
-    monkeypatch.setitem(SAMPLERS, "mine", Sampler(lambda *_: result))
-    with pytest.raises(UserError, match=f"sampler mine: request [0-9]+ has .*{problem}"):
-        take(opened, "mine", 1)
+def test_a_sampler_that_breaks_its_contract_is_an_error(result):
+    counts = columns_of([random_request(0)], V1).counts.of(0)
+    number = int(counts.retrieved)
+    good = (np.array([0, number - 1]), np.ones(2))
+    assert checked("mine", good, counts, Sizes(12, 1.0, 1.0)) == good
+    with pytest.raises(UserError, match=f"sampler mine: .* request 0 .* from 0 to {number - 1}"):
+        checked("mine", result, counts, Sizes(12, 1.0, 1.0))
 
 
 def test_an_entry_that_is_a_bare_function_is_an_error(dataset, monkeypatch):

@@ -11,18 +11,16 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.requests import packing
 from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import (
     Columns,
     columns_of,
-    in_sampling_order,
     needed,
     only_counting,
     proper_probability,
     spread_order,
 )
-from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
+from tests.batches.packing_by_hand import full_fields, packed, prepared, starts_of, unpacked
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
 
@@ -124,28 +122,6 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
         wanted = ends[kind] - starts[kind]
         assert set(counts.values()) <= {wanted}
         assert len(counts) == (number if wanted else 0)
-
-
-def test_the_sampling_order_moves_whole_candidates():
-    requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
-    columns = in_sampling_order(columns_of(requests, V1))
-    fields = packing.unpack_rows(columns.candidates.values, columns.candidates.spans)
-    labels = packing.unpack_rows(columns.labels.values, columns.labels.spans)
-    for index, request in enumerate(requests):
-        shown, passed = len(request.user_label), request.num_passed
-        start = columns.candidates.first[index]
-        items = fields["item_id"][start : start + len(request.item_id)]
-        for stage in (slice(shown), slice(shown, passed), slice(passed, None)):
-            assert set(items[stage]) == set(request.item_id[stage])
-        place = {int(item): at for at, item in enumerate(request.item_id)}
-        was = np.array([place[int(item)] for item in items])
-        label = labels["user_label"][columns.labels.first[index] :][:shown]
-        np.testing.assert_array_equal(label, request.user_label[was[:shown]])
-        positive = request.user_label[was[:shown]].any(axis=1)
-        assert columns.counts.positives[index] == positive.sum()
-        assert positive[: positive.sum()].all()
-        probability = fields["teacher_probability"][start:][:passed]
-        np.testing.assert_array_equal(probability, request.teacher_probability[was[:passed]])
 
 
 def test_a_device_cuts_the_batch_that_the_host_cuts():
@@ -285,10 +261,10 @@ def test_a_batch_holds_each_request_as_alone():
         random_request(2, shown=7, passed=7, retrieved=7, version="v0"),
         random_request(3, shown=1, passed=1, retrieved=1),
     ]
-    together = cutting.full_fields(columns_of(requests, V1), 20)
+    together = full_fields(columns_of(requests, V1), 20)
     drawn = cut(requests, 20, rows=np.array([2, 0, 1, 3, 1]))
     for place, index in enumerate([2, 0, 1, 3, 1]):
-        alone = cutting.full_fields(columns_of([requests[index]], V1), 20)
+        alone = full_fields(columns_of([requests[index]], V1), 20)
         for name, array in alone.items():
             np.testing.assert_array_equal(together[name][index], array[0], err_msg=name)
         # Room for all, so the same candidates, in another order.
@@ -353,9 +329,7 @@ def test_the_most_recent_events_are_kept(events):
         history_id=np.arange(events, dtype=np.int32),
         history_features=np.arange(events, dtype=np.float32)[:, None].repeat(3, 1),
     )
-    fields = {
-        name: array[0] for name, array in cutting.full_fields(columns_of([request], V1), 20).items()
-    }
+    fields = {name: array[0] for name, array in full_fields(columns_of([request], V1), 20).items()}
     kept = min(events, SPEC.history_length)
     assert fields["history_mask"].sum() == kept
     np.testing.assert_array_equal(fields["history_id"][:kept], np.arange(events)[events - kept :])

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from kd_ranker import api, manifest
 from kd_ranker.batch import CandidateBatch, Items
-from kd_ranker.batches.cutting import full_fields
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -29,6 +28,7 @@ from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.batches.packing_by_hand import full_fields
 from tests.one_machine import OneMachine
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Row, make_rows, write_log

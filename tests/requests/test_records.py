@@ -92,12 +92,3 @@ def test_tfds_reads_a_part_of_a_split(tmp_path):
     directory = storage.build(random_source(), "small", str(tmp_path))
     records = tfds.builder_from_directory(directory).as_data_source(split="test[1:3]")
     assert [record["request_id"] for record in records] == [1001, 1002]
-
-
-def test_requests_that_are_stored_as_logged_keep_their_order(tmp_path):
-    source = dataclasses.replace(random_source(), for_training=False)
-    storage.build(source, "small", str(tmp_path))
-    dataset = storage.open_dataset("small", str(tmp_path), made_by="")
-    for one, other in zip(read_requests(dataset, "train"), source.requests("train"), strict=True):
-        np.testing.assert_array_equal(one.item_id, other.item_id)
-        np.testing.assert_array_equal(one.teacher_probability, other.teacher_probability)

@@ -25,16 +25,6 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
         storage.open_dataset("absent", str(tmp_path), made_by="some command")
 
 
-def test_a_dataset_of_an_older_format_names_both_and_the_command_that_makes_it_anew(tmp_path):
-    directory = storage.build(random_source(), "small", str(tmp_path))
-    directory.rename(directory.with_name("1.1.0"))
-    message = rf"has the format 1\.1\.0 and this .* {storage.FORMAT_VERSION}; .*: some command$"
-    with pytest.raises(UserError, match=message):
-        storage.open_dataset("small", str(tmp_path), made_by="some command")
-    storage.build(random_source(), "small", str(tmp_path))
-    assert storage.open_dataset("small", str(tmp_path), made_by="").directory == directory
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_source_that_lacks_a_split_is_refused_before_anything_is_written(tmp_path, split):
     source = random_source()

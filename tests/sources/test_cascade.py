@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import STORED
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import item_share
 from kd_ranker.requests.request import SPLITS, Request
@@ -56,39 +57,24 @@ def assert_same(left: Request, right: Request) -> None:
 def test_shapes_and_dtypes_follow_the_spec() -> None:
     source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
     spec = source.spec
-    assert spec.tasks == cascade.TASKS
-    assert spec.dataset == "cascade"
     assert source.item_features.shape == (400, spec.item_features)
-    assert source.item_features.dtype == np.float32
     assert source.num_requests == {"train": 60, "validation": 20, "test": 40}
     for split, logged, known in (("train", 30, 0), ("validation", 100, 100), ("test", 100, 100)):
         requests = list(source.requests(split))
-        assert len(requests) == source.num_requests[split]
-        assert [request.request_id for request in requests] == list(range(len(requests)))
+        assert [of.request_id for of in requests] == list(range(source.num_requests[split]))
         for request in requests:
             events = len(request.history_id)
             assert 1 <= events <= spec.history_length
-            expected = {
-                "user_features": (np.float32, (spec.user_features,)),
-                "context": (np.float32, (spec.context_features,)),
-                "history_id": (np.int32, (events,)),
-                "history_features": (np.float32, (events, spec.history_features)),
-                "item_id": (np.int32, (100,)),
-                "candidate_features": (np.float32, (100, spec.candidate_features)),
-                "user_label": (np.uint8, (5, 3)),
-                "label_weight": (np.float32, (5,)),
-                "teacher_probability": (np.float32, (logged, 3)),
-                "teacher_weight": (np.float32, (logged,)),
-                "true_probability": (np.float32, (known, 3)),
-                "incumbent": (np.float32, (known,)),
-                "propensity": (np.float32, (known,)),
-            }
-            for name, (dtype, shape) in expected.items():
-                value = getattr(request, name)
-                assert (value.dtype, value.shape) == (dtype, shape), name
-            assert request.num_passed == 30
-            for name in ("user_features", "context", "history_features", "candidate_features"):
-                assert np.isfinite(getattr(request, name)).all(), name
+            numbers = {"event": events, "candidate": 100, "shown": 5, "scored": logged}
+            numbers |= {"known": known}
+            for field in STORED:
+                number = () if field.of == "request" else (numbers[field.of],)
+                value = getattr(request, field.name)
+                if value is not None and field.stored is not str:
+                    assert np.shape(value) == (*number, *field.shape(spec)), field.name
+                if isinstance(value, np.ndarray):
+                    assert value.dtype == field.stored, field.name
+                    assert field.of in ("scored", "known") or np.isfinite(value).all(), field.name
 
 
 def test_ids_lie_in_range_and_no_candidate_comes_twice() -> None:
@@ -208,12 +194,6 @@ def test_labels_follow_the_true_probabilities() -> None:
         assert np.all(np.abs((half * (label - chance)).sum(axis=0)) < 3 * deviation)
 
 
-def test_probabilities_lie_strictly_between_0_and_1() -> None:
-    for request in draw("test"):
-        for probability in (request.true_probability, request.teacher_probability):
-            assert np.all((probability > 0) & (probability < 1))
-
-
 def test_the_funnel_narrows_towards_value() -> None:
     requests = draw("test")
     value = np.stack(
@@ -275,25 +255,23 @@ def test_faults_come_at_their_rates() -> None:
     assert np.isinf(written).any()
 
 
-def test_no_faults_when_their_rates_are_zero() -> None:
-    rates = {f"fault_{name}": 0.0 for name in ("missing", "nan", "out_of_range", "version")}
-    for request in draw("train", **rates):
-        assert np.all((request.teacher_probability > 0) & (request.teacher_probability < 1))
-        assert np.all(request.teacher_weight == 1)
-        assert request.teacher_version == cascade.TEACHER_VERSION
+NO_FAULTS = {f"fault_{name}": 0.0 for name in ("missing", "nan", "out_of_range", "version")}
+FAULTS = dict(fault_missing=1.0, fault_nan=0.9, fault_version=1.0)
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_what_models_are_measured_on_holds_no_faults(split: str) -> None:
-    for request in draw(split, fault_missing=1.0, fault_nan=0.9, fault_version=1.0):
-        assert np.isfinite(request.teacher_probability).all()
+@pytest.mark.parametrize(
+    ("split", "rates"), [("train", NO_FAULTS), ("validation", FAULTS), ("test", FAULTS)]
+)
+def test_faults_are_only_in_training_and_only_by_their_rates(split: str, rates: dict) -> None:
+    for request in draw(split, **rates):
+        for probability in (request.true_probability, request.teacher_probability):
+            assert np.all((probability > 0) & (probability < 1))
         assert np.all(request.teacher_weight == 1)
         assert request.teacher_version == cascade.TEACHER_VERSION
 
 
 def test_the_old_teacher_is_worse() -> None:
-    new = draw("train", fault_missing=0.0, fault_nan=0.0, fault_out_of_range=0.0, fault_version=0.0)
-    old = draw("train", fault_missing=0.0, fault_nan=0.0, fault_out_of_range=0.0, fault_version=1.0)
+    new, old = (draw("train", **NO_FAULTS | {"fault_version": share}) for share in (0.0, 1.0))
 
     def mean_error(requests: list[Request]) -> float:
         label = np.concatenate([request.user_label for request in requests])
@@ -399,19 +377,6 @@ def test_unknown_tasks_are_refused(tasks: tuple[str, ...]) -> None:
         cascade.open_source(make_data(), tasks, make_funnel())
     if "follow" in tasks:
         assert all(task in str(error.value) for task in cascade.TASKS)
-
-
-def test_an_unknown_split_is_refused() -> None:
-    source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
-    with pytest.raises(UserError, match="split"):
-        list(source.requests("valid"))
-
-
-def test_a_world_that_no_memory_holds_is_refused_before_it_is_made():
-    funnel = ConfigDict({"retrieved": 100, "passed": 30, "shown": 10})
-    for size in ("num_users", "num_items"):
-        with pytest.raises(UserError, match=rf"{size}=1000000000000.* GB of memory at the least"):
-            cascade.open_source(make_data(**{size: 10**12}), cascade.TASKS, funnel)
 
 
 def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world() -> None:

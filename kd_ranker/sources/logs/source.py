@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.block import Block
-from kd_ranker.requests.pool import Runner, open_threads
+from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs import append, files, findings
@@ -130,7 +130,7 @@ def open_source(
         stack.callback(shutil.rmtree, work)
         known = earlier.settled.vocabularies if earlier else {}
         database, query = stack.enter_context(open_engine(log, layout, work, known))
-        run = stack.enter_context(open_threads(layout.processes))
+        run = stack.enter_context(open_pool(layout.processes, threads=True))
         source = _source(_read(log, layout, database, query, earlier), run)
         # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
