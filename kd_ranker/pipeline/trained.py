@@ -1,6 +1,5 @@
 """Rankers of finished runs, opened to be scored with or exported."""
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,12 +105,6 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     register(file)
     checks.check_keys(config)
     return config
-
-
-@functools.lru_cache(maxsize=1)
-def reopened(workdir: Path, member: str, data_dir: str, trust: bool, policy_name: str) -> Finished:
-    """`open_finished`, called once per process that scores several parts."""
-    return open_finished(workdir, member, "", data_dir, trust, policy_name)
 
 
 def open_finished(
