@@ -31,7 +31,7 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
 
     Args:
       config: the config.
-      teacher_version: `Teacher.version`; "" names the dataset itself, with the teacher
+      teacher_version: `Finished.version`; "" names the dataset itself, with the teacher
         probabilities that were logged with it, if any.
 
     Returns:

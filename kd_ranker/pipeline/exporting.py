@@ -18,7 +18,7 @@ from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.models.model import COMPUTE_DTYPES, Parameters, score
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import Students, measure
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline.teachers import Finished
 from kd_ranker.serving.programs import (
     Exported,
     Servable,
