@@ -323,9 +323,9 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
         api.export(trained, out, formats=("tflite",))
     finished = open_finished(trained)
     finished.config.student.compute_dtype = "bfloat16"
-    exporting.check_choices(finished, "int8", ("jax",))
+    exporting._check_choices(finished, "int8", ("jax",))
     with pytest.raises(UserError, match="compute_dtype='bfloat16': the converter to ONNX"):
-        exporting.check_choices(finished, "int8", ("jax", "onnx"))
+        exporting._check_choices(finished, "int8", ("jax", "onnx"))
     message = "--items='int8': this teacher is one program, which has no item embeddings"
     finds_fault(message, world.teacher, out, items="int8")
     shutil.copytree(trained, unfinished := tmp_path / "unfinished")
