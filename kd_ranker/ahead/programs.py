@@ -125,14 +125,11 @@ class _Shapes(Opened):
         return finished, self.dataset
 
 
-def _first_cohort(config: ConfigDict) -> Members:
-    cohort = itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
-    return dict(cohort)
-
-
 PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
     "train": lambda config: {"": config},
-    "sweep": _first_cohort,
+    "sweep": lambda config: dict(
+        itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
+    ),
     "train_teacher": lambda config: {},
 }
 """The students that a program trains, by the command that runs it: none train a teacher.
@@ -220,9 +217,8 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
 
 def as_json(finding: Finding) -> dict[str, Any]:
     """Return a finding for a file."""
-    found = finding.compiled
     shown = finding._asdict() | {"topology": finding.topology.name, "fits": finding.fits}
-    return shown | {"compiled": found and found._asdict()}
+    return shown | {"compiled": finding.compiled and finding.compiled._asdict()}
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
