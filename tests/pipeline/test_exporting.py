@@ -354,12 +354,3 @@ def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monk
     monkeypatch.setitem(write.FORMATS, "jax", fail)
     finds_fault("no such operation", trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_ends_with_2_and_a_line(trained, tmp_path):
-    flags = [f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--member=aux"]
-    finished = small.run("-m", "experiments.export", *flags)
-    assert finished.returncode == 2
-    (line,) = (line for line in finished.stderr.splitlines() if "error" in line)
-    assert line == f"error: {trained} holds one ranker, and no 'aux'; leave --member out"
-    assert not list(tmp_path.iterdir())
