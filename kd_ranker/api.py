@@ -23,16 +23,16 @@ from kd_ranker.config import checks, defaults, schema
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import cohorts, datasets, exporting, frames, runs, scoring, trained
+from kd_ranker.pipeline import cohorts, datasets, runs, scoring, trained
+from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.serving.programs import make_programs
 from kd_ranker.serving.tables import ITEM_TYPES
-from kd_ranker.serving.write import FORMATS, program_files, write_export
+from kd_ranker.serving.write import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
@@ -73,33 +73,30 @@ class Dataset(NamedTuple):
         """
         config = config.copy_and_resolve_references()
         config.data.dir = os.path.expanduser(directory)
-        config.data.path, config.data.sql = frames.path_of(table, config.data.dir), ""
+        config.data.path, config.data.sql = datasets.path_of(table, config.data.dir), ""
         return cls(Path(config.data.path), config)
 
     @classmethod
     def from_requests(
         cls,
         requests: Iterable[Any] | Mapping[str, Iterable[Any]],
-        spec: FeatureSpec | None = None,
+        spec: FeatureSpec,
         item_features: Any = None,
         item_category: Any = None,
         config: ConfigDict | None = None,
         directory: Folder = "datasets",
         validation_share: float = 0.1,
         test_share: float = 0.1,
-        columns: frames.Columns | None = None,
     ) -> "Dataset":
         """Make a dataset of requests in memory.
 
         Args:
-          requests: `kd.Request` objects, or mappings with its fields; a table of these fields
-            with one row per request; or, with `columns`, one row per candidate. All fields
-            but `user_id`, `item_id` and `user_label` are optional: by default all candidates were
-            passed, labels weigh 1, and other features are absent. Requests are split by time,
-            unless a mapping gives those of train, validation and test.
+          requests: `kd.Request` objects, or mappings with its fields, or a table of these fields
+            with one row per request. All fields but `user_id`, `item_id` and `user_label` are
+            optional: by default all candidates were passed, labels weigh 1, and other features are
+            absent. Requests are split by time, unless a mapping gives those of train, validation
+            and test.
           spec: the sizes of their features; each width is at least 1, except those of categories.
-            With `columns`, only its tasks and the version of the teacher count; None names the
-            tasks after the columns of labels.
           item_features: float32 [num_items, F]; None takes zeros.
           item_category: int32 [num_items, I], the category ids of each item; None for none.
           config: rankers, training and funnel to start from; None takes the defaults, and a funnel
@@ -107,12 +104,6 @@ class Dataset(NamedTuple):
           directory: the folder of datasets.
           validation_share: share of the requests, in [0, 1), before those of the test.
           test_share: share of the last requests, in [0, 1).
-          columns: for a table of candidates, field -> the column that holds it, or a list of
-            columns: `{"request_id": "session", "user_label": ["click", "buy"], …}`. The table is
-            then a log: its ids are texts or numbers, and its rows follow the rules of logs. Of the
-            fields of `kd.Request`, `request_id`, `user_id`, `item_id` and `user_label` are
-            required. `stage` (`shown`, `passed` or `retrieved`) replaces `num_passed`, and
-            `item_features` and `item_category` are allowed. Dense features are not scaled.
 
         Raises:
           UserError: a field is unknown or missing, differs from the shapes of `spec` or has an id
@@ -121,17 +112,10 @@ class Dataset(NamedTuple):
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
         if not splits or {*splits} - {"", *SPLITS}:
             raise UserError(given.NO_REQUESTS)
-        shares = {"validation_share": validation_share, "test_share": test_share}
-        own = defaults.get_config(given.NAME if columns is None else "parquet")
+        own = defaults.get_config(given.NAME)
         own.data.dir = os.path.expanduser(directory)
-        if columns is not None:
-            own.data.update(shares)
-            path, tasks, funnel = frames.keep(splits, columns, spec, own.data)
-        elif spec is not None:
-            items = (item_features, item_category)
-            path, tasks, funnel = given.keep(splits, spec, *items, own.data, **shares)
-        else:
-            raise UserError("requests need spec=, the sizes of their features")
+        items, shares = (item_features, item_category), (validation_share, test_share)
+        path, tasks, funnel = given.keep(splits, spec, *items, own.data, *shares)
         if config is None:
             own.funnel.update(funnel)
         else:
@@ -256,17 +240,8 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
     template = parquet()
     for key in named or {}:
         if not key.startswith(("data.labels.", "data.teacher.", "data.features.")):
-            _check_key(template, key)
+            checks.check_key(template, key)
     return write_first_config(log, local_folder("--workdir", folder), named or {})
-
-
-def _check_key(config: ConfigDict, key: str) -> None:
-    try:
-        schema.value_of(config, key)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"named= has {key!r}, which is not a key of a config; docs/config.md lists the keys"
-        ) from error
 
 
 def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
@@ -446,7 +421,7 @@ def score(
     """
     workdir = _folder(ranker)
     config = _own(config or trained.config_of(workdir, trust))
-    config.data.path = frames.path_of(path, config.data.dir)
+    config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, member, folder, trust, policy)
     for line in (*lines, *str(scored).splitlines()):
@@ -490,14 +465,7 @@ def export(
         raise UserError(f"{folder} exists; name a folder that does not as --out")
     with fetched(workdir) as run_folder:
         finished = trained.open_finished(run_folder, member, serve, "", trust, policy)
-        exporting.check_choices(finished, items, formats)
-        servable = exporting.servable(finished)
-        exported = make_programs(servable, items)
-        # First, because a format may lack an operation, and the rest takes long.
-        files = program_files(exported, formats)
-        about = exporting.about(finished, run_folder, exported, items) | {"formats": list(formats)}
-        batch, dataset_folder = exporting.example(finished), finished.dataset.directory
-        write_export(exported, servable, files, batch, about, dataset_folder, folder)
+        export_ranker(finished, run_folder, folder, items, formats)
     title = finished.title.replace(str(run_folder), str(workdir))
     show(trained.ranker_line(finished._replace(title=title)))
     return folder

@@ -15,22 +15,6 @@ _COPIES = ("copy", "transpose", "convert")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-class Result(NamedTuple):
-    """An array that an operation returns.
-
-    Attributes:
-      operation: its name in HLO, without "-start".
-      array: its type, for example "f32[8,3]".
-      size: the number of its entries.
-      bytes: its bytes without padding.
-    """
-
-    operation: str
-    array: str
-    size: int
-    bytes: int
-
-
 class Compiled(NamedTuple):
     """Facts about a compiled program, for one device.
 
@@ -70,25 +54,24 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
         temporary=temporary,
         total=arguments + temporary + returned,
         cycles=cycles_of(text),
-        copies=tuple(
-            f"{of.operation} {of.array}"
-            for of in arrays
-            if of.operation in _COPIES and of.size in sizes
-        ),
+        copies=tuple(f"{op} {of}" for op, of, size, _ in arrays if op in _COPIES and size in sizes),
         loops=tuple(loops(text)),
-        exchanged=sum(of.bytes for of in arrays if of.operation in _COLLECTIVES),
+        exchanged=sum(nbytes for op, *_, nbytes in arrays if op in _COLLECTIVES),
     )
 
 
-def results(text: str) -> Iterator[Result]:
+def results(text: str) -> Iterator[tuple[str, str, int, int]]:
     """Find the arrays that a program copies, and those that devices exchange or reduce.
 
     Copies into a TPU memory on the chip do not count: only small arrays fit there.
 
+    Yields:
+      The operation without "-start", the type of the array, its entries, and its bytes.
+
     >>> next(results("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}"))
-    Result(operation='copy', array='f32[8,3]', size=24, bytes=96)
+    ('copy', 'f32[8,3]', 24, 96)
     >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1]
-    Result(operation='all-reduce', array='s32[2,2]', size=4, bytes=16)
+    ('all-reduce', 's32[2,2]', 4, 16)
     """
     names = "|".join(_COPIES + _COLLECTIVES)
     pattern = rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\("
@@ -98,7 +81,7 @@ def results(text: str) -> Iterator[Result]:
         for dtype, sizes in _SHAPE.findall(returned):
             size = math.prod(map(int, filter(None, sizes.split(","))))
             bits = re.sub(r"^\D+", "", dtype)
-            yield Result(operation, f"{dtype}[{sizes}]", size, size * int(bits or 8) // 8)
+            yield operation, f"{dtype}[{sizes}]", size, size * int(bits or 8) // 8
 
 
 def cycles_of(text: str) -> int:

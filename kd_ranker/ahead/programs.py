@@ -26,7 +26,7 @@ from kd_ranker.errors import check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
 from kd_ranker.pipeline.job import Job, Members, Opened
-from kd_ranker.pipeline.teachers import Teacher, served
+from kd_ranker.pipeline.teachers import Finished, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
@@ -110,7 +110,7 @@ class _Shapes(Opened):
         super().__init__(config)
         self.dataset, self._platform = sample, platform
 
-    def under(self, config: ConfigDict) -> tuple[Teacher | None, Dataset]:
+    def under(self, config: ConfigDict) -> tuple[Finished | None, Dataset]:
         """The teacher of `teacher.workdir` if that exists, else of `config`; and the sample."""
         if config.teacher.source != "live":
             return None, self.dataset
@@ -121,17 +121,15 @@ class _Shapes(Opened):
         model, (state,) = group.recipe.model, abstract_states([group])
         learned = jax.eval_shape(lambda of: served(model, of, self._platform), state.parameters)
         ranker = Ranker(make_serve(model, MODES["none"]), learned)
-        return Teacher(model, learned, ranker, version="", seed=0, step=0), self.dataset
-
-
-def _first_cohort(config: ConfigDict) -> Members:
-    cohort = itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
-    return dict(cohort)
+        finished = Finished("", "teacher", "", trained, "user", model, ranker, "", self.dataset, {})
+        return finished, self.dataset
 
 
 PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
     "train": lambda config: {"": config},
-    "sweep": _first_cohort,
+    "sweep": lambda config: dict(
+        itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
+    ),
     "train_teacher": lambda config: {},
 }
 """The students that a program trains, by the command that runs it: none train a teacher.
@@ -219,9 +217,8 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
 
 def as_json(finding: Finding) -> dict[str, Any]:
     """Return a finding for a file."""
-    found = finding.compiled
     shown = finding._asdict() | {"topology": finding.topology.name, "fits": finding.fits}
-    return shown | {"compiled": found and found._asdict()}
+    return shown | {"compiled": finding.compiled and finding.compiled._asdict()}
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:

@@ -135,8 +135,8 @@ _ALL = (
             "one per task: a ranker sorts by the weighted sum of probabilities", NOT_NEGATIVE,
             influences="report"),
         Key("launcher", "local",
-            "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
-            "cluster of Ray", LAUNCHERS, influences="nothing"),
+            "where a sweep's cohorts train: here, or on a cluster of Ray", LAUNCHERS,
+            influences="nothing"),
         Key("registered_by", "",
             "a Python file that other processes execute first, and with --trust also score and "
             "export, because it registers a part of the run; set to the file of --config, unless "
@@ -150,8 +150,8 @@ _ALL = (
         Key("dir", "datasets", "folder of built datasets", influences="nothing"),
         Key("seed", 0, "of the dataset itself, apart from what is trained on it", NOT_NEGATIVE),
         Key("history_length", 20, "events of a user's history", POSITIVE),
-        Key("processes", 1, "processes that score and write datasets, threads that read a log",
-            POSITIVE, influences="nothing"),
+        Key("processes", 1, "threads that read a log and write its dataset", POSITIVE,
+            influences="nothing"),
         influences="dataset",
     ),
     section(

@@ -1,6 +1,5 @@
 """Tasks on the machines of a cluster of Ray, an optional package."""
 
-import contextlib
 import functools
 import importlib
 import os
@@ -15,14 +14,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.requests.pool import Runner, with_bar
+from kd_ranker.requests.pool import with_bar
 
 _SECONDS_TO_ANSWER = 10
 
 
-@contextlib.contextmanager
-def open_cluster(config: ConfigDict) -> Iterator[Runner]:
-    """Yield a runner that calls a function on a cluster, and retries calls after a lost machine.
+def call_on_cluster(
+    config: ConfigDict, function: Callable, calls: Sequence[tuple], description: str
+) -> list[Any]:
+    """Call a function on a cluster, with a progress bar; calls are retried after a lost machine.
 
     Function and arguments must be picklable. All machines share the disk that the function writes
     to, under the same paths, and a retry resumes from the files of the attempt before. All calls
@@ -30,10 +30,16 @@ def open_cluster(config: ConfigDict) -> Iterator[Runner]:
 
     Args:
       config: the config; `config.ray` has the address and the resources of a call.
+      function: the function.
+      calls: the arguments of each call.
+      description: the name of the calls for the bar and for messages.
+
+    Returns:
+      The results, in the order of the calls.
 
     Raises:
-      UserError: Ray or the cluster is missing, or no machine has the resources; or, once results
-        are read, a call has failed or has lost its machine more than `ray.retries` times.
+      UserError: Ray or the cluster is missing, no machine has the resources, or a call has failed
+        or has lost its machine more than `ray.retries` times.
     """
     ray = _open(config.ray.address)
     try:
@@ -45,14 +51,9 @@ def open_cluster(config: ConfigDict) -> Iterator[Runner]:
             max_retries=config.ray.retries,
             scheduling_strategy="SPREAD",
         )
-        context = Path.cwd(), config.registered_by
-
-        def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
-            started = [remote.remote(*context, function, arguments) for arguments in calls]
-            results = _results(ray, started, config.ray.retries, description)
-            return with_bar(results, len(calls), description)
-
-        yield run
+        started = [remote.remote(Path.cwd(), config.registered_by, function, of) for of in calls]
+        results = _results(ray, started, config.ray.retries, description)
+        return list(with_bar(results, len(calls), description))
     finally:
         ray.shutdown()
 

@@ -184,9 +184,8 @@ def _train_elsewhere(config: ConfigDict, sweep: Sweep, opened: Opened) -> None:
         logging.warning(
             "the sweep is one cohort, so one task; set sweep.group_size to the members of a cohort"
         )
-    with cluster.open_cluster(config) as run:
-        for _ in run(train_cohort, [(sweep.workdir, number) for number in untrained], "cohorts"):
-            pass
+    calls = [(sweep.workdir, number) for number in untrained]
+    cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
 
 
 def train_cohort(workdir: Path, number: int) -> None:

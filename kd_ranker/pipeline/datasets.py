@@ -4,17 +4,23 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.config.schema import without_influence
 from kd_ranker.errors import UserError
+from kd_ranker.manifest import write_whole
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.teacher_scores import with_column
 from kd_ranker.sources import given
 from kd_ranker.sources.logs import findings
+from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.recipes import TEACHER_STAGES
@@ -32,7 +38,7 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
 
     Args:
       config: the config.
-      teacher_version: `Teacher.version`; "" names the dataset itself, with the teacher
+      teacher_version: `Finished.version`; "" names the dataset itself, with the teacher
         probabilities that were logged with it, if any.
 
     Returns:
@@ -54,6 +60,24 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
         name = Path(config.data.path).parent.name
     scored_by = f"{teacher_version}-{config.teacher.stage}"
     return f"{name}-teacher-{scored_by}" if teacher_version else name
+
+
+def path_of(log: Any, directory: str) -> str:
+    """Return the path of a log; a table is written to a Parquet file named by its content."""
+    if isinstance(log, (str, PathLike)):
+        return str(log)
+    if not is_table(log):
+        raise UserError(f"a {type(log).__name__} is not a table, and not a path")
+    buffer = pa.BufferOutputStream()
+    try:
+        pq.write_table(arrow_of(log), buffer)
+    except pa.ArrowException as error:
+        raise UserError(f"the table cannot be written to a Parquet file: {error}") from error
+    content = buffer.getvalue().to_pybytes()
+    path = Path(directory) / "tables" / f"{hashlib.sha256(content).hexdigest()[:12]}.parquet"
+    if not path.exists():
+        write_whole(path, content)
+    return str(path)
 
 
 def build_dataset(config: ConfigDict, thorough: bool) -> Path:

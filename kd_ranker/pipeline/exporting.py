@@ -1,6 +1,6 @@
 """Exports of the ranker of a finished run: its programs, example requests and description."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.evaluation.metrics import metric_of
-from kd_ranker.models.model import COMPUTE_DTYPES, Parameters, score
+from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import Students, measure
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline.teachers import Finished
 from kd_ranker.serving.programs import (
     Exported,
     Servable,
@@ -27,12 +27,13 @@ from kd_ranker.serving.programs import (
     fields_of,
     make_programs,
 )
+from kd_ranker.serving.write import program_files, write_export
 from kd_ranker.training.state import stack_members
 
 _EXAMPLE_REQUESTS = 4
 
 
-def servable(finished: Finished) -> Servable:
+def _servable(finished: Finished) -> Servable:
     """The parts of a ranker that its programs are made from."""
     return Servable(
         model=finished.model,
@@ -45,9 +46,9 @@ def servable(finished: Finished) -> Servable:
     )
 
 
-def check_choices(finished: Finished, items: str, formats: Collection[str]) -> None:
+def _check_choices(finished: Finished, items: str, formats: Collection[str]) -> None:
     """Raise UserError for item types and formats that the ranker cannot be exported with."""
-    if items != "float32" and not falls_into_parts(servable(finished)):
+    if items != "float32" and not falls_into_parts(_servable(finished)):
         raise UserError(
             f"--items={items!r}: this {finished.role} is one program, which has no item "
             "embeddings; leave --items out"
@@ -62,28 +63,45 @@ def check_choices(finished: Finished, items: str, formats: Collection[str]) -> N
         )
 
 
-def example(finished: Finished) -> CandidateBatch:
+def export_ranker(
+    finished: Finished, workdir: Path, folder: Path, items: str, formats: Sequence[str]
+) -> None:
+    """Write a ranker as a folder for a server.
+
+    Args:
+      finished: the ranker.
+      workdir: of its run.
+      folder: the folder to write, which must not exist.
+      items: the type of its item embeddings.
+      formats: of its programs.
+
+    Raises:
+      UserError: the ranker cannot be exported so.
+    """
+    _check_choices(finished, items, formats)
+    of = _servable(finished)
+    exported = make_programs(of, items)
+    # First, because a format may lack an operation, and the rest takes long.
+    files = program_files(exported, formats)
+    about = _about(finished, workdir, exported, items) | {"formats": list(formats)}
+    dataset = finished.dataset.directory
+    write_export(exported, of, files, _example(finished), about, dataset, folder)
+
+
+def _example(finished: Finished) -> CandidateBatch:
     """A few requests of the test split, with all their candidates."""
-    config = finished.config
     batches = evaluation_batches(
         finished.dataset,
         "test",
         requests=_EXAMPLE_REQUESTS,
-        candidates=config.funnel.retrieved,
+        candidates=finished.config.funnel.retrieved,
         limit=_EXAMPLE_REQUESTS,
     )
     return next(iter(batches)).batch
 
 
-def about(finished: Finished, workdir: Path, exported: Exported, items: str) -> dict[str, Any]:
-    """The part of an export's description that is about the ranker.
-
-    Args:
-      finished: the ranker.
-      workdir: of its run.
-      exported: its programs.
-      items: the type of its item embeddings.
-    """
+def _about(finished: Finished, workdir: Path, exported: Exported, items: str) -> dict[str, Any]:
+    """The part of an export's description that is about the ranker."""
     packages = ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime")
     return {
         "role": finished.role,
@@ -121,17 +139,15 @@ def _results(finished: Finished, workdir: Path) -> dict[str, dict[str, float]]:
 
 def _difference(finished: Finished, exported: Exported) -> float:
     """The largest difference of the example's probabilities to those that were evaluated."""
-    trained, batch = servable(finished), example(finished)
-
-    @jax.jit
-    def evaluate(parameters: Parameters, batch: CandidateBatch, items: Items) -> Any:
-        return trained.probability(score(trained.model, parameters, batch, items))
-
-    evaluated = evaluate(trained.parameters, batch, trained.items)
-    found = _as_ranker(exported, finished.serve).serve
-    served = found(exported.tables, batch, trained.items).probability[finished.serve]
-    mask = np.asarray(batch.candidate_mask)
-    return float(np.abs(np.asarray(evaluated - served))[mask].max())
+    batch, serve = _example(finished), finished.serve
+    evaluated, served = (
+        ranker.serve(parameters, batch, finished.dataset.items).probability[serve]
+        for ranker, parameters in (
+            (finished.ranker, finished.parameters),
+            (_as_ranker(exported, serve), exported.tables),
+        )
+    )
+    return float(np.abs(np.asarray(evaluated - served))[np.asarray(batch.candidate_mask)].max())
 
 
 def _as_ranker(exported: Exported, serve: str) -> Ranker:
@@ -150,7 +166,7 @@ def _cost_of_items(finished: Finished, exported: Exported, items: str) -> dict[s
     """The survival on the test split with embeddings of float32, and with those of this type."""
     if items == "float32":
         return {}
-    whole = make_programs(servable(finished), "float32")
+    whole = make_programs(_servable(finished), "float32")
     names, config = ("float32", items), finished.config
     # Both are measured under the teacher of the run.
     job = Job(config, dict.fromkeys(names, config), Opened(config))

@@ -16,7 +16,7 @@ from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline import datasets, teachers
-from kd_ranker.pipeline.teachers import Teacher
+from kd_ranker.pipeline.teachers import Finished
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.members import common
 from kd_ranker.training import recipes
@@ -36,7 +36,7 @@ class Opened:
           unchanged: whether raw files that have changed since it was built are an error.
         """
         self._config, self._unchanged = config, unchanged
-        self._of_teacher: dict[str, tuple[Teacher | None, Dataset]] = {}
+        self._of_teacher: dict[str, tuple[Finished | None, Dataset]] = {}
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -44,7 +44,7 @@ class Opened:
         opens = datasets.current_dataset if self._unchanged else datasets.dataset_of
         return opens(self._config)
 
-    def under(self, config: ConfigDict) -> tuple[Teacher | None, Dataset]:
+    def under(self, config: ConfigDict) -> tuple[Finished | None, Dataset]:
         """The teacher of students with this config, and the dataset that they learn from.
 
         Only the last teacher stays open, so jobs of one teacher should follow each other.
@@ -77,11 +77,11 @@ class Job:
     opened: Opened
 
     @functools.cached_property
-    def _read(self) -> tuple[Teacher | None, Dataset]:
+    def _read(self) -> tuple[Finished | None, Dataset]:
         return self.opened.under(self.config) if self.members else (None, self.opened.dataset)
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Finished | None:
         """The final ranker of the students; None where the dataset's logs replace it."""
         return self._read[0]
 
@@ -96,7 +96,7 @@ class Job:
         return self.config if self.members else self.config.teacher
 
     @property
-    def live_teacher(self) -> Teacher | None:
+    def live_teacher(self) -> Finished | None:
         """The teacher if it scores the batches; None if the dataset holds its probabilities."""
         return self.teacher if self.config.teacher.source == "live" else None
 

@@ -97,8 +97,8 @@ def _judge(job: Job) -> Judge:
     return Judge(
         ranker=live.ranker if live else None,
         signal="probability" if live else job.dataset.spec.teacher_signal,
-        seed=teacher.seed if teacher else None,
-        step=teacher.step if teacher else None,
+        seed=teacher.config.seed if teacher else None,
+        step=teacher.config.teacher.train.steps if teacher else None,
     )
 
 

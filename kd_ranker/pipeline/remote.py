@@ -19,10 +19,10 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import fsspec
 from absl import logging
+from fsspec.implementations.dirfs import DirFileSystem
 from tqdm import tqdm
 
 from kd_ranker.errors import UserError
@@ -80,7 +80,7 @@ def fetched(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    with _copied(_open(place), with_checkpoints) as copy:
+    with _copied(place, with_checkpoints) as copy:
         yield copy.folder
 
 
@@ -96,10 +96,9 @@ def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
         with first_holds(place, lock.hold(place)):
             yield place
         return
-    store = _open(place)
-    with _locked(store) as record, _copied(store, with_checkpoints) as copy:
+    with _locked(place) as record, _copied(place, with_checkpoints) as copy:
         stop = threading.Event()
-        thread = threading.Thread(target=copy.upload_often, args=[record, stop], daemon=True)
+        thread = threading.Thread(target=copy.upload_until, args=[stop, record], daemon=True)
         thread.start()
         try:
             yield copy.folder
@@ -107,7 +106,7 @@ def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
             with deferred():
                 stop.set()
                 thread.join()
-                copy.upload_rest(record)
+                copy.check_uploaded()
 
 
 def break_lock(place: Place) -> None:
@@ -117,53 +116,24 @@ def break_lock(place: Place) -> None:
       UserError: the URL cannot be written.
     """
     if not isinstance(place, Path):
-        store = _open(place)
-        with _reaching(store.url):
-            for path in store.system.find(store.root):
-                if path.endswith(f"/{lock.FILE}"):
-                    store.system.rm_file(path)
+        with _reaching(place) as store:
+            for name in store.find(""):
+                if name.rpartition("/")[2] == lock.FILE:
+                    store.rm_file(name)
 
 
-class _Store(NamedTuple):
-    """A URL, its file system, and its path there."""
-
-    url: str
-    system: Any
-    root: str
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def make_parent(self, name: str) -> None:
-        # Asynchronous file systems are object stores, which have no folders.
-        if not self.system.async_impl:
-            self.system.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
-
-    def holder(self) -> bytes:
-        """Return the content of the lock, or b"" without one."""
-        try:
-            return self.system.cat_file(self.path(lock.FILE))
-        except FileNotFoundError:
-            return b""
-
-
-def _open(url: str) -> _Store:
+@contextlib.contextmanager
+def _reaching(url: str) -> Iterator[DirFileSystem]:
+    """Open a URL; errors of its store, which are of many types, become one line."""
     if are_distributed():
         raise UserError(
             f"{url}: several processes (parallel.processes=True) share a folder; name a mounted "
             "one that all of them see"
         )
-    with _reaching(url):
-        store = _Store(url, *fsspec.core.url_to_fs(url))
-        store.system.invalidate_cache()
-        return store
-
-
-@contextlib.contextmanager
-def _reaching(url: str) -> Iterator[None]:
-    """Turn the errors of a store, which are of many types, into one line."""
     try:
-        yield
+        system, root = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()
+        yield DirFileSystem(root, system)
     except ImportError as error:
         raise UserError(
             f"{url}: a package for {url.partition('://')[0]}:// is missing; install the extra "
@@ -176,28 +146,42 @@ def _reaching(url: str) -> Iterator[None]:
         ) from error
 
 
+def _make_parent(store: DirFileSystem, name: str) -> None:
+    # Asynchronous file systems are object stores, which have no folders.
+    if not store.fs.async_impl:
+        store.makedirs(name.rpartition("/")[0], exist_ok=True)
+
+
+def _holder(store: DirFileSystem) -> bytes:
+    """Return the content of the lock, or b"" without one."""
+    try:
+        return store.cat_file(lock.FILE)
+    except FileNotFoundError:
+        return b""
+
+
 @contextlib.contextmanager
-def _locked(store: _Store) -> Iterator[bytes]:
+def _locked(url: str) -> Iterator[bytes]:
     """Hold the lock of a URL, an object that the store creates only if it is absent."""
     record = f"{lock.this_process()} ({uuid.uuid4().hex})".encode()
-    with _reaching(store.url):
-        store.make_parent(lock.FILE)
+    with _reaching(url) as store:
+        _make_parent(store, lock.FILE)
         # A few stores ignore the mode, so the lock is read before and after.
-        if not store.holder():
+        if not _holder(store):
             with contextlib.suppress(FileExistsError):
-                store.system.pipe_file(store.path(lock.FILE), record, mode="create")
-        holder = store.holder()
+                store.pipe_file(lock.FILE, record, mode="create")
+        holder = _holder(store)
     if holder != record:
         raise UserError(
-            f"{store.url} is held by {_name_of(holder)}; wait for its end, or, if it was killed, "
+            f"{url} is held by {_name_of(holder)}; wait for its end, or, if it was killed, "
             "add --break_lock"
         )
     try:
         yield record
     finally:
         with contextlib.suppress(Exception):  # --break_lock removes one that stays
-            if store.holder() == record:
-                store.system.rm_file(store.path(lock.FILE))
+            if _holder(store) == record:
+                store.rm_file(lock.FILE)
 
 
 def _name_of(holder: bytes) -> str:
@@ -209,30 +193,30 @@ class _Copy:
     """A local copy of a workdir at a URL.
 
     Attributes:
-      store: the URL.
+      url: the URL.
       folder: the copy.
+      store: the files at the URL, once `download` is called.
       uploaded: the files at the URL that this process manages: name -> modification time in ns and
         size of the same file here, (0, 0) if it is not here.
-      keep: True if the copy contains what could not be uploaded.
+      error: the reason why the last upload failed; None if it did not.
     """
 
-    store: _Store
+    url: str
     folder: Path
+    store: DirFileSystem = dataclasses.field(init=False)
     uploaded: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    keep: bool = False
+    error: Exception | None = None
 
-    def download(self, with_checkpoints: bool) -> None:
-        """Download all files, without checkpoints that are not complete."""
-        store = self.store
-        found = (path.removeprefix(store.root).strip("/") for path in store.system.find(store.root))
+    def download(self, store: DirFileSystem, with_checkpoints: bool) -> None:
+        """Download all files of a store, without checkpoints that are not complete."""
+        self.store, found = store, store.find("")
         names = {
             name for name in found if _is_copied(name) and (with_checkpoints or not _last_of(name))
         }
         wanted = [name for name in names if _last_of(name) in {"", *names}]
         for name in wanted:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        here = [str(self.folder / name) for name in wanted]
-        store.system.get([store.path(name) for name in wanted], here)
+        store.get(wanted, [str(self.folder / name) for name in wanted])
         self.uploaded = dict.fromkeys(names, (0, 0)) | self._files()
 
     def upload(self, record: bytes) -> None:
@@ -244,19 +228,19 @@ class _Copy:
         files, store = self._files(), self.store
         changed = [name for name, of in files.items() if of != self.uploaded.get(name)]
         gone = self.uploaded.keys() - files.keys()
-        if (changed or gone) and (holder := store.holder()) != record:
-            raise UserError(f"{_name_of(holder)} holds {store.url} by now: its lock was broken")
+        if (changed or gone) and (holder := _holder(store)) != record:
+            raise UserError(f"{_name_of(holder)} holds {self.url} by now: its lock was broken")
         # In the order in which they were written, but checkpoints last, and their last files.
         for name in sorted(
             changed, key=lambda of: (_last_of(of) > "", _last_of(of) == of, files[of])
         ):
             with contextlib.suppress(FileNotFoundError):  # of a checkpoint that was just retired
-                store.make_parent(name)
-                store.system.put_file(str(self.folder / name), store.path(name))
+                _make_parent(store, name)
+                store.put_file(str(self.folder / name), name)
                 self.uploaded[name] = files[name]
         for name in gone:
             with contextlib.suppress(FileNotFoundError):
-                store.system.rm_file(store.path(name))
+                store.rm_file(name)
             del self.uploaded[name]
 
     def _files(self) -> dict[str, tuple[int, int]]:
@@ -269,32 +253,30 @@ class _Copy:
                     found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
         return found
 
-    def upload_often(self, record: bytes, stop: threading.Event) -> None:
-        """Upload changes until `stop` is set; warns once of uploads that fail, and retries."""
-        warned = False
-        while not stop.wait(_SECONDS_BETWEEN_UPLOADS):
+    def upload_until(self, stop: threading.Event, record: bytes) -> None:
+        """Upload changes every few seconds, and once after `stop` is set; warns of failures."""
+        stopped = False
+        while not stopped:
+            stopped = stop.wait(_SECONDS_BETWEEN_UPLOADS)
+            before, self.error = self.error, None
             try:
                 self.upload(record)
-                warned = False
             except Exception as error:
-                if not warned:
+                self.error = error
+                if not (before or stopped):
                     with tqdm.external_write_mode():
                         logging.warning(
-                            "%s cannot be written (%s); retrying", self.store.url, _short(error)
+                            "%s cannot be written (%s); retrying", self.url, _short(error)
                         )
-                warned = True
 
-    def upload_rest(self, record: bytes) -> None:
-        """Upload all changes; raises UserError that names the copy if that fails."""
-        try:
-            self.upload(record)
-        except Exception as error:
-            self.keep = True
+    def check_uploaded(self) -> None:
+        """Raise UserError that names the copy if the last upload failed."""
+        if self.error:
             raise UserError(
-                f"{self.store.url} lacks the last results of this run ({_short(error)}), which are "
+                f"{self.url} lacks the last results of this run ({_short(self.error)}), which are "
                 f"in {self.folder}: copy them there, or start the same command again, which "
                 "resumes from what is there"
-            ) from error
+            ) from self.error
 
 
 def _is_copied(name: str) -> bool:
@@ -309,22 +291,21 @@ def _last_of(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _copied(store: _Store, with_checkpoints: bool) -> Iterator[_Copy]:
+def _copied(url: str, with_checkpoints: bool) -> Iterator[_Copy]:
     """Copy a workdir to a temporary folder; error messages name the URL in its place."""
     above = Path(tempfile.mkdtemp(prefix="kd_ranker-"))
-    copy = _Copy(store, above / store.url.rpartition("/")[2])
+    copy = _Copy(url, above / url.rpartition("/")[2])
     try:
-        with _reaching(store.url):
+        with _reaching(url) as store:
             copy.folder.mkdir()
-            copy.download(with_checkpoints)
+            copy.download(store, with_checkpoints)
         yield copy
     except UserError as error:
-        message = str(error)
-        raise UserError(
-            message if copy.keep else message.replace(str(copy.folder), store.url)
-        ) from error
+        if copy.error:
+            raise
+        raise UserError(str(error).replace(str(copy.folder), url)) from error
     finally:
-        if not copy.keep:
+        if not copy.error:
             shutil.rmtree(above, ignore_errors=True)
 
 

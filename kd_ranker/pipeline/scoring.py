@@ -14,12 +14,11 @@ are kept in a hidden folder inside the result's folder. Its name contains a hash
 the numbers depend on.
 """
 
-import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch, Items, Stage
@@ -40,19 +40,17 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.policy import Policy, to_json
-from kd_ranker.pipeline import cluster, trained
+from kd_ranker.pipeline import teachers, trained
 from kd_ranker.pipeline.datasets import (
     SCORES_FOLDER,
     candidates_line,
     current_dataset,
-    dataset_of,
     scores_folder,
 )
-from kd_ranker.pipeline.remote import Place, fetched, local_folder
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline.remote import Place, fetched
+from kd_ranker.pipeline.teachers import Finished
 from kd_ranker.requests import lock
 from kd_ranker.requests.columns import Columns, columns_of_block
-from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.teacher_scores import write_column
@@ -100,7 +98,7 @@ class Scored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some requests, which are scored in one call.
+    """Some of the requests to score.
 
     Attributes:
       columns: holds the requests.
@@ -108,8 +106,6 @@ class Part(NamedTuple):
       scored: the number of leading candidates of each request with scores to write.
       request: the ids of the requests.
       file: the number of the file to which each request belongs.
-      item_names: the `value` and the `id` of each item, by id; None if ids have no other names.
-      items: the features and categories of the items.
     """
 
     columns: Columns
@@ -117,24 +113,24 @@ class Part(NamedTuple):
     scored: Int[np.ndarray, "n"]
     request: pa.Array
     file: Int[np.ndarray, "n"]
-    item_names: pa.Table | None
-    items: Items
 
 
 class Requests(NamedTuple):
     """Requests to score.
 
     Attributes:
-      parts: the arguments of `read` for each part.
-      read: (ranker, *arguments) -> `Part`; can be pickled.
+      parts: the function that reads each part, by the stem of its file.
       files: the names of the files to write.
+      items: the features and categories of the items.
+      item_names: the `value` and the `id` of each item, by id; None if ids have no other names.
       candidates: the largest number of candidates of a request.
       counts: what to record in `scores.json`.
     """
 
-    parts: Sequence[tuple]
-    read: Callable[..., Part]
+    parts: Mapping[str, Callable[[], Part]]
     files: Sequence[str]
+    items: Items
+    item_names: pa.Table | None
     candidates: int
     counts: Any = None
 
@@ -153,39 +149,28 @@ def score_dataset(config: ConfigDict) -> Scored:
         process writes the same scores.
     """
     dataset = current_dataset(config)
-    ranker = trained.finished_teacher(config, dataset)
-    output = scores_folder(config, ranker.version)
-    requests = _of_dataset(config, dataset)
+    ranker = teachers.load_teacher(config, dataset)
+    output, stage = scores_folder(config, ranker.version), config.teacher.stage
     names = [f"probability_{task}" for task in dataset.spec.tasks]
 
-    def write_columns(paths: Sequence[Path]) -> None:
+    def write_columns(parts: Path) -> None:
         for split in SPLITS:
-            parts = zip(paths, requests.parts, strict=True)
-            tables = (pq.read_table(path) for path, (name, *_) in parts if name == split)
+            tables = (pq.read_table(path) for path in sorted(parts.glob(f"{split}-*")))
             of_split = (np.stack([table[name] for name in names], axis=1) for table in tables)
             columns = dataset.columns[split]
-            scored = columns.counts.reached(_stage(config.teacher.stage, split))
+            scored = columns.counts.reached(_stage(stage, split))
             write_column(output, split, columns, scored, of_split)
 
     score(
         config,
         ranker,
-        functools.partial(_teacher_elsewhere, config.to_json()),
-        lambda work: requests,
+        lambda work: _of_dataset(stage, config.evaluation.requests, dataset),
         output,
-        [config.teacher.stage, _BATCHES, _MOST_PARTS],
+        [stage, _BATCHES, _MOST_PARTS],
         write_columns,
         replaces=True,  # with other value weights, for example
     )
     return Scored(output, tuple(columns_of(ranker)))
-
-
-@functools.lru_cache(maxsize=1)
-def _teacher_elsewhere(text: str) -> Finished:
-    """Open a teacher and its dataset once per process; `text` is the config as JSON."""
-    config = ConfigDict(json.loads(text))
-    cluster.register(config.registered_by)
-    return trained.finished_teacher(config, dataset_of(config))
 
 
 def _stage(name: str, split: str) -> Stage:
@@ -193,22 +178,22 @@ def _stage(name: str, split: str) -> Stage:
     return TEACHER_STAGES[name] if split == "train" else Stage.RETRIEVED
 
 
-def _of_dataset(config: ConfigDict, dataset: Dataset) -> Requests:
+def _of_dataset(stage: str, batch: int, dataset: Dataset) -> Requests:
     """Return the requests of a dataset, in parts that do not depend on the machine."""
-    numbers = {split: len(dataset.columns[split]) for split in SPLITS}
     path = dataset.directory / MANIFEST
-    files = list(json.loads(path.read_text())) if path.exists() else SPLITS
+    of_log = path.exists()
+    files = list(json.loads(path.read_text())) if of_log else SPLITS
+    parts = {
+        f"{split}-{number:03d}": functools.partial(
+            _part_of_dataset, dataset, _stage(stage, split), split, of_log, *span
+        )
+        for split in SPLITS
+        for number, span in enumerate(spans_of(len(dataset.columns[split]), batch))
+    }
+    item_names = read_vocabulary(dataset.directory, "item") if of_log else None
     most = max(int(dataset.columns[split].counts.retrieved.max()) for split in SPLITS)
-    return Requests(
-        parts=[
-            (split, *span)
-            for split, number in numbers.items()
-            for span in spans_of(number, config.evaluation.requests)
-        ],
-        read=functools.partial(_read_dataset, config.teacher.stage),
-        files=_names_like([SQL] if SQL in files else files),
-        candidates=most,
-    )
+    names = _names_like([SQL] if SQL in files else files)
+    return Requests(parts, names, dataset.items, item_names, most)
 
 
 def _names_like(files: Sequence[str]) -> list[str]:
@@ -226,20 +211,17 @@ def spans_of(number: int, batch: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, number)) for start in range(0, number, size)]
 
 
-def _read_dataset(stage: str, ranker: Finished, split: str, start: int, stop: int) -> Part:
-    dataset, numbers = ranker.dataset, np.arange(start, stop)
+def _part_of_dataset(
+    dataset: Dataset, stage: Stage, split: str, of_log: bool, start: int, stop: int
+) -> Part:
     columns = dataset.columns[split]
     counts = columns.counts.of(slice(start, stop))
-    request = pa.array(counts.request_id)
-    file = np.full(len(numbers), SPLITS.index(split), np.int32)
-    item_names = None
-    if (dataset.directory / MANIFEST).exists():
+    request, file = pa.array(counts.request_id), np.full(stop - start, SPLITS.index(split))
+    if of_log:
         names = read_requests_of(dataset.directory, split)
         request = names["request"].combine_chunks()[start:stop]
         file = names["file"].to_numpy()[start:stop]
-        item_names = read_vocabulary(dataset.directory, "item")
-    scored = counts.reached(_stage(stage, split))
-    return Part(columns, numbers, scored, request, file, item_names, dataset.items)
+    return Part(columns, np.arange(start, stop), counts.reached(stage), request, file)
 
 
 def score_unseen(
@@ -270,8 +252,6 @@ def score_unseen(
         gone, the log lacks a column that training had, or a policy is named and the value
         weights are others than the run's.
     """
-    if config.launcher == "ray":
-        workdir = local_folder("--workdir", workdir, "is read by all machines of launcher='ray'")
     with fetched(workdir) as folder:
         run = trained.config_of(folder, trust)
         for name in (run.data.name, config.data.name):
@@ -285,8 +265,7 @@ def score_unseen(
         checks.validate(config, devices)
         layout, run_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
         log, layout = unseen.open_unseen(layout, run_layout)
-        data_dir = str(config.data.dir)
-        ranker = trained.open_finished(folder, member, "", data_dir, trust, policy)
+        ranker = trained.open_finished(folder, member, "", str(config.data.dir), trust, policy)
         fitted, given = (tuple(of.value_weights) for of in (ranker.config, config))
         if policy and fitted != given:
             raise UserError(
@@ -308,9 +287,8 @@ def score_unseen(
             raise UserError(
                 f"{output} is inside the log and would become a part of it; give another --out"
             )
-        reopen = functools.partial(trained.reopened, folder, member, data_dir, trust, policy)
         read = functools.partial(_of_log, log, layout, settled, dataset)
-        counts = score(config, ranker, reopen, read, output, inputs)
+        counts = score(config, ranker, read, output, inputs)
     scored = Scored(output, tuple(columns_of(ranker)))
     lines = [trained.ranker_line(ranker), *_unseen_lines(Counted(*counts))]
     return scored, lines
@@ -326,29 +304,21 @@ def _of_log(
         unseen.read_unseen(log, layout, settled, dataset.items, unfinished)
         unfinished.rename(folder)
     read = unseen.load_unseen(folder)
-    return Requests(
-        parts=[(piece,) for piece in read.pieces],
-        read=functools.partial(_read_log, layout, folder),
-        files=_names_like(log.files or [SQL]),
-        candidates=read.counted.largest,
-        counts=read.counted,
-    )
 
+    def part_of(piece: Piece) -> Part:
+        (block,) = encode_requests(layout, read.encoding, folder, piece)
+        columns = columns_of_block(block, dataset.spec)
+        names = requests_of_piece(folder, piece)
+        request, file = names["request"].combine_chunks(), names["file"].to_numpy()
+        return Part(columns, np.arange(len(columns)), columns.counts.retrieved, request, file)
 
-def _read_log(layout: LogLayout, folder: Path, ranker: Finished, piece: Piece) -> Part:
-    read = unseen.load_unseen(folder)
-    (block,) = encode_requests(layout, read.encoding, folder, piece)
-    columns = columns_of_block(block, ranker.dataset.spec)
-    names = requests_of_piece(folder, piece)
-    return Part(
-        columns=columns,
-        numbers=np.arange(len(columns)),
-        scored=columns.counts.retrieved,
-        request=names["request"].combine_chunks(),
-        file=names["file"].to_numpy(),
-        item_names=read.item_names,
-        items=read.items,
-    )
+    parts = {
+        f"{number:06d}": functools.partial(part_of, piece)
+        for number, piece in enumerate(read.pieces)
+    }
+    files = _names_like(log.files or [SQL])
+    counted = read.counted
+    return Requests(parts, files, read.items, read.item_names, counted.largest, counted)
 
 
 def _unseen_lines(read: Counted) -> list[str]:
@@ -364,23 +334,21 @@ def _unseen_lines(read: Counted) -> list[str]:
 def score(
     config: ConfigDict,
     ranker: Finished,
-    reopen: Callable[[], Finished],
     open_requests: Callable[[Path], Requests],
     output: Path,
     inputs: Any,
-    finish: Callable[[Sequence[Path]], None] = lambda parts: None,
+    finish: Callable[[Path], None] = lambda parts: None,
     replaces: bool = False,
 ) -> Any:
     """Write the scores of requests, see the top of this file.
 
     Args:
-      config: gives the value weights, the requests per batch, and the processes or the cluster.
+      config: gives the value weights, and the requests per batch.
       ranker: the ranker.
-      reopen: opens it in another process; can be pickled.
       open_requests: called with a folder that is kept until the scores are complete.
       output: the folder to write to.
       inputs: all that the requests depend on, as JSON.
-      finish: called with the file of each part, before the manifest is written.
+      finish: called with the folder of all parts, before the manifest is written.
       replaces: whether other scores of the same dataset by the same ranker are replaced.
 
     Returns:
@@ -398,9 +366,13 @@ def score(
             except UserError:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-            parts = _score_parts(config, ranker, reopen, requests, work / _PARTS)
-            _write_files(parts, requests.files, output)
-            finish(parts)
+            folder = work / _PARTS
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, read in tqdm(requests.parts.items(), "scoring", leave=False, disable=None):
+                if not (path := folder / f"{name}.parquet").exists():
+                    _write_part(path, config, ranker, requests, read())
+            finish(folder)
+            _write_files(folder, requests.files, output)
             description = {
                 "ranker": ranker.title,
                 "serve": ranker.serve,
@@ -452,7 +424,8 @@ def _is_finished(output: Path, work: Path, made_of: manifest.MadeOf, replaces: b
             shutil.rmtree(work, ignore_errors=True)  # the leftovers of a run that was killed
             return True
         if replaces and {**found, "scores": ""} == {**made_of, "scores": ""}:
-            (output / manifest.FILE).unlink()
+            for path in (*output.glob("*.parquet"), output / manifest.FILE):
+                path.unlink()
             return False
     if finished or not (work.exists() or {path.name for path in output.iterdir()} <= lock.FILES):
         raise UserError(
@@ -462,69 +435,43 @@ def _is_finished(output: Path, work: Path, made_of: manifest.MadeOf, replaces: b
     return False
 
 
-def _score_parts(
-    config: ConfigDict,
-    ranker: Finished,
-    reopen: Callable[[], Finished],
-    requests: Requests,
-    folder: Path,
-) -> Sequence[Path]:
-    """Score all parts that an earlier run has not finished; return the file of each part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:06d}.parquet" for number in range(len(requests.parts))]
-    pairs = zip(paths, requests.parts, strict=True)
-    missing = [(path, arguments) for path, arguments in pairs if not path.exists()]
-    on_cluster, processes = config.launcher == "ray", config.data.processes
-    # Other processes open the ranker themselves, since its parameters are on devices.
-    opened = reopen if on_cluster or processes > 1 else lambda: ranker
-    numbers = tuple(config.value_weights), config.evaluation.requests, requests.candidates
-    call = functools.partial(_score_part, opened, ranker.version, requests.read, numbers)
-    runner: contextlib.AbstractContextManager[Runner]
-    runner = cluster.open_cluster(config) if on_cluster else open_pool(processes)
-    with runner as run:
-        for _ in run(call, missing, "scoring"):
-            pass
-    return paths
-
-
-def _score_part(
-    open_ranker: Callable[[], Finished],
-    version: str,
-    read: Callable[..., Part],
-    numbers: tuple[Sequence[float], int, int],
-    path: Path,
-    arguments: tuple,
+def _write_part(
+    path: Path, config: ConfigDict, ranker: Finished, requests: Requests, part: Part
 ) -> None:
-    """Write the scores of a part to a file that is complete or absent.
-
-    Args:
-      open_ranker: returns the ranker.
-      version: the exact weights that it must have.
-      read: see `Requests`.
-      numbers: the value weights, the requests of a batch, and the candidates of each.
-      path: the file.
-      arguments: of `read`.
-    """
-    ranker = open_ranker()
-    if ranker.version != version:
-        raise UserError(f"{ranker.title} has changed while it scored; run this again")
-    part, (weights, size, candidates) = read(ranker, *arguments), numbers
-    is_scored = np.arange(candidates) < part.scored[:, None]
+    """Write the scores of a part to a file that is complete or absent."""
+    is_scored = np.arange(requests.candidates) < part.scored[:, None]
+    size = config.evaluation.requests
     starts = range(0, len(part.numbers), size)
-    batches = _probabilities(ranker, part, size, candidates)
+    batches = _probabilities(ranker, requests, part, size)
     probability = np.concatenate(
         [of[is_scored[at : at + size]] for at, of in zip(starts, batches, strict=True)]
     )
-    value = funnel.value(jnp.asarray(probability), jnp.asarray(weights))
+    value = funnel.value(jnp.asarray(probability), jnp.asarray(tuple(config.value_weights)))
     owner = np.repeat(np.arange(len(part.numbers)), part.scored)
     scores = [*probability.T, np.asarray(value)]
     if ranker.policy:
         scores.append(_passed(ranker.policy, np.asarray(value), is_scored))
-    arrays = [part.request.take(pa.array(owner)), _items_of(part), *map(pa.array, scores)]
-    columns = dict(zip(columns_of(ranker), [*arrays, pa.repeat(version, len(owner))], strict=True))
+    ids = _items_of(part, requests.item_names)
+    arrays = [part.request.take(pa.array(owner)), ids, *map(pa.array, scores)]
+    arrays.append(pa.repeat(ranker.version, len(owner)))
+    columns = dict(zip(columns_of(ranker), arrays, strict=True))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(pa.table({"file": pa.array(part.file[owner]), **columns}), temporary)
     temporary.replace(path)
+
+
+def _write_files(parts: Path, files: Sequence[str], output: Path) -> None:
+    """Write the scores of each file of a log, or of each split, from those of all parts."""
+    scores = ds.dataset([str(path) for path in sorted(parts.glob("*.parquet"))])
+    names = [name for name in scores.schema.names if name != "file"]
+    for number, name in enumerate(files):
+        own = scores.scanner(columns=names, filter=ds.field("file") == number)
+        temporary = output / f".{name}"
+        with pq.ParquetWriter(temporary, own.projected_schema, compression="zstd") as writer:
+            for batch in own.to_batches():
+                if batch.num_rows:
+                    writer.write_batch(batch)
+        temporary.replace(output / name)
 
 
 def _passed(
@@ -538,44 +485,30 @@ def _passed(
     return (places < k[:, None])[is_scored]
 
 
-def _items_of(part: Part) -> pa.Array:
+def _items_of(part: Part, item_names: pa.Table | None) -> pa.Array:
     """Return the item of each scored candidate."""
     candidates = part.columns.candidates.fields(part.numbers, part.scored)
     ids = np.asarray(candidates["item_id"])
-    if part.item_names is None:
+    if item_names is None:
         return pa.array(ids)
-    values = part.item_names["value"].combine_chunks()
-    return values.take(pa.array(np.searchsorted(part.item_names["id"].to_numpy(), ids)))
+    values = item_names["value"].combine_chunks()
+    return values.take(pa.array(np.searchsorted(item_names["id"].to_numpy(), ids)))
 
 
 def _probabilities(
-    ranker: Finished, part: Part, requests: int, candidates: int
+    ranker: Finished, requests: Requests, part: Part, size: int
 ) -> Iterator[Float[np.ndarray, "R N T"]]:
-    """Yield the probabilities of the candidates of a part, `requests` requests at a time.
+    """Yield the probabilities of the candidates of a part, `size` requests at a time.
 
-    The last array has fewer. Candidates are padded to N = `candidates`; entries of padding have no
-    meaning.
+    The last array has fewer. Candidates are padded to N = `requests.candidates`; entries of padding
+    have no meaning.
     """
-    items, index = jax.device_put(part.items), np.arange(candidates)
-    for start in range(0, len(part.numbers), requests):
-        chunk = part.numbers[start : start + requests]
+    items, index = jax.device_put(requests.items), np.arange(requests.candidates)
+    for start in range(0, len(part.numbers), size):
+        chunk = part.numbers[start : start + size]
         # A last chunk of another size would need another compilation.
-        filled = np.append(chunk, np.repeat(chunk[-1:], requests - len(chunk)))
+        filled = np.append(chunk, np.repeat(chunk[-1:], size - len(chunk)))
         places = np.where(index < part.columns.kept[filled, None], index, -1)
         batch = CandidateBatch(**cutting.all_fields(part.columns, filled, places))
         served = ranker.ranker.serve(ranker.parameters, batch, items)
         yield np.asarray(served.probability[ranker.serve])[: len(chunk)]
-
-
-def _write_files(parts: Sequence[Path], files: Sequence[str], output: Path) -> None:
-    """Write the scores of each file of a log, or of each split, from those of all parts."""
-    scores = ds.dataset([str(path) for path in parts])
-    names = [name for name in scores.schema.names if name != "file"]
-    for number, name in enumerate(files):
-        own = scores.scanner(columns=names, filter=ds.field("file") == number)
-        temporary = output / f".{name}"
-        with pq.ParquetWriter(temporary, own.projected_schema, compression="zstd") as writer:
-            for batch in own.to_batches():
-                if batch.num_rows:
-                    writer.write_batch(batch)
-        temporary.replace(output / name)

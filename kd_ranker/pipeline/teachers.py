@@ -9,11 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
-from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.evaluation.policy import Policy
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_name, dataset_under
@@ -28,27 +29,47 @@ from kd_ranker.training.state import TrainState, select_member
 TRAIN_TEACHER = f"python -m experiments.train_teacher, {SAME_FLAGS}"
 
 
-class Teacher(NamedTuple):
-    """A trained final ranker.
+class Finished(NamedTuple):
+    """The ranker of a finished run.
 
     Attributes:
+      title: a description for people.
+      role: "teacher" or "student".
+      member: its name in a sweep; "" elsewhere.
+      config: that of its run.
+      serve: which of its probabilities it ranks by.
       model: its fixed part.
-      parameters: its trained parameters, on a device.
-      ranker: both, for the evaluation.
+      ranker: as the evaluation calls it.
       version: a name for its exact weights.
-      seed: the seed that it was trained with.
-      step: its last step.
+      dataset: the dataset that has its ids, means and deviations.
+      made_of: the fingerprints that its checkpoint records.
+      policy: chooses how many candidates it passes per request; None if none is named.
     """
 
+    title: str
+    role: str
+    member: str
+    config: ConfigDict
+    serve: str
     model: Model
-    parameters: Parameters
     ranker: Ranker
     version: str
-    seed: int
-    step: int
+    dataset: Dataset
+    made_of: MadeOf
+    policy: Policy | None = None
+
+    @property
+    def parameters(self) -> Parameters:
+        """Its trained parameters, on a device."""
+        return self.ranker.parameters
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that it was trained with; that of a teacher is `none`."""
+        return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
-def teacher_and_dataset(config: ConfigDict, dataset: Dataset) -> tuple[Teacher | None, Dataset]:
+def teacher_and_dataset(config: ConfigDict, dataset: Dataset) -> tuple[Finished | None, Dataset]:
     """Open the teacher that a student follows, and the dataset that it learns from.
 
     With `teacher.source = "logged"` the probabilities come with the dataset: from the teacher in
@@ -80,7 +101,7 @@ def made_of(config: ConfigDict, dataset: Dataset) -> MadeOf:
     return {"config": schema.fingerprint({"": config}, "teacher"), **dataset.identity}
 
 
-def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
+def load_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
     """Load the trained teacher in `config.teacher.workdir`.
 
     Raises:
@@ -95,7 +116,7 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
         return _load_teacher(config, dataset, workdir)
 
 
-def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teacher:
+def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Finished:
     if not (workdir / workdirs.CONFIG_FILE).exists():
         raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
     trained = workdirs.read_config(workdir)
@@ -117,14 +138,19 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
             f"the teacher at {workdir} holds numbers that are not finite; train another one, with "
             "a smaller learning rate"
         )
-    parameters = put(served(group.recipe.model, state.parameters, jax.default_backend()))
-    return Teacher(
-        model=group.recipe.model,
-        parameters=parameters,
-        ranker=Ranker(make_serve(group.recipe.model, MODES["none"]), parameters),
-        version=digest_of(state.parameters),
-        seed=trained.seed,
-        step=step,
+    model, version = group.recipe.model, digest_of(state.parameters)
+    parameters = put(served(model, state.parameters, jax.default_backend()))
+    return Finished(
+        title=f"the teacher at {config.teacher.workdir}",
+        role="teacher",
+        member="",
+        config=trained,
+        serve="user",
+        model=model,
+        ranker=Ranker(make_serve(model, MODES["none"]), parameters),
+        version=version,
+        dataset=dataset,
+        made_of={**made_of(trained, dataset), "version": version},
     )
 
 

@@ -1,25 +1,21 @@
 """Rankers of finished runs, opened to be scored with or exported."""
 
-import functools
 from pathlib import Path
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.config import checks, schema
-from kd_ranker.distillation.modes import MODES, Mode
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.policy import POLICIES, Policy
-from kd_ranker.manifest import MadeOf
-from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.remote import Place, fetched
-from kd_ranker.requests.records import Dataset
+from kd_ranker.pipeline.teachers import Finished
 from kd_ranker.sweep.sweep import TEST, Cohort, open_sweep
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
@@ -27,46 +23,6 @@ from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 _RUNS = ("train_teacher", "train", "sweep")
-
-
-class Finished(NamedTuple):
-    """The ranker of a finished run.
-
-    Attributes:
-      title: a description for people.
-      role: "teacher" or "student".
-      member: its name in a sweep; "" elsewhere.
-      config: its own.
-      serve: which of its probabilities it ranks by.
-      model: its fixed part.
-      ranker: as the evaluation calls it.
-      version: a name for its exact weights.
-      dataset: the dataset that has its ids, means and deviations.
-      made_of: the fingerprints that its checkpoint records.
-      policy: chooses how many candidates it passes per request; None if none is named.
-    """
-
-    title: str
-    role: str
-    member: str
-    config: ConfigDict
-    serve: str
-    model: Model
-    ranker: Ranker
-    version: str
-    dataset: Dataset
-    made_of: MadeOf
-    policy: Policy | None = None
-
-    @property
-    def parameters(self) -> Parameters:
-        """Its trained parameters, on a device."""
-        return self.ranker.parameters
-
-    @property
-    def mode(self) -> Mode:
-        """The mode that it was trained with; that of a teacher is `none`."""
-        return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
 def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
@@ -106,12 +62,6 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     register(file)
     checks.check_keys(config)
     return config
-
-
-@functools.lru_cache(maxsize=1)
-def reopened(workdir: Path, member: str, data_dir: str, trust: bool, policy_name: str) -> Finished:
-    """`open_finished`, called once per process that scores several parts."""
-    return open_finished(workdir, member, "", data_dir, trust, policy_name)
 
 
 def open_finished(
@@ -157,7 +107,7 @@ def open_finished(
     if command == "train_teacher":
         check_choice("--serve", serve or "user", MODES["none"].serve)
         config.teacher.workdir = str(workdir)
-        found = finished_teacher(config, opened.dataset)
+        found = teachers.load_teacher(config, opened.dataset)
     elif command == "train":
         found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
     else:
@@ -168,23 +118,6 @@ def open_finished(
 def ranker_line(ranker: Finished) -> str:
     """The line on a ranker for the terminal."""
     return f"ranker: {ranker.title}, by its probabilities {ranker.serve!r}"
-
-
-def finished_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
-    """Open the teacher in `config.teacher.workdir`; see `teachers.load_teacher`."""
-    teacher = teachers.load_teacher(config, dataset)
-    return Finished(
-        title=f"the teacher at {config.teacher.workdir}",
-        role="teacher",
-        member="",
-        config=config,
-        serve="user",
-        model=teacher.model,
-        ranker=teacher.ranker,
-        version=teacher.version,
-        dataset=dataset,
-        made_of={**teachers.made_of(config, dataset), "version": teacher.version},
-    )
 
 
 def _member(

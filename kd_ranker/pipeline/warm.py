@@ -7,7 +7,7 @@ initialized. The step, the schedule and the optimizer of dense parameters start 
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,14 +22,6 @@ from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import States, select_member
 
 
-class _Start(NamedTuple):
-    """The ranker to start from: its model, and its parameters on the host."""
-
-    workdir: str
-    model: Model
-    parameters: Parameters
-
-
 def warm_start(job: Job) -> Begin | None:
     """Return a function that starts initial states from `train.warm_start`; None if that is "".
 
@@ -40,14 +32,15 @@ def warm_start(job: Job) -> Begin | None:
 
 
 def _begin(job: Job, states: States) -> States:
-    start = _open(job)
+    model, start = _open(job)
     return tuple(
-        dataclasses.replace(state, parameters=_grown(start, group, state.parameters))
+        dataclasses.replace(state, parameters=_grown(job, model, start, group, state.parameters))
         for group, state in zip(job.groups, states, strict=True)
     )
 
 
-def _open(job: Job) -> _Start:
+def _open(job: Job) -> tuple[Model, Parameters]:
+    """Return the model to start from, and its parameters on the host."""
     workdir = job.trainee.train.warm_start
     with fetched(place_of(workdir)) as folder:
         try:
@@ -67,39 +60,39 @@ def _open(job: Job) -> _Start:
         if role == "teacher":  # which is served without slots
             _, state, _ = teachers.restored(ranker.config, ranker.dataset, folder)
             parameters = select_member(state.parameters, 0)
-        return _Start(workdir, ranker.model, jax.tree.map(np.asarray, parameters))
+        return ranker.model, jax.tree.map(np.asarray, parameters)
 
 
-def _grown(start: _Start, group: Group, fresh: Parameters) -> Parameters:
+def _grown(
+    job: Job, model: Model, start: Parameters, group: Group, fresh: Parameters
+) -> Parameters:
     """Return the parameters of a group's members, the same for each except in rows of new ids."""
-    old, new = start.model.embedding, group.recipe.model.embedding
+    old, new = model.embedding, group.recipe.model.embedding
 
     def shapes(dense: Any, members: int) -> Any:
         return jax.tree.structure(dense), [of.shape[members:] for of in jax.tree.leaves(dense)]
 
-    agree = shapes(start.parameters.dense, 0) == shapes(fresh.dense, 1)
+    agree = shapes(start.dense, 0) == shapes(fresh.dense, 1)
     agree &= {name: of.hashed for name, of in old.tables.items()} == {
         name: of.hashed for name, of in new.tables.items()
     }
     if not agree or any(
-        start.parameters.tables[name].shape[1] != fresh.tables[name].shape[2]
+        start.tables[name].shape[1] != fresh.tables[name].shape[2]
         or old.tables[name].size > of.size
         or (of.hashed and old.tables[name].size != of.size)
         for name, of in new.tables.items()
     ):
         raise UserError(
-            f"train.warm_start={start.workdir} has a model of other sizes, or rows of another "
-            "optimizer, than the config; keep the keys of the model, distill.mode and "
+            f"train.warm_start={job.trainee.train.warm_start} has a model of other sizes, or rows "
+            "of another optimizer, than the config; keep the keys of the model, distill.mode and "
             "optimizer.table_name of that run"
         )
     tables: dict[str, Any] = {}
-    for name, rows in start.parameters.tables.items():
+    for name, rows in start.tables.items():
         table = np.array(fresh.tables[name])
         known = old.tables[name].size
         table[:, :known] = rows[:known]
         table[:, new.tables[name].size] = rows[known]  # that of ids without a row
         tables[name] = table
-    dense = jax.tree.map(
-        lambda of, like: np.broadcast_to(of, like.shape), start.parameters.dense, fresh.dense
-    )
+    dense = jax.tree.map(lambda of, like: np.broadcast_to(of, like.shape), start.dense, fresh.dense)
     return Parameters(dense, tables)

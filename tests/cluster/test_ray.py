@@ -1,7 +1,6 @@
 """Commands on a cluster of two nodes, against the same ones here."""
 
 import json
-import shutil
 import threading
 import time
 
@@ -10,11 +9,8 @@ import pytest
 from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import datasets, scoring
-from kd_ranker.sources.logs import ordered
 from kd_ranker.sweep.sweep import FOLDER
 from tests import small
-from tests.pipeline import test_score
 
 ray = pytest.importorskip("ray", reason="ray is not installed; scripts/test_cluster.sh does it")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -69,52 +65,6 @@ def test_a_sweep_whose_node_is_lost_ends_as_one_that_ran_here(world, cluster, tm
     for table in TABLES:
         assert (workdir / table).read_bytes() == (expected / table).read_bytes(), table
     assert not list(workdir.glob(f"{FOLDER}/*/damaged_checkpoints"))
-
-
-def contents(folder, pattern):
-    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
-
-
-def test_a_teacher_logs_the_bytes_that_it_logs_here_though_a_node_is_lost(
-    world, cluster, tmp_path, monkeypatch
-):
-    dataset = datasets.dataset_of(world.config())
-    copied = tmp_path / "requests" / dataset.directory.parent.name
-    shutil.copytree(dataset.directory.parent, copied)
-    monkeypatch.setattr(scoring, "_BATCHES", 1)  # six parts
-    config = world.config(data__dir=str(tmp_path))
-    directory = api.log_teacher(config).directory
-    expected = contents(directory, "*")
-    shutil.rmtree(directory)
-    started, nodes = cluster
-    lost = threading.Event()
-
-    def lose_a_node():
-        """Once a part is written; the others are not, since each machine has first to load JAX."""
-        while not list(directory.glob(".scoring-*/parts/0*.parquet")):
-            time.sleep(0.01)
-        started.remove_node(nodes[0], allow_graceful=False)
-        lost.set()
-
-    threading.Thread(target=lose_a_node, daemon=True).start()
-    on_ray = config_of(world, started, data__dir=str(tmp_path))
-    assert api.log_teacher(on_ray).directory == directory
-    assert lost.wait(timeout=900)
-    assert contents(directory, "*") == expected
-
-
-def test_a_log_gets_the_scores_that_it_gets_here(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(ordered, "PIECE", 40)
-    world = test_score.make_world(tmp_path / "score")
-    log = test_score.write_raw(tmp_path / "log", world.tested, files=2)
-    config = test_score.config_for(world, "student", log)
-    workdir = world.folder / "student"
-    expected, _ = scoring.score_unseen(config, workdir, output=tmp_path / "here")
-    config.launcher, config.ray.address = "ray", cluster[0].address
-    found, _ = scoring.score_unseen(config, workdir, output=tmp_path / "there")
-    assert len(contents(expected.directory, "*.parquet")) == 2
-    for pattern in ("*.parquet", "scores.json"):
-        assert contents(found.directory, pattern) == contents(expected.directory, pattern)
 
 
 MY_LOSS = """

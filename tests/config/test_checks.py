@@ -107,7 +107,6 @@ def test_each_movielens_config_names_its_set():
             {"distill__terms": ("bce:rank",)},
             "distill.terms='bce:rank': signal='rank' does not exist; choose one of: logged, stage",
         ),
-        ({"distill__terms": ("bce:",)}, "signal='' does not exist"),
         ({"distill__terms": ("bce", "bce")}, "names a value twice"),
         ({"distill__terms": (1,)}, "distill.terms holds 1; it takes names"),
         (
@@ -121,11 +120,7 @@ def test_each_movielens_config_names_its_set():
         ),
         ({"teacher__signal": "rank"}, "choose one of: logged, stage"),
         ({"distill__user_weight": -1.0}, "distill.user_weight=-1.0 must not be negative"),
-        ({"student__name": "giant"}, "multi_interest"),
-        ({"optimizer__table_name": "sgdd"}, "optimizer.table_name='sgdd'"),
-        ({"parallel__mapping": "vmap"}, "pmap, shard_map"),
         ({"batch__order": "random"}, "batch.order='random' does not exist; choose one of: s"),
-        ({"teacher__batch__order": ""}, "teacher.batch.order=''"),
         ({"data__name": "netflix"}, ", ".join(sorted(SOURCES))),
         ({"tasks": ("watch", "buy", "like")}, "'buy' does not exist; choose one of: like, share"),
         ({"tasks": ()}, "tasks=() must name one task or more, none of them twice"),
@@ -133,7 +128,6 @@ def test_each_movielens_config_names_its_set():
         ({"tasks": (1, 2, 3)}, "tasks holds 1; it takes names"),
         ({"value_weights": (1.0, 2.0)}, "value_weights=(1.0, 2.0) must have one weight per task"),
         ({"value_weights": (0.0, 0.0, 0.0)}, "must not be all 0"),
-        ({"value_weights": (1.0, -1.0, 1.0)}, "value_weights holds -1.0"),
         ({"value_weights": ("a", "b", "c")}, "value_weights holds 'a'; it takes numbers"),
         (
             {"parallel__members": 3},
@@ -166,12 +160,8 @@ def test_each_movielens_config_names_its_set():
         ),
         ({"teacher__batch__requests": 9}, "teacher.batch.requests=9 cannot be shared by 8 devices"),
         ({"parallel__devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
-        ({"train__steps": 0}, "train.steps=0 must be greater than 0"),
-        ({"student__interests": 0}, "student.interests=0 must be greater than 0"),
         ({"student__hidden": (16, 0)}, "student.hidden holds 0"),
-        ({"distill__weight": -1.0}, "distill.weight=-1.0 must not be negative"),
         ({"distill__weight": float("nan")}, "distill.weight=nan must be a finite number"),
-        ({"optimizer__learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
         ({"distill__top_k": 0}, "distill.top_k=0 must be greater than 0"),
         (
             {"distill__loss": "topk", "distill__top_k": 32},
@@ -179,15 +169,11 @@ def test_each_movielens_config_names_its_set():
         ),
         ({"distill__loss": "dftopk", "distill__top_k": 33}, "top_k=33 takes in all"),
         ({"sweep__axes__distill__loss": ("topk",), "distill__top_k": 40}, "top_k=40 takes in all"),
-        ({"seed": -1}, "seed=-1 must not be negative"),
-        ({"student__category_rows": -1}, "student.category_rows=-1 must not be negative"),
         ({"batch__passed_share": 1.5}, "batch.passed_share=1.5 must lie in [0, 1]"),
         ({"sweep__weights": ()}, "sweep.weights is empty"),
-        ({"sweep__weights": (1.0, -2.0)}, "sweep.weights holds -2.0"),
         ({"sweep__seeds": (0, 0.5)}, "sweep.seeds holds 0.5; it takes whole numbers"),
         ({"sweep__seeds": (True,)}, "sweep.seeds holds True"),
         ({"funnel__passed": 200}, "each stage must be no larger than the one before"),
-        ({"costs__teacher__candidate": -1.0}, "costs.teacher.candidate=-1.0 must not be negative"),
         (
             {"costs__student__candidate": 0.1},
             "are in your own unit, and costs.teacher.candidate=0 takes FLOPs",
@@ -211,7 +197,6 @@ def test_each_movielens_config_names_its_set():
             "sweep.axes.teacher.signal changes nothing of a loss with its own signal",
         ),
         ({"funnel__targets": (0.9, 1.0)}, "targets holds 1.0, which must lie between 0 and 1"),
-        ({"funnel__targets": (0.0,)}, "funnel.targets holds 0.0, which must lie between 0 and 1"),
     ],
 )  # fmt: skip
 def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
@@ -222,14 +207,10 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
     ("get_config", "changes", "message"),
     [
         (cascade, {"exploration": 1.5}, "data.exploration=1.5 must lie in [0, 1]"),
-        (cascade, {"policy_noise": float("nan")}, "data.policy_noise=nan must be a finite number"),
-        (cascade, {"num_users": 0}, "data.num_users=0 must be greater than 0"),
-        (cascade, {"seed": -1}, "data.seed=-1 must not be negative"),
         (movielens, {"test_share": 1.0}, "data.test_share=1.0 must lie in [0, 1)"),
         (kuairand, {"test": "biased"}, "data.test='biased' does not exist; choose one of: random"),
         (recflow, {"train_days": (20240217,)}, "data.train_days holds 20240217; it takes names"),
         (parquet, {"split": "item"}, "choose one of: column, request, time, user"),
-        (parquet, {"validation_share": 0.0}, "data.validation_share=0.0 must lie between 0 and 1"),
     ],
 )  # fmt: skip
 def test_a_fault_of_a_source_is_one_line_before_it_is_opened(get_config, changes, message):

@@ -1,11 +1,11 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -31,7 +31,6 @@ from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
 from tests.faults import fault_of
-from tests.one_machine import OneMachine
 from tests.small import SWEEP
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
@@ -179,7 +178,7 @@ def test_students_learn_from_the_scores_of_the_teacher_and_from_no_others(world)
         requests = list(read_requests(dataset, split))
         assert {request.teacher_version for request in requests} == {version}
         # teacher.stage=retrieved: every candidate was scored.
-        table = pq.read_table(directory / f"{SPLITS.index(split):05d}-{split}.parquet")
+        table = pa.concat_tables(map(pq.read_table, directory.glob(f"{split}-*")))
         assert set(table["version"].to_pylist()) == {version}
         names = [f"probability_{task}" for task in dataset.spec.tasks]
         columns = [table[name].to_pylist() for name in ("request", "item", *names, "value")]
@@ -222,30 +221,19 @@ def columns_in(directory):
     return {path.name: path.read_bytes() for path in directory.glob("teacher-*.npy")}
 
 
-def test_a_cluster_scores_the_bytes_of_this_process(apart, monkeypatch):
+def test_columns_do_not_depend_on_parts(apart, monkeypatch):
     directory = api.log_teacher(apart).directory
-    here = files_in(directory)
+    assert len([*directory.glob("*.parquet")]) == 6
+    columns = columns_in(directory)
     shutil.rmtree(directory)
-    # In one part of each split instead of several, the columns have the same bytes.
-    with monkeypatch.context() as whole:
-        whole.setattr(scoring, "_BATCHES", 64)
-        columns = columns_in(api.log_teacher(apart).directory)
-    assert len(columns) == 3
-    assert columns == {name: here[name] for name in columns}
-    shutil.rmtree(directory)
-    scoring._teacher_elsewhere.cache_clear()
-    machine = OneMachine()
-    monkeypatch.setattr(scoring.cluster, "_open", lambda address: machine)
-    monkeypatch.chdir(Path.cwd())
-    apart.launcher = "ray"
-    assert api.log_teacher(apart).directory == directory
-    assert files_in(directory) == here
-    assert len(machine.called) == 6
+    monkeypatch.setattr(scoring, "_BATCHES", 64)
+    assert columns_in(api.log_teacher(apart).directory) == columns
+    assert len(columns) == len([*directory.glob("*.parquet")]) == 3
 
 
 def test_finished_scores_are_left_alone_and_checked(apart, tmp_path, monkeypatch):
     directory = api.log_teacher(apart).directory
-    monkeypatch.setattr(scoring, "_score_parts", None)
+    monkeypatch.setattr(scoring, "_write_part", None)
     assert api.log_teacher(apart).directory == directory
     content = (directory / "teacher-test.npy").read_bytes()
     (directory / "teacher-test.npy").write_bytes(content[:-1] + b"x")
@@ -262,8 +250,11 @@ def test_scores_of_other_value_weights_are_replaced(apart):
     assert api.log_teacher(apart).directory == directory
     after = files_in(directory)
     changed = {name for name, content in after.items() if content != before[name]}
-    tables = {f"{number:05d}-{split}.parquet" for number, split in enumerate(SPLITS)}
-    assert changed == {"manifest.json", *tables}
+    assert changed == {"manifest.json", *(name for name in after if name.endswith(".parquet"))}
+    # Fewer parts leave none of the others behind.
+    apart.evaluation.requests *= 4
+    assert api.log_teacher(apart).directory == directory
+    assert len([*directory.glob("*.parquet")]) == 3 < len([*before]) - 5
 
 
 def test_scores_of_other_contents_of_the_dataset_are_refused(apart, tmp_path):
@@ -276,12 +267,6 @@ def test_scores_of_other_contents_of_the_dataset_are_refused(apart, tmp_path):
     fault = fault_of(api.train, apart, tmp_path / "student")
     assert "has the scores of of other content, and the dataset is now" in fault
     assert "log_teacher" in fault
-
-
-def test_a_process_that_scores_runs_the_file_that_registers(apart, tmp_path):
-    apart.registered_by = str(tmp_path / "mine.py")
-    with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
-        scoring._teacher_elsewhere(apart.to_json())
 
 
 @pytest.fixture(scope="module")

