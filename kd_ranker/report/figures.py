@@ -127,14 +127,14 @@ def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
 
 
 def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return curves over k of the best students with and without scores, of each size.
+    """Return curves over k of the best students with and without scores, and of references.
 
-    The columns of `_curves`, size, cost (of a request, over that of only the final ranker on all
-    candidates), and `cost_for_99`, which is constant along a line.
+    The students are the best of each size. The columns are those of `_curves`, size, cost (of a
+    request, over that of only the final ranker on all candidates), and `cost_for_99`, which is
+    constant along a line.
     """
-    references = of_split(study.references, "test").assign(mode=REFERENCE, size="")
-    rows = pd.concat([best_of_sizes(study), references])
-    data = _curves(rows, estimates, "value_captured", ("size",))
+    rows = _with_references(study, best_of_sizes(study))
+    data = _curves(rows.fillna({"size": ""}), estimates, "value_captured", ("size",))
     data = data.assign(cost=np.nan, cost_for_99=np.nan)
     for setting, places in data.groupby("setting").groups.items():
         data.loc[places, "cost"] = estimates.cost_curve(str(setting))
@@ -182,11 +182,15 @@ def _over_k(measure: str) -> Callable[[Study, Estimates], pd.DataFrame]:
     """Return a function to the curves of the chosen settings, the baseline and the incumbent."""
 
     def data(study: Study, estimates: Estimates) -> pd.DataFrame:
-        known = of_split(study.references, "test").assign(mode=REFERENCE)
-        known = known[known["setting"].isin([study.incumbent, study.baseline])]
-        return _curves(pd.concat([study.tested, known]), estimates, measure)
+        return _curves(_with_references(study, study.tested), estimates, measure)
 
     return data
+
+
+def _with_references(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows, and those of the incumbent and of a baseline that is a list of items."""
+    known = of_split(study.references, "test").assign(mode=REFERENCE)
+    return pd.concat([rows, known[known["setting"].isin([study.incumbent, study.baseline])]])
 
 
 def _hit_rates(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -289,8 +293,9 @@ ENTRIES = {
         "more candidates are passed, on the test split: the cost of a request, {unit}, as a share "
         "of its cost if the final ranker ranks all candidates, and the share of the final value "
         "that is kept. Further left at the same height is cheaper at the same quality. "
-        "The dashed line is 99%; marks show its cost. Gray are rankers without a model, which "
-        "count as free. Bands are 95% intervals.",
+        "The dashed line is 99%; marks and the legend show its cost. Bands are 95% intervals."
+        + _GRAY
+        + " Both count as free.",
         empty="the cost of the teacher, or the requests of the best students, are not known",
     ),
     "plane": Entry(
@@ -307,8 +312,8 @@ ENTRIES = {
         "Value captured by candidates passed",
         "The share of the final value that is kept when k candidates are passed, on the test "
         "split; of each way the setting that did best on validation. The dashed line is 99%; "
-        "marks show what each needs for it, the mean over repeats. Bands are 95% intervals."
-        + _GRAY,
+        "marks and the legend show what each needs for it, the mean over repeats. Bands are 95% "
+        "intervals." + _GRAY,
     ),
     "true_value_captured": Entry(
         _over_k("true_value_captured"),
