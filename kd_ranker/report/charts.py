@@ -18,6 +18,8 @@ import vl_convert
 from kd_ranker.evaluation.metrics import TARGET, title_of
 from kd_ranker.report.figures import REFERENCE, Figure
 
+Chart = alt.LayerChart | alt.FacetChart
+
 FORMATS = ("svg", "pdf", "png")
 
 # After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008). All of these are
@@ -37,7 +39,7 @@ _BY_STEP = {
 }
 _SHAPES = {"none": "square", "aux": "circle", "shared": "diamond"}
 # By serving choice, lengths of dashes and gaps.
-_DASHES = {"user": [1.0, 0.0], "teacher": [7, 4], "blend": [2, 3]}
+_DASHES: dict[str, list[float]] = {"user": [1.0, 0.0], "teacher": [7, 4], "blend": [2, 3]}
 # The dash of a student without distillation, where a color is a size and not a mode.
 _UNDISTILLED = [6.0, 3.0]
 # The dash of a list of items, next to the incumbent's line.
@@ -159,7 +161,7 @@ def _theme(figure: Figure, width: int) -> dict[str, Any]:
     return _THEME | {"legend": _THEME["legend"] | legend | {"rowPadding": 2 * marked}}
 
 
-def _panels(figure: Figure) -> list[alt.LayerChart]:
+def _panels(figure: Figure) -> list[Chart]:
     """Return a chart per panel: per group of the rows, with its part of the data."""
     form, data = _FORMS[figure.name], figure.data
     if not form.panels:
@@ -241,7 +243,7 @@ def _look(figure: pd.DataFrame, marked: bool) -> _Look:
     return _Look(of_line(alt.Color, palette), of_line(alt.Shape, shapes), dash)
 
 
-def _panel(data: pd.DataFrame, look: _Look, layers: Sequence[alt.Chart]) -> alt.LayerChart:
+def _panel(data: pd.DataFrame, look: _Look, layers: Sequence[alt.Chart]) -> Chart:
     """Return layers over a table, from the back to the front, with a legend of their lines."""
     # This layer draws nothing: it holds the legend, and receives clicks on it.
     key = alt.Chart().mark_point(size=0, filled=True, opacity=1)
@@ -278,7 +280,7 @@ def _reference(*values: dict[str, float], **place: Any) -> alt.Chart:
     return line(style="reference", clip=True).encode(color=alt.value(_GRAY), **place)
 
 
-def _waterfall(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
+def _waterfall(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     end = data[["mean", "high"]].max(axis=1)
     # The longest bar leaves room for its number.
     title, ticked = "candidates to pass for 99% of the final value", {"tickCount": 5}
@@ -295,9 +297,7 @@ def _waterfall(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
     return alt.layer(bars, ends, numbers, data=_values(data.assign(end=end)))
 
 
-def _points(
-    data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, order: str = ""
-) -> alt.LayerChart:
+def _points(data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, order: str = "") -> Chart:
     """Return a mark per row, with a bar per interval where the data have its ends.
 
     Args:
@@ -328,20 +328,20 @@ def _points(
     return _panel(data, look, layers)
 
 
-def _pareto(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
+def _pareto(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     x, y = (
         _Axis(of, f"{title_of(of)}, mean over tasks (nats)") for of in ("user_bce", "teacher_bce")
     )
     return _points(data, figure, x, y, "weight")
 
 
-def _plane(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
+def _plane(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     x = _Axis("saving", "saving", format="~%", scale={"zero": True})
     y = _Axis("users", "change for users", format="+.2~%", scale={"zero": True})
     return _points(data, figure, x, y)
 
 
-def _calibration(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
+def _calibration(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     ends = (0.0, 1.05 * float(data[["predicted", "observed"]].max().max()))
     x, y = (_Axis(of, of, ends, options={"tickCount": 5}) for of in ("predicted", "observed"))
     diagonal = ({"predicted": end, "observed": end} for end in ends)
@@ -352,7 +352,7 @@ def _calibration(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
 def _curves(
     data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
     crossing: tuple[str, str] = ("", ""),
-) -> alt.LayerChart:  # fmt: skip
+) -> Chart:  # fmt: skip
     """Return a line with a band per ranker.
 
     Args:
@@ -404,7 +404,7 @@ def _window(
 
 def _over_k(
     data: pd.DataFrame, figure: pd.DataFrame, measure: str = "", whole: bool = False, **more: Any
-) -> alt.LayerChart:
+) -> Chart:
     """Return curves over k; the measure is that of the panel if it is not given."""
     title = str(measure or data["measure"].iloc[0]).replace("_", " ")
     ks, values = _window(data, whole)
@@ -413,7 +413,7 @@ def _over_k(
     return _curves(data, figure, x, _Axis("mean", f"{title} at k", values), **more)
 
 
-def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
+def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     _, values = _window(data)
     students = data[data["mode"] != REFERENCE]
     costs = students.loc[students["mean"] >= values[0], "cost"].min(), students["cost"].max()
@@ -424,7 +424,7 @@ def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
     return _curves(data, figure, x, y, TARGET, ("cost_for_99", ".1%"))
 
 
-def _saving(data: pd.DataFrame, figure: pd.DataFrame) -> alt.LayerChart:
+def _saving(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     title, at = {
         "target": ("share of the final value to keep (%)", [95, 96, 97, 98, 99, 99.9]),
         "student's cost": ("student's cost per candidate (% of the teacher's)", [1, 5, 10]),
@@ -450,7 +450,7 @@ class _Form(NamedTuple):
       marked: whether the lines have marks.
     """
 
-    draw: Callable[[pd.DataFrame, pd.DataFrame], alt.LayerChart]
+    draw: Callable[[pd.DataFrame, pd.DataFrame], Chart]
     width: int = 403
     height: int = 270
     columns: int = 4
@@ -458,9 +458,7 @@ class _Form(NamedTuple):
     marked: bool = False
 
 
-def _of_measure(
-    measure: str, **options: Any
-) -> Callable[[pd.DataFrame, pd.DataFrame], alt.LayerChart]:
+def _of_measure(measure: str, **options: Any) -> Callable[[pd.DataFrame, pd.DataFrame], Chart]:
     return functools.partial(_over_k, measure=measure, **options)
 
 
