@@ -166,9 +166,8 @@ def _panels(figure: Figure) -> list[Chart]:
     form, data = _FORMS[figure.name], figure.data
     if not form.panels:
         return [form.draw(data, data)]
-    titled = form.panels[-1] == "task"
     return [
-        form.draw(part, data).properties(**({"title": str(of[-1])} if titled else {}))
+        form.draw(part, data).properties(title=str(of[-1]))
         for of, part in data.groupby([*form.panels], sort=False)
     ]
 
@@ -425,17 +424,13 @@ def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
 
 
 def _saving(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
-    title, at = {
-        "target": ("share of the final value to keep (%)", [95, 96, 97, 98, 99, 99.9]),
-        "student's cost": ("student's cost per candidate (% of the teacher's)", [1, 5, 10]),
-    }[data["over"].iloc[0]]
-    ends = figure[["mean", "low", "high"]]
+    ends = data[["mean", "low", "high"]]
     # No saving exceeds 1, and below -1 the funnel costs more than twice as much.
     seen = max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))
-    options = {"values": at, "labelExpr": "datum.value"}
-    x = _Axis("at", title, (data["at"].min(), data["at"].max()), ".1f", options)
-    y = _Axis("mean", "saving", seen, "~%", scale={"nice": True})
-    return _curves(data, figure, x, y, 0.0)
+    options = {"values": [95, 96, 97, 98, 99, 99.9], "labelExpr": "datum.value"}
+    targets = (data["target"].min(), data["target"].max())
+    x = _Axis("target", "share of the final value to keep (%)", targets, ".1f", options)
+    return _curves(data, figure, x, _Axis("mean", "saving", seen, "~%", scale={"nice": True}), 0.0)
 
 
 class _Form(NamedTuple):
@@ -445,16 +440,16 @@ class _Form(NamedTuple):
       draw: from the data of a panel and of the whole figure to the chart of the panel.
       width: of a panel in a file, in pixels: with its axis if it is the only one.
       height: of a plot in a file, in pixels.
-      columns: panels side by side in a file.
       panels: the columns of the data that make a panel; none for a single panel.
+      columns: panels side by side in a file.
       marked: whether the lines have marks.
     """
 
     draw: Callable[[pd.DataFrame, pd.DataFrame], Chart]
     width: int = 403
     height: int = 270
-    columns: int = 4
     panels: tuple[str, ...] = ()
+    columns: int = 4
     marked: bool = False
 
 
@@ -467,8 +462,8 @@ _FORMS = {
     "waterfall": _Form(_waterfall, height=110),
     "frontier": _Form(_frontier),
     "plane": _Form(_plane, marked=True),
-    "saving": _Form(_saving, 320, 224, columns=1, panels=("over",)),
-    "hit_rates": _Form(_of_measure("", whole=True), 166, 166, 3, ("measure", "task")),
+    "saving": _Form(_saving),
+    "hit_rates": _Form(_of_measure("", whole=True), 166, 166, ("measure", "task"), columns=3),
     "pareto": _Form(_pareto, marked=True),
     "value_captured": _Form(
         _of_measure("value_captured", rule=TARGET, crossing=("passed_for_99", ".0f"))

@@ -101,11 +101,6 @@ class Estimates:
         pair = (self._measured(name, measure) for name in (setting, other))
         return crossed_interval(combined(np.subtract, *pair))
 
-    def relative_gap(self, setting: str, other: str, measure: str) -> Interval:
-        """Return `setting` / `other` − 1, over the repeats that both have."""
-        pair = (self._measured(name, measure) for name in (setting, other))
-        return crossed_interval(combined(lambda a, b: a / b - 1, *pair))
-
     def saving(
         self,
         setting: str,

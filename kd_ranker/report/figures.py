@@ -21,8 +21,6 @@ from kd_ranker.report.study import Study
 
 # Shares of the value to keep, denser where the number of candidates to pass grows fast.
 _TARGETS = (*np.arange(0.95, 0.989, 0.005), *np.arange(0.99, 0.9995, 0.001))
-# Costs of a student per candidate, over the teacher's.
-_COSTS = (0.001, *np.arange(0.01, 0.101, 0.01))
 # The mode of rankers without a model.
 REFERENCE = "reference"
 # The columns of a line, and those of a curve or of bars: a mean and the ends of its interval.
@@ -111,14 +109,14 @@ def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
 def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Return `_LINE`, margin, and saving and users with the ends of their intervals.
 
-    `users` is the relative change of the first of `users_at_target`.
+    `users` is the change of the first of `users_at_target`.
     """
     data = _table(
         [*_LINE, *_ends("saving"), *_ends("users")],
         (
             line
             | _ends("saving", estimates.of(line["setting"], "funnel_cost_saving"))
-            | _ends("users", estimates.relative_gap(line["setting"], str(study.baseline), measure))
+            | _ends("users", estimates.gap(line["setting"], str(study.baseline), measure))
             for measure in users_at_target(study)[:1]
             for line in _compared(study)
         ),
@@ -143,19 +141,15 @@ def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
 
 
 def _saving(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return `_LINE`, over (`target` or `student's cost`), at (in percent), and the saving."""
-    places: list[tuple[str, float, float, float | None]] = [
-        *(("target", float(target), float(target), None) for target in _TARGETS),
-        *(("student's cost", float(cost), TARGET, float(cost)) for cost in _COSTS),
-    ]
+    """Return `_LINE`, target (in percent), and the saving."""
     return _table(
-        [*_LINE, "over", "at", *_ENDS],
+        [*_LINE, "target", *_ENDS],
         (
             line
-            | {"over": over, "at": 100 * at}
-            | estimates.saving(line["setting"], target, cost)._asdict()
+            | {"target": 100 * target}
+            | estimates.saving(line["setting"], float(target))._asdict()
             for line in _compared(study)
-            for over, at, target, cost in places
+            for target in _TARGETS
         ),
     )
 
@@ -303,8 +297,9 @@ ENTRIES = {
         "Saving against the change for users",
         "Each way against {baseline}, the best ranker without the final ranker's scores, on "
         "the test split, with as many passed as each needs for 99% of the final value: the share "
-        "of the funnel's cost, {unit}, that is saved, and the relative change of the value for "
-        "users. The dashed line is the margin of {margin}. Bars are 95% intervals.",
+        "of the funnel's cost, {unit}, that is saved, and the change of the value for users, as a "
+        "share of that if all are passed. The dashed line is the margin of {margin}. Bars are 95% "
+        "intervals.",
         empty="the change for users is not known",
     ),
     "value_captured": Entry(
@@ -334,10 +329,9 @@ ENTRIES = {
     ),
     "saving": Entry(
         _saving,
-        "Saving by target and by the student's cost",
+        "Saving by target",
         "The share of the funnel's cost, {unit}, that is saved against {baseline}, on the test "
-        "split: by the share of the final value to keep, at the student's own cost; and for 99%, "
-        "by the cost of either student per candidate, over the teacher's. Bands are 95% intervals.",
+        "split, by the share of the final value to keep. Bands are 95% intervals.",
         empty="there is nothing to compare",
     ),
     "survival": Entry(

@@ -10,12 +10,10 @@ import pandas as pd
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import (
     HINDSIGHT,
-    MAIN,
-    SUMMARY,
     TARGET,
     Better,
+    main_columns,
     metric_of,
-    table_columns,
     title_of,
 )
 from kd_ranker.evaluation.references import NO_RANKERS
@@ -122,7 +120,8 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     """
     frame = of_split(frame, "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
-    shown = [column for column in table_columns(SUMMARY, tasks, passed) if column in frame]
+    known = frame.dropna(axis="columns", how="all")
+    shown = [column for column in main_columns(tasks, passed) if column in known]
     setting = [column for column in results.setting_columns(frame) if column in frame]
     varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
     # The rows of other roles have members that are no repeats.
@@ -133,7 +132,7 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     cells = _key_cells(groups.head(1), varying)
     cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
     for column in shown:
-        cells[title_of(column, short=True)] = [_with_error(of[column]) for _, of in groups]
+        cells[title_of(column)] = [_with_error(of[column]) for _, of in groups]
     return cells.to_string(index=False)
 
 
@@ -153,7 +152,7 @@ def important_columns(study: Study) -> list[str]:
     """Return the columns of a paper's table that were measured: the funnel's first."""
     return [
         column
-        for column in table_columns(MAIN, study.tasks, study.passed)
+        for column in main_columns(study.tasks, study.passed)
         if any(column in of and of[column].notna().any() for of in (study.tested, study.teachers))
     ]
 
