@@ -2,7 +2,7 @@
 
 The columns of `results.csv` and `curves.csv`, marks and titles derive from an entry. Formulas on
 one batch are in `agreement` and `funnel`. To try a metric of your own, put it into `METRICS`, and
-its columns into `MAIN` or `SUMMARY`, before you call a function of `kd_ranker.api`.
+its columns into `MAIN`, before you call a function of `kd_ranker.api`.
 
 Axes: `R` requests, `N` candidates, `T` tasks, `B` bins of predicted probability.
 """
@@ -64,7 +64,6 @@ class Metric(NamedTuple):
         arrays [R, ...]. Those of a metric with a number for each k or target may be curves,
         [R, N, ...]. Metrics may share a function: it is called once per batch.
       title: its name in tables and figures; by default `name` with spaces.
-      short: its name in the terminal; by default `title`.
       digits: behind the point, in tables.
       probabilities_of: the rankers of which it needs probabilities, not only an order.
       of_teacher: whether it is defined for the teacher itself.
@@ -79,7 +78,6 @@ class Metric(NamedTuple):
     ends: Ends | None = None
     sums: tuple[SumFunction, ...] = ()
     title: str = ""
-    short: str = ""
     digits: int = 4
     probabilities_of: tuple[Literal["ranker", "teacher"], ...] = ()
     of_teacher: bool = True
@@ -295,7 +293,6 @@ METRICS: dict[str, Metric] = {
             per=("task",),
             ends=_ratio("predicted", "observed"),
             probabilities_of=("ranker",),
-            short="calib.",
         ),
         _loss(
             name="teacher_bce",
@@ -311,7 +308,6 @@ METRICS: dict[str, Metric] = {
                 ratio(sums["teacher_bce"], sums["teacher_weight"])
                 - ratio(sums["teacher_entropy"], sums["teacher_weight"])
             ),
-            short="KL",
         ),
         _loss(
             name="teacher_kl_shown",
@@ -330,7 +326,6 @@ METRICS: dict[str, Metric] = {
             ends=_alignment("shown_teacher_kl"),
             probabilities_of=("ranker", "teacher"),
             of_teacher=False,
-            short="alignment",
         ),
         Metric(
             name="alignment_ratio_bce",
@@ -377,7 +372,6 @@ METRICS: dict[str, Metric] = {
             digits=3,
             per=("k", "task"),
             ends=_captured("positives_kept"),
-            short="hits",
         ),
         _gain(
             name="end_to_end_hit_rate",
@@ -387,7 +381,6 @@ METRICS: dict[str, Metric] = {
             digits=3,
             per=("k", "task"),
             ends=_end_to_end,
-            short="end hits",
         ),
         _gain(
             name="covered_user_value",
@@ -564,8 +557,8 @@ METRICS: dict[str, Metric] = {
 }
 
 
-# A report's main table from left to right. `{task}` gives one column per task, and `{first}` for
-# the first task; the mean over tasks has no task.
+# The main table of a report and of the terminal, from left to right. `{task}` gives one column per
+# task, and `{first}` for the first task; the mean over tasks has no task.
 MAIN = [
     "passed_for_99",
     "funnel_cost_saving",
@@ -580,13 +573,6 @@ MAIN = [
     "user_ndcg",
     "user_auc/{task}",
     "user_bce/{task}",
-]
-# The table in the terminal.
-SUMMARY = [
-    *("user_auc/{task}", "user_calibration/{first}", "teacher_kl/{first}", "alignment_ratio"),
-    *("survival@{k}", "value_captured@{k}", "true_value_captured@{k}"),
-    *("hit_rate@{k}/{first}", "end_to_end_hit_rate@{k}/{first}"),
-    *("passed_for_99", "regret", "cost_ratio", "funnel_cost_saving"),
 ]
 
 
@@ -641,8 +627,8 @@ def metric_of(column: str) -> Metric | None:
     return of_target if of_target and "target" in of_target.per else METRICS.get(name)
 
 
-def title_of(column: str, short: bool = False) -> str:
-    """The title of a metric's column in tables; short in the terminal.
+def title_of(column: str) -> str:
+    """The title of a metric's column in tables.
 
     >>> title_of("survival@200"), title_of("user_auc/watch"), title_of("teacher_kl")
     ('survival@200', 'AUC watch', 'teacher KL')
@@ -652,18 +638,18 @@ def title_of(column: str, short: bool = False) -> str:
     metric = metric_of(column)
     if metric is None:
         return column
-    name = (metric.short if short else "") or metric.title or metric.name.replace("_", " ")
+    name = metric.title or metric.name.replace("_", " ")
     rest = column.removeprefix(metric.name).replace("/", " ")
     return name + re.sub(r"^_(.*)", r" \1%", rest)
 
 
-def table_columns(patterns: Sequence[str], tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of `MAIN` or of `SUMMARY`, with `passed` candidates passed.
+def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
+    """The columns of `MAIN`, with `passed` candidates passed.
 
-    >>> table_columns(["survival@{k}", "user_auc/{task}", "user_bce/{first}"], ("a", "b"), 200)
-    ['survival@200', 'user_auc/a', 'user_auc/b', 'user_bce/a']
+    >>> main_columns(("a", "b"), 200)[-4:]
+    ['user_auc/a', 'user_auc/b', 'user_bce/a', 'user_bce/b']
     """
-    filled = [of.format(k=passed, task=task, first=tasks[0]) for of in patterns for task in tasks]
+    filled = [of.format(k=passed, task=task, first=tasks[0]) for of in MAIN for task in tasks]
     return list(dict.fromkeys(filled))
 
 

@@ -1,19 +1,17 @@
 """Draw the figures with Altair: one chart per panel, for a paper's files and for the page.
 
 Lines have the color and the mark of their mode, and the dash of their serving choice. These are the
-same in every figure.
+same in every figure. Rankers without a model are gray.
 """
 
 import functools
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
-import numpy as np
 import pandas as pd
 import vl_convert
 
@@ -32,7 +30,7 @@ _OTHERS = (
     *("#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
     *("#332288", "#999933", "#882255", "#44aa99"),
 )
-_GRAY, _MUTED = "#808080", "#a9a9a9"
+_GRAY, _MUTED = "#808080", "#b4b4b4"
 _BY_STEP = {
     "today's early ranker": _MUTED,
     "mode none": _BY_MODE["none"],
@@ -41,23 +39,44 @@ _BY_STEP = {
 }
 _SHAPES = {"none": "square", "aux": "circle", "shared": "diamond"}
 # By serving choice, lengths of dashes and gaps.
-_DASHES = {"user": [1.0, 0.0], "teacher": [5, 2.5], "blend": [1.2, 2]}
+_DASHES: dict[str, list[float]] = {"user": [1.0, 0.0], "teacher": [7, 4], "blend": [2, 3]}
 # The dash of a student without distillation, where a color is a size and not a mode.
-_UNDISTILLED = [4.0, 2.0]
+_UNDISTILLED = [6.0, 3.0]
+# The dash of a list of items, next to the incumbent's line.
+_LIST = [1.0, 3.0]
 
-_DPI = 300
-# In points, of a file: a row of the legend with lines or marks, and an axis with its labels and
-# title. `templates/page.js` has the rows of the page.
-_LEGEND_ROW, _MARKED_ROW, _AXIS = 10, 9, 36
-# Rows of the legend that the height of a single panel includes.
-_LEGEND_ROWS = 3
-# Labels that are closer than this share of a logarithmic axis would overlap.
-_CLOSE = 0.08
-# Sizes of text and lines on the page, over those in a file.
-_PAGE_UNIT = 1.6
+# Pixels of a chart per point of a file, dots per inch of a PNG, and the height of a plot on the
+# page, over that in a file; and the width of a panel on the narrowest page.
+_SCALE, _DPI, _PAGE_HEIGHT, _NARROW = 1.6, 300, 1.4, 376
 # On the page, a click on a name in the legend fades the other lines. In a file, no line fades.
 _CHOSEN = alt.selection_point(name="chosen", fields=["line"], bind="legend")
 _ALL = alt.param(name="chosen", value=True)
+_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+
+# In pixels.
+_THEME: dict[str, Any] = {
+    "background": "transparent", "font": "sans-serif", "padding": 3, "aria": False,
+    "view": {"stroke": None},
+    "style": {
+        "curve": {"strokeWidth": 1.9},
+        "thin": {"strokeWidth": 0.8},
+        "reference": {"strokeWidth": 1.1, "strokeDash": [6, 5]},
+        "mark": {"size": 50},
+        "weight": {"align": "left", "fontSize": 10, "dx": 5, "dy": -6},
+        "needed": {"align": "left", "fontSize": 11, "dx": 10},
+    },
+    "axis": {
+        "labelFontSize": 11, "titleFontSize": 13, "titleFontWeight": "normal", "titlePadding": 6,
+        "labelPadding": 3, "labelFlush": False, "domainColor": "black", "tickColor": "black",
+        "gridColor": "#e4e4e4", "gridWidth": 0.8,
+    },
+    "legend": {
+        "orient": "top", "title": None, "offset": 6, "labelFontSize": 11, "labelLimit": 0,
+        "symbolStrokeWidth": 1.9, "columnPadding": 16,
+    },
+    "title": {"fontSize": 13, "fontWeight": "normal", "offset": 6},
+    "concat": {"spacing": 22},
+}  # fmt: skip
 
 
 def files(figure: Figure) -> dict[str, bytes]:
@@ -68,43 +87,39 @@ def files(figure: Figure) -> dict[str, bytes]:
     """
     form = _FORMS[figure.name]
     panels = [panel.properties(width=form.width, height=form.height) for panel in _panels(figure)]
-    # References are named at their lines.
-    names = list(figure.data.loc[figure.data["mode"] != REFERENCE, "line"].unique())
-    columns = min(len(panels), form.columns)
-    # A single panel includes its axis in its width.
-    width = form.width - _AXIS if columns == len(panels) == 1 else (form.width + _AXIS) * columns
-    legend_columns = max(1, int(width / (3.6 * max(map(len, names)) + 30)))
-    if len(panels) == 1:
-        rows = max(0, math.ceil(len(names) / legend_columns) - _LEGEND_ROWS)
-        more = rows * (_MARKED_ROW if form.marked else _LEGEND_ROW)
-        fit = alt.AutoSizeParams(type="fit", contains="padding")
-        chart: Any = panels[0].properties(height=form.height + more, autosize=fit)
-    else:
-        chart = alt.concat(*panels, columns=columns)
-    theme = _theme(1, form.marked) | {"background": "white"}
-    theme["legend"] |= {"columns": legend_columns}
-    chart = chart.add_params(_ALL, alt.param(name="points", value=1))
-    svg = vl_convert.vegalite_to_svg(chart.configure(**theme).to_dict())
-    # The unit of the size is the point, as in the other formats; without one it is the pixel.
-    in_points = re.sub(r' (width|height)="([\d.]+)"', r' \1="\2pt"', svg, count=2)
+    one = len(panels) == 1
+    chart: Any = (
+        panels[0].properties(autosize=_FIT) if one else alt.concat(*panels, columns=form.columns)
+    )
+    width = form.width * min(len(panels), form.columns)
+    theme = _theme(figure, width) | {"background": "white"}
+    svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).configure(**theme).to_dict())
+
+    (size, *ends), *_ = re.findall(r'(width="([\d.]+)" height="([\d.]+)")', svg)
+
+    def sized(unit: str) -> str:
+        """Return the SVG in points; without a unit, the other formats read its size as points."""
+        width, height = (f"{float(end) / _SCALE:g}{unit}" for end in ends)
+        return svg.replace(size, f'width="{width}" height="{height}"', 1)
+
     return {
-        "svg": in_points.encode(),
-        "pdf": vl_convert.svg_to_pdf(svg),
-        "png": vl_convert.svg_to_png(svg, ppi=_DPI),
+        "svg": sized("pt").encode(),
+        "pdf": vl_convert.svg_to_pdf(sized("")),
+        "png": vl_convert.svg_to_png(sized(""), ppi=_DPI),
     }
 
 
 def page_panels(figure: Figure) -> list[str]:
-    """Return a figure's panels as JSON; the page sets their width and the legend's columns.
+    """Return a figure's panels as JSON, each as wide as its place on the page.
 
     Args:
       figure: one of `figures.figures`, with data.
     """
-    form, fit = _FORMS[figure.name], alt.AutoSizeParams(type="fit", contains="padding")
+    height = _PAGE_HEIGHT * _FORMS[figure.name].height
     panels = [
-        panel.properties(height=form.page_height, autosize=fit)
-        .add_params(_CHOSEN, alt.param(name="points", value=_PAGE_UNIT))
-        .configure(**_theme(_PAGE_UNIT, form.marked))
+        panel.properties(width="container", height=height, autosize=_FIT)
+        .add_params(_CHOSEN)
+        .configure(**_theme(figure, _NARROW))
         for panel in _panels(figure)
     ]
     # A "<" in a name must not end the script element that holds the JSON.
@@ -115,13 +130,16 @@ def colors(modes: Sequence[str]) -> list[str]:
     """Return a color per line.
 
     The first line of a known mode gets the color of the mode, the same in every figure. Other
-    lines get the next free color.
+    lines get the next free color, and references are gray.
 
     Args:
       modes: the mode of each line.
     """
     free, by_mode = itertools.cycle(_OTHERS), dict(_BY_MODE)
-    return [by_mode.pop(mode) if mode in by_mode else next(free) for mode in modes]
+    return [
+        _MUTED if mode == REFERENCE else by_mode.pop(mode) if mode in by_mode else next(free)
+        for mode in modes
+    ]
 
 
 def ticks(low: float, high: float) -> list[int]:
@@ -134,50 +152,24 @@ def ticks(low: float, high: float) -> list[int]:
     return [step for step in steps if low <= step <= high]
 
 
+def _theme(figure: Figure, width: int) -> dict[str, Any]:
+    """Return the Vega-Lite config of a figure of this width; legends do not wrap by themselves."""
+    marked = _FORMS[figure.name].marked
+    # About the width of the longest name, with its symbol and the number of a crossing.
+    entry = 6 * int(figure.data["line"].str.len().max()) + 90
+    legend = {"columns": max(1, width // entry), "symbolSize": 50 if marked else 300}
+    return _THEME | {"legend": _THEME["legend"] | legend | {"rowPadding": 2 * marked}}
+
+
 def _panels(figure: Figure) -> list[Chart]:
     """Return a chart per panel: per group of the rows, with its part of the data."""
     form, data = _FORMS[figure.name], figure.data
     if not form.panels:
         return [form.draw(data, data)]
-    titled = form.panels[-1] == "task"
     return [
-        form.draw(part, data).properties(**({"title": str(of[-1])} if titled else {}))
+        form.draw(part, data).properties(title=str(of[-1]))
         for of, part in data.groupby([*form.panels], sort=False)
     ]
-
-
-def _theme(unit: float, marked: bool) -> dict[str, Any]:
-    """Return the Vega-Lite config with text of 7 and 8 units."""
-    text = {"align": "left", "fontSize": 6 * unit}
-    return {
-        "background": "transparent", "font": "sans-serif", "padding": 2, "aria": False,
-        "view": {"stroke": None},
-        "style": {
-            "curve": {"strokeWidth": 1.2 * unit},
-            "thin": {"strokeWidth": 0.5 * unit},
-            "reference": {"strokeWidth": 0.7 * unit, "strokeDash": [4 * unit, 3 * unit]},
-            "muted": {"strokeWidth": 0.7 * unit},
-            "named": text | {"dx": 7 * unit, "dy": -2 * unit},
-            "mark": {"size": 20 * unit**2},
-            "weight": text | {"dx": 3 * unit, "dy": -4 * unit},
-            "needed": text | {"fontSize": 7 * unit, "dx": 6 * unit},
-        },
-        "axis": {
-            "labelFontSize": 7 * unit, "titleFontSize": 8 * unit, "titleFontWeight": "normal",
-            "titlePadding": 4 * unit, "labelPadding": 2 * unit, "labelFlush": False,
-            "domainColor": "black", "domainWidth": 0.6 * unit,
-            "tickColor": "black", "tickSize": 3 * unit, "tickWidth": 0.6 * unit,
-            "gridColor": "#e4e4e4", "gridWidth": 0.5 * unit,
-        },
-        "legend": {
-            "orient": "top", "title": None, "offset": 4 * unit, "labelFontSize": 7 * unit,
-            "labelLimit": 0, "symbolSize": (20 if marked else 120) * unit**2,
-            "symbolStrokeWidth": 1.2 * unit, "rowPadding": unit if marked else 0,
-            "columnPadding": 10 * unit,
-        },
-        "title": {"fontSize": 8 * unit, "fontWeight": "normal", "offset": 4 * unit},
-        "concat": {"spacing": 14 * unit},
-    }  # fmt: skip
 
 
 class _Axis(NamedTuple):
@@ -208,10 +200,6 @@ class _Axis(NamedTuple):
             scale=alt.Scale(**(fit | self.scale)), axis=alt.Axis(**options),
         )  # fmt: skip
 
-    def holds(self, numbers: pd.Series) -> pd.Series:
-        """Return True for the numbers in the domain."""
-        return numbers.between(*(self.domain or (-math.inf, math.inf)))
-
 
 class _Look(NamedTuple):
     """The channels by which the lines of a figure differ, the same in all of its layers."""
@@ -222,21 +210,24 @@ class _Look(NamedTuple):
 
 
 def _look(figure: pd.DataFrame, marked: bool) -> _Look:
-    """Return the look of the students' lines.
+    """Return the look of the lines.
 
     Args:
       figure: the data of all panels. If its column `size` has several values, a color is a size,
         and students without distillation have a broken line.
       marked: whether the legend has the marks of the modes in place of lines.
     """
-    lines = figure[figure["mode"] != REFERENCE].drop_duplicates("line")
+    lines = figure.drop_duplicates("line")
     modes, names = lines["mode"], lines["line"].tolist()
     palette = colors(modes.where(lines["plain"], "variant").tolist())
-    dashes = [_DASHES[serve] for serve in lines["serve"]]
-    if "size" in lines and lines["size"].nunique() > 1:
-        sizes = lines["size"].unique().tolist()
-        of_size = dict(zip(sizes, colors(sizes), strict=True))
-        palette = [of_size[size] for size in lines["size"]]
+    dashes = [
+        _LIST if mode == REFERENCE and not name.startswith("incumbent") else _DASHES[serve]
+        for mode, name, serve in zip(modes, names, lines["serve"], strict=True)
+    ]
+    if "size" in lines and lines.loc[modes != REFERENCE, "size"].nunique() > 1:
+        sizes = lines["size"].where(modes != REFERENCE, REFERENCE).tolist()
+        of_size = dict(zip(dict.fromkeys(sizes), colors([*dict.fromkeys(sizes)]), strict=True))
+        palette = [of_size[size] for size in sizes]
         dashes = [_UNDISTILLED if mode == "none" else _DASHES["user"] for mode in modes]
     shapes = [_SHAPES.get(mode, "triangle-up") if marked else "stroke" for mode in modes]
 
@@ -251,7 +242,7 @@ def _look(figure: pd.DataFrame, marked: bool) -> _Look:
     return _Look(of_line(alt.Color, palette), of_line(alt.Shape, shapes), dash)
 
 
-def _panel(data: pd.DataFrame, look: _Look, layers: Sequence[alt.Chart]) -> alt.LayerChart:
+def _panel(data: pd.DataFrame, look: _Look, layers: Sequence[alt.Chart]) -> Chart:
     """Return layers over a table, from the back to the front, with a legend of their lines."""
     # This layer draws nothing: it holds the legend, and receives clicks on it.
     key = alt.Chart().mark_point(size=0, filled=True, opacity=1)
@@ -359,9 +350,9 @@ def _calibration(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
 
 def _curves(
     data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
-    crossing: str = "",
+    crossing: tuple[str, str] = ("", ""),
 ) -> Chart:  # fmt: skip
-    """Return a line with a band per student, and a gray one per reference, with its name.
+    """Return a line with a band per ranker.
 
     Args:
       data: of the panel.
@@ -369,51 +360,31 @@ def _curves(
       x: the axis of its `field`, with a domain.
       y: the axis of the column `mean`, with the ends `low` and `high`, and a domain.
       rule: where a dashed line is; None draws none.
-      crossing: the column with the place where a line crosses the rule, to mark; "" marks none.
+      crossing: the column with the place where a line crosses the rule, and the format of this
+        number. The crossing gets a mark, and the legend has its number. "" marks none.
     """
+    column, number = crossing
+    if column:
+        data, figure = (
+            of.assign(line=of["line"] + of[column].map(f": {{:{number}}}".format))
+            for of in (data, figure)
+        )
     look, place = _look(figure, False), {"x": x.on(alt.X), "y": y.on(alt.Y)}
-    of_references = data["mode"] == REFERENCE
-    students, layers, names = data[~of_references], [], []
-    inside = x.holds(data[x.field]) & y.holds(data["mean"])
-    if len(muted := data[of_references & inside]):
-        gray = place | {"color": alt.value(_MUTED)}
-        lines = alt.Chart(_values(muted)).mark_line(style="muted", clip=True)
-        text = alt.Chart(_values(muted.drop_duplicates("line"))).mark_text(style="named")
-        layers.append(lines.encode(detail="line:N", **gray))
-        # In front of the lines of the students.
-        names.append(text.encode(text="line:N", **gray))
-    band = _layer("area", "band", opacity=0.15, clip=True)
-    layers += [
-        band.encode(x=place["x"], y=y.on(alt.Y, "low"), y2="high"),
+    layers = [
+        _layer("area", "band", opacity=0.15, clip=True).encode(
+            x=place["x"], y=y.on(alt.Y, "low"), y2="high"
+        ),
         _layer("line", "curve", clip=True).encode(strokeDash=look.dash, **place),
         _under_pointer(x, y, **place),
     ]
     if rule is not None:
         layers.append(_reference({"mean": rule}, y=place["y"]))
-    if crossing:
-        at = students.drop_duplicates("line").sort_values(crossing)
-        values = _values(at.assign(mean=rule, place=_steps(at[crossing], x.domain)))
-        place = {"x": x.on(alt.X, crossing), "y": place["y"]}
-        # Labels of close crossings would overlap, so each is a step further down.
-        down = alt.expr("(10 + 9 * datum.place) * points")
-        text = alt.Text(crossing, type="quantitative", format=x.format.replace("~", ".1"))
-        layers += [
-            _layer("point", "mark", filled=True).encode(**place).properties(data=values),
-            _layer("text", "needed", dy=down).encode(text=text, **place).properties(data=values),
-        ]
-    return _panel(students, look, [*layers, *names])
-
-
-def _steps(at: pd.Series, domain: tuple[float, float] | None) -> pd.Series:
-    """Return how many labels are above each one: 0 if the place before it is not close.
-
-    Args:
-      at: increasing places on a logarithmic axis.
-      domain: the ends of the axis.
-    """
-    low, high = domain or (at.min(), at.max())
-    close = np.log(at).diff() < _CLOSE * math.log(high / low)
-    return close.groupby((~close).cumsum()).cumsum()
+    if column:
+        marks = _layer("point", "mark", filled=True, clip=True)
+        at = _values(data.drop_duplicates("line").assign(mean=rule))
+        marks = marks.encode(x=x.on(alt.X, column), y=place["y"])
+        layers.append(marks.properties(data=at))
+    return _panel(data, look, layers)
 
 
 def _window(
@@ -449,21 +420,17 @@ def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     title = "cost of the funnel, over that of only the final ranker"
     x = _Axis("cost", title, costs, "~%", at, {"type": "log"})
     y = _Axis("mean", "value captured", values)
-    return _curves(data, figure, x, y, TARGET, "cost_for_99")
+    return _curves(data, figure, x, y, TARGET, ("cost_for_99", ".1%"))
 
 
 def _saving(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
-    title, at = {
-        "target": ("share of the final value to keep (%)", [95, 96, 97, 98, 99, 99.9]),
-        "student's cost": ("student's cost per candidate (% of the teacher's)", [1, 5, 10]),
-    }[data["over"].iloc[0]]
-    ends = figure[["mean", "low", "high"]]
+    ends = data[["mean", "low", "high"]]
     # No saving exceeds 1, and below -1 the funnel costs more than twice as much.
     seen = max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))
-    options = {"values": at, "labelExpr": "datum.value"}
-    x = _Axis("at", title, (data["at"].min(), data["at"].max()), ".1f", options)
-    y = _Axis("mean", "saving", seen, "~%", scale={"nice": True})
-    return _curves(data, figure, x, y, 0.0)
+    options = {"values": [95, 96, 97, 98, 99, 99.9], "labelExpr": "datum.value"}
+    targets = (data["target"].min(), data["target"].max())
+    x = _Axis("target", "share of the final value to keep (%)", targets, ".1f", options)
+    return _curves(data, figure, x, _Axis("mean", "saving", seen, "~%", scale={"nice": True}), 0.0)
 
 
 class _Form(NamedTuple):
@@ -471,20 +438,18 @@ class _Form(NamedTuple):
 
     Attributes:
       draw: from the data of a panel and of the whole figure to the chart of the panel.
-      width: of a panel in a file, in points: with its axis if it is the only one.
-      height: the same.
-      page_height: of a panel on the page, in pixels.
-      columns: panels side by side in a file.
+      width: of a panel in a file, in pixels: with its axis if it is the only one.
+      height: of a plot in a file, in pixels.
       panels: the columns of the data that make a panel; none for a single panel.
+      columns: panels side by side in a file.
       marked: whether the lines have marks.
     """
 
     draw: Callable[[pd.DataFrame, pd.DataFrame], Chart]
-    width: int
-    height: int
-    page_height: int = 400
-    columns: int = 4
+    width: int = 403
+    height: int = 270
     panels: tuple[str, ...] = ()
+    columns: int = 4
     marked: bool = False
 
 
@@ -492,18 +457,18 @@ def _of_measure(measure: str, **options: Any) -> Callable[[pd.DataFrame, pd.Data
     return functools.partial(_over_k, measure=measure, **options)
 
 
-# A column of a two-column page is 3.5 inches wide, which is 252 points.
+# A column of a two-column page is 3.5 inches wide: 252 points, or 403 pixels.
 _FORMS = {
-    "waterfall": _Form(_waterfall, 252, 90, 220),
-    "frontier": _Form(_frontier, 252, 209, 460),
-    "plane": _Form(_plane, 252, 209, 460, marked=True),
-    "saving": _Form(_saving, 200, 140, columns=1, panels=("over",)),
-    "hit_rates": _Form(_of_measure("", whole=True), 104, 104, 300, 3, ("measure", "task")),
-    "pareto": _Form(_pareto, 252, 209, 460, marked=True),
+    "waterfall": _Form(_waterfall, height=110),
+    "frontier": _Form(_frontier),
+    "plane": _Form(_plane, marked=True),
+    "saving": _Form(_saving),
+    "hit_rates": _Form(_of_measure("", whole=True), 166, 166, ("measure", "task"), columns=3),
+    "pareto": _Form(_pareto, marked=True),
     "value_captured": _Form(
-        _of_measure("value_captured", rule=TARGET, crossing="passed_for_99"), 252, 209
+        _of_measure("value_captured", rule=TARGET, crossing=("passed_for_99", ".0f"))
     ),
-    "true_value_captured": _Form(_of_measure("true_value_captured", rule=1.0), 252, 209),
-    "survival": _Form(_of_measure("survival", whole=True), 252, 209),
-    "calibration": _Form(_calibration, 104, 104, panels=("task",), marked=True),
+    "true_value_captured": _Form(_of_measure("true_value_captured", rule=1.0)),
+    "survival": _Form(_of_measure("survival", whole=True)),
+    "calibration": _Form(_calibration, 166, 166, panels=("task",), marked=True),
 }

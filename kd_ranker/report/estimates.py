@@ -37,7 +37,6 @@ from kd_ranker.evaluation.saving import (
     whole_cost,
 )
 from kd_ranker.report.intervals import (
-    CONFIDENCE,
     Interval,
     Measured,
     combined,
@@ -88,27 +87,19 @@ class Estimates:
         """The names of settings that other methods take."""
         return self._rows.keys()
 
-    def of(self, setting: str, measure: str, confidence: float = CONFIDENCE) -> Interval:
+    def of(self, setting: str, measure: str) -> Interval:
         """Return the mean of a measure over the repeats of a chosen setting.
 
         Args:
           setting: one of `study.chosen`, a reference, or "teacher".
           measure: a column of `results.csv`, or the mean over tasks of one.
-          confidence: of the interval.
         """
-        return crossed_interval(self._measured(setting, measure), confidence)
+        return crossed_interval(self._measured(setting, measure))
 
-    def gap(
-        self, setting: str, other: str, measure: str, confidence: float = CONFIDENCE
-    ) -> Interval:
+    def gap(self, setting: str, other: str, measure: str) -> Interval:
         """Return the paired difference `setting` − `other`, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
-        return crossed_interval(combined(np.subtract, *pair), confidence)
-
-    def relative_gap(self, setting: str, other: str, measure: str) -> Interval:
-        """Return `setting` / `other` − 1, over the repeats that both have."""
-        pair = (self._measured(name, measure) for name in (setting, other))
-        return crossed_interval(combined(lambda a, b: a / b - 1, *pair))
+        return crossed_interval(combined(np.subtract, *pair))
 
     def saving(
         self,

@@ -21,8 +21,6 @@ from kd_ranker.report.study import Study
 
 # Shares of the value to keep, denser where the number of candidates to pass grows fast.
 _TARGETS = (*np.arange(0.95, 0.989, 0.005), *np.arange(0.99, 0.9995, 0.001))
-# Costs of a student per candidate, over the teacher's.
-_COSTS = (0.001, *np.arange(0.01, 0.101, 0.01))
 # The mode of rankers without a model.
 REFERENCE = "reference"
 # The columns of a line, and those of a curve or of bars: a mean and the ends of its interval.
@@ -111,14 +109,14 @@ def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
 def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Return `_LINE`, margin, and saving and users with the ends of their intervals.
 
-    `users` is the relative change of the first of `users_at_target`.
+    `users` is the change of the first of `users_at_target`.
     """
     data = _table(
         [*_LINE, *_ends("saving"), *_ends("users")],
         (
             line
             | _ends("saving", estimates.of(line["setting"], "funnel_cost_saving"))
-            | _ends("users", estimates.relative_gap(line["setting"], str(study.baseline), measure))
+            | _ends("users", estimates.gap(line["setting"], str(study.baseline), measure))
             for measure in users_at_target(study)[:1]
             for line in _compared(study)
         ),
@@ -127,14 +125,14 @@ def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
 
 
 def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return curves over k of the best students with and without scores, of each size.
+    """Return curves over k of the best students with and without scores, and of references.
 
-    The columns of `_curves`, size, cost (of a request, over that of only the final ranker on all
-    candidates), and `cost_for_99`, which is constant along a line.
+    The students are the best of each size. The columns are those of `_curves`, size, cost (of a
+    request, over that of only the final ranker on all candidates), and `cost_for_99`, which is
+    constant along a line.
     """
-    references = of_split(study.references, "test").assign(mode=REFERENCE, size="")
-    rows = pd.concat([best_of_sizes(study), references])
-    data = _curves(rows, estimates, "value_captured", ("size",))
+    rows = _with_references(study, best_of_sizes(study))
+    data = _curves(rows.fillna({"size": ""}), estimates, "value_captured", ("size",))
     data = data.assign(cost=np.nan, cost_for_99=np.nan)
     for setting, places in data.groupby("setting").groups.items():
         data.loc[places, "cost"] = estimates.cost_curve(str(setting))
@@ -143,19 +141,15 @@ def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
 
 
 def _saving(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return `_LINE`, over (`target` or `student's cost`), at (in percent), and the saving."""
-    places: list[tuple[str, float, float, float | None]] = [
-        *(("target", float(target), float(target), None) for target in _TARGETS),
-        *(("student's cost", float(cost), TARGET, float(cost)) for cost in _COSTS),
-    ]
+    """Return `_LINE`, target (in percent), and the saving."""
     return _table(
-        [*_LINE, "over", "at", *_ENDS],
+        [*_LINE, "target", *_ENDS],
         (
             line
-            | {"over": over, "at": 100 * at}
-            | estimates.saving(line["setting"], target, cost)._asdict()
+            | {"target": 100 * target}
+            | estimates.saving(line["setting"], float(target))._asdict()
             for line in _compared(study)
-            for over, at, target, cost in places
+            for target in _TARGETS
         ),
     )
 
@@ -182,11 +176,15 @@ def _over_k(measure: str) -> Callable[[Study, Estimates], pd.DataFrame]:
     """Return a function to the curves of the chosen settings, the baseline and the incumbent."""
 
     def data(study: Study, estimates: Estimates) -> pd.DataFrame:
-        known = of_split(study.references, "test").assign(mode=REFERENCE)
-        known = known[known["setting"].isin([study.incumbent, study.baseline])]
-        return _curves(pd.concat([study.tested, known]), estimates, measure)
+        return _curves(_with_references(study, study.tested), estimates, measure)
 
     return data
+
+
+def _with_references(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows, and those of the incumbent and of a baseline that is a list of items."""
+    known = of_split(study.references, "test").assign(mode=REFERENCE)
+    return pd.concat([rows, known[known["setting"].isin([study.incumbent, study.baseline])]])
 
 
 def _hit_rates(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -289,8 +287,9 @@ ENTRIES = {
         "more candidates are passed, on the test split: the cost of a request, {unit}, as a share "
         "of its cost if the final ranker ranks all candidates, and the share of the final value "
         "that is kept. Further left at the same height is cheaper at the same quality. "
-        "The dashed line is 99%; marks show its cost. Gray are rankers without a model, which "
-        "count as free. Bands are 95% intervals.",
+        "The dashed line is 99%; marks and the legend show its cost. Bands are 95% intervals."
+        + _GRAY
+        + " Both count as free.",
         empty="the cost of the teacher, or the requests of the best students, are not known",
     ),
     "plane": Entry(
@@ -298,8 +297,9 @@ ENTRIES = {
         "Saving against the change for users",
         "Each way against {baseline}, the best ranker without the final ranker's scores, on "
         "the test split, with as many passed as each needs for 99% of the final value: the share "
-        "of the funnel's cost, {unit}, that is saved, and the relative change of the value for "
-        "users. The dashed line is the margin of {margin}. Bars are 95% intervals.",
+        "of the funnel's cost, {unit}, that is saved, and the change of the value for users, as a "
+        "share of that if all are passed. The dashed line is the margin of {margin}. Bars are 95% "
+        "intervals.",
         empty="the change for users is not known",
     ),
     "value_captured": Entry(
@@ -307,8 +307,8 @@ ENTRIES = {
         "Value captured by candidates passed",
         "The share of the final value that is kept when k candidates are passed, on the test "
         "split; of each way the setting that did best on validation. The dashed line is 99%; "
-        "marks show what each needs for it, the mean over repeats. Bands are 95% intervals."
-        + _GRAY,
+        "marks and the legend show what each needs for it, the mean over repeats. Bands are 95% "
+        "intervals." + _GRAY,
     ),
     "true_value_captured": Entry(
         _over_k("true_value_captured"),
@@ -329,10 +329,9 @@ ENTRIES = {
     ),
     "saving": Entry(
         _saving,
-        "Saving by target and by the student's cost",
+        "Saving by target",
         "The share of the funnel's cost, {unit}, that is saved against {baseline}, on the test "
-        "split: by the share of the final value to keep, at the student's own cost; and for 99%, "
-        "by the cost of either student per candidate, over the teacher's. Bands are 95% intervals.",
+        "split, by the share of the final value to keep. Bands are 95% intervals.",
         empty="there is nothing to compare",
     ),
     "survival": Entry(

@@ -31,8 +31,6 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 CONFIDENCE = 0.95
-# Of the interval for equivalence of two settings: two one-sided tests at 5% each.
-EQUIVALENCE_CONFIDENCE = 0.90
 # With a larger share of draws without the measure, the others do not represent all draws.
 _UNKNOWN_DRAWS = 0.05
 
@@ -81,31 +79,6 @@ def interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> 
         return NOTHING._replace(mean=mean, n=1)
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
-
-
-def equivalence(
-    difference: Interval, narrower: Interval, margin: float
-) -> Literal["higher", "lower", "equivalent", "undecided"]:
-    """Return the reading of a difference that only matters beyond ±`margin`.
-
-    It is *equivalent* if the 90% interval is inside ±margin, which is two one-sided tests at 5%
-    each (Schuirmann, J. Pharmacokinet. Biopharm. 1987); else *higher* or *lower* if the whole 95%
-    interval is on that side of 0; else *undecided*, as it is without an interval. A difference
-    that is surely not 0 and surely too small to matter is equivalent.
-
-    Args:
-      difference: with its interval at `CONFIDENCE`.
-      narrower: the same at `EQUIVALENCE_CONFIDENCE`.
-      margin: at least 0, in the unit of the difference; at 0 nothing is equivalent.
-
-    >>> equivalence(Interval(0.01, -0.02, 0.04, 3), Interval(0.01, -0.01, 0.03, 3), 0.05)
-    'equivalent'
-    """
-    if -margin < narrower.low and narrower.high < margin:
-        return "equivalent"
-    if difference.low > 0:
-        return "higher"
-    return "lower" if difference.high < 0 else "undecided"
 
 
 class Measured(NamedTuple):
@@ -158,7 +131,7 @@ def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
     return Measured(tuple(common), function(*numbers), first.requests)
 
 
-def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Interval:
+def crossed_interval(setting: Measured) -> Interval:
     """Return the mean over repeats with the measure, and an interval over requests and repeats.
 
     mean ± (t_N · B + t_R · S) / √(B + S), with two parts of the variance of the mean,
@@ -179,7 +152,7 @@ def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Inter
       of `interval`, over the repeats only.
     """
     if len(setting.numbers) == 1:
-        return interval(setting.numbers[0], confidence)
+        return interval(setting.numbers[0])
     known = setting.numbers[:, np.isfinite(setting.numbers[0])]
     each, drawn = known[0], known[1:]
     n, requests = len(each), setting.requests
@@ -189,21 +162,19 @@ def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Inter
     whole = np.isfinite(drawn).all(axis=1)
     if requests < 2 or whole.mean() < 1 - _UNKNOWN_DRAWS:
         return NOTHING._replace(mean=mean, n=n)
-    half = _half(each, drawn[whole], requests, confidence)
+    half = _half(each, drawn[whole], requests)
     return Interval(mean, mean - half, mean + half, n, "both" if n > 1 else "requests")
 
 
-def _half(
-    each: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int, confidence: float
-) -> float:
+def _half(each: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int) -> float:
     """Return the half-width of `crossed_interval`."""
     repeats = len(each)
     # A variance over draws has N in place of N − 1.
     covariance = np.cov(drawn, rowvar=False).reshape(repeats, repeats) * requests / (requests - 1)
-    t_requests = stats.t.ppf((1 + confidence) / 2, requests - 1)
+    t_requests = stats.t.ppf((1 + CONFIDENCE) / 2, requests - 1)
     if repeats == 1:
         return float(t_requests * np.sqrt(covariance.item()))
-    t_repeats = stats.t.ppf((1 + confidence) / 2, repeats - 1)
+    t_repeats = stats.t.ppf((1 + CONFIDENCE) / 2, repeats - 1)
     of_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
     of_repeats = each.var(ddof=1) / repeats
     if (total := of_requests + of_repeats) == 0:

@@ -1,6 +1,6 @@
 """The report's tables: the comparison of settings, and its excerpts for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,18 +10,15 @@ import pandas as pd
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import (
     HINDSIGHT,
-    MAIN,
-    SUMMARY,
     TARGET,
     Better,
+    main_columns,
     metric_of,
-    table_columns,
     title_of,
 )
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
 from kd_ranker.report.choices import knows_truth, users_at_target, users_measure
-from kd_ranker.report.claims import RULES
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import NAMED, Study, key_title, value_text
@@ -123,28 +120,20 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     """
     frame = of_split(frame, "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
-    shown = [column for column in table_columns(SUMMARY, tasks, passed) if column in frame]
+    known = frame.dropna(axis="columns", how="all")
+    shown = [column for column in main_columns(tasks, passed) if column in known]
     setting = [column for column in results.setting_columns(frame) if column in frame]
     varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
-    lines = []
-    named = frame.assign(reference=frame["member"].where(frame["role"] != "student"))
-    keys = ["dataset", "role", "reference", *setting]
-    for _, group in named.groupby(keys, sort=False, dropna=False):
-        first = group.iloc[0]
-        # Mode none has no distillation loss to weigh.
-        distilled = pd.notna(first["distill_loss"])
-        frozen = group["non_finite_step"].notna().sum() if "non_finite_step" in group else 0
-        lines.append(
-            {
-                "model": first["mode"] if first["role"] == "student" else first["member"],
-                "serve": first["serve"],
-                "weight": value_text(first["distill_weight"]) if distilled else "",
-                **{key_title(column): value_text(first[column]) for column in varying},
-                "seeds": str(len(group) - int(frozen)),
-                **{title_of(column, short=True): _with_error(group[column]) for column in shown},
-            }
-        )
-    return pd.DataFrame(lines).to_string(index=False)
+    # The rows of other roles have members that are no repeats.
+    named = frame.assign(setting=frame["member"].where(frame["role"] != "student"))
+    groups = named.groupby(
+        ["dataset", "role", "setting", *setting], sort=False, dropna=False, as_index=False
+    )
+    cells = _key_cells(groups.head(1), varying)
+    cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
+    for column in shown:
+        cells[title_of(column)] = [_with_error(of[column]) for _, of in groups]
+    return cells.to_string(index=False)
 
 
 def _with_error(column: pd.Series) -> str:
@@ -163,7 +152,7 @@ def important_columns(study: Study) -> list[str]:
     """Return the columns of a paper's table that were measured: the funnel's first."""
     return [
         column
-        for column in table_columns(MAIN, study.tasks, study.passed)
+        for column in main_columns(study.tasks, study.passed)
         if any(column in of and of[column].notna().any() for of in (study.tested, study.teachers))
     ]
 
@@ -248,7 +237,7 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
         title_of(measure): [estimates.of(str(setting), measure) for setting in rows["setting"]]
         for measure in measures
     }
-    cells = _key_cells(study, rows)
+    cells = _key_cells(rows, study.varying)
     others = (rows["role"] == "teacher") | rows["member"].isin(NO_RANKERS)
     cells["scores"] = rows["needs_scores"].map({True: "yes", False: "no"}).mask(others, "").values
     cells["repeats"] = [str(max(of.n for of in row)) for row in zip(*means.values(), strict=True)]
@@ -266,7 +255,7 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     if study.baseline is None or compared.empty:
         return None
     settings = compared.drop_duplicates("setting")
-    cells = _key_cells(study, settings)
+    cells = _key_cells(settings, study.varying)
     pairs = compared.groupby("setting", sort=False)["pairs"].max()
     cells["pairs"] = pairs.astype(int).astype(str).to_numpy()
     for measure in important_columns(study):
@@ -408,7 +397,7 @@ def tuning_table(study: Study) -> Table:
     """Return every setting on validation by the criterion, with the chosen ones of each way."""
     rows = of_split(study.rows, "validation")
     settings = rows.drop_duplicates("setting")
-    cells = _key_cells(study, settings)
+    cells = _key_cells(settings, study.varying)
     chosen = settings["setting"].isin(list(study.chosen.values()))
     cells[""] = np.where(chosen, "chosen", "")
     groups = rows.groupby("setting", sort=False)
@@ -452,7 +441,9 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
         "hold if the whole interval is on the other side, and is undecided if the interval "
         "includes the threshold or one repeat gives none. Intervals are not corrected for the "
         "number of claims.",
-        *(f"({claim}) {rule}." for claim, rule in RULES.items()),
+        "(a) is of plain mode none. (c) is shared less aux, all else equal, averaged over all "
+        "settings. The other numbers are paired differences to the best on validation of the "
+        "rankers without scores and the lists of items; (f) holds only if fewer need passing.",
     ]
     return Table(f"{dataset}: claims", cells, notes)
 
@@ -462,12 +453,12 @@ def _digits(measure: str) -> int:
     return metric.digits if metric else 3
 
 
-def _key_cells(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+def _key_cells(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return the columns that name a setting, or only the first for a ranker without a model."""
     is_student = rows["mode"].notna()
     # Mode none has no distillation loss to weigh.
     weights = rows["distill_weight"].where(rows["distill_loss"].notna())
-    varying = {column: rows[column].where(is_student) for column in study.varying}
+    varying = {column: rows[column].where(is_student) for column in columns}
     cells = {
         "mode": rows["mode"].fillna(rows["setting"]),
         "serves": rows["serve"].where(is_student, ""),

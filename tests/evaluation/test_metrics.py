@@ -504,21 +504,9 @@ def test_two_sums_of_one_name_are_refused():
         random_case().sums()
 
 
-def test_the_columns_and_titles_of_the_main_table_and_of_the_terminal():
-    titles = {
-        short: [
-            metrics.title_of(column, short)
-            for column in metrics.table_columns(of_table, ("a", "b"), 200)
-        ]
-        for short, of_table in ((False, metrics.MAIN), (True, metrics.SUMMARY))
-    }
-    assert titles[False] == [
+def test_the_columns_and_titles_of_the_main_table():
+    assert [metrics.title_of(column) for column in metrics.main_columns(("a", "b"), 200)] == [
         "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "true value@200",
         "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio",
         "users' NDCG", "AUC a", "AUC b", "user BCE a", "user BCE b",
-    ]  # fmt: skip
-    assert titles[True] == [
-        "AUC a", "AUC b", "calib. a", "KL a", "alignment", "survival@200", "value@200",
-        "true value@200", "hits@200 a", "end hits@200 a", "passed for 99%", "regret",
-        "cost ratio", "saving",
     ]  # fmt: skip

@@ -14,9 +14,9 @@ from kd_ranker.report import charts, figures
 SVG = "{http://www.w3.org/2000/svg}"
 PANELS = {
     "waterfall": 1, "frontier": 1, "plane": 1, "value_captured": 1, "true_value_captured": 1,
-    "saving": 2, "survival": 1, "pareto": 1, "calibration": 3,
+    "saving": 1, "survival": 1, "pareto": 1, "calibration": 3,
 }  # fmt: skip
-WIDE = ("frontier", "pareto", "value_captured", "true_value_captured", "survival")
+WIDE = ("frontier", "pareto", "saving", "value_captured", "true_value_captured", "survival")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,12 @@ def panels_of(figure):
 
 
 def look_of(figure, channel="color"):
-    """The color of each line in the first panel, or its dash."""
+    """The color of each line in the first panel, or its dash, by its name without a number."""
     panel = panels_of(figure)[0]
     encoding = panel["encoding"] if channel == "color" else panel["layer"][0]["encoding"]
     scale = encoding[channel]["scale"]
-    return dict(zip(scale["domain"], scale["range"], strict=True))
+    names = [re.sub(r": [\d.]+%?$", "", name) for name in scale["domain"]]
+    return dict(zip(names, scale["range"], strict=True))
 
 
 def texts_of(files, name):
@@ -65,7 +66,7 @@ def test_every_figure_is_drawn_in_every_format_without_a_date(drawn, files):
             # A column of a paper; that of a PNG is in its header, at 300 dots per inch.
             assert float(root.get("width").removesuffix("pt")) == pytest.approx(3.5 * 72, abs=1)
             assert int.from_bytes(of_figure["png"][16:20]) == pytest.approx(3.5 * 300, abs=5)
-            assert "none" in texts_of(files, name)
+            assert any(text.startswith("aux") for text in texts_of(files, name))
     assert charts.files(drawn["plane"])["png"] == files["plane"]["png"]
 
 
@@ -121,8 +122,9 @@ def test_a_mode_has_the_same_color_in_every_figure(drawn):
     for name in sorted(set(drawn) - {"waterfall"}):
         for line, color in look_of(drawn[name]).items():
             found.setdefault(re.split("[ ,]", line)[0], set()).add(color)
-    assert {mode: len(of) for mode, of in found.items()} == {"none": 1, "aux": 1, "shared": 1}
-    assert len(set.union(*found.values())) == 3
+    lines = ("none", "aux", "shared", "incumbent")
+    assert {line: len(of) for line, of in found.items()} == dict.fromkeys(lines, 1)
+    assert len(set.union(*found.values())) == 4
 
 
 def test_every_line_has_a_separate_color(drawn):
@@ -146,46 +148,33 @@ def test_with_several_sizes_a_color_is_a_size_and_a_dash_a_student_without_disti
     references = data[data["mode"] == figures.REFERENCE]
     figure = drawn["frontier"]._replace(data=pd.concat([*both, references], ignore_index=True))
     colors, dashes = look_of(figure), look_of(figure, "strokeDash")
-    assert list(colors) == ["none 8", "aux 8", "none 32", "aux 32"]
+    assert list(colors) == ["none 8", "aux 8", "none 32", "aux 32", "incumbent"]
     assert colors["none 8"] == colors["aux 8"] != colors["none 32"] == colors["aux 32"]
     assert dashes["none 8"] == dashes["none 32"] != dashes["aux 8"] == dashes["aux 32"]
 
 
-def test_references_are_named_and_in_no_legend(drawn, files):
-    assert {"oracle", "incumbent", "random", "show_rate"} <= set(texts_of(files, "frontier"))
-    assert list(look_of(drawn["frontier"])) == ["none", "aux"]
-    for name in ("value_captured", "true_value_captured", "survival"):
-        assert texts_of(files, name).count("incumbent") == 1
-        assert list(look_of(drawn[name])) == ["none", "aux", "shared"]
-    # Targets and costs are in percent.
+def test_the_legend_names_every_line_with_the_number_of_its_crossing(drawn, files):
+    for name, column, text in (
+        ("value_captured", "passed_for_99", "{}: {:.0f}"), ("frontier", "cost_for_99", "{}: {:.1%}")
+    ):  # fmt: skip
+        crossings = drawn[name].data.drop_duplicates("line")[["line", column]]
+        expected = [text.format(*row) for row in crossings.itertuples(index=False)]
+        assert [of for of in texts_of(files, name) if ": " in of] == expected
+        assert "incumbent" in expected[-1]
+    data = drawn["survival"].data
+    a_list = data[data["mode"] == figures.REFERENCE].assign(line="show_rate", setting="show_rate")
+    figure = drawn["survival"]._replace(data=pd.concat([data, a_list]))
+    assert list(look_of(figure)) == ["none", "aux", "shared", "incumbent", "show_rate"]
+    # Both are gray, so that only the dash differs.
+    for channel, looks in (("color", 1), ("strokeDash", 2)):
+        found = look_of(figure, channel)
+        assert len({str(found["incumbent"]), str(found["show_rate"])}) == looks
+
+
+def test_targets_and_savings_are_in_percent(files):
     texts = set(texts_of(files, "saving"))
-    assert {"95", "99", "99.9", "1", "5", "10"} <= texts
+    assert {"95", "99", "99.9"} <= texts
     assert any(re.fullmatch(r"\d+%", text) for text in texts)
-
-
-def of_lines(figure, numbers):
-    """The figure with a line per number, as copies of its first student, and these crossings."""
-    data = figure.data
-    first = data[data["line"] == data.loc[data["mode"] != figures.REFERENCE, "line"].iloc[0]]
-    name = "a line of the legend to itself, by its length"
-    copies = [first.assign(line=f"{name} {n}", passed_for_99=n, plain=False) for n in numbers]
-    return figure._replace(data=pd.concat(copies, ignore_index=True))
-
-
-def test_only_labels_of_close_crossings_are_moved_down(drawn):
-    (panel,) = panels_of(of_lines(drawn["value_captured"], [2000, 104, 10, 100, 108]))
-    rows = (row for rows in panel["datasets"].values() for row in rows)
-    places = {row["passed_for_99"]: row["place"] for row in rows if "place" in row}
-    assert places == {10: 0, 100: 0, 104: 1, 108: 2, 2000: 0}
-
-
-@pytest.mark.parametrize("name", ["value_captured", "pareto"])
-def test_a_long_legend_leaves_the_plot_its_height(drawn, name):
-    def plot_height(numbers):
-        svg = charts.files(of_lines(drawn[name], numbers))["svg"].decode()
-        return max(float(of) for of in re.findall(r'd="M[\d.]+,[\d.]+h[\d.]+v([\d.]+)h', svg))
-
-    assert plot_height(range(100, 112)) == pytest.approx(plot_height(range(100, 103)), abs=6)
 
 
 def test_the_waterfall_has_one_bar_per_step_with_its_number(drawn, files):

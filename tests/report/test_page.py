@@ -17,7 +17,7 @@ from kd_ranker.report import charts
 from tests.report import sweeps
 
 FIGURES = 9
-PANELS = 12  # three of them are calibration, two are savings
+PANELS = 11  # three of them are calibration
 
 
 @pytest.fixture(scope="module")

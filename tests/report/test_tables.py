@@ -39,8 +39,8 @@ def test_seeds_become_a_mean_and_its_standard_error():
         *(row("none", seed, auc) for seed, auc in enumerate(aucs)),
         row("shared", 0, 0.8),
     )
-    assert header[:4] == ["model", "serve", "weight", "seeds"]
-    assert teacher[:3] == ["teacher", "user", "1"]
+    assert header[:4] == ["mode", "serves", "weight", "seeds"]
+    assert teacher[:2] == ["teacher", "1"]
     assert "0.900" in teacher
     error = np.std(aucs, ddof=1) / np.sqrt(3)
     assert none[:3] == ["none", "user", "3"]
@@ -67,7 +67,7 @@ def test_a_column_appears_for_each_key_that_varies(varied, values, title):
     ]
     rows[0]["non_finite_step"] = 7
     header, one, two = summary(*rows)
-    assert header[:5] == ["model", "serve", "weight", title, "seeds"]
+    assert header[:5] == ["mode", "serves", "weight", title, "seeds"]
     # A member whose loss stopped being finite does not count.
     assert one[:5] == ["shared", "user", "1", f"{values[0]:g}" if title != "loss" else "bce", "3"]
     assert two[4] == "4"
@@ -80,7 +80,7 @@ def test_the_terminal_shows_the_test_split_and_references_by_their_names(tmp_pat
         *(row(None, 0, auc, role="reference", member=name, distill_weight=None)
           for name, auc in (("oracle", 0.9), ("random", 0.5))),
     )  # fmt: skip
-    assert header[0] == "model"
+    assert header[0] == "mode"
     assert [line[0] for line in lines] == ["none", "oracle", "random"]
     assert "0.600" in lines[0]
     sweeps.write_rows(tmp_path, [{"mode": "none"}])
