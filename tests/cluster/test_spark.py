@@ -58,7 +58,7 @@ def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, spl
         api.prepare(faulty_logs.config(log, tmp_path / str(index), **changes, **engine))
         for index, engine in enumerate(({}, SPARK))
     )
-    expected, found = files(by_duckdb), files(by_spark)
+    expected, found = files(by_duckdb.directory), files(by_spark.directory)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
 
