@@ -21,7 +21,14 @@ from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.requests.columns import columns_of, needed, only_counting
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.recipes import SCHEDULES
-from kd_ranker.training.state import LiveTeacher, Term, init_state, select_member, stack_members
+from kd_ranker.training.state import (
+    Frozen,
+    LiveTeacher,
+    Term,
+    init_state,
+    select_member,
+    stack_members,
+)
 from kd_ranker.training.step import in_turn, make_step, with_live_teacher
 from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
 from tests.random_batches import (
@@ -30,6 +37,7 @@ from tests.random_batches import (
     STUDENT,
     TEACHER,
     random_batch,
+    random_items,
 )
 from tests.requests.random_requests import random_request
 from tests.training.steps import (
@@ -50,22 +58,18 @@ TASKS = len(SPEC.tasks)
 LIVE, FROZEN = world_of(SPEC)
 
 
-@pytest.mark.parametrize(("mapping", "devices"), [("pmap", 8), ("shard_map", 2)])
-def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mapping, devices):
-    """A group a mode, in one program for a number of devices."""
-    recipes, states = zip(
-        *(make_recipe(mode, spec=CATEGORY_SPEC) for mode in ("aux", "shared")), strict=True
-    )
-    numbers = [stack_members([hyperparameters()])] * 2
+@pytest.mark.parametrize(
+    ("mode", "mapping", "devices"), [("aux", "pmap", 8), ("shared", "shard_map", 2)]
+)
+def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, mapping, devices):
+    recipe, state = make_recipe(mode, spec=CATEGORY_SPEC)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=CATEGORY_SPEC) for seed in range(6)]
     how = {"live": True, "spec": CATEGORY_SPEC}
-    take = functools.partial(run_groups, recipes, states, batches, numbers, **how)
-    one, other = take(), take(mapping=mapping, devices=devices)
-    assert_close(one[1], other[1], 1e-5)
-    for group, other_group in zip(one[0], other[0], strict=True):
-        assert_close(group.parameters, other_group.parameters, 1e-5)
-        assert_close(group.transform, other_group.transform, 1e-5)
+    one, losses = run(recipe, state, batches, **how)
+    other, other_losses = run(recipe, state, batches, mapping=mapping, devices=devices, **how)
+    assert_close(losses, other_losses, 1e-5)
+    assert_close((one.parameters, one.transform), (other.parameters, other.transform), 1e-5)
 
 
 def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED, steps=2):
@@ -590,13 +594,12 @@ def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
     # No other array has as many rows as one of these tables.
     spec = dataclasses.replace(CATEGORY_SPEC, num_users=990)
     recipe, state = make_recipe("shared", "adam", spec=spec)
-    teacher, frozen = world_of(spec)
     spread = MAPPINGS["shard_map"](jax.devices()[:2])
     numbers = (stack_members([hyperparameters()]),)
-    step = spread.map_step(make_step([recipe], teacher))
     batch = random_batch(0, requests=8, candidates=9, spec=spec)
-    text = step.lower((state,), batch, numbers, frozen).compile()
-    lines = text.as_text().splitlines()
+    arguments = (state,), batch, numbers, Frozen(random_items(spec=spec), None)
+    program = spread.map_step(make_step([recipe])).lower(*arguments).compile()
+    lines = program.as_text().splitlines()
     exchanges = [line for line in lines if " all-gather(" in line or " all-reduce(" in line]
     assert exchanges
     for rows in (table.rows for table in recipe.model.embedding.tables.values()):
