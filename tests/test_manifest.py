@@ -9,6 +9,7 @@ from kd_ranker import manifest
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
+from tests.faults import fault_of
 from tests.requests.random_requests import random_source
 
 REMEDY = "make it again with: some command"
@@ -24,11 +25,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def fault_of(folder, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        manifest.check(folder, REMEDY, *arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
+def fault_in(folder, *arguments, **options):
+    message = fault_of(manifest.check, folder, REMEDY, *arguments, **options)
     assert str(folder) in message
     assert message.endswith(f"; {REMEDY}")
     return message
@@ -46,7 +44,7 @@ def test_every_change_of_a_file_is_found_and_named(folder, name):
     flipped = bytes([content[0] ^ 1]) + content[1:]
     for other in (flipped, content[:-1], content + b"\0", b""):
         path.write_bytes(other)
-        assert f"{name} has changed" in fault_of(folder)
+        assert f"{name} has changed" in fault_in(folder)
         assert not manifest.is_made_of(folder, MADE_OF)
     path.write_bytes(content)
     manifest.check(folder, REMEDY)
@@ -56,7 +54,7 @@ def test_a_file_must_be_there_unless_it_may_be_removed(folder):
     (folder / "rejected" / "rows").unlink()
     manifest.check(folder, REMEDY)
     (folder / "b.bin").unlink()
-    assert "b.bin is missing" in fault_of(folder)
+    assert "b.bin is missing" in fault_in(folder)
 
 
 def test_only_a_thorough_check_reads_a_large_file(folder, monkeypatch):
@@ -64,13 +62,13 @@ def test_only_a_thorough_check_reads_a_large_file(folder, monkeypatch):
     content = (folder / "b.bin").read_bytes()
     (folder / "b.bin").write_bytes(content[::-1])
     manifest.check(folder, REMEDY)
-    assert "b.bin has changed" in fault_of(folder, thorough=True)
+    assert "b.bin has changed" in fault_in(folder, thorough=True)
     (folder / "b.bin").write_bytes(content + b"x")
-    assert "b.bin has changed" in fault_of(folder)
+    assert "b.bin has changed" in fault_in(folder)
 
 
 def test_another_dependency_is_named(folder):
-    fault = fault_of(folder, MADE_OF | {"dataset": "xyz", "teacher": "t"})
+    fault = fault_in(folder, MADE_OF | {"dataset": "xyz", "teacher": "t"})
     assert "dataset (abc there, xyz now)" in fault
     assert "teacher (None there, t now)" in fault
     assert "config" not in fault
@@ -87,12 +85,12 @@ def test_another_dependency_is_named(folder):
 )
 def test_a_damaged_manifest_is_one_line(folder, content):
     (folder / manifest.FILE).write_text(content)
-    assert manifest.FILE in fault_of(folder)
+    assert manifest.FILE in fault_in(folder)
 
 
 def test_a_folder_without_a_manifest_is_not_finished(folder):
     (folder / manifest.FILE).unlink()
-    assert "is not finished" in fault_of(folder)
+    assert "is not finished" in fault_in(folder)
 
 
 def test_a_fingerprint_is_of_the_content_of_the_named_files(folder, tmp_path_factory):
@@ -123,9 +121,9 @@ def dataset(built, tmp_path):
 
 
 def fault_of_dataset(directory, name="small"):
-    with pytest.raises(UserError, match=f"make it again with: {MADE_BY}$") as caught:
-        storage.open_dataset(name, str(directory.parents[2]), MADE_BY)
-    return str(caught.value)
+    message = fault_of(storage.open_dataset, name, str(directory.parents[2]), MADE_BY)
+    assert message.endswith(f"make it again with: {MADE_BY}")
+    return message
 
 
 def test_each_file_of_a_dataset_counts(dataset):

@@ -1,4 +1,4 @@
-"""Recipes, groups of members, and the steps that they take on random batches."""
+"""Configs, recipes, groups of members, and the steps that they take on random batches."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_ranker.batch import Stage
+from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LossNumbers
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -28,6 +29,16 @@ from kd_ranker.training.state import (
 )
 from kd_ranker.training.step import make_step
 from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, random_items
+
+
+def config_of(**changes):
+    """The small cascade's config; `train__steps=3` changes `train.steps`."""
+    config = cascade("small")
+    config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
+    config.update_from_flattened_dict(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    return config
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
 from kd_ranker.training.loop import (
@@ -26,7 +25,7 @@ from kd_ranker.training.mapping import (
 )
 from kd_ranker.training.state import Frozen
 from tests.random_batches import SPEC, random_batch, random_items
-from tests.training.steps import world_of
+from tests.training.steps import config_of, world_of
 
 long = pytest.mark.long
 
@@ -34,20 +33,15 @@ STEPS = 6
 BATCHES = [random_batch(seed, requests=8, candidates=5) for seed in range(STEPS)]
 
 
-def config_of(mode, seed, weight=1.0):
-    config = cascade("small")
-    config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
-    config.distill.update({"mode": mode, "weight": weight})
-    config.seed = seed
+def member(mode, seed):
     # Some members end before the others.
-    config.train.steps = STEPS - seed % 2
-    return config
+    steps = {"train__steps": STEPS - seed % 2}
+    return config_of(seed=seed, distill__mode=mode, distill__weight=1.0 + seed, **steps)
 
 
 # Two groups, of one member and of five: no number of devices here beyond one divides them.
-MEMBERS = {
-    "none": config_of("none", 0),
-    **{f"shared-{seed}": config_of("shared", seed, 1.0 + seed) for seed in range(5)},
+MEMBERS = {"none": member("none", 0)} | {
+    f"shared-{seed}": member("shared", seed) for seed in range(5)
 }
 
 

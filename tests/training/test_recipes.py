@@ -8,17 +8,7 @@ from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.training import recipes
 from kd_ranker.training.state import LiveTeacher
 from tests.random_batches import SPEC
-
-
-def config_of(**changes):
-    """The small cascade's config; `train__steps=3` changes `train.steps`."""
-    config = cascade("small")
-    config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
-    config.update_from_flattened_dict(
-        {key.replace("__", "."): value for key, value in changes.items()}
-    )
-    return config
-
+from tests.training.steps import config_of
 
 NONE, AUX, SHARED = ({"distill__mode": mode} for mode in ("none", "aux", "shared"))
 STAGES = AUX | {"distill__loss": "softmax", "teacher__signal": "stage"}
