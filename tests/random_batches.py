@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from kd_ranker.batch import CandidateBatch, Category, FeatureSpec, Items, empty_batch
 from kd_ranker.models.model import Model, ModuleClass, Parameters, build_model, score
@@ -59,13 +60,21 @@ TEACHER = ConfigDict(
 )
 
 
+@functools.cache
+def model_and_init(
+    module: ModuleClass, heads: int, config: FrozenConfigDict, spec: FeatureSpec, slots: int = 0
+) -> tuple[Model, Callable[[jax.Array], Parameters]]:
+    """A model, and a program from a key to parameters; compiling that takes as long as a step."""
+    model, init = build_model(module, spec, heads, config)
+    return model, jax.jit(lambda key: init(key, slots))
+
+
 def make_model(
     module: ModuleClass, heads: int, config: ConfigDict, seed: int = 0, spec: FeatureSpec = SPEC
 ) -> tuple[Model, Parameters]:
     """A model as if training had met every id, so that each is served by its own row."""
-    model, init = build_model(module, spec, heads, config)
-    parameters = jax.jit(init, static_argnums=1)(jax.random.key(seed), 0)  # in one program
-    width = model.embedding.width
+    model, init = model_and_init(module, heads, FrozenConfigDict(config), spec)
+    parameters, width = init(jax.random.key(seed)), model.embedding.width
     return model, parameters.replace(
         tables={name: table.at[:, width].set(1.0) for name, table in parameters.tables.items()}
     )

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from kd_ranker.batch import Stage
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LossNumbers
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
-from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.mapping import MAPPINGS
@@ -28,7 +28,7 @@ from kd_ranker.training.state import (
     stack_members,
 )
 from kd_ranker.training.step import make_step
-from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, random_items
+from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, model_and_init, random_items
 
 
 def config_of(**changes):
@@ -48,12 +48,15 @@ def world_of(spec):
     return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(spec=spec), parameters)
 
 
+def model_of(mode, spec, student, slots=0):
+    heads = MODES[mode].heads_per_task * len(spec.tasks)
+    return model_and_init(student, heads, FrozenConfigDict(STUDENT), spec, slots)
+
+
 @functools.cache
 def recipe_of(mode, optimizer, spec, student=MultiInterest):
-    heads = MODES[mode].heads_per_task * len(spec.tasks)
-    model, _ = build_model(student, spec, heads, STUDENT)
     return Recipe(
-        model=model,
+        model=model_of(mode, spec, student)[0],
         mode=MODES[mode],
         terms=(Term("bce", "logged"),) if MODES[mode].teacher_logits else (),
         optimizer=OPTIMIZERS[optimizer](),
@@ -83,20 +86,12 @@ def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=
 @functools.cache
 def state_of(mode, optimizer, spec, student, seeds):
     recipe = recipe_of(mode, optimizer, spec, student)
-    slots = recipe.row_optimizer.slots(STUDENT.width)
-    draw = program_of_init(student, spec, MODES[mode].heads_per_task * len(spec.tasks), slots)
-    members = jax.tree.map(lambda *of: np.stack(of), *(draw(jax.random.key(of)) for of in seeds))
+    _, init = model_of(mode, spec, student, recipe.row_optimizer.slots(STUDENT.width))
+    members = jax.tree.map(lambda *of: np.stack(of), *(init(jax.random.key(of)) for of in seeds))
     # In one program, not one per array.
     return jax.jit(lambda parameters: init_state(recipe, parameters, len(spec.tasks), True))(
         members
     )
-
-
-@functools.cache
-def program_of_init(student, spec, heads, slots):
-    """A program from a key to parameters: compiling it takes as long as compiling a step."""
-    _, init = build_model(student, spec, heads, STUDENT)
-    return jax.jit(lambda key: init(key, slots))
 
 
 def hyperparameters(**changes):
