@@ -142,15 +142,10 @@ def test_processes_that_differ_end_with_one_line_of_the_first(world, tmp_path, d
     given = flags(world, tmp_path / "run")
     ended = together(2, 1, "experiments.train", *given, of_last=[differing])
     assert [process.returncode for process in ended] == [2, 2]
-    said = [
-        line
-        for process in ended
-        for line in process.stderr.splitlines()
-        if line.startswith("error: ")
-    ]
-    assert len(said) == 1, said
-    assert f"error: {line}" in said[0]
-    assert said[0] in ended[0].stderr
+    of_each = [process.stderr.splitlines() for process in ended]
+    (found,) = [text for texts in of_each for text in texts if text.startswith("error: ")]
+    assert found.startswith(f"error: {line}")
+    assert found in of_each[0]
     assert not list(tmp_path.iterdir())
 
 
