@@ -200,7 +200,9 @@ def _calibration(study: Study, estimates: Estimates) -> pd.DataFrame:
     columns = ["mode", "plain", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
     if study.calibration.empty:
         return pd.DataFrame(columns=columns)
-    bins = _members(study).merge(study.calibration, on=["source", "member", "serve"])
+    members = study.tested[["source", "member", "mode", "plain", "serve", "way"]]
+    members = members.rename(columns={"way": "line"})
+    bins = members.merge(study.calibration, on=["source", "member", "serve"])
     means = ["predicted", "observed"]
     bins[means] = bins[means].mul(bins["weight"], axis=0)
     # Tasks in the order of the config.
@@ -222,12 +224,6 @@ def _compared(study: Study) -> list[dict[str, Any]]:
     if study.baseline is None:
         return []
     return _lines(study.tested[study.tested["setting"] != study.baseline])
-
-
-def _members(study: Study) -> pd.DataFrame:
-    """Return the members of the chosen settings, one row each."""
-    kept = ["source", "member", "mode", "plain", "serve", "way"]
-    return study.tested[kept].rename(columns={"way": "line"})
 
 
 def _ends(name: str, mean: Interval | None = None) -> dict[str, float]:
