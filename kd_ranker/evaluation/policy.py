@@ -7,6 +7,7 @@ requests, so that all keep the same share of the final value there, and measured
 Axes: `R` requests, `K` values of k, increasing; the last is all that was retrieved; `F` features.
 """
 
+import bisect
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +43,6 @@ class Curves(NamedTuple):
     score: Float[np.ndarray, "R K"]
     captured: Float[np.ndarray, "R K"]
     candidates: Float[np.ndarray, "R"]
-
-    def first(self, requests: int) -> "Curves":
-        """The curves of the first requests."""
-        return Curves(self.ks, *(of[:requests] for of in self[1:]))
 
     @property
     def lost(self) -> Float64[np.ndarray, "R K"]:
@@ -175,7 +172,7 @@ class Learned(Policy):
     @classmethod
     def fit(cls, curves: Curves, target: float) -> Self:
         """See `Policy`."""
-        curves = curves.first(_MOST_REQUESTS)
+        curves = Curves(curves.ks, *(of[:_MOST_REQUESTS] for of in curves[1:]))
         logs = bool((curves.score >= 0).all())
         features = np.asarray(_features(curves.score, logs))
         deviation = features.std(axis=0)
@@ -323,11 +320,7 @@ _HIDDEN, _STEPS, _RATE, _DECAY = 32, 600, 1e-2, 1e-3  # of the networks
 
 def _last_true(number: int, test: Callable[[int], bool]) -> int:
     """The last of 0..number - 1 that passes a test which, once false, stays false; 0 if none."""
-    low, high = 0, number - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if test(middle) else (low, middle - 1)
-    return low
+    return max(bisect.bisect_left(range(number), True, key=lambda at: not test(at)) - 1, 0)
 
 
 def _least_price(

@@ -48,6 +48,8 @@ _LIST = [1.0, 3.0]
 # Pixels of a chart per point of a file, dots per inch of a PNG, and the height of a plot on the
 # page, over that in a file; and the width of a panel on the narrowest page.
 _SCALE, _DPI, _PAGE_HEIGHT, _NARROW = 1.6, 300, 1.4, 376
+# Panels of tasks side by side in a file.
+_COLUMNS = 4
 # On the page, a click on a name in the legend fades the other lines. In a file, no line fades.
 _CHOSEN = alt.selection_point(name="chosen", fields=["line"], bind="legend")
 _ALL = alt.param(name="chosen", value=True)
@@ -89,9 +91,9 @@ def files(figure: Figure) -> dict[str, bytes]:
     panels = [panel.properties(width=form.width, height=form.height) for panel in _panels(figure)]
     one = len(panels) == 1
     chart: Any = (
-        panels[0].properties(autosize=_FIT) if one else alt.concat(*panels, columns=form.columns)
+        panels[0].properties(autosize=_FIT) if one else alt.concat(*panels, columns=_COLUMNS)
     )
-    width = form.width * min(len(panels), form.columns)
+    width = form.width * min(len(panels), _COLUMNS)
     theme = _theme(figure, width) | {"background": "white"}
     svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).configure(**theme).to_dict())
 
@@ -162,14 +164,12 @@ def _theme(figure: Figure, width: int) -> dict[str, Any]:
 
 
 def _panels(figure: Figure) -> list[Chart]:
-    """Return a chart per panel: per group of the rows, with its part of the data."""
+    """Return a chart per panel: one, or one per task."""
     form, data = _FORMS[figure.name], figure.data
-    if not form.panels:
-        return [form.draw(data, data)]
-    return [
-        form.draw(part, data).properties(title=str(of[-1]))
-        for of, part in data.groupby([*form.panels], sort=False)
-    ]
+    if not form.by_task:
+        return [form.draw(data)]
+    tasks = data.groupby("task", sort=False)
+    return [form.draw(part).properties(title=str(task)) for task, part in tasks]
 
 
 class _Axis(NamedTuple):
@@ -201,16 +201,8 @@ class _Axis(NamedTuple):
         )  # fmt: skip
 
 
-class _Look(NamedTuple):
-    """The channels by which the lines of a figure differ, the same in all of its layers."""
-
-    color: alt.Color
-    shape: alt.Shape
-    dash: alt.StrokeDash
-
-
-def _look(figure: pd.DataFrame, marked: bool) -> _Look:
-    """Return the look of the lines.
+def _look(figure: pd.DataFrame, marked: bool) -> dict[str, Any]:
+    """Return the channels by which the lines of a figure differ, the same in all of its layers.
 
     Args:
       figure: the data of all panels. If its column `size` has several values, a color is a size,
@@ -239,15 +231,18 @@ def _look(figure: pd.DataFrame, marked: bool) -> _Look:
         # In the legend, a mark with a broken outline would look damaged.
         by_serve = alt.Scale(domain=list(_DASHES), range=list(_DASHES.values()))
         dash = alt.StrokeDash("serve:N", scale=by_serve, legend=None)
-    return _Look(of_line(alt.Color, palette), of_line(alt.Shape, shapes), dash)
+    return {
+        "color": of_line(alt.Color, palette),
+        "shape": of_line(alt.Shape, shapes),
+        "strokeDash": dash,
+    }
 
 
-def _panel(data: pd.DataFrame, look: _Look, layers: Sequence[alt.Chart]) -> Chart:
+def _panel(data: pd.DataFrame, look: dict[str, Any], layers: Sequence[alt.Chart]) -> Chart:
     """Return layers over a table, from the back to the front, with a legend of their lines."""
     # This layer draws nothing: it holds the legend, and receives clicks on it.
-    key = alt.Chart().mark_point(size=0, filled=True, opacity=1)
-    key = key.encode(shape=look.shape, strokeDash=look.dash)
-    return alt.layer(key, *layers, data=_values(data)).encode(color=look.color)
+    key = alt.Chart().mark_point(size=0, filled=True, opacity=1).encode(**look)
+    return alt.layer(key, *layers, data=_values(data)).encode(color=look["color"])
 
 
 def _values(data: pd.DataFrame) -> alt.InlineData:
@@ -279,7 +274,7 @@ def _reference(*values: dict[str, float], **place: Any) -> alt.Chart:
     return line(style="reference", clip=True).encode(color=alt.value(_GRAY), **place)
 
 
-def _waterfall(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+def _waterfall(data: pd.DataFrame) -> Chart:
     end = data[["mean", "high"]].max(axis=1)
     # The longest bar leaves room for its number.
     title, ticked = "candidates to pass for 99% of the final value", {"tickCount": 5}
@@ -296,17 +291,16 @@ def _waterfall(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     return alt.layer(bars, ends, numbers, data=_values(data.assign(end=end)))
 
 
-def _points(data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, order: str = "") -> Chart:
+def _points(data: pd.DataFrame, x: _Axis, y: _Axis, order: str = "") -> Chart:
     """Return a mark per row, with a bar per interval where the data have its ends.
 
     Args:
-      data: of the panel. A column `margin` draws a line at that y.
-      figure: of all panels.
+      data: a column `margin` draws a line at that y.
       x: an axis; the ends of the interval of its field are `_low` and `_high`.
       y: the other axis.
       order: the column along which lines connect the marks; "" draws none.
     """
-    look, place = _look(figure, True), {"x": x.on(alt.X), "y": y.on(alt.Y)}
+    look, place = _look(data, True), {"x": x.on(alt.X), "y": y.on(alt.Y)}
     layers = []
     if "margin" in data:
         layers.append(_reference({y.field: float(data["margin"].iloc[0])}, y=place["y"]))
@@ -318,8 +312,8 @@ def _points(data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, order:
         layers.append(rule.encode(x=place["x"], y=up, y2=f"{y.field}_high"))
     if order:
         lines = _layer("line", "curve", clip=True)
-        layers.append(lines.encode(order=f"{order}:Q", strokeDash=look.dash, **place))
-    layers.append(_layer("point", "mark", filled=True).encode(shape=look.shape, **place))
+        layers.append(lines.encode(order=f"{order}:Q", strokeDash=look["strokeDash"], **place))
+    layers.append(_layer("point", "mark", filled=True).encode(shape=look["shape"], **place))
     layers.append(_under_pointer(x, y, **place))
     if order == "weight":
         text = _layer("text", "weight").encode(text="weight:Q", **place)
@@ -327,36 +321,35 @@ def _points(data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, order:
     return _panel(data, look, layers)
 
 
-def _pareto(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+def _pareto(data: pd.DataFrame) -> Chart:
     x, y = (
         _Axis(of, f"{title_of(of)}, mean over tasks (nats)") for of in ("user_bce", "teacher_bce")
     )
-    return _points(data, figure, x, y, "weight")
+    return _points(data, x, y, "weight")
 
 
-def _plane(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+def _plane(data: pd.DataFrame) -> Chart:
     x = _Axis("saving", "saving", format="~%", scale={"zero": True})
     y = _Axis("users", "change for users", format="+.2~%", scale={"zero": True})
-    return _points(data, figure, x, y)
+    return _points(data, x, y)
 
 
-def _calibration(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+def _calibration(data: pd.DataFrame) -> Chart:
     ends = (0.0, 1.05 * float(data[["predicted", "observed"]].max().max()))
     x, y = (_Axis(of, of, ends, options={"tickCount": 5}) for of in ("predicted", "observed"))
     diagonal = ({"predicted": end, "observed": end} for end in ends)
     line = _reference(*diagonal, x=x.on(alt.X), y=y.on(alt.Y))
-    return _points(data, figure, x, y, "bin") + line
+    return _points(data, x, y, "bin") + line
 
 
 def _curves(
-    data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
+    data: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
     crossing: tuple[str, str] = ("", ""),
 ) -> Chart:  # fmt: skip
     """Return a line with a band per ranker.
 
     Args:
-      data: of the panel.
-      figure: of all panels.
+      data: tidy curves.
       x: the axis of its `field`, with a domain.
       y: the axis of the column `mean`, with the ends `low` and `high`, and a domain.
       rule: where a dashed line is; None draws none.
@@ -365,16 +358,14 @@ def _curves(
     """
     column, number = crossing
     if column:
-        data, figure = (
-            of.assign(line=of["line"] + of[column].map(f": {{:{number}}}".format))
-            for of in (data, figure)
-        )
-    look, place = _look(figure, False), {"x": x.on(alt.X), "y": y.on(alt.Y)}
+        numbers = data[column].map(f": {{:{number}}}".format)
+        data = data.assign(line=data["line"] + numbers)
+    look, place = _look(data, False), {"x": x.on(alt.X), "y": y.on(alt.Y)}
     layers = [
         _layer("area", "band", opacity=0.15, clip=True).encode(
             x=place["x"], y=y.on(alt.Y, "low"), y2="high"
         ),
-        _layer("line", "curve", clip=True).encode(strokeDash=look.dash, **place),
+        _layer("line", "curve", clip=True).encode(strokeDash=look["strokeDash"], **place),
         _under_pointer(x, y, **place),
     ]
     if rule is not None:
@@ -401,18 +392,14 @@ def _window(
     return (float(near["k"].min()), float(near["k"].max())), (low, top + 0.05 * (top - low))
 
 
-def _over_k(
-    data: pd.DataFrame, figure: pd.DataFrame, measure: str = "", whole: bool = False, **more: Any
-) -> Chart:
-    """Return curves over k; the measure is that of the panel if it is not given."""
-    title = str(measure or data["measure"].iloc[0]).replace("_", " ")
+def _over_k(data: pd.DataFrame, measure: str, whole: bool = False, **more: Any) -> Chart:
     ks, values = _window(data, whole)
     at = {"values": ticks(1, ks[1]), "labelOverlap": True}
     x = _Axis("k", "candidates passed, k", ks, "d", at, {"type": "log"})
-    return _curves(data, figure, x, _Axis("mean", f"{title} at k", values), **more)
+    return _curves(data, x, _Axis("mean", f"{measure.replace('_', ' ')} at k", values), **more)
 
 
-def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+def _frontier(data: pd.DataFrame) -> Chart:
     _, values = _window(data)
     students = data[data["mode"] != REFERENCE]
     costs = students.loc[students["mean"] >= values[0], "cost"].min(), students["cost"].max()
@@ -420,40 +407,38 @@ def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     title = "cost of the funnel, over that of only the final ranker"
     x = _Axis("cost", title, costs, "~%", at, {"type": "log"})
     y = _Axis("mean", "value captured", values)
-    return _curves(data, figure, x, y, TARGET, ("cost_for_99", ".1%"))
+    return _curves(data, x, y, TARGET, ("cost_for_99", ".1%"))
 
 
-def _saving(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+def _saving(data: pd.DataFrame) -> Chart:
     ends = data[["mean", "low", "high"]]
     # No saving exceeds 1, and below -1 the funnel costs more than twice as much.
     seen = max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))
     options = {"values": [95, 96, 97, 98, 99, 99.9], "labelExpr": "datum.value"}
     targets = (data["target"].min(), data["target"].max())
     x = _Axis("target", "share of the final value to keep (%)", targets, ".1f", options)
-    return _curves(data, figure, x, _Axis("mean", "saving", seen, "~%", scale={"nice": True}), 0.0)
+    return _curves(data, x, _Axis("mean", "saving", seen, "~%", scale={"nice": True}), 0.0)
 
 
 class _Form(NamedTuple):
     """The drawing of a figure.
 
     Attributes:
-      draw: from the data of a panel and of the whole figure to the chart of the panel.
+      draw: from the data of a panel to its chart.
       width: of a panel in a file, in pixels: with its axis if it is the only one.
       height: of a plot in a file, in pixels.
-      panels: the columns of the data that make a panel; none for a single panel.
-      columns: panels side by side in a file.
+      by_task: whether there is a panel per task.
       marked: whether the lines have marks.
     """
 
-    draw: Callable[[pd.DataFrame, pd.DataFrame], Chart]
+    draw: Callable[[pd.DataFrame], Chart]
     width: int = 403
     height: int = 270
-    panels: tuple[str, ...] = ()
-    columns: int = 4
+    by_task: bool = False
     marked: bool = False
 
 
-def _of_measure(measure: str, **options: Any) -> Callable[[pd.DataFrame, pd.DataFrame], Chart]:
+def _over(measure: str, **options: Any) -> Callable[[pd.DataFrame], Chart]:
     return functools.partial(_over_k, measure=measure, **options)
 
 
@@ -463,12 +448,12 @@ _FORMS = {
     "frontier": _Form(_frontier),
     "plane": _Form(_plane, marked=True),
     "saving": _Form(_saving),
-    "hit_rates": _Form(_of_measure("", whole=True), 166, 166, ("measure", "task"), columns=3),
     "pareto": _Form(_pareto, marked=True),
     "value_captured": _Form(
-        _of_measure("value_captured", rule=TARGET, crossing=("passed_for_99", ".0f"))
+        _over("value_captured", rule=TARGET, crossing=("passed_for_99", ".0f"))
     ),
-    "true_value_captured": _Form(_of_measure("true_value_captured", rule=1.0)),
-    "survival": _Form(_of_measure("survival", whole=True)),
-    "calibration": _Form(_calibration, 166, 166, panels=("task",), marked=True),
+    "true_value_captured": _Form(_over("true_value_captured", rule=1.0)),
+    "covered_user_value": _Form(_over("covered_user_value")),
+    "survival": _Form(_over("survival", whole=True)),
+    "calibration": _Form(_calibration, 166, 166, by_task=True, marked=True),
 }

@@ -132,7 +132,7 @@ def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
     constant along a line.
     """
     rows = _with_references(study, best_of_sizes(study))
-    data = _curves(rows.fillna({"size": ""}), estimates, "value_captured", ("size",))
+    data = _curves(rows, estimates, "value_captured", ("size",))
     data = data.assign(cost=np.nan, cost_for_99=np.nan)
     for setting, places in data.groupby("setting").groups.items():
         data.loc[places, "cost"] = estimates.cost_curve(str(setting))
@@ -183,18 +183,13 @@ def _over_k(measure: str) -> Callable[[Study, Estimates], pd.DataFrame]:
 
 def _with_references(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows, and those of the incumbent and of a baseline that is a list of items."""
-    known = of_split(study.references, "test").assign(mode=REFERENCE)
+    known = of_split(study.references, "test").assign(mode=REFERENCE, size="")
     return pd.concat([rows, known[known["setting"].isin([study.incumbent, study.baseline])]])
 
 
-def _hit_rates(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return the columns of `_curves`, measure and task."""
-    curves = [
-        _curves(study.tested, estimates, f"{measure}/{task}").assign(measure=measure, task=task)
-        for measure in ("hit_rate", "end_to_end_hit_rate")
-        for task in study.tasks
-    ]
-    return pd.concat(curves, ignore_index=True)
+def _covered(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return the curves of the chosen settings; the value of the incumbent would be misleading."""
+    return _curves(study.tested, estimates, "covered_user_value")
 
 
 def _calibration(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -205,7 +200,9 @@ def _calibration(study: Study, estimates: Estimates) -> pd.DataFrame:
     columns = ["mode", "plain", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
     if study.calibration.empty:
         return pd.DataFrame(columns=columns)
-    bins = _members(study).merge(study.calibration, on=["source", "member", "serve"])
+    members = study.tested[["source", "member", "mode", "plain", "serve", "way"]]
+    members = members.rename(columns={"way": "line"})
+    bins = members.merge(study.calibration, on=["source", "member", "serve"])
     means = ["predicted", "observed"]
     bins[means] = bins[means].mul(bins["weight"], axis=0)
     # Tasks in the order of the config.
@@ -227,12 +224,6 @@ def _compared(study: Study) -> list[dict[str, Any]]:
     if study.baseline is None:
         return []
     return _lines(study.tested[study.tested["setting"] != study.baseline])
-
-
-def _members(study: Study) -> pd.DataFrame:
-    """Return the members of the chosen settings, one row each."""
-    kept = ["source", "member", "mode", "plain", "serve", "way"]
-    return study.tested[kept].rename(columns={"way": "line"})
 
 
 def _ends(name: str, mean: Interval | None = None) -> dict[str, float]:
@@ -318,13 +309,12 @@ ENTRIES = {
         "that the final ranker overrates. Bands are 95% intervals." + _GRAY,
         shown=knows_truth,
     ),
-    "hit_rates": Entry(
-        _hit_rates,
-        "What users did, by candidates passed",
-        "The share of the candidates with a positive label that is among the k passed (hit rate), "
-        "and that is then shown (end-to-end hit rate), by task, on the test split; none of it "
-        "depends on the teacher's opinion. Items that were never shown have no label. Bands are "
-        "95% intervals.",
+    "covered_user_value": Entry(
+        _covered,
+        "Users' value by candidates passed",
+        "Of a funnel of the candidates that the logged funnel passed: the value of the user labels "
+        "of the items that are shown, as a share of that if all of these are passed, on the test "
+        "split. Differences have a sign and no size. Bands are 95% intervals.",
         shown=lambda study: not knows_truth(study),
     ),
     "saving": Entry(

@@ -169,7 +169,9 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     _check_distinct(students, workdirs)
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
-    chosen = _chosen(healthy)
+    # Each sweep has measured the choices of its validation on test. The validation of all decides.
+    read = of_split(healthy, "test")["setting"].unique()
+    chosen = best_of_ways(healthy[healthy["setting"].isin(read)])
     compared = healthy["setting"].isin(list(chosen.values()))
     against = baselines(pd.concat([healthy[compared], references]))
     teacher_flops, costs = float(teachers["flops_per_candidate"].mean()), costs_of(first)
@@ -210,16 +212,6 @@ def _allowed(workdirs: Sequence[Path]) -> list[str]:
     reports = [read_data_report(workdir) for workdir in workdirs]
     found = [f"{name}: {text}" for report in reports if report for name, text in find(report)]
     return list(dict.fromkeys(found))
-
-
-def _chosen(students: pd.DataFrame) -> dict[str, str]:
-    """Return the best setting of each way among those measured on the test split.
-
-    Each sweep has measured the choices of its validation there. The validation of all sweeps
-    decides.
-    """
-    tested = of_split(students, "test")["setting"].unique()
-    return best_of_ways(students[students["setting"].isin(tested)])
 
 
 def _read(workdirs: Sequence[Path], name: str) -> pd.DataFrame:

@@ -36,7 +36,7 @@ class Table(NamedTuple):
       title: its title.
       cells: texts by column title; a mean is "mean ± half-width", and "" where it is not known.
       notes: lines below it.
-      best: True where a cell is marked; all False by default.
+      best: True where a cell is marked; None marks nothing.
     """
 
     title: str
@@ -45,11 +45,9 @@ class Table(NamedTuple):
     best: pd.DataFrame | None = None
 
     @property
-    def marks(self) -> pd.DataFrame:
-        """`best`, or its default."""
-        if self.best is not None:
-            return self.best
-        return pd.DataFrame(False, index=self.cells.index, columns=self.cells.columns)
+    def marks(self) -> np.ndarray:
+        """True where a cell is marked, [lines, columns]."""
+        return np.zeros(self.cells.shape, bool) if self.best is None else self.best.to_numpy()
 
     @property
     def numeric(self) -> list[bool]:

@@ -98,14 +98,6 @@ def _write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 def page(sections: Sequence[Section]) -> str:
     """Return the page's HTML, with Vega, the figures' data, styles and scripts inside."""
-    panels = {
-        (section.study.dataset, figure.name): [
-            Markup(panel) for panel in charts.page_panels(figure)
-        ]
-        for section in sections
-        for figure in section.figures
-        if len(figure.data)
-    }
     template = templates_of("kd_ranker.report").get_template("page.html")
     vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
-    return template.render(sections=sections, panels=panels, vega=vega, zip=zip)
+    return template.render(sections=sections, panels=charts.page_panels, vega=vega, zip=zip)

@@ -150,13 +150,9 @@ def test_where_the_truth_is_not_known_users_labels_are_drawn(tmp_path):
     estimates = sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,))
     names = [name for name, of in figures.ENTRIES.items() if of.shown(estimates.study)]
     assert set(figures.ENTRIES) - set(names) == {"true_value_captured"}
-    figure, study = drawn("hit_rates", estimates), estimates.study
-    assert figure.absent == ""
-    data = figure.data
-    assert list(data.groupby(["measure", "task"], sort=False).groups) == [
-        (measure, task) for measure in ("hit_rate", "end_to_end_hit_rate") for task in sweeps.TASKS
-    ]
-    # The sums that are kept are those of survival.
-    rows = study.tested[study.tested["way"] == "shared"]
-    at = data[(data["line"] == "shared") & (data["k"] == 200) & (data["task"] == "like")]
-    assert list(at["mean"]) == pytest.approx([rows["survival@200"].item()] * 2, abs=1e-3)
+    data = drawn("covered_user_value", estimates).data
+    # The covered value of the incumbent would be far too low.
+    assert list(data["line"].unique()) == ["none", "aux", "shared"]
+    at = data[data["k"] == 200].set_index("line")["mean"]
+    expected = estimates.of("shared, weight 1", "covered_user_value@200").mean
+    assert at["shared"] == pytest.approx(expected, abs=1e-3)
