@@ -1,13 +1,9 @@
-"""Run a function on many arguments, in this process, in its threads, or in several processes."""
+"""Run a function on many arguments, in this thread or in several threads."""
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -22,27 +18,15 @@ def run_here(function: Callable, calls: Sequence[tuple], description: str) -> It
 
 
 @contextlib.contextmanager
-def open_pool(workers: int, threads: bool = False) -> Iterator[Runner]:
-    """Yield a runner that shows a bar and uses n processes; a single process is this one.
+def open_pool(threads: int) -> Iterator[Runner]:
+    """Yield a runner that uses n threads of this process and shows a bar; one thread is this one.
 
-    New processes are spawned, not forked: a fork would lose the threads of JAX. They end with this
-    process, even if it is killed.
-
-    Args:
-      workers: n, at least 1.
-      threads: whether to use threads of this process instead. They start at once and share the data
-        that they read; use them for functions that mostly work without Python's global lock.
+    Use it for functions that mostly work without Python's global lock. Threads start at once and
+    share the data that they read.
     """
-    if workers == 1:
+    if threads == 1:
         yield run_here
         return
-    executor: Executor = (
-        ThreadPoolExecutor(workers)
-        if threads
-        else ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
-        )
-    )
 
     def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
         waiting = deque(executor.submit(function, *arguments) for arguments in calls)
@@ -50,32 +34,12 @@ def open_pool(workers: int, threads: bool = False) -> Iterator[Runner]:
         results = (waiting.popleft().result() for _ in calls)
         return with_bar(results, len(calls), description)
 
-    with executor:
+    with ThreadPoolExecutor(threads) as executor:
         try:
             yield run
-        except BaseException as error:
+        except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
-            if not isinstance(error, Exception):
-                # This process must end, and would wait for its children.
-                for process in multiprocessing.active_children():
-                    process.terminate()
             raise
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent has died, instead of waiting for the next call forever.
-
-    A terminal sends an interrupt to both processes, and only the parent reports it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def with_bar(results: Iterable[Any], number: int, description: str) -> Iterator[Any]:

@@ -20,7 +20,7 @@ reported results.
 """
 
 Shard = Callable[[], Iterator[Request] | Iterator[Block]]
-"""Yields requests of a split, one by one or in blocks; can be pickled."""
+"""Yields requests of a split, one by one or in blocks."""
 
 
 @dataclasses.dataclass(frozen=True)

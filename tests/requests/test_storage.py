@@ -174,15 +174,15 @@ from tests import small
 from tests.requests.random_requests import random_source
 
 if __name__ == "__main__":
-    folder, processes, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
+    folder, threads, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
     write = storage.write_shard
     def dying(*arguments):
         write(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
     if dies:
         storage.write_shard = dying
-    if processes:
-        build_in_shards(folder, processes)
+    if threads:
+        build_in_shards(folder, threads)
     else:
         storage.build(random_source(), "small", folder)
     assert "tensorflow" not in sys.modules
@@ -193,29 +193,27 @@ def part_of(split, start, stop):
     yield from itertools.islice(random_source().requests(split), start, stop)
 
 
-def build_in_shards(folder, processes):
-    """Builds `random_source` in shards that other processes can write."""
+def build_in_shards(folder, threads):
+    """Builds `random_source` in shards that threads write."""
     shards = {
         "train": [functools.partial(part_of, "train", start, start + 4) for start in (0, 4, 8)],
         "validation": [functools.partial(part_of, "validation", 0, 3)],
         "test": [functools.partial(part_of, "test", 0, 5)],
     }
-    with open_pool(processes) as run:
+    with open_pool(threads) as run:
         source = dataclasses.replace(random_source(), shards=shards.__getitem__, run=run)
         return storage.build(source, "small", str(folder))
 
 
-def build_elsewhere(folder, processes=0, dies=False):
-    return small.run(
-        "-c", _BUILDING, str(folder), str(processes), "dies" if dies else ""
-    ).returncode
+def build_elsewhere(folder, threads=0, dies=False):
+    return small.run("-c", _BUILDING, str(folder), str(threads), "dies" if dies else "").returncode
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, processes):
-    assert build_elsewhere(tmp_path / "there", processes) == 0
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, threads):
+    assert build_elsewhere(tmp_path / "there", threads) == 0
     there = bytes_of(storage.directory_of("small", str(tmp_path / "there")))
-    if processes:
+    if threads:
         here = build_in_shards(tmp_path / "here", 1)
     else:
         here = storage.build(random_source(), "small", str(tmp_path / "here"))

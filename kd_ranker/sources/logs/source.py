@@ -130,7 +130,7 @@ def open_source(
         stack.callback(shutil.rmtree, work)
         known = earlier.settled.vocabularies if earlier else {}
         database, query = stack.enter_context(open_engine(log, layout, work, known))
-        run = stack.enter_context(open_pool(layout.processes, threads=True))
+        run = stack.enter_context(open_pool(layout.processes))
         source = _source(_read(log, layout, database, query, earlier), run)
         # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
