@@ -4,7 +4,6 @@ Ids, vocabularies, means and deviations are those of the dataset. The log gives 
 candidates and the features of these; no column that is known only after a request is read.
 """
 
-import functools
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,7 +152,6 @@ def read_unseen(
     (folder / _READ).write_bytes(pickle.dumps(found))
 
 
-@functools.lru_cache(maxsize=1)
 def load_unseen(folder: Path) -> Unseen:
     """Load what `read_unseen` has read into a folder."""
     return pickle.loads((folder / _READ).read_bytes())
