@@ -206,7 +206,6 @@ def _print_help(command: Command, program: str, arguments: Sequence[str]) -> Non
     from ml_collections import ConfigDict
 
     from kd_ranker.config import schema
-    from kd_ranker.config.key import Key
     from kd_ranker.config.keys import DATA_KEYS, KEYS
 
     parser = _parser(command, program)
@@ -218,16 +217,13 @@ def _print_help(command: Command, program: str, arguments: Sequence[str]) -> Non
         config = read_config(given.config) if given.config else None
         sources = [config.data.name] if config else [*DATA_KEYS]
         keys = KEYS | {name: key for of in sources for name, key in DATA_KEYS.get(of, {}).items()}
-        sections: dict[str, list[Key]] = {}
-        for key in keys.values():
-            sections.setdefault(f"config.{key.name}".rpartition(".")[0], []).append(key)
-        for section, of_section in sections.items():
-            group = parser.add_argument_group(section)
-            for key in of_section:
-                value = schema.value_of(config, key.name) if config else key.default
-                shown = "…" if isinstance(value, ConfigDict) else repr(value)
-                text = key.help.replace("%", "%%")
-                group.add_argument(f"--config.{key.name}", metavar=shown, help=text)
+        sections = [f"config.{name}".rpartition(".")[0] for name in keys]
+        groups = {of: parser.add_argument_group(of) for of in dict.fromkeys(sections)}
+        for section, key in zip(sections, keys.values(), strict=True):
+            value = schema.value_of(config, key.name) if config else key.default
+            shown = "…" if isinstance(value, ConfigDict) else repr(value)
+            text = key.help.replace("%", "%%")
+            groups[section].add_argument(f"--config.{key.name}", metavar=shown, help=text)
     parser.print_help()
 
 
