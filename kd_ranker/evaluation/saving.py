@@ -266,7 +266,12 @@ def with_savings(
 
 
 def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
-    """FLOPs per candidate of a row's ranker, and the costs with it; a reference costs nothing."""
+    """FLOPs per candidate of a row's ranker as early ranker, and the costs with it.
+
+    A reference costs nothing. A final ranker in front of itself costs a candidate what it costs.
+    """
     if row["role"] == "reference":
         return 0.0, costs._replace(student=0.0, student_request=0.0)
+    if row["role"] == "teacher":
+        costs = costs._replace(student=0.0)
     return float(row["flops_per_candidate"]), costs
