@@ -44,7 +44,8 @@ def main() -> None:
 
 
 def _of_dataset(folder: Path, weights: np.ndarray) -> Iterator[tuple[str, float]]:
-    columns = storage.open_at(folder, "prepare_data").columns["test"]
+    name, data_dir = folder.parent.name, str(folder.parents[2])
+    columns = storage.open_dataset(name, data_dir, "prepare_data").columns["test"]
     some = slice(0, LIMIT)
     counts = columns.counts.of(some)
     candidates = columns.candidates.fields(some, counts.retrieved)

@@ -2,17 +2,17 @@
 
 A sampler is a pure function of one request
 
-    sampler(counts, scores, sizes, key) -> (places, factors)
+    sampler(counts, scores, batch, key) -> (places, factors)
 
 which `config.batch.sampler` names. `training` runs it on the host, ahead of the steps:
 
     counts      `Counts` of the request, each a single number
     scores      float32 [n], the teacher's scores of the n = `counts.retrieved` candidates: the mean
                 over tasks of the stored probabilities, NaN for a candidate without any
-    sizes       `Sizes`, the numbers of `config.batch`
+    batch       `BatchConfig`, the numbers of `config.batch`
     key         float64 [4], uniform in [0, 1) and new in each epoch; for more random numbers, take
                 `np.random.default_rng(key.view(np.uint64))`
-    places      int [k], k ≤ `sizes.candidates`: different numbers in [0, n), in any order
+    places      int [k], k ≤ `batch.candidates`: different numbers in [0, n), in any order
     factors     float [k]: the number of labels that the label of each represents; 0 leaves the
                 label out. Candidates that were not shown have no label, so theirs are not read.
 
@@ -39,30 +39,15 @@ from jaxtyping import Float, Float32, Int
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches import sampling
-from kd_ranker.batches.sampling import Bounds, Slots
+from kd_ranker.batches.sampling import BatchConfig, Bounds, Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, counting, what_counts
-
-
-class Sizes(NamedTuple):
-    """The numbers of `config.batch` that a sampler reads.
-
-    Attributes:
-      candidates: the most candidates to draw of a request.
-      passed_share: see `funnel` and `hard`.
-      negative_rate: the share of the shown candidates without a positive label to keep.
-    """
-
-    candidates: int
-    passed_share: float
-    negative_rate: float
-
 
 Places = Int[np.ndarray, "k"]
 Factors = Float[np.ndarray, "k"]
 Scores = Float32[np.ndarray, "n"]
 Key = Float[np.ndarray, "4"]
-SamplerFunction = Callable[[Counts, Scores, Sizes, Key], tuple[Places, Factors]]
+SamplerFunction = Callable[[Counts, Scores, BatchConfig, Key], tuple[Places, Factors]]
 
 
 class Sampler(NamedTuple):
@@ -77,13 +62,13 @@ class Sampler(NamedTuple):
     needs_scores: bool = False
 
 
-def funnel(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places, Factors]:
+def funnel(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[Places, Factors]:
     """Draw the shown, then shares of the passed and of the rest; see `sampling.kinds_of`.
 
     Training has a compiled form of this function with the same results.
     """
     del scores
-    kinds, slots = sampling.kinds_of(counts, sampling.within(counts), Stage.RETRIEVED, *sizes)
+    kinds, slots = sampling.kinds_of(counts, sampling.within(counts), Stage.RETRIEVED, batch)
     drawn = sampling.chosen(sampling.draw(np.zeros((), np.int32), key, kinds), slots)
     places = np.asarray(drawn.rows.candidates) - 1
     factors = np.zeros(len(places), np.float32)
@@ -91,30 +76,30 @@ def funnel(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Plac
     return places[places >= 0], factors[places >= 0]
 
 
-def uniform(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places, Factors]:
-    """Draw k = min(n, `sizes.candidates`) of the n candidates, each with probability k / n.
+def uniform(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[Places, Factors]:
+    """Draw k = min(n, `batch.candidates`) of the n candidates, each with probability k / n.
 
     The shown, the passed and the rest have numbers of draws in proportion, see `evenly`. A label
-    counts n / k times. `sizes.passed_share` and `sizes.negative_rate` are not used.
+    counts n / k times. `batch.passed_share` and `batch.negative_rate` are not used.
     """
     del scores
-    number = min(sizes.candidates, int(counts.retrieved))
+    number = min(batch.candidates, int(counts.retrieved))
     places = evenly(_groups(0, counts.shown, counts.passed, counts.retrieved), number, key)
     return places, np.full(number, counts.retrieved / max(number, 1))
 
 
-def hard(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places, Factors]:
+def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[Places, Factors]:
     """Draw the shown, then the candidates not shown that the teacher scores highest.
 
-    Labels are drawn as by `funnel`: all positives, and a share `sizes.negative_rate` of the n
+    Labels are drawn as by `funnel`: all positives, and a share `batch.negative_rate` of the n
     negatives, of which each of the k drawn counts n / k times. Of the slots left, a share
-    `sizes.passed_share` holds the highest scores among the candidates that were not shown. The
+    `batch.passed_share` holds the highest scores among the candidates that were not shown. The
     others are drawn from the remaining ones not shown, each with the same probability. Candidates
     without a score are never among the highest; if too few have one, random draws fill the slots.
     """
     kinds = _groups(0, counts.positives, counts.shown)
     kept = sampling.labelled_numbers(
-        counts.positives, counts.shown - counts.positives, sizes.negative_rate, sizes.candidates
+        counts.positives, counts.shown - counts.positives, batch.negative_rate, batch.candidates
     )
     labelled = [_run(*of) for of in zip(kinds, map(int, kept), key[:2], strict=True)]
     factors = [
@@ -122,10 +107,10 @@ def hard(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places
         for kind, run in zip(kinds, labelled, strict=True)
     ]
     (unshown,) = _groups(counts.shown, counts.retrieved)
-    slots = min(sizes.candidates - sum(map(len, labelled)), len(unshown))
+    slots = min(batch.candidates - sum(map(len, labelled)), len(unshown))
     scored = unshown[~np.isnan(scores[unshown])]
     highest = scored[np.argsort(-scores[scored], kind="stable")]
-    highest = highest[: round(sizes.passed_share * slots)]
+    highest = highest[: round(batch.passed_share * slots)]
     left = np.setdiff1d(unshown, highest, assume_unique=True)
     passed = left < counts.passed
     others = evenly([left[passed], left[~passed]], slots - len(highest), key[1:])
@@ -186,9 +171,9 @@ Labelled candidates are first, then the others that were passed, then the rest.
 """
 
 
-def slots_of(counts: Counts, stage: Stage, sizes: Sizes) -> Slots:
+def slots_of(counts: Counts, stage: Stage, batch: BatchConfig) -> Slots:
     """The slots that suffice for any sampler, if candidates that reached `stage` count."""
-    counted = np.minimum(counting(counts, stage), sizes.candidates)
+    counted = np.minimum(counting(counts, stage), batch.candidates)
     beyond_passed = (counts.scored > counts.passed).any()
     judged = counted if beyond_passed else np.minimum(counted, counts.passed)
     numbers = (counted, np.minimum(counted, counts.shown), judged)
@@ -218,9 +203,8 @@ def scores_of(columns: Columns, stage: Stage) -> Callable[[int], Scores]:
 
 
 def draw(
-    name: str,
     counts: Counts,
-    sizes: Sizes,
+    batch: BatchConfig,
     stage: Stage,
     scores_of: Callable[[int], Scores],
     slots: Slots,
@@ -231,12 +215,11 @@ def draw(
     """Draw the candidates of the batches of some steps, request by request.
 
     Args:
-      name: the name of the sampler.
       counts: of all requests.
-      sizes: of the batches.
+      batch: the batches' numbers, and the name of the sampler.
       stage: candidates that did not reach this stage are drawn and then left out, unless they are
         labelled or scored; see `sampling.kinds_of`.
-      scores_of: see there.
+      scores_of: the number of a request -> its scores.
       slots: see `slots_of`.
       request: the numbers of the requests.
       start: uniform in [0, 1), the keys.
@@ -245,8 +228,8 @@ def draw(
     Raises:
       UserError: the sampler breaks its contract.
     """
-    sampler, counts_of = SAMPLERS[name], counts.of(request)
-    place = np.full((*request.shape, sizes.candidates), -1, np.int32)
+    sampler, counts_of = SAMPLERS[batch.sampler], counts.of(request)
+    place = np.full((*request.shape, batch.candidates), -1, np.int32)
     factor = np.zeros(place.shape, np.float32)
     for at in np.ndindex(request.shape):
         own = counts_of.of(at)
@@ -254,8 +237,8 @@ def draw(
             scores = scores_of(int(request[at]))
         else:
             scores = np.full(own.retrieved, np.nan, np.float32)
-        result = sampler.function(own, scores, sizes, start[at])
-        places, factors = checked(name, result, own, sizes)
+        result = sampler.function(own, scores, batch, start[at])
+        places, factors = checked(result, own, batch)
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
     place, factor = _in_order(place, factor, counts_of, stage, slots)
@@ -282,7 +265,7 @@ def _in_order(
     return place, factor[..., : slots.labelled]
 
 
-def checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Places, Factors]:
+def checked(result: Any, counts: Counts, batch: BatchConfig) -> tuple[Places, Factors]:
     """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
     places = factors = np.zeros(0)
     try:
@@ -291,7 +274,7 @@ def checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Place
         whole = places.dtype.kind in "iu" or not places.size
         keeps = (
             places.shape == factors.shape == (len(np.unique(places)),)
-            and len(places) <= sizes.candidates
+            and len(places) <= batch.candidates
             and (whole and places.min(initial=0) >= 0)
             and places.max(initial=-1) < counts.retrieved
             and factors.dtype.kind in "fiub"
@@ -301,8 +284,9 @@ def checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Place
         keeps = False
     if not keeps:
         raise UserError(
-            f"sampler {name}: the result for request {int(counts.request_id)} must be at most "
-            f"{sizes.candidates} different places, integers from 0 to {int(counts.retrieved) - 1}, "
-            "and as many factors, finite and not negative; see `kd_ranker.batches.samplers`"
+            f"sampler {batch.sampler}: the result for request {int(counts.request_id)} must be at "
+            f"most {batch.candidates} different places, integers from 0 to "
+            f"{int(counts.retrieved) - 1}, and as many factors, finite and not negative; see "
+            "`kd_ranker.batches.samplers`"
         )
     return places, factors

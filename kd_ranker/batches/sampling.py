@@ -20,6 +20,28 @@ Starts = Int[Array, "*R steps columns"]
 """The random part of the batches of a few consecutive steps, see `draw`."""
 
 
+class BatchConfig(NamedTuple):
+    """The sizes and the order of batches, by the keys of `config.batch` or `config.teacher.batch`.
+
+    Attributes:
+      requests: requests per batch, over all processes.
+      candidates: the most candidates to draw of a request.
+      passed_share: see `samplers.funnel` and `samplers.hard`.
+      negative_rate: the share of the shown candidates without a positive label to keep.
+      seed: of the order and of the draws.
+      order: one of `training.ORDERS`.
+      sampler: one of `samplers.SAMPLERS`.
+    """
+
+    requests: int
+    candidates: int
+    passed_share: float
+    negative_rate: float
+    seed: int
+    order: str = "shuffled"
+    sampler: str = "funnel"
+
+
 class Slots(NamedTuple):
     """The numbers of a request's first slots in a batch that can hold each kind of entry.
 
@@ -81,9 +103,7 @@ def kinds_of(
     counts: Counts,
     bounds: Bounds,
     stage: Stage,
-    candidates: int,
-    passed_share: float,
-    negative_rate: float,
+    batch: BatchConfig,
 ) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
     """Decide how many candidates of each kind a batch holds for each request.
 
@@ -100,9 +120,8 @@ def kinds_of(
       counts: of requests with their candidates in the order of `in_sampling_order`.
       bounds: of the same requests.
       stage: candidates that reached this stage of the funnel count.
-      candidates: `config.batch.candidates`, the most to hold.
-      passed_share: the share of the slots left after the shown that the passed fill.
-      negative_rate: the share of the shown candidates without any positive label to keep.
+      batch: of its numbers, `passed_share` is the share of the slots left after the shown that the
+        passed fill.
 
     Returns:
       int32: for each request the number of candidates of each kind, the number of each that a
@@ -112,12 +131,12 @@ def kinds_of(
     retrieved, passed, shown, positives = counts.retrieved, *bounds[-2:], counts.positives
     negatives = shown - positives
     kept_positives, kept_negatives = labelled_numbers(
-        positives, negatives, negative_rate, candidates
+        positives, negatives, batch.negative_rate, batch.candidates
     )
     labelled = kept_positives + kept_negatives
     others, rest = passed - labelled, retrieved - passed
-    slots = np.minimum(candidates - labelled, others + rest)
-    from_others = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
+    slots = np.minimum(batch.candidates - labelled, others + rest)
+    from_others = np.minimum(np.rint(batch.passed_share * slots).astype(np.int64), others)
     from_others = np.maximum(from_others, slots - rest)
     passed_count, rest_counts = what_counts(counts, stage)
     wanted_others = np.where(passed_count, from_others, 0)

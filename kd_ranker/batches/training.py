@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, samplers, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches, Span
-from kd_ranker.batches.samplers import SAMPLERS, Scores, Sizes
-from kd_ranker.batches.sampling import Bounds, Draw, Slots
+from kd_ranker.batches.samplers import SAMPLERS, Scores
+from kd_ranker.batches.sampling import BatchConfig, Bounds, Draw, Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, counting, needed, only_counting
 from kd_ranker.requests.records import Dataset
@@ -42,33 +42,6 @@ _READ_AHEAD = 2
 _SHARE_OF_MEMORY = 0.25
 # Number of requests for which samples are planned at a time.
 _CHUNK = 2**16
-
-
-class BatchConfig(NamedTuple):
-    """The sizes and the order of batches, by the keys of `config.batch` or `config.teacher.batch`.
-
-    Attributes:
-      requests: requests per batch, over all processes.
-      candidates: candidates per request.
-      passed_share: see `samplers.Sizes`.
-      negative_rate: see `samplers.Sizes`.
-      seed: of the order and of the draws.
-      order: one of `ORDERS`.
-      sampler: one of `samplers.SAMPLERS`.
-    """
-
-    requests: int
-    candidates: int
-    passed_share: float
-    negative_rate: float
-    seed: int
-    order: str = "shuffled"
-    sampler: str = "funnel"
-
-    @property
-    def sizes(self) -> Sizes:
-        """The numbers that samplers read."""
-        return Sizes(self.candidates, self.passed_share, self.negative_rate)
 
 
 class Needs(NamedTuple):
@@ -210,8 +183,8 @@ def training_batches(
             f"{dataset.directory} has {len(columns)} training requests for {share.parts} processes"
         )
     chance = _chance(len(columns), batch)
-    batch = batch._replace(requests=batch.requests // share.parts)
-    own = slice(share.part * batch.requests, (share.part + 1) * batch.requests)
+    requests = batch.requests // share.parts
+    own = slice(share.part * requests, (share.part + 1) * requests)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = share.parts == 1 and _fits(columns, needs.stage, copies)
@@ -223,7 +196,7 @@ def training_batches(
     cut = (_in_memory if resident else _in_files)(columns, plan, layout, devices)
     # Nothing below refers to the rows of resident requests, which the host may free.
     expect = None if resident else functools.partial(_expect, columns, needs.stage)
-    steps = _steps(batch, layout)
+    steps = _steps(requests, layout)
 
     @functools.lru_cache(maxsize=2)
     def drawn(number: int) -> Any:
@@ -298,10 +271,10 @@ def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
     return copies * size <= _SHARE_OF_MEMORY * free and size <= _SHARE_OF_MEMORY * room
 
 
-def _steps(batch: BatchConfig, layout: Layout) -> int:
+def _steps(requests: int, layout: Layout) -> int:
     """The number of steps for which one pass makes the batches."""
     steps = BLOCK
-    while steps > 1 and 4 * batch.requests * sum(layout.widths) * steps > _PASS:
+    while steps > 1 and 4 * requests * sum(layout.widths) * steps > _PASS:
         steps //= 2
     return steps
 
@@ -328,7 +301,7 @@ def _plan(
     resident: bool,
 ) -> _Plan:
     """The plan of the sampler of `batch`; the funnel's keeps no reference to rows in memory."""
-    counts, sizes = columns.counts, batch.sizes
+    counts = columns.counts
     rows = sampling.bounds_of(columns)
     chunks = [slice(at, at + _CHUNK) for at in range(0, len(columns), _CHUNK)]
 
@@ -338,16 +311,14 @@ def _plan(
         return sampling.within(counts.of(requests))
 
     def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
-        return sampling.kinds_of(counts.of(requests), bounds_of(requests), stage, *sizes)
+        return sampling.kinds_of(counts.of(requests), bounds_of(requests), stage, batch)
 
     if SAMPLERS[batch.sampler].function is not samplers.funnel:
-        slots = _most([samplers.slots_of(counts.of(chunk), stage, sizes) for chunk in chunks])
+        slots = _most([samplers.slots_of(counts.of(chunk), stage, batch) for chunk in chunks])
 
         def draw_on_host(chance: _Chance) -> samplers.Chosen:
             bounds = bounds_of(chance.request)
-            return samplers.draw(
-                batch.sampler, counts, sizes, stage, scores, slots, *chance, bounds
-            )
+            return samplers.draw(counts, batch, stage, scores, slots, *chance, bounds)
 
         return _Plan(slots, draw_on_host, lambda drawn: sampling.rows_of(*drawn))
 

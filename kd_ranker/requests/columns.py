@@ -316,14 +316,13 @@ def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
       history: whether histories are needed; if not, they have the length 0.
     """
     counts = columns.counts
+    reached = 0 if logged is None else counts.reached(logged)
+    columns = dataclasses.replace(
+        columns, counts=counts._replace(scored=np.minimum(counts.scored, reached))
+    )
     if logged is None:
-        counts = counts._replace(scored=np.zeros_like(counts.scored))
-    else:
-        counts = counts._replace(scored=np.minimum(counts.scored, counts.reached(logged)))
-    columns = dataclasses.replace(columns, counts=counts)
-    if logged is None:
-        says = [field.name for field in _packed_fields("scored")]
-        columns = dataclasses.replace(columns, candidates=columns.candidates.without(says))
+        names = [field.name for field in _packed_fields("scored")]
+        columns = dataclasses.replace(columns, candidates=columns.candidates.without(names))
     if not history:
         columns = dataclasses.replace(columns, requests=_without_events(columns.requests))
     return columns

@@ -44,7 +44,6 @@ def hold(folder: Path) -> Iterator[None]:
         ) from error
     try:
         with contextlib.suppress(OSError):
-            (folder / _HOLDER).unlink(missing_ok=True)
             (folder / _HOLDER).write_text(this_process())
         yield
     finally:

@@ -261,23 +261,19 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
     Raises:
       UserError: the dataset is missing or damaged.
     """
-    return open_at(directory_of(name, data_dir), made_by)
-
-
-def open_at(directory: Path, made_by: str) -> Dataset:
-    """Open the dataset in a folder.
-
-    Raises:
-      UserError: the dataset is missing or damaged.
-    """
+    directory = directory_of(name, data_dir)
     if not directory.exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
     check_whole(directory, made_by)
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     earlier = directory / _EARLIER_FILE
+    parts = itertools.chain.from_iterable(row_files.all_paths(directory, of) for of in SPLITS)
+    rows = [path.name for path in itertools.chain.from_iterable(parts)]
+    files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
+    fingerprint = manifest.fingerprint(directory, files, _remedy(directory, made_by))
     return Dataset(
         directory=directory,
-        identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory, made_by)}"},
+        identity={"dataset": f"{name}/{fingerprint}"},
         made_by=made_by,
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),
@@ -304,11 +300,3 @@ def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
 
 def _remedy(directory: Path, made_by: str) -> str:
     return f"remove the folder {directory} and make it again with: {made_by}"
-
-
-def _fingerprint(directory: Path, made_by: str) -> str:
-    """Return the fingerprint of a dataset's content."""
-    pairs = itertools.chain.from_iterable(row_files.all_paths(directory, of) for of in SPLITS)
-    rows = [path.name for path in itertools.chain.from_iterable(pairs)]
-    files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
-    return manifest.fingerprint(directory, files, _remedy(directory, made_by))

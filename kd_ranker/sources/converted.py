@@ -137,11 +137,6 @@ def find_raw(data: ConfigDict, archive: Archive, names: Sequence[str]) -> list[P
     return [folder / name for name in names]
 
 
-def with_file(sql: str, path: Path) -> str:
-    """SQL with a path in place of $file."""
-    return sql.replace("$file", "'" + str(path).replace("'", "''") + "'")
-
-
 def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
     """Open an engine with the memory of `data.memory`; the rest goes to a folder."""
     con = duckdb.connect()

@@ -190,7 +190,7 @@ def retriever(
 def labels_of(
     collection: Collection, candidates: Sequence[Candidates]
 ) -> list[Int[np.ndarray, "n"]]:
-    """The labels of the candidates of the first queries, -1 for a film without one."""
+    """The labels of the candidates of the first queries, -1 for a film without a label."""
     pairs = zip(candidates, collection.labels, strict=False)
     return [np.array([of.get(film, -1) for film in found.film.tolist()]) for found, of in pairs]
 

@@ -19,7 +19,6 @@ from kd_ranker.sources.converted import (
     check_none,
     connect,
     find_raw,
-    with_file,
     write_rows,
 )
 from kd_ranker.sources.download import Archive
@@ -119,8 +118,8 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     with connect(data, folder) as con:
         con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
         for path, (name, columns) in zip(files, _TABLES.items(), strict=False):
-            rows = with_file(_FILES[data.name][path.name], path)
-            con.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT {columns} FROM ({rows})")
+            rows = f"SELECT {columns} FROM ({_FILES[data.name][path.name]})"
+            con.execute(f"CREATE OR REPLACE TABLE {name} AS {rows}", {"file": str(path)})
         if len(files) < len(_TABLES):
             con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
         scale = f"unnest({stars_of(data.name).tolist()})::FLOAT"

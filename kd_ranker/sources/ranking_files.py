@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32
 from ml_collections import ConfigDict
 from scipy.stats import rankdata
 
+from kd_ranker.batch import Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.converted import Converter, write_rows
@@ -39,7 +40,6 @@ _QRELS = "query 0 document grade"
 _DOCUMENT = re.compile(r"docid\s*=\s*(\S+)")
 _LARGEST = float(np.finfo(np.float32).max)
 _TIME = 1_600_000_000  # seconds; queries have no time, and a log needs one
-_RETRIEVED, _PASSED, _SHOWN = 1, 2, 3
 _RESAMPLES = 2000
 
 
@@ -311,7 +311,7 @@ def _letor_rows(data: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
         for query, group in itertools.groupby(scored, lambda pair: pair[0].query):
             documents, scores = zip(*group, strict=True)
             row = {"request": query, "split": split, "item": _names(query, documents)}
-            row["stage"] = np.full(len(documents), _SHOWN, np.int8)
+            row["stage"] = np.full(len(documents), Stage.SHOWN, np.int8)
             row |= _labels(data, np.array([of.grade for of in documents], float))
             row["features"] = np.stack([of.features for of in documents])
             if data.scores:
@@ -371,8 +371,8 @@ def _of_lists(
     grade = np.array([grades.get(name, np.nan) for name in names], float)
     final = lists[data.final] if data.final else {}
     passed = np.array([name in final for name in names])
-    stage = np.where(passed, _PASSED, _RETRIEVED)
-    columns = {"stage": np.where(np.isnan(grade), stage, _SHOWN).astype(np.int8)}
+    stage = np.where(passed, Stage.PASSED, Stage.RETRIEVED)
+    columns = {"stage": np.where(np.isnan(grade), stage, Stage.SHOWN).astype(np.int8)}
     columns |= _labels(data, grade)
     for run, scores in lists.items():
         place = {name: rank for rank, name in enumerate(scores, start=1)}

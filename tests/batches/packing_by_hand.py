@@ -7,7 +7,7 @@ import numpy as np
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches
-from kd_ranker.batches.sampling import Slots
+from kd_ranker.batches.sampling import BatchConfig, Slots
 from kd_ranker.requests.columns import Columns, in_sampling_order
 
 
@@ -21,8 +21,10 @@ def prepared(
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
     columns = in_sampling_order(columns)
     kinds, slots = sampling.kinds_of(
-        *(columns.counts, sampling.bounds_of(columns), stage),
-        *(candidates, passed_share, negative_rate),
+        columns.counts,
+        sampling.bounds_of(columns),
+        stage,
+        BatchConfig(1, candidates, passed_share, negative_rate, seed=0),
     )
     return columns, kinds, slots
 

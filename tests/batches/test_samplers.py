@@ -11,7 +11,6 @@ from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.samplers import (
     SAMPLERS,
     Sampler,
-    Sizes,
     checked,
     evenly,
     funnel,
@@ -34,6 +33,7 @@ from kd_ranker.requests.columns import columns_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request, random_source
 
+BATCH = BatchConfig(1, 12, 1.0, 1.0, seed=0)
 V1 = dataclasses.replace(SPEC, teacher_version="v1")
 # (shown, passed, retrieved, scored) of a request.
 SIZES = [(4, 9, 20, 9), (0, 0, 3, 0), (1, 1, 1, 1), (7, 7, 7, 0), (2, 12, 30, 30), (5, 5, 30, 5)]
@@ -174,10 +174,11 @@ def test_over_all_keys_each_place_is_drawn_equally_often(sizes):
 def test_labels_represent_all_that_were_shown(name, counts):
     """Over many keys, Σ factor · label has the expectation Σ label for any labels."""
     counts, number = counts_of(*counts), 4000
+    batch = BatchConfig(1, 8, 0.5, 0.4, seed=0)
     scores = np.random.default_rng(1).random(counts.retrieved)
     drawn = np.zeros((number, counts.retrieved))
     for row, key in enumerate(np.random.default_rng(0).random((number, 4))):
-        places, factors = SAMPLERS[name].function(counts, scores, Sizes(8, 0.5, 0.4), key)
+        places, factors = SAMPLERS[name].function(counts, scores, batch, key)
         drawn[row, places] = factors
     shown = drawn[:, : counts.shown]
     error = shown.std(axis=0) / np.sqrt(number) + 1e-9
@@ -186,7 +187,8 @@ def test_labels_represent_all_that_were_shown(name, counts):
 
 @pytest.mark.parametrize(("share", "unscored"), [(0, 3), (0.5, 3), (1, 3), (1, 15), (0.5, 17)])
 def test_hard_takes_the_highest_scores_among_those_not_shown(share, unscored):
-    counts, sizes = counts_of(3, 9, 20, 1), Sizes(11, share, 1.0)
+    counts = counts_of(3, 9, 20, 1)
+    batch = BATCH._replace(candidates=11, passed_share=share)
     scores = np.random.default_rng(0).random(20)
     scores[3 : 3 + unscored] = np.nan
     scores[:3] = 2.0  # shown
@@ -195,7 +197,7 @@ def test_hard_takes_the_highest_scores_among_those_not_shown(share, unscored):
     highest = {at for _, at in by_score[:wanted]}
     random = np.zeros(20)
     for key in np.random.default_rng(0).random((2000, 4)):
-        places, factors = hard(counts, scores, sizes, key)
+        places, factors = hard(counts, scores, batch, key)
         assert len(set(places)) == 11
         assert {0, 1, 2} | highest <= set(places)
         np.testing.assert_array_equal(factors > 0, places < 3)
@@ -213,8 +215,9 @@ def test_requests_of_any_size_fill_their_slots(name, of, candidates):
     columns = columns_of([ragged_request(SIZES.index(of))], V1)
     counts = columns.counts.of(0)
     scores = scores_of(columns, Stage.RETRIEVED)(0)
+    batch = BATCH._replace(candidates=candidates)
     for key in np.random.default_rng(0).random((20, 4)):
-        places, _ = SAMPLERS[name].function(counts, scores, Sizes(candidates, 1.0, 1.0), key)
+        places, _ = SAMPLERS[name].function(counts, scores, batch, key)
         assert len(set(places.tolist())) == len(places) == min(candidates, of[2])
         assert set(places.tolist()) <= set(range(of[2]))
 
@@ -251,9 +254,9 @@ def test_a_sampler_that_breaks_its_contract_is_an_error(result):
     counts = columns_of([random_request(0)], V1).counts.of(0)
     number = int(counts.retrieved)
     good = (np.array([0, number - 1]), np.ones(2))
-    assert checked("mine", good, counts, Sizes(12, 1.0, 1.0)) == good
+    assert checked(good, counts, BATCH._replace(sampler="mine")) == good
     with pytest.raises(UserError, match=f"sampler mine: .* request 0 .* from 0 to {number - 1}"):
-        checked("mine", result, counts, Sizes(12, 1.0, 1.0))
+        checked(result, counts, BATCH._replace(sampler="mine"))
 
 
 def test_an_entry_that_is_a_bare_function_is_an_error(dataset, monkeypatch):

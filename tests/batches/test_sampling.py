@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_ranker.batch import Stage
+from kd_ranker.batch import IN_BATCH, Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, unpack
 from kd_ranker.batches.sampling import Slots
@@ -77,15 +77,7 @@ def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
     return {name: array[0] for name, array in batch.items()}
 
 
-PER_CANDIDATE = (
-    "item_id",
-    "candidate_features",
-    "stage",
-    "user_label",
-    "label_weight",
-    "teacher_probability",
-    "teacher_weight",
-)
+PER_CANDIDATE = [field.name for field in IN_BATCH if field.of in ("candidate", "shown", "scored")]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 7, 100])
@@ -286,6 +278,9 @@ def test_a_training_sample_tells_the_truth_about_its_candidates(
     fields = fields_of(request, candidates, negative_rate)
     real = fields["stage"] > 0
     assert real.sum() == min(candidates, retrieved)
+    if negative_rate == 1 and shown <= candidates:  # all that were shown come first
+        assert (fields["stage"][:shown] == Stage.SHOWN).all()
+        assert (fields["label_weight"] == (np.arange(candidates) < shown)).all()
     assert len(np.unique(fields["item_id"][real])) == real.sum()
     for name in PER_CANDIDATE:
         assert len(fields[name]) == candidates
@@ -312,14 +307,6 @@ def test_a_training_sample_tells_the_truth_about_its_candidates(
             assert (fields["teacher_weight"][index] == 1).all()
         else:
             assert (fields["teacher_weight"][index] == 0).all()
-
-
-def test_all_shown_candidates_come_first_and_keep_their_weight():
-    request = random_request(3)
-    fields = fields_of(request, 12)
-    assert (fields["stage"][:4] == Stage.SHOWN).all()
-    assert set(fields["item_id"][:4]) == set(request.item_id[:4])
-    np.testing.assert_array_equal(fields["label_weight"][:5], [1, 1, 1, 1, 0])
 
 
 @pytest.mark.parametrize("events", [0, 2, SPEC.history_length, SPEC.history_length + 4])

@@ -32,36 +32,17 @@ def dataset(tmp_path_factory):
     return storage.open_dataset("small", directory, made_by="")
 
 
-class Whole:
-    """An iterator over whole batches, on the host."""
-
-    def __init__(self, made):
-        self.iterator = iter(made)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return unpack(*jax.device_get(next(self.iterator)))
-
-    def get_state(self):
-        return self.iterator.get_state()
-
-    def set_state(self, state):
-        self.iterator.set_state(state)
-
-
 OPTIONS = BatchConfig(requests=4, candidates=12, passed_share=0.5, negative_rate=0.5, seed=0)
 
 
 def batches(dataset, needs=ALL, share=ALONE, devices=DEFAULT_DEVICE, resident=None, **changes):
     config = OPTIONS._replace(**changes)
-    made = training_batches(dataset, config, needs, share, devices, resident=resident)
-    return Whole(made)
+    return training_batches(dataset, config, needs, share, devices, resident=resident)
 
 
 def take(iterator, number):
-    return [next(iterator) for _ in range(number)]
+    """The next whole batches, on the host."""
+    return [unpack(*jax.device_get(next(iterator))) for _ in range(number)]
 
 
 def assert_same(one, other):
@@ -69,14 +50,14 @@ def assert_same(one, other):
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
-    first = take(iter(batches(dataset)), 8)
-    assert_same(first, take(iter(batches(dataset)), 8))
-    other = take(iter(batches(dataset, seed=1)), 8)
+    first = take(batches(dataset), 8)
+    assert_same(first, take(batches(dataset), 8))
+    other = take(batches(dataset, seed=1), 8)
     assert any((a.item_id != b.item_id).any() for a, b in zip(first, other, strict=True))
 
 
 def test_an_epoch_reads_each_request_once_and_epochs_differ(dataset):
-    drawn = take(iter(batches(dataset)), 6)
+    drawn = take(batches(dataset), 6)
     users = [np.concatenate([batch.user_features for batch in drawn[i : i + 3]]) for i in (0, 3)]
     stored = [request.user_features for request in read_requests(dataset, "train")]
     for epoch in users:
@@ -104,7 +85,7 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
 def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, resident):
     number = training.BLOCK + 20
     expected = take(batches(dataset, resident=resident), number)
-    iterator, taken = batches(dataset, resident=resident).iterator, []
+    iterator, taken = batches(dataset, resident=resident), []
     for most in itertools.cycle([1, 25, 3, training.BLOCK]):
         if len(taken) >= number:
             break
@@ -154,7 +135,7 @@ def test_several_devices_make_the_batches_that_one_makes(dataset, mapping, resid
     number = training.BLOCK + 3
     several = MAPPINGS[mapping](jax.devices()[:2])
     made = training_batches(dataset, OPTIONS, devices=several, resident=resident)
-    for one, batch in zip(take(batches(dataset, resident=True), number), iter(made), strict=False):
+    for one, batch in zip(take(batches(dataset, resident=True), number), made, strict=False):
         packed, step = batch
         assert len(packed.rows.sharding.device_set) == 2
         rows = np.asarray(packed.rows).reshape(4, training.BLOCK, -1)
@@ -198,7 +179,7 @@ def test_processes_share_the_requests_of_an_epoch(dataset):
     seen = []
     for process in range(2):
         share = batches(dataset, share=Share(process, 2))
-        for batch in take(iter(share), 3):
+        for batch in take(share, 3):
             assert batch.user_id.shape == (2,)
             seen.append(batch.user_features)
     stored = np.stack([request.user_features for request in read_requests(dataset, "train")])
@@ -207,8 +188,8 @@ def test_processes_share_the_requests_of_an_epoch(dataset):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts):
-    whole = take(iter(batches(dataset)), 5)
-    shares = [take(iter(batches(dataset, share=Share(part, parts))), 5) for part in range(parts)]
+    whole = take(batches(dataset), 5)
+    shares = [take(batches(dataset, share=Share(part, parts)), 5) for part in range(parts)]
     for batch, *of_parts in zip(whole, *shares, strict=True):
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts)
         jax.tree.map(np.testing.assert_array_equal, joined, batch)
@@ -240,7 +221,7 @@ def test_training_never_sees_facts_for_the_evaluation(tmp_path):
             for request in read_requests(opened, "train")
         )
         assert not opened.columns["train"].counts.known.any()
-        drawn.append(take(iter(batches(opened)), 6))
+        drawn.append(take(batches(opened), 6))
     assert_same(*drawn)
 
 

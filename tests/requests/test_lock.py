@@ -72,11 +72,8 @@ def test_a_folder_is_released_whatever_happens(tmp_path, error):
 
 def test_a_lock_file_of_another_kind_is_a_line_or_a_lock(tmp_path):
     for name in sorted(lock.FILES):
-        (tmp_path / "fifo" / name).parent.mkdir(exist_ok=True)
-        os.mkfifo(tmp_path / "fifo" / name)
         (tmp_path / "text" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "text" / name).write_bytes(b"\xff{")
-    assert held(tmp_path / "fifo")
     assert held(tmp_path / "text")
     (tmp_path / "folder" / lock.FILE).mkdir(parents=True)
     assert "/folder/.lock cannot be locked: Is a directory; remove" in fault_of(tmp_path / "folder")

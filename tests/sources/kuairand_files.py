@@ -4,117 +4,79 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-LOG_HEADER = (
-    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,"
-    "is_hate,long_view,play_time_ms,duration_ms,profile_stay_time,comment_stay_time,"
-    "is_profile_enter,is_rand,tab"
-)
-USER_HEADER = (
-    "user_id,user_active_degree,is_lowactive_period,is_live_streamer,is_video_author,"
-    "follow_user_num,follow_user_num_range,fans_user_num,fans_user_num_range,friend_user_num,"
-    "friend_user_num_range,register_days,register_days_range,"
-    + ",".join(f"onehot_feat{number}" for number in range(18))
-)
-VIDEO_HEADER = (
-    "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,"
-    "server_width,server_height,music_id,music_type,tag"
-)
+Row = dict[str, object]
+
 STANDARD_1, STANDARD_2 = "log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08"
 RANDOM = "log_random_4_22_to_5_08"
-HEADERS = {
-    STANDARD_1: LOG_HEADER,
-    STANDARD_2: LOG_HEADER,
-    RANDOM: LOG_HEADER,
-    "user_features": USER_HEADER,
-    "video_features_basic": VIDEO_HEADER,
-}
-
-BEIJING = 8 * 3600
-APRIL_8 = 1_649_376_000 - BEIJING  # midnight in Beijing, as seconds since 1970, UTC
+APRIL_8 = 1_649_376_000 - 8 * 3600  # midnight in Beijing, as seconds since 1970, UTC
 APRIL_22 = APRIL_8 + 14 * 86400
 MAY_9 = APRIL_22 + 17 * 86400
+ACTIONS = {
+    "c": "is_click", "l": "is_like", "f": "is_follow", "t": "is_comment", "s": "is_forward",
+    "w": "long_view", "r": "is_rand",
+}  # fmt: skip
 
 
-def impression(user: int, video: int, time: float, done: str = "", tab: int = 1) -> str:
-    """A row of a log; `done` holds letters: c(lick), l(ike), f(ollow), t(alk), s(hare), w(atch)."""
-    flags = {letter: int(letter in done) for letter in "clftswr"}
-    local = np.datetime64(int(time + BEIJING), "s").astype(str)
-    date, clock = local[:10].replace("-", ""), local[11:13].lstrip("0") + "00"
-    return (
-        f"{user},{video},{date},{clock},{round(1000 * time)},{flags['c']},{flags['l']},"
-        f"{flags['f']},{flags['t']},{flags['s']},0,{flags['w']},1385,20990,0,0,0,{flags['r']},{tab}"
-    )
+def impression(user: int, video: int, time: float, done: str = "", tab: int = 1) -> Row:
+    """A row of a log; `done` holds letters of `ACTIONS`."""
+    row = {"user_id": user, "video_id": video, "time_ms": round(1000 * time), "is_hate": 0}
+    return row | {name: int(of in done) for of, name in ACTIONS.items()} | {"tab": tab}
 
 
-def user(number: int, **changes: object) -> str:
+def user(number: int, **changes: object) -> Row:
     """A row of the user features; some codes of the real file are written as 4.0."""
-    cells = {
+    row = {
         "user_id": number,
         "user_active_degree": "full_active",
-        "is_lowactive_period": 0,
-        "is_live_streamer": 0,
+        **dict.fromkeys(("is_lowactive_period", "is_live_streamer"), 0),
         "is_video_author": 1,
         "follow_user_num": 5,
-        "follow_user_num_range": '"(0,10]"',
-        "fans_user_num": 0,
-        "fans_user_num_range": "0",
-        "friend_user_num": 0,
-        "friend_user_num_range": "0",
+        "follow_user_num_range": "(0,10]",
+        **dict.fromkeys(("fans_user_num", "fans_user_num_range"), 0),
+        **dict.fromkeys(("friend_user_num", "friend_user_num_range"), 0),
         "register_days": 107,
         "register_days_range": "91-180",
-        **{
-            f"onehot_feat{index}": "0.0" if index == 4 or index >= 12 else "0"
-            for index in range(18)
-        },
     }
-    return ",".join(str(cell) for cell in (cells | changes).values())
+    codes = {f"onehot_feat{of}": "0.0" if of == 4 or of >= 12 else "0" for of in range(18)}
+    return row | codes | changes
 
 
-def video(number: int, **changes: object) -> str:
+def video(number: int, **changes: object) -> Row:
     """A row of the basic video features."""
-    cells = {
-        "video_id": number,
-        "author_id": 100 + number,
-        "video_type": "NORMAL",
-        "upload_dt": "2022-04-01",
-        "upload_type": "ShortImport",
-        "visible_status": "0.0",
-        "video_duration": "17200.0",
-        "server_width": "720.0",
-        "server_height": "1280.0",
-        "music_id": 9155697141,
-        "music_type": "9.0",
-        "tag": "39",
-    }
-    return ",".join(str(cell) for cell in (cells | changes).values())
+    row = {
+        "video_id": number, "author_id": 100 + number, "video_type": "NORMAL",
+        "upload_dt": "2022-04-01", "upload_type": "ShortImport", "visible_status": "0.0",
+        "video_duration": "17200.0", "server_width": "720.0", "server_height": "1280.0",
+        "music_id": 9155697141, "music_type": "9.0", "tag": "39",
+    }  # fmt: skip
+    return row | changes
 
 
-def write(directory: Path, rows: dict[str, Iterable[str]], variant: str = "pure") -> Path:
+def write(directory: Path, rows: dict[str, Iterable[Row]], variant: str = "pure") -> Path:
     """Writes the five files to `directory/data`, each with its header, and returns `directory`.
 
     `rows` maps the name of a file without its variant to rows. The logs of 27K, which are published
     in two parts, get two.
     """
-    data = directory / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    for stem, header in HEADERS.items():
-        lines = list(rows[stem])
-        parts = {f"{stem}_{variant}.csv": lines}
+    (directory / "data").mkdir(parents=True, exist_ok=True)
+    headers = {"user_features": user(0), "video_features_basic": video(0)}
+    for stem, of_stem in rows.items():
+        lines, header = list(of_stem), headers.get(stem, impression(0, 0, 0))
+        parts = {"": lines}
         if variant == "27k" and stem.startswith("log_standard"):
             half = len(lines) // 2
-            parts = {
-                f"{stem}_{variant}_part1.csv": lines[:half],
-                f"{stem}_{variant}_part2.csv": lines[half:],
-            }
-        for name, part in parts.items():
-            (data / name).write_text("\n".join([header, *part]) + "\n")
+            parts = {"_part1": lines[:half], "_part2": lines[half:]}
+        for part, some in parts.items():
+            path = directory / "data" / f"{stem}_{variant}{part}.csv"
+            pd.DataFrame(some, columns=[*header]).to_csv(path, index=False)
     return directory
 
 
 def random_rows(
     seed: int, users: int = 6, videos: int = 40, standard: int = 400, exposed: int = 120
-) -> dict[str, list[str]]:
+) -> dict[str, list[Row]]:
     """Rows of a small feed: sessions, several tabs, ties in time, gaps in ids, cells left empty.
 
     The last two users and videos have no row in the feature files.
@@ -122,7 +84,7 @@ def random_rows(
     generator = np.random.default_rng(seed)
     video_id = 3 * np.arange(videos) + 1
 
-    def log(number: int, start: int, end: int, random: bool) -> list[str]:
+    def log(number: int, start: int, end: int, random: bool) -> list[Row]:
         # Moments of eight impressions of a user on average, some of them in the same second.
         moments = generator.integers(start, end, max(number // 8, 1))
         watchers = 2 * generator.integers(users, size=len(moments)) + 5
@@ -167,7 +129,7 @@ def random_rows(
                 upload_dt=maybe(f"2022-04-{generator.integers(1, 29):02d}"),
                 video_duration=maybe(f"{generator.integers(1000, 90000)}.0"),
                 music_type=maybe("4.0"),
-                tag=maybe(f'"{generator.integers(60)},{generator.integers(60)}"'),
+                tag=maybe(f"{generator.integers(60)},{generator.integers(60)}"),
             )
             for number in generator.permutation(video_id[: videos - 2])
         ],

@@ -68,7 +68,7 @@ def test_a_hand_worked_feed(tmp_path):
         ],
         "user_features": [user(5, follow_user_num=9), user(5, follow_user_num=1, onehot_feat2="")],
         "video_features_basic": [
-            video(11, upload_dt="2022-04-05", tag='"7,9"'),
+            video(11, upload_dt="2022-04-05", tag="7,9"),
             video(12, upload_dt=""),
         ],
     }
@@ -131,7 +131,7 @@ def test_no_row_knows_what_comes_later(feed, tmp_path):
     end = APRIL_22 + 3 * DAY
     lines = random_rows(1)
     for log in (STANDARD_1, STANDARD_2, RANDOM):
-        lines[log] = [line for line in lines[log] if int(line.split(",")[4]) < 1000 * end]
+        lines[log] = [line for line in lines[log] if line["time_ms"] < 1000 * end]
     changes = {"validation_from": "2022-04-15", "test_from": "2022-04-23", "test": "standard"}
     rows = rows_of(feed, **changes)
     early = rows_of(write_files(tmp_path / "raw", lines), **changes)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +14,20 @@ from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.movielens import DAY, block_starts, find_files, write
 from kd_ranker.sources.registry import SOURCES
-from tests.sources import movielens_layouts as layouts
-from tests.sources.movielens_layouts import Movie, User
+
+
+class Movie(NamedTuple):
+    number: int
+    title: str
+    genres: tuple[str, ...]
+
+
+class User(NamedTuple):
+    number: int
+    gender: str
+    age: int
+    occupation: int
+
 
 MOVIES = [
     Movie(12, "Émile: Part II (1995)", ("Drama",)),
@@ -27,8 +40,15 @@ USERS = [User(7, "F", 25, 4), User(3, "M", 35, 0)]
 RATINGS = [(7, 9, 5, 3 * DAY), (3, 12, 4, 500), (7, 12, 3, DAY), (7, 2, 4, DAY)]
 
 
-def write_100k(folder: Path, ratings=RATINGS) -> Path:
+def write_files(folder: Path, encoding: str, **files) -> Path:
     folder.mkdir()
+    for name, lines in files.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
+    return folder
+
+
+def write_100k(folder: Path, ratings=RATINGS) -> Path:
     names = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary"]
     films = [
         f"{m}|{title}|{f'01-Jan-{title[-5:-1]}' if title[-1] == ')' else ''}|||0|"
@@ -36,14 +56,27 @@ def write_100k(folder: Path, ratings=RATINGS) -> Path:
         for m, title, genres in MOVIES
     ]
     users = [f"{user}|{age}|{gender}|{job}|48067" for user, gender, age, job in USERS]
-    lines = {
-        "u.data": ["\t".join(map(str, of)) for of in ratings],
-        "u.item": films,
-        "u.user": users,
-    }
-    for name, of in lines.items():
-        (folder / name).write_bytes("".join(f"{line}\n" for line in of).encode("iso-8859-1"))
-    return folder
+    lines = ["\t".join(map(str, of)) for of in ratings]
+    return write_files(folder, "iso-8859-1", u_data=lines, u_item=films, u_user=users)
+
+
+def write_1m(folder: Path) -> Path:
+    return write_files(
+        folder, "iso-8859-1",
+        ratings_dat=[f"{u}::{m}::{stars:g}::{time}" for u, m, stars, time in RATINGS],
+        users_dat=[f"{u}::{gender}::{age}::{job}::48067" for u, gender, age, job in USERS],
+        movies_dat=[f"{m}::{title}::{'|'.join(genres)}" for m, title, genres in MOVIES],
+    )  # fmt: skip
+
+
+def write_32m(folder: Path, ratings=RATINGS, movies=MOVIES) -> Path:
+    lines = [f"{u},{m},{float(stars)},{time}" for u, m, stars, time in ratings]
+    films = [f'{m},"{title}",{"|".join(of) or "(no genres listed)"}' for m, title, of in movies]
+    return write_files(
+        folder, "utf-8",
+        ratings_csv=["userId,movieId,rating,timestamp", *lines],
+        movies_csv=["movieId,title,genres", *films],
+    )  # fmt: skip
 
 
 def config_of(make, folder, **changes):
@@ -61,11 +94,7 @@ def rows_of(make, folder, **changes):
     return {(row["user"], row["time"]): row for row in rows}
 
 
-WRITERS = {
-    movielens: write_100k,
-    movielens_1m: lambda folder: layouts.write_1m(folder, RATINGS, USERS, MOVIES),
-    movielens_32m: lambda folder: layouts.write_32m(folder, RATINGS, MOVIES),
-}
+WRITERS = {movielens: write_100k, movielens_1m: write_1m, movielens_32m: write_32m}
 
 
 @pytest.mark.parametrize("make", WRITERS)
@@ -134,9 +163,15 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def random_files(folder, keep=lambda rating: True):
-    ratings = layouts.random_ratings(3, 12, 40, 300, (1.0, 4.0, 5.0))
-    ratings = [(u, m, stars, time // 3) for u, m, stars, time in ratings]  # many in a second
-    return layouts.write_32m(folder, filter(keep, ratings), layouts.plain_movies(40))
+    """300 ratings of films 1, 4, 7, … by 12 users, many of a user in the same second."""
+    generator = np.random.default_rng(3)
+    user, film = 3 * np.array(np.divmod(generator.choice(12 * 40, 300, replace=False), 40)) + 1
+    stars = generator.choice((1.0, 4.0, 5.0), 300)
+    time = generator.integers(1_000_000, 1_000_300, 300) // 3
+    ratings = zip(*(of.tolist() for of in (user, film, stars, time)), strict=True)
+    genres = (("Action",), ("Action", "Drama"), ("Western",))
+    movies = [Movie(3 * of + 1, f"Film {of} ({1950 + of})", genres[of % 3]) for of in range(40)]
+    return write_32m(folder, filter(keep, ratings), movies)
 
 
 def test_no_row_knows_what_comes_later(tmp_path):
