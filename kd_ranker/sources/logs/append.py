@@ -8,7 +8,6 @@ training.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +24,9 @@ from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, encoding_of
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.query import quoted
 from kd_ranker.sources.logs.vocabulary import (
-    MANIFEST,
     Settled,
     find_vocabularies,
+    read_manifest,
     read_requests_of,
     settled_by,
     shifted,
@@ -78,10 +77,7 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
             "data.extends out to make a dataset of the whole log"
         )
     settled = settled_by(layout, dataset.spec, dataset.directory)
-    path = dataset.directory / MANIFEST
-    if not path.exists():
-        raise UserError(f"{path}, the list of the files of that dataset, is gone; restore it")
-    before, now = json.loads(path.read_text()), files.manifest_of(layout.path)
+    before, now = read_manifest(dataset.directory), files.manifest_of(layout.path)
     old = {file: now[file] for file in now if file in before}
     if how := files.manifest_differences(before, old):
         raise UserError(

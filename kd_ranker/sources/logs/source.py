@@ -54,6 +54,7 @@ from kd_ranker.sources.logs.vocabulary import (
     check_types,
     find_vocabularies,
     kinds_of,
+    read_manifest,
     requests_of_piece,
     shifted,
     with_items,
@@ -151,13 +152,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         raise UserError(f"the log that {directory} was made of has changed: {error}") from error
     if [*now] == [files.SQL]:
         return
-    if not (directory / MANIFEST).exists():
-        raise UserError(
-            f"{directory / MANIFEST}, the list of files that this dataset was made of, is gone; "
-            "restore it, or remove that folder and make it again with: python -m "
-            "experiments.prepare_data"
-        )
-    before = json.loads((directory / MANIFEST).read_text())
+    before = read_manifest(directory)
     if how := files.manifest_differences(before, now):
         if before.items() <= now.items():
             how += f"; --config.data.extends={data.dir} adds new files"

@@ -87,14 +87,25 @@ def read_vocabulary(directory: Path, name: str) -> pa.Table:
 
 
 def _read(directory: Path, path: Path) -> pa.Table:
-    if not path.exists():
-        raise UserError(
-            f"{path}, which has ids of the log, is gone; restore it, or remove {directory} and "
-            "make it again with: python -m experiments.prepare_data"
-        )
     # A path only would make pyarrow read a dataset of all its folder.
-    with pq.ParquetFile(path) as parquet:
+    with pq.ParquetFile(_found(directory, path, "which has ids of the log")) as parquet:
         return parquet.read()
+
+
+def read_manifest(directory: Path) -> dict[str, list]:
+    """Return the manifest of the log of a dataset, see `files.Log`; UserError if it is gone."""
+    holds = "the list of files that this dataset was made of"
+    return json.loads(_found(directory, directory / MANIFEST, holds).read_text())
+
+
+def _found(directory: Path, path: Path, holds: str) -> Path:
+    """Return the path of a file next to a dataset, and raise UserError if it is gone."""
+    if path.exists():
+        return path
+    raise UserError(
+        f"{path}, {holds}, is gone; restore it, or remove {directory} and make it again with: "
+        "python -m experiments.prepare_data"
+    )
 
 
 def _path(folder: Path, name: str) -> Path:
@@ -153,13 +164,8 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
     Raises:
       UserError: files next to the dataset are gone.
     """
-    report = read_data_report(directory)
-    if report is None:
-        raise UserError(
-            f"{directory / JSON_FILE}, which holds the means and deviations of training, is gone; "
-            f"restore it, or remove {directory} and make it again with: python -m "
-            "experiments.prepare_data"
-        )
+    _found(directory, directory / JSON_FILE, "which has the means and deviations of training")
+    report = read_data_report(directory) or {}
     moments = {feature["name"]: feature for feature in report["features"]}
     names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
     vocabularies = {name: read_vocabulary(directory, name) for name in names}
