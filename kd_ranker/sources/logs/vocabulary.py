@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,8 @@ from kd_ranker.sources.logs.encode import (
     Encoding,
     encoding_of,
     item_matrix,
+    spec_of,
+    transforms,
 )
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
@@ -66,15 +68,45 @@ def shifted(vocabulary: pa.Table, by: int) -> pa.Table:
     return vocabulary.set_column(1, "id", ids)
 
 
-def write_vocabularies(vocabularies: Mapping[str, pa.Table], folder: Path) -> None:
-    """Write `user.parquet`, `item.parquet` and `feature-<name>.parquet`.
+def new_encoding(
+    database: Database, layout: LogLayout, moments: Mapping[str, Mapping[str, float]]
+) -> tuple[Encoding, dict[str, pa.Table]]:
+    """Return the encoding and the vocabularies of a log of which no dataset was made before.
 
-    Each has the columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items);
-    that of a feature is its category id.
+    Args:
+      database: with the tables of `log.sql`.
+      layout: of the log.
+      moments: dense feature -> its moments in training.
     """
+    found = find_vocabularies(database, layout)
+    spec = spec_of(layout, {name: len(table) for name, table in found.items()})
+    starts = zip((of.name for of in spec.categories), spec.category_starts, strict=True)
+    of_features = {f"feature:{name}": start for name, start in starts}
+    vocabularies = {name: shifted(of, of_features.get(name, 0)) for name, of in found.items()}
+    return encoding_of(layout, spec, vocabularies, moments), vocabularies
+
+
+def write(
+    layout: LogLayout,
+    encoding: Encoding,
+    vocabularies: Mapping[str, pa.Table],
+    kinds: Mapping[str, str],
+    manifest: Mapping[str, list],
+    directory: Path,
+) -> None:
+    """Write the files next to a dataset from which `settled_by` and `read_manifest` read.
+
+    `vocabularies/` has `user.parquet`, `item.parquet` and `feature-<name>.parquet`, with the
+    columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items); that of a
+    feature is its category id.
+    """
+    folder = directory / VOCABULARIES_FOLDER
     folder.mkdir()
     for name, table in vocabularies.items():
         pq.write_table(table, _path(folder, name))
+    rules = transforms(layout, encoding, kinds)
+    (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
@@ -142,6 +174,7 @@ class Settled(NamedTuple):
     Attributes:
       encoding: the rules by which values become ids and features.
       vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
+      moments: feature -> its entry in the data report, with the moments in training if it is dense.
       kinds: key of the config that names a column of ids or categories -> `query.kind_of` its
         values, where known.
       trained: how many of the first ids of `user` and of `item` training requests have.
@@ -149,6 +182,7 @@ class Settled(NamedTuple):
 
     encoding: Encoding
     vocabularies: Mapping[str, pa.Table]
+    moments: Mapping[str, Mapping[str, Any]]
     kinds: Mapping[str, str]
     trained: Mapping[str, int]
 
@@ -174,7 +208,7 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
     trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
     path = directory / TRANSFORMS
     kinds = json.loads(path.read_text()).get("kinds", {}) if path.exists() else {}
-    return Settled(encoding, vocabularies, kinds, trained)
+    return Settled(encoding, vocabularies, moments, kinds, trained)
 
 
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:
