@@ -110,7 +110,7 @@ class Log:
     """A log, found and checked.
 
     Attributes:
-      url: `data.path`; "" for a SELECT.
+      url: the first path in `data.path`; the others are in its file system. "" for a SELECT.
       files: the paths to read, sorted; () for a SELECT.
       manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
         has the files that it reads, and `SQL`.
@@ -195,7 +195,7 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
         raise UserError(f"data.path={layout.path}: {_count(len(own), 'file')} without any row")
     candidates = sum(footers[place].candidates for place in own)
     read = tuple(files[place] for place in own)
-    return Log(url_of(layout.path), read, manifest, candidates, names, given.take(own))
+    return Log(split_path(layout.path)[0], read, manifest, candidates, names, given.take(own))
 
 
 def _select_of(layout: LogLayout) -> tuple[str, pa.Schema]:
@@ -287,11 +287,6 @@ def _manifest(system: Any, files: Iterable[str]) -> dict[str, list]:
     return manifest
 
 
-def url_of(path: str) -> str:
-    """Return the first path in `data.path`; the others are on the same file system."""
-    return split_path(path)[0]
-
-
 class _Footer(NamedTuple):
     """The columns of a file, the number of its rows, and about that of its candidates."""
 
@@ -308,15 +303,13 @@ def _footer(system: Any, file: str, layout: LogLayout) -> _Footer:
     """
     with _opened(system, file) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
-    if not layout.by_request:
-        return _Footer(schema, metadata.num_rows, metadata.num_rows)
-    # A list of items counts as many values as it has, and an empty one counts 1.
+    # A list counts as many values as it has, and an empty one counts 1.
     paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
     item = f"{layout.columns['item']}."
     places = [place for place, path in enumerate(paths) if f"{path}.".startswith(item)]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return _Footer(schema, metadata.num_rows, candidates)
+    return _Footer(schema, metadata.num_rows, candidates or metadata.num_rows)
 
 
 def find_files(path: str) -> tuple[Any, dict[str, list]]:
