@@ -99,6 +99,14 @@ def write(
     `vocabularies/` has `user.parquet`, `item.parquet` and `feature-<name>.parquet`, with the
     columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items); that of a
     feature is its category id.
+
+    Args:
+      layout: of the log.
+      encoding: its rules.
+      vocabularies: all of them, by name.
+      kinds: see `Settled`.
+      manifest: see `files.Log`.
+      directory: of the dataset.
     """
     folder = directory / VOCABULARIES_FOLDER
     folder.mkdir()
