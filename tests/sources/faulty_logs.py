@@ -171,7 +171,7 @@ def _spoil_candidate(generator: np.random.Generator, candidate: dict, strikes: A
         ("teacher_probability_watch", [NAN, 1.5, -0.25, INF, None]),
         ("version", ["v0", None]),
         ("score", [NAN, INF, None]),
-        ("source", [None, ""]),
+        ("source", [None, "", f"rare {candidate['item_id']}"]),
         ("duration", [NAN, None, 77.0]),
         ("author", [None, 8]),
         ("tags", [None, [], [None], ["t1", None, "t2"]]),

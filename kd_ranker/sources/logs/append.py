@@ -8,7 +8,6 @@ training.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,15 +18,15 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.data_report import Report, read_data_report
+from kd_ranker.sources.logs.data_report import Report
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, encoding_of
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.query import quoted
 from kd_ranker.sources.logs.vocabulary import (
-    MANIFEST,
     Settled,
     find_vocabularies,
+    read_manifest,
     read_requests_of,
     settled_by,
     shifted,
@@ -43,13 +42,11 @@ class Earlier(NamedTuple):
       dataset: the dataset.
       settled: its ids, vocabularies and scales.
       files: the manifest of its log.
-      report: its data report.
     """
 
     dataset: Dataset
     settled: Settled
     files: dict[str, list]
-    report: Report
 
     @property
     def requests(self) -> int:
@@ -78,10 +75,7 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
             "data.extends out to make a dataset of the whole log"
         )
     settled = settled_by(layout, dataset.spec, dataset.directory)
-    path = dataset.directory / MANIFEST
-    if not path.exists():
-        raise UserError(f"{path}, the list of the files of that dataset, is gone; restore it")
-    before, now = json.loads(path.read_text()), files.manifest_of(layout.path)
+    before, now = read_manifest(dataset.directory), files.manifest_of(layout.path)
     old = {file: now[file] for file in now if file in before}
     if how := files.manifest_differences(before, old):
         raise UserError(
@@ -90,12 +84,10 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
         )
     if len(now) == len(before):
         raise UserError(f"the log at {layout.path} has no file that {dataset.directory} lacks")
-    report = read_data_report(dataset.directory)
-    assert report  # `settled_by` has read it
-    return Earlier(dataset, settled, before, report)
+    return Earlier(dataset, settled, before)
 
 
-def check_requests(earlier: Earlier, layout: LogLayout, database: Database) -> None:
+def check_requests(earlier: Earlier, database: Database) -> None:
     """Check that new requests can follow those of the dataset.
 
     Raises:
@@ -129,9 +121,8 @@ def check_scales(
       layout: of the log.
       moments: feature -> mean and deviation in the new training requests, if it has values.
     """
-    known = {feature["name"]: feature for feature in earlier.report["features"]}
     for feature in layout.of_kind("dense"):
-        before, new = known[feature.name], moments[feature.name]
+        before, new = earlier.settled.moments[feature.name], moments[feature.name]
         varies = new.get("deviation") or (new and new["mean"] != before.get("mean"))
         if feature.standardise and not before.get("deviation") and varies:
             raise UserError(
@@ -166,8 +157,7 @@ def extend(
         num_items=len(vocabularies[ITEM]),
         later_categories=spec.later_categories + last - spec.num_categories,
     )
-    moments = {feature["name"]: feature for feature in earlier.report["features"]}
-    return encoding_of(layout, longer, vocabularies, moments), vocabularies
+    return encoding_of(layout, longer, vocabularies, earlier.settled.moments), vocabularies
 
 
 def all_requests(
@@ -198,7 +188,7 @@ def extend_report(earlier: Earlier, report: Report, database: Database) -> None:
 
     Those are the moments of features and the numbers of ids; all other counts are of the new files.
     """
-    moments = {feature["name"]: feature for feature in earlier.report["features"]}
+    moments = earlier.settled.moments
     for feature in report["features"]:
         for name in ("mean", "deviation", "low", "high"):
             feature.pop(name, None)

@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import SQL, Log
+from kd_ranker.sources.logs.files import SQL, Log, wanted_columns
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.leaks import remarks_of
 from kd_ranker.sources.logs.rejected import REASONS
@@ -144,14 +144,10 @@ def _columns(
     layout: LogLayout, faults: Mapping[str, Mapping[str, int]], some_numbers: SomeNumbers
 ) -> list[dict]:
     """Return the counts of missing and invalid values per column of the config."""
-    column_of = {f"columns.{name}": column for name, column in layout.columns.items()}
-    for section in ("labels", "teacher"):
-        column_of |= {f"{section}.{task}": c for task, c in getattr(layout, section).items()}
-    column_of |= {f"features.{feature.key}": feature.column for feature in layout.features}
     columns: list[dict[str, Any]] = [
-        {"key": f"data.{name}", "column": column_of[name], **faults[name]}
-        for name in column_of
-        if name in faults
+        {"key": of.key, "column": of.column, **faults[name]}
+        for of in wanted_columns(layout)
+        if (name := of.key.removeprefix("data.")) in faults
     ]
     for column in columns:
         bad, number = column["out_of_range"], column["values"] - column["missing"]

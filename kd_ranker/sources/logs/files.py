@@ -1,6 +1,5 @@
 """The files of a log, or its SELECT: find them and check their columns."""
 
-import collections
 import contextlib
 import dataclasses
 import difflib
@@ -111,7 +110,7 @@ class Log:
     """A log, found and checked.
 
     Attributes:
-      url: `data.path`; "" for a SELECT.
+      url: the first path in `data.path`; the others are in its file system. "" for a SELECT.
       files: the paths to read, sorted; () for a SELECT.
       manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
         has the files that it reads, and `SQL`.
@@ -172,13 +171,9 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
       UserError: there are no files, one is not a Parquet file, or a column is missing or has a type
         that does not fit its use.
     """
-    wanted = wanted_columns(layout)
-    families: dict[str, tuple[str, str]] = {}
     if layout.sql:
         sql, schema = _select_of(layout)
-        _check_schema(layout.path, schema, wanted, families)
-        _check_features(layout, given_by_folders([]), dict.fromkeys(schema.names, 1), 1)
-        _check_history(layout, families)
+        _check_columns(layout, {layout.path: schema}, schema.names)
         names, manifest = tuple(schema.names), manifest_of("", layout.sql)
         return Log("", (), manifest, 0, names, given_by_folders([]), sql, layout.path)
     system, manifest = find_files(layout.path)
@@ -186,22 +181,21 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
         footers = list(pool.map(lambda file: _footer(system, file, layout), files))
     own = [place for place, file in enumerate(files) if file not in earlier]
-    files_with = collections.Counter(name for place in own for name in footers[place].schema.names)
+    names = tuple(sorted({name for place in own for name in footers[place].schema.names}))
     # A column in a file takes precedence over the names of folders.
     in_files = {name for footer in footers for name in footer.schema.names}
     given = given_by_folders(files)
     given = given.drop_columns([name for name in given.column_names if name in in_files])
-    for file, footer in zip(files, footers, strict=True):
-        _check_schema(file, pa.schema([*footer.schema, *given.schema]), wanted, families)
-    given = given.take(own)
-    _check_features(layout, given, files_with, len(own))
-    _check_history(layout, families)
-    _check_known(wanted, families)
+    schemas = {
+        file: pa.schema([*footer.schema, *given.schema])
+        for file, footer in zip(files, footers, strict=True)
+    }
+    _check_columns(layout, schemas, (*names, *given.column_names))
     if not sum(footers[place].rows for place in own):
         raise UserError(f"data.path={layout.path}: {_count(len(own), 'file')} without any row")
     candidates = sum(footers[place].candidates for place in own)
-    names, read = tuple(sorted(files_with)), tuple(files[place] for place in own)
-    return Log(url_of(layout.path), read, manifest, candidates, names, given)
+    read = tuple(files[place] for place in own)
+    return Log(split_path(layout.path)[0], read, manifest, candidates, names, given.take(own))
 
 
 def _select_of(layout: LogLayout) -> tuple[str, pa.Schema]:
@@ -293,11 +287,6 @@ def _manifest(system: Any, files: Iterable[str]) -> dict[str, list]:
     return manifest
 
 
-def url_of(path: str) -> str:
-    """Return the first path in `data.path`; the others are on the same file system."""
-    return split_path(path)[0]
-
-
 class _Footer(NamedTuple):
     """The columns of a file, the number of its rows, and about that of its candidates."""
 
@@ -314,15 +303,13 @@ def _footer(system: Any, file: str, layout: LogLayout) -> _Footer:
     """
     with _opened(system, file) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
-    if not layout.by_request:
-        return _Footer(schema, metadata.num_rows, metadata.num_rows)
-    # A list of items counts as many values as it has, and an empty one counts 1.
+    # A list counts as many values as it has, and an empty one counts 1.
     paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
     item = f"{layout.columns['item']}."
     places = [place for place, path in enumerate(paths) if f"{path}.".startswith(item)]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return _Footer(schema, metadata.num_rows, candidates)
+    return _Footer(schema, metadata.num_rows, candidates or metadata.num_rows)
 
 
 def find_files(path: str) -> tuple[Any, dict[str, list]]:
@@ -443,7 +430,34 @@ def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]
         ) from error
 
 
-def _check_names(file: str, names: Sequence[str]) -> None:
+def _check_columns(
+    layout: LogLayout, schemas: Mapping[str, pa.Schema], names: Collection[str]
+) -> None:
+    """Check that the files have the columns that the config names, in types that fit their use.
+
+    Args:
+      layout: of the log.
+      schemas: file -> its columns, and those that the names of folders give.
+      names: all columns of the files to read.
+    """
+    wanted = wanted_columns(layout)
+    for file, schema in schemas.items():
+        _check_names(file, schema.names, {of.column: of.key for of in wanted})
+        # A feature may begin with a later file.
+        _check_there(file, [of for of in wanted if not of.is_feature], schema.names)
+    _check_there(layout.path, wanted, names)
+    families = {of.column: _check_types(of, schemas) for of in wanted}
+    if layout.history:
+        item, column = layout.columns["item"], layout.history.column
+        kinds = [families[column], families[item]]
+        if all(kinds) and (kinds[0] == _TEXT) != (kinds[1] == _TEXT):
+            raise UserError(
+                f"column {column!r} (data.features.{layout.history.name}) holds {kinds[0]} ids, "
+                f"and {item!r} (data.columns.item) {kinds[1]} ids; a history holds item ids"
+            )
+
+
+def _check_names(file: str, names: Sequence[str], keys: Mapping[str, str]) -> None:
     """Refuse names that the engine cannot distinguish."""
     seen: dict[str, str] = {}
     for name in names:
@@ -451,107 +465,57 @@ def _check_names(file: str, names: Sequence[str]) -> None:
             raise UserError(
                 f"{file} has a column {name!r}, a name that the engine needs; rename it"
             )
+        if name in keys and name in seen.values():
+            raise UserError(f"{file} has two columns {name!r} ({keys[name]}); rename one of them")
         if (other := seen.setdefault(name.lower(), name)) != name:
             raise UserError(
                 f"{file} has columns {other!r} and {name!r}, which differ only in case; rename one"
             )
 
 
-def _check_schema(
-    file: str, schema: pa.Schema, wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]
-) -> None:
-    """Check one file; `families` has the family of each column in earlier files, and a file."""
-    _check_names(file, schema.names)
-    # A feature may begin with a later file.
-    missing = [of for of in wanted if of.column not in schema.names and not of.is_feature]
-    if missing:
-        named = ", ".join(f"{column.column!r} ({column.key})" for column in missing)
-        raise UserError(f"{file} has no column {named}{_hint(missing[0].column, schema.names)}")
-    for column in wanted:
-        if column.column not in schema.names:
-            continue
-        if schema.names.count(column.column) > 1:
-            raise UserError(
-                f"{file} has two columns {column.column!r} ({column.key}); rename one of them"
-            )
-        type_ = schema.field(column.column).type
-        depth, family = _depth_of(type_), family_of(type_)
-        takes, words = _TAKES[column.use]
+def _check_there(where: str, wanted: Sequence[Wanted], names: Collection[str]) -> None:
+    """Refuse columns that are missing, with the one that was probably meant."""
+    if missing := [of for of in wanted if of.column not in names]:
+        named = ", ".join(dict.fromkeys(f"{of.column!r} ({of.key})" for of in missing))
+        close = difflib.get_close_matches(missing[0].column, names, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"{where} has no column {named}; {hint}it has: {', '.join(names)}")
+
+
+def _check_types(column: Wanted, schemas: Mapping[str, pa.Schema]) -> str:
+    """Check the types of a column, and warn if files lack it; return the family of its values."""
+    name = f"column {column.column!r} ({column.key})"
+    have = [file for file, schema in schemas.items() if column.column in schema.names]
+    if lack := len(schemas) - len(have):
+        missing = f"is missing in {_count(lack, 'file')} of {len(schemas)}, where it is null"
+        logging.warning("%s %s", name, missing)
+    # Type -> the first file with it, since few types are in many files.
+    types = {schemas[file].field(column.column).type: file for file in reversed(have)}
+    takes, words = _TAKES[column.use]
+    families: dict[str, str] = {}
+    for type_, file in reversed(types.items()):
+        family = family_of(type_)
         if family == _NULL:
             continue
-        if not column.least_depth <= depth <= column.depth or family not in takes:
-            lists = "".join("lists of " for _ in range(column.depth))
+        if family not in takes or not column.least_depth <= _depth_of(type_) <= column.depth:
+            lists = "lists of " * column.depth
             is_nested = pa.types.is_nested(inner_type(type_))
             nested = "; flatten it: make each of its fields a column" if is_nested else ""
-            raise UserError(
-                f"{file}: column {column.column!r} ({column.key}) is {type_}; it takes "
-                f"{lists}{words}{nested}"
-            )
+            raise UserError(f"{file}: {name} is {type_}; it takes {lists}{words}{nested}")
         if column.use == "id":
             # A number and its text are different ids, and no engine has one type for signed and
             # unsigned integers of 64 bits.
-            if pa.types.is_uint64(inner_type(type_)):
-                family = _UNSIGNED
-            else:
-                family = _TEXT if is_text(type_) else _INTEGER
-            before, where = families.setdefault(column.column, (family, file))
-            if family != before:
-                raise UserError(
-                    f"column {column.column!r} ({column.key}) holds {before} ids in {where} and "
-                    f"{family} ids in {file}; give it one type"
-                )
-
-
-def _check_known(wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]) -> None:
-    """Refuse lists that are empty in all files, so that they have no type."""
-    for column in wanted:
-        if column.depth and column.use == "id" and column.column not in families:
-            raise UserError(
-                f"column {column.column!r} ({column.key}) holds nothing in any file; leave "
-                "it out of the config"
-            )
-
-
-def _check_features(
-    layout: LogLayout, given: pa.Table, files_with: Mapping[str, int], number: int
-) -> None:
-    """Refuse a feature without a column in any file and warn of one that some files lack."""
-    absent: dict[str, None] = {}
-    for feature in layout.features:
-        has = files_with.get(feature.column, 0)
-        if feature.column in given.column_names or has == number:
-            continue
-        column = f"{feature.column!r} (data.features.{feature.key})"
-        if not has:
-            absent[column] = None
-        else:
-            missing = f"is missing in {_count(number - has, 'file')} of {number}, where it is null"
-            logging.warning("column %s %s", column, missing)
-    if absent:
-        hint = _hint(next(iter(absent)).split("'")[1], files_with)
-        raise UserError(f"{layout.path} has no column {', '.join(absent)}{hint}")
-
-
-def _hint(column: str, names: Collection[str]) -> str:
-    """Return the names of the columns, and the one that was probably meant."""
-    close = difflib.get_close_matches(column, names, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"; {hint}it has: {', '.join(names)}"
-
-
-def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> None:
-    if layout.history is None:
-        return
-    item, column = layout.columns["item"], layout.history.column
-    if not {item, column} <= families.keys():
-        return
-    kinds = [families[name][0] for name in (item, column)]
-    if (kinds[0] == _TEXT) != (kinds[1] == _TEXT):
+            family = _TEXT if is_text(type_) else _INTEGER
+            family = _UNSIGNED if pa.types.is_uint64(inner_type(type_)) else family
+        families.setdefault(family, file)
+    if column.use == "id" and len(families) > 1:
+        (one, first), (other, second), *_ = families.items()
         raise UserError(
-            f"column {column!r} (data.features.{layout.history.name}) holds {kinds[1]} "
-            f"ids, and {item!r} (data.columns.item) {kinds[0]} ids; a history holds item "
-            "ids"
+            f"{name} holds {one} ids in {first} and {other} ids in {second}; give it one type"
         )
+    if column.use == "id" and column.depth and not families:
+        raise UserError(f"{name} holds nothing in any file; leave it out of the config")
+    return next(iter(families), "")
 
 
 def inner_type(type_: pa.DataType) -> pa.DataType:

@@ -68,8 +68,8 @@ def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
 
 
 def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
-    """Raise UserError for findings that are not allowed."""
-    if why := refusal(find(report), allow):
+    """Raise UserError for findings that were allowed for the build of a dataset and are not now."""
+    if why := refusal([Finding(**of) for of in report["allowed"]], allow):
         raise UserError(f"{where}: {why}")
 
 

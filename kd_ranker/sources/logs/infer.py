@@ -42,7 +42,7 @@ from kd_ranker.sources.logs.column_facts import (
     words_of,
 )
 from kd_ranker.sources.logs.files import line_of
-from kd_ranker.sources.logs.layout import STAGES
+from kd_ranker.sources.logs.layout import STAGES, literal
 
 CHECK = "CHECK: "
 OPEN = "?"  # an optional role that the user has to settle, as no column has this name
@@ -173,7 +173,7 @@ def find_stage(log: Log) -> tuple[Guess, dict[str, str], str, str]:
             guess = Guess(OPEN, "", f"is {f.Index!r} the stage? then name its values, too")
     texts |= {of: each.column for of, each in log.given("data.stages.").items()} if texts else {}
     value = f"{quoted(guess.column)}::VARCHAR"
-    of_stage = {stage: "'" + of.replace("'", "''") + "'" for stage, of in texts.items()}
+    of_stage = {stage: literal(of) for stage, of in texts.items()}
     shown = f"{value} = {of_stage['shown']}" if texts else ""
     passed = f"{value} <> {of_stage['retrieved']}" if len(texts) == 3 else ""
     if texts and log.facts["bool"][guess.column]:

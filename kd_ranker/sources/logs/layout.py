@@ -301,12 +301,10 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError("data.split='user' needs data.columns.user; split by 'time' or 'request'")
     if data.split == "column" and not data.columns.get("split"):
         raise UserError("data.split='column' needs data.columns.split; name the column of splits")
-    for name in IDENTIFYING:
-        if name != "user" and not data.columns.get(name):
-            raise UserError(f"data.columns.{name} is empty; name the column that holds it")
-    for task in tasks:
-        if not data.labels.get(task):
-            raise UserError(f"data.labels.{task} is empty; name the column that holds it")
+    needed = [("columns", name) for name in IDENTIFYING if name != "user"]
+    for section, name in (*needed, *(("labels", task) for task in tasks)):
+        if not data[section].get(name):
+            raise UserError(f"data.{section}.{name} is empty; name the column that holds it")
     for task in data.teacher:
         check_choice("data.teacher", task, data.labels)
     if data.validation_share + data.test_share >= 1:
@@ -318,17 +316,11 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
 
 def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
     """Refuse features that hold the answer, or the outcome of a request."""
-    answers = {
-        column: f"{section}.{name}"
-        for section, names in (
-            # An early ranker may read the scores of the current one.
-            ("columns", [of for of in OPTIONAL if of != "incumbent" and data.columns.get(of)]),
-            ("teacher", data.teacher),
-            ("labels", data.labels),
-        )
-        for name in names
-        if (column := data[section][name])
-    }
+    # An early ranker may read the scores of the current one.
+    names = [of for of in OPTIONAL if of != "incumbent" and data.columns.get(of)]
+    answers = {data.columns[name]: f"columns.{name}" for name in names}
+    for section in ("teacher", "labels"):
+        answers |= {column: f"{section}.{task}" for task, column in data[section].items()}
     for feature in features:
         if use := answers.get(feature.column):
             raise UserError(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import re
 import shutil
 import tempfile
@@ -22,25 +21,11 @@ from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
-from kd_ranker.sources.logs import append, files, findings
+from kd_ranker.sources.logs import append, data_report, encode, files, findings, vocabulary
 from kd_ranker.sources.logs.append import Earlier
-from kd_ranker.sources.logs.data_report import (
-    PAGE,
-    Counts,
-    Report,
-    make_data_report,
-    write_data_report,
-)
+from kd_ranker.sources.logs.data_report import Counts, Report
 from kd_ranker.sources.logs.database import Database, open_duckdb
-from kd_ranker.sources.logs.encode import (
-    TRANSFORMS,
-    Encoding,
-    encode_requests,
-    encoding_of,
-    item_matrix,
-    spec_of,
-    transforms,
-)
+from kd_ranker.sources.logs.encode import Encoding
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
@@ -48,18 +33,6 @@ from kd_ranker.sources.logs.leaks import find_leaks
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.query import PREFIX, Query
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
-from kd_ranker.sources.logs.vocabulary import (
-    MANIFEST,
-    VOCABULARIES_FOLDER,
-    check_types,
-    find_vocabularies,
-    kinds_of,
-    requests_of_piece,
-    shifted,
-    with_items,
-    write_requests,
-    write_vocabularies,
-)
 
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
@@ -151,13 +124,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         raise UserError(f"the log that {directory} was made of has changed: {error}") from error
     if [*now] == [files.SQL]:
         return
-    if not (directory / MANIFEST).exists():
-        raise UserError(
-            f"{directory / MANIFEST}, the list of files that this dataset was made of, is gone; "
-            "restore it, or remove that folder and make it again with: python -m "
-            "experiments.prepare_data"
-        )
-    before = json.loads((directory / MANIFEST).read_text())
+    before = vocabulary.read_manifest(directory)
     if how := files.manifest_differences(before, now):
         if before.items() <= now.items():
             how += f"; --config.data.extends={data.dir} adds new files"
@@ -210,10 +177,10 @@ def _read(
 ) -> PreparedLog:
     """All passes except the last."""
     if earlier:
-        check_types(layout, query.types_in_log, earlier.settled)
+        vocabulary.check_types(layout, query.types_in_log, earlier.settled)
     database.run(query.statements("log.sql"))
     if earlier:
-        append.check_requests(earlier, layout, database)
+        append.check_requests(earlier, database)
     _check_splits(layout, query, database)
     counted = query.statements("report.sql")
     database.run(counted)
@@ -265,7 +232,7 @@ def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
 def _source(read: PreparedLog, run: Runner) -> Source:
     log, layout, database, earlier = read.log, read.layout, read.database, read.earlier
     some_numbers = functools.partial(_some_numbers, database, read.query)
-    report = make_data_report(log, layout, read.counts, some_numbers)
+    report = data_report.make_data_report(log, layout, read.counts, some_numbers)
     found = findings.find(
         report, lambda: findings.time_hint(some_numbers(layout.columns["time"]), layout)
     )
@@ -280,28 +247,30 @@ def _source(read: PreparedLog, run: Runner) -> Source:
         append.extend_report(earlier, report, database)
     items = database.fetch("SELECT * FROM item_fields ORDER BY id")
     if earlier:
-        matrices = with_items(layout, encoding, earlier.dataset.items, items)
+        matrices = vocabulary.with_items(layout, encoding, earlier.dataset.items, items)
     else:
-        matrices = item_matrix(layout, encoding, items)
+        matrices = encode.item_matrix(layout, encoding, items)
     before = earlier.requests if earlier else 0
 
     def shards(split: str) -> list[Callable[[], Iterator[Block]]]:
         return [
-            functools.partial(encode_requests, layout, encoding, database.folder, piece, before)
+            functools.partial(
+                encode.encode_requests, layout, encoding, database.folder, piece, before
+            )
             for piece in read.shards(split)
         ]
 
     def write_beside(directory: Path) -> None:
         _write_report(read, report, directory)
-        write_vocabularies(vocabularies, directory / VOCABULARIES_FOLDER)
-        rules = transforms(layout, encoding, kinds_of(layout, read.query.types_in_log))
-        (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
+        kinds = vocabulary.kinds_of(layout, read.query.types_in_log)
+        vocabulary.write(layout, encoding, vocabularies, kinds, log.manifest, directory)
         for split in SPLITS:
-            requests = [requests_of_piece(database.folder, of) for of in read.shards(split)]
+            requests = [
+                vocabulary.requests_of_piece(database.folder, of) for of in read.shards(split)
+            ]
             if earlier:
                 requests = append.all_requests(earlier, split, requests, log.manifest)
-            write_requests(requests, directory, split)
-        (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
+            vocabulary.write_requests(requests, directory, split)
 
     return Source(
         spec=encoding.spec,
@@ -325,12 +294,7 @@ def _encoding(read: PreparedLog) -> tuple[Encoding, dict[str, pa.Table]]:
     if read.earlier:
         append.check_scales(read.earlier, layout, moments)
         return append.extend(read.earlier, layout, read.database)
-    found = find_vocabularies(read.database, layout)
-    spec = spec_of(layout, {name: len(table) for name, table in found.items()})
-    starts = zip((of.name for of in spec.categories), spec.category_starts, strict=True)
-    of_features = {f"feature:{name}": start for name, start in starts}
-    vocabularies = {name: shifted(of, of_features.get(name, 0)) for name, of in found.items()}
-    return encoding_of(layout, spec, vocabularies, moments), vocabularies
+    return vocabulary.new_encoding(read.database, layout, moments)
 
 
 def _unusable(read: PreparedLog, report: Report, found: Sequence[Finding]) -> str:
@@ -382,12 +346,12 @@ def _refuse(read: PreparedLog, report: Report, why: str) -> UserError:
     rejected = ", ".join(f"{name} {number:,}" for name, number in read.counts.rejected.items())
     return UserError(
         f"{read.layout.path}: {why}{f'; rejected were: {rejected}' if rejected else ''}; see "
-        f"{directory / PAGE}"
+        f"{directory / data_report.PAGE}"
     )
 
 
 def _write_report(read: PreparedLog, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
-    write_data_report(report, directory)
+    data_report.write_data_report(report, directory)
     folder = directory / REJECTED_FOLDER
     write_rejected(read.database, read.log, read.layout, read.query.types_in_log, folder)

@@ -93,7 +93,7 @@ class Spark(Database):
         for name in log.given.column_names:
             files = files.append_column(PREFIX + name, log.given[name].take(files["file"]))
         self.put("files", files)
-        columns = [f"`{name}` AS `{PREFIX}{name}`" for name in frame.columns]
+        columns = [f"`{name}` AS `{PREFIX}{name}`" for name in log.names]
         rows = frame.selectExpr(
             *columns, "_metadata.file_path AS path", "_metadata.row_index AS row"
         )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,8 @@ from kd_ranker.sources.logs.encode import (
     Encoding,
     encoding_of,
     item_matrix,
+    spec_of,
+    transforms,
 )
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
@@ -66,15 +68,53 @@ def shifted(vocabulary: pa.Table, by: int) -> pa.Table:
     return vocabulary.set_column(1, "id", ids)
 
 
-def write_vocabularies(vocabularies: Mapping[str, pa.Table], folder: Path) -> None:
-    """Write `user.parquet`, `item.parquet` and `feature-<name>.parquet`.
+def new_encoding(
+    database: Database, layout: LogLayout, moments: Mapping[str, Mapping[str, float]]
+) -> tuple[Encoding, dict[str, pa.Table]]:
+    """Return the encoding and the vocabularies of a log of which no dataset was made before.
 
-    Each has the columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items);
-    that of a feature is its category id.
+    Args:
+      database: with the tables of `log.sql`.
+      layout: of the log.
+      moments: dense feature -> its moments in training.
     """
+    found = find_vocabularies(database, layout)
+    spec = spec_of(layout, {name: len(table) for name, table in found.items()})
+    starts = zip((of.name for of in spec.categories), spec.category_starts, strict=True)
+    of_features = {f"feature:{name}": start for name, start in starts}
+    vocabularies = {name: shifted(of, of_features.get(name, 0)) for name, of in found.items()}
+    return encoding_of(layout, spec, vocabularies, moments), vocabularies
+
+
+def write(
+    layout: LogLayout,
+    encoding: Encoding,
+    vocabularies: Mapping[str, pa.Table],
+    kinds: Mapping[str, str],
+    manifest: Mapping[str, list],
+    directory: Path,
+) -> None:
+    """Write the files next to a dataset from which `settled_by` and `read_manifest` read.
+
+    `vocabularies/` has `user.parquet`, `item.parquet` and `feature-<name>.parquet`, with the
+    columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items); that of a
+    feature is its category id.
+
+    Args:
+      layout: of the log.
+      encoding: its rules.
+      vocabularies: all of them, by name.
+      kinds: see `Settled`.
+      manifest: see `files.Log`.
+      directory: of the dataset.
+    """
+    folder = directory / VOCABULARIES_FOLDER
     folder.mkdir()
     for name, table in vocabularies.items():
         pq.write_table(table, _path(folder, name))
+    rules = transforms(layout, encoding, kinds)
+    (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
@@ -87,14 +127,25 @@ def read_vocabulary(directory: Path, name: str) -> pa.Table:
 
 
 def _read(directory: Path, path: Path) -> pa.Table:
-    if not path.exists():
-        raise UserError(
-            f"{path}, which has ids of the log, is gone; restore it, or remove {directory} and "
-            "make it again with: python -m experiments.prepare_data"
-        )
     # A path only would make pyarrow read a dataset of all its folder.
-    with pq.ParquetFile(path) as parquet:
+    with pq.ParquetFile(_found(directory, path, "which has ids of the log")) as parquet:
         return parquet.read()
+
+
+def read_manifest(directory: Path) -> dict[str, list]:
+    """Return the manifest of the log of a dataset, see `files.Log`; UserError if it is gone."""
+    holds = "the list of files that this dataset was made of"
+    return json.loads(_found(directory, directory / MANIFEST, holds).read_text())
+
+
+def _found(directory: Path, path: Path, holds: str) -> Path:
+    """Return the path of a file next to a dataset, and raise UserError if it is gone."""
+    if path.exists():
+        return path
+    raise UserError(
+        f"{path}, {holds}, is gone; restore it, or remove {directory} and make it again with: "
+        "python -m experiments.prepare_data"
+    )
 
 
 def _path(folder: Path, name: str) -> Path:
@@ -131,6 +182,7 @@ class Settled(NamedTuple):
     Attributes:
       encoding: the rules by which values become ids and features.
       vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
+      moments: feature -> its entry in the data report, with the moments in training if it is dense.
       kinds: key of the config that names a column of ids or categories -> `query.kind_of` its
         values, where known.
       trained: how many of the first ids of `user` and of `item` training requests have.
@@ -138,6 +190,7 @@ class Settled(NamedTuple):
 
     encoding: Encoding
     vocabularies: Mapping[str, pa.Table]
+    moments: Mapping[str, Mapping[str, Any]]
     kinds: Mapping[str, str]
     trained: Mapping[str, int]
 
@@ -153,13 +206,8 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
     Raises:
       UserError: files next to the dataset are gone.
     """
-    report = read_data_report(directory)
-    if report is None:
-        raise UserError(
-            f"{directory / JSON_FILE}, which holds the means and deviations of training, is gone; "
-            f"restore it, or remove {directory} and make it again with: python -m "
-            "experiments.prepare_data"
-        )
+    _found(directory, directory / JSON_FILE, "which has the means and deviations of training")
+    report = read_data_report(directory) or {}
     moments = {feature["name"]: feature for feature in report["features"]}
     names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
     vocabularies = {name: read_vocabulary(directory, name) for name in names}
@@ -168,7 +216,7 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
     trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
     path = directory / TRANSFORMS
     kinds = json.loads(path.read_text()).get("kinds", {}) if path.exists() else {}
-    return Settled(encoding, vocabularies, kinds, trained)
+    return Settled(encoding, vocabularies, moments, kinds, trained)
 
 
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:

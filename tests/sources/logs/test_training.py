@@ -3,12 +3,9 @@
 import json
 import math
 
-import numpy as np
 import pytest
 
 from kd_ranker import api
-from kd_ranker.batches.cutting import unpack
-from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import datasets, scoring
@@ -63,20 +60,6 @@ def test_a_log_without_users_trains_a_student_and_is_scored_by_it(config, tmp_pa
     assert scored.directory == tmp_path / "scored"
     with pytest.raises(UserError, match=r"reads a log in another way .*: data\.columns\.user; "):
         scoring.score_unseen(config, tmp_path / "student", output=tmp_path / "other")
-
-
-def test_batches_hold_the_category_ids_of_the_log(config):
-    directory = api.prepare(config).directory
-    dataset = storage.open_dataset(directory.parent.name, config.data.dir, made_by="")
-    spec = dataset.spec
-    made = training_batches(dataset, BatchConfig(8, 12, 0.5, 1.0, seed=0), resident=False)
-    batch = unpack(*next(iter(made)))
-    assert batch.request_category.shape == (8, 1 + 2)
-    assert batch.candidate_category.shape == (8, 12, 1)
-    assert dataset.item_category.shape == (spec.num_items, 1 + 3)
-    real = batch.candidate_mask
-    assert (np.asarray(batch.candidate_category)[~real] == -1).all()
-    assert np.asarray(batch.candidate_category)[real].max() < spec.num_categories
 
 
 def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(config):
