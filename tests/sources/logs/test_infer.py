@@ -18,7 +18,7 @@ from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.infer import OPEN
 from tests import small
-from tests.sources import ebnerd_files, movielens_layouts
+from tests.sources import ebnerd_files
 from tests.sources import planted_logs as logs
 
 TEACHER = {task: f"teacher_probability_{task}" for task in logs.TASKS}
@@ -290,9 +290,11 @@ def test_movielens(tmp_path):
     stars = rng.integers(1, 11, size=900) / 2
     ratings = [*zip(pairs // 60 + 1, pairs % 60 + 1, stars, times, strict=True)]
     genres = (("Drama",), ("Comedy", "Drama"))
-    movies = [movielens_layouts.Movie(i, f"Movie {i} (1990)", genres[i % 2]) for i in range(60)]
-    movielens_layouts.write_32m(tmp_path, ratings, movies)
+    movies = [(i, f"Movie {i} (1990)", "|".join(genres[i % 2])) for i in range(60)]
+    films = pd.DataFrame(movies, columns=["movieId", "title", "genres"])
+    films.to_csv(tmp_path / "movies.csv", index=False)
     frame = pd.DataFrame(ratings, columns=["userId", "movieId", "tag", "timestamp"])
+    frame.rename(columns={"tag": "rating"}).to_csv(tmp_path / "ratings.csv", index=False)
     frame.to_csv(tmp_path / "u.tsv", sep="\t", header=False, index=False)
     frame.assign(tag=[f"tag {i % 50}" for i in pairs]).to_csv(tmp_path / "tags.csv", index=False)
     ids = {"user": "userId", "item": "movieId", "time": "timestamp"}
