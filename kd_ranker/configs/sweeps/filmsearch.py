@@ -9,7 +9,10 @@ from kd_ranker.configs.sweeps.ways import with_ways
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`configs/filmsearch.py`, with policies of how many to pass; `:paper` tunes their rates."""
+    """`configs/filmsearch.py`, with policies of how many to pass.
+
+    `:paper` tunes the learning rate of each way, and each repeat has its own order of the data.
+    """
     defaults.check_variant(variant, "paper")
     config = filmsearch()
     config.funnel.policies = POLICIES
