@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from kd_ranker.errors import UserError
 from tests.sources import faulty_logs
 from tests.sources import planted_logs as logs
 from tests.sources.faulty_logs import make_rows, same, write_log
@@ -96,10 +95,8 @@ def test_a_log_behind_a_web_server_is_read_like_one_on_disk(web, tmp_path):
     assert same(requests_of(urls, tmp_path / "remote"), expected)
 
 
-def test_a_web_server_without_range_requests_is_a_line(web, tmp_path):
+def test_a_small_log_at_a_web_server_without_range_requests_is_read_whole(web, tmp_path):
     log = write_log(tmp_path / "log", make_rows(28))
     (path,) = log.iterdir()
-    with pytest.raises(UserError) as caught:
-        requests_of(f"{web(WholeFiles)}/log/{path.name}", tmp_path / "remote")
-    assert "range requests" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    found = requests_of(f"{web(WholeFiles)}/log/{path.name}", tmp_path / "remote")
+    assert same(found, requests_of(log, tmp_path / "local"))

@@ -577,7 +577,7 @@ def _has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
     if not metadata.num_row_groups:
         return False
     start = metadata.row_group(0).column(0).data_page_offset
-    return _WITH_CHECKSUM.match(system.cat_file(file, start, start + 20)) is not None
+    return _WITH_CHECKSUM.match(system.cat_file(file, start=start, end=start + 20)) is not None
 
 
 def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
