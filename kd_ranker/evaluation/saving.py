@@ -270,8 +270,7 @@ def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
 
     A reference costs nothing. A final ranker in front of itself costs a candidate what it costs.
     """
-    if row["role"] == "reference":
-        return 0.0, costs._replace(student=0.0, student_request=0.0)
-    if row["role"] == "teacher":
-        costs = costs._replace(student=0.0)
-    return float(row["flops_per_candidate"]), costs
+    if row["role"] == "student":
+        return float(row["flops_per_candidate"]), costs
+    without = costs._replace(student=0.0, student_request=0.0)
+    return (0.0 if row["role"] == "reference" else float(row["flops_per_candidate"])), without

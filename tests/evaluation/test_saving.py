@@ -57,14 +57,14 @@ def test_the_heads_that_a_serving_choice_reads(mode: str, serve: str, heads: int
 
 def test_a_final_ranker_in_front_of_itself_costs_its_own_cost() -> None:
     costs = saving.Costs(student=1.0, student_request=7.0, teacher=20.0, teacher_request=30.0)
-    row = {"flops_per_candidate": 500.0, "candidates": 100.0}
-    cost = {
-        role: saving.funnel_cost(
-            100, 10, *(of := saving.student_cost(row | {"role": role}, costs))[:1], 500.0, of[1]
-        )
-        for role in ("student", "teacher", "reference")
-    }
-    assert cost == {"student": 337.0, "teacher": 2237.0, "reference": 230.0}
+
+    def cost_of(role: str) -> float:
+        flops, own = saving.student_cost({"role": role, "flops_per_candidate": 500.0}, costs)
+        return saving.funnel_cost(100, 10, flops, 500.0, own)
+
+    assert cost_of("student") == 7 + 30 + 100 * 1 + 10 * 20
+    assert cost_of("teacher") == 30 + 100 * 20 + 10 * 20
+    assert cost_of("reference") == 30 + 10 * 20
 
 
 def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:

@@ -151,7 +151,7 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int) -> I
             "preserve_insertion_order": False,
             # It drops conditions that a Parquet file's bounds imply, and these ignore NaN.
             "disabled_optimizers": "statistics_propagation",
-            # Nobody opens that file again.
+            # That file is never opened again.
             "wal_autocheckpoint": "1TB",
             "temp_directory": str(folder / "spilled"),
         },
