@@ -14,7 +14,7 @@ from kd_ranker.sources.logs.query import PREFIX, quoted
 
 REJECTED_FOLDER = "rejected"
 # The columns next to those of the log, and the most rows per reason.
-_ADDED, _MOST_ROWS = ("reason", "file", "row"), 100_000
+_ADDED, MOST_ROWS = ("reason", "file", "row"), 100_000
 # Reason -> its meaning. A row has the first reason that applies.
 REASONS = {
     "lists_differ": "its lists differ in length",
@@ -67,7 +67,7 @@ def write_rejected(
         SELECT why AS reason, file, "row", {", ".join(columns)}
         FROM log JOIN (SELECT *, row_number() OVER (PARTITION BY why ORDER BY file, "row") AS turn
             FROM rejected) AS counted USING (file, "row")
-        WHERE turn <= {_MOST_ROWS} ORDER BY file, "row", place""")
+        WHERE turn <= {MOST_ROWS} ORDER BY file, "row", place""")
     paths, writer = pa.array(log.files or [SQL]), None
     with contextlib.ExitStack() as stack:
         for batch in filter(len, batches):

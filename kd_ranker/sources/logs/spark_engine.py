@@ -20,6 +20,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.query import PREFIX
+from kd_ranker.sources.logs.rejected import MOST_ROWS
 from kd_ranker.sources.logs.spark_sql import created, in_spark
 
 # It has no unsigned integers of 64 bits, and reads them as these.
@@ -30,6 +31,8 @@ _SETTINGS = {
     "spark.sql.legacy.sizeOfNull": False,
     "spark.hadoop.parquet.page.verify-checksum.enabled": True,
     "spark.log.level": "ERROR",
+    # A task keeps no more rejected rows of a reason than the file of them may have.
+    "spark.sql.window.group.limit.threshold": MOST_ROWS + 1,
 }
 
 

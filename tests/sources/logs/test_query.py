@@ -179,6 +179,9 @@ def test_spark_parses_what_duckdb_runs(by_request, split):
         assert not {*parsed.find_all(sqlglot.exp.Slice, sqlglot.exp.Unnest)}, text
         for function in ("round_even", "favg", "unnest", "list_"):
             assert function not in text.lower()
+        # One task of Spark does a window without partitions: of counts, and never of all rows.
+        for window in parsed.find_all(sqlglot.exp.Window):
+            assert window.args.get("partition_by") or window.parent_select.args.get("group"), text
 
 
 def test_spark_counts_the_places_of_a_list_from_one_as_duckdb_does():

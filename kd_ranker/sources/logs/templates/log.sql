@@ -1,6 +1,15 @@
 -- Requests of a log. Starts from the view `log`: its own columns as "log:<name>", and `file` and `row`,
 -- the place of a row. `query.py` fills in the rest; `docs/own_logs.md` explains the rules.
 
+-- Rows with `ordinal`, their place in an order, from 1. The order is that of groups, then of the rows in
+-- each: an engine of several machines would sort all rows in one task for a window over all of them.
+{% macro numbered(rows, group, groups, order) %}
+    SELECT *, before + row_number() OVER (PARTITION BY {{ group }} ORDER BY {{ order }}) AS ordinal
+        FROM {{ rows }} JOIN (SELECT {{ group }},
+                sum(count(*)) OVER (ORDER BY {{ groups }})::BIGINT - count(*) AS before
+            FROM {{ rows }} GROUP BY {{ group }}) AS grouped USING ({{ group }})
+{%- endmacro %}
+
 -- 1. Candidates: one row each, as logged. `place` is that in the lists of a row, else -1.
 {% if layout.by_request %}
 CREATE VIEW listed AS SELECT file, "row", {{ names(wanted) }},
@@ -113,7 +122,7 @@ CREATE TABLE cutoffs AS
         FROM seconds CROSS JOIN sizes CROSS JOIN tests WHERE sizes.seconds > 2;
 {% endif %}
 CREATE TABLE requests AS
-    WITH timed AS (SELECT owners.*, times.time,
+    WITH timed AS (SELECT owners.*, times.time, times.time // 86400 AS day,
     {% if layout.split == "time" %}
         CASE WHEN times.time >= cutoffs.test THEN 2 WHEN times.time >= cutoffs.validation THEN 1
              ELSE 0 END::TINYINT AS split
@@ -130,10 +139,12 @@ CREATE TABLE requests AS
              ELSE 0 END::TINYINT AS split FROM owners JOIN times USING (request))
     {% else %}
         2::TINYINT AS split FROM owners JOIN times USING (request))
-    {% endif %}
+    {% endif %},
+    numbered AS (
+{{ numbered("timed", "split, day", "split, day", "time, request") }})
     SELECT request, usr, users, split, time, first_time <> time OR last_time <> time AS moved,
-        first // {{ rows_of_a_file }} AS file, first % {{ rows_of_a_file }} AS "row",
-        row_number() OVER (ORDER BY split, time, request) - 1 AS number FROM timed;
+        first // {{ rows_of_a_file }} AS file, first % {{ rows_of_a_file }} AS "row", ordinal - 1 AS number
+        FROM numbered;
 
 -- 4. Candidates: an item once per request, with all its positive labels, as far as any of its rows
 -- came; at most {{ layout.retrieved }} per request, in the order of the funnel.
@@ -198,23 +209,26 @@ DROP TABLE typed;
 
 -- 5. Ids: the most frequent in training first, then what training lacks. Features are those of the
 -- first row of a request, and of the last row of an item.
+{% set counted %}
+count(*) FILTER (WHERE split = 0) AS train, count(*) AS total,
+        CASE WHEN count(*) FILTER (WHERE split = 0) > 0 THEN 0 ELSE count(*) END AS cold
+{%- endset %}
 {% macro with_ids(known) %}
-{% set order = "train DESC, CASE WHEN train > 0 THEN 0 ELSE total END DESC, value" %}
 {% if known %}
     SELECT value, train, total, coalesce(known.id, {{ known_size[known] }} - 1
-            + row_number() OVER (PARTITION BY known.id IS NULL ORDER BY {{ order }})) AS id
+            + row_number() OVER (PARTITION BY known.id IS NULL ORDER BY train DESC, cold DESC, value)) AS id
         FROM counted LEFT JOIN {{ known }} AS known USING (value)
 {%- else %}
-    SELECT value, train, total, row_number() OVER (ORDER BY {{ order }}) - 1 AS id FROM counted
+    SELECT value, train, total, ordinal - 1 AS id FROM (
+{{ numbered("counted", "train, cold", "train DESC, cold DESC", "value") }}) AS numbered
 {%- endif %}
 {% endmacro %}
 CREATE TABLE users AS
-    WITH counted AS (SELECT usr AS value, count(*) FILTER (WHERE split = 0) AS train, count(*) AS total
-        FROM requests GROUP BY usr)
+    WITH counted AS (SELECT usr AS value, {{ counted }} FROM requests GROUP BY usr)
 {{ with_ids("known_user" if known_size else "") }};
 CREATE TABLE items AS
-    WITH counted AS (SELECT item AS value, count(*) FILTER (WHERE split = 0) AS train, count(*) AS total,
-        max(request_time) AS last_time FROM used GROUP BY item),
+    WITH counted AS (SELECT item AS value, {{ counted }}, max(request_time) AS last_time
+        FROM used GROUP BY item),
     -- Times first: the places of all rows would take much longer to compare.
     placed AS (SELECT item AS value, max(file * {{ rows_of_a_file }} + "row") AS last,
         arg_max(place, file * {{ rows_of_a_file }} + "row") AS place
@@ -241,10 +255,11 @@ CREATE TABLE {{ vocabulary(feature) }} AS
     counted AS (SELECT value, sum(train)::BIGINT AS train, sum(total)::BIGINT AS total FROM of_rows
         {% if known in known_size %}ANTI JOIN {{ name(known) }} USING (value){% endif %}
         WHERE value IS NOT NULL GROUP BY value),
-    ranked AS (SELECT *, row_number() OVER (ORDER BY train DESC, value) AS turn FROM counted)
+    ranked AS (
+{{ numbered("counted", "train", "train DESC", "value") }})
     SELECT value, train, total,
-        CASE WHEN turn <= {{ feature.size - known_size.get(known, 0) }} AND train > 0
-             THEN turn END AS id FROM ranked;
+        CASE WHEN ordinal <= {{ feature.size - known_size.get(known, 0) }} AND train > 0
+             THEN ordinal END AS id FROM ranked;
 {% endfor %}
 
 -- 6. The fields to encode; `ordered.py` sorts them.
