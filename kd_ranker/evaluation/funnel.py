@@ -26,14 +26,13 @@ class FunnelCurves:
       survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
       value_captured: summed teacher value of the m items shown if the teacher ranks only the
         student's top k. The last entry is that of all retrieved: the denominator of a share.
-      true_value_captured: summed true value of the same items, with the columns of `true_value`.
-        NaN where the true values are not known.
+      true_value_captured: summed true value of the same items, with the columns of `true_value`;
+        NaN where it is not known.
       shown_kept: number of candidates in the student's top k that the logged funnel has shown; 0
         where it has shown all or none, which cannot distinguish students.
       positives_kept: number of candidates in the student's top k with a positive label of a task.
       positives_shown: number of these among the m items shown.
-      gain: teacher value of the m candidates that the student ranks first, in its order; 0 where it
-        is not known.
+      gain: teacher value of the student's first m candidates; 0 where it is not known.
       ideal_gain: the same in the teacher's own order.
       counts: False where the teacher knows no candidate; all curves of its choice are 0 there.
     """
@@ -114,8 +113,7 @@ def top_values(
       shown: m; fewer are chosen where there are fewer.
 
     Returns:
-      Σ value and Σ true value over the m candidates of highest value, and Σ true value over the m
-      of highest true value; each is at least 0, or NaN where the truth is not known.
+      Three sums, each at least 0, or NaN where the truth is not known.
     """
 
     def top(of: Float[Array, "R N"]) -> tuple[Float[Array, "R m"], Int[Array, "R m"]]:
@@ -212,7 +210,7 @@ def _curves_of_request(
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
-    """The candidate that each newcomer evicts from the top m, maybe itself; N while there is room.
+    """The place that each newcomer evicts from the top m, maybe its own; N while there is room.
 
     Each newcomer is inserted into the sorted slots: slot i keeps its place unless the newcomer's is
     smaller; then it takes the larger of the newcomer's place and that of slot i - 1.

@@ -31,17 +31,11 @@ class Credit(NamedTuple):
 
 
 class Interleaved(NamedTuple):
-    """A mixed list, in the order in which to show it.
-
-    Attributes:
-      items: the items of both lists, each once.
-      sides: the side that picked each item.
-      shared: True for each item that both lists contain.
-    """
+    """A mixed list: the items of both lists, each once, in the order in which to show them."""
 
     items: list[Hashable]
-    sides: list[Side]
-    shared: list[bool]
+    sides: list[Side]  # the side that picked each item
+    shared: list[bool]  # True for each item that both lists contain
 
     def credit(self, clicked: Iterable[Hashable]) -> Credit:
         """Count the distinct clicked items of each side.

@@ -1,8 +1,8 @@
-"""The number of candidates that the student passes, chosen per request.
+"""The number of candidates that the student passes, chosen per request from its sorted scores.
 
-A policy reads the student's sorted scores of a request and chooses k. A request passes few
-candidates where the student is sure, and many elsewhere. Policies are fitted on validation
-requests, so that all keep the same share of the final value there, and measured on test requests.
+A request passes few candidates where the student is sure, and many elsewhere. Policies are fitted
+on validation requests, so that all keep the same share of the final value there, and measured on
+test requests.
 
 Axes: `R` requests, `K` values of k, increasing; the last is all that was retrieved; `F` features.
 """
@@ -30,19 +30,12 @@ Choice = Int[np.ndarray | Array, "R"]
 
 
 class Curves(NamedTuple):
-    """The value captured at each k by one student, per request.
+    """The value captured at each k by one student, per request."""
 
-    Attributes:
-      ks: [K], the values of k to choose among.
-      score: [R, K], see `Score`.
-      captured: [R, K], the teacher's value of the items shown if k pass; it does not decrease.
-      candidates: [R], how many were retrieved.
-    """
-
-    ks: Int[np.ndarray, "K"]
-    score: Float[np.ndarray, "R K"]
-    captured: Float[np.ndarray, "R K"]
-    candidates: Float[np.ndarray, "R"]
+    ks: Int[np.ndarray, "K"]  # to choose among
+    score: Float[np.ndarray, "R K"]  # see `Score`
+    captured: Float[np.ndarray, "R K"]  # teacher value of the items shown, never decreasing
+    candidates: Float[np.ndarray, "R"]  # number retrieved
 
     @property
     def lost(self) -> Float64[np.ndarray, "R K"]:
@@ -55,6 +48,11 @@ class Curves(NamedTuple):
         """The candidates that the teacher scores at each k: all of a request with fewer."""
         return np.minimum(self.ks, self.candidates[:, None]).astype(np.float64)
 
+    @property
+    def have_value(self) -> bool:
+        """True if all numbers are finite, and there is value to keep."""
+        return all(np.isfinite(of).all() for of in self) and self.captured[:, -1].sum() > 0
+
     def kept(self, choice: Choice) -> float:
         """The share of the value that a choice keeps: a ratio of sums over requests."""
         return 1 - float(self.lost[np.arange(len(choice)), choice].mean())
@@ -65,9 +63,6 @@ class Policy:
     """A rule that chooses k for each request from the student's sorted scores.
 
     The scores are an array of NumPy or of JAX, and so is the choice.
-
-    Attributes:
-      ks: [K], the values of k to choose among, increasing.
     """
 
     name: ClassVar[str]
@@ -98,11 +93,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Policy):
-    """The same k for all: the smallest that keeps the target.
-
-    Attributes:
-      place: that of k in `ks`.
-    """
+    """The same k for all: the smallest that keeps the target, at `place` in `ks`."""
 
     name: ClassVar[str] = "uniform"
     place: int
@@ -120,11 +111,7 @@ class Uniform(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(Policy):
-    """The largest k at which all candidates reach a threshold on the student's value.
-
-    Attributes:
-      threshold: the largest that keeps the target.
-    """
+    """The largest k at which all candidates reach the largest threshold that keeps the target."""
 
     name: ClassVar[str] = "threshold"
     threshold: float
@@ -147,24 +134,17 @@ class Threshold(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Policy):
-    """The least k + μ · the expected value lost at k, as a network predicts it.
+    """The least k + price · the expected value lost at k, as a network predicts it.
 
     The network is fitted by Poisson regression, so its predictions are right in the mean over the
-    requests that it is fitted to. The price μ of lost value is about the smallest that keeps the
-    target, by out-of-fold predictions. A price for a budget over all requests: Jiang et al.,
-    "DCAF", 2020, arXiv:2006.09684. Of more than 20,000 requests, the first 20,000 count.
-
-    Attributes:
-      price: μ, in candidates per mean value of a request.
-      logs: whether the features are of the logarithms of scores.
-      mean: [F], of each feature on the requests of the fit.
-      deviation: [F], the standard deviation of each.
-      network: arrays by name, see `_predict`.
+    requests that it is fitted to. The price is about the smallest that keeps the target, by
+    out-of-fold predictions. A price for a budget over all requests: Jiang et al., "DCAF", 2020,
+    arXiv:2006.09684. Of more than 20,000 requests, the first 20,000 count.
     """
 
     name: ClassVar[str] = "learned"
-    price: float
-    logs: bool
+    price: float  # in candidates per mean value of a request
+    logs: bool  # whether the features are of the logarithms of scores
     mean: Float[np.ndarray, "F"]
     deviation: Float[np.ndarray, "F"]
     network: Mapping[str, Float[np.ndarray, "..."]]
@@ -228,7 +208,7 @@ def fit(
     """Fit policies to the validation requests of one ranker.
 
     Args:
-      curves: [R, K], as `evaluate.Each` has them.
+      curves: [R, K], of `evaluate.Each`.
       ks: their values of k.
       policies: names of `POLICIES`.
       target: the share of the value to keep.
@@ -237,7 +217,7 @@ def fit(
       The policies by name; none for a ranker with NaN in its curves, or without value to keep.
     """
     known = _curves(curves, ks)
-    return {name: POLICIES[name].fit(known, target) for name in policies if _have_value(known)}
+    return {name: POLICIES[name].fit(known, target) for name in policies if known.have_value}
 
 
 def sums(
@@ -251,7 +231,7 @@ def sums(
 
     Args:
       fitted: the result of `fit`.
-      tested: its curves on test requests, [R, K], as `evaluate.Each` has them.
+      tested: its curves on test requests, [R, K], of `evaluate.Each`.
       ks: their values of k.
       policies: names of `POLICIES`.
       target: the share of the value that the bound keeps.
@@ -263,13 +243,15 @@ def sums(
     """
     test = _curves(tested, ks)
     requests = np.arange(len(test.candidates))
-    if not (fitted and _have_value(test)):
-        nothing = np.full(len(requests), np.nan)
-        return {f"policy_{of}/{name}": nothing for of in _CHOSEN for name in named(policies)}
-    choices = {name: fitted[name].choose(test.score) for name in policies}
-    choices[HINDSIGHT] = hindsight(test, target)
+    choices: dict[str, Choice] = {}
+    if fitted and test.have_value:
+        choices = {name: fitted[name].choose(test.score) for name in policies}
+        choices[HINDSIGHT] = hindsight(test, target)
+    nothing = np.full(len(requests), np.nan)
     return {
         f"policy_{of}/{name}": np.asarray(tested[of])[requests, choices[name]]
+        if choices
+        else nothing
         for of in _CHOSEN
         for name in named(policies)
     }
@@ -291,22 +273,16 @@ def to_json(fitted: Mapping[Who, Mapping[str, Policy]]) -> str:
 def from_json(text: str) -> dict[Who, dict[str, Policy]]:
     """The inverse of `to_json`."""
     fitted: dict[Who, dict[str, Policy]] = {}
-    for of in json.loads(text):
+    for of in json.loads(text, object_hook=_with_arrays):
         who, name = (of.pop("member"), of.pop("serve")), of.pop("policy")
-        fitted.setdefault(who, {})[name] = POLICIES[name](**_with_arrays(of))
+        fitted.setdefault(who, {})[name] = POLICIES[name](**of)
     return fitted
 
 
-def _with_arrays(value: Any) -> Any:
-    """Turn the lists of an object of JSON into arrays."""
-    if isinstance(value, dict):
-        return {name: _with_arrays(of) for name, of in value.items()}
-    return np.asarray(value) if isinstance(value, list) else value
-
-
-def _have_value(curves: Curves) -> bool:
-    """Test whether the curves are finite, and there is value to keep."""
-    return all(np.isfinite(of).all() for of in curves) and curves.captured[:, -1].sum() > 0
+def _with_arrays(of: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.asarray(value) if isinstance(value, list) else value for name, value in of.items()
+    }
 
 
 def _curves(curves: Sums, ks: Sequence[int]) -> Curves:
