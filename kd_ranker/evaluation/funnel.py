@@ -117,20 +117,19 @@ def top_values(
     """
 
     def top(of: Float[Array, "R N"]) -> tuple[Float[Array, "R m"], Int[Array, "R m"]]:
-        there = candidate_mask & ~jnp.isnan(of)
-        return lax.top_k(jnp.where(there, of, -jnp.inf), min(shown, of.shape[1]))
+        known = candidate_mask & ~jnp.isnan(of)
+        return lax.top_k(jnp.where(known, of, -jnp.inf), min(shown, of.shape[1]))
 
-    promised, chosen = top(value)
+    (promised, chosen), (best, _) = top(value), top(true_value)
     found = jnp.take_along_axis(true_value, chosen, axis=1)
-    best, _ = top(true_value)
-    unknown = jnp.any(candidate_mask & jnp.isnan(true_value), axis=1)
     is_chosen = jnp.isfinite(promised)
-
-    def summed(of: Float[Array, "R m"], which: Bool[Array, "R m"]) -> Float[Array, "R"]:
-        return jnp.where(unknown, jnp.nan, jnp.sum(of, axis=1, where=which))
-
     counts = jnp.isfinite(best) & jnp.any(is_chosen, axis=1, keepdims=True)
-    return summed(promised, is_chosen), summed(found, is_chosen), summed(best, counts)
+    unknown = jnp.any(candidate_mask & jnp.isnan(true_value), axis=1)
+    own, true, most = (
+        jnp.where(unknown, jnp.nan, jnp.sum(of, axis=1, where=which))
+        for of, which in ((promised, is_chosen), (found, is_chosen), (best, counts))
+    )
+    return own, true, most
 
 
 def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64, Int
 
-from kd_ranker.evaluation.metrics import HINDSIGHT, Sums
+from kd_ranker.evaluation.metrics import HINDSIGHT, TARGET, Sums
 from kd_ranker.evaluation.results import Who
 
 Score = Float[np.ndarray | Array, "R K"]
@@ -144,7 +144,6 @@ class Learned(Policy):
 
     name: ClassVar[str] = "learned"
     price: float  # in candidates per mean value of a request
-    logs: bool  # whether the features are of the logarithms of scores
     mean: Float[np.ndarray, "F"]
     deviation: Float[np.ndarray, "F"]
     network: Mapping[str, Float[np.ndarray, "..."]]
@@ -153,8 +152,7 @@ class Learned(Policy):
     def fit(cls, curves: Curves, target: float) -> Self:
         """See `Policy`."""
         curves = Curves(curves.ks, *(of[:_MOST_REQUESTS] for of in curves[1:]))
-        logs = bool((curves.score >= 0).all())
-        features = np.asarray(_features(curves.score, logs))
+        features = np.asarray(_features(curves.score))
         deviation = features.std(axis=0)
         scale = features.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation)
         standard = _standard(features, *scale)
@@ -166,11 +164,11 @@ class Learned(Policy):
         out_of_fold = predicted[fold, np.arange(len(features))]
         price = _least_price(curves, out_of_fold, curves.ks, target)
         whole = {name: np.asarray(of[-1]) for name, of in networks.items()}
-        return cls(curves.ks, price, logs, *scale, whole)
+        return cls(curves.ks, price, *scale, whole)
 
     def choose(self, score: Score) -> Choice:
         """See `Policy`."""
-        standard = _standard(_features(score, self.logs), self.mean, self.deviation)
+        standard = _standard(_features(score), self.mean, self.deviation)
         network = {name: jnp.asarray(of) for name, of in self.network.items()}
         lost = score.__array_namespace__().asarray(_predict(network, standard))
         return _cheapest(self.ks, lost, self.price)
@@ -202,39 +200,31 @@ def named(policies: Sequence[str]) -> tuple[str, ...]:
     return (*(name for name in POLICIES if name in policies), HINDSIGHT) if policies else ()
 
 
-def fit(
-    curves: Sums, ks: Sequence[int], policies: Sequence[str], target: float
-) -> dict[str, Policy]:
-    """Fit policies to the validation requests of one ranker.
+def fit(curves: Sums, ks: Sequence[int], policies: Sequence[str]) -> dict[str, Policy]:
+    """Fit policies to the validation requests of one ranker, which then keep `TARGET`.
 
     Args:
       curves: [R, K], of `evaluate.Each`.
       ks: their values of k.
       policies: names of `POLICIES`.
-      target: the share of the value to keep.
 
     Returns:
       The policies by name; none for a ranker with NaN in its curves, or without value to keep.
     """
     known = _curves(curves, ks)
-    return {name: POLICIES[name].fit(known, target) for name in policies if known.have_value}
+    return {name: POLICIES[name].fit(known, TARGET) for name in policies if known.have_value}
 
 
 def sums(
-    fitted: Mapping[str, Policy],
-    tested: Sums,
-    ks: Sequence[int],
-    policies: Sequence[str],
-    target: float,
+    fitted: Mapping[str, Policy], tested: Sums, ks: Sequence[int], policies: Sequence[str]
 ) -> Sums:
-    """The value that the policies of one ranker keep on each test request.
+    """The value that the policies of one ranker, and the bound, keep on each test request.
 
     Args:
       fitted: the result of `fit`.
       tested: its curves on test requests, [R, K], of `evaluate.Each`.
       ks: their values of k.
       policies: names of `POLICIES`.
-      target: the share of the value that the bound keeps.
 
     Returns:
       `policy_<curve>/<policy>` -> that curve at the chosen k, [R], for the policies of `named`. All
@@ -246,7 +236,7 @@ def sums(
     choices: dict[str, Choice] = {}
     if fitted and test.have_value:
         choices = {name: fitted[name].choose(test.score) for name in policies}
-        choices[HINDSIGHT] = hindsight(test, target)
+        choices[HINDSIGHT] = hindsight(test, TARGET)
     nothing = np.full(len(requests), np.nan)
     return {
         f"policy_{of}/{name}": np.asarray(tested[of])[requests, choices[name]]
@@ -318,10 +308,10 @@ def _cheapest(
     return (cost + price * lost).argmin(axis=1)
 
 
-def _features(score: Score, logs: bool) -> Float[np.ndarray | Array, "R F"]:
-    """Features of sorted scores: the scores or their logarithms, gaps, entropy and mass."""
+def _features(score: Score) -> Float[np.ndarray | Array, "R F"]:
+    """Features of sorted scores, which are at least 0: logarithms, gaps, entropy and mass."""
     xp = score.__array_namespace__()
-    level = xp.log(xp.maximum(score, 1e-9)) if logs else score
+    level = xp.log(xp.maximum(score, 1e-9))
     gaps = level - level[:, :1]
     share = xp.exp(gaps)
     share /= share.sum(axis=1, keepdims=True)
