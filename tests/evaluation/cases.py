@@ -94,10 +94,6 @@ class Case:
             batch, truth, unknown, jnp.asarray(self.propensity), jnp.asarray(self.request_mask)
         )
 
-    def of_requests(self, which: slice) -> "Case":
-        own = vars(self).items()
-        return Case(**{name: of if name == "value_weights" else of[which] for name, of in own})
-
 
 def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
     generator = np.random.default_rng(seed)

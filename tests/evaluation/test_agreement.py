@@ -113,23 +113,21 @@ def test_tau_of_many_candidates_is_that_of_scipy_but_for_the_sample(known_share:
     assert abs(error.mean()) < 4 * error.std() / np.sqrt(len(error))
 
 
-def test_tau_of_a_student_that_tells_none_apart_is_0_and_of_a_diverged_one_nan() -> None:
+def test_tau_where_one_of_the_two_ties_all_or_diverged() -> None:
     teacher, mask = np.random.default_rng(2).uniform(size=(1, 30)), np.ones((1, 30), bool)
     tau, counts = teacher_tau(np.ones((1, 30)), teacher, mask)
     assert (tau == 0).all()
     assert counts.all()
+    for equal in (np.ones((1, 1)), np.ones((1, 20)), np.full((1, 20), np.nan)):
+        tau, counts = teacher_tau(
+            np.arange(equal.size, dtype=float)[None], equal, np.ones(equal.shape, bool)
+        )
+        assert (tau == 0).all()
+        assert not counts.any()
     diverged = np.where(np.arange(30) == 4, np.nan, teacher)
     assert np.isnan(teacher_tau(diverged, teacher, mask)[0]).all()
     # Where the teacher does not know that candidate, the others are judged.
     np.testing.assert_allclose(teacher_tau(diverged, diverged, mask)[0], 1)
-
-
-def test_tau_of_one_candidate_or_equal_ones_does_not_count() -> None:
-    for teacher in (np.ones((1, 1)), np.ones((1, 20)), np.full((1, 20), np.nan)):
-        student = np.arange(teacher.size, dtype=float)[None]
-        tau, counts = teacher_tau(student, teacher, np.ones(teacher.shape, bool))
-        assert (tau == 0).all()
-        assert not counts.any()
 
 
 @pytest.mark.parametrize("shown", [1, 5, 30])
