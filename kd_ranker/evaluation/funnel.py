@@ -106,14 +106,9 @@ def top_values(
 ) -> tuple[Float[Array, "R"], Float[Array, "R"], Float[Array, "R"]]:
     """The value of a ranker's own top m: promised, true, and the most that any m have.
 
-    Args:
-      value: the ranker's; NaN is never chosen, and a request with only NaN counts for nothing.
-      true_value: of each candidate, non-negative; NaN where the dataset does not know it.
-      candidate_mask: False on padding, which is not chosen.
-      shown: m; fewer are chosen where there are fewer.
-
-    Returns:
-      Three sums, each at least 0, or NaN where the truth is not known.
+    A candidate with a value of NaN is never chosen, and a request with only these counts for
+    nothing. Fewer than m are chosen where there are fewer. Sums are at least 0, or NaN where the
+    dataset does not know a true value.
     """
 
     def top(of: Float[Array, "R N"]) -> tuple[Float[Array, "R m"], Int[Array, "R m"]]:

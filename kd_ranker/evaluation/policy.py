@@ -201,15 +201,10 @@ def named(policies: Sequence[str]) -> tuple[str, ...]:
 
 
 def fit(curves: Sums, ks: Sequence[int], policies: Sequence[str]) -> dict[str, Policy]:
-    """Fit policies to the validation requests of one ranker, which then keep `TARGET`.
+    """Fit policies to the validation requests of one ranker, so that each keeps `TARGET`.
 
-    Args:
-      curves: [R, K], of `evaluate.Each`.
-      ks: their values of k.
-      policies: names of `POLICIES`.
-
-    Returns:
-      The policies by name; none for a ranker with NaN in its curves, or without value to keep.
+    `curves` [R, K] are those of `evaluate.Each` at the values `ks`. There are no policies for a
+    ranker with NaN in its curves, or without value to keep.
     """
     known = _curves(curves, ks)
     return {name: POLICIES[name].fit(known, TARGET) for name in policies if known.have_value}
@@ -218,13 +213,9 @@ def fit(curves: Sums, ks: Sequence[int], policies: Sequence[str]) -> dict[str, P
 def sums(
     fitted: Mapping[str, Policy], tested: Sums, ks: Sequence[int], policies: Sequence[str]
 ) -> Sums:
-    """The value that the policies of one ranker, and the bound, keep on each test request.
+    """The value that fitted policies, and the bound, keep on each test request of one ranker.
 
-    Args:
-      fitted: the result of `fit`.
-      tested: its curves on test requests, [R, K], of `evaluate.Each`.
-      ks: their values of k.
-      policies: names of `POLICIES`.
+    `tested` [R, K] are its curves of `evaluate.Each` at the values `ks`.
 
     Returns:
       `policy_<curve>/<policy>` -> that curve at the chosen k, [R], for the policies of `named`. All

@@ -3,15 +3,11 @@
     oracle        sorts by the true value, where the dataset knows it
     incumbent     sorts by the score of the early ranker that filled the log, where it is known
     random        sorts at random
-    popularity    sorts by the summed label weight of an item's impressions in training
-    show_rate     sorts by the share of the requests that passed an item in which it was shown
-    pass_rate     sorts by the share of the requests that retrieved an item in which it was passed
-    top_rate      sorts by the share of the requests in which the logged final ranker scored an item
-                  in which it came among the first `shown`
-    static_list   sorts by the mean value of an item in training
+    popularity, show_rate, pass_rate, top_rate, static_list
+                  sort by a number of the item in training, see `Statistics`
 
-The last five are lists of items that ignore the user. `reference_ranker` makes one `Ranker` of all
-references, with a serve name each, which `evaluate.evaluate` measures like a group of students.
+`reference_ranker` makes one `Ranker` of all references, with a serve name each, which
+`evaluate.evaluate` measures like a group of students.
 """
 
 from collections.abc import Sequence
@@ -51,14 +47,17 @@ _SOME, _NEARLY_ALL = 1000, 0.9
 class Statistics:
     """Numbers of each item from the training split, in [0, 1], float32, by the name of the list.
 
-    A rate is n / (m + 10) of an item that had the chance m times and came through n times.
+        popularity   the summed label weight of its impressions, over that of the most popular item;
+                     a sampled negative represents others
+        show_rate    the share of the requests that passed the item in which it was shown; where the
+                     log passed no other item than it showed, of those that retrieved it
+        pass_rate    the share of the requests that retrieved it in which it was passed
+        top_rate     the share of the requests in which the final ranker scored it, for every task,
+                     in which it came among the first `top`
+        static_list  the mean of Σ_t w_t p_t / Σ_t w_t over the same requests; in a dataset without
+                     any, of the user labels by label weight, and there is no top_rate
 
-        popularity   over that of the most popular item; a sampled negative represents others
-        show_rate    of the requests that passed the item; where the log passed no other item than
-                     it showed, of those that retrieved it
-        top_rate     of the requests in which every task of the item was logged properly
-        static_list  n / (n + 10) times the mean of Σ_t w_t p_t / Σ_t w_t over these n requests; in
-                     a dataset without any, user labels by label weight, and no top_rate
+    A share or mean of n has n + 10 as its denominator.
     """
 
     lists: dict[str, Float[Array, "items"]]
@@ -70,11 +69,7 @@ def train_statistics(
 ) -> Statistics:
     """Return the statistics of a dataset, from one pass over its training requests.
 
-    Args:
-      dataset: the dataset; true probabilities are not read.
-      value_weights: one weight per task, not all 0.
-      top: the number of candidates that the final ranker shows, for `top_rate`.
-      seed: of the reference `random`.
+    `top` is the number of candidates that the final ranker shows. True probabilities are not read.
     """
     weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)
     counted = weights > 0

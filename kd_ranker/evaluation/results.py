@@ -205,14 +205,10 @@ def read_joined(folders: Sequence[Path]) -> pd.DataFrame:
 def join(validation: Sequence[Path], test: Sequence[Path], costs: Costs = FLOPS) -> dict[str, str]:
     """Merge the tables of several runs: file name -> text.
 
-    Every run has measured its teacher, which is kept once per split. With several teachers, the
-    curves and the calibration are those of the first. Savings are filled in, see `fill_savings`.
-    Everything else is copied unchanged.
-
-    Args:
-      validation: folders of the runs, with all members measured on validation.
-      test: folders of the members that validation chose, measured on the test split.
-      costs: the costs that replace FLOPs.
+    The runs have measured all members on validation, and in other folders those that validation
+    chose on the test split. Every run has measured its teacher, which is kept once per split. With
+    several teachers, the curves and the calibration are those of the first. Savings are filled in,
+    see `fill_savings`. Everything else is copied unchanged.
     """
     joined = _joined(FILE, [*validation, *test])
     filled = fill_savings(read_csv(io.StringIO(_text(joined))), costs)
@@ -246,11 +242,8 @@ def write_tables(
 ) -> None:
     """Write tables by their file names, then the manifest of the folder, with its config if any.
 
-    Args:
-      folder: of a run, a cohort or a sweep.
-      tables: contents by file name.
-      made_of: fingerprints of the measured rankers.
-      parts: files that the tables were joined from, such as the manifests of cohorts.
+    The tables are measured on rankers with the fingerprints `made_of`, or joined from `parts`, such
+    as the manifests of cohorts.
     """
     on_first(lambda: (folder / manifest.FILE).unlink(missing_ok=True))
     for file, content in tables.items():

@@ -35,13 +35,9 @@ SAVINGS = ("funnel_cost_saving", "saving_over_none", "saving_over_incumbent")
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of one call, from the compiled program's own cost analysis.
 
-    The program is compiled for a CPU, whatever device the models run on: a compiler counts its own
-    output. A matrix product [a, b] · [b, c] counts 2abc. The body of a loop (`lax.scan`,
-    `lax.while_loop`) is counted once, however often it runs.
-
-    Args:
-      function: a function of arrays, compiled here and never run.
-      *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+    The function of arrays, or of `jax.ShapeDtypeStruct`s, is compiled for a CPU, whatever device
+    the models run on: a compiler counts its own output. It never runs. A matrix product [a, b] ·
+    [b, c] counts 2abc. The body of a loop is counted once, however often it runs.
 
     Raises:
       UserError: the compiler reports no FLOPs for this program.
@@ -104,12 +100,8 @@ def funnel_cost(
 ) -> Numbers:
     """The mean cost of a request: candidates · student + scored · teacher, and its fixed part.
 
-    Args:
-      candidates: mean candidates of a request, which the student ranks.
-      scored: mean candidates that the teacher ranks: min(k, those of the request) if k are passed.
-      student_flops: FLOPs per candidate.
-      teacher_flops: the same of the teacher.
-      costs: the costs that replace FLOPs.
+    Numbers of candidates are means over requests: those that the student ranks, and those that the
+    teacher scores. FLOPs are per candidate; `costs` replace them.
 
     >>> funnel_cost(candidates=2000, scored=200, student_flops=10.0, teacher_flops=200.0)
     60000.0
@@ -229,16 +221,11 @@ def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
 def with_savings(
     rows: pd.DataFrame, against: Mapping[str, str], teacher_flops: float, costs: Costs = FLOPS
 ) -> pd.DataFrame:
-    """The rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and `SAVINGS`.
+    """The labelled rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and savings.
 
     A saving is 1 − cost / cost of the baseline in the same repeat, each at its own `CRITERION`: at
-    most 1, and negative if this ranker costs more. NaN where the baseline was not measured.
-
-    Args:
-      rows: students and references, with labels.
-      against: the result of `baselines`.
-      teacher_flops: per candidate.
-      costs: the costs that replace FLOPs.
+    most 1, and negative if this ranker costs more. NaN where the baseline, of those in `against`
+    from `baselines`, was not measured.
     """
     cost = []
     for row in rows.to_dict("records"):

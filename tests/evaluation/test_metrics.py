@@ -150,27 +150,27 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
     np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
 
 
-def test_user_ndcg_is_that_of_scikit_learn_on_labelled_candidates() -> None:
+def test_ndcg_is_that_of_scikit_learn() -> None:
     case = random_case()
     case.label[0] = 0  # a request that does not count
     case.label_weight[1, 5:] = 0
     case.teacher_weight[:, ::3] = 0  # the teacher is judged only where it is known
     known = case.teacher_weight.all(axis=-1)
-    for row, probability, there in (
-        (case.row([]), case.student, np.ones_like(known)),
-        (case.teacher_row([]), case.teacher, known),
-    ):
-        expected = []
-        for value, gain, labelled in zip(
-            probability @ VALUE_WEIGHTS,
-            case.label @ VALUE_WEIGHTS,
-            there & (case.label_weight > 0),
-            strict=True,
-        ):
-            if gain[labelled].any():
-                expected.append(ndcg_score([gain[labelled]], [value[labelled]], k=SHOWN))
-        assert 0 < len(expected) < 6
-        assert row["user_ndcg"] == pytest.approx(np.mean(expected), rel=1e-5)
+    row, of_teacher = case.row([]), case.teacher_row([])
+    student, teacher, gain = (of @ VALUE_WEIGHTS for of in (case.student, case.teacher, case.label))
+    labelled = case.label_weight > 0
+
+    def mean(value: np.ndarray, gain: np.ndarray, there: np.ndarray) -> float:
+        requests = [np.where(of)[0] for of in there]
+        return np.mean([
+            ndcg_score([gain[of, which]], [value[of, which]], k=SHOWN)
+            for of, which in enumerate(requests) if gain[of, which].any()
+        ])  # fmt: skip
+
+    expected = mean(student, gain, labelled), mean(teacher, gain, labelled & known)
+    assert (row["user_ndcg"], of_teacher["user_ndcg"]) == pytest.approx(expected, rel=1e-5)
+    expected = mean(student, np.where(known, teacher, 0), case.stage > 0)
+    assert row["teacher_ndcg"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_regret_is_that_of_the_top_that_the_ranker_itself_would_show() -> None:
@@ -242,26 +242,24 @@ def test_sums_of_many_batches_keep_all_digits() -> None:
 
 def test_padding_changes_nothing() -> None:
     case = random_case()
-    sums = case.sums()
     # Weights of 1 and values of NaN: only the stage marks padding.
     fills = {"teacher_weight": 1, "label_weight": 1, "stage": Stage.PADDING}
-
-    def padded(name: str, array: np.ndarray) -> np.ndarray:
-        width = [(0, 0), (0, 5)] + [(0, 0)] * (array.ndim - 2)
-        return np.pad(array, width, constant_values=fills.get(name, np.nan))
-
-    arrays = {name: of for name, of in vars(case).items() if of.ndim > 1}
-    changed = {name: padded(name, of) for name, of in arrays.items()}
-    longer = dataclasses.replace(case, **changed).sums()
-    # At the same k, the same share of the passed: padding is no candidate.
-    longer["covered_user_value"] = longer["covered_user_value"][:40]
-    curves = [name for name, of in longer.items() if of.shape[:1] == (45,)]
-    assert len(curves) == 11
-    for name in curves:
-        curve = longer[name]
-        np.testing.assert_array_equal(curve[40:], np.broadcast_to(curve[39], curve[40:].shape))
-        longer[name] = curve[:40]
-    assert_same_sums(longer, sums)
+    padded = {
+        name: np.pad(
+            of, [(0, 0), (0, 5)] + [(0, 0)] * (of.ndim - 2), constant_values=fills.get(name, np.nan)
+        )
+        for name, of in vars(case).items()
+        if of.ndim > 1
+    }
+    longer = dataclasses.replace(case, **padded)
+    # At the same k, a user metric passes the same share: padding is no candidate.
+    assert longer.row([1, 7, 40]) == pytest.approx(case.row([1, 7, 40]), rel=1e-5, nan_ok=True)
+    of_longer, of_case = metrics.curves(longer.sums(), TASKS), metrics.curves(case.sums(), TASKS)
+    for name, curve in of_longer.items():
+        # All that are passed beyond the candidates change nothing.
+        if name != "covered_user_value":
+            assert (curve[40:] == curve[39]).all(), name
+        np.testing.assert_allclose(curve[:40], of_case[name], rtol=1e-5, err_msg=name)
 
 
 def test_teacher_judged_as_a_student() -> None:
@@ -280,18 +278,15 @@ def test_teacher_judged_as_a_student() -> None:
 
 def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
     case = random_case()
-
-    def of_tasks(*names: str) -> set[str]:
-        return {f"{name}/{task}" for name in names for task in TASKS}
-
-    against_teacher = of_tasks("teacher_bce", "teacher_kl", "teacher_kl_shown")
+    names = ("teacher_bce", "teacher_kl", "teacher_kl_shown")
+    against_teacher = {f"{name}/{task}" for name in names for task in TASKS}
     against_teacher |= {"alignment_ratio", "alignment_ratio_bce"}
-    of_probabilities = {*of_tasks("user_bce", "user_calibration"), "top_calibration"}
+    names = ("user_bce", "user_calibration")
+    of_probabilities = {f"{name}/{task}" for name in names for task in TASKS} | {"top_calibration"}
     row, of_order = case.row([SHOWN]), case.row([SHOWN], "rank")
     assert empty_of(of_order) == against_teacher
+    assert of_order == pytest.approx(row | dict.fromkeys(against_teacher, np.nan), nan_ok=True)
     assert empty_of(case.teacher_row([SHOWN], "rank")) == against_teacher | of_probabilities
-    rest = row.keys() - against_teacher - UNSEEN
-    assert {name: row[name] for name in rest} == {name: of_order[name] for name in rest}
 
 
 def test_unknown_inputs_give_nan() -> None:
@@ -370,28 +365,23 @@ def test_users_measures_are_those_of_one_funnel_after_the_other() -> None:
     ks = [1, 4, 12, 30]
     row = case.row(ks)
     value = (case.label * case.value_weights).sum(axis=2) * (case.label_weight > 0)
+    weighted = np.where(case.label_weight > 0, value / case.propensity, 0)
     found = {}
     for k in ks:
-        every = passed_shown = of_labels = by_propensity = 0.0
+        sums = np.zeros(4)
         for request in range(5):
-            there = [place for place in range(30) if case.stage[request, place] > 0]
-            passed = [place for place in there if case.stage[request, place] >= Stage.PASSED]
+            there = np.flatnonzero(case.stage[request] > 0).tolist()
+            passed = np.flatnonzero(case.stage[request] >= Stage.PASSED).tolist()
             shown = shown_by_funnel(case, request, there, k)
-            every += len(shown)
-            passed_shown += len(set(shown) & set(passed))
-            by_propensity += sum(
-                value[request, place] / case.propensity[request, place]
-                for place in shown
-                if case.label_weight[request, place] > 0
-            )
             some = math.ceil(min(k, len(there)) * len(passed) / len(there))
-            of_passed = shown_by_funnel(case, request, passed, some)
-            of_labels += sum(value[request, place] for place in of_passed)
-        found[k] = np.array([of_labels, by_propensity])
+            covered = value[request, shown_by_funnel(case, request, passed, some)].sum()
+            coverage = len(shown), len({*shown} & {*passed})
+            sums += [covered, weighted[request, shown].sum(), *coverage]
+        *found[k], every, passed_shown = sums
         assert row[f"coverage@{k}"] == pytest.approx(passed_shown / every)
     for k in ks:
         shares = [row[f"{name}@{k}"] for name in ("covered_user_value", "ips_user_value")]
-        np.testing.assert_allclose(shares, found[k] / found[30], rtol=1e-5)
+        np.testing.assert_allclose(shares, np.divide(found[k], found[30]), rtol=1e-5)
 
 
 def test_a_label_without_a_propensity_has_no_weight() -> None:
@@ -428,10 +418,11 @@ def test_a_metric_that_is_put_into_the_table_is_measured_and_has_its_columns():
         assert "kept_rate@10/like" in results.columns(TASKS, ReportAt(ks=(10,)))
         assert "kept_rate/like" in results.curves_columns(TASKS)
         assert metrics.title_of("kept_rate@10/like") == "kept rate@10 like"
-    value, positive = case.student @ VALUE_WEIGHTS, case.label * (case.label_weight > 0)[..., None]
+    positive = case.label * (case.label_weight > 0)[..., None]
+    order = (-case.student @ VALUE_WEIGHTS).argsort(axis=1)[..., None]
+    kept = np.take_along_axis(positive, order, axis=1).cumsum(axis=1).sum(axis=0)
     for k, (index, task) in itertools.product((1, 10), enumerate(TASKS)):
-        kept = np.take_along_axis(positive[..., index], (-value).argsort(axis=1)[:, :k], axis=1)
-        share = pytest.approx(kept.sum() / positive[..., index].sum(), rel=1e-5)
+        share = pytest.approx(kept[k - 1, index] / kept[-1, index], rel=1e-5)
         assert row[f"kept_rate@{k}/{task}"] == row[f"other@{k}/{task}"] == share
         assert curves[f"kept_rate/{task}"][k - 1] == share
 
