@@ -224,10 +224,11 @@ def _check_value(key: Key, value: Any, is_element: bool = False) -> None:
     """Check a value of a key, or an element of its tuple."""
     if isinstance(value, (tuple, list)):
         _check_elements(key, value)
-    elif isinstance(value, str) and isinstance(key.allowed, TermNames):
-        key.allowed.check(key.name, value)
-    elif isinstance(value, str) and key.allowed is not None and not isinstance(key.allowed, Bound):
-        check_choice(key.name, value, key.allowed)
+    elif isinstance(value, str):
+        if isinstance(key.allowed, TermNames):
+            key.allowed.check(key.name, value)
+        elif key.allowed is not None and not isinstance(key.allowed, Bound):
+            check_choice(key.name, value, key.allowed)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         for bound in (FINITE, key.allowed):
             if isinstance(bound, Bound) and not bound.holds(value):

@@ -326,10 +326,8 @@ def evaluate(
             for found in map_parts(functools.partial(_scores, places, there), parts):
                 slots |= found
             batch = there[0].batch.replace(teacher_probability=probability, teacher_weight=weight)
-            measured = _measured(
-                *([of_teacher, *slots.values()], there[0].replace(batch=batch)),
-                *(plan, sizes, own_devices, pool),
-            )
+            scored, judged = [of_teacher, *slots.values()], there[0].replace(batch=batch)
+            measured = _measured(scored, judged, plan, sizes, own_devices, pool)
             sums = add(sums, measured.sums)
             if plan.keep:
                 present = int(np.asarray(evaluation_batch.request_mask).sum())
