@@ -366,26 +366,19 @@ def _measured(
     size = least if devices[0].platform == "cpu" else min(max(least, _power(each)), most)
     weights, functions = np.asarray(plan.value_weights, np.float32), sum_functions()
 
-    def call(first: int, device: jax.Device) -> Summed:
-        some = [scored[min(at, len(scored) - 1)] for at in range(first, first + size)]
-        is_teacher = np.arange(first, first + size) == 0
-        arguments = _on(device, (some, is_teacher, evaluation_batch, weights))
-        return jax.device_get(
-            _measure(*arguments, sizes=sizes, functions=functions, ks=tuple(plan.ks))
-        )
-
-    found = pool.map(call, range(0, len(scored), size), itertools.cycle(devices))
-    return jax.tree.map(lambda *of: np.concatenate(of)[: len(scored)], *found)
-
-
-def _on(device: jax.Device, tree: Any) -> Any:
-    """Arrays on a device, from the host or from devices, of which each holds them whole."""
-
     def here(array: Any) -> Any:
         whole = isinstance(array, jax.Array) and not array.is_fully_addressable
         return array.addressable_data(0) if whole else array
 
-    return jax.device_put(jax.tree.map(here, tree), device)
+    def call(first: int, device: jax.Device) -> Summed:
+        some = [scored[min(at, len(scored) - 1)] for at in range(first, first + size)]
+        is_teacher = np.arange(first, first + size) == 0
+        inputs = jax.tree.map(here, (some, is_teacher, evaluation_batch, weights))
+        choices = {"sizes": sizes, "functions": functions, "ks": tuple(plan.ks)}
+        return jax.device_get(_measure(*jax.device_put(inputs, device), **choices))
+
+    found = pool.map(call, range(0, len(scored), size), itertools.cycle(devices))
+    return jax.tree.map(lambda *of: np.concatenate(of)[: len(scored)], *found)
 
 
 def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:

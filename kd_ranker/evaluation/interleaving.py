@@ -126,8 +126,6 @@ def requests_needed(
             f"effect={effect} of a mean value_a of {a.mean():g} is no positive change, or a value "
             "is not finite; give a positive effect and finite values with a positive mean"
         )
-    if (a == b).all():
-        raise UserError("value_a equals value_b in every request; give requests that differ")
     return RequestsNeeded(
         number_needed(2 * (a.var(ddof=1) + b.var(ddof=1)), change),
         number_needed((a - b).var(ddof=1), change),

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kd_ranker.config.keys import POLICIES
 from kd_ranker.evaluation import agreement, funnel
@@ -82,7 +82,7 @@ class Metric(NamedTuple):
 def _of_users(ranked: Ranked) -> Sums:
     probability, label, weight = ranked.labels
     area, has_both = agreement.user_auc(probability, label, weight)
-    ndcg, has_positive = agreement.ndcg(*ranked.user_gains)
+    ndcg, has_positive = _user_ndcg(ranked)
     return {
         "user_bce": weighted_sum(agreement.binary_cross_entropy(probability, label), weight),
         "label_weight": weight.sum(axis=1),
@@ -93,6 +93,19 @@ def _of_users(ranked: Ranked) -> Sums:
         "user_ndcg": ndcg,
         "user_ndcg_requests": has_positive,
     }
+
+
+def _user_ndcg(ranked: Ranked) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
+    """NDCG of the labelled candidates; equal values keep the order of the candidates."""
+    gain, value, weight = map(
+        ranked.of_labelled, (ranked.user_value, ranked.value, ranked.label_weight)
+    )
+    known, shown = weight > 0, ranked.sizes.shown
+    order = jnp.argsort(jnp.where(known, -value, jnp.inf), axis=1, stable=True)
+    own = jnp.take_along_axis(gain, order, axis=1)
+    diverged = jnp.any(known & jnp.isnan(value), axis=1, keepdims=True)
+    best = -jnp.sort(-gain, axis=1)
+    return agreement.ndcg(jnp.where(diverged, jnp.nan, own)[:, :shown], best[:, :shown])
 
 
 def _of_teacher(ranked: Ranked) -> Sums:
@@ -107,8 +120,11 @@ def _of_teacher(ranked: Ranked) -> Sums:
 
 def _on_shown(ranked: Ranked) -> Sums:
     """The student, the teacher and the users on the same items: shown, and known to the teacher."""
-    student, teacher, weight = ranked.judged
-    against_user = agreement.binary_cross_entropy(student, ranked.labels[1])
+    student, label, weight = ranked.labels
+    teacher = ranked.of_labelled(ranked.teacher_probability)
+    known = (ranked.teacher_weight > 0) & ranked.teacher_knows[..., None]
+    weight = jnp.where(ranked.of_labelled(known), weight, 0.0)
+    against_user = agreement.binary_cross_entropy(student, label)
     against_teacher = agreement.binary_cross_entropy(student, teacher)
     return {
         "shown_user_bce": weighted_sum(against_user, weight),

@@ -100,9 +100,14 @@ class Ranked:
         return jnp.where(self.mask[..., None], self.batch.teacher_weight, 0.0)
 
     @functools.cached_property
+    def teacher_knows(self) -> Bool[Array, "R N"]:
+        """True where the teacher's probability of each task that counts in the value is known."""
+        return jnp.all((self.teacher_weight > 0) | (self.value_weights == 0), axis=-1)
+
+    @functools.cached_property
     def label_weight(self) -> Float[Array, "R N"]:
         """Weights of the user labels; 0 where a label does not count."""
-        counts = self.mask & (self._teacher_knows | ~jnp.asarray(self.is_teacher))
+        counts = self.mask & (self.teacher_knows | ~jnp.asarray(self.is_teacher))
         return jnp.where(counts, self.batch.label_weight, 0.0)
 
     @functools.cached_property
@@ -114,7 +119,7 @@ class Ranked:
     def teacher_value(self) -> Float[Array, "R N"]:
         """The teacher's value of each candidate; NaN where it is not known."""
         value = funnel.value(self.teacher_probability, self.value_weights)
-        return jnp.where(self._teacher_knows, value, jnp.nan)
+        return jnp.where(self.teacher_knows, value, jnp.nan)
 
     @functools.cached_property
     def true_value(self) -> Float[Array, "R N"]:
@@ -126,41 +131,17 @@ class Ranked:
         """The value of each candidate's user labels; 0 where it has none."""
         return funnel.value(self._positive.astype(jnp.float32), self.value_weights)
 
+    def of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
+        """The values of the candidates that have a label, in their order."""
+        return jax.vmap(lambda of_request, places: of_request[places])(values, self._with_label)
+
     @functools.cached_property
     def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
         """Probability, user label and label weight of the candidates that have a label."""
         probability, label, weight = map(
-            self._of_labelled, (self.probability, self.batch.user_label, self.label_weight)
+            self.of_labelled, (self.probability, self.batch.user_label, self.label_weight)
         )
         return probability, label, jnp.broadcast_to(weight[..., None], probability.shape)
-
-    @functools.cached_property
-    def judged(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
-        """Ranker's and teacher's probability, and label weight, of the candidates with a label.
-
-        The weight is 0 where the teacher's value or probability is not known: elsewhere ranker,
-        teacher and users can be compared.
-        """
-        known = self._of_labelled((self.teacher_weight > 0) & self._teacher_knows[..., None])
-        probability, _, weight = self.labels
-        teacher = self._of_labelled(self.teacher_probability)
-        return probability, teacher, jnp.where(known, weight, 0.0)
-
-    @functools.cached_property
-    def user_gains(self) -> tuple[Float[Array, "R m"], Float[Array, "R m"]]:
-        """The value of the user labels of the m labelled candidates that the ranker puts first.
-
-        The second array is the same in the best order. Equal values keep the order of the
-        candidates. Both are 0 where there are fewer than m, and the first is NaN if a value is.
-        """
-        gain, weight, value = map(
-            self._of_labelled, (self.user_value, self.label_weight, self.value)
-        )
-        known, shown = weight > 0, self.sizes.shown
-        order = jnp.argsort(jnp.where(known, -value, jnp.inf), axis=1, stable=True)
-        own, best = jnp.take_along_axis(gain, order, axis=1), -jnp.sort(-gain, axis=1)
-        diverged = jnp.any(known & jnp.isnan(value), axis=1, keepdims=True)
-        return jnp.where(diverged, jnp.nan, own)[:, :shown], best[:, :shown]
 
     @functools.cached_property
     def curves(self) -> funnel.FunnelCurves:
@@ -205,20 +186,12 @@ class Ranked:
         return jnp.take_along_axis(curves.true_value_captured, index, axis=1)
 
     @functools.cached_property
-    def _teacher_knows(self) -> Bool[Array, "R N"]:
-        """True where the teacher's probability of each task that counts in the value is known."""
-        return jnp.all((self.teacher_weight > 0) | (self.value_weights == 0), axis=-1)
-
-    @functools.cached_property
     def _positive(self) -> Bool[Array, "R N T"]:
         return (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
 
     @functools.cached_property
     def _was_passed(self) -> Bool[Array, "R N"]:
         return self.mask & (self.batch.stage >= Stage.PASSED)
-
-    def _of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
-        return jax.vmap(lambda of_request, places: of_request[places])(values, self._with_label)
 
     @functools.cached_property
     def _with_label(self) -> Int[Array, "R L"]:
