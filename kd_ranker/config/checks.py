@@ -1,7 +1,7 @@
 """Checks of a config before anything long begins: each fault is one line, with its remedy."""
 
+import dataclasses
 import difflib
-import functools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +19,10 @@ from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of, ways
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError, check_choice, check_tasks
-from kd_ranker.requests.columns import Columns, Counts, slices
+from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training import recipes
-from kd_ranker.training.mapping import shares
+from kd_ranker.training.recipes import terms_of
 
 # Signals that only order candidates, with the reason for messages.
 _ORDERS = {"stage": "stages are an order"}
@@ -43,18 +42,6 @@ def _losses(config: ConfigDict) -> Iterator[Sequence[str]]:
     for terms in _choices_of_terms(config):
         losses = config.sweep.axes.distill.loss or (config.distill.loss,)
         yield from [terms] if terms else [(loss,) for loss in losses]
-
-
-def _reads_signal(texts: Sequence[str]) -> bool:
-    """Test if any of these losses learns from `teacher.signal`."""
-    return not all(":" in text for text in texts)
-
-
-def _lacks_pmap(key: str, config: ConfigDict) -> bool:
-    """Test if `pmap` is set, which cannot do the value of this key of `parallel`."""
-    value = config.parallel[key]
-    needed = value > 1 if key == "members" else value not in (False, "replicated")
-    return config.parallel.mapping == "pmap" and needed
 
 
 class Rule(NamedTuple):
@@ -101,12 +88,8 @@ _RULES = (
         "leave one out",
     ),
     Rule(
-        lambda c: len(c.value_weights) != len(c.tasks),
-        "value_weights={c.value_weights} must have one weight per task of {c.tasks}",
-    ),
-    Rule(
-        lambda c: not any(c.value_weights),
-        "value_weights={c.value_weights} must not be all 0",
+        lambda c: len(c.value_weights) != len(c.tasks) or not any(c.value_weights),
+        "value_weights={c.value_weights} must have one weight per task of {c.tasks}, not all 0",
     ),
     Rule(
         lambda c: not c.funnel.shown <= c.funnel.passed <= c.funnel.retrieved,
@@ -123,23 +106,24 @@ _RULES = (
             not c.costs.teacher.candidate
             and (c.costs.student.candidate or c.costs.student.request or c.costs.teacher.request)
         ),
-        "costs.student.candidate={c.costs.student.candidate}, "
-        "costs.student.request={c.costs.student.request} and "
-        "costs.teacher.request={c.costs.teacher.request} are in your own unit, and "
-        "costs.teacher.candidate=0 takes FLOPs; set that as well",
+        "the other costs are in your own unit, and costs.teacher.candidate=0 takes FLOPs; set that "
+        "as well",
     ),
     Rule(
         lambda c: c.costs.student.candidate and _varies_sizes(c),
         "costs.student.candidate={c.costs.student.candidate} is of one student, and "
-        "sweep.axes.student has several; leave it 0, which takes each one's FLOPs in the teacher's "
-        "unit",
+        "sweep.axes.student has several; leave it 0, which takes the FLOPs of each",
     ),
     Rule(
         lambda c: c.sweep.axes.distill.loss and any(_choices_of_terms(c)),
         "sweep.axes.distill.loss changes nothing of distill.terms; vary sweep.axes.distill.terms",
     ),
     Rule(
-        lambda c: c.sweep.axes.teacher.signal and not all(map(_reads_signal, _losses(c))),
+        # A loss such as "topk:stage" has its own signal.
+        lambda c: (
+            c.sweep.axes.teacher.signal
+            and any(all(":" in text for text in texts) for texts in _losses(c))
+        ),
         "sweep.axes.teacher.signal changes nothing of a loss with its own signal, or of terms that "
         "all have one; vary sweep.axes.distill.loss or sweep.axes.distill.terms",
     ),
@@ -148,24 +132,22 @@ _RULES = (
         "parallel.devices={c.parallel.devices} with parallel.processes, which use all of their "
         "devices; set it to 0",
     ),
-    *(
-        Rule(
-            functools.partial(_lacks_pmap, key),
-            f"parallel.mapping='pmap' cannot do parallel.{key}={{c.parallel.{key}!r}}; take 'auto' "
-            "or 'shard_map'",
-        )
-        for key in ("members", "deterministic", "tables", "processes")
+    Rule(
+        lambda c: (
+            (
+                (c.parallel.members > 1 or c.parallel.tables == "sharded")
+                or (c.parallel.deterministic or c.parallel.processes)
+            )
+            and c.parallel.mapping == "pmap"
+        ),
+        "parallel.mapping='pmap' cannot do parallel.members above 1, parallel.tables='sharded', "
+        "parallel.deterministic or parallel.processes; take 'auto' or 'shard_map'",
     ),
 )
 
 
 def validate(config: ConfigDict, devices: int | None = None) -> None:
-    """Raises UserError on the first fault in a config.
-
-    Args:
-      config: the config.
-      devices: how many there are; None takes those of JAX.
-    """
+    """Raises UserError on the first fault in a config, by default with the devices of JAX."""
     keys = check_keys(config)
     _check_platforms()
     available = jax.device_count() if devices is None else devices
@@ -238,33 +220,11 @@ def _leaves(config: ConfigDict, keys: Collection[str], above: str = "") -> Itera
 _WANTED = {str: "names", int: "whole numbers", bool: "truth values", tuple: "tuples"}
 
 
-def _check_value(key: Key, value: Any) -> None:
+def _check_value(key: Key, value: Any, is_element: bool = False) -> None:
+    """Check a value of a key, or an element of its tuple."""
     if isinstance(value, (tuple, list)):
-        _check_elements(key, key.name, value)
-    elif not isinstance(value, ConfigDict):
-        _check_allowed(key, f"{key.name}={value!r}", value, "")
-
-
-def _check_elements(key: Key, holder: str, values: Sequence[Any]) -> None:
-    """Checks the elements of a tuple; an axis of a key that is a tuple has tuples as elements."""
-    if key.required and not values:
-        raise UserError(f"{holder} is empty; give it at least one value")
-    if key.distinct and len(set(values)) < len(values):
-        raise UserError(f"{holder}={tuple(values)} names a value twice")
-    for element in values:
-        types = (int, float) if key.type is float else key.type
-        # bool is an int to Python, and no number to anyone else.
-        if not isinstance(element, types) or (isinstance(element, bool) and key.type is not bool):
-            takes = _WANTED.get(key.type, "numbers")
-            raise UserError(f"{holder} holds {element!r}; it takes {takes}")
-        if isinstance(element, tuple):
-            _check_elements(KEYS[key.name.removeprefix(axis_of(""))], holder, element)
-        else:
-            _check_allowed(key, f"{holder} holds {element!r}", element, ", which")
-
-
-def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
-    if isinstance(value, str):
+        _check_elements(key, value)
+    elif isinstance(value, str):
         if isinstance(key.allowed, TermNames):
             key.allowed.check(key.name, value)
         elif key.allowed is not None and not isinstance(key.allowed, Bound):
@@ -272,7 +232,24 @@ def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         for bound in (FINITE, key.allowed):
             if isinstance(bound, Bound) and not bound.holds(value):
-                raise UserError(f"{found}{joint} {bound.text}")
+                found = f" holds {value!r}, which" if is_element else f"={value!r}"
+                raise UserError(f"{key.name}{found} {bound.text}")
+
+
+def _check_elements(key: Key, values: Sequence[Any]) -> None:
+    if key.required and not values:
+        raise UserError(f"{key.name} is empty; give it at least one value")
+    if key.distinct and len(set(values)) < len(values):
+        raise UserError(f"{key.name}={tuple(values)} names a value twice")
+    types = (int, float) if key.type is float else key.type
+    takes = _WANTED.get(key.type, "numbers")
+    if key.type is tuple:  # the axis of a key that is a tuple
+        key = dataclasses.replace(KEYS[key.name.removeprefix(axis_of(""))], name=key.name)
+    for value in values:
+        # bool is an int to Python, and no number to anyone else.
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+            raise UserError(f"{key.name} holds {value!r}; it takes {takes}")
+        _check_value(key, value, is_element=True)
 
 
 def _check_replaced(config: ConfigDict) -> None:
@@ -303,16 +280,13 @@ def _check_platforms() -> None:
 
 
 def _check_devices(config: ConfigDict, available: int) -> None:
-    if config.parallel.devices > available:
-        raise UserError(
-            f"parallel.devices={config.parallel.devices}, but there are {available}; 0 takes all"
-        )
     devices, members = config.parallel.devices or available, config.parallel.members
+    if devices > available:
+        raise UserError(f"parallel.devices={devices}, but there are {available}; 0 takes all")
     if members and devices % members:
-        fitting = [number for number in range(1, devices + 1) if devices % number == 0]
         raise UserError(
-            f"parallel.members={members} does not divide the {devices} devices; take one of "
-            f"{', '.join(map(str, fitting))}, or 0"
+            f"parallel.members={members} does not divide the {devices} devices; take a number that "
+            "does, or 0"
         )
     _check_requests("teacher.batch.requests", config.teacher.batch.requests, devices)
     # Without a word on members, a sweep's own are spread so that the requests fit.
@@ -331,16 +305,12 @@ def check_single(config: ConfigDict, devices: int | None = None) -> None:
 
 
 def _check_requests(name: str, requests: int, devices: int, members: int = 1) -> None:
-    sharing = devices // members
-    if requests % sharing == 0:
-        return
-    spread = f" with parallel.members={members}" if members > 1 else ""
-    fitting = ", ".join(map(str, shares(devices, requests)))
-    remedy = f"parallel.members of {fitting}" if members > 1 else "set parallel.devices"
-    raise UserError(
-        f"{name}={requests} cannot be shared by {devices} devices{spread}; take a multiple of "
-        f"{sharing}, or {remedy}"
-    )
+    if requests % (sharing := devices // members):
+        spread = f" with parallel.members={members}" if members > 1 else ""
+        raise UserError(
+            f"{name}={requests} cannot be shared by {devices} devices{spread}; take a multiple of "
+            f"{sharing}, or change parallel.devices or parallel.members"
+        )
 
 
 def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDERS) -> None:
@@ -355,37 +325,35 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
         choice; or a loss that needs probabilities has a signal that only orders candidates.
     """
     for member in members:
-        distill, terms = member.distill, recipes.terms_of(member)
-        serves, weights = MODES[distill.mode].serve, distill.term_weights
+        distill, terms, candidates = member.distill, terms_of(member), member.batch.candidates
+        serves, weights = MODES[distill.mode].serve, tuple(distill.term_weights)
         # Only a mode with a choice of heads reads the key.
         if len(serves) > 1:
             check_choice("distill.serve", distill.serve, serves)
         if terms and weights and len(weights) != len(terms):
             raise UserError(
-                f"distill.term_weights={tuple(weights)} has {len(weights)} numbers for the "
-                f"{len(terms)} of distill.terms={tuple(distill.terms)}; give one per term"
+                f"distill.term_weights={weights} must have one number per term of "
+                f"distill.terms={tuple(distill.terms)}"
             )
-        candidates, losses = member.batch.candidates, {term.loss for term in terms}
-        if losses & {"topk", "dftopk"} and distill.top_k >= candidates:
+        if {term.loss for term in terms} & {"topk", "dftopk"} and distill.top_k >= candidates:
             raise UserError(
                 f"distill.top_k={distill.top_k} takes in all batch.candidates={candidates} of a "
                 "request, which leaves the losses topk and dftopk nothing to learn; lower it"
             )
-        weighs = distill.weight and any(weights or (1,))
-        if terms and not distill.user_weight and not weighs:
-            key = "distill.term_weights" if distill.weight else "distill.weight"
+        weighs = distill.user_weight or (distill.weight and any(weights or (1,)))
+        if terms and not weighs:
             raise UserError(
-                f"distill.user_weight=0 and {key}=0 leave a student of mode {distill.mode} nothing "
-                "to learn from; raise one of them"
+                f"distill.user_weight=0, distill.weight={distill.weight:g} and "
+                f"distill.term_weights={weights} leave a student of mode {distill.mode} nothing to "
+                "learn from; raise one of them"
             )
         for loss, signal in terms:
             if LOSSES[loss].needs_probabilities and signal in orders:
                 name = "distill.terms" if distill.terms else "distill.loss"
                 others = sorted(name for name, of in LOSSES.items() if not of.needs_probabilities)
-                choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
                 raise UserError(
                     f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "
-                    f"choose one of: {', '.join(choices)}"
+                    f"choose {name} of: {', '.join(others)}; or distill.mode=none"
                 )
 
 
@@ -402,45 +370,51 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
         a sampler needs scores that the log lacks.
     """
     config = next(iter(members))
-    signals = {term.signal for member in members for term in recipes.terms_of(member)}
-    counts = dataset.columns["train"].counts
+    name, counts = config.data.name, dataset.columns["train"].counts
     of_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
+    signals = set()
     for member in members:
-        stage = member.teacher.stage
-        from_teacher = any(term.signal == "logged" for term in recipes.terms_of(member))
-        if from_teacher and stage in of_stage and not of_stage[stage].any():
+        stage, own = member.teacher.stage, {term.signal for term in terms_of(member)}
+        if "logged" in own and stage in of_stage and not of_stage[stage].any():
             raise UserError(
-                f"teacher.stage={stage}: in the training requests of {config.data.name}, no "
-                f"candidate has {stage} as its furthest stage; choose another one"
+                f"teacher.stage={stage}: in the training requests of {name}, no candidate has "
+                f"{stage} as its furthest stage; choose another one"
             )
-    for member in members:
         check_sampler("batch.sampler", member.batch.sampler, dataset)
-    from_log = config.teacher.source == "logged" and "logged" in signals
-    if from_log and dataset.spec.teacher_signal != "probability":
-        what = {"rank": "positions", "score": "scores"}[dataset.spec.teacher_signal]
-        check_students(members, {"logged": f"the log of {config.data.name} holds its {what}"})
-    logged = _is_logged(dataset.columns["train"])
-    if from_log and not logged.any():
+        signals |= own
+    if config.teacher.source == "logged":
+        _check_logged(dataset, members, "logged" in signals)
+    reached = np.stack([counts.shown, counts.passed])
+    if "stage" in signals and not ((reached > 0) & (reached < counts.retrieved)).any():
         raise UserError(
-            f"the signal logged is missing: no training request of {config.data.name} holds "
-            "a proper number of its teacher; look at the columns and the version that data.* "
-            "names, or choose distill.mode=none"
+            f"the signal stage is constant: all candidates of a request of {name} came equally "
+            "far; choose teacher.signal=logged, or distill.mode=none"
+        )
+
+
+def _check_logged(dataset: Dataset, members: Collection[ConfigDict], is_learned: bool) -> None:
+    """Check the logged teacher of students, of which some learn from its scores or none."""
+    config, logged = next(iter(members)), _is_logged(dataset.columns["train"])
+    name, signal = config.data.name, dataset.spec.teacher_signal
+    if is_learned and signal != "probability":
+        what = {"rank": "positions", "score": "scores"}[signal]
+        check_students(members, {"logged": f"the log of {name} holds its {what}"})
+    if is_learned and not logged.any():
+        raise UserError(
+            f"the signal logged is missing: no training request of {name} holds a proper number "
+            "of its teacher; look at the columns and the version that data.* names, or choose "
+            "distill.mode=none"
         )
     missing = [
         f"{task} the weight {weight:g}"
         for task, weight, is_logged in zip(config.tasks, config.value_weights, logged, strict=True)
         if weight and not is_logged
     ]
-    if config.teacher.source == "logged" and logged.any() and missing:
+    if logged.any() and missing:
         raise UserError(
-            f"value_weights gives {', '.join(missing)}, and no training request of "
-            f"{config.data.name} holds a proper number of the teacher for it, so the teacher's "
-            "value is unknown everywhere; set that weight to 0, or leave the task out of tasks"
-        )
-    if "stage" in signals and not _stages_differ(counts):
-        raise UserError(
-            f"the signal stage is constant: all candidates of a request of {config.data.name} "
-            "came equally far; choose teacher.signal=logged, or distill.mode=none"
+            f"value_weights gives {', '.join(missing)}, and no training request of {name} holds a "
+            "proper number of the teacher for it, so the teacher's value is unknown everywhere; "
+            "set that weight to 0, or leave the task out of tasks"
         )
 
 
@@ -492,8 +466,3 @@ def _is_logged(columns: Columns) -> Bool[np.ndarray, "T"]:
     some = np.arange(0, len(columns), max(1, len(columns) // 1000))
     scored = columns.candidates.fields(some, columns.counts.scored[some])
     return ~np.isnan(scored["teacher_probability"]).all(axis=0)
-
-
-def _stages_differ(counts: Counts) -> bool:
-    reached = np.stack([counts.shown, counts.passed])
-    return bool(((reached > 0) & (reached < counts.retrieved)).any())

@@ -1,5 +1,8 @@
 """The configs that experiments start from: every key with its default."""
 
+import copy
+
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from kd_ranker.config.schema import keys_of
@@ -12,17 +15,8 @@ def get_config(source: str = "") -> ConfigDict:
     Args:
       source: a value of `data.name`; "" leaves out the keys that only one source has.
     """
-    config = ConfigDict()
-    for name, key in keys_of(source).items():
-        *sections, last = name.split(".")
-        holder = config
-        for section in sections:
-            if section not in holder:
-                holder[section] = ConfigDict()
-            holder = holder[section]
-        holder[last] = (
-            ConfigDict(key.default) if isinstance(key.default, ConfigDict) else key.default
-        )
+    defaults = {name: copy.deepcopy(key.default) for name, key in keys_of(source).items()}
+    config = ConfigDict(unflatten_dict(defaults, sep="."))
     config.data.name = source
     return config
 

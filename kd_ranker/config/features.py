@@ -33,15 +33,4 @@ def feature(
       cheap: for a dense item feature, whether the early ranker can afford it; if not, only the
         final ranker reads it.
     """
-    return ConfigDict(
-        dict(
-            of=of,
-            kind=kind,
-            column=column,
-            hashed=hashed,
-            size=size,
-            length=length,
-            standardise=standardise,
-            cheap=cheap,
-        )
-    )
+    return ConfigDict(locals())  # each argument by its name

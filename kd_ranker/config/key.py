@@ -17,13 +17,7 @@ Sweep = Literal["no", "members", "cohorts"]
 
 
 class Bound(NamedTuple):
-    """A condition on a finite number.
-
-    Attributes:
-      text: the condition as the end of a sentence.
-      range: the same in signs.
-      holds: number -> True if it does.
-    """
+    """A condition on a finite number, as the end of a sentence and in signs."""
 
     text: str
     range: str
@@ -31,12 +25,7 @@ class Bound(NamedTuple):
 
 
 class TermNames(NamedTuple):
-    """The names in a text "loss" or "loss:signal".
-
-    Attributes:
-      losses: the names of losses.
-      signals: the names of signals.
-    """
+    """The names in a text "loss" or "loss:signal"."""
 
     losses: Collection[str]
     signals: Collection[str]
@@ -130,14 +119,9 @@ class Key:
 def section(
     name: str, *keys: Key, influences: Influence, sweep: Sweep = "no", tuned: bool = False
 ) -> tuple[Key, ...]:
-    """The keys of a section under their whole names.
+    """The keys of a section, "" for the root, under their whole names.
 
-    Args:
-      name: the section, "" for the root.
-      *keys: named within the section.
-      influences: the default for keys without one.
-      sweep: the default for keys without one.
-      tuned: True if all keys are tuned; if False, a key may still set it for itself.
+    The other arguments are defaults for keys that do not set them.
     """
     return tuple(
         dataclasses.replace(

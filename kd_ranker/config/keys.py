@@ -15,9 +15,7 @@ from kd_ranker.config.key import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
-    Influence,
     Key,
-    Sweep,
     TermNames,
     section,
 )
@@ -41,89 +39,61 @@ POLICIES = ("uniform", "threshold", "learned")
 PLAN, JOIN = "plan", "join"  # the parts of a sweep that are not cohorts
 
 
-def _batch(
-    name: str, influences: Influence, sweep: Sweep, seed: Key, requests: int, candidates: int,
-    passed_share: float,
-) -> tuple[Key, ...]:  # fmt: skip
-    return section(
-        name,
+# The keys that students and teachers share, each named within its section.
+
+
+def _batch(requests: int, candidates: int, passed_share: float) -> tuple[Key, ...]:
+    return (
         Key("requests", requests, "requests per batch, over all devices", POSITIVE),
         Key("candidates", candidates, "candidates per request of a batch", POSITIVE),
         Key("passed_share", passed_share, "share of the passed in slots left by the shown", SHARE),
         Key("negative_rate", 1.0, "share of the shown without a positive label to keep", SHARE),
-        seed,
+        Key("seed", 0, "of the order of the data and the draws of candidates", NOT_NEGATIVE,
+            label="data", column="data_seed", may_differ=True),
         Key("order", "shuffled", "of the requests of an epoch: at random, or by time", ORDERS),
-        Key(
-            "sampler",
-            "funnel",
+        Key("sampler", "funnel",
             "the draw of a request's candidates: by kind (funnel), each as likely (uniform), or "
-            "those not shown that the teacher scores highest (hard)",
-            SAMPLERS,
-        ),
-        influences=influences,
-        sweep=sweep,
-    )
-
-
-def _model(name: str, influences: Influence, sweep: Sweep, *own: Key) -> tuple[Key, ...]:
-    return section(
-        name,
-        *own,
-        Key("width", 32, "numbers of an embedding", POSITIVE),
-        Key("table_scale", 0.05, "standard deviation of fresh embedding rows", NOT_NEGATIVE),
-        Key("user_rows", 0, "rows that user ids are hashed into; 0: one row per id", NOT_NEGATIVE),
-        Key("item_rows", 0, "rows that item ids are hashed into; 0: one row per id", NOT_NEGATIVE),
-        Key("category_rows", 0, "rows that all category ids are hashed into; 0: one row per id",
-            NOT_NEGATIVE),
-        Key("compute_dtype", "float32",
-            "of the arithmetic; fast_float32: float32, but the device chooses the precision of "
-            "matrix products; parameters stay float32", COMPUTE_DTYPES),
-        influences=influences,
-        sweep=sweep,
+            "those not shown that the teacher scores highest (hard)", SAMPLERS),
     )  # fmt: skip
 
 
-def _optimizer(name: str, influences: Influence, sweep: Sweep, rate: Key) -> tuple[Key, ...]:
-    return section(
-        name,
-        Key("name", "adam", "optimiser of the dense parameters", OPTIMIZERS, label="optimizer"),
-        rate,
-        Key("weight_decay", 0.0, "decoupled decay of the dense parameters", NOT_NEGATIVE),
-        Key("table_name", "adam", "optimiser of the embedding rows", ROW_OPTIMIZERS),
-        Key("table_learning_rate", 2e-3, "peak rate of the embedding rows", NOT_NEGATIVE),
-        Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows", NOT_NEGATIVE),
-        Key("schedule", "cosine", "of the rates over the steps; cosine ends at 0", SCHEDULES),
-        Key("warmup_steps", 50, "steps in which the rates rise to their peaks", NOT_NEGATIVE),
-        influences=influences,
-        sweep=sweep,
-        tuned=True,
-    )
+_MODEL = (
+    Key("width", 32, "numbers of an embedding", POSITIVE),
+    Key("table_scale", 0.05, "standard deviation of fresh embedding rows", NOT_NEGATIVE),
+    Key("user_rows", 0, "rows that user ids are hashed into; 0: one row per id", NOT_NEGATIVE),
+    Key("item_rows", 0, "rows that item ids are hashed into; 0: one row per id", NOT_NEGATIVE),
+    Key("category_rows", 0, "rows that all category ids are hashed into; 0: one row per id",
+        NOT_NEGATIVE),
+    Key("compute_dtype", "float32",
+        "of the arithmetic; fast_float32: float32, but the device chooses the precision of "
+        "matrix products; parameters stay float32", COMPUTE_DTYPES),
+)  # fmt: skip
 
+_OPTIMIZER = (
+    Key("name", "adam", "optimiser of the dense parameters", OPTIMIZERS, label="optimizer"),
+    Key("learning_rate", 2e-3, "peak rate of the dense parameters", NOT_NEGATIVE,
+        label="rate", column="learning_rate"),
+    Key("weight_decay", 0.0, "decoupled decay of the dense parameters", NOT_NEGATIVE),
+    Key("table_name", "adam", "optimiser of the embedding rows", ROW_OPTIMIZERS),
+    Key("table_learning_rate", 2e-3, "peak rate of the embedding rows", NOT_NEGATIVE),
+    Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows", NOT_NEGATIVE),
+    Key("schedule", "cosine", "of the rates over the steps; cosine ends at 0", SCHEDULES),
+    Key("warmup_steps", 50, "steps in which the rates rise to their peaks", NOT_NEGATIVE),
+)  # fmt: skip
 
-def _train(name: str, influences: Influence, sweep: Sweep) -> tuple[Key, ...]:
-    own = section(
-        name,
-        Key("steps", 1500, "train steps", POSITIVE),
-        influences=influences,
-        sweep=sweep,
-        tuned=True,
-    )
-    start = section(
-        name,
-        Key("warm_start", "", "workdir of a finished run on this dataset, or on one that it "
-            "extends: the parameters to start with"),
-        influences=influences,
-    )  # fmt: skip
-    return own + start + section(
-        name,
-        Key("log_every", 50, "steps from one line of metrics to the next", POSITIVE),
-        Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE),
-        Key("eval_every", 500, "steps from one evaluation to the next; 0: only at the end",
-            NOT_NEGATIVE),
-        Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE),
-        influences="nothing",
-    )  # fmt: skip
-
+_TRAIN = (
+    Key("steps", 1500, "train steps", POSITIVE, tuned=True),
+    Key("warm_start", "", "workdir of a finished run on this dataset, or on one that it extends: "
+        "the parameters to start with", sweep="no"),
+    Key("log_every", 50, "steps from one line of metrics to the next", POSITIVE,
+        influences="nothing", sweep="no"),
+    Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE,
+        influences="nothing", sweep="no"),
+    Key("eval_every", 500, "steps from one evaluation to the next; 0: only at the end",
+        NOT_NEGATIVE, influences="nothing", sweep="no"),
+    Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE,
+        influences="nothing", sweep="no"),
+)  # fmt: skip
 
 _ALL = (
     section(
@@ -168,19 +138,22 @@ _ALL = (
             "on the test split", POLICIES, element=str, influences="report", may_differ=True),
         influences="dataset",
     ),
-    _batch(
-        "batch", "student", "cohorts",
-        Key("seed", 0, "of the order of the data and the draws of candidates", NOT_NEGATIVE,
-            label="data", column="data_seed"),
-        requests=32, candidates=128, passed_share=0.5,
+    section(
+        "batch",
+        *_batch(requests=32, candidates=128, passed_share=0.5),
+        influences="student",
+        sweep="cohorts",
     ),
-    _model(
-        "student", "student", "members",
+    section(
+        "student",
         Key("name", "multi_interest", "the architecture", STUDENTS, label="student"),
         Key("interests", 4, "user embeddings a request", POSITIVE),
         Key("hidden", (64,), "units of each hidden layer", POSITIVE),
         Key("history", "none", "of the user's history: nothing, or the mean of its events",
             HISTORIES),
+        *_MODEL,
+        influences="student",
+        sweep="members",
     ),
     section(
         "distill",
@@ -208,14 +181,10 @@ _ALL = (
         influences="student",
         sweep="members",
     ),
-    _optimizer(
-        "optimizer", "student", "members",
-        Key("learning_rate", 2e-3, "peak rate of the dense parameters", NOT_NEGATIVE,
-            label="rate", column="learning_rate"),
-    ),
-    _train("train", "student", "members"),
+    section("optimizer", *_OPTIMIZER, influences="student", sweep="members", tuned=True),
     section(
         "train",
+        *_TRAIN,
         Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES,
             column="user_loss"),
         Key("unshown_weight", 0.0,
@@ -262,27 +231,21 @@ _ALL = (
         Key("log_weight", 0.0,
             "weight in its training of the loss on logged teacher probabilities; 0: only user "
             "labels", NOT_NEGATIVE),
-        influences="teacher",
-    ),
-    _model(
-        "teacher", "teacher", "no",
         Key("name", "final_ranker", "the architecture", TEACHERS),
         Key("attention_hidden", 16, "units of the attention over the history", POSITIVE),
         Key("cross_layers", 2, "cross layers", NOT_NEGATIVE),
         Key("experts", 4, "experts of the mixture", POSITIVE),
         Key("expert_hidden", 64, "hidden units of an expert", POSITIVE),
+        *_MODEL,
+        influences="teacher",
     ),
-    _batch(
-        "teacher.batch", "teacher", "no",
-        Key("seed", 0, "of the order of the data and the draws of candidates", NOT_NEGATIVE,
-            may_differ=True),
-        requests=128, candidates=10, passed_share=1.0,
+    section(
+        "teacher.batch",
+        *_batch(requests=128, candidates=10, passed_share=1.0),
+        influences="teacher",
     ),
-    _optimizer(
-        "teacher.optimizer", "teacher", "no",
-        Key("learning_rate", 2e-3, "peak rate of the dense parameters", NOT_NEGATIVE),
-    ),
-    _train("teacher.train", "teacher", "no"),
+    section("teacher.optimizer", *_OPTIMIZER, influences="teacher", tuned=True),
+    section("teacher.train", *_TRAIN, influences="teacher"),
     section(
         "evaluation",
         Key("requests", 16, "requests of a batch", POSITIVE, influences="nothing"),

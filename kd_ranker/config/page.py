@@ -29,31 +29,30 @@ def keys_page() -> str:
     sections: dict[str, list[Key]] = {}
     for key in KEYS.values():
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
-    parts = [_HEAD]
-    parts += [_part(name or "The root", keys) for name, keys in sections.items()]
+    parts = [_HEAD, *(_part(name or "The root", keys) for name, keys in sections.items())]
     sources: dict[int, list[str]] = {}
     for source, of_source in DATA_KEYS.items():
         sources.setdefault(id(of_source), []).append(source)
-    parts += [
-        _part(f"data, of {', '.join(names)}", DATA_KEYS[names[0]].values())
-        for names in sources.values()
-    ]
+    log = DATA_KEYS["parquet"]
+    for names in sources.values():
+        title, keys = f"data, of {', '.join(names)}", DATA_KEYS[names[0]]
+        lacking = ", ".join(f"`{name}`" for name in log if name not in keys)
+        if keys is not log and log.keys() & keys:
+            keys = {name: key for name, key in keys.items() if key is not log.get(name)}
+            title += f"\n\nThe keys of parquet except {lacking}{', and these:' if keys else '.'}"
+        parts.append(_part(title, keys.values()))
     return "\n".join(parts)
 
 
 def _part(title: str, keys: Iterable[Key]) -> str:
-    lines = [
-        f"## {title}",
-        "",
-        "| key | default | | takes | changes | sweep |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for key in keys:
         sweep = f"{key.sweep}{', tuned' * key.tuned}{', switch' * key.switch}"
         sweep = "" if key.sweep == "no" else sweep
         cells = (f"`{key.name}`", _default(key), key.help, _takes(key), key.influences, sweep)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, ""])
+    head = ["", "| key | default | | takes | changes | sweep |", "|---|---|---|---|---|---|"]
+    return "\n".join([f"## {title}", *(head if lines else []), *lines, ""])
 
 
 def _default(key: Key) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
@@ -13,7 +13,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.training.workdir import as_json, values_by_key
 
 # In the order of the chain: a change to a dataset changes everything made from it.
-INFLUENCES: tuple[Influence, ...] = ("dataset", "teacher", "student", "report", "nothing")
+INFLUENCES: tuple[Influence | None, ...] = get_args(Influence)
 
 # The axes of a sweep that have a separate key; all other axes are in `sweep.axes`.
 NAMED_AXES = {
@@ -77,7 +77,7 @@ def ways(config: ConfigDict) -> dict[str, ConfigDict]:
     """The sweeps that together make the sweep of a config, by the texts of `sweep.ways`.
 
     A way is a copy of the config in which the values that the text assigns replace axes. Without
-    `sweep.ways` the config itself is the only way, under the text "".
+    `sweep.ways` the config itself is the only way, under "".
 
     Raises:
       UserError: a text is not a list of assignments to different keys that a sweep may vary.
@@ -146,13 +146,9 @@ def set_value(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def without_influence(on: Influence) -> list[str]:
-    """The names of the keys that do not change a dataset, a teacher, a student or a report.
-
-    Args:
-      on: the thing that is not changed.
-    """
+    """The names of the keys that do not change a dataset, a teacher, a student or a report."""
     place = INFLUENCES.index(on)
-    return [key.name for key in _every_key() if INFLUENCES.index(_influence(key)) > place]
+    return [key.name for key in _every_key() if INFLUENCES.index(key.influences) > place]
 
 
 # The dataset and the teacher have separate fingerprints.
@@ -180,11 +176,6 @@ def may_differ() -> list[str]:
         for key in _every_key()
         if key.may_differ or key.sweep != "no" or key.influences == "nothing"
     ]
-
-
-def _influence(key: Key) -> Influence:
-    assert key.influences is not None, f"{key.name} is not in a section"
-    return key.influences
 
 
 def _every_key() -> Iterator[Key]:

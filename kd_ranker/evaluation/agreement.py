@@ -33,9 +33,7 @@ def weighted_sum(
 def binary_cross_entropy(
     probability: Float[Array, "*shape"], target: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Cross entropy of a probability against a target in [0, 1], elementwise, in nats.
-
-        -target · log(p) - (1 - target) · log(1 - p)
+    """Cross entropy in nats: −target · log(p) − (1 − target) · log(1 − p), target in [0, 1].
 
     `p` is the probability kept `MARGIN` (1.2e-7) away from 0 and 1, as scikit-learn's `log_loss`
     does with float32, so that a certain but wrong probability has a finite cost.
@@ -49,10 +47,7 @@ def binary_cross_entropy(
 
 
 def entropy(probability: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Entropy in nats, elementwise: the minimum of any cross entropy against this probability.
-
-    -p · log(p) - (1 - p) · log(1 - p),  with 0 · log(0) = 0
-    """
+    """Entropy in nats: −p · log(p) − (1 − p) · log(1 − p), with 0 · log(0) = 0."""
     rest = 1 - probability
     return -xlogy(probability, probability) - xlogy(rest, rest)
 
@@ -60,7 +55,7 @@ def entropy(probability: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def divergence(
     probability: Float[Array, "*shape"], target: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Kullback-Leibler divergence from a target in nats, elementwise: cross entropy - entropy.
+    """Kullback-Leibler divergence from a target in nats: cross entropy − entropy.
 
     Sum it after the subtraction: the difference of two large sums would lose the digits of a
     student that is close to its teacher.
@@ -71,16 +66,12 @@ def divergence(
 def user_auc(
     probability: Float[Array, "R N T"], label: Float[Array, "R N T"], weight: Float[Array, "R N T"]
 ) -> tuple[Float[Array, "R T"], Bool[Array, "R T"]]:
-    """Area under the ROC curve within each request, and whether the request counts.
+    """Area under the ROC curve within each request, and whether the request has both labels.
 
-    The share of the pairs (one candidate with label 1, one with label 0) in which the former has
-    the higher probability; a tie counts one half (Mann and Whitney's U over the number of pairs,
-    as in Hanley and McNeil 1982). Weights only select candidates (weight above 0): within a request
-    a sampled negative represents others that rank as it does.
-
-    Returns:
-      The area, in [0, 1], 0 where the request does not count, NaN where a probability is NaN;
-      and True where the request has both labels.
+    The share of the pairs (label 1, label 0) in which the former has the higher probability; a tie
+    counts one half (Hanley and McNeil 1982). A candidate takes part if its weight is above 0:
+    within a request a sampled negative represents others that rank as it does. The area is in
+    [0, 1], 0 where the request does not count, and NaN where a probability is NaN.
     """
     over_tasks = jax.vmap(_auc_of_list, in_axes=-1)
     return jax.vmap(over_tasks)(probability, label, weight > 0)
@@ -129,13 +120,12 @@ def alignment_ratio(
     distance: Float[np.ndarray, "T *more"],
     known: Bool[np.ndarray, "T *more"],
 ) -> Float[np.ndarray, "*more"]:
-    """(user BCE of the student - user BCE of the teacher) / distance, averaged over known tasks.
+    """(user BCE of the student − user BCE of the teacher) / distance, averaged over known tasks.
 
-    The share of the disagreement of student and teacher that costs on users. The distance is the
-    student's `teacher_kl` or `teacher_bce`; all are in nats and on the same items. Near 0, a
-    student predicts users as well as the teacher does; near 1, it only lacks the teacher's
-    knowledge; below 0, it predicts users better. NaN where a task's distance is 0 to rounding
-    (`NO_DISTANCE`), as of an exact copy, and where it is not known.
+    The distance is the student's `teacher_kl` or `teacher_bce`; all are in nats and on the same
+    items. Near 0, a student predicts users as well as the teacher does; near 1, it only lacks the
+    teacher's knowledge; below 0, it predicts users better. NaN where a task's distance is at most
+    `NO_DISTANCE`, as of an exact copy, and where it is not known.
     """
     ratio = (student_user_bce - teacher_user_bce) / np.where(
         distance > NO_DISTANCE, distance, np.nan
@@ -151,14 +141,9 @@ def ndcg(
 
         Σ_i gain_i / log2(1 + i)  over  the same of the ideal gains,  i = 1..m
 
-    The gain has no exponent (Järvelin and Kekäläinen 2002).
-
-    Args:
-      gain: of the candidates that the ranker puts first, in its order; at least 0.
-      ideal_gain: the same in the best order.
-
-    Returns:
-      A number in [0, 1], 0 where the request does not count; and False where the ideal is 0.
+    The gain, at least 0, has no exponent (Järvelin and Kekäläinen 2002). Both arrays are in the
+    order of their ranker. The result is in [0, 1], and 0 where the ideal is 0: such a request does
+    not count.
     """
     discount = 1 / jnp.log2(jnp.arange(gain.shape[-1]) + 2.0)
     ideal = (discount * ideal_gain).sum(axis=-1)
@@ -174,7 +159,7 @@ def teacher_tau(
 ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
     """Kendall's tau-b of the student's values against the teacher's, and whether it counts.
 
-        Σ sign(s_i - s_j) · sign(t_i - t_j) / sqrt(#{s_i ≠ s_j} · #{t_i ≠ t_j})
+        Σ sign(s_i − s_j) · sign(t_i − t_j) / sqrt(#{s_i ≠ s_j} · #{t_i ≠ t_j})
 
     The pairs (i, j) are a sample, the same for all students: each candidate that the teacher knows
     with the next `NEIGHBOURS` of them in the order of the request, which must be independent of
@@ -192,25 +177,24 @@ def teacher_tau(
     """
     known = candidate_mask & ~jnp.isnan(teacher_value)
     known_first = jnp.argsort(~known, axis=1, stable=True)
-
-    def laid_out(values: Float[Array, "R N"]) -> Float[Array, "R N+neighbours"]:
-        values = jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)
-        return jnp.pad(values, ((0, 0), (0, NEIGHBOURS)))
-
-    student, teacher, there = map(
-        laid_out, (student_value, teacher_value, known.astype(jnp.float32))
-    )
     candidates = known.shape[1]
-    agreed = student_differ = teacher_differ = jnp.zeros(known.shape)
-    for distance in range(1, NEIGHBOURS + 1):
-        other = slice(distance, distance + candidates)
-        # Known candidates come first, so a pair is known where its second candidate is.
-        of_student = jnp.sign(student[:, other] - student[:, :candidates]) * there[:, other]
-        of_teacher = jnp.sign(teacher[:, other] - teacher[:, :candidates]) * there[:, other]
-        agreed += of_student * of_teacher
-        student_differ += jnp.abs(of_student)
-        teacher_differ += jnp.abs(of_teacher)
-    pairs = teacher_differ.sum(axis=1)
-    scale = jnp.sqrt(jnp.maximum(student_differ.sum(axis=1), 1) * jnp.maximum(pairs, 1))
+
+    def with_next(values: Float[Array, "R N"]) -> Float[Array, "R N 1+neighbours"]:
+        values = jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)
+        padded = jnp.pad(values, ((0, 0), (0, NEIGHBOURS)))
+        windows = [padded[:, at : at + candidates] for at in range(1 + NEIGHBOURS)]
+        return jnp.stack(windows, axis=-1)
+
+    # Known candidates come first, so a pair is known where its second candidate is.
+    there = with_next(known.astype(jnp.float32))[..., 1:]
+    of_student, of_teacher = (
+        jnp.sign(of[..., 1:] - of[..., :1]) * there
+        for of in (with_next(student_value), with_next(teacher_value))
+    )
+    agreed, student_differ, pairs = (
+        of.sum(axis=(1, 2))
+        for of in (of_student * of_teacher, jnp.abs(of_student), jnp.abs(of_teacher))
+    )
+    scale = jnp.sqrt(jnp.maximum(student_differ, 1) * jnp.maximum(pairs, 1))
     counts = pairs > 0
-    return jnp.where(counts, agreed.sum(axis=1) / scale, 0.0), counts
+    return jnp.where(counts, agreed / scale, 0.0), counts

@@ -1,9 +1,8 @@
 """One pass over the evaluation requests that measures the teacher and any number of students.
 
 Two kinds of programs run for each batch. A *serving* program per group of students computes their
-probabilities. One *measuring* program, which all rankers share, turns the probabilities of a fixed
-number of rankers into sums, so it compiles once for a dataset. Sums are added on the host;
-`metrics.summarise` divides them at the end.
+probabilities. One *measuring* program turns those of a fixed number of rankers into sums. All
+rankers share it, so it compiles once for a dataset. `metrics.summarise` divides the sums.
 
 Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """
@@ -11,7 +10,7 @@ Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -39,39 +38,24 @@ _PER_CALL = 4, 32
 
 
 class Each(NamedTuple):
-    """The sums of each request, without the bins of the calibration.
+    """The sums of each request, without the bins of the calibration."""
 
-    Attributes:
-      sums: arrays without an axis of k, [R, ...].
-      curves: arrays over k, cut to a few values of it, [R, K, ...].
-    """
-
-    sums: Sums
-    curves: Sums
+    sums: Sums  # without an axis of k, [R, ...]
+    curves: Sums  # over k, cut to a few values of it, [R, K, ...]
 
 
 class Summed(NamedTuple):
-    """The sums of a batch, or of a pass, for a ranker.
+    """The sums of a batch, or of a pass, for a ranker; of C rankers with a leading axis."""
 
-    Attributes:
-      sums: over all requests by name, with those of `metrics.calibration`.
-      each: of each request. For the members of a group both have a leading axis of these.
-    """
-
-    sums: Sums
+    sums: Sums  # over all requests, with those of `metrics.calibration`
     each: Each
 
 
 class Served(NamedTuple):
-    """The outputs of a model for a batch.
+    """The outputs of a model for a batch."""
 
-    Attributes:
-      probability: by serve name, the probabilities that it may rank by.
-      seen: by lookup, whether training included each id; see `lookup.was_trained`.
-    """
-
-    probability: dict[str, Probability]
-    seen: dict[str, Bool[Array, "..."]]
+    probability: dict[str, Probability]  # by serve name
+    seen: dict[str, Bool[Array, "..."]]  # by lookup, see `lookup.was_trained`
 
 
 # Of parameters, a batch and the items; see `Ranker` for the types of the first two.
@@ -79,14 +63,13 @@ Serve = Callable[[Any, Any, Items], Served]
 
 
 class Ranker(NamedTuple):
-    """A trained model, or a group of them, as the evaluation sees it.
+    """A trained model, or a group of them with stacked parameters.
 
     Rankers that share one `serve` function share its compiled program.
 
     Attributes:
       serve: maps parameters, a `CandidateBatch` and the items to the outputs of one model.
-      parameters: `Parameters` of one model; of a group, stacked with a leading axis of members.
-        A reference has statistics instead, see `references`.
+      parameters: `Parameters`, or for references `references.Statistics`.
       sees_truth: whether `serve` takes the whole `EvaluationBatch`, as only a reference may.
       serves: the serve names to measure of each member; None takes all.
     """
@@ -199,7 +182,7 @@ def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -
             if name in bins | single | curves:
                 raise ValueError(f"two sums of the metrics are named {name}")
             over_k = array.ndim > 1 and sums_curves(function)
-            (curves if over_k else single)[name] = array
+            (curves if over_k else single)[name] = array.astype(jnp.float32)
     sums = {name: array.sum(axis=0) for name, array in (single | curves).items()}
     at = np.asarray(ks, int)
     cut = {name: array[:, np.minimum(at, array.shape[1]) - 1] for name, array in curves.items()}
@@ -233,29 +216,12 @@ def _measure(
     return jax.vmap(of_ranker)(stacked, is_teacher)
 
 
-class _Slot(NamedTuple):
-    """A measured ranker: a member of a group by a serve name; the teacher has group -1."""
-
-    group: int
-    member: int
-    serve: str
-
-
-_TEACHER = _Slot(-1, 0, "")
-
-
 class _Place(NamedTuple):
-    """A place for serving programs: a device, or all devices if these share the rows of tables.
-
-    Attributes:
-      put: puts arrays of the host there.
-      held: the items, and the live teacher at the first place.
-      sharding: for results that each of several devices needs whole.
-    """
+    """A device for serving programs, or all devices if these share the rows of tables."""
 
     put: Callable[[Any], Any]
-    held: Frozen
-    sharding: Sharding | None
+    held: Frozen  # the items, and at the first place the live teacher
+    sharding: Sharding | None  # of results that each of several devices needs whole
 
 
 def _places(
@@ -274,49 +240,52 @@ def _places(
 
 
 class _Part(NamedTuple):
-    """Members of a group, by their numbers, that one program serves at the place of a number.
-
-    The parameters of `ranker` may repeat the last member.
-    """
+    """Members of a group that one program serves at one place, given by their numbers."""
 
     group: int
     members: range
     place: int
-    ranker: Ranker
-
-    def scores(
-        self, places: Sequence[_Place], there: Sequence[EvaluationBatch]
-    ) -> dict[_Slot, Scored]:
-        """The scores to measure, of a batch that is at each place."""
-        ranker, place, batch = self.ranker, places[self.place], there[self.place]
-        served = _serve_group(
-            *(ranker.serve, ranker.sees_truth, ranker.parameters),
-            *(batch, place.held.items, place.sharding),
-        )
-        return {
-            _Slot(self.group, member, name): scored
-            for member, by_name in zip(self.members, served, strict=False)
-            for name, scored in by_name.items()
-            if ranker.serves is None or name in ranker.serves[member]
-        }
+    ranker: Ranker  # its parameters may repeat the last member
 
 
-def _parts(number: int, group: Ranker, places: Sequence[_Place]) -> Iterator[_Part]:
-    """The members of a group, shared by the places."""
-    members = _num_members(group)
-    size = -(-members // len(places))
-    for place, first in enumerate(range(0, members, size)):
-        parameters = group.parameters
-        if len(places) > 1:
-            chosen = np.minimum(np.arange(first, first + size), members - 1)
-            # On the host, because no device need hold all members.
-            parameters = jax.tree.map(operator.itemgetter(chosen), jax.device_get(parameters))
-        ranker = group._replace(parameters=places[place].put(parameters))
-        yield _Part(number, range(first, min(first + size, members)), place, ranker)
+def _parts(groups: Sequence[Ranker], places: Sequence[_Place]) -> Iterator[_Part]:
+    """The members of each group, shared by the places."""
+    for number, group in enumerate(groups):
+        members = _num_members(group)
+        size = -(-members // len(places))
+        for place, first in enumerate(range(0, members, size)):
+            parameters = group.parameters
+            if len(places) > 1:
+                chosen = np.minimum(np.arange(first, first + size), members - 1)
+                # On the host, because no device need hold all members.
+                parameters = jax.tree.map(operator.itemgetter(chosen), jax.device_get(parameters))
+            ranker = group._replace(parameters=places[place].put(parameters))
+            yield _Part(number, range(first, min(first + size, members)), place, ranker)
 
 
 def _num_members(group: Ranker) -> int:
     return len(jax.tree.leaves(group.parameters)[0])
+
+
+# A measured ranker: the numbers of a group and a member, and a serve name.
+_Slot = tuple[int, int, str]
+
+
+def _scores(
+    places: Sequence[_Place], there: Sequence[EvaluationBatch], part: _Part
+) -> dict[_Slot, Scored]:
+    """The scores to measure of a part's members, for a batch that is at each place."""
+    ranker, place = part.ranker, places[part.place]
+    served = _serve_group(
+        *(ranker.serve, ranker.sees_truth, ranker.parameters),
+        *(there[part.place], place.held.items, place.sharding),
+    )
+    return {
+        (part.group, member, name): scored
+        for member, by_name in zip(part.members, served, strict=False)
+        for name, scored in by_name.items()
+        if ranker.serves is None or name in ranker.serves[member]
+    }
 
 
 def evaluate(
@@ -337,104 +306,79 @@ def evaluate(
       ValueError: there are no requests.
     """
     devices = [*plan.devices] or jax.local_devices()[:1]
-    places = _places(teacher, items, devices, plan.sharded)
-    parts = [part for number, group in enumerate(groups) for part in _parts(number, group, places)]
     own_devices = [device for device in devices if device.process_index == jax.process_index()]
-    weights = np.asarray(plan.value_weights, np.float32)
-    sizes = Sizes(plan.shown, 0, 0)
-    sums: dict[tuple[_Slot, ...], Sums] = {}
-    each: dict[tuple[_Slot, ...], list[Each]] = {}
+    places = _places(teacher, items, devices, plan.sharded)
+    parts = [*_parts(groups, places)]
+    sizes, slots = Sizes(plan.shown, 0, 0), dict[_Slot, Scored]()
+    sums: Sums | None = None
+    each: list[Each] = []
     with ThreadPoolExecutor() as pool:
         # Programs that share rows exchange them, so all devices must start them in one order.
         map_parts = map if places[0].sharding else pool.map
         for evaluation_batch in batches:
             sizes = _sizes(evaluation_batch, sizes)
             there = [place.put(evaluation_batch) for place in places]
-            serve = teacher.serve if teacher else None
-            batch = there[0].batch
-            probability, weight, own = _score_by_teacher(
-                serve, places[0].held, batch, places[0].sharding
+            probability, weight, of_teacher = _score_by_teacher(
+                *(teacher.serve if teacher else None, places[0].held),
+                *(there[0].batch, places[0].sharding),
             )
-            judged = batch.replace(teacher_probability=probability, teacher_weight=weight)
-            reference = there[0].replace(batch=judged), weights
-            scored = {_TEACHER: own}
-            of_parts = functools.partial(_Part.scores, places=places, there=there)
-            for of_part in map_parts(of_parts, parts):
-                scored |= of_part
-            calls = _calls(scored, own_devices)
-            choices = {"sizes": sizes, "functions": sum_functions(), "ks": tuple(plan.ks)}
-            measure = functools.partial(_Call.measured, reference=reference, choices=choices)
-            present = int(np.asarray(evaluation_batch.request_mask).sum())
-            for (slots, *_), found in zip(calls, pool.map(measure, calls), strict=True):
-                sums[slots] = add(sums.get(slots), found.sums)
-                if plan.keep:
-                    terms = jax.tree.map(lambda of, n=present: of[:, :n], found.each)
-                    each.setdefault(slots, []).append(terms)
-    return _by_ranker(sums, each, groups)
-
-
-def _by_ranker(
-    sums: Mapping[tuple[_Slot, ...], Sums],
-    each: Mapping[tuple[_Slot, ...], Sequence[Each]],
-    groups: Sequence[Ranker],
-) -> tuple[Summed, list[list[dict[str, Summed]]]]:
-    """The result of `evaluate` from the sums, and the terms of batches, of each call's rankers."""
-    of_slots: dict[_Slot, Summed] = {}
-    for slots, total in sums.items():
-        terms = jax.tree.map(lambda *of: np.concatenate(of, 1), *each.get(slots, [Each({}, {})]))
-        for place, slot in enumerate(slots):
-            of_slots[slot] = jax.tree.map(operator.itemgetter(place), Summed(total, terms))
-    if not of_slots:
+            slots = {}
+            for found in map_parts(functools.partial(_scores, places, there), parts):
+                slots |= found
+            batch = there[0].batch.replace(teacher_probability=probability, teacher_weight=weight)
+            scored, judged = [of_teacher, *slots.values()], there[0].replace(batch=batch)
+            measured = _measured(scored, judged, plan, sizes, own_devices, pool)
+            sums = add(sums, measured.sums)
+            if plan.keep:
+                present = int(np.asarray(evaluation_batch.request_mask).sum())
+                each.append(jax.tree.map(lambda of, n=present: of[:, :n], measured.each))
+    if sums is None:
         raise ValueError("there are no evaluation requests")
+    terms = jax.tree.map(lambda *of: np.concatenate(of, 1), *(each or [Each({}, {})]))
+    of_teacher, *of_slots = (
+        jax.tree.map(operator.itemgetter(place), Summed(sums, terms))
+        for place in range(1 + len(slots))
+    )
     of_groups: list[list[dict[str, Summed]]] = [
         [{} for _ in range(_num_members(group))] for group in groups
     ]
-    of_teacher = of_slots.pop(_TEACHER)
-    for slot, of_ranker in of_slots.items():
-        of_groups[slot.group][slot.member][slot.serve] = of_ranker
+    for (number, member, name), of_slot in zip(slots, of_slots, strict=True):
+        of_groups[number][member][name] = of_slot
     return of_teacher, of_groups
 
 
-class _Call(NamedTuple):
-    """One call of the measuring program for some rankers on one device.
+def _measured(
+    scored: Sequence[Scored],
+    evaluation_batch: EvaluationBatch,
+    plan: Plan,
+    sizes: Sizes,
+    devices: Sequence[jax.Device],
+    pool: ThreadPoolExecutor,
+) -> Summed:
+    """The sums of one batch for all rankers, the teacher first, on the host.
 
-    The program takes a fixed number of rankers: the scores of further ones repeat the last.
+    The measuring program takes a fixed number of rankers. Devices call it in turn, and the last
+    call repeats its last ranker.
     """
-
-    slots: tuple[_Slot, ...]
-    scored: list[Scored]
-    device: jax.Device
-
-    def measured(self, reference: tuple[Any, ...], choices: Mapping[str, Any]) -> Summed:
-        """The sums of one batch, on the host."""
-        is_teacher = np.zeros(len(self.scored), bool)
-        is_teacher[: len(self.slots)] = [slot == _TEACHER for slot in self.slots]
-        arguments = _on(self.device, (self.scored, is_teacher, *reference))
-        return jax.device_get(_measure(*arguments, **choices))
-
-
-def _calls(scored: Mapping[_Slot, Scored], devices: Sequence[jax.Device]) -> list[_Call]:
-    """The rankers in calls of equal sizes, in turn for each device."""
     least, most = _PER_CALL
     each = -(-len(scored) // len(devices))
     # A power of 2, so that few programs are compiled.
     size = least if devices[0].platform == "cpu" else min(max(least, _power(each)), most)
-    slots = tuple(scored)
-    chosen = [slots[first : first + size] for first in range(0, len(slots), size)]
-    return [
-        _Call(some, [scored[slot] for slot in [*some, *some[-1:] * (size - len(some))]], device)
-        for some, device in zip(chosen, itertools.cycle(devices), strict=False)
-    ]
-
-
-def _on(device: jax.Device, tree: Any) -> Any:
-    """Arrays on a device, from the host or from devices, of which each holds them whole."""
+    weights, functions = np.asarray(plan.value_weights, np.float32), sum_functions()
 
     def here(array: Any) -> Any:
         whole = isinstance(array, jax.Array) and not array.is_fully_addressable
         return array.addressable_data(0) if whole else array
 
-    return jax.device_put(jax.tree.map(here, tree), device)
+    def call(first: int, device: jax.Device) -> Summed:
+        some = [scored[min(at, len(scored) - 1)] for at in range(first, first + size)]
+        is_teacher = np.arange(first, first + size) == 0
+        inputs = jax.tree.map(here, (some, is_teacher, evaluation_batch, weights))
+        choices = {"sizes": sizes, "functions": functions, "ks": tuple(plan.ks)}
+        return jax.device_get(_measure(*jax.device_put(inputs, device), **choices))
+
+    found = pool.map(call, range(0, len(scored), size), itertools.cycle(devices))
+    return jax.tree.map(lambda *of: np.concatenate(of)[: len(scored)], *found)
 
 
 def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:

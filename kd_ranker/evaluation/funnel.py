@@ -26,14 +26,13 @@ class FunnelCurves:
       survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
       value_captured: summed teacher value of the m items shown if the teacher ranks only the
         student's top k. The last entry is that of all retrieved: the denominator of a share.
-      true_value_captured: summed true value of the same items, with the columns of `true_value`.
-        NaN where the true values are not known.
+      true_value_captured: summed true value of the same items, with the columns of `true_value`;
+        NaN where it is not known.
       shown_kept: number of candidates in the student's top k that the logged funnel has shown; 0
         where it has shown all or none, which cannot distinguish students.
       positives_kept: number of candidates in the student's top k with a positive label of a task.
       positives_shown: number of these among the m items shown.
-      gain: teacher value of the m candidates that the student ranks first, in its order; 0 where it
-        is not known.
+      gain: teacher value of the student's first m candidates; 0 where it is not known.
       ideal_gain: the same in the teacher's own order.
       counts: False where the teacher knows no candidate; all curves of its choice are 0 there.
     """
@@ -107,32 +106,25 @@ def top_values(
 ) -> tuple[Float[Array, "R"], Float[Array, "R"], Float[Array, "R"]]:
     """The value of a ranker's own top m: promised, true, and the most that any m have.
 
-    Args:
-      value: the ranker's; NaN is never chosen, and a request with only NaN counts for nothing.
-      true_value: of each candidate, non-negative; NaN where the dataset does not know it.
-      candidate_mask: False on padding, which is not chosen.
-      shown: m; fewer are chosen where there are fewer.
-
-    Returns:
-      Σ value and Σ true value over the m candidates of highest value, and Σ true value over the m
-      of highest true value; each is at least 0, or NaN where the truth is not known.
+    A candidate with a value of NaN is never chosen, and a request with only these counts for
+    nothing. Fewer than m are chosen where there are fewer. Sums are at least 0, or NaN where the
+    dataset does not know a true value.
     """
 
     def top(of: Float[Array, "R N"]) -> tuple[Float[Array, "R m"], Int[Array, "R m"]]:
-        there = candidate_mask & ~jnp.isnan(of)
-        return lax.top_k(jnp.where(there, of, -jnp.inf), min(shown, of.shape[1]))
+        known = candidate_mask & ~jnp.isnan(of)
+        return lax.top_k(jnp.where(known, of, -jnp.inf), min(shown, of.shape[1]))
 
-    promised, chosen = top(value)
+    (promised, chosen), (best, _) = top(value), top(true_value)
     found = jnp.take_along_axis(true_value, chosen, axis=1)
-    best, _ = top(true_value)
-    unknown = jnp.any(candidate_mask & jnp.isnan(true_value), axis=1)
     is_chosen = jnp.isfinite(promised)
-
-    def summed(of: Float[Array, "R m"], which: Bool[Array, "R m"]) -> Float[Array, "R"]:
-        return jnp.where(unknown, jnp.nan, jnp.sum(of, axis=1, where=which))
-
     counts = jnp.isfinite(best) & jnp.any(is_chosen, axis=1, keepdims=True)
-    return summed(promised, is_chosen), summed(found, is_chosen), summed(best, counts)
+    unknown = jnp.any(candidate_mask & jnp.isnan(true_value), axis=1)
+    own, true, most = (
+        jnp.where(unknown, jnp.nan, jnp.sum(of, axis=1, where=which))
+        for of, which in ((promised, is_chosen), (found, is_chosen), (best, counts))
+    )
+    return own, true, most
 
 
 def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
@@ -212,7 +204,7 @@ def _curves_of_request(
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
-    """The candidate that each newcomer evicts from the top m, maybe itself; N while there is room.
+    """The place that each newcomer evicts from the top m, maybe its own; N while there is room.
 
     Each newcomer is inserted into the sorted slots: slot i keeps its place unless the newcomer's is
     smaller; then it takes the larger of the newcomer's place and that of slot i - 1.

@@ -31,17 +31,11 @@ class Credit(NamedTuple):
 
 
 class Interleaved(NamedTuple):
-    """A mixed list, in the order in which to show it.
-
-    Attributes:
-      items: the items of both lists, each once.
-      sides: the side that picked each item.
-      shared: True for each item that both lists contain.
-    """
+    """A mixed list: the items of both lists, each once, in the order in which to show them."""
 
     items: list[Hashable]
-    sides: list[Side]
-    shared: list[bool]
+    sides: list[Side]  # the side that picked each item
+    shared: list[bool]  # True for each item that both lists contain
 
     def credit(self, clicked: Iterable[Hashable]) -> Credit:
         """Count the distinct clicked items of each side.
@@ -132,8 +126,6 @@ def requests_needed(
             f"effect={effect} of a mean value_a of {a.mean():g} is no positive change, or a value "
             "is not finite; give a positive effect and finite values with a positive mean"
         )
-    if (a == b).all():
-        raise UserError("value_a equals value_b in every request; give requests that differ")
     return RequestsNeeded(
         number_needed(2 * (a.var(ddof=1) + b.var(ddof=1)), change),
         number_needed((a - b).var(ddof=1), change),

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kd_ranker.config.keys import POLICIES
 from kd_ranker.evaluation import agreement, funnel
@@ -32,17 +32,11 @@ TARGET = 0.99
 
 
 class ReportAt(NamedTuple):
-    """The points of a curve that are reported.
+    """The points of a curve that are reported."""
 
-    Attributes:
-      ks: how many are passed, at least 1; one beyond the number of candidates means all of them.
-      targets: shares in (0, 1) to reach.
-      policies: the ways to choose k per request, from `policy.POLICIES`.
-    """
-
-    ks: Sequence[int] = ()
-    targets: Sequence[float] = ()
-    policies: Sequence[str] = ()
+    ks: Sequence[int] = ()  # candidates passed, at least 1; one beyond their number means all
+    targets: Sequence[float] = ()  # shares in (0, 1) to reach
+    policies: Sequence[str] = ()  # ways to choose k per request, from `policy.POLICIES`
 
 
 class Metric(NamedTuple):
@@ -60,11 +54,11 @@ class Metric(NamedTuple):
         above the target is reported, or of a pair of curves the second one at that k. Sums and
         numbers may have one more axis, the last, of draws of the requests: do not reduce it. None
         if the column is not measured on requests but filled in by `results`.
-      sums: functions of a batch, beyond those of `SUMS`, that return sums of each request by name,
+      sums: functions of a batch, in addition to `SUMS`, that return sums of each request by name,
         arrays [R, ...]. Those of a metric with a number for each k or target may be curves,
         [R, N, ...]. Metrics may share a function: it is called once per batch.
       title: its name in tables and figures; by default `name` with spaces.
-      digits: behind the point, in tables.
+      digits: after the decimal point, in tables.
       probabilities_of: the rankers of which it needs probabilities, not only an order.
       of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
@@ -87,18 +81,31 @@ class Metric(NamedTuple):
 
 def _of_users(ranked: Ranked) -> Sums:
     probability, label, weight = ranked.labels
-    area, counts = agreement.user_auc(probability, label, weight)
-    ndcg, ndcg_counts = agreement.ndcg(*ranked.user_gains)
+    area, has_both = agreement.user_auc(probability, label, weight)
+    ndcg, has_positive = _user_ndcg(ranked)
     return {
         "user_bce": weighted_sum(agreement.binary_cross_entropy(probability, label), weight),
         "label_weight": weight.sum(axis=1),
         "predicted": weighted_sum(probability, weight),
         "observed": weighted_sum(label, weight),
         "user_auc": area,
-        "user_auc_requests": counts.astype(area.dtype),
+        "user_auc_requests": has_both,
         "user_ndcg": ndcg,
-        "user_ndcg_requests": ndcg_counts.astype(ndcg.dtype),
+        "user_ndcg_requests": has_positive,
     }
+
+
+def _user_ndcg(ranked: Ranked) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
+    """NDCG of the labelled candidates; equal values keep the order of the candidates."""
+    gain, value, weight = map(
+        ranked.of_labelled, (ranked.user_value, ranked.value, ranked.label_weight)
+    )
+    known, shown = weight > 0, ranked.sizes.shown
+    order = jnp.argsort(jnp.where(known, -value, jnp.inf), axis=1, stable=True)
+    own = jnp.take_along_axis(gain, order, axis=1)
+    diverged = jnp.any(known & jnp.isnan(value), axis=1, keepdims=True)
+    best = -jnp.sort(-gain, axis=1)
+    return agreement.ndcg(jnp.where(diverged, jnp.nan, own)[:, :shown], best[:, :shown])
 
 
 def _of_teacher(ranked: Ranked) -> Sums:
@@ -113,8 +120,11 @@ def _of_teacher(ranked: Ranked) -> Sums:
 
 def _on_shown(ranked: Ranked) -> Sums:
     """The student, the teacher and the users on the same items: shown, and known to the teacher."""
-    student, teacher, weight = ranked.judged
-    against_user = agreement.binary_cross_entropy(student, ranked.labels[1])
+    student, label, weight = ranked.labels
+    teacher = ranked.of_labelled(ranked.teacher_probability)
+    known = (ranked.teacher_weight > 0) & ranked.teacher_knows[..., None]
+    weight = jnp.where(ranked.of_labelled(known), weight, 0.0)
+    against_user = agreement.binary_cross_entropy(student, label)
     against_teacher = agreement.binary_cross_entropy(student, teacher)
     return {
         "shown_user_bce": weighted_sum(against_user, weight),
@@ -130,9 +140,9 @@ def _of_order(ranked: Ranked) -> Sums:
     top = funnel.top_values(ranked.value, ranked.true_value, ranked.mask, ranked.sizes.shown)
     return {
         "teacher_ndcg": ndcg,
-        "teacher_ndcg_requests": ndcg_counts.astype(ndcg.dtype),
+        "teacher_ndcg_requests": ndcg_counts,
         "teacher_tau": tau,
-        "teacher_tau_requests": tau_counts.astype(tau.dtype),
+        "teacher_tau_requests": tau_counts,
         **dict(zip(("top_promised", "top_true", "top_best"), top, strict=True)),
     }
 
@@ -143,13 +153,13 @@ def _of_funnel(ranked: Ranked) -> Sums:
     return {
         "score": curves.score,
         "survival": curves.survival,
-        "funnel_requests": curves.counts.astype(curves.survival.dtype),
+        "funnel_requests": curves.counts,
         "value_captured": curves.value_captured,
         "true_value_captured": curves.true_value_captured[..., 0],
         "ips_user_value": curves.true_value_captured[..., 1],
         "covered_user_value": ranked.covered_user_value,
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
-        "scored": jnp.minimum(k, candidates).astype(jnp.float32),
+        "scored": jnp.minimum(k, candidates),
         "shown_kept": curves.shown_kept,
         "positives_kept": curves.positives_kept[..., :-2],
         "positives_shown": curves.positives_shown[..., :-2],
@@ -161,15 +171,15 @@ def _of_funnel(ranked: Ranked) -> Sums:
 def _of_requests(ranked: Ranked) -> Sums:
     requests, seen = ranked.evaluation_batch.request_mask, ranked.scored.seen
     return {
-        "requests": requests.astype(jnp.float32),
+        "requests": requests,
         "unseen_users": jnp.where(requests, 1 - seen["user"], 0.0),
-        "candidates": ranked.mask.sum(axis=1).astype(jnp.float32),
+        "candidates": ranked.mask.sum(axis=1),
         "unseen_items": jnp.where(ranked.mask, 1 - seen["item"], 0.0).sum(axis=1),
     }
 
 
+# The functions of the sums that every metric may use; the curves are those of `_of_funnel`.
 SUMS = (_of_users, _of_teacher, _on_shown, _of_funnel, _of_order, _of_requests)
-"""The functions of the sums that every metric may use; the curves are those of `_of_funnel`."""
 
 
 def ratio(
@@ -191,10 +201,8 @@ def _captured(name: str) -> Ends:
 
 def _at_target(curve: Ends) -> Ends:
     """A curve at the k of `passed_for`."""
-    return lambda sums, teacher: (
-        _captured("value_captured")(sums, teacher),
-        curve(sums, teacher),
-    )
+    captured = _captured("value_captured")
+    return lambda sums, teacher: (captured(sums, teacher), curve(sums, teacher))
 
 
 def _alignment(distance: str) -> Ends:
@@ -207,8 +215,8 @@ def _alignment(distance: str) -> Ends:
     )
 
 
+# The name of the bound, which is measured with any policy; see `evaluation.policy`.
 HINDSIGHT = "hindsight"
-"""The name of the bound, which is measured with any policy; see `evaluation.policy`."""
 
 
 def policies_of(sums: Sums) -> tuple[str, ...]:
@@ -223,7 +231,6 @@ def _policy_sums(sums: Sums, curve: str) -> Float[np.ndarray, "P"]:
 
 
 def _by_policy(curve: str) -> Ends:
-    """The share of a captured value that each policy keeps."""
     return lambda sums, _: ratio(_policy_sums(sums, curve), sums[curve][-1])
 
 
@@ -596,14 +603,14 @@ def result_columns(metric: Metric, tasks: Sequence[str], report_at: ReportAt) ->
     >>> result_columns(METRICS["passed_for"], (), ReportAt(targets=(0.99, 0.995)))
     ['passed_for_99', 'passed_for_99.5']
     """
-    if "k" in metric.per:
-        return _names(metric, [f"@{k}" for k in report_at.ks], tasks)
-    if "target" in metric.per:
+    points = {
+        "k": [f"@{k}" for k in report_at.ks],
         # Rounded, for 100 · 0.07 is not 7.
-        return _names(metric, [f"_{100 * target:.10g}" for target in report_at.targets], tasks)
-    if "policy" in metric.per:
-        return _names(metric, [f"/{policy}" for policy in report_at.policies], tasks)
-    return _names(metric, [""], tasks)
+        "target": [f"_{100 * target:.10g}" for target in report_at.targets],
+        "policy": [f"/{policy}" for policy in report_at.policies],
+    }
+    at = next((points[per] for per in metric.per if per in points), [""])
+    return [f"{metric.name}{point}{task}" for point in at for task in _of_tasks(metric, tasks)]
 
 
 def curve_columns(metric: Metric, tasks: Sequence[str]) -> list[str]:
@@ -612,12 +619,11 @@ def curve_columns(metric: Metric, tasks: Sequence[str]) -> list[str]:
     >>> curve_columns(METRICS["survival"], ("watch", "like"))
     ['survival']
     """
-    return _names(metric, [""], tasks) if "k" in metric.per else []
+    return [metric.name + task for task in _of_tasks(metric, tasks) if "k" in metric.per]
 
 
-def _names(metric: Metric, at: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    of = [f"/{task}" for task in tasks] if "task" in metric.per else [""]
-    return [f"{metric.name}{point}{task}" for point in at for task in of]
+def _of_tasks(metric: Metric, tasks: Sequence[str]) -> list[str]:
+    return [f"/{task}" for task in tasks] if "task" in metric.per else [""]
 
 
 def metric_of(column: str) -> Metric | None:
@@ -696,13 +702,12 @@ def summarise(
     without: set[str] = {"teacher"} if is_order else set()
     if only_order or (of_teacher and is_order):
         without.add("ranker")
+    own = report_at._replace(policies=policies_of(sums))
     row: dict[str, float] = {}
     for metric in METRICS.values():
         if metric.ends is None:
             continue
-        own = report_at._replace(policies=policies_of(sums))
-        columns = result_columns(metric, tasks, report_at)
-        row |= dict.fromkeys(columns, float("nan"))
+        row |= dict.fromkeys(result_columns(metric, tasks, report_at), float("nan"))
         columns = result_columns(metric, tasks, own)
         defined = metric.of_teacher or not of_teacher
         if columns and defined and not without.intersection(metric.probabilities_of):

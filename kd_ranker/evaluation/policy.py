@@ -1,8 +1,8 @@
-"""The number of candidates that the student passes, chosen per request.
+"""The number of candidates that the student passes, chosen per request from its sorted scores.
 
-A policy reads the student's sorted scores of a request and chooses k. A request passes few
-candidates where the student is sure, and many elsewhere. Policies are fitted on validation
-requests, so that all keep the same share of the final value there, and measured on test requests.
+A request passes few candidates where the student is sure, and many elsewhere. Policies are fitted
+on validation requests, so that all keep the same share of the final value there, and measured on
+test requests.
 
 Axes: `R` requests, `K` values of k, increasing; the last is all that was retrieved; `F` features.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64, Int
 
-from kd_ranker.evaluation.metrics import HINDSIGHT, Sums
+from kd_ranker.evaluation.metrics import HINDSIGHT, TARGET, Sums
 from kd_ranker.evaluation.results import Who
 
 Score = Float[np.ndarray | Array, "R K"]
@@ -30,19 +30,12 @@ Choice = Int[np.ndarray | Array, "R"]
 
 
 class Curves(NamedTuple):
-    """The value captured at each k by one student, per request.
+    """The value captured at each k by one student, per request."""
 
-    Attributes:
-      ks: [K], the values of k to choose among.
-      score: [R, K], see `Score`.
-      captured: [R, K], the teacher's value of the items shown if k pass; it does not decrease.
-      candidates: [R], how many were retrieved.
-    """
-
-    ks: Int[np.ndarray, "K"]
-    score: Float[np.ndarray, "R K"]
-    captured: Float[np.ndarray, "R K"]
-    candidates: Float[np.ndarray, "R"]
+    ks: Int[np.ndarray, "K"]  # to choose among
+    score: Float[np.ndarray, "R K"]  # see `Score`
+    captured: Float[np.ndarray, "R K"]  # teacher value of the items shown, never decreasing
+    candidates: Float[np.ndarray, "R"]  # number retrieved
 
     @property
     def lost(self) -> Float64[np.ndarray, "R K"]:
@@ -55,6 +48,11 @@ class Curves(NamedTuple):
         """The candidates that the teacher scores at each k: all of a request with fewer."""
         return np.minimum(self.ks, self.candidates[:, None]).astype(np.float64)
 
+    @property
+    def have_value(self) -> bool:
+        """True if all numbers are finite, and there is value to keep."""
+        return all(np.isfinite(of).all() for of in self) and self.captured[:, -1].sum() > 0
+
     def kept(self, choice: Choice) -> float:
         """The share of the value that a choice keeps: a ratio of sums over requests."""
         return 1 - float(self.lost[np.arange(len(choice)), choice].mean())
@@ -65,9 +63,6 @@ class Policy:
     """A rule that chooses k for each request from the student's sorted scores.
 
     The scores are an array of NumPy or of JAX, and so is the choice.
-
-    Attributes:
-      ks: [K], the values of k to choose among, increasing.
     """
 
     name: ClassVar[str]
@@ -98,11 +93,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Policy):
-    """The same k for all: the smallest that keeps the target.
-
-    Attributes:
-      place: that of k in `ks`.
-    """
+    """The same k for all: the smallest that keeps the target, at `place` in `ks`."""
 
     name: ClassVar[str] = "uniform"
     place: int
@@ -120,11 +111,7 @@ class Uniform(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(Policy):
-    """The largest k at which all candidates reach a threshold on the student's value.
-
-    Attributes:
-      threshold: the largest that keeps the target.
-    """
+    """The largest k at which all candidates reach the largest threshold that keeps the target."""
 
     name: ClassVar[str] = "threshold"
     threshold: float
@@ -147,24 +134,16 @@ class Threshold(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Policy):
-    """The least k + μ · the expected value lost at k, as a network predicts it.
+    """The least k + price · the expected value lost at k, as a network predicts it.
 
     The network is fitted by Poisson regression, so its predictions are right in the mean over the
-    requests that it is fitted to. The price μ of lost value is about the smallest that keeps the
-    target, by out-of-fold predictions. A price for a budget over all requests: Jiang et al.,
-    "DCAF", 2020, arXiv:2006.09684. Of more than 20,000 requests, the first 20,000 count.
-
-    Attributes:
-      price: μ, in candidates per mean value of a request.
-      logs: whether the features are of the logarithms of scores.
-      mean: [F], of each feature on the requests of the fit.
-      deviation: [F], the standard deviation of each.
-      network: arrays by name, see `_predict`.
+    requests that it is fitted to. The price is about the smallest that keeps the target, by
+    out-of-fold predictions. A price for a budget over all requests: Jiang et al., "DCAF", 2020,
+    arXiv:2006.09684. Of more than 20,000 requests, the first 20,000 count.
     """
 
     name: ClassVar[str] = "learned"
-    price: float
-    logs: bool
+    price: float  # in candidates per mean value of a request
     mean: Float[np.ndarray, "F"]
     deviation: Float[np.ndarray, "F"]
     network: Mapping[str, Float[np.ndarray, "..."]]
@@ -173,8 +152,7 @@ class Learned(Policy):
     def fit(cls, curves: Curves, target: float) -> Self:
         """See `Policy`."""
         curves = Curves(curves.ks, *(of[:_MOST_REQUESTS] for of in curves[1:]))
-        logs = bool((curves.score >= 0).all())
-        features = np.asarray(_features(curves.score, logs))
+        features = np.asarray(_features(curves.score))
         deviation = features.std(axis=0)
         scale = features.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation)
         standard = _standard(features, *scale)
@@ -186,11 +164,11 @@ class Learned(Policy):
         out_of_fold = predicted[fold, np.arange(len(features))]
         price = _least_price(curves, out_of_fold, curves.ks, target)
         whole = {name: np.asarray(of[-1]) for name, of in networks.items()}
-        return cls(curves.ks, price, logs, *scale, whole)
+        return cls(curves.ks, price, *scale, whole)
 
     def choose(self, score: Score) -> Choice:
         """See `Policy`."""
-        standard = _standard(_features(score, self.logs), self.mean, self.deviation)
+        standard = _standard(_features(score), self.mean, self.deviation)
         network = {name: jnp.asarray(of) for name, of in self.network.items()}
         lost = score.__array_namespace__().asarray(_predict(network, standard))
         return _cheapest(self.ks, lost, self.price)
@@ -222,39 +200,22 @@ def named(policies: Sequence[str]) -> tuple[str, ...]:
     return (*(name for name in POLICIES if name in policies), HINDSIGHT) if policies else ()
 
 
-def fit(
-    curves: Sums, ks: Sequence[int], policies: Sequence[str], target: float
-) -> dict[str, Policy]:
-    """Fit policies to the validation requests of one ranker.
+def fit(curves: Sums, ks: Sequence[int], policies: Sequence[str]) -> dict[str, Policy]:
+    """Fit policies to the validation requests of one ranker, so that each keeps `TARGET`.
 
-    Args:
-      curves: [R, K], as `evaluate.Each` has them.
-      ks: their values of k.
-      policies: names of `POLICIES`.
-      target: the share of the value to keep.
-
-    Returns:
-      The policies by name; none for a ranker with NaN in its curves, or without value to keep.
+    `curves` [R, K] are those of `evaluate.Each` at the values `ks`. There are no policies for a
+    ranker with NaN in its curves, or without value to keep.
     """
     known = _curves(curves, ks)
-    return {name: POLICIES[name].fit(known, target) for name in policies if _have_value(known)}
+    return {name: POLICIES[name].fit(known, TARGET) for name in policies if known.have_value}
 
 
 def sums(
-    fitted: Mapping[str, Policy],
-    tested: Sums,
-    ks: Sequence[int],
-    policies: Sequence[str],
-    target: float,
+    fitted: Mapping[str, Policy], tested: Sums, ks: Sequence[int], policies: Sequence[str]
 ) -> Sums:
-    """The value that the policies of one ranker keep on each test request.
+    """The value that fitted policies, and the bound, keep on each test request of one ranker.
 
-    Args:
-      fitted: the result of `fit`.
-      tested: its curves on test requests, [R, K], as `evaluate.Each` has them.
-      ks: their values of k.
-      policies: names of `POLICIES`.
-      target: the share of the value that the bound keeps.
+    `tested` [R, K] are its curves of `evaluate.Each` at the values `ks`.
 
     Returns:
       `policy_<curve>/<policy>` -> that curve at the chosen k, [R], for the policies of `named`. All
@@ -263,13 +224,15 @@ def sums(
     """
     test = _curves(tested, ks)
     requests = np.arange(len(test.candidates))
-    if not (fitted and _have_value(test)):
-        nothing = np.full(len(requests), np.nan)
-        return {f"policy_{of}/{name}": nothing for of in _CHOSEN for name in named(policies)}
-    choices = {name: fitted[name].choose(test.score) for name in policies}
-    choices[HINDSIGHT] = hindsight(test, target)
+    choices: dict[str, Choice] = {}
+    if fitted and test.have_value:
+        choices = {name: fitted[name].choose(test.score) for name in policies}
+        choices[HINDSIGHT] = hindsight(test, TARGET)
+    nothing = np.full(len(requests), np.nan)
     return {
         f"policy_{of}/{name}": np.asarray(tested[of])[requests, choices[name]]
+        if choices
+        else nothing
         for of in _CHOSEN
         for name in named(policies)
     }
@@ -291,22 +254,16 @@ def to_json(fitted: Mapping[Who, Mapping[str, Policy]]) -> str:
 def from_json(text: str) -> dict[Who, dict[str, Policy]]:
     """The inverse of `to_json`."""
     fitted: dict[Who, dict[str, Policy]] = {}
-    for of in json.loads(text):
+    for of in json.loads(text, object_hook=_with_arrays):
         who, name = (of.pop("member"), of.pop("serve")), of.pop("policy")
-        fitted.setdefault(who, {})[name] = POLICIES[name](**_with_arrays(of))
+        fitted.setdefault(who, {})[name] = POLICIES[name](**of)
     return fitted
 
 
-def _with_arrays(value: Any) -> Any:
-    """Turn the lists of an object of JSON into arrays."""
-    if isinstance(value, dict):
-        return {name: _with_arrays(of) for name, of in value.items()}
-    return np.asarray(value) if isinstance(value, list) else value
-
-
-def _have_value(curves: Curves) -> bool:
-    """Test whether the curves are finite, and there is value to keep."""
-    return all(np.isfinite(of).all() for of in curves) and curves.captured[:, -1].sum() > 0
+def _with_arrays(of: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.asarray(value) if isinstance(value, list) else value for name, value in of.items()
+    }
 
 
 def _curves(curves: Sums, ks: Sequence[int]) -> Curves:
@@ -342,10 +299,10 @@ def _cheapest(
     return (cost + price * lost).argmin(axis=1)
 
 
-def _features(score: Score, logs: bool) -> Float[np.ndarray | Array, "R F"]:
-    """Features of sorted scores: the scores or their logarithms, gaps, entropy and mass."""
+def _features(score: Score) -> Float[np.ndarray | Array, "R F"]:
+    """Features of sorted scores, which are at least 0: logarithms, gaps, entropy and mass."""
     xp = score.__array_namespace__()
-    level = xp.log(xp.maximum(score, 1e-9)) if logs else score
+    level = xp.log(xp.maximum(score, 1e-9))
     gaps = level - level[:, :1]
     share = xp.exp(gaps)
     share /= share.sum(axis=1, keepdims=True)

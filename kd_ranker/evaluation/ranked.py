@@ -23,8 +23,8 @@ class Scored(NamedTuple):
 
     Attributes:
       probability: the probabilities that it ranks by.
-      seen: for the ids of users [R] and items [R, N], by lookup name: 1 if training included the
-        id, 0 if it did not, NaN if that is not known.
+      seen: for the ids of "user" [R] and "item" [R, N]: 1 if training included the id, 0 if it did
+        not, NaN if that is not known.
     """
 
     probability: Probability
@@ -42,17 +42,11 @@ class Scored(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Static sizes of a program that measures.
-
-    Attributes:
-      shown: number of items shown.
-      labelled: L, at least the number of candidates with a label in any request.
-      passed: at least the number of candidates that the logged funnel passed in any request.
-    """
+    """Static sizes of a program that measures, of which two bound the numbers of any request."""
 
     shown: int
-    labelled: int
-    passed: int
+    labelled: int  # L, candidates with a label
+    passed: int  # candidates that the logged funnel passed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,10 +84,7 @@ class Ranked:
 
     @functools.cached_property
     def probability(self) -> Probability:
-        """The serving probabilities of the ranker; NaN where a teacher has none.
-
-        The funnel ranks NaN behind all candidates that the teacher knows.
-        """
+        """The serving probabilities; NaN, which ranks last, where a teacher has none."""
         unknown = self.is_teacher & ~(self.batch.teacher_weight > 0)
         # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
         return jnp.where(unknown, jnp.nan, self.scored.probability).astype(jnp.float32)
@@ -109,65 +100,15 @@ class Ranked:
         return jnp.where(self.mask[..., None], self.batch.teacher_weight, 0.0)
 
     @functools.cached_property
+    def teacher_knows(self) -> Bool[Array, "R N"]:
+        """True where the teacher's probability of each task that counts in the value is known."""
+        return jnp.all((self.teacher_weight > 0) | (self.value_weights == 0), axis=-1)
+
+    @functools.cached_property
     def label_weight(self) -> Float[Array, "R N"]:
         """Weights of the user labels; 0 where a label does not count."""
-        counts = self.mask & (self._teacher_knows | ~jnp.asarray(self.is_teacher))
+        counts = self.mask & (self.teacher_knows | ~jnp.asarray(self.is_teacher))
         return jnp.where(counts, self.batch.label_weight, 0.0)
-
-    @functools.cached_property
-    def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
-        """Probability, user label and label weight of the candidates that have a label.
-
-        The metrics against user labels are cheap because they measure only these.
-        """
-        probability = self._of_labelled(self.probability)
-        weight = self._of_labelled(self.label_weight)[..., None]
-        return (
-            probability,
-            self._of_labelled(self.batch.user_label),
-            jnp.broadcast_to(weight, probability.shape),
-        )
-
-    @functools.cached_property
-    def user_gains(self) -> tuple[Float[Array, "R m"], Float[Array, "R m"]]:
-        """The value of the user labels of the m labelled candidates that the ranker puts first.
-
-        The second array is the same in the best order. Equal values keep the order of the
-        candidates. Both are 0 where there are fewer than m, and the first is NaN if a value is.
-        """
-        gain = self._of_labelled(self.user_value)
-        known = self._of_labelled(self.label_weight) > 0
-        value = self._of_labelled(self.value)
-        order = jnp.argsort(jnp.where(known, -value, jnp.inf), axis=1, stable=True)
-        own = jnp.take_along_axis(gain, order, axis=1)
-        diverged = jnp.any(known & jnp.isnan(value), axis=1, keepdims=True)
-        best = -jnp.sort(-gain, axis=1)
-        shown = self.sizes.shown
-        return jnp.where(diverged, jnp.nan, own)[:, :shown], best[:, :shown]
-
-    @functools.cached_property
-    def judged(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
-        """Ranker's and teacher's probability, and weight, of the candidates that have a label.
-
-        The weight is that of the label. It is 0 where the teacher's value or probability is not
-        known: elsewhere ranker, teacher and users can be compared.
-        """
-        known = self._of_labelled((self.teacher_weight > 0) & self._teacher_knows[..., None])
-        probability, _, weight = self.labels
-        teacher = self._of_labelled(self.teacher_probability)
-        return probability, teacher, jnp.where(known, weight, 0.0)
-
-    def _of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
-        return jax.vmap(lambda of_request, places: of_request[places])(values, self._with_label)
-
-    @functools.cached_property
-    def _with_label(self) -> Int[Array, "R L"]:
-        """The places of the candidates with a label, before others.
-
-        They do not depend on the ranker, so all rankers of a program share this sort.
-        """
-        has_label = self.mask & (self.batch.label_weight > 0)
-        return jnp.argsort(~has_label, axis=1, stable=True)[:, : self.sizes.labelled]
 
     @functools.cached_property
     def value(self) -> Float[Array, "R N"]:
@@ -178,7 +119,7 @@ class Ranked:
     def teacher_value(self) -> Float[Array, "R N"]:
         """The teacher's value of each candidate; NaN where it is not known."""
         value = funnel.value(self.teacher_probability, self.value_weights)
-        return jnp.where(self._teacher_knows, value, jnp.nan)
+        return jnp.where(self.teacher_knows, value, jnp.nan)
 
     @functools.cached_property
     def true_value(self) -> Float[Array, "R N"]:
@@ -190,28 +131,25 @@ class Ranked:
         """The value of each candidate's user labels; 0 where it has none."""
         return funnel.value(self._positive.astype(jnp.float32), self.value_weights)
 
-    @functools.cached_property
-    def _teacher_knows(self) -> Bool[Array, "R N"]:
-        """True where the teacher's probability of each task that counts in the value is known."""
-        return jnp.all((self.teacher_weight > 0) | (self.value_weights == 0), axis=-1)
+    def of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
+        """The values of the candidates that have a label, in their order."""
+        return jax.vmap(lambda of_request, places: of_request[places])(values, self._with_label)
 
     @functools.cached_property
-    def _positive(self) -> Bool[Array, "R N T"]:
-        return (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
-
-    @functools.cached_property
-    def _was_passed(self) -> Bool[Array, "R N"]:
-        """True for candidates that the logged funnel passed: only they could get a label."""
-        return self.mask & (self.batch.stage >= Stage.PASSED)
+    def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
+        """Probability, user label and label weight of the candidates that have a label."""
+        probability, label, weight = map(
+            self.of_labelled, (self.probability, self.batch.user_label, self.label_weight)
+        )
+        return probability, label, jnp.broadcast_to(weight[..., None], probability.shape)
 
     @functools.cached_property
     def curves(self) -> funnel.FunnelCurves:
-        """The funnel's curves of each request.
+        """The funnel's curves of each request; every candidate is retrieved.
 
-        Every candidate is retrieved. The teacher never chooses a candidate without a known teacher
-        value. The true values of the curves have two columns: the true value, and the value of
-        user labels over the propensity of the label. The positives have two more columns than
-        tasks: candidates that the logged funnel passed, and every candidate.
+        The true values have two columns: the true value, and the value of user labels over the
+        propensity of the label. The positives have two more columns than tasks: candidates that
+        the logged funnel passed, and every candidate.
         """
         weighted = self.user_value / self.evaluation_batch.propensity
         # A slot that was not filled at random has no propensity, and no weight.
@@ -235,7 +173,7 @@ class Ranked:
         student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m of them.
         """
         was_passed = self._was_passed
-        places = jnp.argsort(~was_passed, axis=1, stable=True)[:, : self.sizes.passed]
+        places = _first(was_passed, self.sizes.passed)
         value, teacher_value, mask, user_value = (
             jnp.take_along_axis(of, places, axis=1)
             for of in (self.value, self.teacher_value, was_passed, self.user_value)
@@ -246,3 +184,21 @@ class Ranked:
         of_passed = -(-k * passed // jnp.maximum(candidates, 1))
         index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)) - 1
         return jnp.take_along_axis(curves.true_value_captured, index, axis=1)
+
+    @functools.cached_property
+    def _positive(self) -> Bool[Array, "R N T"]:
+        return (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
+
+    @functools.cached_property
+    def _was_passed(self) -> Bool[Array, "R N"]:
+        return self.mask & (self.batch.stage >= Stage.PASSED)
+
+    @functools.cached_property
+    def _with_label(self) -> Int[Array, "R L"]:
+        # They do not depend on the ranker, so all rankers of a program share this sort.
+        return _first(self.mask & (self.batch.label_weight > 0), self.sizes.labelled)
+
+
+def _first(which: Bool[Array, "R N"], number: int) -> Int[Array, "R number"]:
+    """The places of some candidates, in their order, before others."""
+    return jnp.argsort(~which, axis=1, stable=True)[:, :number]

@@ -3,21 +3,11 @@
     oracle        sorts by the true value, where the dataset knows it
     incumbent     sorts by the score of the early ranker that filled the log, where it is known
     random        sorts at random
-    popularity    sorts by the summed label weight of an item's impressions in training
-    show_rate     sorts by the share of the requests that passed an item in which it was shown
-    pass_rate     sorts by the share of the requests that retrieved an item in which it was passed
-    top_rate      sorts by the share of the requests in which the logged final ranker scored an item
-                  in which it came among the first `shown`
-    static_list   sorts by the mean value of an item in training
+    popularity, show_rate, pass_rate, top_rate, static_list
+                  sort by a number of the item in training, see `Statistics`
 
-The last five are lists of items that ignore the user. All references are one `Ranker`, measured by
-`evaluate.evaluate` like a group of students, with a serve name each:
-
-    statistics = train_statistics(dataset, config.value_weights, config.funnel.shown, seed=0)
-    names = known_references([dataset.columns["test"]], statistics)
-    references = reference_ranker([statistics])._replace(serves=[names])
-    _, [*of_students, (of_references,)] = evaluate(teacher, [*students, references], ...)
-    row = metrics.summarise(of_references["popularity"].sums, ..., only_order=True)
+`reference_ranker` makes one `Ranker` of all references, with a serve name each, which
+`evaluate.evaluate` measures like a group of students.
 """
 
 from collections.abc import Sequence
@@ -36,19 +26,13 @@ from kd_ranker.requests.records import Dataset
 from kd_ranker.training.state import stack_members
 
 LISTS = ("popularity", "show_rate", "pass_rate", "top_rate", "static_list")
-"""The references that are lists of items, the same for every user."""
-
 REFERENCES = ("oracle", "incumbent", "random", *LISTS)
-"""The names of all references."""
-
+# The lists that need the final ranker's scores or its order.
 NEED_SCORES = ("top_rate", "static_list")
-"""The lists that need the final ranker's scores or its order."""
-
+# The references that no funnel could use, or would.
 NO_RANKERS = ("oracle", "random")
-"""The references that no funnel could use, or would."""
-
+# The references that define only an order.
 NO_PROBABILITIES = ("incumbent", "random", *LISTS)
-"""The references that define only an order."""
 
 # Failures added to each item's count, so that no item tops a list after one lucky impression.
 # Shrinking towards the mean instead of 0 would put items that were never shown above most others.
@@ -61,23 +45,23 @@ _SOME, _NEARLY_ALL = 1000, 0.9
 
 @flax.struct.dataclass
 class Statistics:
-    """Numbers of each item from the training split, in [0, 1], float32.
+    """Numbers of each item from the training split, in [0, 1], float32, by the name of the list.
 
-    A rate is n / (m + 10) of an item that had the chance m times and came through n times.
+        popularity   the summed label weight of its impressions, over that of the most popular item;
+                     a sampled negative represents others
+        show_rate    the share of the requests that passed the item in which it was shown; where the
+                     log passed no other item than it showed, of those that retrieved it
+        pass_rate    the share of the requests that retrieved it in which it was passed
+        top_rate     the share of the requests in which the final ranker scored it, for every task,
+                     in which it came among the first `top`
+        static_list  the mean of Σ_t w_t p_t / Σ_t w_t over the same requests; in a dataset without
+                     any, of the user labels by label weight, and there is no top_rate
 
-    Attributes:
-      lists: the numbers that lists of items sort by, by the name of the reference.
-        `popularity` is over that of the most popular item; a sampled negative represents those that
-        were left out. `show_rate` counts requests that passed the item; where the log passed no
-        other item than it showed, requests that retrieved it. `top_rate` counts requests in which
-        every task of the item was logged properly. `static_list` is n / (n + 10) times the mean of
-        Σ_t w_t p_t / Σ_t w_t over the same requests. In a dataset without such requests, `top_rate`
-        is absent, and `static_list` takes user labels, weighted by label weight.
-      seed: of `random`.
+    A share or mean of n has n + 10 as its denominator.
     """
 
     lists: dict[str, Float[Array, "items"]]
-    seed: Int[Array, ""]
+    seed: Int[Array, ""]  # of `random`
 
 
 def train_statistics(
@@ -85,11 +69,7 @@ def train_statistics(
 ) -> Statistics:
     """Return the statistics of a dataset, from one pass over its training requests.
 
-    Args:
-      dataset: the dataset; true probabilities are not read.
-      value_weights: one weight per task, not all 0.
-      top: the number of candidates that the final ranker shows, for `top_rate`.
-      seed: of the reference `random`.
+    `top` is the number of candidates that the final ranker shows. True probabilities are not read.
     """
     weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)
     counted = weights > 0
@@ -100,8 +80,7 @@ def train_statistics(
     for some in slices(columns.kept):
         of = columns.counts.of(some)
         for total, number in ((shown, of.shown), (passed, of.passed), (retrieved, of.retrieved)):
-            item_id = columns.candidates.fields(some, number)["item_id"]
-            total += np.bincount(item_id, minlength=len(total))
+            np.add.at(total, columns.candidates.fields(some, number)["item_id"], 1)
         item_id = columns.candidates.fields(some, of.shown)["item_id"]
         of_user = columns.labels.fields(some, of.shown)
         np.add.at(labelled, item_id, of_user["label_weight"])
@@ -176,11 +155,7 @@ def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Serv
 
 
 def reference_ranker(members: Sequence[Statistics]) -> Ranker:
-    """All references as one ranker, with a serve name each.
-
-    Args:
-      members: statistics, of several seeds for instance, which are measured in one pass.
-    """
+    """All references as one ranker, with statistics of one or more seeds as its members."""
     return Ranker(_serve, stack_members(members), sees_truth=True)
 
 
@@ -213,10 +188,9 @@ def item_share(
 
     v is the value less its request's mean, and u = v / (1 − 1 / n) in a request of n entries. n_i
     is the number of entries of item i, c_i the mean product of two different ones of its u, and
-    M = (Σ n_i)² / Σ n_i² the effective number of items, which corrects for distinct items in a
-    request. It is the method of moments for variance components (Searle, Casella and McCulloch
-    1992). Items and requests with one entry are left out. Labels also vary by chance: their share
-    is a lower bound of that of the probabilities.
+    M = (Σ n_i)² / Σ n_i² corrects for distinct items in a request. It is the method of moments
+    (Searle, Casella and McCulloch 1992). Items and requests with one entry are left out. The share
+    of labels, which also vary by chance, is a lower bound of that of the probabilities.
 
     Args:
       request: the request of each entry, any ids.

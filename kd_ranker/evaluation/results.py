@@ -6,9 +6,9 @@
     requests.parquet          a row per model, serving choice and test request
     request_curves.parquet    a row per model, serving choice, test request and k
 
-Every measure is a function of sums over requests. The last two files hold the terms of these sums:
-columns are the sums of `metrics.METRICS` by name, with `/<task>` if there is one per task. So each
-measure can be computed on other draws of the requests, as intervals need.
+Every measure is a function of sums over requests. The last two files hold the terms of these sums,
+by name, with `/<task>` if there is one per task. So each measure can be computed on other draws of
+the requests, as intervals need.
 """
 
 import io
@@ -64,7 +64,7 @@ def columns(tasks: Sequence[str], report_at: ReportAt) -> list[str]:
 
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns of a table of results that make a setting."""
+    """Return the columns of a `results.csv` that make a setting."""
     return [*SETTING, *(column for column in OTHER_KEYS if column in table)]
 
 
@@ -86,10 +86,10 @@ def made_of(config: ConfigDict) -> Row:
     A loss has the name of its signal, as in "softmax:stage", unless that is logged.
     """
     terms = terms_of(config)
-    row: Row = {}
-    for key in (*schema.setting_keys(), *schema.repeat_keys()):
-        value = schema.value_of(config, key.name)
-        row[key.title] = value if terms or not key.of_distillation else None
+    row: Row = {
+        key.title: schema.value_of(config, key.name) if terms or not key.of_distillation else None
+        for key in (*schema.setting_keys(), *schema.repeat_keys())
+    }
     if not terms:
         return row | {"distill_weight": 0.0}
     losses = (of.loss if of.signal == "logged" else f"{of.loss}:{of.signal}" for of in terms)
@@ -105,16 +105,15 @@ def curves_columns(tasks: Sequence[str]) -> list[str]:
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     """Students and references with the labels `setting`, `way` and `repeat`, in a fixed order.
 
-    Of equal settings the first in this order is chosen, whatever the order of the file. A reference
-    has no seeds: it is repeated in each repeat of the students, see `in_each_repeat`.
+    Of equal settings the first in this order is chosen, whatever the order of the file.
     """
     rows = in_each_repeat(rows)
     setting = setting_columns(rows)
     rows = rows.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
-    telling = {"setting": rows[setting], "way": ways(rows), "repeat": rows[list(REPEAT)]}
+    labelled = {"setting": rows[setting], "way": ways(rows), "repeat": rows[list(REPEAT)]}
     labels = {
         label: table.groupby(list(table), dropna=False).ngroup().astype(str)
-        for label, table in telling.items()
+        for label, table in labelled.items()
     }
     rows = rows.assign(**labels)
     reference = rows["role"] == "reference"
@@ -124,7 +123,7 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
-    """Repeat the rows of teachers and references once per repeat of the students.
+    """Repeat the rows of teachers and references, which have no seeds of students, in each repeat.
 
     If there are several teachers, a teacher and the references measured under it count for the
     repeats with its seed.
@@ -155,10 +154,9 @@ def _finite_students(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None:
-    """Return the member to use, and its serving choice, both chosen on validation.
+    """Return the best repeat of the best setting on validation, and its serving choice.
 
-    The member is the best repeat of the best setting (see `saving.best`), or the named one. None if
-    no such member is measured.
+    `member` names another one to use. None if no such member is measured.
     """
     students = _finite_students(frame)
     rows = saving.of_split(students, "validation")
@@ -189,13 +187,9 @@ def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
 
 
 def _cell(value: object) -> object:
+    """A value as a table holds it: nothing for NaN, and 64x32 for (64, 32)."""
     if isinstance(value, float):
         return None if math.isnan(value) else f"{value:.7g}"
-    return cell_of(value)
-
-
-def cell_of(value: object) -> object:
-    """A key's value as a table holds it: (64, 32) is 64x32."""
     return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else value
 
 
@@ -211,14 +205,10 @@ def read_joined(folders: Sequence[Path]) -> pd.DataFrame:
 def join(validation: Sequence[Path], test: Sequence[Path], costs: Costs = FLOPS) -> dict[str, str]:
     """Merge the tables of several runs: file name -> text.
 
-    Every run has measured its teacher, which is kept once per split. With several teachers, the
-    curves and the calibration are those of the first. Savings are filled in. Everything else is
-    copied unchanged.
-
-    Args:
-      validation: folders of the runs, with all members measured on validation.
-      test: folders of the members that validation chose, measured on the test split.
-      costs: see `fill_savings`.
+    The runs have measured all members on validation, and in other folders those that validation
+    chose on the test split. Every run has measured its teacher, which is kept once per split. With
+    several teachers, the curves and the calibration are those of the first. Savings are filled in,
+    see `fill_savings`. Everything else is copied unchanged.
     """
     joined = _joined(FILE, [*validation, *test])
     filled = fill_savings(read_csv(io.StringIO(_text(joined))), costs)
@@ -252,11 +242,8 @@ def write_tables(
 ) -> None:
     """Write tables by their file names, then the manifest of the folder, with its config if any.
 
-    Args:
-      folder: of a run, a cohort or a sweep.
-      tables: contents by file name.
-      made_of: fingerprints of the measured rankers.
-      parts: files that the tables were joined from, such as the manifests of cohorts.
+    The tables are measured on rankers with the fingerprints `made_of`, or joined from `parts`, such
+    as the manifests of cohorts.
     """
     on_first(lambda: (folder / manifest.FILE).unlink(missing_ok=True))
     for file, content in tables.items():
@@ -266,11 +253,7 @@ def write_tables(
 
 
 def check_whole(folder: Path) -> None:
-    """Check the tables of a run before they are read.
-
-    Raises:
-      UserError: one is missing or has changed.
-    """
+    """Raise UserError if a table of a run is missing or has changed."""
     manifest.check(
         folder,
         "start the command that made it again, with its flags: it writes the tables, and trains "
@@ -288,21 +271,14 @@ def is_whole(folder: Path) -> bool:
 
 
 class Kept(NamedTuple):
-    """The terms of the sums over test requests, by ranker.
+    """The terms of the sums over test requests, by ranker."""
 
-    Attributes:
-      ks: the values of k of the curves, increasing; the last is all that was retrieved.
-      each: by member and serve name.
-    """
-
-    ks: Int[np.ndarray, "K"]
+    ks: Int[np.ndarray, "K"]  # of the curves, increasing; the last is all that was retrieved
     each: Mapping[Who, Each]
 
 
 def spaced_ks(retrieved: int, named: Sequence[int], spaced: int = 76) -> list[int]:
-    """The values of k at which curves are kept: `spaced` ones or fewer, and the named ones.
-
-    They are all small ones, then in steps of a few percent.
+    """The named values of k and `spaced` others or fewer: small ones, then steps of a few percent.
 
     >>> spaced_ks(2000, [200])[-3:]
     [1633, 1807, 2000]

@@ -1,10 +1,8 @@
 """The cost of a model and of a funnel, the choice of settings on validation, and their savings.
 
-Rows are students and references of `results.csv` with three more columns. `setting` is a label of
-all keys of a student except its seeds, or the name of a reference. `way` is the same without tuned
-keys. `repeat` is a label of the seeds.
-
-All choices are made on rows of the split `validation`. No choice sees the requests of `test`.
+Rows are students and references of `results.csv` with three labels, see `results.with_labels`:
+`setting` of all keys of a student except its seeds, or the name of a reference; `way` of the keys
+that are not tuned; and `repeat` of the seeds. No choice sees the requests of `test`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +35,9 @@ SAVINGS = ("funnel_cost_saving", "saving_over_none", "saving_over_incumbent")
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of one call, from the compiled program's own cost analysis.
 
-    The program is compiled for a CPU, whatever device the models run on: a compiler counts its own
-    output. A matrix product [a, b] · [b, c] counts 2abc. The body of a loop (`lax.scan`,
-    `lax.while_loop`) is counted once, however often it runs.
-
-    Args:
-      function: a function of arrays, compiled here and never run.
-      *arguments: arrays or `jax.ShapeDtypeStruct`s, or pytrees of them.
+    The function of arrays, or of `jax.ShapeDtypeStruct`s, is compiled for a CPU, whatever device
+    the models run on: a compiler counts its own output. It never runs. A matrix product [a, b] ·
+    [b, c] counts 2abc. The body of a loop is counted once, however often it runs.
 
     Raises:
       UserError: the compiler reports no FLOPs for this program.
@@ -72,18 +66,14 @@ def heads_read(probability: Callable[[Float[Array, "R N heads"]], Array], heads:
 
 
 class Costs(NamedTuple):
-    """Costs in a unit of the user's own; FLOPs are the unit if `teacher` is 0.
+    """Costs in the user's own unit; FLOPs are the unit if `teacher` is 0.
 
-    Attributes:
-      student: of a candidate; 0: the teacher's, times the ratio of their FLOPs.
-      student_request: of a request, in addition to its candidates.
-      teacher: of a candidate.
-      teacher_request: of a request, in addition to its candidates.
+    Those of a request are in addition to its candidates.
     """
 
-    student: float = 0.0
+    student: float = 0.0  # of a candidate; 0: the teacher's, times the ratio of their FLOPs
     student_request: float = 0.0
-    teacher: float = 0.0
+    teacher: float = 0.0  # of a candidate
     teacher_request: float = 0.0
 
     @property
@@ -110,12 +100,8 @@ def funnel_cost(
 ) -> Numbers:
     """The mean cost of a request: candidates · student + scored · teacher, and its fixed part.
 
-    Args:
-      candidates: mean candidates of a request, which the student ranks.
-      scored: mean candidates that the teacher ranks: min(k, those of the request) if k are passed.
-      student_flops: FLOPs per candidate.
-      teacher_flops: the same of the teacher.
-      costs: the costs that replace FLOPs.
+    Numbers of candidates are means over requests: those that the student ranks, and those that the
+    teacher scores. FLOPs are per candidate; `costs` replace them.
 
     >>> funnel_cost(candidates=2000, scored=200, student_flops=10.0, teacher_flops=200.0)
     60000.0
@@ -139,10 +125,7 @@ def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A column of the rows of one split as a table of repeats by settings, in their order.
-
-    It is NaN where it is not known.
-    """
+    """A column of one split as a table of repeats by settings, in their order; NaN if unknown."""
     if measure not in rows:
         rows = rows.assign(**{measure: float("nan")})
     table = rows.pivot(index="repeat", columns="setting", values=measure)
@@ -150,7 +133,7 @@ def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def best(rows: pd.DataFrame, settings: Sequence[str]) -> str | None:
-    """The best of `settings` on validation by `CRITERION`; of equals the first; None if unknown."""
+    """The best of `settings` on validation by `CRITERION`, see `best_of`; None if unknown."""
     return best_of(by_repeat(of_split(rows, "validation"), CRITERION)[list(settings)])
 
 
@@ -167,7 +150,7 @@ def best_of_ways(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def best_of(table: pd.DataFrame) -> str | None:
-    """The column of a table of `by_repeat` with the smallest mean, as in `best`.
+    """The column of a table of `by_repeat` with the smallest mean; of equals the first.
 
     Only settings measured on as many repeats as any of them take part: a mean over fewer repeats
     may be good by luck, and a setting that diverges on some is not one to choose.
@@ -202,11 +185,8 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
 
     `funnel_cost_saving` is against the best of all that needs no scores of the final ranker:
     students, lists of items, and the incumbent. `saving_over_none` is against the best setting of
-    plain mode `none`, and `saving_over_incumbent` against the early ranker that filled the log.
-
-    Args:
-      rows: students and references of both splits. A reference that is missing on one split
-        cannot be a baseline.
+    plain mode `none`, and `saving_over_incumbent` against the early ranker that filled the log. A
+    reference that is missing on one of the splits in `rows` cannot be a baseline.
     """
     splits = rows.groupby("setting")["split"].transform("nunique")
     rows = rows[(rows["role"] == "student") | (splits == rows["split"].nunique())]
@@ -241,16 +221,11 @@ def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
 def with_savings(
     rows: pd.DataFrame, against: Mapping[str, str], teacher_flops: float, costs: Costs = FLOPS
 ) -> pd.DataFrame:
-    """The rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and `SAVINGS`.
+    """The labelled rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and savings.
 
     A saving is 1 − cost / cost of the baseline in the same repeat, each at its own `CRITERION`: at
-    most 1, and negative if this ranker costs more. NaN where the baseline was not measured.
-
-    Args:
-      rows: students and references, with labels.
-      against: of `baselines`.
-      teacher_flops: per candidate.
-      costs: the costs that replace FLOPs.
+    most 1, and negative if this ranker costs more. NaN where the baseline, of those in `against`
+    from `baselines`, was not measured.
     """
     cost = []
     for row in rows.to_dict("records"):

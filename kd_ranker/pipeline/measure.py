@@ -16,7 +16,6 @@ from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batc
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
-from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.policy import Policy
 from kd_ranker.evaluation.references import NO_PROBABILITIES, Statistics
 from kd_ranker.evaluation.results import Kept, Row, Who
@@ -223,7 +222,7 @@ def _add(
     key = str(row["member"]), str(row["serve"])
     if key in fitted and row["role"] == "student":
         names = job.config.funnel.policies
-        measured.policies[key] = policy.fit(fitted[key].curves, job.kept_ks, names, TARGET)
+        measured.policies[key] = policy.fit(fitted[key].curves, job.kept_ks, names)
         summed = _with_policies(job, measured.policies[key], summed)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
     only_order = row["member"] in NO_PROBABILITIES
@@ -249,9 +248,7 @@ def _add(
 
 def _with_policies(job: Job, fitted: Mapping[str, Policy], summed: Summed) -> Summed:
     """The sums of a ranker with those of its policies, which are fitted to other requests."""
-    chosen = policy.sums(
-        fitted, summed.each.curves, job.kept_ks, job.config.funnel.policies, TARGET
-    )
+    chosen = policy.sums(fitted, summed.each.curves, job.kept_ks, job.config.funnel.policies)
     totals = {name: of.sum(axis=0, dtype=np.float64) for name, of in chosen.items()}
     each = summed.each._replace(sums=summed.each.sums | chosen)
     return Summed(summed.sums | totals, each)

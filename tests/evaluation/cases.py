@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
+from kd_ranker.batch import EvaluationBatch, Stage, empty_batch
 from kd_ranker.evaluation import evaluate, metrics
 from kd_ranker.evaluation.evaluate import Each, Summed
 from kd_ranker.evaluation.metrics import ReportAt, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, Scored, Sizes
+from tests import random_batches
 
 TASKS = ("watch", "like")
+SPEC = dataclasses.replace(random_batches.SPEC, tasks=TASKS)
 VALUE_WEIGHTS = np.array([1.0, 2.0])
 SHOWN = 3
 TARGETS = (0.5, 0.99)
@@ -70,33 +72,15 @@ class Case:
         return metrics.summarise(self.teacher_sums(), None, TASKS, ReportAt(ks, TARGETS), signal)
 
     def evaluation_batch(self) -> EvaluationBatch:
-        requests, candidates = self.stage.shape
-        batch = CandidateBatch(
-            user_id=jnp.zeros(requests, int),
-            user_features=jnp.zeros((requests, 1)),
-            context=jnp.zeros((requests, 1)),
-            history_id=jnp.zeros((requests, 1), int),
-            history_features=jnp.zeros((requests, 1, 1)),
-            history_mask=jnp.zeros((requests, 1), bool),
-            item_id=jnp.zeros((requests, candidates), int),
-            candidate_features=jnp.zeros((requests, candidates, 1)),
-            request_category=jnp.zeros((requests, 0), int),
-            candidate_category=jnp.zeros((requests, candidates, 0), int),
-            stage=jnp.asarray(self.stage),
-            user_label=jnp.asarray(self.label),
-            label_weight=jnp.asarray(self.label_weight),
-            teacher_probability=jnp.asarray(self.teacher),
-            teacher_weight=jnp.asarray(self.teacher_weight),
+        batch = empty_batch(SPEC, *self.stage.shape).replace(
+            stage=self.stage,
+            user_label=self.label,
+            label_weight=self.label_weight,
+            teacher_probability=self.teacher,
+            teacher_weight=self.teacher_weight,
         )
-        truth = jnp.asarray(self.true)
-        unknown = jnp.full(truth.shape[:2], jnp.nan)
-        return EvaluationBatch(
-            batch, truth, unknown, jnp.asarray(self.propensity), jnp.asarray(self.request_mask)
-        )
-
-    def of_requests(self, which: slice) -> "Case":
-        own = vars(self).items()
-        return Case(**{name: of if name == "value_weights" else of[which] for name, of in own})
+        unknown = np.full(self.true.shape[:2], np.nan, np.float32)
+        return EvaluationBatch(batch, self.true, unknown, self.propensity, self.request_mask)
 
 
 def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:

@@ -10,7 +10,8 @@ from jax import export
 
 from kd_ranker.config import keys
 from kd_ranker.evaluation import funnel, policy
-from kd_ranker.evaluation.policy import POLICIES, Curves, Learned, Threshold, Uniform
+from kd_ranker.evaluation.metrics import TARGET
+from kd_ranker.evaluation.policy import POLICIES, Curves, Threshold, Uniform
 
 
 def curves_of(requests: int, seed: int, known: float, candidates: int = 200) -> Curves:
@@ -92,52 +93,39 @@ def test_learned_is_uniform_where_scores_tell_nothing():
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_requests_with_fewer_candidates(name):
+def test_requests_with_fewer_candidates_and_one_request(name):
     curves = curves_of(40, 7, 1)
     few = curves.candidates.copy()
     few[::2] = 9
     last = (curves.ks <= few[:, None]).sum(axis=1) - 1
     score = np.maximum(curves.score, curves.score[range(40), last][:, None])
     some = curves._replace(score=score, candidates=few)
-    choice = POLICIES[name].fit(some, 0.9).choose(score)
+    fitted = POLICIES[name].fit(some, 0.9)
+    choice = fitted.choose(score)
     assert some.kept(choice) >= 0.85
     assert passed_by(some, policy.hindsight(some, 0.9))[::2].max() <= 9
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_one_request(name):
-    curves = curves_of(1, 8, 1)
-    choice = POLICIES[name].fit(curves, 0.9).choose(curves.score)
-    assert choice.shape == (1,)
-
-
-def test_same_requests_same_choice():
-    curves = curves_of(100, 9, 1)
-    first, second = (Learned.fit(curves, 0.95).choose(curves.score) for _ in range(2))
-    assert first.tolist() == second.tolist()
+    # The same requests give the same policy.
+    assert choice.tolist() == POLICIES[name].fit(some, 0.9).choose(score).tolist()
+    one = curves_of(1, 8, 1)
+    assert POLICIES[name].fit(one, 0.9).choose(one.score).shape == (1,)
 
 
 def sums_of(curves):
     more = {"true_value_captured": 2 * curves.captured, "covered_user_value": 3 * curves.captured}
-    return {
-        "score": curves.score,
-        "value_captured": curves.captured,
-        "scored": curves.scored,
-        **more,
-    }
+    return more | {
+        "score": curves.score, "value_captured": curves.captured, "scored": curves.scored
+    }  # fmt: skip
 
 
-def sums_by_policies(sums, ks, names):
-    """Those of policies that are fitted to the same requests."""
-    fitted = policy.fit(sums, ks, names, 0.9)
-    return policy.sums(fitted, sums, ks, names, 0.9)
+def sums_by_policy(sums, ks, name):
+    """Those of a policy that is fitted to the same requests."""
+    return policy.sums(policy.fit(sums, ks, (name,)), sums, ks, (name,))
 
 
 def test_sums_are_the_curves_at_the_chosen_k():
     curves = curves_of(20, 10, 1)
-    sums = sums_of(curves)
-    found = sums_by_policies(sums, curves.ks, ("uniform",))
-    place = Uniform.fit(curves, 0.9).place
+    found = sums_by_policy(sums_of(curves), curves.ks, "uniform")
+    place = Uniform.fit(curves, TARGET).place
     captured = curves.captured[:, place]
     np.testing.assert_allclose(found["policy_scored/uniform"], curves.ks[place])
     np.testing.assert_allclose(found["policy_value_captured/uniform"], captured)
@@ -149,7 +137,7 @@ def test_sums_are_the_curves_at_the_chosen_k():
 def test_nothing_is_known_of_a_diverged_ranker_or_without_value(factor):
     curves = curves_of(20, 10, 1)
     sums = sums_of(curves._replace(captured=factor * curves.captured))
-    found = sums_by_policies(sums, curves.ks, ("learned",))
+    found = sums_by_policy(sums, curves.ks, "learned")
     assert np.isnan(found["policy_scored/learned"]).all()
 
 
@@ -177,10 +165,7 @@ def test_a_stored_and_exported_policy_chooses_the_measured_k(name):
     assert name == "uniform" or len(set(expected)) > 5
 
 
-def test_policies_are_measured_in_one_order():
+def test_policies_are_those_of_a_config_and_are_measured_in_one_order():
+    assert tuple(POLICIES) == keys.POLICIES
     assert policy.named(("learned", "uniform")) == ("uniform", "learned", "hindsight")
     assert policy.named(()) == ()
-
-
-def test_policies_are_those_that_a_config_may_name():
-    assert tuple(POLICIES) == keys.POLICIES

@@ -157,7 +157,10 @@ def estimates_of(workdir: Path, **options: object) -> Estimates:
 def _other_keys(config: ConfigDict) -> dict:
     """The values of the keys that these students do not vary."""
     made_of = results.made_of(config)
-    return {name: results.cell_of(made_of[name]) for name in results.OTHER_KEYS}
+    values = {name: made_of[name] for name in results.OTHER_KEYS}
+    return {
+        name: "x".join(map(str, of)) if isinstance(of, tuple) else of for name, of in values.items()
+    }
 
 
 def _ks() -> np.ndarray:
