@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Int
 
 from kd_ranker.batch import WHOLE, Deal
-from kd_ranker.batches.training import Share
+from kd_ranker.batches.training import Devices, Share
 from kd_ranker.embedding.deal import dealt, gathered, length_of_share
 from kd_ranker.errors import UserError
 from kd_ranker.training.state import MEMBERS_FIRST, Frozen, States
@@ -283,7 +283,7 @@ def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Sh
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceMap:
+class DeviceMap(Devices):
     """A mesh of devices, and how a step, its states and its batches are spread over it.
 
     Its methods that place arrays also take abstract ones and return those with their placement.

@@ -19,17 +19,17 @@ from kd_ranker.batches.samplers import (
 )
 from kd_ranker.batches.training import (
     ALL,
-    ALONE,
     BLOCK,
+    DEFAULT_DEVICE,
     BatchConfig,
     Needs,
-    Share,
     training_batches,
 )
 from kd_ranker.config.checks import check_sampler
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
+from tests.batches.packing_by_hand import PartOf
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request, random_source
 
@@ -74,9 +74,9 @@ def copy_of_funnel(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "copy", Sampler(lambda *of: funnel(*of)))
 
 
-def take(dataset, sampler, number, needs=ALL, share=ALONE, resident=True, before=0):
+def take(dataset, sampler, number, needs=ALL, devices=DEFAULT_DEVICE, resident=True, before=0):
     sizes = BatchConfig(4, 12, 0.5, 0.5, seed=0, sampler=sampler)
-    batches = iter(training_batches(dataset, sizes, needs, share, resident=resident))
+    batches = iter(training_batches(dataset, sizes, needs, devices, resident=resident))
     batches.set_state({"taken": before})
     return [unpack(*jax.device_get(next(batches))) for _ in range(number)]
 
@@ -118,7 +118,7 @@ def test_a_sampler_on_the_host_has_the_same_batches_however_they_are_made(datase
     assert_same(whole, from_files)
     for resident in (True, False):
         assert_same(whole[-2:], take(dataset, sampler, 2, resident=resident, before=number - 2))
-    parts = [take(dataset, sampler, 2, share=Share(part, 2)) for part in range(2)]
+    parts = [take(dataset, sampler, 2, devices=PartOf(part, 2)) for part in range(2)]
     for batch, *of_parts in zip(whole, *parts, strict=False):
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts)
         assert_same(batch, joined)
