@@ -106,17 +106,6 @@ def test_a_workdir_of_another_dataset_is_refused(tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize("left", [workdirs.ENVIRONMENT_FILE, workdirs.METRICS_FILE])
-def test_a_run_whose_config_was_removed_is_not_taken_for_one_of_another_config(tmp_path, left):
-    workdirs.claim(tmp_path, "train", config_with(), DATASET)
-    (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
-    (tmp_path / left).touch()
-    (tmp_path / workdirs.CONFIG_FILE).unlink()
-    with pytest.raises(UserError, match=r"contains a run but config.json is missing; restore it"):
-        workdirs.claim(tmp_path, "train", config_with(seed=1), DATASET)
-    assert not (tmp_path / workdirs.CONFIG_FILE).exists()
-
-
 @pytest.mark.parametrize(
     ("file", "message"),
     [
