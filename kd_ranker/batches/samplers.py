@@ -257,22 +257,16 @@ def _in_order(
 
 def checked(result: Any, counts: Counts, batch: BatchConfig) -> tuple[Places, Factors]:
     """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
-    places = factors = np.zeros(0)
-    try:
-        places, factors = map(np.asarray, result)
-        # The default type of an empty array is float.
-        whole = places.dtype.kind in "iu" or not places.size
-        keeps = (
-            places.shape == factors.shape == (len(np.unique(places)),)
-            and len(places) <= batch.candidates
-            and (whole and places.min(initial=0) >= 0)
-            and places.max(initial=-1) < counts.retrieved
-            and factors.dtype.kind in "fiub"
-            and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
-        )
-    except (TypeError, ValueError):  # not a pair of arrays
-        keeps = False
-    if not keeps:
+    places, factors = map(np.asarray, result)
+    # The default type of an empty array is float.
+    whole = places.dtype.kind in "iu" or not places.size
+    if not (
+        places.shape == factors.shape == (len(np.unique(places)),)
+        and len(places) <= batch.candidates
+        and (whole and places.min(initial=0) >= 0)
+        and places.max(initial=-1) < counts.retrieved
+        and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
+    ):
         raise UserError(
             f"sampler {batch.sampler}: the result for request {int(counts.request_id)} must be at "
             f"most {batch.candidates} different places, integers from 0 to "

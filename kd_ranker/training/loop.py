@@ -92,16 +92,11 @@ def make_run(
         record how their rows are dealt.
       devices: the mapping over devices.
     """
-
-    def filled(group: Group) -> Group:
-        places = shared_evenly(len(group.names), devices.members)
-        return group if len(places) == len(group.names) else group.at(places)
-
-    evenly = tuple(map(filled, groups))
-    take = devices.map_step(in_turn(step_for(evenly, teacher, devices)), abstract_states(evenly))
+    filled = tuple(group.at(shared_evenly(len(group.names), devices.members)) for group in groups)
+    take = devices.map_step(in_turn(step_for(filled, teacher, devices)), abstract_states(filled))
     held = devices.place(frozen)
     held = held.replace(items=held.items.replace(deal=devices.deal))
-    return Run(tuple(groups), evenly, batches, held, devices, take)
+    return Run(tuple(groups), filled, batches, held, devices, take)
 
 
 def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
@@ -192,7 +187,9 @@ def fit(
             skip_steps(bar, start)
             if start >= run.steps:
                 return states
-            states = run.devices.place(states) if start else _beginning(run, begin)
+            states = run.devices.place(states) if start else initial_states(run)
+            if begin and not start:
+                states = run.devices.place(begin(states_on_host(run, states)))
             with contextlib.closing(MetricsWriter(workdir, start)) as writer:
 
                 def save(step: int, whole: States) -> None:
@@ -206,12 +203,6 @@ def fit(
                 f"another process ended this run after step {stopped_at}; start all of them again"
             )
         return jax.tree.map(np.asarray, states_on_host(run, states))
-
-
-def _beginning(run: Run, begin: Begin | None) -> States:
-    """Return the states before the first step on the devices."""
-    states = initial_states(run)
-    return run.devices.place(begin(states_on_host(run, states))) if begin else states
 
 
 class _Outputs(NamedTuple):

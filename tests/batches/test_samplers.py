@@ -242,12 +242,6 @@ def test_scores_are_the_mean_over_the_tasks_that_have_one():
         (np.array([3, 4]), np.ones(1)),
         (np.array([3]), np.array([np.nan])),
         (np.array([3]), np.array([1e39])),
-        (np.array([3]), np.array([1 + 2j])),
-        (np.array([3]), np.array(["1"])),
-        (np.array([3]), np.array([None])),
-        ([3, 4], [[1.0], [1.0, 1.0]]),
-        (np.array([3]), np.ones(1), np.ones(1)),
-        None,
     ],
 )
 def test_a_sampler_that_breaks_its_contract_is_an_error(result):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rax
 from scipy.special import expit, log_softmax, logit
 from scipy.special import softmax as softmax_of
 from sklearn.metrics import ndcg_score
@@ -232,26 +231,6 @@ def test_totals_and_gradients_are_those_of_a_loop_over_requests(name, case):
     empty = expected[1] == 0
     assert not np.any(np.asarray(totals)[:, empty])
     assert not gradient[..., empty].any()
-
-
-def test_lists_without_ties_have_the_losses_of_rax():
-    logits, _, weight, *_ = random_case(13)
-    probability = np.random.default_rng(13).permutation(np.prod(SHAPE)).reshape(SHAPE) / 100
-    probability = np.maximum(probability, 0.01).astype(np.float32)
-    known = weight > 0
-    z, p, teacher, where = (
-        jnp.swapaxes(jnp.where(known, array, 0), 1, 2)
-        for array in (logits, probability, logit(probability), known)
-    )
-    how = {"where": where > 0, "reduce_fn": None}
-    expected = {
-        "mse_margin": rax.pairwise_mse_loss(z, teacher, **how).sum(axis=(0, 2)) / 2,  # a pair twice
-        "listmle": rax.listmle_loss(z, p, **how).sum(axis=0),
-        "ranknet": rax.pairwise_logistic_loss(z, p, **how).sum(axis=(0, 2)),
-    }
-    for name, total in expected.items():
-        (numerator, _), _ = compiled(name)(logits, probability, known.astype(np.float32))
-        np.testing.assert_allclose(numerator, total, rtol=1e-5, err_msg=name)
 
 
 def test_a_cold_approx_ndcg_is_what_scikit_learns_ndcg_lacks_to_1():

@@ -3,12 +3,10 @@ import logging
 import resource
 import shutil
 import signal
-import threading
 
 import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from kd_ranker.errors import UserError
@@ -210,24 +208,6 @@ def test_an_error_of_the_machine_is_raised(workdir, monkeypatch, fault):
     monkeypatch.setattr(checkpoints, "_read", fail)
     with pytest.raises(type(fault)):
         restore(workdir)
-
-
-def test_a_run_continues_while_its_checkpoint_is_written(tmp_path, monkeypatch):
-    proceed, wait = threading.Event(), ocp.AsyncCheckpointer.wait_until_finished
-
-    def wait_in_background(checkpointer):
-        if threading.current_thread() is not threading.main_thread():
-            proceed.wait()
-        wait(checkpointer)
-
-    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", wait_in_background)
-    with checkpoints.open_in(tmp_path, to_write=True) as saved:
-        checkpoints.save(saved, 1, state_of(1), None, OURS)
-        assert saved.is_saving_in_progress()
-        proceed.set()
-        checkpoints.save(saved, 2, state_of(2), None, OURS)
-        assert folder(tmp_path, 1).is_dir()
-    assert restore(tmp_path)[1] == 2
 
 
 @pytest.mark.parametrize("steps", [(8,), (8, 10)], ids=["end", "next"])

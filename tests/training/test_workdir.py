@@ -122,13 +122,6 @@ def test_a_damaged_file_is_named_with_a_remedy_and_stays(tmp_path, file, message
     assert (tmp_path / file).read_text() == damaged
 
 
-def test_a_run_without_an_environment_records_it_again(tmp_path):
-    workdirs.claim(tmp_path, "train", config_with(), DATASET)
-    (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
-    workdirs.claim(tmp_path, "train", config_with(), DATASET)
-    assert workdirs.owner_of(tmp_path) == "train"
-
-
 def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
