@@ -277,23 +277,22 @@ class DeviceMap(Devices):
 
         Each gets its own members, filled by `shared_evenly`, its dealt rows, and all else.
         """
+        sharing = self.deal.devices
 
         def copied(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
             axis = None if self.deal == WHOLE else _axis_of_rows(path, leaf)
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 shape = list(leaf.shape)
                 if axis is not None:
-                    shape[axis] = self.deal.devices * length_of_share(
-                        shape[axis], self.deal.devices
-                    )
+                    shape[axis] = sharing * length_of_share(shape[axis], sharing)
                 return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
             if names_of(path) & MEMBERS_FIRST and len(leaf) % self.members:
                 # On the host, as the members may not fit one device.
                 leaf = np.asarray(leaf)[shared_evenly(len(leaf), self.members)]
+            if axis is not None:
+                return dealt(leaf, axis, sharing, _filler(path))
             # A step donates its states, so they must not share memory with arrays of the caller.
-            return (
-                leaf.copy() if axis is None else dealt(leaf, axis, self.deal.devices, _filler(path))
-            )
+            return leaf.copy()
 
         copies = jax.tree_util.tree_map_with_path(copied, tree)
         return _put_on(copies, self._places(copies))
@@ -314,17 +313,15 @@ class DeviceMap(Devices):
         The result is the whole batch, with its requests split over the devices.
         """
         split, parts = NamedSharding(self.mesh, PartitionSpec(AXIS)), self.share.parts
-        if self.by_pmap:
-            number = self.mesh.size
-            batch = jax.tree.map(
-                lambda of: of.reshape(number, len(of) // number, *of.shape[1:]), batch
-            )
-        if parts == 1:
-            return _put_on(batch, jax.tree.map(lambda _: split, batch))
 
-        def whole_of(part: Any) -> jax.Array:
+        def whole_of(part: Any) -> Any:
+            if isinstance(part, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=split)
+            if self.by_pmap:
+                number = self.mesh.size
+                part = part.reshape(number, len(part) // number, *part.shape[1:])
             shape = (len(part) * parts, *part.shape[1:])
-            return jax.make_array_from_process_local_data(split, np.asarray(part), shape)
+            return jax.make_array_from_process_local_data(split, part, shape)
 
         return jax.tree.map(whole_of, batch)
 
