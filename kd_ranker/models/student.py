@@ -82,7 +82,7 @@ class _Towers(nnx.Module):
         )
 
     def _build_history(self, config: ConfigDict, rngs: nnx.Rngs) -> None:
-        # After all other layers, whose initial values do not depend on it.
+        # Last, so that the initial values of the other layers do not depend on it.
         reads = reads_history(config)
         self.history = HistoryMean(self.spec, config.width, rngs=rngs) if reads else None
 

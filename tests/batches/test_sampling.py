@@ -1,15 +1,13 @@
 import dataclasses
-import functools
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import IN_BATCH, Stage
-from kd_ranker.batches import cutting, sampling
-from kd_ranker.batches.cutting import Layout, unpack
+from kd_ranker.batches import sampling
+from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import (
@@ -20,7 +18,7 @@ from kd_ranker.requests.columns import (
     proper_probability,
     spread_order,
 )
-from tests.batches.packing_by_hand import full_fields, packed, prepared, starts_of, unpacked
+from tests.batches.packing_by_hand import full_fields, packed, prepared, starts_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
 
@@ -96,31 +94,6 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
         wanted = ends[kind] - starts[kind]
         assert set(counts.values()) <= {wanted}
         assert len(counts) == (number if wanted else 0)
-
-
-def test_a_device_cuts_the_batch_that_the_host_cuts():
-    requests = [random_request(seed) for seed in range(4)]
-    requests.append(random_request(5, shown=0, passed=0, retrieved=3))
-    data, kinds, slots = prepared(columns_of(requests, V1), 12, 0.6)
-    starts = starts_of(kinds, np.array([[4, 0, 1], [2, 3, 4]]))
-    draw = sampling.chosen(starts, slots)
-    on_device = jax.jit(functools.partial(sampling.chosen, slots=slots))(starts)
-    assert_same(draw, on_device)
-    parts = cutting.read(data, draw)
-    first = (data.candidates.first, data.labels.first)
-    on_device = jax.jit(cutting.row_numbers)(first, on_device)
-    on_device = jax.jit(cutting.gather)(*jax.device_put((data.values, on_device)))
-    assert_same(parts, on_device)
-    layout = Layout(data.spans, slots)
-    batches = cutting.pack_batches(parts, layout)
-    assert_same(batches, jax.jit(functools.partial(cutting.pack_batches, layout=layout))(on_device))
-    for step, batch in enumerate(unpacked(batches)):
-        assert_same(batch, jax.jit(unpack)(batches, step))
-
-
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-    jax.tree.map(lambda one, other: one.dtype == other.dtype or 1 / 0, one, other)
 
 
 def as_rows(batch):

@@ -97,20 +97,22 @@ def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, res
 
 
 @pytest.mark.parametrize(
-    ("stage", "logged"),
+    ("stage", "logged", "sampler"),
     [
-        (Stage.RETRIEVED, Stage.RETRIEVED),
-        (Stage.RETRIEVED, Stage.SHOWN),
-        (Stage.PASSED, None),
-        (Stage.SHOWN, None),
+        (Stage.RETRIEVED, Stage.RETRIEVED, "funnel"),
+        (Stage.RETRIEVED, Stage.SHOWN, "funnel"),
+        (Stage.RETRIEVED, Stage.RETRIEVED, "uniform"),
+        (Stage.PASSED, Stage.RETRIEVED, "hard"),
+        (Stage.PASSED, None, "funnel"),
+        (Stage.SHOWN, None, "funnel"),
     ],
 )
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
-    dataset, stage, logged
+    dataset, stage, logged, sampler
 ):
-    number, needs = training.BLOCK + 3, Needs(stage, logged)
-    resident = take(batches(dataset, needs, resident=True), number)
-    assert_same(resident, take(batches(dataset, needs, resident=False), number))
+    number, how = training.BLOCK + 3, {"needs": Needs(stage, logged), "sampler": sampler}
+    resident = take(batches(dataset, **how, resident=True), number)
+    assert_same(resident, take(batches(dataset, **how, resident=False), number))
     slots = resident[0].item_id.shape[1], resident[0].judged
     assert slots[0] < 12 or stage == Stage.RETRIEVED
     assert resident[0].labelled < slots[1] < 12 or stage == Stage.SHOWN
@@ -161,10 +163,13 @@ def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
     assert_same(take(iterator, 6), take(resumed, 6))
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts):
-    whole = take(batches(dataset), 5)
-    shares = [take(batches(dataset, devices=PartOf(part, parts)), 5) for part in range(parts)]
+@pytest.mark.parametrize(("parts", "sampler"), [(2, "hard"), (4, "funnel")])
+def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts, sampler):
+    whole = take(batches(dataset, sampler=sampler), 5)
+    shares = [
+        take(batches(dataset, devices=PartOf(part, parts), sampler=sampler), 5)
+        for part in range(parts)
+    ]
     for batch, *of_parts in zip(whole, *shares, strict=True):
         assert_same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts), batch)
 

@@ -113,21 +113,6 @@ def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, dama
     assert restore(workdir)[1] == 6
 
 
-def test_the_first_process_chooses_the_checkpoint_that_all_resume_from(workdir, monkeypatch):
-    """Another one may see an older list of the folder, as a mounted one is cached."""
-    with checkpoints.open_in(workdir) as saved:
-        of_first = saved.all_steps
-
-        def on_first(function):
-            with monkeypatch.context() as first:
-                first.setattr(saved, "all_steps", of_first)
-                return function()
-
-        monkeypatch.setattr(checkpoints, "on_first", on_first)
-        monkeypatch.setattr(saved, "all_steps", lambda: [2, 4])
-        assert checkpoints.restore(saved, state_of(0), None, OURS)[1] == 6
-
-
 def test_a_checkpoint_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, caplog):
     found = iter([1, None])  # the first process that cannot read the newest one, and the one before
     monkeypatch.setattr(checkpoints, "first_without", lambda _: next(found))

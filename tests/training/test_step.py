@@ -9,7 +9,6 @@ import pytest
 
 from kd_ranker.batch import IN_BATCH, Stage
 from kd_ranker.batches.cutting import Span
-from kd_ranker.batches.sampling import Slots
 from kd_ranker.distillation.losses import USER_LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
@@ -18,7 +17,7 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import COMPUTE_DTYPES, apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.requests.columns import columns_of, needed, only_counting
+from kd_ranker.requests.columns import columns_of
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.recipes import SCHEDULES
 from kd_ranker.training.state import (
@@ -72,21 +71,14 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, ma
     assert_close((one.parameters, one.transform), (other.parameters, other.transform), 1e-5)
 
 
-def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED, steps=2):
-    """Arguments of `packing_by_hand.packed`: batches of some steps, eight requests each."""
-    spec = dataclasses.replace(SPEC, teacher_version="v1")
-    columns = only_counting(needed(columns_of(requests, spec), logged, history=True), stage)
-    data, kinds, slots = prepared(columns, 12, negative_rate, stage=stage)
-    rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
-    return data, starts_of(kinds, rows), slots
-
-
 def test_steps_in_one_call_are_those_on_the_batches_themselves():
     """However the steps are cut into calls, to the last bit, and none of them compiles again."""
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
-    steps = 4
-    batches = packed(*sample_of(requests, 0.6, steps=steps))
+    spec, steps = dataclasses.replace(SPEC, teacher_version="v1"), 4
+    data, kinds, slots = prepared(columns_of(requests, spec), 12, 0.6)
+    rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
+    batches = packed(data, starts_of(kinds, rows), slots)
     recipe, state = make_recipe()
     expected, expected_losses = run(recipe, state, unpacked(batches))
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
@@ -115,40 +107,6 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
         for stops in itertools.combinations([1, 2, 3], cuts):
             jax.tree.map(np.testing.assert_array_equal, after(stops), one_by_one)
     assert len(traces) == 1
-
-
-@pytest.mark.parametrize(
-    ("mode", "live", "unshown_weight"),
-    [("shared", True, 0.0), ("aux", False, 0.0), ("none", False, 0.0), ("shared", False, 0.5)],
-    ids=["live", "logged", "none", "unshown"],
-)
-def test_a_step_leaves_out_candidates_that_cannot_count(mode, live, unshown_weight):
-    """Batches with the fewest slots against batches of all candidates."""
-    requests = [random_request(seed, shown=6) for seed in range(8)]
-    few_positives = (np.arange(6) < 2)[:, None]
-    requests = [
-        dataclasses.replace(request, user_label=request.user_label * few_positives)
-        for request in requests
-    ]
-    recipe, state = make_recipe(mode)
-    recipe = recipe._replace(unshown_are_negatives=unshown_weight > 0)
-    stage = LIVE.stage if live or unshown_weight else Stage.SHOWN
-    logged = Stage.RETRIEVED if mode != "none" and not live else None
-    data, starts, slots = sample_of(requests, 0.5, stage, logged)
-    everything = *sample_of(requests, 0.5)[:2], Slots(12, 12, 12)
-    assert slots.labelled < 12
-
-    def after(data, starts, slots):
-        batches = unpacked(packed(data, starts, slots))
-        if slots.labelled == 12:  # shown candidates whose labels were not drawn are no negatives
-            assert (batches[0].label_weight[batches[0].stage == Stage.SHOWN] == 0).any()
-        assert (batches[0].item_id.shape[1], batches[0].labelled, batches[0].judged) == slots
-        numbers = hyperparameters(unshown_weight=unshown_weight)
-        return run(recipe, state, batches, numbers, live=live)
-
-    (few, few_losses), (every, every_losses) = after(data, starts, slots), after(*everything)
-    assert_close(few.parameters, every.parameters, 1e-5)
-    assert_close(few_losses, every_losses, 1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
