@@ -1,13 +1,12 @@
 """From a draw to the batches of some steps in one array, and from that array to each batch.
 
-    Draw ─gather→ Draw ─join→ PackedBatches ─unpack→ CandidateBatch
+    Draw ─row_numbers, gather→ Draw ─pack_batches→ PackedBatches ─unpack→ CandidateBatch
 
 The first two make the batches of many train steps at once. The last runs before each train step,
 in the same program. All run on NumPy arrays on the host and, compiled, on a device that holds the
-data.
+data. `read` does the work of the first for data in files.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -63,15 +62,33 @@ class PackedBatches:
     layout: Layout = flax.struct.field(pytree_node=False)
 
 
+def row_numbers(first: tuple[Any, Any], draw: Draw) -> Draw:
+    """Replace the places of a draw by numbers of rows in memory, 0 for padding.
+
+    Args:
+      first: the rows of the first candidate and of the first labels of each request; the row of the
+        request itself has its number.
+      draw: as `sampling` returns it.
+    """
+    requests, candidates, labels = draw.rows
+    xp = requests.__array_namespace__()
+
+    def numbers(first: Int[Array, "n"], place: Int[Array, "*R N"]) -> Int[Array, "*R N"]:
+        return xp.where(place >= 0, first[requests][..., None] + place, 0)
+
+    rows = Parts(requests, numbers(first[0], candidates), numbers(first[1], labels))
+    return draw._replace(rows=rows)
+
+
 def gather(data: Parts, draw: Draw) -> Draw:
-    """Read the rows that a draw refers to.
+    """Read the rows of `row_numbers`.
 
     In a separate program each of the three is one gather. In one program with the computation of
     the row numbers, XLA on a CPU would repeat that computation for each number that it reads.
 
     Args:
       data: `Columns.values`, on the host or on a device.
-      draw: the row numbers.
+      draw: as `row_numbers` returns it.
 
     Returns:
       The draw, with the rows as int32 [*R, Q], [*R, N, C] and [*R, labelled, L].
@@ -86,32 +103,22 @@ def gather(data: Parts, draw: Draw) -> Draw:
 
 
 def read(columns: Columns, draw: Draw) -> Draw:
-    """Read the rows that a draw refers to on the host, from memory or from a file.
+    """Read the rows of a draw of `sampling` on the host, from memory or from a file.
 
-    Args:
-      columns: the requests.
-      draw: its rows are numbered by `sampling.within` each request.
-
-    Returns:
-      The draw, as `gather` returns it.
+    The result is that of `gather`.
     """
-    requests = np.asarray(draw.rows.requests)
+    requests, candidates, labels = map(np.asarray, draw.rows)
     own = columns.requests
     rows: Any = Parts(
         own.values[own.first[requests]],
-        columns.candidates.at(requests, np.asarray(draw.rows.candidates) - 1),
-        columns.labels.at(requests, np.asarray(draw.rows.labels) - 1),
+        columns.candidates.at(requests, candidates),
+        columns.labels.at(requests, labels),
     )
     return draw._replace(rows=rows)
 
 
 def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
-    """Pack the batches of all steps of a draw.
-
-    Args:
-      draw: as `gather` returns it; the axis of the steps follows that of the requests.
-      layout: of the batches.
-    """
+    """Pack the batches of all steps of a draw, as `gather` returns it, [R, steps, ...]."""
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
     parts: Any = (*draw.rows, draw.stage.astype(np.int32), as_bits(draw.factor))
     flat = [part.reshape(*part.shape[:2], -1) for part in parts]
@@ -139,7 +146,7 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
     """The fields of `CandidateBatch`, of a draw as `gather` returns it."""
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
     requests, candidates, labels = map(packing.unpack_rows, draw.rows, layout.spans)
-    fields: Mapping[str, Any] = requests | candidates | labels
+    fields: dict[str, Any] = requests | candidates | labels
     if "teacher_probability" in fields:
         probability = fields["teacher_probability"][:, : layout.slots.judged]
     else:
@@ -150,13 +157,12 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
     proper = ~xp.isnan(probability)
     if layout.logged > Stage.RETRIEVED:
         proper &= (draw.stage >= layout.logged)[:, : layout.slots.judged, None]
-    worked_out = {
+    fields |= {
         "stage": draw.stage,
         "label_weight": draw.factor * fields["label_weight"],
         "teacher_probability": xp.where(proper, probability, np.float32(0)),
         "teacher_weight": proper,
     }
-    fields = {**fields, **worked_out}
     return {field.name: xp.asarray(fields[field.name], field.dtype) for field in IN_BATCH}
 
 
@@ -172,6 +178,6 @@ def all_fields(
     """
     factors: Any = (places >= 0).astype(np.float32)
     counts = columns.counts.of(requests)
-    draw = sampling.rows_of(requests, places, factors, sampling.within(counts))  # type: ignore[arg-type]
+    draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)  # type: ignore[arg-type]
     layout = Layout(columns.spans, Slots(*(places.shape[1],) * 3))
     return fields_of(read(columns, draw), layout)

@@ -32,7 +32,7 @@ def evaluation_batches(
       UserError: a request has more candidates than `candidates`.
     """
     columns = dataset.columns[split]
-    total = _num_evaluation_requests(columns, limit)
+    total = min(limit or len(columns), len(columns))
     for start in range(0, total, requests):
         present = min(requests, total - start)
         numbers = start + np.arange(requests) % present
@@ -51,11 +51,8 @@ def evaluation_batches(
 
 def num_evaluation_batches(dataset: Dataset, split: str, *, requests: int, limit: int = 0) -> int:
     """The number of batches that `evaluation_batches` yields."""
-    return math.ceil(_num_evaluation_requests(dataset.columns[split], limit) / requests)
-
-
-def _num_evaluation_requests(columns: Columns, limit: int) -> int:
-    return min(limit, len(columns)) if limit else len(columns)
+    stored = len(dataset.columns[split])
+    return math.ceil(min(limit or stored, stored) / requests)
 
 
 def _places(

@@ -39,7 +39,7 @@ from jaxtyping import Float, Float32, Int
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches import sampling
-from kd_ranker.batches.sampling import BatchConfig, Bounds, Slots
+from kd_ranker.batches.sampling import BatchConfig, Draw, Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, counting, what_counts
 
@@ -68,9 +68,9 @@ def funnel(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tupl
     Training has a compiled form of this function with the same results.
     """
     del scores
-    kinds, slots = sampling.kinds_of(counts, sampling.within(counts), Stage.RETRIEVED, batch)
+    kinds, slots = sampling.kinds_of(counts, Stage.RETRIEVED, batch)
     drawn = sampling.chosen(sampling.draw(np.zeros((), np.int32), key, kinds), slots)
-    places = np.asarray(drawn.rows.candidates) - 1
+    places = np.asarray(drawn.rows.candidates)
     factors = np.zeros(len(places), np.float32)
     factors[: len(drawn.factor)] = drawn.factor
     return places[places >= 0], factors[places >= 0]
@@ -159,18 +159,6 @@ SAMPLERS: dict[str, Sampler] = {
 """The samplers by name."""
 
 
-Chosen = tuple[
-    Int[np.ndarray, "R steps"],
-    Int[np.ndarray, "R steps N"],
-    Float[np.ndarray, "R steps labelled"],
-    Bounds,
-]
-"""The candidates that a sampler has drawn: the arguments of `sampling.rows_of`.
-
-Labelled candidates are first, then the others that were passed, then the rest.
-"""
-
-
 def slots_of(counts: Counts, stage: Stage, batch: BatchConfig) -> Slots:
     """The slots that suffice for any sampler, if candidates that reached `stage` count."""
     counted = np.minimum(counting(counts, stage), batch.candidates)
@@ -210,8 +198,7 @@ def draw(
     slots: Slots,
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps 4"],
-    bounds: Bounds,
-) -> Chosen:
+) -> Draw:
     """Draw the candidates of the batches of some steps, request by request.
 
     Args:
@@ -223,7 +210,9 @@ def draw(
       slots: see `slots_of`.
       request: the numbers of the requests.
       start: uniform in [0, 1), the keys.
-      bounds: of these requests.
+
+    Returns:
+      Labelled candidates first, then the others that were passed, then the rest.
 
     Raises:
       UserError: the sampler breaks its contract.
@@ -242,8 +231,9 @@ def draw(
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
     place, factor = _in_order(place, factor, counts_of, stage, slots)
-    as_int32 = Bounds(*(of.astype(np.int32) for of in bounds))
-    return request.astype(np.int32), place, factor, as_int32
+    numbers = (of.astype(np.int32) for of in (request, counts_of.passed, counts_of.shown))
+    request, passed, shown = numbers
+    return sampling.draw_of(request, place, factor, passed, shown)  # type: ignore[arg-type]
 
 
 def _in_order(
@@ -253,7 +243,7 @@ def _in_order(
     stage: Stage,
     slots: Slots,
 ) -> tuple[Int[np.ndarray, "R steps N"], Float[np.ndarray, "R steps labelled"]]:
-    """Leave out the candidates that do not count, and put the others in the order of `Chosen`."""
+    """Leave out the candidates that do not count, and put the others in the order of `draw`."""
     each = Counts(*(of[..., None] for of in counts))
     labelled = (place >= 0) & (place < each.shown) & (factor > 0)
     passed_count, rest_counts = what_counts(each, stage)
@@ -267,22 +257,16 @@ def _in_order(
 
 def checked(result: Any, counts: Counts, batch: BatchConfig) -> tuple[Places, Factors]:
     """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
-    places = factors = np.zeros(0)
-    try:
-        places, factors = map(np.asarray, result)
-        # The default type of an empty array is float.
-        whole = places.dtype.kind in "iu" or not places.size
-        keeps = (
-            places.shape == factors.shape == (len(np.unique(places)),)
-            and len(places) <= batch.candidates
-            and (whole and places.min(initial=0) >= 0)
-            and places.max(initial=-1) < counts.retrieved
-            and factors.dtype.kind in "fiub"
-            and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
-        )
-    except (TypeError, ValueError):  # not a pair of arrays
-        keeps = False
-    if not keeps:
+    places, factors = map(np.asarray, result)
+    # The default type of an empty array is float.
+    whole = places.dtype.kind in "iu" or not places.size
+    if not (
+        places.shape == factors.shape == (len(np.unique(places)),)
+        and len(places) <= batch.candidates
+        and (whole and places.min(initial=0) >= 0)
+        and places.max(initial=-1) < counts.retrieved
+        and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
+    ):
         raise UserError(
             f"sampler {batch.sampler}: the result for request {int(counts.request_id)} must be at "
             f"most {batch.candidates} different places, integers from 0 to "

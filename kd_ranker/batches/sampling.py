@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
 from kd_ranker.batch import Stage
-from kd_ranker.requests.columns import Columns, Counts, Parts, what_counts
+from kd_ranker.requests.columns import Counts, Parts, what_counts
 
 # The kinds of candidates that a batch holds, in the order in which it holds them.
 POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
@@ -56,28 +56,12 @@ class Slots(NamedTuple):
     judged: int
 
 
-class Bounds(NamedTuple):
-    """The rows of `Columns` that belong to a request.
-
-    Attributes:
-      candidates: the row of its first candidate.
-      labels: the row of the labels of its first candidate.
-      passed: how many of its candidates, the first ones, were passed.
-      shown: how many of these, the first ones, were shown.
-    """
-
-    candidates: Int[np.ndarray, "*requests"]
-    labels: Int[np.ndarray, "*requests"]
-    passed: Int[np.ndarray, "*requests"]
-    shown: Int[np.ndarray, "*requests"]
-
-
 class Draw(NamedTuple):
-    """The rows that batches hold: of R requests, for each of a few steps.
+    """The entries that batches hold: of R requests, for each of a few steps.
 
     Attributes:
-      rows: the row numbers in `Columns.parts`, [*R], [*R, N] and [*R, labelled], 0 for padding; or
-        the rows themselves, see `cutting.gather`.
+      rows: the request [*R], and the places in it of the candidates [*R, N] and of the labels
+        [*R, labelled], -1 for padding; or the rows themselves, see `cutting`.
       stage: the stage that each candidate reached.
       factor: on the weight of each label; 0 if the label is not a training target.
     """
@@ -87,23 +71,8 @@ class Draw(NamedTuple):
     factor: Float[Array, "*R labelled"]
 
 
-def bounds_of(columns: Columns) -> Bounds:
-    """The row ranges of all requests, in memory."""
-    first = (columns.candidates.first, columns.labels.first)
-    return Bounds(*first, columns.counts.passed, columns.counts.shown)
-
-
-def within(counts: Counts) -> Bounds:
-    """The row ranges if rows are counted from 1 within each request."""
-    one = np.ones_like(counts.shown)
-    return Bounds(one, one, counts.passed, counts.shown)
-
-
 def kinds_of(
-    counts: Counts,
-    bounds: Bounds,
-    stage: Stage,
-    batch: BatchConfig,
+    counts: Counts, stage: Stage, batch: BatchConfig
 ) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
     """Decide how many candidates of each kind a batch holds for each request.
 
@@ -118,23 +87,20 @@ def kinds_of(
 
     Args:
       counts: of requests with their candidates in the order of `in_sampling_order`.
-      bounds: of the same requests.
       stage: candidates that reached this stage of the funnel count.
       batch: of its numbers, `passed_share` is the share of the slots left after the shown that the
         passed fill.
 
     Returns:
-      int32: for each request the number of candidates of each kind, the number of each that a
-      batch holds, and its `Bounds`, concatenated, so that one read and one transfer suffice. And
-      the number of slots that a batch needs for any of the requests.
+      int32: for each request the number of candidates of each kind, and the number of each that a
+      batch holds. And the number of slots that a batch needs for any of the requests.
     """
-    retrieved, passed, shown, positives = counts.retrieved, *bounds[-2:], counts.positives
-    negatives = shown - positives
+    positives, negatives = counts.positives, counts.shown - counts.positives
     kept_positives, kept_negatives = labelled_numbers(
         positives, negatives, batch.negative_rate, batch.candidates
     )
     labelled = kept_positives + kept_negatives
-    others, rest = passed - labelled, retrieved - passed
+    others, rest = counts.passed - labelled, counts.retrieved - counts.passed
     slots = np.minimum(batch.candidates - labelled, others + rest)
     from_others = np.minimum(np.rint(batch.passed_share * slots).astype(np.int64), others)
     from_others = np.maximum(from_others, slots - rest)
@@ -143,12 +109,12 @@ def kinds_of(
     wanted_rest = np.where(rest_counts, slots - from_others, 0)
     numbers = (positives, negatives, others, rest)
     wanted = (kept_positives, kept_negatives, wanted_others, wanted_rest)
-    kinds = np.stack((*numbers, *wanted, *bounds), axis=-1).astype(np.int32)
+    kinds = np.stack((*numbers, *wanted), axis=-1).astype(np.int32)
     judged = labelled + wanted_others
     total = judged + wanted_rest
-    if (counts.scored > passed).any():
+    if (counts.scored > counts.passed).any():
         judged = total
-    most = [max(int(numbers.max()), 1) for numbers in (total, labelled, judged)]
+    most = [max(int(of.max()), 1) for of in (total, labelled, judged)]
     return kinds, Slots(*most)
 
 
@@ -186,9 +152,9 @@ def draw(
 
     Returns:
       int32: the `kinds` of these requests; their numbers; and the place at which the sample of each
-      kind starts, in [0, number of that kind), 0 for an empty kind. A run of places from a uniform
-      start draws each place with the same probability and at most once: systematic sampling (Madow
-      and Madow, 1944).
+      kind starts, in [0, number of that kind), 0 for an empty kind. All are in one array, for one
+      transfer. A run of places from a uniform start draws each place with the same probability and
+      at most once: systematic sampling (Madow and Madow, 1944).
     """
     number = kinds[..., :KINDS]
     # A product with a number next to 1 may be rounded up.
@@ -211,40 +177,38 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
 
     Takes arrays of NumPy or of JAX.
     """
-    numbers, wanted, bounds, request, offset = _namespace(starts).split(
-        starts, np.cumsum([KINDS, KINDS, len(Bounds._fields), 1]), axis=-1
+    numbers, wanted, request, offset = _namespace(starts).split(
+        starts, np.cumsum([KINDS, KINDS, 1]), axis=-1
     )
     place, factor = _places(numbers, wanted, offset, slots.candidates)
-    of_each: Any = Bounds(*(bounds[..., column] for column in range(len(Bounds._fields))))
-    return rows_of(request[..., 0], place, factor[..., : slots.labelled], of_each)
+    shown = numbers[..., POSITIVES] + numbers[..., NEGATIVES]
+    passed = wanted[..., POSITIVES] + wanted[..., NEGATIVES] + numbers[..., OTHERS]
+    return draw_of(request[..., 0], place, factor[..., : slots.labelled], passed, shown)
 
 
-def rows_of(
+def draw_of(
     request: Int[Array, "*R"],
     place: Int[Array, "*R N"],
     factor: Float[Array, "*R labelled"],
-    bounds: Bounds,
+    passed: Int[Array, "*R"],
+    shown: Int[Array, "*R"],
 ) -> Draw:
-    """The rows of places in the candidates of each request.
+    """The draw of places in the candidates of each request.
 
     Args:
       request: the numbers of the requests.
       place: the candidates of each, in the order of the batch; -1 for none.
       factor: on the label weight of the first of them.
-      bounds: of the requests.
+      passed: the number of leading candidates of each request that were passed.
+      shown: the number that were shown.
     """
     xp = _namespace(place)
-    of_each: Any = Bounds(*(number[..., None] for number in bounds))
-    stage = xp.where(place < of_each.passed, xp.int8(Stage.PASSED), xp.int8(Stage.RETRIEVED))
-    stage = xp.where(place < of_each.shown, xp.int8(Stage.SHOWN), stage)
+    passed, shown = passed[..., None], shown[..., None]
+    stage = xp.where(place < passed, xp.int8(Stage.PASSED), xp.int8(Stage.RETRIEVED))
+    stage = xp.where(place < shown, xp.int8(Stage.SHOWN), stage)
     first = place[..., : factor.shape[-1]]
-    has_label = (first >= 0) & (first < of_each.shown)
     return Draw(
-        rows=Parts(
-            requests=request,
-            candidates=xp.where(place >= 0, of_each.candidates + place, 0),
-            labels=xp.where(has_label, of_each.labels + first, 0),
-        ),
+        rows=Parts(request, place, xp.where(first < shown, first, -1)),
         stage=xp.where(place >= 0, stage, xp.int8(Stage.PADDING)),
         factor=factor,
     )

@@ -7,7 +7,7 @@ to the disk the reads of the next pass. The batches are the same either way.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, samplers, sampling
-from kd_ranker.batches.cutting import Layout, PackedBatches, Span
+from kd_ranker.batches.cutting import Layout, PackedBatches, Span, row_numbers
 from kd_ranker.batches.samplers import SAMPLERS, Scores
-from kd_ranker.batches.sampling import BatchConfig, Bounds, Draw, Slots
+from kd_ranker.batches.sampling import BatchConfig, Draw, Slots
 from kd_ranker.errors import UserError
-from kd_ranker.requests.columns import Columns, counting, needed, only_counting
+from kd_ranker.requests.columns import Columns, Counts, counting, needed, only_counting
 from kd_ranker.requests.records import Dataset
 
 # How an epoch reads the requests: each in a different random order, or as stored, by time.
@@ -63,41 +63,36 @@ class Needs(NamedTuple):
 class Share(NamedTuple):
     """The part of each batch that this process makes, out of `parts`; others may make it too."""
 
-    part: int
-    parts: int
+    part: int = 0
+    parts: int = 1
 
 
 ALL = Needs()
 """The needs of a learner that uses all data."""
 
-ALONE = Share(0, 1)
-"""The share of a process that makes whole batches."""
+
+class Devices:
+    """The default device of JAX. `training.mapping.DeviceMap` places batches on many."""
+
+    @property
+    def share(self) -> Share:
+        """The part of each batch that this process makes."""
+        return Share()
+
+    def place(self, tree: Any) -> Any:
+        """Copy a pytree of the host to all devices."""
+        return jax.device_put(tree)
+
+    def shard(self, batch: Any) -> Any:
+        """Put a pytree of the host, [requests, ...], on devices, which split the requests."""
+        return jax.device_put(batch)
+
+    def map_batches(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Compile function(data, batch), of results of `place` and `shard`."""
+        return jax.jit(function)
 
 
-class Devices(Protocol):
-    """Placement of batches on the devices; `training.mapping` has implementations."""
-
-    def place(self, tree: Any, /) -> Any:
-        """A pytree of the host -> the same on all devices."""
-        ...
-
-    def shard(self, tree: Any, /) -> Any:
-        """A pytree of the host, [requests, ...] -> the same, the requests split over devices."""
-        ...
-
-    def map_batches(self, function: Callable[[Any, Any], Any], /) -> Callable[[Any, Any], Any]:
-        """A function of the results of `place` and `shard` -> the same, compiled."""
-        ...
-
-
-class _DefaultDevice(NamedTuple):
-    place: Callable[[Any], Any]
-    shard: Callable[[Any], Any]
-    map_batches: Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]]
-
-
-DEFAULT_DEVICE: Devices = _DefaultDevice(jax.device_put, jax.device_put, jax.jit)
-"""The default device of JAX."""
+DEFAULT_DEVICE = Devices()
 
 
 class _Chance(NamedTuple):
@@ -152,7 +147,6 @@ def training_batches(
     dataset: Dataset,
     batch: BatchConfig,
     needs: Needs = ALL,
-    share: Share = ALONE,
     devices: Devices = DEFAULT_DEVICE,
     copies: int = 1,
     resident: bool | None = None,
@@ -167,7 +161,6 @@ def training_batches(
       dataset: the dataset; its split `train` is read, without true probabilities.
       batch: the sizes and the order of batches.
       needs: the parts that batches must hold.
-      share: the share of the requests of a batch that this process makes.
       devices: places batches on the devices and makes them there.
       copies: number of copies of the data that the memory of this machine will hold.
       resident: whether the data is kept on the devices; None decides by its size.
@@ -175,27 +168,28 @@ def training_batches(
     Raises:
       UserError: the split has fewer requests than there are parts of a batch.
     """
-    stored = dataset.columns["train"]
+    stored, share = dataset.columns["train"], devices.share
     columns = needed(stored, needs.logged, needs.history)
-    scores = samplers.scores_of(stored, needs.logged or Stage.RETRIEVED)
     if len(columns) < share.parts:
         raise UserError(
             f"{dataset.directory} has {len(columns)} training requests for {share.parts} processes"
         )
-    chance = _chance(len(columns), batch)
-    requests = batch.requests // share.parts
-    own = slice(share.part * requests, (share.part + 1) * requests)
+    scores = samplers.scores_of(stored, needs.logged or Stage.RETRIEVED)
+    plan = _plan(columns.counts, batch, needs.stage, scores)
+    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = share.parts == 1 and _fits(columns, needs.stage, copies)
     if resident:
         columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
-        columns = only_counting(columns, needs.stage)
-    plan = _plan(columns, batch, needs.stage, scores, resident)
-    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
-    cut = (_in_memory if resident else _in_files)(columns, plan, layout, devices)
+        cut = _in_memory(only_counting(columns, needs.stage), plan, layout, devices)
+    else:
+        cut = _in_files(columns, plan, layout, devices)
     # Nothing below refers to the rows of resident requests, which the host may free.
     expect = None if resident else functools.partial(_expect, columns, needs.stage)
+    chance = _chance(len(columns), batch)
+    requests = batch.requests // share.parts
+    own = slice(share.part * requests, (share.part + 1) * requests)
     steps = _steps(requests, layout)
 
     @functools.lru_cache(maxsize=2)
@@ -284,8 +278,8 @@ class _Plan(NamedTuple):
 
     Attributes:
       slots: of a request.
-      draw: random numbers -> a few integers per request or slot, on the host.
-      chosen: these -> the rows to read, on NumPy arrays or on a device.
+      draw: random numbers -> a draw, or a few integers per request, on the host.
+      chosen: these -> the draw, on NumPy arrays or on a device.
     """
 
     slots: Slots
@@ -294,43 +288,24 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    columns: Columns,
-    batch: BatchConfig,
-    stage: Stage,
-    scores: Callable[[int], Scores],
-    resident: bool,
+    counts: Counts, batch: BatchConfig, stage: Stage, scores: Callable[[int], Scores]
 ) -> _Plan:
-    """The plan of the sampler of `batch`; the funnel's keeps no reference to rows in memory."""
-    counts = columns.counts
-    rows = sampling.bounds_of(columns)
-    chunks = [slice(at, at + _CHUNK) for at in range(0, len(columns), _CHUNK)]
-
-    def bounds_of(requests: Any) -> Bounds:
-        if resident:
-            return Bounds(*(of[requests] for of in rows))
-        return sampling.within(counts.of(requests))
-
-    def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
-        return sampling.kinds_of(counts.of(requests), bounds_of(requests), stage, batch)
-
+    """The plan of the sampler of `batch`."""
+    chunks = [slice(at, at + _CHUNK) for at in range(0, len(counts.shown), _CHUNK)]
     if SAMPLERS[batch.sampler].function is not samplers.funnel:
         slots = _most([samplers.slots_of(counts.of(chunk), stage, batch) for chunk in chunks])
+        draw = functools.partial(samplers.draw, counts, batch, stage, scores, slots)
+        return _Plan(slots, lambda chance: draw(*chance), lambda drawn: drawn)
 
-        def draw_on_host(chance: _Chance) -> samplers.Chosen:
-            bounds = bounds_of(chance.request)
-            return samplers.draw(counts, batch, stage, scores, slots, *chance, bounds)
+    def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
+        return sampling.kinds_of(counts.of(requests), stage, batch)
 
-        return _Plan(slots, draw_on_host, lambda drawn: sampling.rows_of(*drawn))
-
-    # In memory, the kinds of all requests are counted once.
-    whole = kinds_of(slice(None)) if resident else None
-    slots = whole[1] if whole else _most([kinds_of(chunk)[1] for chunk in chunks])
-
-    def draw(chance: _Chance) -> sampling.Starts:
-        kinds = whole[0][chance.request] if whole else kinds_of(chance.request)[0]
-        return sampling.draw(*chance, kinds)
-
-    return _Plan(slots, draw, functools.partial(sampling.chosen, slots=slots))
+    slots = _most([kinds_of(chunk)[1] for chunk in chunks])
+    return _Plan(
+        slots,
+        lambda chance: sampling.draw(*chance, kinds_of(chance.request)[0]),
+        functools.partial(sampling.chosen, slots=slots),
+    )
 
 
 def _most(slots: Sequence[Slots]) -> Slots:
@@ -342,12 +317,13 @@ def _in_memory(
     columns: Columns, plan: _Plan, layout: Layout, devices: Devices
 ) -> Callable[[Any], PackedBatches]:
     """Place the requests on the devices, which cut the batches of a draw from them."""
-    on_devices = devices.place(columns.values)
+    first = (columns.candidates.first, columns.labels.first)
+    first, rows = devices.place((tuple(of.astype(np.int32) for of in first), columns.values))
     # Three programs; each reads the output of the one before, see `cutting.gather`.
-    choose = devices.map_batches(lambda _, drawn: plan.chosen(drawn))
+    choose = devices.map_batches(lambda first, drawn: row_numbers(first, plan.chosen(drawn)))
     gather = devices.map_batches(cutting.gather)
     join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
-    return lambda drawn: join((), gather(on_devices, choose((), devices.shard(drawn))))
+    return lambda drawn: join((), gather(rows, choose(first, devices.shard(drawn))))
 
 
 def _in_files(

@@ -4,10 +4,16 @@ Each loss is a pure function
 
     loss(logits, probability, weight, numbers) -> (numerator, denominator)
 
-of logits z, teacher probabilities p and teacher weights w of shape [requests, candidates, tasks],
-and of numbers that are traced. It returns a weighted sum and the sum of its weights, both of shape
-[tasks]. They are separate so that the step can add each over devices before it divides. Within
-a task and a request, a candidate is *known* if its weight is greater than 0.
+    logits         z [requests, candidates, tasks], any real number
+    probability    p [requests, candidates, tasks], the teacher's, in [0, 1]
+    weight         w [requests, candidates, tasks], ≥ 0
+    numbers        `LossNumbers`, traced: the formulas name those that a loss uses
+    numerator      [tasks], a weighted sum
+    denominator    [tasks], the sum of its weights
+
+The last two are separate so that the step can add each over devices before it divides. Within
+a task and a request, a candidate is *known* if its weight is greater than 0. The logit of p is that
+of p clipped to [1e-6, 1 − 1e-6].
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
     mse_margin         compares the margins between each two candidates of a request
@@ -65,17 +71,14 @@ class Loss(NamedTuple):
     """A distillation loss.
 
     Attributes:
-      function: maps logits, teacher probabilities, weights and numbers to a weighted sum and the
-        sum of the weights, each of shape [tasks]; the module's docstring has the contract.
+      function: the loss; the module's docstring has its contract.
       needs_probabilities: whether it uses p as probabilities, not only as an order.
-      pairwise: whether it holds `pairs_held` pairs of candidates, which a sweep counts as memory.
       numbers: the defaults of its further numbers by name, which `function` finds in
         `LossNumbers.own`. `config.distill.numbers` overrides them, and a sweep may vary that key.
     """
 
     function: LossFunction
     needs_probabilities: bool = False
-    pairwise: bool = False
     numbers: Mapping[str, float] = {}
 
 
@@ -123,19 +126,11 @@ def bce(
 
         τ² · BCE(z / τ, σ(logit(p) / τ)),   BCE(z, p) = -p log σ(z) - (1 - p) log σ(-z)
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p in [0, 1]; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: of which τ is used; exactly 1 leaves p as it is.
-
-    Returns:
-      Weighted sum and sum of weights, each of shape [tasks].
+    At τ = 1, p is not clipped.
 
     Example:
       At z = 0 every label costs log 2, and an entry of weight 0 costs nothing:
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = bce(
       ...     logits=jnp.zeros((1, 2, 1)),
       ...     probability=jnp.array([[[0.3], [jnp.nan]]]),
@@ -163,19 +158,9 @@ def mse_logit(
     section 2.1, show the same for a softmax). A temperature would change nothing: it cancels in
     τ² (z / τ − logit(p) / τ)². An error at a small p weighs as much as one at p = 1/2.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p in [0, 1], clipped to [1e-6, 1 − 1e-6]; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: not used.
-
-    Returns:
-      Weighted sum and sum of weights, each of shape [tasks].
-
     Example:
       A probability of 1/2 has the logit 0:
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = mse_logit(
       ...     logits=jnp.array([[[3.0], [jnp.inf]]]),
       ...     probability=jnp.array([[[0.5], [jnp.nan]]]),
@@ -207,19 +192,9 @@ def mse_margin(
     Unlike `mse_logit`, it does not change if a number is added to all logits of a request. A
     temperature would change nothing, as there.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p in [0, 1], clipped to [1e-6, 1 − 1e-6]; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: not used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       The teacher sees a margin of 0 where the student has one of 3:
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = mse_margin(
       ...     logits=jnp.array([[[4.0], [1.0], [jnp.inf]]]),
       ...     probability=jnp.array([[[0.5], [0.5], [jnp.nan]]]),
@@ -259,19 +234,9 @@ def softmax(
     number, so the loss is a mean over requests. It does not change if a number is added to all
     logits of a request. Its minimum is the entropy of q times τ², not 0.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p in [0, 1], clipped to [1e-6, 1 − 1e-6]; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: of which τ is used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       Two candidates with equal student logits cost log 2 for any teacher probabilities:
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = softmax(
       ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.9], [0.1], [jnp.nan]]]),
@@ -307,19 +272,9 @@ def user_softmax(
     a probability. Adding `bce` restores that scale; Bai et al. (CIKM 2023, arXiv 2211.01494)
     discuss such sums.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      label: y, 0 or 1; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: not used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       Two labelled candidates with equal logits: the positive one costs its weight times log 2.
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = user_softmax(
       ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
       ...     label=jnp.array([[[1.0], [0.0], [jnp.nan]]]),
@@ -372,20 +327,10 @@ def listmle(
     below it. Without ties this is the paper's loss. The factor τ keeps the gradient of a place
     within [−1, 1].
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p, of which the order within a request is used; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: of which τ is used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       A student that ties three candidates draws the first one with a chance of 1/3, and the next of
       the two that are left with 1/2: log 3 + log 2.
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = listmle(
       ...     logits=jnp.array([[[1.0], [1.0], [1.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.1], [0.9], [0.5], [jnp.nan]]]),
@@ -428,22 +373,12 @@ def ranknet(
     pair is max(0, z_j − z_i).
 
     Time is proportional to all R · N · N · T pairs. Memory is not: it is about six float32 arrays
-    of the pairs that are held at a time (`pairs_held`).
-
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p, of which the order within a request is used; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: of which τ is used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
+    of the pairs that are held at a time, at most 2^18 unless a single list has more.
 
     Example:
       The teacher ties one of the three pairs. The logits of the other two differ by one; one of
       these pairs is in the wrong order: log(1 + e⁻¹) + log(1 + e).
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = ranknet(
       ...     logits=jnp.array([[[1.0], [0.0], [2.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.9], [0.2], [0.2], [jnp.nan]]]),
@@ -481,20 +416,10 @@ def lambda_rank(
     Candidates of equal p are no pair; candidates of equal z are placed in their order in the batch.
     Temperature and memory are as in `ranknet`.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p in [0, 1]; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: of which τ is used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       The student puts last what the teacher puts first. Their ideal DCG is 0.5 + 0.25 / log2(3),
       and swapping the two changes DCG by 0.25 · (1 − 1 / log2(3)), so |ΔNDCG| = 0.1403:
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = lambda_rank(
       ...     logits=jnp.array([[[0.0], [1.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.5], [0.25], [jnp.nan]]]),
@@ -530,20 +455,10 @@ def rank_distil(
     from a whole corpus; these are not implemented. If the batch holds at most k candidates of a
     request, the loss is `ranknet`. Temperature and memory are as there.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p, of which the order within a request is used; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: τ and k.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       The logit of the first is one above that of the second and one below that of the third. The
       latter two are no pair: log(1 + e⁻¹) + log(1 + e).
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = rank_distil(
       ...     logits=jnp.array([[[1.0], [0.0], [2.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.9], [0.3], [0.2], [jnp.nan]]]),
@@ -581,20 +496,10 @@ def approx_ndcg(
     true ones, and the gradient vanishes except near ties; it is not bounded by 1. Memory: see
     `ranknet`.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p in [0, 1]; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: of which τ is used.
-
-    Returns:
-      Numerator and denominator, each of shape [tasks].
-
     Example:
       The student ties two candidates, so both have place 1.5: DCG = 0.75 / log2(2.5) = 0.5674, of
       an ideal 0.5 + 0.25 / log2(3) = 0.6577.
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = approx_ndcg(
       ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.5], [0.25], [jnp.nan]]]),
@@ -622,24 +527,6 @@ def approx_ndcg(
         return of_request * (1 - ndcg), of_request
 
     return _list_by_list(of_list, logits, probability, weight)
-
-
-def pairs_held(requests: int, candidates: int, tasks: int) -> int:
-    """Return the number of pairs that a pairwise loss holds at a time, for one member.
-
-    Example:
-      All pairs of a small batch, and some pairs of a larger one:
-
-      >>> pairs_held(requests=8, candidates=32, tasks=3) == 8 * 32 * 32 * 3
-      True
-      >>> pairs_held(requests=32, candidates=128, tasks=3) < 32 * 128 * 128 * 3
-      True
-    """
-    return _lists_at_once(requests * tasks, candidates) * candidates**2
-
-
-def _lists_at_once(lists: int, candidates: int) -> int:
-    return min(lists, max(1, _PAIRS_AT_ONCE // candidates**2))
 
 
 def _pairwise(
@@ -696,7 +583,7 @@ def _list_by_list(
     (numerator, denominator), gradient = jax.lax.map(
         with_gradient,
         tuple(map(lists, (fixed, probability, known, weight))),
-        batch_size=_lists_at_once(requests * tasks, candidates),
+        batch_size=min(requests * tasks, max(1, _PAIRS_AT_ONCE // candidates**2)),
     )
     gradient = jnp.swapaxes(gradient.reshape(requests, tasks, candidates), 1, 2)
     # This sum is 0 and has the gradient computed above.
@@ -722,19 +609,9 @@ def topk(
     The first k are those of the candidates that the batch holds. These are a sample of the request,
     so among all of its candidates they reach further down than place k.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p, of which the order within a request is used; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: τ and k.
-
-    Returns:
-      Weighted sum and sum of weights, each of shape [tasks].
-
     Example:
       At z = 0 each known candidate costs log 2. A request with a single one does not count:
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = topk(
       ...     logits=jnp.zeros((2, 3, 1)),
       ...     probability=jnp.array([[[0.2], [0.9], [jnp.nan]], [[0.9], [0.2], [0.1]]]),
@@ -770,20 +647,10 @@ def dftopk(
     place k of the teacher are among the first; the factor τ, as in `topk`; and there is one ranker
     to train, so there is no term for a cascade of two and no learned weights between its terms.
 
-    Args:
-      logits: z, any real number; anything where the weight is 0.
-      probability: p, of which the order within a request is used; anything where the weight is 0.
-      weight: ≥ 0.
-      numbers: τ and k.
-
-    Returns:
-      Weighted sum and sum of weights, each of shape [tasks].
-
     Example:
       The first k = 1 of three are right: the logits minus the threshold 3 are 1, −1 and −3. The
       cost is 2 log(1 + e⁻¹) + log(1 + e⁻³):
 
-      >>> import jax.numpy as jnp
       >>> numerator, denominator = dftopk(
       ...     logits=jnp.array([[[4.0], [2.0], [0.0], [jnp.nan]]]),
       ...     probability=jnp.array([[[0.9], [0.2], [0.1], [jnp.nan]]]),
@@ -834,10 +701,10 @@ LOSSES: dict[str, Loss] = {
     "mse_margin": Loss(mse_margin, needs_probabilities=True),
     "softmax": Loss(softmax),
     "listmle": Loss(listmle),
-    "ranknet": Loss(ranknet, pairwise=True),
-    "lambda": Loss(lambda_rank, pairwise=True),
-    "rank_distil": Loss(rank_distil, pairwise=True),
-    "approx_ndcg": Loss(approx_ndcg, pairwise=True),
+    "ranknet": Loss(ranknet),
+    "lambda": Loss(lambda_rank),
+    "rank_distil": Loss(rank_distil),
+    "approx_ndcg": Loss(approx_ndcg),
     "topk": Loss(topk),
     "dftopk": Loss(dftopk),
 }

@@ -47,14 +47,11 @@ def dealt(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
     [0, 2, 4, 6, 8, 0, 0, 0, 1, 3, 5, 7, 9, 0, 0, 0]
     """
     host, length = np.asarray(array), length_of_share(array.shape[axis], devices)
-    shape = list(host.shape)
-    shape[axis] = devices * length
-    out = np.full(shape, filler, host.dtype)
-    for device in range(devices):
-        rows = host[(slice(None),) * axis + (slice(device, None, devices),)]
-        places = slice(device * length, device * length + rows.shape[axis])
-        out[(slice(None),) * axis + (places,)] = rows
-    return out
+    padding = [(0, 0)] * host.ndim
+    padding[axis] = (0, devices * length - host.shape[axis])
+    padded = np.pad(host, padding, constant_values=filler)
+    by_place = padded.reshape(*host.shape[:axis], length, devices, *host.shape[axis + 1 :])
+    return np.ascontiguousarray(by_place.swapaxes(axis, axis + 1)).reshape(padded.shape)
 
 
 def gathered(array: Any, axis: int, devices: int) -> np.ndarray:
@@ -76,8 +73,7 @@ def read(
     Rows are read whole and sliced afterwards: a TPU reads parts of rows one by one, in a loop.
 
     Args:
-      deal: the distribution of the rows. With several devices, call this within a function that is
-        mapped over them.
+      deal: the distribution of the rows; several devices call this in a mapped function.
       places: this device's share.
       row: row numbers, in range.
       columns: the range of columns to return.
@@ -117,13 +113,8 @@ def with_own(
 ) -> _State:
     """Call `function(state, place, mask, values)` on the rows that this device owns, in order.
 
-    Args:
-      deal: the distribution of the rows.
-      function: its result must not depend on masked rows.
-      state: the value that `function` updates, in place if possible.
-      row: row numbers, in range. They are the same on all devices, as are `mask` and `values`.
-      mask: False for a row to ignore.
-      values: the values of each row.
+    It updates `state`, in place if possible, and must not depend on masked rows. Row numbers are in
+    range, and the same on all devices, as are their mask and values.
     """
     if deal.devices == 1:
         return function(state, row, mask, values)

@@ -64,14 +64,7 @@ class TableSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """The fixed part of a model's embeddings.
-
-    Attributes:
-      width: D.
-      tables: by name.
-      lookups: by name.
-      deal: the distribution of the rows of the tables to devices.
-    """
+    """The fixed part of a model's embeddings: their width D, and how rows are dealt to devices."""
 
     width: int
     tables: Mapping[str, TableSpec]
@@ -90,11 +83,10 @@ def init_table(
       slots: the number of optimiser values per row, all 0 at first.
       scale: standard deviation of the entries.
       key: the source of all randomness.
-      deal: the distribution of the rows. Several devices each make their own rows, with the same
-        bits, within a function that is mapped over them.
+      deal: the distribution of the rows; several devices call this in a mapped function.
 
     Returns:
-      float32 [rows, D + 1 + slots], the rows of this device.
+      float32 [rows, D + 1 + slots], the rows of this device, with the same bits for any deal.
     """
     block, length = min(_BLOCK, table.size), length_of_share(table.rows, deal.devices)
 
@@ -157,8 +149,7 @@ def gather_rows(
       member: the member to read. On TPUs, a `vmap` over the tables would need another layout.
 
     Returns:
-      Lookup name -> float32 [*shape of the ids, W], or only the embeddings [*shape of the ids, D]
-      if not `whole_rows`.
+      Lookup name -> float32 [*shape of the ids, W or D].
     """
     gathered = {}
     for name, lookup in spec.lookups.items():
@@ -228,18 +219,13 @@ def _rows(
 def ids_of_table(
     spec: EmbeddingSpec, batch: CandidateBatch, items: Items, name: str
 ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
-    """Return all ids that a batch looks up in one table, by lookup, and their mask.
+    """Return the M ids that all lookups of a table read, duplicates included, and their mask.
 
-    Returns:
-      int32 [M], duplicates included, where M counts the ids of all lookups of the table, and bool
-      [M], False where an id is padding.
+    The mask is False where an id is padding.
     """
-    ids, masks = [], []
-    for lookup in spec.lookups.values():
-        if lookup.table == name:
-            ids.append(lookup.ids(batch, items).reshape(-1))
-            masks.append(lookup.mask(batch, items).reshape(-1))
-    return jnp.concatenate(ids), jnp.concatenate(masks)
+    lookups = [lookup for lookup in spec.lookups.values() if lookup.table == name]
+    ids = jnp.concatenate([lookup.ids(batch, items).reshape(-1) for lookup in lookups])
+    return ids, jnp.concatenate([lookup.mask(batch, items).reshape(-1) for lookup in lookups])
 
 
 def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "members M W"]:
@@ -247,11 +233,6 @@ def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "m
 
     `rows` contains, by lookup name, [members, *shape of ids, W].
     """
-    return jnp.concatenate(
-        [
-            rows[lookup_name].reshape(rows[lookup_name].shape[0], -1, rows[lookup_name].shape[-1])
-            for lookup_name, lookup in spec.lookups.items()
-            if lookup.table == name
-        ],
-        axis=1,
-    )
+    of_lookups = [rows[of] for of, lookup in spec.lookups.items() if lookup.table == name]
+    flat = [of.reshape(of.shape[0], -1, of.shape[-1]) for of in of_lookups]
+    return jnp.concatenate(flat, axis=1)

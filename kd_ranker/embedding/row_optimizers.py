@@ -42,14 +42,12 @@ class RowOptimizer(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """The duplicate ids of a batch, found once for all tables with the same rows.
-
-    It depends only on the ids, so the members of a group share one.
+    """The duplicate ids of a batch, found once for all members of a group.
 
     Attributes:
-      row: the row of each id; int32 [M].
+      row: the row of each id.
       position: for each id, the index among the M that represents all ids of its row.
-      represents: True for an index that represents a row, unless that is to be ignored; bool [M].
+      represents: True for an index that represents a row, unless that is to be ignored.
     """
 
     row: Int[Array, "M"]
@@ -60,19 +58,11 @@ class Occurrences(NamedTuple):
 def find_occurrences(
     row: Int[Array, "M"], mask: Bool[Array, "M"], owner: Int[Array, "rows"]
 ) -> tuple[Occurrences, Int[Array, "rows"]]:
-    """Find equal rows without sorting.
+    """Find equal rows without sorting; return the owners for the next call, too.
 
     Each id writes its index into the owner of its row and then reads that owner: its own index, or
     that of an equal id. Owners may hold any values before, so no array of the table's size is ever
-    cleared.
-
-    Args:
-      row: the row of each id, in range.
-      mask: False for an id to ignore.
-      owner: an array of the table's length with any values; updated in place when donated.
-
-    Returns:
-      The occurrences, and the owners for the next call.
+    cleared. Rows are in range; the mask is False for an id to ignore.
     """
     places = jnp.arange(row.shape[0], dtype=owner.dtype)
     owner = owner.at[jnp.where(mask, row, owner.shape[0])].set(places, mode="drop")

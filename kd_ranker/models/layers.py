@@ -1,17 +1,17 @@
-"""Layers that student and teacher share."""
+"""Lookups and layers that student and teacher share."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from kd_ranker.batch import WHOLE, CandidateBatch, Deal, FeatureSpec, Items
 from kd_ranker.embedding.deal import read
-from kd_ranker.embedding.lookup import Rows
+from kd_ranker.embedding.lookup import Lookup, Rows
 
 
 def weights_of(layer: nnx.Linear) -> tuple[Float[Array, "fan_in fan_out"], Float[Array, "fan_out"]]:
@@ -116,6 +116,57 @@ def _of_items(
     # TPU would otherwise convert the whole matrix before it reads a few rows of it.
     known_row = is_known[..., None]
     return jnp.where(known_row, row * known_row.astype(known.dtype), missing)
+
+
+def _every_request(batch: CandidateBatch, items: Items) -> Bool[Array, "R"]:
+    del items
+    return jnp.full(batch.user_id.shape, True)
+
+
+def _every_candidate(batch: CandidateBatch, items: Items) -> Bool[Array, "R N"]:
+    del items
+    return batch.candidate_mask
+
+
+def _every_event(batch: CandidateBatch, items: Items) -> Bool[Array, "R H"]:
+    del items
+    return batch.history_mask
+
+
+def _categories(
+    ids: Callable[[CandidateBatch, Items], Int[Array, "... L"]],
+    mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]],
+) -> Lookup:
+    """Return a lookup of category ids; -1 is padding, and `mask` is that of their owners."""
+
+    def known(batch: CandidateBatch, items: Items) -> Bool[Array, "... L"]:
+        return (ids(batch, items) >= 0) & mask(batch, items)[..., None]
+
+    return Lookup("category", ids, known)
+
+
+LOOKUPS = {
+    "user": Lookup("user", lambda batch, items: batch.user_id, _every_request),
+    "item": Lookup("item", lambda batch, items: batch.item_id, _every_candidate),
+    "request_category": _categories(lambda batch, items: batch.request_category, _every_request),
+    "candidate_category": _categories(
+        lambda batch, items: batch.candidate_category, _every_candidate
+    ),
+    "item_category": _categories(
+        lambda batch, items: categories_of_items(items.category, batch.item_id, items.deal),
+        _every_candidate,
+    ),
+}
+"""The lookups that every ranker can afford: the first two in a dataset without categories."""
+
+HISTORY_LOOKUPS = {
+    "history": Lookup("item", lambda batch, items: batch.history_id, _every_event),
+    "history_category": _categories(
+        lambda batch, items: categories_of_items(items.category, batch.history_id, items.deal),
+        _every_event,
+    ),
+}
+"""The items of the user's history, from the tables of the candidates."""
 
 
 def category_shares(

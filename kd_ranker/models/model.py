@@ -76,14 +76,7 @@ class ModuleClass(Protocol):
 
 
 class Model(NamedTuple):
-    """The static part of a model: no arrays, so compiled functions may close over it.
-
-    Attributes:
-      graph: the module's definition.
-      embedding: its tables and lookups.
-      arithmetic: its dtype and precision.
-      reads_history: True if it needs the histories of a batch.
-    """
+    """The static part of a model: no arrays, so compiled functions may close over it."""
 
     graph: nnx.GraphDef
     embedding: EmbeddingSpec
@@ -104,12 +97,8 @@ class Parameters:
     tables: Tables
 
 
-class Init(Protocol):
-    """A pure function that makes initial parameters."""
-
-    def __call__(self, key: PRNGKeyArray, slots: int, deal: Deal = ..., /) -> Parameters:
-        """Make them; see `build_model`, and `init_table` for tables that are dealt."""
-        ...
+Init = Callable[..., Parameters]
+"""A pure function (key, slots, deal=WHOLE) -> initial parameters, see `build_model`."""
 
 
 def build_model(
@@ -125,9 +114,10 @@ def build_model(
 
     Returns:
       The model, and a pure function to initial parameters. Its arguments are a key, the source of
-      all randomness, and the number of slots per row of the tables' optimiser.
+      all randomness, the number of slots per row of the tables' optimiser, and the deal of rows.
     """
-    reads_history = _reads_history(module, config)
+    reads: bool | Callable[[ConfigDict], bool] = getattr(module, "reads_history", True)
+    reads_history = reads(config) if callable(reads) else reads
     seen = spec if reads_history else dataclasses.replace(spec, history_length=0)
     lookups = {name: lookup for name, lookup in module.lookups.items() if _finds_ids(lookup, seen)}
     tables = {
@@ -163,11 +153,6 @@ def build_model(
     return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype], reads_history), init
 
 
-def _reads_history(module: ModuleClass, config: ConfigDict) -> bool:
-    reads: bool | Callable[[ConfigDict], bool] = getattr(module, "reads_history", True)
-    return reads(config) if callable(reads) else reads
-
-
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
     """Return True if a dataset has any ids for a lookup."""
     ids = jax.eval_shape(lookup.ids, abstract_batch(spec, 1, 1), abstract_items(spec))
@@ -182,21 +167,18 @@ def apply_model(
     items: Items,
 ) -> Float[Array, "R N heads"]:
     """Return the logits of a batch from gathered rows; differentiable in `dense` and `embedded`."""
+
     # Item features are cast after the lookup, so that a step does not cast all of them.
-    return apply_part(
-        *(model, dense, lambda module, batch, rows: module(batch, rows, items)),
-        *(batch, embedded),
-    )
+    def part(module: Any, batch: CandidateBatch, rows: Rows) -> Float[Array, "R N heads"]:
+        return module(batch, rows, items)
+
+    return apply_part(model, dense, part, batch, embedded)
 
 
 def apply_part(model: Model, dense: Any, part: Callable[..., Any], *arrays: Any) -> Any:
     """Return the results of `part(module, *arrays)` in the model's arithmetic, as float32.
 
-    Args:
-      model: the model.
-      dense: its dense parameters.
-      part: a function of the module and the arrays, both cast to the model's dtype.
-      *arrays: pytrees.
+    `dense` are the parameters of the module; they and the pytrees are cast to the model's dtype.
     """
     dtype, precision = model.arithmetic
     module = nnx.merge(model.graph, _cast(dense, dtype))

@@ -5,7 +5,7 @@ operations on arrays with an axis N have a cost per candidate.
 """
 
 import functools
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.embedding.lookup import Rows
 from kd_ranker.models.layers import (
+    HISTORY_LOOKUPS,
+    LOOKUPS,
     HistoryMean,
     ItemEncoder,
     MultiLayerPerceptron,
@@ -25,7 +27,6 @@ from kd_ranker.models.layers import (
     user_width,
     weights_of,
 )
-from kd_ranker.models.lookups import HISTORY_LOOKUPS, LOOKUPS
 from kd_ranker.models.model import ModuleClass
 
 Users = dict[str, Float[Array, "R ..."]]
@@ -39,36 +40,12 @@ def reads_history(config: ConfigDict) -> bool:
     return config.history != "none"
 
 
-def _history(spec: FeatureSpec, config: ConfigDict, rngs: nnx.Rngs) -> HistoryMean | None:
-    return HistoryMean(spec, config.width, rngs=rngs) if reads_history(config) else None
-
-
-def _user_width(spec: FeatureSpec, config: ConfigDict) -> int:
-    """Return the width of `_user_inputs`."""
-    return user_width(spec, config.width) + reads_history(config) * config.width
-
-
-def _user_inputs(
-    batch: CandidateBatch,
-    rows: Rows,
-    items: Items,
-    spec: FeatureSpec,
-    history: HistoryMean | None,
-) -> Float[Array, "R user_width"]:
-    """Return the inputs of the user tower: `user_inputs`, and any mean of the history."""
-    inputs = user_inputs(batch, rows, spec)
-    if history is None:
-        return inputs
-    return jnp.concatenate([inputs, history(batch, rows, items)], axis=-1)
-
-
 @runtime_checkable
 class InParts(Protocol):
     """A student that scores a candidate by dot products of its embedding with a few queries.
 
     It can be served in parts: `users` once per request, embeddings by `item` once per item, and
-    `logits` of their products. Such a module is called like any other; its call is
-    `_scored_in_parts`.
+    `logits` of their products.
 
     Attributes:
       spec: the sizes of the features.
@@ -88,19 +65,50 @@ class InParts(Protocol):
         ...
 
 
-def _scored_in_parts(
-    module: InParts, batch: CandidateBatch, rows: Rows, items: Items
-) -> Float[Array, "R N heads"]:
-    users = module.users(batch, rows, items)
-    products = module.item.products(
-        users["queries"],
-        candidate_rows(batch, rows, items, module.spec),
-        candidate_inputs(batch, items, module.spec.cheap_item_features),
-    )
-    return module.logits(users, products)
+class _Towers(nnx.Module):
+    """A user tower and an item tower; a class with the methods of `InParts` scores by both."""
+
+    lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
+    reads_history = staticmethod(reads_history)
+    history: HistoryMean | None = None
+
+    def _build(self, spec: FeatureSpec, outputs: int, config: ConfigDict, rngs: nnx.Rngs) -> None:
+        """Build the towers; that of the user has this number of outputs."""
+        self.spec = spec
+        inputs = user_width(spec, config.width) + reads_history(config) * config.width
+        self.user = MultiLayerPerceptron([inputs, *config.hidden, outputs], rngs=rngs)
+        self.item = ItemEncoder(
+            spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
+        )
+
+    def _build_history(self, config: ConfigDict, rngs: nnx.Rngs) -> None:
+        # Last, so that the initial values of the other layers do not depend on it.
+        reads = reads_history(config)
+        self.history = HistoryMean(self.spec, config.width, rngs=rngs) if reads else None
+
+    def __call__(
+        self: Any, batch: CandidateBatch, rows: Rows, items: Items
+    ) -> Float[Array, "R N heads"]:
+        """Return the logits of every candidate."""
+        users = self.users(batch, rows, items)
+        products = self.item.products(
+            users["queries"],
+            candidate_rows(batch, rows, items, self.spec),
+            candidate_inputs(batch, items, self.spec.cheap_item_features),
+        )
+        return self.logits(users, products)
+
+    def _outputs(
+        self, batch: CandidateBatch, rows: Rows, items: Items
+    ) -> Float[Array, "R outputs"]:
+        """Return the outputs of the user tower."""
+        inputs = user_inputs(batch, rows, self.spec)
+        if self.history is not None:
+            inputs = jnp.concatenate([inputs, self.history(batch, rows, items)], axis=-1)
+        return self.user(inputs)
 
 
-class MultiInterest(nnx.Module):
+class MultiInterest(_Towers):
     """Several user embeddings, combined for each candidate by their match with it.
 
         u = MLP([user row, user features, context, category means, h])     [R, E, D]
@@ -116,33 +124,17 @@ class MultiInterest(nnx.Module):
     `history = "mean"`, h is that of `HistoryMean`; otherwise h is omitted.
     """
 
-    lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
-    reads_history = staticmethod(reads_history)
-
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Build the model; reads `width` (D), `interests` (E), `hidden` and `history`."""
         self.interests = config.interests
-        self.spec = spec
-        self.user = MultiLayerPerceptron(
-            [_user_width(spec, config), *config.hidden, config.interests * config.width],
-            rngs=rngs,
-        )
-        self.item = ItemEncoder(
-            spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
-        )
+        self._build(spec, config.interests * config.width, config, rngs)
         self.heads = nnx.Linear(2 * config.width + config.interests, heads, rngs=rngs)
-        self.history = _history(spec, config, rngs)
-
-    def __call__(
-        self, batch: CandidateBatch, rows: Rows, items: Items
-    ) -> Float[Array, "R N heads"]:
-        """Return the logits of every candidate."""
-        return _scored_in_parts(self, batch, rows, items)
+        self._build_history(config, rngs)
 
     # Fused by hand, because XLA's version is slow on a CPU: docs/benchmarks.md has the times.
     def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
         """Return the queries [u, V_v + V_s u] and each interest's share of the logits, V_c u."""
-        users = self.user(_user_inputs(batch, rows, items, self.spec, self.history))
+        users = self._outputs(batch, rows, items)
         users = users.reshape(users.shape[0], self.interests, -1)
         # Split V into the parts that multiply c, v and s. As s is linear in v, and c in the weights
         # of the interests, V multiplies the few user embeddings of a request, not its candidates.
@@ -172,7 +164,7 @@ class MultiInterest(nnx.Module):
         )
 
 
-class TwoTower(nnx.Module):
+class TwoTower(_Towers):
     """One user embedding per head, one item embedding, and their dot products.
 
         u = MLP([user row, user features, context, category means, h])     [R, heads, D]
@@ -185,30 +177,15 @@ class TwoTower(nnx.Module):
     h is omitted.
     """
 
-    lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
-    reads_history = staticmethod(reads_history)
-
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Build the model; reads `width` (D), `hidden` and `history` from the config."""
-        self.spec = spec
-        self.user = MultiLayerPerceptron(
-            [_user_width(spec, config), *config.hidden, heads * config.width], rngs=rngs
-        )
-        self.item = ItemEncoder(
-            spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
-        )
+        self._build(spec, heads * config.width, config, rngs)
         self.offset = nnx.Param(jnp.zeros(heads))
-        self.history = _history(spec, config, rngs)
-
-    def __call__(
-        self, batch: CandidateBatch, rows: Rows, items: Items
-    ) -> Float[Array, "R N heads"]:
-        """Return the logits of every candidate."""
-        return _scored_in_parts(self, batch, rows, items)
+        self._build_history(config, rngs)
 
     def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
         """Return the queries u / sqrt(D)."""
-        users = self.user(_user_inputs(batch, rows, items, self.spec, self.history))
+        users = self._outputs(batch, rows, items)
         width = rows["user"].shape[-1]
         return {"queries": users.reshape(users.shape[0], -1, width) / jnp.sqrt(width)}
 

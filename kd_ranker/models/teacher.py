@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.embedding.lookup import Rows
 from kd_ranker.models.layers import (
+    HISTORY_LOOKUPS,
+    LOOKUPS,
     ItemEncoder,
     candidate_inputs,
     candidate_rows,
@@ -17,7 +19,6 @@ from kd_ranker.models.layers import (
     user_inputs,
     user_width,
 )
-from kd_ranker.models.lookups import HISTORY_LOOKUPS, LOOKUPS
 from kd_ranker.models.model import ModuleClass
 
 

@@ -192,8 +192,7 @@ def prepare_run(
         dataset,
         BatchConfig(**batch),
         recipes.needs(groups, teacher, stage),
-        batches_on.share,
-        devices=batches_on,
+        batches_on,
         # CPU devices hold their data in the memory of the host.
         copies=1 + sum(device.platform == "cpu" for device in own_devices(parallel.devices)),
     )

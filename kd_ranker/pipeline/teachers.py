@@ -119,6 +119,11 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
 def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Finished:
     if not (workdir / workdirs.CONFIG_FILE).exists():
         raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
+    owner = workdirs.owner_of(workdir)
+    if owner not in (None, "train_teacher"):
+        raise UserError(
+            f"{workdir} holds a run of {owner}, not a teacher; make one with: {TRAIN_TEACHER}"
+        )
     trained = workdirs.read_config(workdir)
     other, own = dataset_name(trained), dataset_name(config)
     if other != own:

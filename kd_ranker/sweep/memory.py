@@ -21,11 +21,9 @@ _REMEDY = "lower sweep.group_size, batch.requests, batch.candidates or the width
 
 
 class CohortSize(NamedTuple):
-    """The size of a cohort, in blocks of members of one group, one member per device.
+    """The most blocks of a cohort, and the most members of a block.
 
-    Attributes:
-      blocks: the maximum number of blocks of a cohort.
-      members: the maximum number of members of a block: the devices that they are spread over.
+    The members of a block are of one group, one member per device.
     """
 
     blocks: int
@@ -49,13 +47,9 @@ def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: Feature
 def check_memory(
     config: ConfigDict, groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec
 ) -> None:
-    """Check that a device has room for its part of the states and of a batch.
+    """Check that a device has room for its part of the states of groups and of a batch.
 
-    Args:
-      config: the config.
-      groups: the members that train together.
-      batch: `config.batch` or `config.teacher.batch`.
-      spec: of the dataset.
+    `batch` is `config.batch` or `config.teacher.batch`.
 
     Raises:
       UserError: the memory is too small, or no array can have such a size.
@@ -76,11 +70,7 @@ def check_memory(
 
 @contextlib.contextmanager
 def exhaustion_reported() -> Iterator[None]:
-    """Report that XLA found too little memory on a device, when it compiles or runs.
-
-    Raises:
-      UserError: in place of XLA's own error.
-    """
+    """Raise UserError where XLA finds too little memory on a device, when it compiles or runs."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -91,7 +81,7 @@ def exhaustion_reported() -> Iterator[None]:
 
 
 def _bytes_of_states(groups: Sequence[Group]) -> int:
-    return sum(_bytes(jax.eval_shape(group.init)) for group in groups)
+    return _bytes([jax.eval_shape(group.init) for group in groups])
 
 
 def _bytes(tree: Any) -> int:

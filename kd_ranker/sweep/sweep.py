@@ -79,13 +79,10 @@ class Sweep:
         return all(is_whole(folder / TEST) for folder in tested)
 
     def planned(self, size: CohortSize, version: Callable[[ConfigDict], str]) -> "Sweep":
-        """Assign every member to a cohort, and write the plan to the workdir.
+        """Assign every member to a cohort of at most this size, and write the plan to the workdir.
 
-        Existing cohorts do not change.
-
-        Args:
-          size: of a cohort, at most.
-          version: of the teacher of a member; "" for the dataset's own logs.
+        Existing cohorts do not change. `version` maps a member to that of its teacher, "" for the
+        dataset's own logs.
 
         Raises:
           UserError: a cohort was begun with another teacher.
@@ -99,7 +96,7 @@ class Sweep:
         return dataclasses.replace(self, plan=plan, teachers=teachers)
 
     def check_planned(self) -> None:
-        """Raises UserError unless all members have a place in a cohort."""
+        """Raise UserError unless all members have a place in a cohort."""
         if unplaced := self._unplaced():
             raise UserError(
                 f"{self.workdir} has no cohort for {len(unplaced)} of the sweep's "
@@ -108,7 +105,7 @@ class Sweep:
             )
 
     def check_teacher(self, number: int, version: str) -> None:
-        """Raises UserError if a cohort was begun with another teacher than this version."""
+        """Raise UserError if a cohort was begun with another teacher than this version."""
         if (begun := self.teachers[number]) != version:
             raise UserError(
                 f"{self.workdir} holds a sweep under the teacher {begun or 'of the logs'}, "
@@ -121,11 +118,7 @@ class Sweep:
         return [folder for of, folder in cohorts if set(of) & set(names)] or self.folders[:1]
 
     def join(self, tested: Sequence[Path]) -> None:
-        """Writes the tables of the whole sweep from those of its cohorts.
-
-        Args:
-          tested: the folders of the cohorts with members measured on the test split.
-        """
+        """Write the tables of the sweep from those of its cohorts; `tested` have tables of test."""
         tables = results.join(self.folders, [folder / TEST for folder in tested], self.costs)
         joined = [*self.folders, *(folder / TEST for folder in tested)]
         parts = [(folder / manifest.FILE).relative_to(self.workdir).as_posix() for folder in joined]
@@ -157,8 +150,8 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
     """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
 
     Raises:
-      UserError: the workdir's list of cohorts is damaged or missing, or has a member that the
-        config does not name.
+      UserError: the workdir's list of cohorts is damaged, or has a member that the config does not
+        name.
     """
     members = sweep_members(config)
     teachers, plan = read_plan(workdir)
@@ -173,20 +166,11 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
 
 def read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
     """The teachers' versions and the cohorts of a sweep; empty if it has not started."""
-    path, folder = workdir / FILE, workdir / FOLDER
-    if path.exists():
-        remedy = "restore the original file, or use another --workdir"
-        plan = read_json(path, remedy)
-        try:
-            return plan["teachers"], plan["cohorts"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
-    if folder.exists():
-        raise UserError(
-            f"{folder} contains students, but {FILE}, which lists them, is missing; restore it, "
-            f"use another --workdir, or remove {folder} to train again"
-        )
-    return [], []
+    path = workdir / FILE
+    if not path.exists():
+        return [], []
+    plan = read_json(path, "restore the original file, or use another --workdir")
+    return plan["teachers"], plan["cohorts"]
 
 
 def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import absl.logging
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from kd_ranker import manifest
@@ -111,7 +112,6 @@ def save(
         return
     record = {
         "step": step,
-        "sizes": _sizes(state),
         "made_of": dict(made_of),
         "batches": batches.get_state() if batches is not None else None,
     }
@@ -131,7 +131,7 @@ def restore(
     batches: grain.DatasetIterator | None,
     made_of: MadeOf,
 ) -> tuple[Any, int]:
-    """Restore the newest checkpoint; warns of one that cannot be read and takes the one before.
+    """Restore the newest checkpoint that all processes can read; warn of later ones.
 
     Args:
       checkpoints: those of the workdir.
@@ -143,27 +143,24 @@ def restore(
       The state, on the host, and its step; `state` as given and 0 without checkpoints.
 
     Raises:
-      UserError: the checkpoint is of another model or another run, or none can be read.
+      UserError: the checkpoint is of another run, or none can be read.
     """
     # Another host may have an older listing of the folder.
     steps = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True))
     for step in steps:
-        read, error = None, None
-        directory = Path(checkpoints.directory) / str(step)
+        restored, reason = None, "another process cannot read it"
         try:
-            read = _read(checkpoints, step, state, made_of)
+            restored = _read(checkpoints, step, state, made_of)
         except (UserError, MemoryError, PermissionError):
             raise  # not the fault of the checkpoint
-        except Exception as fault:
-            error = fault
-        _check_alike(directory, error)
-        if read:
-            restored, record = read
+        except Exception as error:
+            reason = _reason(error)
+        if first_without(restored is not None) is None and restored is not None:
+            read, position = restored
             if batches is not None:
-                batches.set_state(record["batches"])
-            return restored, step
-        assert error
-        absl.logging.warning("%s cannot be restored: %s", directory, _reason(error))
+                batches.set_state(position)
+            return read, step
+        absl.logging.warning("%s cannot be restored: %s", checkpoints.directory / str(step), reason)
     if steps:
         raise UserError(
             f"none of the checkpoints in {checkpoints.directory} can be restored; install the "
@@ -174,52 +171,23 @@ def restore(
 
 def _read(
     checkpoints: ocp.CheckpointManager, step: int, state: Any, made_of: MadeOf
-) -> tuple[Any, Mapping[str, Any]]:
-    """Return the state and the record of a checkpoint."""
-    record = _record_of(checkpoints, step)
+) -> tuple[Any, Any]:
+    """Return the state in a checkpoint, and the position of the loader."""
+    items = ocp.args.Composite(record=ocp.args.JsonRestore())
+    record: Mapping[str, Any] = checkpoints.restore(step, args=items).record
     if record["step"] != step:
         raise ValueError(f"it was saved at step {record['step']}")
-    _check_owner(Path(checkpoints.directory) / str(step), record, _sizes(state), made_of)
+    if differing := manifest.differences(record["made_of"], made_of):
+        raise UserError(
+            f"{checkpoints.directory / str(step)} belongs to another run: {differing}; use another "
+            f"--workdir, or remove {checkpoints.directory} to train from the start"
+        )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return checkpoints.restore(step, args=items).state, record
-
-
-def _record_of(checkpoints: ocp.CheckpointManager, step: int) -> Mapping[str, Any]:
-    items = ocp.args.Composite(record=ocp.args.JsonRestore())
-    return checkpoints.restore(step, args=items).record
-
-
-def _sizes(state: Any) -> str:
-    """Return the dtypes and shapes of all leaves, in the order of the tree."""
-    return " ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state))
-
-
-def _check_alike(directory: Path, error: Exception | None) -> None:
-    """Raise UserError if some processes can read a checkpoint and others cannot."""
-    without = first_without(error is None)
-    if without is not None and first_without(error is not None) is not None:
-        why = f" ({_reason(error)})" if error else ""
-        raise UserError(
-            f"process {without} cannot read {directory}, and another one can{why}; make sure that "
-            "all see the same files"
-        )
-
-
-def _check_owner(directory: Path, record: Mapping[str, Any], sizes: str, made_of: MadeOf) -> None:
-    """Raise UserError unless a checkpoint has these sizes and these fingerprints."""
-    differing = manifest.differences(record["made_of"], made_of)
-    if record["sizes"] != sizes:
-        details = f": {differing}" if differing else ""
-        raise UserError(
-            f"{directory} contains a model of other sizes than the config{details}; use another "
-            "--workdir"
-        )
-    if differing:
-        raise UserError(
-            f"{directory} belongs to another run: {differing}; use another --workdir, or remove "
-            f"{directory.parent} to train from the start"
-        )
+    restored = checkpoints.restore(step, args=items).state
+    if jax.tree.map(np.shape, restored) != jax.tree.map(np.shape, state):
+        raise ValueError("its arrays have other sizes than the config")
+    return restored, record["batches"]
 
 
 def _reason(error: Exception) -> str:

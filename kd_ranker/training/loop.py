@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, Shaped
@@ -67,8 +66,8 @@ class Run(NamedTuple):
 
     @property
     def numbers(self) -> tuple[Hyperparameters, ...]:
-        """The members' numbers, one entry per group."""
-        return tuple(group.numbers for group in self.groups)
+        """The numbers of the filled groups."""
+        return tuple(group.numbers for group in self.filled)
 
     @property
     def steps(self) -> int:
@@ -93,16 +92,11 @@ def make_run(
         record how their rows are dealt.
       devices: the mapping over devices.
     """
-
-    def filled(group: Group) -> Group:
-        places = shared_evenly(len(group.names), devices.members)
-        return group if len(places) == len(group.names) else group.at(places)
-
-    evenly = tuple(map(filled, groups))
-    take = devices.map_step(in_turn(step_for(evenly, teacher, devices)), abstract_states(evenly))
+    filled = tuple(group.at(shared_evenly(len(group.names), devices.members)) for group in groups)
+    take = devices.map_step(in_turn(step_for(filled, teacher, devices)), abstract_states(filled))
     held = devices.place(frozen)
     held = held.replace(items=held.items.replace(deal=devices.deal))
-    return Run(tuple(groups), evenly, batches, held, devices, take)
+    return Run(tuple(groups), filled, batches, held, devices, take)
 
 
 def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
@@ -132,8 +126,7 @@ def take_steps(
 
     The results are on the devices and may still be computing.
     """
-    numbers = tuple(group.numbers for group in run.filled)
-    return run.take(states, batches, (span, numbers), run.frozen)
+    return run.take(states, batches, (span, run.numbers), run.frozen)
 
 
 def states_on_host(run: Run, states: States) -> States:
@@ -188,121 +181,116 @@ def fit(
         other fingerprints, or one cannot be written.
     """
     with deferred() as stop:
-        return _fit(run, train, workdir, made_of, evaluate, bar, begin, stop)
+        with checkpoints.open_in(workdir, to_write=True) as saved:
+            abstract = abstract_states(run.groups)
+            states, start = checkpoints.restore(saved, abstract, run.batches, made_of)
+            skip_steps(bar, start)
+            if start >= run.steps:
+                return states
+            states = run.devices.place(states) if start else initial_states(run)
+            if begin and not start:
+                states = run.devices.place(begin(states_on_host(run, states)))
+            with contextlib.closing(MetricsWriter(workdir, start)) as writer:
 
+                def save(step: int, whole: States) -> None:
+                    checkpoints.save(saved, step, whole, run.batches, made_of)
 
-def _beginning(run: Run, begin: Begin | None) -> States:
-    """Return the states before the first step on the devices."""
-    states = initial_states(run)
-    return run.devices.place(begin(states_on_host(run, states))) if begin else states
+                states, stopped_at = _train(
+                    run, states, start, train, stop, _Outputs(save, evaluate, writer, bar)
+                )
+        if stopped_at and not stop():
+            raise UserError(
+                f"another process ended this run after step {stopped_at}; start all of them again"
+            )
+        return jax.tree.map(np.asarray, states_on_host(run, states))
 
 
 class _Outputs(NamedTuple):
-    """The outputs of a run between two calls of steps, and the batches that checkpoints record."""
+    """The outputs of a run between two calls of steps; `save` takes a step and whole states."""
 
-    saved: ocp.CheckpointManager
-    made_of: MadeOf
-    batches: BatchIterator
-    writer: MetricsWriter
+    save: Callable[[int, States], None]
     evaluate: Evaluate
+    writer: MetricsWriter
     bar: tqdm
 
 
-def _fit(
-    run: Run,
-    train: ConfigDict,
-    workdir: Path,
-    made_of: MadeOf,
-    evaluate: Evaluate,
-    bar: tqdm,
-    begin: Begin | None,
-    stop: Callable[[], bool],
-) -> States:
-    """Do the work of `fit`; ends with a checkpoint soon after `stop` returns True."""
-    lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
-    batches = run.batches
-    with checkpoints.open_in(workdir, to_write=True) as saved:
-        states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, made_of)
-        skip_steps(bar, start)
-        if start >= run.steps:
-            return states
-        states = run.devices.place(states) if start else _beginning(run, begin)
-        diverged = _diverged_members(run, states)
-        with contextlib.closing(MetricsWriter(workdir, start)) as writer:
-            outputs = _Outputs(saved, made_of, batches, writer, evaluate, bar)
-            step, longest, stopping = start, 1, 0.0
-            while step < run.steps and not stopping:
-                training = {name for name, last in lengths.items() if step < last}
-                if training <= diverged.keys():
-                    skip_steps(bar, run.steps - step)
-                    break
-                wanted, since = _next_stop(step, lengths.values(), train) - step, time.monotonic()
-                packed, span = batches.take(min(wanted, longest))
-                states, losses = take_steps(run, states, packed, span)
-                if longest < wanted:
-                    jax.block_until_ready(losses)
-                    longest = _next_longest(longest, _agreed(time.monotonic() - since))
-                step += span.stop - span.start
-                bar.update(span.stop - span.start)
-                due, stopping = _due_after(step, run.steps, train), _agreed(stop())
-                due = due._replace(saving=due.saving or bool(stopping))
-                states, diverged = _do_chores(
-                    run, states, losses, step, due, training, diverged, outputs
-                )
-    if stopping and not stop():
-        raise UserError(
-            f"another process ended this run after step {step}; start all of them again"
-        )
-    return jax.tree.map(np.asarray, states_on_host(run, states))
-
-
-def _do_chores(
+def _train(
     run: Run,
     states: States,
-    losses: Sequence[Losses],
     step: int,
-    due: "_Due",
-    training: Collection[str],
-    diverged: dict[str, int],
+    train: ConfigDict,
+    stop: Callable[[], bool],
     outputs: _Outputs,
-) -> tuple[States, dict[str, int]]:
-    """Log, evaluate and save as is due after a step.
+) -> tuple[States, int]:
+    """Take the steps after `step`; end with a checkpoint soon after `stop` returns True.
 
     Returns:
-      The states, with diverged members marked, and the diverged members by name.
+      The states on the devices, and the step at which a signal ended the run, or 0.
     """
-    # It may be a copy of whole tables.
-    whole = states_on_host(run, states) if due.saving or due.evaluation else ()
-    if due.saving:
-        states, whole = _mark_diverged(run, states, whole)
-    # A state is checked before it is saved: a run could not resume from a NaN.
-    if due.logging or due.saving:
-        diverged = _report(_diverged_members(run, states), before=diverged)
-    scalars = {}
-    if due.logging:
-        scalars = _scalars(run, states, losses, {*training} - diverged.keys())
-    if due.evaluation:
-        scalars |= outputs.evaluate(whole)
-    if scalars:
-        outputs.writer.write(step, scalars)
-        outputs.bar.set_postfix_str(_progress(run, scalars, diverged))
-    if due.saving:
-        checkpoints.save(outputs.saved, step, whole, outputs.batches, outputs.made_of)
-    return states, diverged
+    lengths = _by_name(run, [group.numbers.steps for group in run.groups])
+    diverged, longest, stopping = _diverged_members(run, states), 1, False
+    while step < run.steps and not stopping:
+        training = {name for name, last in lengths.items() if step < last}
+        if training <= diverged.keys():
+            skip_steps(outputs.bar, run.steps - step)
+            break
+        wanted = _next_stop(step, lengths.values(), train) - step
+        states, losses, taken, longest = _call(run, states, wanted, longest)
+        step += taken
+        outputs.bar.update(taken)
+        stopping = bool(_agreed(stop()))
+        saving = step == run.steps or _is_due(step, train.checkpoint_every)
+        logs = saving or _is_due(step, train.log_every)
+        # The last states are measured in full after the run.
+        evaluates = step < run.steps and _is_due(step, train.eval_every)
+        saving = saving or stopping
+        if saving:
+            states = _mark_diverged(run, states)
+        # A state is checked before it is saved: a run could not resume from a NaN.
+        if logs or saving:
+            diverged = _report(_diverged_members(run, states), before=diverged)
+        # It may be a copy of whole tables.
+        whole = states_on_host(run, states) if saving or evaluates else ()
+        scalars = _scalars(run, states, losses, {*training} - diverged.keys()) if logs else {}
+        scalars |= outputs.evaluate(whole) if evaluates else {}
+        if scalars:
+            outputs.writer.write(step, scalars)
+            outputs.bar.set_postfix_str(_progress(run, scalars, diverged))
+        if saving:
+            outputs.save(step, whole)
+    return states, step if stopping else 0
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
-    """Return the first later step that a chore may follow, or that is the last of a member."""
+    """Return the first later step that has an output, or that is the last of a member."""
     every = (train.log_every, train.checkpoint_every, train.eval_every)
-    chores = [(step // steps + 1) * steps for steps in every if steps]
-    return min(*chores, *(int(last) for last in lengths if last > step))
+    outputs = [(step // steps + 1) * steps for steps in every if steps]
+    return min(*outputs, *(int(last) for last in lengths if last > step))
 
 
-def _next_longest(longest: int, seconds: float) -> int:
-    """Return the limit of steps of the next call, after one of `longest` that took `seconds`."""
-    if seconds > _LONGEST_CALL:
-        return max(1, longest // 2)
-    return 2 * longest if seconds < _LONGEST_CALL / 2 else longest
+def _call(
+    run: Run, states: States, wanted: int, longest: int
+) -> tuple[States, tuple[Losses, ...], int, int]:
+    """Take the next steps in one call: at most `wanted`, and at most `longest`.
+
+    Returns:
+      The states, the losses of the last step, the number of steps taken, and the next `longest`.
+    """
+    since = time.monotonic()
+    packed, span = run.batches.take(min(wanted, longest))
+    states, losses = take_steps(run, states, packed, span)
+    if longest < wanted:
+        jax.block_until_ready(losses)
+        seconds = _agreed(time.monotonic() - since)
+        if seconds > _LONGEST_CALL:
+            longest = max(1, longest // 2)
+        elif seconds < _LONGEST_CALL / 2:
+            longest *= 2
+    return states, losses, span.stop - span.start, longest
 
 
 def _agreed(number: float) -> float:
@@ -310,24 +298,6 @@ def _agreed(number: float) -> float:
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.process_allgather(np.float32(number)).max())
-
-
-class _Due(NamedTuple):
-    logging: bool
-    evaluation: bool
-    saving: bool
-
-
-def _due_after(step: int, steps: int, train: ConfigDict) -> _Due:
-    """Return the chores after a step; the last step is always logged and saved."""
-    last = step == steps
-    saving = last or step % train.checkpoint_every == 0
-    return _Due(
-        logging=saving or step % train.log_every == 0,
-        # The last states are measured in full after the run.
-        evaluation=not last and train.eval_every and step % train.eval_every == 0,
-        saving=saving,
-    )
 
 
 def skip_steps(bar: tqdm, steps: int) -> None:
@@ -362,29 +332,31 @@ def _diverged_members(run: Run, states: States) -> dict[str, int]:
     return {name: int(step) for name, step in _by_name(run, at).items() if step}
 
 
-def _mark_diverged(run: Run, states: States, whole: States) -> tuple[States, States]:
+def _non_finite_steps(
+    states: States, numbers: tuple[Hyperparameters, ...]
+) -> list[Int[Array, "members"]]:
+    steps = []
+    for state, own in zip(states, numbers, strict=True):
+        finite = [
+            jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+            for leaf in jax.tree.leaves(state.parameters)
+        ]
+        new = (state.non_finite_step == 0) & ~jnp.stack(finite).all(axis=0)
+        steps.append(jnp.where(new, steps_of_members(state, own), state.non_finite_step))
+    return steps
+
+
+def _mark_diverged(run: Run, states: States) -> States:
     """Mark the members with parameters that are not finite after the last update.
 
     The loss of the next step would show it, but there may be no next step.
-
-    Args:
-      run: the run.
-      states: its states on the devices.
-      whole: the same states from `states_on_host`.
-
-    Returns:
-      `states` and `whole` with these members marked.
     """
-    marked, any_new = [], False
-    for state, numbers in zip(whole, run.numbers, strict=True):
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
-        finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-        new = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
-        any_new |= bool(new.any())
-        steps = jnp.where(new, steps_of_members(state, numbers), state.non_finite_step)
-        marked.append(dataclasses.replace(state, non_finite_step=steps))
-    # Place the states on the devices again only if any changed.
-    return run.devices.place(tuple(marked)) if any_new else states, tuple(marked)
+    places = [state.non_finite_step.sharding for state in states]
+    steps = jax.jit(_non_finite_steps, out_shardings=places)(states, run.numbers)
+    return tuple(
+        dataclasses.replace(state, non_finite_step=at)
+        for state, at in zip(states, steps, strict=True)
+    )
 
 
 def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -403,7 +375,7 @@ def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 def _scalars(
     run: Run, states: States, losses: Sequence[Losses], members: Collection[str]
 ) -> dict[str, float]:
-    """Return the losses of some members, and the number of unknown ids so far."""
+    """Return the losses of some members, and the number of trained ids without a row, by table."""
     scalars = {
         scalar_name(scalar, name): value
         for group, of_group in zip(run.groups, on_host(run, losses), strict=True)
@@ -411,20 +383,12 @@ def _scalars(
         for name, value in zip(group.names, np.asarray(of_members).tolist(), strict=True)
         if name in members
     }
-    return scalars | _unknown_ids(on_host(run, [state.unknown_ids for state in states]))
-
-
-def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float]:
-    """Return the number of trained ids without a row, by table: the largest of all groups.
-
-    A group without a use for the teacher trains on fewer candidates of the same batches.
-    """
-    largest: dict[str, float] = {}
-    for tables in groups:
+    for tables in on_host(run, [state.unknown_ids for state in states]):
         for table, number in tables.items():
             name = f"unknown_ids/{table}"
-            largest[name] = max(int(number), largest.get(name, 0))
-    return largest
+            # A group without a use for the teacher trains on fewer candidates of the same batches.
+            scalars[name] = max(int(number), scalars.get(name, 0))
+    return scalars
 
 
 def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Int
 
 from kd_ranker.batch import WHOLE, Deal
-from kd_ranker.batches.training import Share
+from kd_ranker.batches.training import Devices, Share
 from kd_ranker.embedding.deal import dealt, gathered, length_of_share
 from kd_ranker.errors import UserError
 from kd_ranker.training.state import MEMBERS_FIRST, Frozen, States
@@ -47,19 +47,14 @@ def own_devices(number: int) -> list[jax.Device]:
     return [device for device in first_devices(number) if device.process_index == own]
 
 
-def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
-    """Test if a leaf of a pytree is an embedding table."""
-    return _TABLES in names_of(path)
-
-
-def has_members(path: jax.tree_util.KeyPath) -> bool:
-    """Test if a leaf of a pytree is an array of a state that has a leading axis of members."""
-    return bool(names_of(path) & MEMBERS_FIRST)
-
-
 def names_of(path: jax.tree_util.KeyPath) -> set[str | None]:
     """Return the names of the fields that lead to a leaf of a pytree."""
     return {getattr(part, "name", None) for part in path}
+
+
+def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
+    """Test if a leaf of a pytree is an embedding table."""
+    return _TABLES in names_of(path)
 
 
 def _filler(path: jax.tree_util.KeyPath) -> int:
@@ -74,19 +69,15 @@ def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
 
-def specs_of(members: int, deal: Deal, tree: Any) -> Any:
-    """Return the partition of each array: its members, if it has them, and its dealt rows.
+def _specs_of(members: int, deal: Deal, tree: Any) -> Any:
+    """Return the partition of each array: its members along `MEMBERS`, its dealt rows along `AXIS`.
 
     Both follow from the names of the fields that hold it.
-
-    Args:
-      members: the size of the axis `MEMBERS`.
-      deal: how rows are dealt along `AXIS`.
-      tree: arrays, concrete or abstract.
     """
 
     def spec(path: jax.tree_util.KeyPath, leaf: Any) -> PartitionSpec:
-        axes: list[str | None] = [MEMBERS] if members > 1 and has_members(path) else []
+        has_members = members > 1 and names_of(path) & MEMBERS_FIRST
+        axes: list[str | None] = [MEMBERS] if has_members else []
         rows = _axis_of_rows(path, leaf)
         if deal != WHOLE and rows is not None:
             axes += [None] * (rows - len(axes)) + [AXIS]
@@ -95,33 +86,11 @@ def specs_of(members: int, deal: Deal, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def dealt_rows(tree: Any, deal: Deal) -> Any:
-    """Copy arrays, with their rows in the order of the devices; see `embedding.deal`.
-
-    Of abstract arrays, the result is abstract.
-    """
-
-    def of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        axis = None if deal == WHOLE else _axis_of_rows(path, leaf)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            shape = list(leaf.shape)
-            if axis is not None:
-                shape[axis] = deal.devices * length_of_share(shape[axis], deal.devices)
-            return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
-        return leaf.copy() if axis is None else dealt(leaf, axis, deal.devices, _filler(path))
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def places(tree: Any, shardings: Any) -> Any:
+def _by_row(tree: Any, shardings: Any) -> Any:
     """Return the device placement of each array; on a TPU, tables are stored row by row.
 
     By default XLA stores them column by column there. Each program that reads or writes rows would
     then copy whole tables.
-
-    Args:
-      tree: arrays, concrete or abstract.
-      shardings: one `Sharding` for all, or a pytree with one for each.
     """
 
     def place(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
@@ -130,37 +99,32 @@ def places(tree: Any, shardings: Any) -> Any:
             return sharding
         return Format(Layout(tuple(range(leaf.ndim))), sharding)
 
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree_util.tree_map_with_path(place, tree, shardings)
 
 
-def put_on(tree: Any, of_places: Any) -> Any:
+def _put_on(tree: Any, places: Any) -> Any:
     """Put a pytree of the host, the same in all processes, on the devices of all.
 
     Abstract arrays stay abstract and get their placement.
     """
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            tree,
-            of_places,
-        )
-    if jax.process_count() == 1:
-        return jax.device_put(tree, of_places)
 
-    # With `device_put`, JAX would compare the values of all processes.
-    def on_devices(leaf: Any, place: Any) -> jax.Array:
+    def put(leaf: Any, place: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, place, host.__getitem__)
 
-    return jax.tree.map(on_devices, tree, of_places)
+    leaves = jax.tree.leaves(tree)
+    if jax.process_count() == 1 and not any(isinstance(of, jax.ShapeDtypeStruct) for of in leaves):
+        return jax.device_put(tree, places)
+    # With `device_put`, JAX would compare the values of all processes.
+    return jax.tree.map(put, tree, places)
 
 
 def put(tree: Any, device: jax.Device | None = None) -> Any:
     """Put a pytree on one device, by default the first, for programs of that device only."""
-    device = device or jax.local_devices()[0]
-    return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
+    on_one = SingleDeviceSharding(device or jax.local_devices()[0])
+    return jax.device_put(tree, _by_row(tree, jax.tree.map(lambda _: on_one, tree)))
 
 
 def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
@@ -180,10 +144,13 @@ def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
         return np.pad(np.asarray(leaf), widths, constant_values=_filler(path))
 
     evenly = jax.tree_util.tree_map_with_path(filled, tree)
-    specs = specs_of(1, Deal(len(devices), AXIS), evenly)
-    return put_on(
-        evenly, places(evenly, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
-    )
+    return _put_on(evenly, _places_on(mesh, evenly, Deal(len(devices), AXIS)))
+
+
+def _places_on(mesh: Mesh, tree: Any, deal: Deal) -> Any:
+    """Return the placement of arrays on a mesh, by members and dealt rows."""
+    specs = _specs_of(mesh.shape.get(MEMBERS, 1), deal, tree)
+    return _by_row(tree, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
 
 
 def join_over_devices(arrays: Any, axis: int) -> Any:
@@ -195,13 +162,9 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
 
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """Compute `function(batch)` in parts on the devices that hold the same batch.
+    """Compute a function of requests in parts, on the `parts` devices along `MEMBERS`.
 
-    Args:
-      function: from [requests, ...] to [requests, ...], independent per request.
-      batch: the same on the `parts` devices along `MEMBERS`. If they cannot share its requests
-        evenly, each device computes all of it.
-      parts: the size of that axis; with 1, the axis may be missing.
+    They hold the same batch. If they cannot share its requests evenly, each computes all of it.
     """
     requests = jax.tree.leaves(batch)[0].shape[0]
     if parts == 1 or requests % parts:
@@ -225,12 +188,8 @@ def members_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
     """Return the number of devices to spread members over, if the config does not set it.
 
     It is the smallest one that minimizes members per device: those need no traffic and no smaller
-    batches. The remaining factor of devices shares the requests.
-
-    Args:
-      devices: their number.
-      sizes: the number of members of each group. A device holds equally many of each group.
-      requests: of a batch; the devices that share it have to divide it.
+    batches. A device holds equally many members of each group; `sizes` has their numbers. The
+    remaining factor of devices shares the `requests` of a batch, which it has to divide.
 
     >>> members_axis(devices=8, sizes=[16], requests=32)
     8
@@ -262,8 +221,7 @@ def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Sh
       process: the index of the process.
 
     Raises:
-      UserError: the parts of any process are not contiguous, or do not start at a multiple of
-        their number. Every process raises it.
+      UserError: in every process, if the parts of any are not one aligned range.
 
     >>> share_of(np.array([[0, 0, 1, 1]]), process=1)
     Share(part=1, parts=2)
@@ -283,7 +241,7 @@ def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Sh
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceMap:
+class DeviceMap(Devices):
     """A mesh of devices, and how a step, its states and its batches are spread over it.
 
     Its methods that place arrays also take abstract ones and return those with their placement.
@@ -319,28 +277,33 @@ class DeviceMap:
 
         Each gets its own members, filled by `shared_evenly`, its dealt rows, and all else.
         """
+        sharing = self.deal.devices
 
-        def filled(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-            if self.members == 1 or not has_members(path) or len(leaf) % self.members == 0:
-                return leaf
-            # On the host, as the members may not fit one device.
-            return np.asarray(leaf)[shared_evenly(len(leaf), self.members)]
+        def copied(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+            axis = None if self.deal == WHOLE else _axis_of_rows(path, leaf)
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                shape = list(leaf.shape)
+                if axis is not None:
+                    shape[axis] = sharing * length_of_share(shape[axis], sharing)
+                return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+            if names_of(path) & MEMBERS_FIRST and len(leaf) % self.members:
+                # On the host, as the members may not fit one device.
+                leaf = np.asarray(leaf)[shared_evenly(len(leaf), self.members)]
+            if axis is not None:
+                return dealt(leaf, axis, sharing, _filler(path))
+            # A step donates its states, so they must not share memory with arrays of the caller.
+            return leaf.copy()
 
-        # A step donates its states, so they must not share memory with arrays of the caller.
-        copied = dealt_rows(jax.tree_util.tree_map_with_path(filled, tree), self.deal)
-        return put_on(copied, self._places(copied))
+        copies = jax.tree_util.tree_map_with_path(copied, tree)
+        return _put_on(copies, self._places(copies))
 
     def create(self, make: Callable[[Deal], States]) -> States:
-        """Compute states on their devices only, so that a large one is held once.
-
-        Args:
-          make: a pure function of a deal; see `Group.init`.
-        """
+        """Compute states on their devices only, by a pure function of a deal, see `Group.init`."""
         shapes = jax.eval_shape(lambda: make(WHOLE))
         own: Callable[[], States] = functools.partial(make, self.deal)
         if self.deal != WHOLE:
             # Each device makes its own rows; XLA splits the members.
-            specs = specs_of(1, self.deal, shapes)
+            specs = _specs_of(1, self.deal, shapes)
             own = self._over_mesh(own, (), specs, axis_names={AXIS})
         return jax.jit(own, out_shardings=self._places(shapes))()
 
@@ -350,17 +313,15 @@ class DeviceMap:
         The result is the whole batch, with its requests split over the devices.
         """
         split, parts = NamedSharding(self.mesh, PartitionSpec(AXIS)), self.share.parts
-        if self.by_pmap:
-            number = self.mesh.size
-            batch = jax.tree.map(
-                lambda of: of.reshape(number, len(of) // number, *of.shape[1:]), batch
-            )
-        if parts == 1:
-            return put_on(batch, jax.tree.map(lambda _: split, batch))
 
-        def whole_of(part: Any) -> jax.Array:
+        def whole_of(part: Any) -> Any:
+            if isinstance(part, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=split)
+            if self.by_pmap:
+                number = self.mesh.size
+                part = part.reshape(number, len(part) // number, *part.shape[1:])
             shape = (len(part) * parts, *part.shape[1:])
-            return jax.make_array_from_process_local_data(split, np.asarray(part), shape)
+            return jax.make_array_from_process_local_data(split, part, shape)
 
         return jax.tree.map(whole_of, batch)
 
@@ -372,13 +333,9 @@ class DeviceMap:
         return jax.jit(self._over_mesh(function, (whole, split), split))
 
     def map_step(self, step: Callable, states: States | None = None) -> Callable:
-        """Compile step(states, batch, hyperparameters, frozen), mapped.
+        """Compile the step of one device, see `step.make_step`; it donates its states.
 
-        The buffers of the states are donated.
-
-        Args:
-          step: the function of one device; see `step.make_step`.
-          states: abstract states. Without them XLA chooses the layout of the states returned.
+        Without abstract `states`, XLA chooses the layout of the states returned.
         """
         if self.by_pmap:
             axes: Any = (None, 0, None, None)
@@ -393,7 +350,7 @@ class DeviceMap:
                 lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
             )
             of_states, of_frozen = (
-                specs_of(self.members, self.deal, tree) for tree in (states, frozen)
+                _specs_of(self.members, self.deal, tree) for tree in (states, frozen)
             )
             specs = (of_states, PartitionSpec(AXIS), of_numbers, of_frozen)
             on_mesh = self._over_mesh(step, specs, (of_states, of_members))
@@ -410,11 +367,7 @@ class DeviceMap:
         """Invert `place`: return a pytree on one device, or on the host.
 
         It is the host where devices hold different members or rows. Rows of padding then follow
-        the others.
-
-        Args:
-          tree: on the devices.
-          number: of members to return, the first ones; None returns all.
+        the others. `number` counts the first members to return; None returns all.
         """
 
         def on_one(array: Any) -> Any:
@@ -429,10 +382,10 @@ class DeviceMap:
         return jax.tree.map(on_one, tree)
 
     def _places(self, tree: Any) -> Any:
-        specs = specs_of(self.members, self.deal, tree)
-        shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
-        # `pmap` takes no layouts.
-        return shardings if self.by_pmap else places(tree, shardings)
+        # `pmap` takes no layouts, and replicates.
+        if self.by_pmap:
+            return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
+        return _places_on(self.mesh, tree, self.deal)
 
     def _over_mesh(self, function: Callable, in_specs: Any, out_specs: Any, **how: Any) -> Callable:
         # A step sums over the axis itself; the replication check would add more sums.

@@ -35,9 +35,8 @@ def start(give_up: Callable[[UserError], object]) -> None:
     Open MPI, Kubernetes or a pod of TPUs. Otherwise they come from the variables
     JAX_COORDINATOR_ADDRESS (host and port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    Args:
-      give_up: ends this process with the given error. It is called in a separate thread if the
-        others do not join in time. JAX would wait longer and then end with pages of a trace.
+    If the others do not join in time, a separate thread calls `give_up` with the error, to end this
+    process. JAX would wait longer and then end with pages of a trace.
 
     Raises:
       UserError: no scheduler or variable defines the processes.
@@ -48,12 +47,13 @@ def start(give_up: Callable[[UserError], object]) -> None:
         f"not all processes were there within {_SECONDS_TO_START} seconds, or process 0 could not "
         "be reached; start them together, and see that its address is that of its host"
     )
+    # JAX reads the address itself.
+    named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given: Any = {key: int(os.environ[name]) for key, name in named.items() if name in os.environ}
     timer = threading.Timer(_SECONDS_TO_START, give_up, [late])
     timer.start()
     try:
-        jax.distributed.initialize(
-            initialization_timeout=2 * _SECONDS_TO_START, **_from_variables()
-        )
+        jax.distributed.initialize(initialization_timeout=2 * _SECONDS_TO_START, **given)
     except ValueError as error:
         raise UserError(
             "parallel.processes=True, and neither Slurm, Open MPI nor a pod defines their number; "
@@ -139,7 +139,7 @@ def _check_shared(folder: Path) -> None:
 
 
 def first_without(holds: bool) -> int | None:
-    """Return, on all processes, the first one with a false `holds`; None if all are true."""
+    """Return, on all processes, the first one with a false value; None if all are true."""
     if not are_distributed():
         return None if holds else 0
     of_all = multihost_utils.process_allgather(np.array(holds))
@@ -147,12 +147,7 @@ def first_without(holds: bool) -> int | None:
 
 
 def check_same(what: str, text: str) -> None:
-    """Raise UserError on all processes if a `text` differs from that of process 0.
-
-    The message names the text by `what`.
-    """
-    if not are_distributed():
-        return
+    """Raise UserError, which names `what`, on all processes if a text differs from process 0's."""
     other = first_without(on_first(lambda: text) == text)
     if other is not None:
         raise UserError(f"process {other} has another {what} than process 0; start all alike")
@@ -171,12 +166,3 @@ def ends_with_all() -> bool:
         # Process 0 hosts the barrier, and the others need time to leave it.
         time.sleep(1)
     return True
-
-
-def _from_variables() -> dict[str, Any]:
-    """Return the number and index of processes if variables define them.
-
-    JAX reads the address itself.
-    """
-    named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    return {key: int(os.environ[name]) for key, name in named.items() if name in os.environ}

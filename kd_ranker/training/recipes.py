@@ -102,8 +102,8 @@ class Group(NamedTuple):
       recipe: their common part.
       names: one name per member, for messages and metrics; a single run's is "".
       numbers: the numbers in which they differ.
-      init: a pure function that makes their state before the first step. It can be restricted to
-        some members by position and, with a `deal`, to the rows of one device.
+      init: makes their state before the first step, restricted to the members at `places` and,
+        with a `deal`, to the rows of one device.
     """
 
     recipe: Recipe
@@ -190,10 +190,7 @@ def needs(
 ) -> Needs:
     """Return the needs of the groups, and of the live teacher if there is one.
 
-    Args:
-      groups: the groups.
-      teacher: the live teacher, or None.
-      stage: without a live teacher, the logged one scores candidates of this funnel stage or later.
+    Without one, the logged teacher scores candidates of `stage` or a later one.
     """
     signals = signals_of(groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])

@@ -22,12 +22,7 @@ from kd_ranker.models.model import Model, Parameters
 
 
 class Term(NamedTuple):
-    """A term of the distillation loss.
-
-    Attributes:
-      loss: one of `losses.LOSSES`.
-      signal: one of `teacher_signal.SIGNALS`.
-    """
+    """A term of the distillation loss: names of `losses.LOSSES` and `teacher_signal.SIGNALS`."""
 
     loss: str
     signal: str
@@ -61,11 +56,8 @@ class Recipe(NamedTuple):
 class OptimizerNumbers(NamedTuple):
     """The traced numbers of the update, float32; each is a key of `config.optimizer`.
 
-    Attributes:
-      learning_rate: of the dense parameters; a peak that the schedule scales.
-      table_learning_rate: the same of the embedding rows.
-      weight_decay: of the dense parameters; decoupled from the gradient.
-      table_weight_decay: the same of the embedding rows.
+    Rates are peaks that the schedule scales. Weight decay is decoupled from the gradient. `table_`
+    is of the embedding rows; the others are of the dense parameters.
     """
 
     learning_rate: Float[Array, "members"]
@@ -78,11 +70,11 @@ class Hyperparameters(NamedTuple):
     """The numbers of a group's members, all float32 [members].
 
     Attributes:
-      user_weight: the weight of the user loss.
-      distill_weight: λ, the weight of the distillation loss.
-      term_weights: the weight of each of its terms.
-      loss: the numbers of the losses.
-      optimizer: the numbers of the update.
+      user_weight: of the user loss.
+      distill_weight: λ, of the distillation loss.
+      term_weights: of each term of the distillation loss.
+      loss: of the losses.
+      optimizer: of the update.
       steps: the number of steps to train, an integer; after them the member is frozen.
       unshown_weight: the label weight of a candidate that was not shown, if it is a negative.
     """
@@ -133,11 +125,9 @@ States = tuple[TrainState, ...]
 
 
 class LiveTeacher(NamedTuple):
-    """The teacher that scores the batches inside the step.
+    """The teacher that scores, inside the step, the candidates of a funnel stage or a later one.
 
-    Attributes:
-      model: its static part; its parameters are in `Frozen`.
-      stage: the teacher scores candidates of this funnel stage or a later one.
+    `Frozen` has its parameters.
     """
 
     model: Model
@@ -146,12 +136,7 @@ class LiveTeacher(NamedTuple):
 
 @flax.struct.dataclass
 class Frozen:
-    """The arrays that a step only reads.
-
-    Attributes:
-      items: the features and categories of each item.
-      teacher: the live teacher, or None.
-    """
+    """The arrays that a step only reads."""
 
     items: Items
     teacher: Parameters | None
@@ -170,11 +155,7 @@ def select_member(tree: Any, member: int) -> Any:
 def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool) -> TrainState:
     """Return the state of a group before its first step.
 
-    Args:
-      recipe: the group's recipe.
-      parameters: the members' initial parameters, stacked.
-      tasks: the number of tasks.
-      affine: `config.distill.affine`.
+    `parameters` are the members' initial ones, stacked; `affine` is `config.distill.affine`.
     """
     members = jax.tree.leaves(parameters)[0].shape[0]
     transform = stack_members([recipe.mode.init_transform(tasks, affine)] * members)

@@ -149,12 +149,9 @@ def with_live_teacher(
 
 
 class _Gradients(NamedTuple):
-    """The gradients of a group's members, stacked.
+    """The gradients of a group's members, stacked; `rows` by lookup name, as this device has them.
 
-    Attributes:
-      dense: of the dense parameters, summed over devices.
-      transform: of the mode's own parameters, summed over devices.
-      rows: of the embeddings that this device has looked up, by lookup name.
+    The others are summed over devices.
     """
 
     dense: Any
@@ -275,15 +272,8 @@ def _update_group(
 ) -> TrainState:
     """Return the state after one step.
 
-    Args:
-      recipe: the group's recipe.
-      state: the state before the step.
-      batch: the batch of the gradients.
-      items: the features and categories of each item.
-      numbers: the members' numbers.
-      gradients: the members' gradients.
-      finite: whether the loss of each member is finite; if not, it is frozen from this step.
-      gathered: the whole rows of the tables that the batch looks up, [1, ...]; None reads them.
+    A member without a `finite` loss is frozen from this step. `gathered` are the whole rows of the
+    tables that the batch looks up, [1, ...]; None reads them.
     """
     # Counted from 1: a factor of 0 at the first step would waste a batch.
     step = state.step + 1

@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
-_RESTORE = "restore it, or use another --workdir"
-REMOVE_ENVIRONMENT = "remove it: it only records how the run was started"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,18 +34,72 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     on_first(lambda: write_whole(path, content))
 
 
-def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
-    """Return the values of a config by keys like `train.steps`.
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object.
 
-    Args:
-      text: the config as JSON.
-      without: keys, or sections, to leave out.
+    Raises:
+      UserError: it is damaged; the message ends with `remedy`.
+    """
+    try:
+        parsed = json.loads(path.read_bytes())
+        if not isinstance(parsed, dict):
+            raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    return parsed
+
+
+def as_json(config: ConfigDict) -> str:
+    """Return a config as the text of `config.json`."""
+    return config.to_json(indent=2, sort_keys=True)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Return the config of the run in `workdir`; raise UserError if the file is damaged."""
+    remedy = "restore it, or use another --workdir"
+    return ConfigDict(_with_tuples(read_json(workdir / CONFIG_FILE, remedy)))
+
+
+def _with_tuples(value: Any) -> Any:
+    """Replace lists of JSON by tuples, because flags cannot set lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(of) for key, of in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
+    """Return the values of a config as JSON by keys like `train.steps`.
+
+    `without` are keys, or sections, to leave out.
     """
     return {
         key: value
         for key, value in flatten_dict(json.loads(text), sep=".").items()
         if not any(f"{key}.".startswith(f"{other}.") for other in without)
     }
+
+
+def read_environment(workdir: Path) -> dict[str, Any]:
+    """Return the content of `environment.json`; empty without one."""
+    path = workdir / ENVIRONMENT_FILE
+    remedy = "remove it: it only records how the run was started"
+    return read_json(path, remedy) if path.exists() else {}
+
+
+def owner_of(workdir: Path) -> str | None:
+    """Return the entry point of the run in a workdir; None if it is not recorded."""
+    return read_environment(workdir).get("command")
+
+
+def claim(
+    workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
+) -> None:
+    """Claim `workdir` for this run: `check`, then `write_config`.
+
+    This replaces the config, which may differ in keys that affect only measurements.
+    """
+    check(workdir, command, config, dataset, without)
+    write_config(workdir, command, config, dataset)
 
 
 def check(
@@ -64,14 +116,9 @@ def check(
 
     Raises:
       UserError: the workdir belongs to another command, config or dataset, which the message names;
-        or its config is missing or damaged.
+        or a file is damaged.
     """
     if not (workdir / CONFIG_FILE).exists():
-        if any((workdir / file).exists() for file in (ENVIRONMENT_FILE, METRICS_FILE)):
-            raise UserError(
-                f"{workdir} contains a run but {CONFIG_FILE} is missing; restore it, or use "
-                "another --workdir"
-            )
         return
     owner = owner_of(workdir)
     if owner not in (None, command):
@@ -100,43 +147,6 @@ def check_dataset(workdir: Path, dataset: MadeOf) -> None:
         )
 
 
-def claim(
-    workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
-) -> None:
-    """Claim `workdir` for this run: `check`, then `write_config`.
-
-    This replaces the config, which may differ in keys that affect only measurements.
-    """
-    check(workdir, command, config, dataset, without)
-    write_config(workdir, command, config, dataset)
-
-
-def owner_of(workdir: Path) -> str | None:
-    """Return the entry point of the run in a workdir; None if it is not recorded."""
-    return read_environment(workdir).get("command")
-
-
-def read_environment(workdir: Path) -> dict[str, Any]:
-    """Return the content of `environment.json`; empty without one."""
-    path = workdir / ENVIRONMENT_FILE
-    return read_json(path, REMOVE_ENVIRONMENT) if path.exists() else {}
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object.
-
-    Raises:
-      UserError: it is damaged; the message ends with `remedy`.
-    """
-    try:
-        parsed = json.loads(path.read_bytes())
-        if not isinstance(parsed, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
-    return parsed
-
-
 def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeOf) -> None:
     """Write `config.json`, and the environment of the run to `environment.json`."""
     devices = jax.devices()
@@ -148,30 +158,8 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeO
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
-    # In this order: `check` reports a removed config if only the second exists.
     write_atomically(workdir / CONFIG_FILE, as_json(config))
     write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
-
-
-def as_json(config: ConfigDict) -> str:
-    """Return a config as the text of `config.json`."""
-    return config.to_json(indent=2, sort_keys=True)
-
-
-def read_config(workdir: Path) -> ConfigDict:
-    """Return the config of the run in `workdir`.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    return ConfigDict(_with_tuples(read_json(workdir / CONFIG_FILE, _RESTORE)))
-
-
-def _with_tuples(value: Any) -> Any:
-    """Replace lists of JSON by tuples, because flags cannot set lists."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(of) for key, of in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -186,10 +174,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return scalars
 
 
-def _line(scalars: Mapping[str, float]) -> str:
-    return json.dumps(scalars) + "\n"
-
-
 class MetricsWriter:
     """Writer of scalars to `metrics.jsonl` and to TensorBoard event files.
 
@@ -200,7 +184,7 @@ class MetricsWriter:
         """Open both files for a run that resumes after step `start`."""
         self._path = workdir / METRICS_FILE
         lines = read_metrics(self._path) if self._path.exists() else []
-        kept = (_line(scalars) for scalars in lines if scalars["step"] <= start)
+        kept = (f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start)
         write_atomically(self._path, "".join(kept))
         # Without the thread of a `SummaryWriter`: on a full disk that would die with a trace, and
         # its queue would fill up.
@@ -215,7 +199,7 @@ class MetricsWriter:
         if self._events is None:
             return
         with self._path.open("a") as file:
-            file.write(_line({"step": step, **scalars}))
+            file.write(f"{json.dumps({'step': step, **scalars})}\n")
         for name, value in scalars.items():
             event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
             self._events.write_event(event)

@@ -8,7 +8,19 @@ from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches
 from kd_ranker.batches.sampling import BatchConfig, Slots
+from kd_ranker.batches.training import Devices, Share
 from kd_ranker.requests.columns import Columns, in_sampling_order
+
+
+class PartOf(Devices):
+    """The devices of one of several processes."""
+
+    def __init__(self, part: int, parts: int):
+        self._share = Share(part, parts)
+
+    @property
+    def share(self) -> Share:
+        return self._share
 
 
 def prepared(
@@ -21,10 +33,7 @@ def prepared(
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
     columns = in_sampling_order(columns)
     kinds, slots = sampling.kinds_of(
-        columns.counts,
-        sampling.bounds_of(columns),
-        stage,
-        BatchConfig(1, candidates, passed_share, negative_rate, seed=0),
+        columns.counts, stage, BatchConfig(1, candidates, passed_share, negative_rate, seed=0)
     )
     return columns, kinds, slots
 
@@ -39,7 +48,7 @@ def packed(
     columns: Columns, starts: np.ndarray, slots: Slots, logged: Stage = Stage.RETRIEVED
 ) -> PackedBatches:
     """The batches of all steps."""
-    drawn = cutting.gather(columns.values, sampling.chosen(starts, slots))
+    drawn = cutting.read(columns, sampling.chosen(starts, slots))
     return cutting.pack_batches(drawn, Layout(columns.spans, slots, logged))
 
 

@@ -69,11 +69,8 @@ def test_each_split_is_read_by_its_name_and_its_requests_may_differ_in_size(tmp_
             assert set(items[row][mask[row] > 0]) == set(request.item_id)
 
 
-def test_a_limit_reads_only_so_many(dataset):
+def test_a_limit_counts_requests_and_the_funnel_must_hold_each(dataset):
     (batch,) = evaluation_batches(dataset, "test", requests=8, candidates=20, limit=2)
     assert batch.request_mask.sum() == 2
-
-
-def test_too_small_a_funnel_is_an_error(dataset):
     with pytest.raises(UserError, match=r"funnel.retrieved=10 is less than the 20 candidates"):
         list(evaluation_batches(dataset, "test", requests=2, candidates=10))

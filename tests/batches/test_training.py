@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,17 +10,17 @@ from kd_ranker.batches import training
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import (
     ALL,
-    ALONE,
     DEFAULT_DEVICE,
     BatchConfig,
+    Devices,
     Needs,
-    Share,
     training_batches,
 )
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.training.mapping import MAPPINGS
+from tests.batches.packing_by_hand import PartOf
 from tests.requests.random_requests import random_source
 
 
@@ -35,9 +34,8 @@ def dataset(tmp_path_factory):
 OPTIONS = BatchConfig(requests=4, candidates=12, passed_share=0.5, negative_rate=0.5, seed=0)
 
 
-def batches(dataset, needs=ALL, share=ALONE, devices=DEFAULT_DEVICE, resident=None, **changes):
-    config = OPTIONS._replace(**changes)
-    return training_batches(dataset, config, needs, share, devices, resident=resident)
+def batches(dataset, needs=ALL, devices=DEFAULT_DEVICE, resident=None, **changes):
+    return training_batches(dataset, OPTIONS._replace(**changes), needs, devices, resident=resident)
 
 
 def take(iterator, number):
@@ -56,13 +54,15 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
     assert any((a.item_id != b.item_id).any() for a, b in zip(first, other, strict=True))
 
 
-def test_an_epoch_reads_each_request_once_and_epochs_differ(dataset):
-    drawn = take(batches(dataset), 6)
-    users = [np.concatenate([batch.user_features for batch in drawn[i : i + 3]]) for i in (0, 3)]
-    stored = [request.user_features for request in read_requests(dataset, "train")]
-    for epoch in users:
-        np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(np.stack(stored), axis=0))
-    assert (users[0] != users[1]).any()
+def test_an_epoch_reads_each_request_once_in_its_own_order_or_by_time(dataset):
+    stored = np.stack([request.user_features for request in read_requests(dataset, "train")])
+    for order in ("shuffled", "time"):
+        drawn = [batch.user_features for batch in take(batches(dataset, order=order), 6)]
+        epochs = [np.concatenate(drawn[start : start + 3]) for start in (0, 3)]
+        for epoch in epochs:
+            np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(stored, axis=0))
+            assert (epoch == stored).all() == (order == "time")
+        assert (epochs[0] == epochs[1]).all() == (order == "time")
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -97,20 +97,22 @@ def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, res
 
 
 @pytest.mark.parametrize(
-    ("stage", "logged"),
+    ("stage", "logged", "sampler"),
     [
-        (Stage.RETRIEVED, Stage.RETRIEVED),
-        (Stage.RETRIEVED, Stage.SHOWN),
-        (Stage.PASSED, None),
-        (Stage.SHOWN, None),
+        (Stage.RETRIEVED, Stage.RETRIEVED, "funnel"),
+        (Stage.RETRIEVED, Stage.SHOWN, "funnel"),
+        (Stage.RETRIEVED, Stage.RETRIEVED, "uniform"),
+        (Stage.PASSED, Stage.RETRIEVED, "hard"),
+        (Stage.PASSED, None, "funnel"),
+        (Stage.SHOWN, None, "funnel"),
     ],
 )
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
-    dataset, stage, logged
+    dataset, stage, logged, sampler
 ):
-    number, needs = training.BLOCK + 3, Needs(stage, logged)
-    resident = take(batches(dataset, needs, resident=True), number)
-    assert_same(resident, take(batches(dataset, needs, resident=False), number))
+    number, how = training.BLOCK + 3, {"needs": Needs(stage, logged), "sampler": sampler}
+    resident = take(batches(dataset, **how, resident=True), number)
+    assert_same(resident, take(batches(dataset, **how, resident=False), number))
     slots = resident[0].item_id.shape[1], resident[0].judged
     assert slots[0] < 12 or stage == Stage.RETRIEVED
     assert resident[0].labelled < slots[1] < 12 or stage == Stage.SHOWN
@@ -148,51 +150,28 @@ def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
     monkeypatch.setattr(training, "_PASS", 2**14)
     passes = []
 
-    class Devices(NamedTuple):
-        place: Any
-        shard: Any
-        map_batches: Any
+    class Counting(Devices):
+        def shard(self, batch):
+            passes.append(batch.shape[1])
+            return super().shard(batch)
 
-    def shard(starts):
-        passes.append(starts.shape[1])
-        return jax.device_put(starts)
-
-    devices = Devices(jax.device_put, shard, jax.jit)
-    iterator = batches(dataset, resident=True, devices=devices)
+    iterator = batches(dataset, resident=True, devices=Counting())
     assert_same(expected, take(iterator, number))
     assert set(passes) == {4}
-    state = iterator.get_state()
-    expected = take(iterator, 6)
-    resumed = batches(dataset, resident=True, devices=devices)
-    resumed.set_state(state)
-    assert_same(expected, take(resumed, 6))
+    resumed = batches(dataset, resident=True)
+    resumed.set_state(iterator.get_state())
+    assert_same(take(iterator, 6), take(resumed, 6))
 
 
-def test_in_the_order_of_time_an_epoch_reads_what_is_stored_one_after_the_other(dataset):
-    drawn = take(batches(dataset, order="time"), 6)
-    users = [batch.user_id for batch in drawn]
-    stored = [request.user_id for request in read_requests(dataset, "train")]
-    np.testing.assert_array_equal(np.concatenate(users), 2 * stored)
-
-
-def test_processes_share_the_requests_of_an_epoch(dataset):
-    seen = []
-    for process in range(2):
-        share = batches(dataset, share=Share(process, 2))
-        for batch in take(share, 3):
-            assert batch.user_id.shape == (2,)
-            seen.append(batch.user_features)
-    stored = np.stack([request.user_features for request in read_requests(dataset, "train")])
-    np.testing.assert_array_equal(np.sort(np.concatenate(seen), axis=0), np.sort(stored, axis=0))
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts):
-    whole = take(batches(dataset), 5)
-    shares = [take(batches(dataset, share=Share(part, parts)), 5) for part in range(parts)]
+@pytest.mark.parametrize(("parts", "sampler"), [(2, "hard"), (4, "funnel")])
+def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts, sampler):
+    whole = take(batches(dataset, sampler=sampler), 5)
+    shares = [
+        take(batches(dataset, devices=PartOf(part, parts), sampler=sampler), 5)
+        for part in range(parts)
+    ]
     for batch, *of_parts in zip(whole, *shares, strict=True):
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts)
-        jax.tree.map(np.testing.assert_array_equal, joined, batch)
+        assert_same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts), batch)
 
 
 def test_training_never_sees_facts_for_the_evaluation(tmp_path):
@@ -227,4 +206,4 @@ def test_training_never_sees_facts_for_the_evaluation(tmp_path):
 
 def test_too_many_processes_are_an_error(dataset):
     with pytest.raises(UserError, match="12 training requests for 13 processes"):
-        batches(dataset, share=Share(0, 13))
+        batches(dataset, devices=PartOf(0, 13))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from kd_ranker.batch import Deal
-from kd_ranker.embedding import deal as deals
 from kd_ranker.embedding.deal import dealt, gathered, length_of_share, read, with_own
 
 ROWS, COLUMNS, IDS = 37, 3, 24
@@ -88,18 +87,3 @@ def test_each_device_changes_its_own_rows_alone(devices):
         expected = tables.copy()
         np.add.at(expected, (slice(None), row[mask]), values[:, mask])
         np.testing.assert_allclose(changed, expected, rtol=1e-6, err_msg=asked)
-
-
-def test_as_few_ids_as_expected_are_gone_through(monkeypatch):
-    """With more than there is room for, all are; by the number of rows that are read."""
-    taken = []
-    take = deals._take
-    monkeypatch.setattr(
-        deals, "_take", lambda rows, row: (taken.append(row.size), take(rows, row))[1]
-    )
-
-    def function(deal, places, row):
-        return read(deal, places, row, columns=slice(1))
-
-    mapped(8, function, True, True).lower(dealt(TABLE, 0, 8), jnp.asarray(ASKED["any"]))
-    assert sorted({*taken}) == [2 * IDS // 8, IDS]

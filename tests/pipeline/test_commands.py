@@ -828,9 +828,9 @@ def forget_config(workdir):
         (
             lambda workdir: (workdir / "cohorts.json").unlink(),
             {"sweep__seeds": (2, 3), "sweep__extend": True},
-            "cohorts contains students, but cohorts.json, which lists them, is missing",
+            "20 belongs to another run: config (",
         ),
-        (change_members, {}, "20 contains a model of other sizes than the config: config ("),
+        (change_members, {}, "20 belongs to another run: config ("),
         (change_teacher, {}, "holds a sweep under the teacher elsewhere"),
         (forget_config, {"optimizer__warmup_steps": 3}, "20 belongs to another run: config ("),
     ],
@@ -972,7 +972,8 @@ def test_an_unfinished_teacher_says_how_far_it_is(world, tmp_path):
 def test_a_student_is_no_teacher_and_keeps_its_checkpoints(world, trained, tmp_path):
     workdir = trained("none")
     config = world.config(teacher__workdir=str(workdir))
-    assert "contains a model of other sizes" in fault_of(api.train, config, tmp_path / "w")
+    fault = fault_of(api.train, config, tmp_path / "w")
+    assert fault.startswith(f"{workdir} holds a run of train, not a teacher; make one with")
     assert (workdir / "checkpoints" / "20").is_dir()
 
 

@@ -3,12 +3,10 @@ import logging
 import resource
 import shutil
 import signal
-import threading
 
 import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from kd_ranker.errors import UserError
@@ -115,37 +113,12 @@ def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, dama
     assert restore(workdir)[1] == 6
 
 
-def test_the_first_process_chooses_the_checkpoint_that_all_resume_from(workdir, monkeypatch):
-    """Another one may see an older list of the folder, as a mounted one is cached."""
-    with checkpoints.open_in(workdir) as saved:
-        of_first = saved.all_steps
-
-        def on_first(function):
-            with monkeypatch.context() as first:
-                first.setattr(saved, "all_steps", of_first)
-                return function()
-
-        monkeypatch.setattr(checkpoints, "on_first", on_first)
-        monkeypatch.setattr(saved, "all_steps", lambda: [2, 4])
-        assert checkpoints.restore(saved, state_of(0), None, OURS)[1] == 6
-
-
-@pytest.mark.parametrize("here", [True, False])
-def test_a_checkpoint_that_only_one_process_cannot_read_is_kept_and_named(
-    workdir, monkeypatch, here
-):
-    def fail(*_):
-        raise OSError("no such device")
-
-    # Process 1 cannot, whichever this one is.
-    monkeypatch.setattr(checkpoints, "first_without", lambda holds: 0 if holds == here else 1)
-    if here:
-        monkeypatch.setattr(checkpoints, "_record_of", fail)
-    with pytest.raises(
-        UserError, match=r"process \d cannot read .*/6, and another one can"
-    ) as caught:
-        restore(workdir)
-    assert ("no such device" in str(caught.value)) == here
+def test_a_checkpoint_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, caplog):
+    found = iter([1, None])  # the first process that cannot read the newest one, and the one before
+    monkeypatch.setattr(checkpoints, "first_without", lambda _: next(found))
+    with caplog.at_level(logging.WARNING):
+        assert restore(workdir)[1] == 4
+    assert "cannot be restored: another process cannot read it" in caplog.text
 
 
 def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
@@ -158,17 +131,15 @@ def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
 
 
-def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir):
-    other = {
-        "step": np.array(0, np.int32),
-        "table": np.zeros((3, 3), np.float32),
-        "more": np.zeros(2),
-    }
+@pytest.mark.parametrize(
+    "change", [{"table": np.zeros((3, 500), np.float32)}, {"more": np.zeros(2)}]
+)
+def test_no_state_of_another_model_is_restored(workdir, change):
     with (
         checkpoints.open_in(workdir) as saved,
-        pytest.raises(UserError, match="contains a model of other sizes"),
+        pytest.raises(UserError, match="none of the checkpoints"),
     ):
-        checkpoints.restore(saved, other, None, OURS)
+        checkpoints.restore(saved, state_of(0) | change, None, OURS)
     assert restore(workdir)[1] == 6
 
 
@@ -219,27 +190,9 @@ def test_an_error_of_the_machine_is_raised(workdir, monkeypatch, fault):
     def fail(*_):
         raise fault
 
-    monkeypatch.setattr(checkpoints, "_record_of", fail)
+    monkeypatch.setattr(checkpoints, "_read", fail)
     with pytest.raises(type(fault)):
         restore(workdir)
-
-
-def test_a_run_continues_while_its_checkpoint_is_written(tmp_path, monkeypatch):
-    proceed, wait = threading.Event(), ocp.AsyncCheckpointer.wait_until_finished
-
-    def wait_in_background(checkpointer):
-        if threading.current_thread() is not threading.main_thread():
-            proceed.wait()
-        wait(checkpointer)
-
-    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", wait_in_background)
-    with checkpoints.open_in(tmp_path, to_write=True) as saved:
-        checkpoints.save(saved, 1, state_of(1), None, OURS)
-        assert saved.is_saving_in_progress()
-        proceed.set()
-        checkpoints.save(saved, 2, state_of(2), None, OURS)
-        assert folder(tmp_path, 1).is_dir()
-    assert restore(tmp_path)[1] == 2
 
 
 @pytest.mark.parametrize("steps", [(8,), (8, 10)], ids=["end", "next"])

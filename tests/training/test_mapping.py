@@ -3,7 +3,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,8 +22,7 @@ from kd_ranker.training.mapping import (
     share_of,
     shares,
 )
-from kd_ranker.training.state import Frozen
-from tests.random_batches import SPEC, random_batch, random_items
+from tests.random_batches import SPEC, random_batch
 from tests.training.steps import config_of, world_of
 
 long = pytest.mark.long
@@ -182,14 +180,6 @@ def test_auto_is_pmap_where_that_suffices():
             pmap(gpu * 2, **needs)
 
 
-def test_options_for_the_compiler_reach_it():
-    devices = MAPPINGS["shard_map"](jax.devices()[:1])
-    devices = dataclasses.replace(devices, options={"xla_no_such_option": True})
-    step = devices.map_step(lambda states, *_: (states, jnp.ones(())))
-    with pytest.raises(RuntimeError, match="xla_no_such_option"):
-        step((), (), (), ())
-
-
 def test_a_process_makes_the_requests_of_its_own_devices():
     of_hosts = np.array([[0, 0, 1, 1], [2, 2, 3, 3]])
     assert [share_of(of_hosts, host) for host in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
@@ -209,22 +199,3 @@ def test_devices_are_in_the_order_of_their_processes(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: chips)
     assert [chip.number for chip in first_devices(0)] == [0, 1, 4, 5, 2, 3, 6, 7]
     assert [chip.number for chip in first_devices(3)] == [0, 1, 4]
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_abstract_arrays_are_placed_as_the_real_ones(sharded):
-    devices = MAPPINGS["shard_map"](jax.devices()[:4], 2, sharded=sharded)
-    frozen = Frozen(random_items(), None)
-    (group, *_) = recipes.student_groups({"none": MEMBERS["none"]}, SPEC)
-    states = (group.at(np.array([0, 0])).init(),)
-    for place, tree in (
-        (devices.place, states),
-        (devices.place, frozen),
-        (devices.shard, BATCHES[0]),
-    ):
-        found = place(jax.eval_shape(lambda tree=tree: tree))
-        assert jax.tree.map(placement, found) == jax.tree.map(placement, place(tree))
-
-
-def placement(leaf):
-    return leaf.shape, leaf.dtype, leaf.sharding

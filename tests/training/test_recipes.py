@@ -1,5 +1,9 @@
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from kd_ranker.batch import Stage
@@ -147,3 +151,23 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
 )
 def test_members_that_differ_in_anything_else_are_groups_of_their_own(change):
     assert names_of_groups(a={}, b=change, c={"seed": 1}) == [("a", "c"), ("b",)]
+
+
+OF_OPTAX = {
+    "constant": lambda warmup, steps: optax.warmup_constant_schedule(0.0, 1.0, max(warmup, 1)),
+    "cosine": lambda warmup, steps: optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, min(warmup, steps // 2), steps
+    ),
+}
+
+
+@pytest.mark.parametrize("name", recipes.SCHEDULES)
+@pytest.mark.parametrize(
+    ("warmup", "lengths"), [(10, (1, 20, 100)), (0, (100, 7)), (50, (20, 1, 1500))]
+)
+def test_each_member_has_the_schedule_of_optax_for_its_own_number_of_steps(name, warmup, lengths):
+    of_step = functools.partial(recipes.SCHEDULES[name], warmup, steps=jnp.float32(lengths))
+    found = jax.jit(jax.vmap(of_step))(jnp.arange(1, max(lengths) + 1))
+    for member, steps in enumerate(lengths):
+        expected = jax.jit(OF_OPTAX[name](warmup, steps))(jnp.arange(1, steps + 1))
+        np.testing.assert_allclose(found[:steps, member], expected, rtol=0, atol=2e-7)
