@@ -18,7 +18,8 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
-from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring, teachers
+from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring
+from kd_ranker.pipeline import trained as finished
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
@@ -170,7 +171,7 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
 def test_students_learn_from_the_scores_of_the_teacher_and_from_no_others(world):
     config = world.config()
     directory, original = log_teacher(world), datasets.dataset_of(config)
-    version = teachers.load_teacher(config, original).version
+    version = finished.load_teacher(config, original).version
     assert f"-teacher-{version}" in directory.name
     dataset = datasets.dataset_under(config, original, version)
     assert dataset.spec.teacher_version == version
@@ -340,7 +341,7 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
     members = sweep_members(config)
     job = Opened(config).job(members)
-    students, step = runs.trained_students(job, swept / "cohorts" / "0")
+    students, step = runs.trained_rankers(job, swept / "cohorts" / "0")
     assert step == config.train.steps
     # All serving choices, in a pass without references.
     every = measure.measure(job, "test", students)
@@ -985,9 +986,9 @@ def test_a_teacher_of_other_tasks_is_named_with_its_tasks(world, tmp_path):
 
 def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_path, monkeypatch):
     version = "another"
-    load = teachers.load_teacher
+    load = finished.load_teacher
     monkeypatch.setattr(
-        teachers, "load_teacher", lambda *arguments: load(*arguments)._replace(version=version)
+        finished, "load_teacher", lambda *arguments: load(*arguments)._replace(version=version)
     )
     fault = fault_of(api.train, world.config(teacher__source="logged"), tmp_path / "w")
     assert "teacher-another" in fault

@@ -16,10 +16,10 @@ from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.models.student import STUDENTS
-from kd_ranker.pipeline import datasets, exporting, runs, teachers
+from kd_ranker.pipeline import datasets, exporting, runs
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
-from kd_ranker.pipeline.trained import open_finished
+from kd_ranker.pipeline.trained import load_teacher, open_finished
 from kd_ranker.serving import write
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -157,7 +157,7 @@ def evaluated(ranker, name, dataset, config):
 def the_student(workdir):
     config = workdirs.read_config(workdir)
     job = Opened(config).job({"": config})
-    (students,), _ = runs.trained_students(job, workdir)
+    (students,), _ = runs.trained_rankers(job, workdir)
     ranker = students.ranker._replace(parameters=select_member(students.ranker.parameters, 0))
     return ranker, job.dataset, config
 
@@ -201,7 +201,7 @@ def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, ru
 def test_a_teacher_is_served_as_it_was_evaluated(world, exported_teacher, tmp_path, runtime):
     config = world.config()
     dataset = datasets.dataset_of(config)
-    ranker = teachers.load_teacher(config, dataset).ranker
+    ranker = load_teacher(config, dataset).ranker
     batch, expected = evaluated(ranker, "user", dataset, config)
     fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
     answers = served(exported_teacher, runtime, fields, tmp_path)
