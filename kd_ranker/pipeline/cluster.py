@@ -26,17 +26,8 @@ def call_on_cluster(
 
     Function and arguments must be picklable. All machines share the disk that the function writes
     to, under the same paths, and a retry resumes from the files of the attempt before. All calls
-    are submitted at once; Ray starts as many as resources allow.
-
-    Args:
-      config: the config; `config.ray` has the address and the resources of a call.
-      function: the function.
-      calls: the arguments of each call.
-      description: the name of the calls for the bar and for messages.
-
-    Raises:
-      UserError: Ray or the cluster is missing, no machine has the resources, or a call has failed
-        or has lost its machine more than `ray.retries` times.
+    are submitted at once; Ray starts as many as the resources in `config.ray` allow. A call that
+    fails, or loses its machine more than `ray.retries` times, ends them all by a UserError.
     """
     ray, wanted = _open(config.ray.address), {"CPU": config.ray.cpus, "GPU": config.ray.gpus}
     try:

@@ -33,16 +33,9 @@ from kd_ranker.training.recipes import student_groups
 
 
 def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
-    """Train the students of `config.sweep` cohort by cohort and join their results.
+    """Train the students of `config.sweep` cohort by cohort and join their results; or do one part.
 
-    Args:
-      config: a valid config; `config.sweep.part` selects one part of the work.
-      workdir: of the sweep.
-      show: called with each line on the part that was done, or if there was nothing to do.
-
-    Raises:
-      UserError: the workdir holds another run, there is no such cohort, or one that is to be
-        joined was not trained.
+    See `api.sweep`; the config is valid.
     """
     part = config.sweep.part
     if config.launcher == "ray" or part:
@@ -78,9 +71,6 @@ def train_cohort(workdir: Path, number: int) -> None:
     """Train one cohort of a planned sweep and measure it, in a process of a cluster.
 
     Only the sweep's own process, which holds the workdir, may start it.
-
-    Raises:
-      UserError: as `train_sweep`, with the number of the cohort.
     """
     config = workdirs.read_config(workdir)
     try:
@@ -101,12 +91,7 @@ def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
 
 
 def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Opened]:
-    """Open a sweep and its dataset.
-
-    Raises:
-      UserError: the dataset was not built, or its raw files have changed since, or the workdir
-        holds a run of another command, config or dataset.
-    """
+    """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
     opened = Opened(config, unchanged=True)
     dataset, free = opened.dataset.identity, schema.without_influence("report")
     if not config.sweep.extend:

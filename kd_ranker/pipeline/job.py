@@ -30,7 +30,7 @@ class Opened:
     """The dataset of a config and the last teacher of its students; each is opened at first use."""
 
     def __init__(self, config: ConfigDict, unchanged: bool = False):
-        """Opens nothing yet; `unchanged` makes raw files that have changed an error."""
+        """Open nothing yet; `unchanged` makes raw files that have changed an error."""
         self._config, self._unchanged = config, unchanged
         self._of_teacher: dict[str, tuple[Finished | None, Dataset]] = {}
 

@@ -59,21 +59,13 @@ class Rankers(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The findings of a measurement.
-
-    Attributes:
-      rows: of `results.csv`.
-      curves: rows of `curves.csv`.
-      calibration: rows of `calibration.csv`.
-      each: the contribution of each request, by member and serve name, where it is kept.
-      policies: the policies of each ranker by name, if there are any.
-    """
+    """The findings of a measurement: rows of the tables of a run, and more by ranker."""
 
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
-    each: dict[Who, Each]
-    policies: dict[Who, dict[str, Policy]]
+    each: dict[Who, Each]  # the contribution of each request, where it is kept
+    policies: dict[Who, dict[str, Policy]]  # by their names
 
 
 def train_statistics(job: Job) -> Statistics:
@@ -202,10 +194,7 @@ def _add(
     summed: Summed,
     of_teacher: Summed | None,
 ) -> None:
-    """Add a ranker's rows of all tables, and the contribution of each request.
-
-    `signal` is that of `metrics.summarise`, and `fitted` that of `measure`.
-    """
+    """Add a ranker's rows of all tables, and the contribution of each request."""
     key = str(row["member"]), str(row["serve"])
     if key in fitted and row["role"] == "student":
         names = job.config.funnel.policies
@@ -285,11 +274,8 @@ def teacher_flops(job: Job) -> float:
 def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) -> None:
     """Write the tables of a run, `results.csv` last; see `results.write_tables`.
 
-    Args:
-      job: the job that was measured.
-      workdir: the folder to write to.
-      owner: the fingerprints of the rankers.
-      *splits: the measurements of each split; curves and calibration are those of the last.
+    Rows are those of all splits; curves and calibration are those of the last. `owner` has the
+    fingerprints of the rankers.
     """
     tasks, last = job.config.tasks, splits[-1]
     files: dict[str, str | bytes] = {}

@@ -39,19 +39,10 @@ _MEASURED_SPLITS = ("validation", "test")
 
 
 def train(command: str, config: ConfigDict, members: Members, place: Place) -> None:
-    """Train one student, or without members the teacher, and measure it.
+    """Train one student, or without members the teacher, and measure it; see `api.train`.
 
     The results of a teacher hold the references as well: they show how much a final ranker leaves
     to gain, next to the oracle if known.
-
-    Args:
-      command: the entry point, which owns the workdir.
-      config: a valid config.
-      members: the student by its name "", or none.
-      place: the workdir.
-
-    Raises:
-      UserError: see `api.train`.
     """
     job = Opened(config, unchanged=True).job(members)
     with owned(place) as folder:
@@ -80,12 +71,8 @@ def progress_bar(name: str, steps: int) -> tqdm:
 def fit(job: Job, workdir: Path, bar: tqdm) -> list[Rankers]:
     """Train the rankers of a job in one program on the same batches.
 
-    Memory that a device lacks becomes one line.
-
-    Args:
-      job: the job.
-      workdir: gets checkpoints and metrics.
-      bar: counts the steps of the ranker that takes the most.
+    `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
+    most. Memory that a device lacks becomes one line.
     """
     rankers, train = _rankers_of(job), job.trainee.train
 
