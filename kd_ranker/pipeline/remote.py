@@ -105,11 +105,7 @@ def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
 
 
 def break_lock(place: Place) -> None:
-    """Remove the locks at and below a URL, which killed processes leave; a folder needs none of it.
-
-    Raises:
-      UserError: the URL cannot be written.
-    """
+    """Remove the locks at and below a URL, which killed processes leave; none stays in a folder."""
     if not isinstance(place, Path):
         with _reaching(place) as store:
             for name in store.find(""):
@@ -129,16 +125,11 @@ def _reaching(url: str) -> Iterator[DirFileSystem]:
         system, root = fsspec.core.url_to_fs(url)
         system.invalidate_cache()
         yield DirFileSystem(root, system)
-    except ImportError as error:
-        raise UserError(
-            f"{url}: a package for {url.partition('://')[0]}:// is missing; install the extra "
-            f"`remote`, which has those for gs:// and s3:// ({error})"
-        ) from error
     except Exception as error:
-        raise UserError(
-            f"{url} cannot be reached: {_short(error)}; check that its bucket exists, and that "
-            "this machine may read and write it"
-        ) from error
+        remedy = "check that its bucket exists, and that this machine may read and write it"
+        if isinstance(error, ImportError):
+            remedy = "install the extra `remote`, which has packages for gs:// and s3://"
+        raise UserError(f"{url} cannot be reached: {_short(error)}; {remedy}") from error
 
 
 def _make_parent(store: DirFileSystem, name: str) -> None:
@@ -208,11 +199,7 @@ class _Copy:
         return found
 
     def _upload(self, record: str) -> None:
-        """Upload the files that changed, and delete those that are gone here.
-
-        Raises:
-          UserError: the lock does not contain `record` any more.
-        """
+        """Upload the files that changed, and delete those that are gone here, if the lock holds."""
         files, store = self._files(), self._store
         changed = [name for name, of in files.items() if of != self._uploaded.get(name)]
         gone = self._uploaded.keys() - files.keys()
