@@ -1,6 +1,5 @@
 """Exports of the ranker of a finished run: its programs, example requests and description."""
 
-import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -67,7 +66,18 @@ def _check_choices(finished: Finished, items: str, formats: Collection[str]) -> 
 def export_ranker(
     finished: Finished, workdir: Path, folder: Path, items: str, formats: Sequence[str]
 ) -> None:
-    """Write the ranker of a run as a new folder for a server, see `api.export`."""
+    """Write a ranker as a folder for a server.
+
+    Args:
+      finished: the ranker.
+      workdir: of its run.
+      folder: the folder to write, which must not exist.
+      items: the type of its item embeddings.
+      formats: of its programs.
+
+    Raises:
+      UserError: the ranker cannot be exported so.
+    """
     _check_choices(finished, items, formats)
     of = _servable(finished)
     exported = make_programs(of, items)
@@ -92,10 +102,7 @@ def _example(finished: Finished) -> CandidateBatch:
 
 def _about(finished: Finished, workdir: Path, exported: Exported, items: str) -> dict[str, Any]:
     """The part of an export's description that is about the ranker."""
-    versions = {}
-    for name in ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+    packages = ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime")
     return {
         "role": finished.role,
         "member": finished.member,
@@ -103,11 +110,18 @@ def _about(finished: Finished, workdir: Path, exported: Exported, items: str) ->
         "serve": finished.serve,
         "dataset": finished.dataset.identity["dataset"],
         "run": dict(finished.made_of),
-        "versions": versions,
+        "versions": {name: _version(name) for name in packages if _version(name)},
         "results": _results(finished, workdir),
         "difference": _difference(finished, exported),
         "items": {"type": items, "cost": _cost_of_items(finished, exported, items)},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _results(finished: Finished, workdir: Path) -> dict[str, dict[str, float]]:

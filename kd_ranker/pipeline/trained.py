@@ -178,6 +178,11 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
     with fetched(place_of(config.teacher.workdir)) as workdir:
         if not (workdir / workdirs.CONFIG_FILE).exists():
             raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
+        owner = workdirs.owner_of(workdir)
+        if owner not in (None, "train_teacher"):
+            raise UserError(
+                f"{workdir} holds a run of {owner}, not a teacher; make one with: {TRAIN_TEACHER}"
+            )
         trained = workdirs.read_config(workdir)
         other, own = datasets.dataset_name(trained), datasets.dataset_name(config)
         if other != own:
