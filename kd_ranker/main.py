@@ -234,7 +234,7 @@ def _parse(
     if command.config_from == "config":
         if not given.config:
             raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
-        given.keys = [flag[1] for of in rest if (flag := _KEY.match(of))]
+        given.keys = [found[1] for of in rest if (found := _KEY.match(of))]
         return read_config(given.config, rest), given
     if command.config_from == "workdir":
         from kd_ranker.pipeline.remote import place_of

@@ -173,11 +173,16 @@ def _locked(url: str) -> Iterator[str]:
 class _Copy:
     """A local copy of a workdir at a URL."""
 
-    def __init__(self, url: str, folder: Path, store: DirFileSystem, with_checkpoints: bool):
+    error: Exception | None
+
+    def __init__(self, url: str, folder: Path):
+        """Create the folder; `error` is the reason why the last upload failed, if it did."""
+        self.url, self.folder, self.error = url, folder, None
+        folder.mkdir()
+
+    def download(self, store: DirFileSystem, with_checkpoints: bool) -> None:
         """Download all files of a store, without checkpoints that are not complete."""
-        self.url, self.folder, self._store = url, folder, store
-        # The reason why the last upload failed.
-        self.error: Exception | None = None
+        folder, self._store = self.folder, store
         found = {name for name in store.find("") if _is_copied(name)}
         names = [name for name in found if with_checkpoints or not _last_of(name)]
         wanted = [name for name in names if _last_of(name) in {"", *found}]
@@ -250,18 +255,17 @@ def _last_of(name: str) -> str:
 def _copied(url: str, with_checkpoints: bool) -> Iterator[_Copy]:
     """Copy a workdir to a temporary folder; error messages name the URL in its place."""
     above = Path(tempfile.mkdtemp(prefix="kd_ranker-"))
-    folder, copy = above / url.rpartition("/")[2], None
+    copy = _Copy(url, above / url.rpartition("/")[2])
     try:
         with _reaching(url) as store:
-            folder.mkdir()
-            copy = _Copy(url, folder, store, with_checkpoints)
+            copy.download(store, with_checkpoints)
         yield copy
     except UserError as error:
-        if copy and copy.error:
+        if copy.error:
             raise
-        raise UserError(str(error).replace(str(folder), url)) from error
+        raise UserError(str(error).replace(str(copy.folder), url)) from error
     finally:
-        if not (copy and copy.error):
+        if not copy.error:
             shutil.rmtree(above, ignore_errors=True)
 
 
