@@ -37,33 +37,19 @@ _RUNS = ("train_teacher", "train", "sweep")
 
 
 class Finished(NamedTuple):
-    """The ranker of a finished run.
+    """The ranker of a finished run."""
 
-    Attributes:
-      title: a description for people.
-      role: "teacher" or "student".
-      member: its name in a sweep; "" elsewhere.
-      config: that of its run.
-      serve: which of its probabilities it ranks by.
-      model: its fixed part.
-      ranker: as the evaluation calls it.
-      version: a name for its exact weights.
-      dataset: the dataset that has its ids, means and deviations.
-      made_of: the fingerprints that its checkpoint records.
-      policy: chooses how many candidates it passes per request; None if none is named.
-    """
-
-    title: str
-    role: str
-    member: str
-    config: ConfigDict
-    serve: str
+    title: str  # a description for people
+    role: str  # "teacher" or "student"
+    member: str  # its name in a sweep; "" elsewhere
+    config: ConfigDict  # of its run
+    serve: str  # which of its probabilities it ranks by
     model: Model
-    ranker: Ranker
-    version: str
-    dataset: Dataset
-    made_of: MadeOf
-    policy: Policy | None = None
+    ranker: Ranker  # as the evaluation calls it
+    version: str  # a name for its exact weights
+    dataset: Dataset  # has its ids, means and deviations
+    made_of: MadeOf  # the fingerprints that its checkpoint records
+    policy: Policy | None = None  # chooses how many candidates it passes per request, if named
 
     @property
     def parameters(self) -> Parameters:
@@ -168,8 +154,8 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
     """Load the trained teacher in `config.teacher.workdir`.
 
     Raises:
-      UserError: it is missing or not finished, or it was trained for other tasks, on other data
-        or with another config than that in its workdir.
+      UserError: it is missing, unfinished, or of other tasks, other data or another config than
+        that in its workdir.
     """
     if not config.teacher.workdir:
         raise UserError(
@@ -197,11 +183,6 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
                 f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps};"
                 f" finish it with: {TRAIN_TEACHER}"
             )
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.parameters)):
-        raise UserError(
-            f"the teacher at {config.teacher.workdir} holds numbers that are not finite; train "
-            "another one, with a smaller learning rate"
-        )
     model, _ = recipes.teacher_model(trained, dataset.spec)
     version = digest_of(state.parameters)
     parameters = put(served(model, state.parameters, jax.default_backend()))
@@ -232,12 +213,7 @@ def restored_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tup
 
 
 def restored(groups: Sequence[Group], workdir: Path, made_of: MadeOf) -> tuple[States, int]:
-    """Restore the newest checkpoint of a run that can be read.
-
-    Args:
-      groups: the rankers that it trains.
-      workdir: its folder.
-      made_of: the fingerprints of its checkpoints.
+    """Restore the newest checkpoint of the rankers of a run that can be read.
 
     Returns:
       The states on the host, and their step; abstract states and 0 without a checkpoint.
