@@ -67,19 +67,18 @@ __all__ = [
     "train_teacher",
 ]
 
+# The modules of the names that are not in `api`; a module is a name itself.
 _MODULES = {
-    "configs": "kd_ranker.configs",
-    "losses": "kd_ranker.distillation.losses",
-    "modes": "kd_ranker.distillation.modes",
-    "samplers": "kd_ranker.batches.samplers",
-}
-_ELSEWHERE = {
     "Category": "kd_ranker.batch",
     "FeatureSpec": "kd_ranker.batch",
     "Request": "kd_ranker.batch",
     "UserError": "kd_ranker.errors",
+    "configs": "kd_ranker.configs",
     "interleave": "kd_ranker.evaluation.interleaving",
+    "losses": "kd_ranker.distillation.losses",
+    "modes": "kd_ranker.distillation.modes",
     "requests_needed": "kd_ranker.evaluation.interleaving",
+    "samplers": "kd_ranker.batches.samplers",
 }
 
 
@@ -92,10 +91,8 @@ class _Face(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in _MODULES:
-            return importlib.import_module(_MODULES[name])
-        module = importlib.import_module(_ELSEWHERE.get(name, "kd_ranker.api"))
-        return getattr(module, name)
+        module = importlib.import_module(_MODULES.get(name, "kd_ranker.api"))
+        return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # After import, Python would bind a subpackage of that name here, for example `sweep`.

@@ -25,10 +25,7 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import cohorts, datasets, runs, scoring, trained
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
-from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.tables import ITEM_TYPES
@@ -36,14 +33,11 @@ from kd_ranker.serving.write import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
-from kd_ranker.sweep.members import common, repeats, sweep_members
+from kd_ranker.sweep.members import repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
 Show = Callable[[str], None]
-
-# Choices are made on the first; the second is read for the report.
-_MEASURED_SPLITS = ("validation", "test")
 
 
 class Dataset(NamedTuple):
@@ -255,19 +249,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
     """
     config, place = _own(config), place_of(workdir)
     checks.validate(config)
-    job = Job(config, {}, Opened(config, unchanged=True))
-    with owned(place) as folder:
-        checks.check_teacher_log(config, job.dataset)
-        checks.check_labels(job.dataset)
-        free = schema.without_influence("teacher")
-        workdirs.claim(folder, "train_teacher", config, job.dataset.identity, without=free)
-        judge = runs.fit_teacher(job, folder, warm_start(job))
-        # The references show how much a final ranker leaves to gain, next to the oracle if known.
-        statistics = train_statistics(job)
-        measured = [
-            measure(job, split, judge=judge, statistics=statistics) for split in _MEASURED_SPLITS
-        ]
-        write_measured(job, folder, job.made_of, *measured)
+    runs.train("train_teacher", config, {}, place)
     return Trained(place)
 
 
@@ -305,19 +287,8 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
     config, place = _own(config, teacher), place_of(workdir)
     checks.validate(config)
     checks.check_single(config)
-    members = {"": config}
-    checks.check_students(members.values())
-    job = Job(common(members), members, Opened(config, unchanged=True))
-    with owned(place) as folder:
-        checks.check_teacher_signals(job.dataset, job.members.values())
-        checks.check_labels(job.dataset)
-        free = schema.without_influence("student")
-        workdirs.claim(folder, "train", config, job.dataset.identity, without=free)
-        datasets.keep_data_report(job.opened.dataset, folder)
-        with runs.progress_bar(folder.name, config.train.steps) as bar:
-            students = runs.fit_students(job, folder, bar, warm_start(job))
-        measured = [measure(job, split, students) for split in _MEASURED_SPLITS]
-        write_measured(job, folder, job.made_of, *measured)
+    checks.check_students([config])
+    runs.train("train", config, {"": config}, place)
     return Trained(place)
 
 

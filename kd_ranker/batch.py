@@ -114,15 +114,11 @@ class FeatureSpec:
         return sum(category.size for category in self.categories) + self.later_categories
 
     def category_lengths(self, of: str) -> tuple[int, ...]:
-        """The number of category ids of each feature that a request, candidate or item carries.
-
-        Args:
-          of: one of `CATEGORY_OWNERS`.
-        """
+        """The number of category ids of each feature of an owner, one of `CATEGORY_OWNERS`."""
         return tuple(category.length for category in self.categories if category.of == of)
 
     def category_width(self, of: str) -> int:
-        """The number of category ids that a request, candidate or item carries in all."""
+        """The number of category ids that such an owner carries in all."""
         return sum(self.category_lengths(of))
 
     def to_json(self) -> str:
@@ -144,10 +140,9 @@ class FeatureSpec:
 Owner = Literal["request", "event", "candidate", "shown", "scored", "known"]
 """The owner of a field, which determines the number of its entries per request.
 
-The owner is the request itself (one entry), each event of its history, each of its candidates, each
-shown candidate, or each candidate that the teacher scored. Shown and scored candidates are the
-first ones. "known" marks facts only for the evaluation: a request has them for all of its
-candidates, or for none.
+It is the request itself, each event of its history, or each of its candidates: all, the shown ones,
+or those that the teacher scored, both of which are the first ones. "known" marks facts only for the
+evaluation: a request has them for all of its candidates, or for none.
 """
 
 
@@ -199,7 +194,7 @@ def _of_candidate(spec: FeatureSpec) -> int:
     return spec.category_width("candidate")
 
 
-# Batches are packed in this order.
+# All fields of a request. Batches are packed in this order.
 FIELDS = (
     Field("request_id", "request", np.int64, None),
     Field("time", "request", np.int64, None),
@@ -228,13 +223,8 @@ FIELDS = (
     Field("incumbent", "known", np.float32, None, nothing=np.nan),
     Field("propensity", "known", np.float32, None, nothing=np.nan),
 )
-"""All fields of a request."""
-
-STORED = tuple(field for field in FIELDS if field.stored is not None)
-"""Those of `Request`."""
-
-IN_BATCH = tuple(field for field in FIELDS if field.dtype is not None)
-"""Those of `CandidateBatch`."""
+STORED = tuple(field for field in FIELDS if field.stored is not None)  # of `Request`
+IN_BATCH = tuple(field for field in FIELDS if field.dtype is not None)  # of `CandidateBatch`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,19 +324,13 @@ class CandidateBatch:
 
 
 class Deal(NamedTuple):
-    """A way to deal rows to devices, see `embedding.deal`.
+    """A way to deal rows to devices, see `embedding.deal`."""
 
-    Attributes:
-      devices: n; 1 keeps all rows on each device.
-      axis: the mapped axis of the devices.
-    """
-
-    devices: int = 1
-    axis: str = ""
+    devices: int = 1  # 1 keeps all rows on each device
+    axis: str = ""  # the mapped axis of the devices
 
 
 WHOLE = Deal()
-"""All rows on each device."""
 
 
 @flax.struct.dataclass
@@ -363,22 +347,17 @@ class Items:
 
 @flax.struct.dataclass
 class EvaluationBatch:
-    """A batch for evaluation, with facts that only the evaluation may see.
+    """A batch for evaluation, with facts that only the evaluation may see; NaN where unknown.
 
-    Attributes:
-      batch: the requests.
-      true_probability: in [0, 1]; NaN where unknown.
-      incumbent: score of the early ranker that filled the log, higher first; NaN where unknown.
-      propensity: probability in (0, 1] with which the log showed a candidate that it showed; NaN on
-        the others, and where unknown.
-      request_mask: False on requests that only pad the last batch.
+    The propensity is the probability in (0, 1] with which the log showed a candidate that it
+    showed; NaN on the others.
     """
 
     batch: CandidateBatch
-    true_probability: Float[Array, "R N T"]
-    incumbent: Float[Array, "R N"]
+    true_probability: Float[Array, "R N T"]  # in [0, 1]
+    incumbent: Float[Array, "R N"]  # score of the early ranker that filled the log, higher first
     propensity: Float[Array, "R N"]
-    request_mask: Bool[Array, "R"]
+    request_mask: Bool[Array, "R"]  # False on requests that only pad the last batch
 
 
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
@@ -390,23 +369,18 @@ def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateB
 def abstract_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
     """A batch of only shapes and types, which needs no memory."""
     entries = {"request": (), "event": (spec.history_length,)}
-
-    # A batch is made on the host and typed for the device, where it is used.
-    def abstract(field: Field) -> Any:
-        number = entries.get(field.of, (candidates,))
-        return jax.ShapeDtypeStruct((requests, *number, *field.shape(spec)), field.dtype)
-
-    return CandidateBatch(**{field.name: abstract(field) for field in IN_BATCH})
+    # Typed for the device, where it is used.
+    fields: dict[str, Any] = {
+        field.name: jax.ShapeDtypeStruct(
+            (requests, *entries.get(field.of, (candidates,)), *field.shape(spec)), field.dtype
+        )
+        for field in IN_BATCH
+    }
+    return CandidateBatch(**fields)
 
 
 def abstract_items(spec: FeatureSpec) -> Items:
     """The items of a dataset as only shapes and types, which need no memory."""
-
-    # Typed for the device, where they are used.
-    def abstract(dtype: type, width: int) -> Any:
-        return jax.ShapeDtypeStruct((spec.num_items, width), dtype)
-
-    return Items(
-        features=abstract(np.float32, spec.item_features),
-        category=abstract(np.int32, spec.category_width("item")),
-    )
+    features: Any = jax.ShapeDtypeStruct((spec.num_items, spec.item_features), np.float32)
+    category: Any = jax.ShapeDtypeStruct((spec.num_items, spec.category_width("item")), np.int32)
+    return Items(features, category)

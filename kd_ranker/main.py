@@ -27,15 +27,13 @@ _BAD_INPUT = 2
 _HELP = {"--help", "-h", "--helpfull", "--helpshort"}
 # Caused by a path on the command line; the message of an OSError names the path.
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
-
 _NO_SPACE = "free some space, and start the same command again: it resumes from what is saved"
 _NOT_WRITABLE = "check the disk, or use another folder, as with --workdir or config.data.dir"
 _BAD_DISK = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_SPACE),
     **dict.fromkeys((errno.EROFS, errno.EIO), _NOT_WRITABLE),
 }
-
-_CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
+_KEY = re.compile(r"--?(?:no)?config\.([^=]+)")  # in a flag that sets a key of the config
 
 
 class Flag(NamedTuple):
@@ -85,23 +83,18 @@ def main(name: str = "") -> None:
     if not name:
         name, *arguments = arguments or ["--help"]
         program = f"kd-ranker {name}"
+    # The docstrings of `api`, read from its source: the import takes seconds.
+    tree = ast.parse((Path(__file__).parent / "api.py").read_text())
+    functions = (of for of in tree.body if isinstance(of, ast.FunctionDef))
+    texts = {of.name.replace("_", "-"): ast.get_docstring(of) or "" for of in functions}
     if name in COMMANDS:
-        text = _docstring(name)
-        run_command(COMMANDS[name]._replace(text=text), program, arguments)
+        run_command(COMMANDS[name]._replace(text=texts[name]), program, arguments)
     elif name in _HELP:
-        names = [f"    {of:15}{_docstring(of).splitlines()[0]}" for of in COMMANDS]
+        names = [f"    {of:15}{texts[of].splitlines()[0]}" for of in COMMANDS]
         print("\n".join(["usage: kd-ranker NAME --help", "", *names]))
     else:
         sys.stderr.write(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}\n")
         sys.exit(_BAD_INPUT)
-
-
-def _docstring(name: str) -> str:
-    """The docstring of a function of `api`, read from its source: the import takes seconds."""
-    tree = ast.parse((Path(__file__).parent / "api.py").read_text())
-    wanted = name.replace("-", "_")
-    (found,) = (of for of in tree.body if isinstance(of, ast.FunctionDef) and of.name == wanted)
-    return ast.get_docstring(found) or ""
 
 
 def run_command(command: Command, program: str, arguments: Sequence[str]) -> None:
@@ -182,20 +175,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: Command, program: str) -> _Parser:
-    parser = _Parser(program, add_help=False, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # Without the sections on arguments and errors, which are those of the function.
     text = re.split(r"\n+(?:Args|Returns|Raises):\n", command.text)[0]
-    text = f"{text}\n\nFor example:\n\n    {program} {command.example}"
-    parser.description = text.replace("%", "%%")
+    text = f"{text}\n\nFor example:\n\n    {program} {command.example}".replace("%", "%%")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        program, description=text, formatter_class=style, add_help=False, allow_abbrev=False
+    )
     if command.config_from == "config":
-        parser.add_argument("--config", metavar="FILE[:VARIANT]", default="", help=_CONFIG)
+        text = "a config file, or the name of one that comes with the package, such as cascade"
+        parser.add_argument("--config", metavar="FILE[:VARIANT]", default="", help=text)
     for name, flag in command.flags.items():
-        text = flag.help.replace("%", "%%")
+        kind: dict[str, Any] = {"metavar": "…", "default": flag.default}
         if flag.default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-        else:
-            parser.add_argument(f"--{name}", metavar="…", default=flag.default, help=text)
+            kind = {"action": "store_true"}
+        parser.add_argument(f"--{name}", help=flag.help.replace("%", "%%"), **kind)
     if command.workdirs:
         parser.add_argument("workdirs", nargs="*", metavar="WORKDIR")
     return parser
@@ -240,14 +234,13 @@ def _parse(
     if command.config_from == "config":
         if not given.config:
             raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
-        flags = (re.match(r"--?(?:no)?config\.([^=]+)", of) for of in rest)
-        given.keys = [flag[1] for flag in flags if flag]
+        given.keys = [found[1] for of in rest if (found := _KEY.match(of))]
         return read_config(given.config, rest), given
     if command.config_from == "workdir":
         from kd_ranker.pipeline.remote import place_of
         from kd_ranker.pipeline.trained import config_of
 
-        return with_overrides(config_of(place_of(given.workdir), given.trust), rest), given
+        return _with_overrides(config_of(place_of(given.workdir), given.trust), rest), given
     _check_parsed(rest)
     return ConfigDict(), given
 
@@ -256,7 +249,8 @@ def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
     """Load the config file that `--config` names, and set the keys that flags override.
 
     Args:
-      named: a file, or the name of a config of the package, with `:VARIANT` or without.
+      named: a file, or the name of a config of the package (`cascade`, `sweeps/cascade` or
+        `configs/cascade.py`), with `:VARIANT` or without.
       overrides: flags such as `--config.train.steps=3`.
 
     Raises:
@@ -264,22 +258,28 @@ def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
     """
     import kd_ranker.configs
 
-    file, *variant = named.split(":", 1)
-    if not Path(file).is_file():
-        file = _file_of_package(file, named)
+    folder, (name, *variant) = Path(kd_ranker.configs.__path__[0]), named.split(":", 1)
+    file = Path(name)
+    if not file.is_file():
+        file = folder / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
+        if not file.is_file() or file.name == "__init__.py":
+            known = sorted(of.stem for of in folder.glob("*.py") if of.stem != "__init__")
+            raise UserError(
+                f"--config={named}: there is no file {name}, and the package's configs are: "
+                f"{', '.join(known)}"
+            )
     try:
-        config = runpy.run_path(file)["get_config"](*variant)
+        config = runpy.run_path(str(file))["get_config"](*variant)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"--config={named} does not load: {reason}") from error
-    path = Path(file).resolve()
-    if not path.is_relative_to(Path(kd_ranker.configs.__path__[0]).resolve()):
+    if not file.resolve().is_relative_to(folder.resolve()):
         # For other processes that train or score with it, which do not read the command line.
-        config.registered_by = str(path)
-    return with_overrides(config, overrides)
+        config.registered_by = str(file.resolve())
+    return _with_overrides(config, overrides)
 
 
-def with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
+def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
     """Set the keys of a config that flags override, each flag parsed as the type of its key.
 
     Raises:
@@ -291,7 +291,7 @@ def with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDic
     from kd_ranker.config import checks
 
     for argument in overrides:
-        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+        if override := _KEY.match(argument):
             checks.check_key(config, override[1])
     parsed, arguments = flags.FlagValues(), ["", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)
@@ -303,19 +303,6 @@ def _check_parsed(rest: Sequence[str]) -> None:
     """Raise UserError for arguments that are left over."""
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; flags look like --name=value")
-
-
-def _file_of_package(name: str, named: str) -> str:
-    """The file of the package's config `cascade`, `sweeps/cascade` or `configs/cascade.py`."""
-    folder = Path(__file__).parent / "configs"
-    file = folder / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
-    if not file.is_file() or file.name == "__init__.py":
-        known = sorted(of.stem for of in folder.glob("*.py") if of.stem != "__init__")
-        raise UserError(
-            f"--config={named}: there is no file {name}, and the package's configs are: "
-            f"{', '.join(known)}"
-        )
-    return str(file)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -341,23 +328,19 @@ def _end(error: UserError | None = None) -> NoReturn:
 
 
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    if not config.data.get("infer"):
-        return str(api.prepare(config, thorough=given.thorough))
-    written = api.infer(config.data.path, given.workdir, _named(config, given.keys))
-    commands = (f"    {command}" for command in written.next_commands)
-    checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
-    return "\n".join([f"config: {written.path}", checks, *commands])
-
-
-def _named(config: "ConfigDict", keys: Sequence[str]) -> dict[str, Any]:
-    """The values of keys that the command line sets, and columns unlike those of the template."""
     from kd_ranker import configs
     from kd_ranker.config import schema
 
-    template = configs.parquet().data.columns
-    columns = {role: of for role, of in config.data.columns.items() if of != template.get(role)}
-    named = {f"data.columns.{role}": of for role, of in columns.items() if of}
-    return named | {key: schema.value_of(config, key) for key in keys}
+    if not config.data.get("infer"):
+        return str(api.prepare(config, thorough=given.thorough))
+    # Columns that a file names unlike the template, and the keys that the command line sets.
+    template, columns = configs.parquet().data.columns, config.data.columns.items()
+    named = {f"data.columns.{role}": of for role, of in columns if of and of != template.get(role)}
+    named |= {key: schema.value_of(config, key) for key in given.keys}
+    written = api.infer(config.data.path, given.workdir, named)
+    commands = (f"    {command}" for command in written.next_commands)
+    checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
+    return "\n".join([f"config: {written.path}", checks, *commands])
 
 
 def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
@@ -383,34 +366,32 @@ def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     return f"{made.students}\n\n{made}"
 
 
-_BREAK_LOCK = {
-    "break_lock": Flag(
-        "remove the lock that a killed process left at the URL of the workdir", False
-    )
-}
+_BREAK_LOCK = Flag("remove the lock that a killed process left at the URL of the workdir", False)
 _OWNED = {
     "workdir": Flag("the folder for the files of the run, or its URL: gs://bucket/run", None),
-    **_BREAK_LOCK,
+    "break_lock": _BREAK_LOCK,
 }
+_TARGET = Flag("the folder or URL to write to; without a WORKDIR, that of a sweep", None)
 _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
     "member": Flag("the student of a sweep; without it, the best one on validation"),
     "policy": Flag("the policy of how many to pass: one of funnel.policies of a sweep"),
     "trust": Flag("execute the config file of the run, where that registers a part of it", False),
 }
+_EXPORTED = {
+    "out": Flag("the folder to write, which must not exist", None),
+    "serve": Flag("the serving choice; without it, distill.serve, or of a sweep the best"),
+    "items": Flag("the type of item embeddings: float32, bfloat16 or int8", "float32"),
+    "formats": Flag("the formats of the programs, with commas: jax, onnx", "jax,onnx"),
+}
+_PREPARED = {
+    "workdir": Flag("the folder for a first config, with --config.data.infer", "."),
+    "thorough": Flag("read all bytes of a dataset that exists, not only small files", False),
+}
 
 COMMANDS = {
     "run": Command(_main_job, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
-    "prepare": Command(
-        _prepare,
-        {
-            "workdir": Flag("the folder for a first config, with --config.data.infer", "."),
-            "thorough": Flag(
-                "read all bytes of a dataset that exists, not only small files", False
-            ),
-        },
-        "--config=configs/parquet.py --config.data.path=log/",
-    ),
+    "prepare": Command(_prepare, _PREPARED, "--config=configs/parquet.py --config.data.path=log/"),
     "train-teacher": Command(
         lambda api, config, given: api.train_teacher(config, given.workdir),
         _OWNED,
@@ -433,12 +414,7 @@ COMMANDS = {
     ),
     "report": Command(
         lambda api, _, given: api.report(*given.workdirs or [given.workdir], output=given.workdir),
-        {
-            "workdir": Flag(
-                "the folder or URL to write to; without a WORKDIR, that of a sweep", None
-            ),
-            **_BREAK_LOCK,
-        },
+        {"workdir": _TARGET, "break_lock": _BREAK_LOCK},
         "--workdir=runs/report runs/sweep runs/another_sweep",
         config_from="",
         workdirs=True,
@@ -451,13 +427,7 @@ COMMANDS = {
     ),
     "export": Command(
         _export,
-        _FINISHED
-        | {
-            "out": Flag("the folder to write, which must not exist", None),
-            "serve": Flag("the serving choice; without it, distill.serve, or of a sweep the best"),
-            "items": Flag("the type of item embeddings: float32, bfloat16 or int8", "float32"),
-            "formats": Flag("the formats of the programs, with commas: jax, onnx", "jax,onnx"),
-        },
+        _FINISHED | _EXPORTED,
         "--workdir=runs/sweep --member=none-seed0 --out=served",
         config_from="",
     ),

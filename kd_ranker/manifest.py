@@ -68,8 +68,7 @@ def write(
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
         files = (path.relative_to(folder).as_posix() for path in paths)
     names = sorted(files)
-    unknown = [name for name in names if name not in known]
-    entries = {**known, **dict(zip(unknown, _entries(folder, unknown), strict=True))}
+    entries = {**_entries(folder, [name for name in names if name not in known]), **known}
     content = {
         "made_of": dict(made_of),
         "files": {name: entries[name] for name in names},
@@ -118,8 +117,21 @@ def check(
     manifest = read(folder, remedy)
     if made_of is not None and (differing := differences(manifest["made_of"], made_of)):
         raise UserError(f"{folder} has other contents: {differing}; {remedy}")
-    if changed := _changed(folder, manifest, thorough):
-        raise UserError(f"{folder / changed}; {remedy}")
+    to_read = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            if name in manifest["removable"]:
+                continue
+            raise UserError(f"{path} is missing; {remedy}")
+        size, (listed, _) = path.stat().st_size, entry
+        if size != listed:
+            raise UserError(f"{path} has changed: it has {size:,} bytes of {listed:,}; {remedy}")
+        if thorough or size <= _SMALL:
+            to_read.append(name)
+    for name, entry in _entries(folder, to_read).items():
+        if entry != manifest["files"][name]:
+            raise UserError(f"{folder / name} has changed; {remedy}")
     return manifest["made_of"]
 
 
@@ -158,36 +170,13 @@ def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
     return digest({name: listed[name] for name in files})
 
 
-def _changed(folder: Path, manifest: Mapping[str, Any], thorough: bool) -> str:
-    """Return the first file that is missing or has changed, with the reason; "" without changes."""
-    to_read = []
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            if name in manifest["removable"]:
-                continue
-            return f"{name} is missing"
-        try:
-            size, _ = entry
-        except (TypeError, ValueError):
-            return f"{FILE} is damaged"
-        if path.stat().st_size != size:
-            return f"{name} has changed: it has {path.stat().st_size:,} bytes of {size:,}"
-        if thorough or size <= _SMALL:
-            to_read.append(name)
-    for name, found in zip(to_read, _entries(folder, to_read), strict=True):
-        if found != manifest["files"][name]:
-            return f"{name} has changed"
-    return ""
-
-
-def _entries(folder: Path, names: Collection[str]) -> list[list[Any]]:
+def _entries(folder: Path, names: Collection[str]) -> dict[str, list[Any]]:
     """Return the size in bytes and the SHA-256 of each file."""
+
+    def entry(name: str) -> list[Any]:
+        with (folder / name).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return [(folder / name).stat().st_size, sha256]
+
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(_entry, (folder / name for name in names)))
-
-
-def _entry(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return [path.stat().st_size, sha256]
+        return dict(zip(names, pool.map(entry, names), strict=True))

@@ -3,7 +3,6 @@
 # .venv-onnx, beside the pinned dependencies. 2 GB. Arguments go to pytest:
 #
 #   ./scripts/test_onnx.sh
-#   ./scripts/test_onnx.sh -k thousand -rP    # parity on 1,000 requests of 2,000 candidates, in numbers
 #   PYTHON=python3.13 ./scripts/test_onnx.sh -k student
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -28,56 +28,38 @@ SPEC = dataclasses.replace(
         Category("reasons", "candidate", 5, 7),
     ),
 )
-# How many entries of a field an annotation gives a request.
-ON_DISK = {
-    "request": (),
-    "event": ("H",),
-    "candidate": ("N",),
-    "shown": ("S",),
-    "scored": ("A",),
-    "known": ("V",),
+# How many entries of a field an annotation gives a request, on disk and in a step.
+NUMBERS = {
+    "request": ((), ()),
+    "event": (("H",), ("H",)),
+    "candidate": (("N",), ("N",)),
+    "shown": (("S",), ("labelled",)),
+    "scored": (("A",), ("judged",)),
+    "known": (("V",), ()),
 }
-IN_A_STEP = {
-    "request": (),
-    "event": ("H",),
-    "candidate": ("N",),
-    "shown": ("labelled",),
-    "scored": ("judged",),
-}
-
-
-def array_of(annotation):
-    """The array's annotation in one that may allow for None."""
-    return getattr(annotation, "__args__", (annotation,))[0]
 
 
 def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
     width_of = {}
-    for struct, fields, entries, leading in (
-        (Request, STORED, ON_DISK, ()),
-        (CandidateBatch, IN_BATCH, IN_A_STEP, ("R",)),
-    ):
+    for place, (struct, fields) in enumerate(((Request, STORED), (CandidateBatch, IN_BATCH))):
         annotations = {field.name: field.type for field in dataclasses.fields(struct)}
         assert sorted(annotations) == sorted(field.name for field in fields)
         for field in fields:
-            annotation = array_of(annotations[field.name])
-            dtype, shape = field.stored if struct is Request else field.dtype, field.shape(SPEC)
+            # One that may be None is a union.
+            annotation = annotations[field.name]
+            annotation = getattr(annotation, "__args__", (annotation,))[0]
+            dtype, shape = (field.stored, field.dtype)[place], field.shape(SPEC)
             if annotation in (int, str):
                 assert np.issubdtype(dtype, np.integer) == (annotation is int), field
                 assert not shape
                 continue
             letters = annotation.dim_str.split()
-            expected = (*leading, *entries[field.of])
+            expected = (*("R",) * place, *NUMBERS[field.of][place])
             assert tuple(letters[: len(expected)]) == expected, field
             # A letter has one meaning, and the two structs agree on it.
             for letter, width in zip(letters[len(expected) :], shape, strict=True):
                 assert width_of.setdefault(letter, width) == width, field
             assert np.dtype(dtype).name in annotation.dtypes, field
-
-
-def test_no_field_is_declared_twice_for_the_same_struct():
-    for fields in (STORED, IN_BATCH):
-        assert len({field.name for field in fields}) == len(fields)
     assert set(FIELDS) == {*STORED, *IN_BATCH}
 
 
@@ -94,11 +76,8 @@ def test_an_empty_batch_has_the_shapes_that_its_annotations_say():
     assert few.history_id.shape == batch.history_id.shape
 
 
-def test_a_spec_comes_back_from_its_json():
+def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
-
-
-def test_a_category_belongs_to_what_there_is():
     with pytest.raises(UserError, match="category 'colour': of='user' does not exist"):
         Category("colour", of="user", size=3)
 

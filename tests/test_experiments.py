@@ -82,11 +82,10 @@ def test_the_package_has_its_configs_in_any_folder(given, tmp_path, monkeypatch)
     assert main.read_config("sweeps/cascade").to_dict() == configs.sweeps.cascade().to_dict()
 
 
-def test_flags_override_keys_by_the_types_of_these(monkeypatch):
+def test_flags_override_keys_by_the_types_of_these():
     flags = ["--config.train.steps=3", "--noconfig.distill.affine", "--config.tasks", "('like',)"]
     flags += ["--config.sweep.weights=(0.3, 1.0)", "--workdir=somewhere", "--config.seed", "-3"]
-    command = main.COMMANDS["train"]
-    config, given = main._parse(command, "train", ["--config=cascade:small", *flags])
+    config, given = main._parse(main.COMMANDS["train"], "", ["--config=cascade:small", *flags])
     assert given.workdir == "somewhere"
     assert (config.train.steps, config.seed, config.distill.affine) == (3, -3, False)
     assert (config.tasks, config.sweep.weights) == (("like",), (0.3, 1.0))
@@ -112,14 +111,11 @@ def get_config():
         file.write("run")
     return cascade("small")
 """
-    flags = [
-        f"--config={config_file(tmp_path, text)}",
-        f"--config.data.dir={world.root / 'datasets'}",
-        "--thorough",
-    ]
+    data = world.root / "datasets"
+    flags = [f"--config={config_file(tmp_path, text)}", f"--config.data.dir={data}", "--thorough"]
     finished = small.run("-m", "experiments.prepare_data", *flags)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.startswith(f"dataset: {world.root / 'datasets'}")
+    assert finished.stdout.startswith(f"dataset: {data}")
     assert marks.read_text() == "run"
 
 
@@ -198,19 +194,6 @@ def test_a_workdir_is_held_by_its_run_until_that_ends_or_dies(world, tmp_path):
     assert not list(workdir.glob(".lock*"))
 
 
-def test_the_library_reads_no_flags():
-    for path in sorted((ROOT / "kd_ranker").rglob("*.py")):
-        # The command line, and a program that is copied into exports.
-        if path.name in ("main.py", "check.py"):
-            continue
-        text = path.read_text()
-        for forbidden in ("absl.flags", "absl import flags", "config_flags", "sys.argv"):
-            assert forbidden not in text, path
-        for line in text.splitlines():
-            if line.startswith("from absl import "):
-                assert line == "from absl import logging", path
-
-
 def test_nothing_that_the_entry_points_import_is_tensorflow():
     program = "import sys, kd_ranker.api; sys.exit('tensorflow' in sys.modules)"
     assert small.run("-c", program).returncode == 0
@@ -228,10 +211,9 @@ def test_each_command_has_a_module_and_is_listed_without_a_name():
     texts = [path.read_text() for path in (ROOT / "experiments").glob("[a-z]*.py")]
     called = {name for name in main.COMMANDS for text in texts if f'main("{name}")' in text}
     assert (called, len(texts)) == ({*main.COMMANDS}, len(main.COMMANDS))
-    listed = kd_ranker()
+    listed, unknown = kd_ranker(), kd_ranker("swep")
     assert listed.returncode == 0
     assert all(f"    {name} " in listed.stdout for name in main.COMMANDS)
-    unknown = kd_ranker("swep")
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("error: no command 'swep'; choose from run, prepare, train-te")
 
@@ -254,12 +236,8 @@ def test_help_of_a_module_names_that_and_of_a_report_no_config():
     shown = small.run("-m", "experiments.report", "-h")
     assert shown.returncode == 0, shown.stderr
     assert "    python -m experiments.report --workdir=runs/report runs/sweep" in shown.stdout
-    assert "--workdir" in shown.stdout
     assert "--config" not in shown.stdout
-
-
-def test_help_of_a_wrong_config_is_one_line():
-    shown = kd_ranker("sweep", "--help", "--config=nope")
-    assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr.startswith("error: --config=nope: there is no file nope, and the package")
-    assert shown.stderr.count("\n") == 1
+    wrong = kd_ranker("sweep", "--help", "--config=nope")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: --config=nope: there is no file nope, and the package")
+    assert wrong.stderr.count("\n") == 1

@@ -25,8 +25,8 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
-from kd_ranker.pipeline.job import Job, Members, Opened
-from kd_ranker.pipeline.teachers import Finished, served
+from kd_ranker.pipeline.job import Members, Opened
+from kd_ranker.pipeline.trained import Finished, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
@@ -145,8 +145,7 @@ def _lower(
 
     Both are abstract, with their placement.
     """
-    members, opened = PROGRAMS[name](config), _Shapes(config, sample, devices[0].platform)
-    job = opened.job(members) if members else Job(config, {}, opened)
+    job = _Shapes(config, sample, devices[0].platform).job(PROGRAMS[name](config))
     run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     packed, _ = run.batches.take(1)
     one: Any = jnp.int32(0)

@@ -7,53 +7,50 @@ import runpy
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from kd_ranker.errors import UserError
-from kd_ranker.requests.pool import with_bar
 
 _SECONDS_TO_ANSWER = 10
 
 
 def call_on_cluster(
     config: ConfigDict, function: Callable, calls: Sequence[tuple], description: str
-) -> list[Any]:
+) -> None:
     """Call a function on a cluster, with a progress bar; calls are retried after a lost machine.
 
     Function and arguments must be picklable. All machines share the disk that the function writes
     to, under the same paths, and a retry resumes from the files of the attempt before. All calls
-    are submitted at once; Ray starts as many as resources allow.
-
-    Args:
-      config: the config; `config.ray` has the address and the resources of a call.
-      function: the function.
-      calls: the arguments of each call.
-      description: the name of the calls for the bar and for messages.
-
-    Returns:
-      The results, in the order of the calls.
-
-    Raises:
-      UserError: Ray or the cluster is missing, no machine has the resources, or a call has failed
-        or has lost its machine more than `ray.retries` times.
+    are submitted at once; Ray starts as many as the resources in `config.ray` allow. A call that
+    fails, or loses its machine more than `ray.retries` times, ends them all by a UserError.
     """
-    ray = _open(config.ray.address)
+    ray, wanted = _open(config.ray.address), {"CPU": config.ray.cpus, "GPU": config.ray.gpus}
     try:
-        resources = {"CPU": config.ray.cpus, "GPU": config.ray.gpus}
-        _check_resources(ray.nodes(), resources)
+        _check_resources(ray.nodes(), wanted)
         remote = ray.remote(_call).options(
-            num_cpus=config.ray.cpus,
-            num_gpus=config.ray.gpus,
+            num_cpus=wanted["CPU"],
+            num_gpus=wanted["GPU"],
             max_retries=config.ray.retries,
             scheduling_strategy="SPREAD",
         )
-        started = [remote.remote(Path.cwd(), config.registered_by, function, of) for of in calls]
-        results = _results(ray, started, config.ray.retries, description)
-        return list(with_bar(results, len(calls), description))
+        waiting = [remote.remote(Path.cwd(), config.registered_by, function, of) for of in calls]
+        for _ in tqdm(calls, description, leave=False, unit="part", disable=None):
+            (ended,), waiting = ray.wait(waiting, num_returns=1)
+            ray.get(ended)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(f"{description} on the cluster: {error.cause}") from error
+        raise
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"{description}: a task lost its machine more than {config.ray.retries} times; what "
+            "was saved stays: start again"
+        ) from error
     finally:
         ray.shutdown()
 
@@ -85,33 +82,16 @@ def _call(folder: Path, registered_by: str, function: Callable, arguments: tuple
     return function(*arguments)
 
 
-def _results(ray: Any, started: Sequence[Any], retries: int, description: str) -> Iterator[Any]:
-    """Yield the results of calls in their order; raise UserError as soon as any has failed."""
-    ended: dict[Any, Any] = {}
-    waiting = [*started]
-    for call in started:
-        while call not in ended:
-            (one,), waiting = ray.wait(waiting, num_returns=1)
-            try:
-                ended[one] = ray.get(one)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(f"{description} on the cluster: {error.cause}") from error
-                raise
-            except ray.exceptions.RayError as error:
-                lost = f"{description}: a task lost its machine more than {retries} times"
-                raise UserError(f"{lost}; what was saved stays: start again") from error
-        yield ended.pop(call)
-
-
 def _open(address: str) -> Any:
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise UserError("launcher='ray' needs the package ray: install the extra `ray`") from error
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, (host, _, port) = signal.getsignal(signal.SIGTERM), address.rpartition(":")
     try:
-        _knock(address)
+        if port.isdecimal() and "/" not in host:
+            # If nothing listens there, Ray would retry for many minutes.
+            socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -121,13 +101,6 @@ def _open(address: str) -> Any:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
     return ray
-
-
-def _knock(address: str) -> None:
-    """Raise OSError if nothing listens at `host:port`: Ray would retry for many minutes."""
-    host, _, port = address.rpartition(":")
-    if port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
 
 
 def _check_resources(nodes: Sequence[dict], wanted: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from absl import logging
@@ -20,14 +20,8 @@ from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.pipeline import cluster, datasets, runs
 from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import (
-    Students,
-    measure,
-    train_statistics,
-    write_measured,
-)
+from kd_ranker.pipeline.measure import Rankers, measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
-from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.requests.lock import hold
 from kd_ranker.sweep.members import common
 from kd_ranker.sweep.memory import check_memory, cohort_size
@@ -39,16 +33,9 @@ from kd_ranker.training.recipes import student_groups
 
 
 def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
-    """Train the students of `config.sweep` cohort by cohort and join their results.
+    """Train the students of `config.sweep` cohort by cohort and join their results; or do one part.
 
-    Args:
-      config: a valid config; `config.sweep.part` selects one part of the work.
-      workdir: of the sweep.
-      show: called with each line on the part that was done, or if there was nothing to do.
-
-    Raises:
-      UserError: the workdir holds another run, there is no such cohort, or one that is to be
-        joined was not trained.
+    See `api.sweep`; the config is valid.
     """
     part = config.sweep.part
     if config.launcher == "ray" or part:
@@ -68,8 +55,7 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
 
 def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
     """Train one cohort of a planned sweep, holding only its folder; return how many there are."""
-    opened = _open_dataset(config, workdir)
-    sweep = open_sweep(config, workdir, opened.dataset.identity)
+    sweep, opened = _open(config, workdir)
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
@@ -81,120 +67,10 @@ def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
     return len(sweep.plan)
 
 
-def _open_dataset(config: ConfigDict, workdir: Path) -> Opened:
-    """Open the dataset of a sweep.
-
-    Raises:
-      UserError: it was not built, or its raw files have changed since, or the workdir holds a run
-        of another command, config or dataset.
-    """
-    opened = Opened(config, unchanged=True)
-    free = _free_of_a_sweep(config.sweep.extend)
-    workdirs.check(workdir, "sweep", config, opened.dataset.identity, without=free)
-    return opened
-
-
-def _train_all(config: ConfigDict, workdir: Path) -> bool:
-    """Do what is left of a sweep; return False if it is complete."""
-    opened = _open_dataset(config, workdir)
-    dataset, part = opened.dataset, config.sweep.part
-    sweep = open_sweep(config, workdir, dataset.identity)
-    if part == JOIN:
-        sweep.check_planned()
-    datasets.keep_data_report(dataset, workdir)
-    if sweep.is_complete():
-        return False
-    name, first = next(iter(sweep.members.items()))
-    read = opened.job({name: first}).dataset
-    checks.check_teacher_signals(read, sweep.members.values())
-    checks.check_labels(read)
-    # By the memory that is free: of several processes, one decides.
-    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
-    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
-    if not sweep.plan:
-        workdirs.write_config(workdir, "sweep", config, dataset.identity)
-    sweep = sweep.planned(size, lambda member: opened.job({"": member}).teacher_version)
-    workdirs.write_config(workdir, "sweep", config, dataset.identity)
-    if part == PLAN:
-        return True
-    with _held_by_first(sweep.folders):
-        if part == JOIN:
-            if untrained := _untrained(sweep, opened):
-                raise UserError(
-                    f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
-                    f"{', '.join(map(str, untrained))}; train each by its number, as "
-                    f"sweep.part={untrained[0]}"
-                )
-        else:
-            _train_cohorts(config, sweep, opened, read.spec)
-        _test_and_join(sweep, opened)
-    return True
-
-
-@contextlib.contextmanager
-def _held_by_first(folders: Sequence[Path]) -> Iterator[None]:
-    """Hold folders below a folder that is held: another run may hold only one of them."""
-    with contextlib.ExitStack() as stack:
-        for folder in folders:
-            on_first(functools.partial(stack.enter_context, hold(folder)))
-        yield
-
-
-def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened, spec: FeatureSpec) -> None:
-    """Train the cohorts one after the other, or on a cluster."""
-    shared = [common(cohort) for cohort in sweep.cohorts]
-    for cohort, each in zip(sweep.cohorts, shared, strict=True):
-        check_memory(each, student_groups(cohort, spec), each.batch, spec)
-    if config.launcher == "ray":
-        _train_elsewhere(config, sweep, opened)
-    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
-        for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
-            _train_cohort(opened.job(cohort), folder, bar)
-
-
-def _test_and_join(sweep: Sweep, opened: Opened) -> None:
-    """Measure on test what validation chose, and write the tables of the whole sweep."""
-    chosen = results.chosen(sweep.validation())
-    tested = sweep.with_any(chosen)
-    referred: set[str] = set()
-    for index, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
-        if folder in tested:
-            # Once per teacher, which is a final ranker of the references, too.
-            with_references = sweep.teachers[index] not in referred
-            referred.add(sweep.teachers[index])
-            serves = {name: chosen[name] for name in cohort if name in chosen}
-            _test_cohort(opened.job(cohort), folder, serves, with_references)
-    sweep.join(tested)
-
-
-def _untrained(sweep: Sweep, opened: Opened) -> list[int]:
-    """The numbers of the cohorts that are not trained and measured on validation."""
-    cohorts = enumerate(zip(sweep.cohorts, sweep.folders, strict=True))
-    return [
-        number
-        for number, (cohort, folder) in cohorts
-        if not is_measured(folder, opened.job(cohort).made_of)
-    ]
-
-
-def _train_elsewhere(config: ConfigDict, sweep: Sweep, opened: Opened) -> None:
-    """Train the cohorts that are not done on a cluster, as one task each."""
-    untrained = _untrained(sweep, opened)
-    if len(sweep.plan) == 1:
-        logging.warning(
-            "the sweep is one cohort, so one task; set sweep.group_size to the members of a cohort"
-        )
-    calls = [(sweep.workdir, number) for number in untrained]
-    cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
-
-
 def train_cohort(workdir: Path, number: int) -> None:
     """Train one cohort of a planned sweep and measure it, in a process of a cluster.
 
     Only the sweep's own process, which holds the workdir, may start it.
-
-    Raises:
-      UserError: as `train_sweep`, with the number of the cohort.
     """
     config = workdirs.read_config(workdir)
     try:
@@ -214,14 +90,107 @@ def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
         _train_cohort(job, sweep.folders[number], bar)
 
 
+def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Opened]:
+    """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
+    opened = Opened(config, unchanged=True)
+    dataset, free = opened.dataset.identity, schema.without_influence("report")
+    if not config.sweep.extend:
+        axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
+        free = [name for name in free if name not in axes]
+    # These change no more than how it is tested, joined and reported.
+    free += ["costs", "report", "funnel.policies"]
+    workdirs.check(workdir, "sweep", config, dataset, without=free)
+    return open_sweep(config, workdir, dataset), opened
+
+
+def _train_all(config: ConfigDict, workdir: Path) -> bool:
+    """Do what is left of a sweep; return False if it is complete."""
+    sweep, opened = _open(config, workdir)
+    dataset, part = opened.dataset, config.sweep.part
+    if part == JOIN:
+        sweep.check_planned()
+    datasets.keep_data_report(dataset, workdir)
+    if sweep.is_complete():
+        return False
+    name, first = next(iter(sweep.members.items()))
+    read = opened.job({name: first}).dataset
+    checks.check_teacher_signals(read, sweep.members.values())
+    checks.check_labels(read)
+    # By the memory that is free: of several processes, one decides.
+    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
+    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
+    if not sweep.plan:
+        workdirs.write_config(workdir, "sweep", config, dataset.identity)
+    sweep = sweep.planned(size, lambda member: opened.job({"": member}).teacher_version)
+    workdirs.write_config(workdir, "sweep", config, dataset.identity)
+    if part == PLAN:
+        return True
+    with contextlib.ExitStack() as held:
+        # Another run may hold only one of the folders.
+        for folder in sweep.folders:
+            on_first(functools.partial(held.enter_context, hold(folder)))
+        if part != JOIN:
+            _train_cohorts(config, sweep, opened, read.spec)
+        elif untrained := _untrained(sweep, opened):
+            raise UserError(
+                f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
+                f"{', '.join(map(str, untrained))}; train each by its number, as "
+                f"sweep.part={untrained[0]}"
+            )
+        _test_and_join(sweep, opened)
+    return True
+
+
+def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened, spec: FeatureSpec) -> None:
+    """Train the cohorts one after the other, or first on a cluster, as one task each."""
+    shared = [common(cohort) for cohort in sweep.cohorts]
+    for cohort, each in zip(sweep.cohorts, shared, strict=True):
+        check_memory(each, student_groups(cohort, spec), each.batch, spec)
+    if config.launcher == "ray":
+        if len(sweep.plan) == 1:
+            logging.warning(
+                "the sweep is one cohort, so one task; set sweep.group_size to the members of a "
+                "cohort"
+            )
+        calls = [(sweep.workdir, number) for number in _untrained(sweep, opened)]
+        cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
+    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
+        for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
+            _train_cohort(opened.job(cohort), folder, bar)
+
+
+def _untrained(sweep: Sweep, opened: Opened) -> list[int]:
+    """The numbers of the cohorts that are not trained and measured on validation."""
+    cohorts = enumerate(zip(sweep.cohorts, sweep.folders, strict=True))
+    return [
+        number
+        for number, (cohort, folder) in cohorts
+        if not is_measured(folder, opened.job(cohort).made_of)
+    ]
+
+
 def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     """Train the members of a cohort and measure them on validation, if that is not done."""
     if is_measured(folder, job.made_of):
         skip_steps(bar, job.config.train.steps)
         return
-    students = runs.fit_students(job, folder, bar, warm_start(job))
-    measured = measure(job, "validation", students)
+    measured = measure(job, "validation", runs.fit(job, folder, bar))
     write_measured(job, folder, job.made_of, measured)
+
+
+def _test_and_join(sweep: Sweep, opened: Opened) -> None:
+    """Measure on test what validation chose, and write the tables of the whole sweep."""
+    chosen = results.chosen(sweep.validation())
+    tested = sweep.with_any(chosen)
+    referred: set[str] = set()
+    for index, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
+        if folder in tested:
+            # Once per teacher, which is a final ranker of the references, too.
+            with_references = sweep.teachers[index] not in referred
+            referred.add(sweep.teachers[index])
+            serves = {name: chosen[name] for name in cohort if name in chosen}
+            _test_cohort(opened.job(cohort), folder, serves, with_references)
+    sweep.join(tested)
 
 
 def _test_cohort(
@@ -229,11 +198,7 @@ def _test_cohort(
 ) -> None:
     """Measure the members that validation chose on the test split, if that is not done.
 
-    Args:
-      job: of the cohort.
-      folder: of the cohort.
-      serves: the chosen serving choices of each chosen member.
-      with_references: whether to measure the references as well.
+    `serves` are the chosen serving choices of each chosen member.
     """
     owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
     policies = job.config.funnel.policies
@@ -242,9 +207,9 @@ def _test_cohort(
     if is_measured(folder / TEST, owner):
         return
     groups = [group.only(serves) for group in _restored(job, folder)] if serves else []
+    students = [group for group in groups if group.names]
     statistics, measured = None, []
     fitted: Mapping[Who, Each] = {}
-    students = [group for group in groups if group.names]
     if with_references:
         statistics = train_statistics(job)
         # Validation chooses among the references too.
@@ -255,23 +220,10 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def _restored(job: Job, folder: Path) -> list[Students]:
+def _restored(job: Job, folder: Path) -> list[Rankers]:
     """The trained students of a cohort; those of a damaged checkpoint are trained again."""
-    trained, step = runs.trained_students(job, folder)
+    trained, step = runs.trained_rankers(job, folder)
     if step == job.config.train.steps:
         return trained
     with runs.progress_bar(folder.name, job.config.train.steps) as bar:
-        return runs.fit_students(job, folder, bar, warm_start(job))
-
-
-def _free_of_a_sweep(extends: bool) -> list[str]:
-    """The keys in which a sweep may differ from the run in its workdir."""
-    free = schema.without_influence("report")
-    axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
-    # These change no more than how it is tested, joined and reported.
-    return [
-        "costs",
-        "report",
-        "funnel.policies",
-        *(name for name in free if extends or name not in axes),
-    ]
+        return runs.fit(job, folder, bar)

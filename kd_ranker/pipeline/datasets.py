@@ -36,15 +36,9 @@ LOG_TEACHER = f"python -m experiments.log_teacher, {SAME_FLAGS}"
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
     """The name of a config's dataset, or of the scores of a teacher that was trained on it.
 
-    Args:
-      config: the config.
-      teacher_version: `Finished.version`; "" names the dataset itself, with the teacher
-        probabilities that were logged with it, if any.
-
-    Returns:
-      `data.name` and eight hex digits that differ where the contents would differ; of requests of
-      a program, the name in `data.path`. The name of scores also contains the teacher and the stage
-      that it has scored.
+    It is `data.name` and eight hex digits that differ where the contents would differ; of requests
+    of a program, the name in `data.path`. The name of scores also contains the teacher's
+    `Finished.version` and the stage that it has scored.
     """
     free = set(without_influence("dataset"))
     of_data, of_funnel = (
@@ -81,18 +75,9 @@ def path_of(log: Any, directory: str) -> str:
 
 
 def build_dataset(config: ConfigDict, thorough: bool) -> Path:
-    """Build the dataset of `config.data`; check one that exists and leave it unchanged.
+    """Build the dataset of a valid config, or check one that exists; return its folder.
 
-    Args:
-      config: a valid config.
-      thorough: whether to check all bytes of an existing dataset, about a second per gigabyte.
-
-    Returns:
-      The dataset's folder.
-
-    Raises:
-      UserError: the raw files are at fault, or the existing dataset is damaged, or was built from
-        other raw files, or from a log with faults that the config does not allow.
+    See `api.prepare`. A log with faults that the config does not allow raises UserError, too.
     """
     name = dataset_name(config)
     directory = storage.directory_of(name, config.data.dir)
@@ -119,11 +104,7 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
 
 
 def dataset_of(config: ConfigDict) -> Dataset:
-    """Open the config's dataset.
-
-    Raises:
-      UserError: it was not built, or is one of a program's requests that do not suit the config.
-    """
+    """Open the config's dataset; UserError if it was not built, or does not suit the config."""
     dataset = storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
     if config.data.name == given.NAME:
         given.check_fits(dataset, config.data, config.tasks, config.funnel.retrieved)
@@ -136,22 +117,14 @@ def scores_folder(config: ConfigDict, teacher_version: str = "") -> Path:
 
 
 def dataset_under(config: ConfigDict, dataset: Dataset, teacher_version: str) -> Dataset:
-    """Return the dataset with the probabilities of a teacher that has scored it.
-
-    Raises:
-      UserError: the teacher has not scored it.
-    """
+    """Return the dataset with the probabilities of a teacher; UserError if it has not scored it."""
     folder = scores_folder(config, teacher_version)
     stage = TEACHER_STAGES[config.teacher.stage]
     return with_column(dataset, folder, LOG_TEACHER, teacher_version, stage)
 
 
 def current_dataset(config: ConfigDict) -> Dataset:
-    """Open the config's dataset for training.
-
-    Raises:
-      UserError: it was not built, or its raw files have changed since.
-    """
+    """Open the config's dataset for training; UserError if its raw files have changed."""
     dataset = dataset_of(config)
     SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
     return dataset

@@ -17,8 +17,8 @@ from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import Students, measure
-from kd_ranker.pipeline.teachers import Finished
+from kd_ranker.pipeline.measure import Rankers, measure
+from kd_ranker.pipeline.trained import Finished
 from kd_ranker.serving.programs import (
     Exported,
     Servable,
@@ -171,7 +171,7 @@ def _cost_of_items(finished: Finished, exported: Exported, items: str) -> dict[s
     # Both are measured under the teacher of the run.
     job = Job(config, dict.fromkeys(names, config), Opened(config))
     students = [
-        Students((name,), _as_ranker(of, finished.serve), (0,), (0,))
+        Rankers((name,), _as_ranker(of, finished.serve), (0,), (0,))
         for name, of in zip(names, (whole, exported), strict=True)
     ]
     serves = dict.fromkeys(names, (finished.serve,))

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import policy
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.manifest import MadeOf
-from kd_ranker.pipeline import datasets, teachers
-from kd_ranker.pipeline.teachers import Finished
+from kd_ranker.pipeline import datasets, trained
+from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.members import common
 from kd_ranker.training import recipes
@@ -29,12 +30,7 @@ class Opened:
     """The dataset of a config and the last teacher of its students; each is opened at first use."""
 
     def __init__(self, config: ConfigDict, unchanged: bool = False):
-        """Opens nothing yet.
-
-        Args:
-          config: names the dataset.
-          unchanged: whether raw files that have changed since it was built are an error.
-        """
+        """Open nothing yet; `unchanged` makes raw files that have changed an error."""
         self._config, self._unchanged = config, unchanged
         self._of_teacher: dict[str, tuple[Finished | None, Dataset]] = {}
 
@@ -47,19 +43,32 @@ class Opened:
     def under(self, config: ConfigDict) -> tuple[Finished | None, Dataset]:
         """The teacher of students with this config, and the dataset that they learn from.
 
-        Only the last teacher stays open, so jobs of one teacher should follow each other.
+        With `teacher.source = "logged"` the probabilities come with the dataset: from the teacher
+        in `teacher.workdir`, or, if that is empty, from the dataset's own logs, and then the
+        teacher is None. Only the last teacher stays open, so jobs of one teacher should follow each
+        other.
 
         Raises:
-          UserError: the teacher, or its scores, are missing.
+          UserError: the teacher or its scores are missing, or the dataset holds no probabilities.
         """
-        workdir = config.teacher.workdir
+        workdir, live = config.teacher.workdir, config.teacher.source == "live"
         if workdir not in self._of_teacher:
-            self._of_teacher = {workdir: teachers.teacher_and_dataset(config, self.dataset)}
+            teacher, dataset = None, self.dataset
+            if live or workdir:
+                teacher = trained.load_teacher(config, dataset)
+                if not live:
+                    dataset = datasets.dataset_under(config, dataset, teacher.version)
+            elif not dataset.spec.teacher_version:
+                raise UserError(
+                    f"{config.data.name} holds no teacher probabilities; name a teacher in "
+                    f"teacher.workdir and make them with: {datasets.LOG_TEACHER}"
+                )
+            self._of_teacher = {workdir: (teacher, dataset)}
         return self._of_teacher[workdir]
 
     def job(self, members: Members) -> "Job":
-        """The job of students that share their batches and their teacher."""
-        return Job(common(members), members, self)
+        """The job of students that share their batches and their teacher; of none, a teacher's."""
+        return Job(common(members) if members else self._config, members, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Job:
     def made_of(self) -> MadeOf:
         """The fingerprints of the trained rankers, which their checkpoints and tables record."""
         if not self.members:
-            return teachers.made_of(self.config, self.dataset)
+            return trained.made_of_teacher(self.config, self.dataset)
         return {
             "config": schema.fingerprint(self.members, "student"),
             **self.dataset.identity,

@@ -20,20 +20,21 @@ from kd_ranker.evaluation.policy import Policy
 from kd_ranker.evaluation.references import NO_PROBABILITIES, Statistics
 from kd_ranker.evaluation.results import Kept, Row, Who
 from kd_ranker.manifest import MadeOf
-from kd_ranker.models.model import Model, Parameters, build_model
+from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
 from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.state import select_member
 
 _NOT_COUNTED = float("nan")
 
 
-class Students(NamedTuple):
-    """A trained group of students.
+class Rankers(NamedTuple):
+    """A trained group of rankers.
 
     Attributes:
-      names: one per member.
+      names: one per member; "" for a teacher.
       ranker: its parameters are stacked.
       steps: the last step of each member.
       non_finite_step: for each member 0, or the step at which its loss stopped being finite.
@@ -44,11 +45,11 @@ class Students(NamedTuple):
     steps: tuple[int, ...]
     non_finite_step: tuple[int, ...]
 
-    def only(self, names: Collection[str]) -> "Students":
+    def only(self, names: Collection[str]) -> "Rankers":
         """The members with one of these names, in their order here, if any."""
         at = [place for place, name in enumerate(self.names) if name in names]
         parameters = jax.tree.map(lambda leaf: leaf[np.array(at, int)], self.ranker.parameters)
-        return Students(
+        return Rankers(
             tuple(self.names[place] for place in at),
             self.ranker._replace(parameters=parameters),
             tuple(self.steps[place] for place in at),
@@ -56,49 +57,14 @@ class Students(NamedTuple):
         )
 
 
-class Judge(NamedTuple):
-    """The teacher that a measurement compares with.
-
-    Attributes:
-      ranker: None where the dataset holds its scores.
-      signal: the kind of its scores, one of `batch.TEACHER_SIGNALS`.
-      seed: of its training; None for one from elsewhere.
-      step: its last step; None for one from elsewhere.
-    """
-
-    ranker: Ranker | None
-    signal: str
-    seed: int | None
-    step: int | None
-
-
 class Measured(NamedTuple):
-    """The findings of a measurement.
-
-    Attributes:
-      rows: of `results.csv`.
-      curves: rows of `curves.csv`.
-      calibration: rows of `calibration.csv`.
-      each: the contribution of each request, by member and serve name, where it is kept.
-      policies: the policies of each ranker by name, if there are any.
-    """
+    """The findings of a measurement: rows of the tables of a run, and more by ranker."""
 
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
-    each: dict[Who, Each]
-    policies: dict[Who, dict[str, Policy]]
-
-
-def _judge(job: Job) -> Judge:
-    """The teacher of a job's students."""
-    teacher, live = job.teacher, job.live_teacher
-    return Judge(
-        ranker=live.ranker if live else None,
-        signal="probability" if live else job.dataset.spec.teacher_signal,
-        seed=teacher.config.seed if teacher else None,
-        step=teacher.config.teacher.train.steps if teacher else None,
-    )
+    each: dict[Who, Each]  # the contribution of each request, where it is kept
+    policies: dict[Who, dict[str, Policy]]  # by their names
 
 
 def train_statistics(job: Job) -> Statistics:
@@ -111,9 +77,8 @@ def train_statistics(job: Job) -> Statistics:
 def measure(
     job: Job,
     split: str,
-    students: Sequence[Students] = (),
+    trained: Sequence[Rankers] = (),
     *,
-    judge: Judge | None = None,
     serves: Mapping[str, Collection[str]] | None = None,
     statistics: Statistics | None = None,
     fitted: Mapping[Who, Each] | None = None,
@@ -126,8 +91,7 @@ def measure(
     Args:
       job: the job of the students, or of the teacher.
       split: the requests to read, "validation" or "test".
-      students: the trained groups of the job's members; without any, only the teacher is measured.
-      judge: the teacher; None takes that of the job's students.
+      trained: the trained groups of the job's members, if any, or of a teacher's job the teacher.
       serves: the serving choices of each member; None takes all.
       statistics: those that references use, which are then measured as well.
       fitted: the contribution of each validation request, for the policies of `report_at`.
@@ -135,7 +99,10 @@ def measure(
       limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
       costs: whether to count FLOPs. An evaluation during training omits them, and the bar.
     """
-    teacher = judge or _judge(job)
+    students, teacher = trained, job.live_teacher and job.live_teacher.ranker
+    if not job.members:
+        ((_, own, _, _),), students = trained, ()
+        teacher = own._replace(parameters=select_member(own.parameters, 0))
     groups = [
         group.ranker._replace(serves=[serves[name] for name in group.names] if serves else None)
         for group in students
@@ -146,10 +113,11 @@ def measure(
         referred = references.known_references([of for of in splits if len(of)], statistics)
         groups.append(references.reference_ranker([statistics])._replace(serves=[referred]))
     keep = split == "test" if keep is None else keep
-    of_teacher, of_groups = _summed(job, split, teacher.ranker, groups, keep, limit, costs)
+    of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit, costs)
+    signal = "probability" if teacher else job.dataset.spec.teacher_signal
     flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
     measured = Measured([], [], [], {}, {})
-    add = functools.partial(_add, measured, job, teacher.signal, fitted or {})
+    add = functools.partial(_add, measured, job, signal, fitted or {})
 
     def named(role: str, member: str, serve: str = "user") -> Row:
         dataset = job.config.data.name
@@ -158,7 +126,10 @@ def measure(
     def cost(flops: float) -> Row:
         return {"flops_per_candidate": flops, "cost_ratio": flops / flops_of_teacher}
 
-    row = named("teacher", results.TEACHER) | {"seed": teacher.seed, "step": teacher.step}
+    # A teacher from elsewhere has neither a seed nor a step.
+    of = _teacher_config(job)
+    seed, step = (of.seed, of.teacher.train.steps) if of else (None, None)
+    row = named("teacher", results.TEACHER) | {"seed": seed, "step": step}
     add(row | cost(flops_of_teacher), of_teacher, None)
     for group, of_group in zip(students, of_groups, strict=False):
         first = job.members[group.names[0]]
@@ -172,8 +143,15 @@ def measure(
                 else:
                     add(row, of_group[index][serve], of_teacher)
     for name in referred:
-        add(named("reference", name) | {"seed": teacher.seed}, of_groups[-1][0][name], of_teacher)
+        add(named("reference", name) | {"seed": seed}, of_groups[-1][0][name], of_teacher)
     return measured
+
+
+def _teacher_config(job: Job) -> ConfigDict | None:
+    """The config of a job's teacher; None where logs replace it."""
+    if job.members:
+        return job.teacher.config if job.teacher else None
+    return job.config
 
 
 def _summed(
@@ -215,10 +193,7 @@ def _add(
     summed: Summed,
     of_teacher: Summed | None,
 ) -> None:
-    """Add a ranker's rows of all tables, and the contribution of each request.
-
-    `signal` is that of `metrics.summarise`, and `fitted` that of `measure`.
-    """
+    """Add a ranker's rows of all tables, and the contribution of each request."""
     key = str(row["member"]), str(row["serve"])
     if key in fitted and row["role"] == "student":
         names = job.config.funnel.policies
@@ -267,20 +242,16 @@ def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
 def _flops_of(
     role: str, config: FrozenConfigDict, spec: FeatureSpec, heads: int, retrieved: int
 ) -> float:
-    """`_flops_per_candidate` of the model that a section of a config describes."""
+    """FLOPs per candidate of the compiled model that a section of a config describes.
+
+    They are those of one request with `retrieved` candidates.
+    """
     module = {"student": STUDENTS, "teacher": TEACHERS}[role][config.name]
     model, init = build_model(module, spec, heads, config)
     # Shapes are enough to count, without the optimiser's slots.
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), 0))
-    return _flops_per_candidate(model, shapes, spec, retrieved)
-
-
-def _flops_per_candidate(
-    model: Model, parameters: Parameters, spec: FeatureSpec, retrieved: int
-) -> float:
-    """FLOPs of the compiled model on one request with `retrieved` candidates, per candidate."""
     serve = make_serve(model, MODES["none"])
-    inputs = parameters, empty_batch(spec, 1, retrieved), abstract_items(spec)
+    inputs = shapes, empty_batch(spec, 1, retrieved), abstract_items(spec)
     return saving.flops(lambda *of: serve(*of).probability, *inputs) / retrieved
 
 
@@ -290,23 +261,18 @@ def teacher_flops(job: Job) -> float:
     For a teacher that was trained elsewhere, and in the job of a teacher, they are
     `config.teacher.flops_per_candidate`, or if that is 0 those of the model in `config.teacher`.
     """
-    spec, retrieved = job.dataset.spec, job.config.funnel.retrieved
-    if teacher := job.teacher:
-        return _flops_per_candidate(teacher.model, teacher.parameters, spec, retrieved)
-    if job.config.teacher.flops_per_candidate:
-        return float(job.config.teacher.flops_per_candidate)
-    config = FrozenConfigDict(job.config.teacher)
-    return _flops_of("teacher", config, spec, len(spec.tasks), retrieved)
+    config, spec = (job.teacher or job).config.teacher, job.dataset.spec
+    if config.flops_per_candidate and not job.teacher:
+        return float(config.flops_per_candidate)
+    retrieved = job.config.funnel.retrieved
+    return _flops_of("teacher", FrozenConfigDict(config), spec, len(spec.tasks), retrieved)
 
 
 def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) -> None:
     """Write the tables of a run, `results.csv` last; see `results.write_tables`.
 
-    Args:
-      job: the job that was measured.
-      workdir: the folder to write to.
-      owner: the fingerprints of the rankers.
-      *splits: the measurements of each split; curves and calibration are those of the last.
+    Rows are those of all splits; curves and calibration are those of the last. `owner` has the
+    fingerprints of the rankers.
     """
     tasks, last = job.config.tasks, splits[-1]
     files: dict[str, str | bytes] = {}

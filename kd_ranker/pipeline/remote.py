@@ -9,7 +9,6 @@ files, which resuming truncates to its step, and counts only once its last file 
 """
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -54,16 +53,7 @@ def below(place: Place, name: str) -> Place:
 def local_folder(
     flag: str, text: str | os.PathLike[str], needs: str = "writes to a folder of this machine"
 ) -> Path:
-    """Return the folder that a flag names, where a URL is not supported.
-
-    Args:
-      flag: its name, for the message.
-      text: its value.
-      needs: the reason, for the message.
-
-    Raises:
-      UserError: it is a URL.
-    """
+    """Return the folder that a flag names; raise UserError for a URL, which the flag cannot be."""
     place = place_of(text)
     if isinstance(place, Path):
         return place
@@ -106,15 +96,16 @@ def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
             with deferred():
                 stop.set()
                 thread.join()
-                copy.check_uploaded()
+            if copy.error:
+                raise UserError(
+                    f"{place} lacks the last results of this run ({_short(copy.error)}), which are "
+                    f"in {copy.folder}: copy them there, or start the same command again, which "
+                    "resumes from what is there"
+                ) from copy.error
 
 
 def break_lock(place: Place) -> None:
-    """Remove the locks at and below a URL, which killed processes leave; a folder needs none of it.
-
-    Raises:
-      UserError: the URL cannot be written.
-    """
+    """Remove the locks at and below a URL, which killed processes leave; none stays in a folder."""
     if not isinstance(place, Path):
         with _reaching(place) as store:
             for name in store.find(""):
@@ -134,16 +125,11 @@ def _reaching(url: str) -> Iterator[DirFileSystem]:
         system, root = fsspec.core.url_to_fs(url)
         system.invalidate_cache()
         yield DirFileSystem(root, system)
-    except ImportError as error:
-        raise UserError(
-            f"{url}: a package for {url.partition('://')[0]}:// is missing; install the extra "
-            f"`remote`, which has those for gs:// and s3:// ({error})"
-        ) from error
     except Exception as error:
-        raise UserError(
-            f"{url} cannot be reached: {_short(error)}; check that its bucket exists, and that "
-            "this machine may read and write it"
-        ) from error
+        remedy = "check that its bucket exists, and that this machine may read and write it"
+        if isinstance(error, ImportError):
+            remedy = "install the extra `remote`, which has packages for gs:// and s3://"
+        raise UserError(f"{url} cannot be reached: {_short(error)}; {remedy}") from error
 
 
 def _make_parent(store: DirFileSystem, name: str) -> None:
@@ -152,29 +138,29 @@ def _make_parent(store: DirFileSystem, name: str) -> None:
         store.makedirs(name.rpartition("/")[0], exist_ok=True)
 
 
-def _holder(store: DirFileSystem) -> bytes:
-    """Return the content of the lock, or b"" without one."""
+def _holder(store: DirFileSystem) -> str:
+    """Return the content of the lock, or "" without one."""
     try:
-        return store.cat_file(lock.FILE)
+        return store.cat_file(lock.FILE).decode(errors="replace")
     except FileNotFoundError:
-        return b""
+        return ""
 
 
 @contextlib.contextmanager
-def _locked(url: str) -> Iterator[bytes]:
+def _locked(url: str) -> Iterator[str]:
     """Hold the lock of a URL, an object that the store creates only if it is absent."""
-    record = f"{lock.this_process()} ({uuid.uuid4().hex})".encode()
+    record = f"{lock.this_process()} ({uuid.uuid4().hex})"
     with _reaching(url) as store:
         _make_parent(store, lock.FILE)
         # A few stores ignore the mode, so the lock is read before and after.
         if not _holder(store):
             with contextlib.suppress(FileExistsError):
-                store.pipe_file(lock.FILE, record, mode="create")
+                store.pipe_file(lock.FILE, record.encode(), mode="create")
         holder = _holder(store)
     if holder != record:
         raise UserError(
-            f"{url} is held by {_name_of(holder)}; wait for its end, or, if it was killed, "
-            "add --break_lock"
+            f"{url} is held by {holder.partition(' (')[0] or 'another process'}; wait for its end, "
+            "or, if it was killed, add --break_lock"
         )
     try:
         yield record
@@ -184,64 +170,28 @@ def _locked(url: str) -> Iterator[bytes]:
                 store.rm_file(lock.FILE)
 
 
-def _name_of(holder: bytes) -> str:
-    return holder.decode(errors="replace").partition(" (")[0] or "another process"
-
-
-@dataclasses.dataclass
 class _Copy:
-    """A local copy of a workdir at a URL.
+    """A local copy of a workdir at a URL."""
 
-    Attributes:
-      url: the URL.
-      folder: the copy.
-      store: the files at the URL, once `download` is called.
-      uploaded: the files at the URL that this process manages: name -> modification time in ns and
-        size of the same file here, (0, 0) if it is not here.
-      error: the reason why the last upload failed; None if it did not.
-    """
+    error: Exception | None
 
-    url: str
-    folder: Path
-    store: DirFileSystem = dataclasses.field(init=False)
-    uploaded: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    error: Exception | None = None
+    def __init__(self, url: str, folder: Path):
+        """Create the folder; `error` is the reason why the last upload failed, if it did."""
+        self.url, self.folder, self.error = url, folder, None
+        folder.mkdir()
 
     def download(self, store: DirFileSystem, with_checkpoints: bool) -> None:
         """Download all files of a store, without checkpoints that are not complete."""
-        self.store, found = store, store.find("")
-        names = {
-            name for name in found if _is_copied(name) and (with_checkpoints or not _last_of(name))
-        }
-        wanted = [name for name in names if _last_of(name) in {"", *names}]
+        folder, self._store = self.folder, store
+        found = {name for name in store.find("") if _is_copied(name)}
+        names = [name for name in found if with_checkpoints or not _last_of(name)]
+        wanted = [name for name in names if _last_of(name) in {"", *found}]
         for name in wanted:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        store.get(wanted, [str(self.folder / name) for name in wanted])
-        self.uploaded = dict.fromkeys(names, (0, 0)) | self._files()
-
-    def upload(self, record: bytes) -> None:
-        """Upload the files that changed, and delete those that are gone here.
-
-        Raises:
-          UserError: the lock does not contain `record` any more.
-        """
-        files, store = self._files(), self.store
-        changed = [name for name, of in files.items() if of != self.uploaded.get(name)]
-        gone = self.uploaded.keys() - files.keys()
-        if (changed or gone) and (holder := _holder(store)) != record:
-            raise UserError(f"{_name_of(holder)} holds {self.url} by now: its lock was broken")
-        # In the order in which they were written, but checkpoints last, and their last files.
-        for name in sorted(
-            changed, key=lambda of: (_last_of(of) > "", _last_of(of) == of, files[of])
-        ):
-            with contextlib.suppress(FileNotFoundError):  # of a checkpoint that was just retired
-                _make_parent(store, name)
-                store.put_file(str(self.folder / name), name)
-                self.uploaded[name] = files[name]
-        for name in gone:
-            with contextlib.suppress(FileNotFoundError):
-                store.rm_file(name)
-            del self.uploaded[name]
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        store.get(wanted, [str(folder / name) for name in wanted])
+        # The files at the URL that this process manages. Those of incomplete checkpoints are not
+        # here, so the first upload deletes them.
+        self._uploaded = dict.fromkeys(names, (0, 0)) | self._files()
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """Return the files to upload: name -> modification time in ns and size."""
@@ -253,14 +203,34 @@ class _Copy:
                     found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
         return found
 
-    def upload_until(self, stop: threading.Event, record: bytes) -> None:
+    def _upload(self, record: str) -> None:
+        """Upload the files that changed, and delete those that are gone here, if the lock holds."""
+        files, store = self._files(), self._store
+        changed = [name for name, of in files.items() if of != self._uploaded.get(name)]
+        gone = self._uploaded.keys() - files.keys()
+        if (changed or gone) and (holder := _holder(store)) != record:
+            raise UserError(f"its lock was broken, and is that of {holder or 'no process'}")
+        # In the order in which they were written, but checkpoints last, and their last files.
+        for name in sorted(
+            changed, key=lambda of: (_last_of(of) > "", _last_of(of) == of, files[of])
+        ):
+            with contextlib.suppress(FileNotFoundError):  # of a checkpoint that was just retired
+                _make_parent(store, name)
+                store.put_file(str(self.folder / name), name)
+                self._uploaded[name] = files[name]
+        for name in gone:
+            with contextlib.suppress(FileNotFoundError):
+                store.rm_file(name)
+            del self._uploaded[name]
+
+    def upload_until(self, stop: threading.Event, record: str) -> None:
         """Upload changes every few seconds, and once after `stop` is set; warns of failures."""
         stopped = False
         while not stopped:
             stopped = stop.wait(_SECONDS_BETWEEN_UPLOADS)
             before, self.error = self.error, None
             try:
-                self.upload(record)
+                self._upload(record)
             except Exception as error:
                 self.error = error
                 if not (before or stopped):
@@ -268,15 +238,6 @@ class _Copy:
                         logging.warning(
                             "%s cannot be written (%s); retrying", self.url, _short(error)
                         )
-
-    def check_uploaded(self) -> None:
-        """Raise UserError that names the copy if the last upload failed."""
-        if self.error:
-            raise UserError(
-                f"{self.url} lacks the last results of this run ({_short(self.error)}), which are "
-                f"in {self.folder}: copy them there, or start the same command again, which "
-                "resumes from what is there"
-            ) from self.error
 
 
 def _is_copied(name: str) -> bool:
@@ -297,7 +258,6 @@ def _copied(url: str, with_checkpoints: bool) -> Iterator[_Copy]:
     copy = _Copy(url, above / url.rpartition("/")[2])
     try:
         with _reaching(url) as store:
-            copy.folder.mkdir()
             copy.download(store, with_checkpoints)
         yield copy
     except UserError as error:

@@ -9,23 +9,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batches.training import BatchConfig, training_batches
+from kd_ranker.config import checks, schema
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
-from kd_ranker.evaluation.results import Row
-from kd_ranker.manifest import MadeOf
-from kd_ranker.pipeline.job import Job
-from kd_ranker.pipeline.measure import Judge, Students, measure
+from kd_ranker.pipeline import datasets, trained
+from kd_ranker.pipeline.job import Job, Members, Opened
+from kd_ranker.pipeline.measure import Rankers, measure, train_statistics, write_measured
+from kd_ranker.pipeline.remote import Place, owned
+from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
-from kd_ranker.training import checkpoints, recipes
-from kd_ranker.training.loop import (
-    Begin,
-    Evaluate,
-    Run,
-    abstract_states,
-    fit,
-    make_run,
-    scalar_name,
-)
+from kd_ranker.training import recipes
+from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import Run, make_run, scalar_name
+from kd_ranker.training.loop import fit as fit_run
 from kd_ranker.training.mapping import (
     MAPPINGS,
     DeviceMap,
@@ -34,36 +31,35 @@ from kd_ranker.training.mapping import (
     own_devices,
 )
 from kd_ranker.training.processes import check_same, is_first
-from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.state import (
-    Frozen,
-    LiveTeacher,
-    States,
-    select_member,
-    steps_of_members,
-)
+from kd_ranker.training.recipes import TEACHER_STAGES
+from kd_ranker.training.state import Frozen, LiveTeacher, States, steps_of_members
+
+# Choices are made on the first; the second is read for the report.
+_MEASURED_SPLITS = ("validation", "test")
 
 
-def _device_map(
-    parallel: ConfigDict, sizes: Sequence[int], requests: int, devices: Sequence[jax.Device]
-) -> DeviceMap:
-    """The mapping of `config.parallel` over devices.
+def train(command: str, config: ConfigDict, members: Members, place: Place) -> None:
+    """Train one student, or without members the teacher, and measure it; see `api.train`.
 
-    Args:
-      parallel: this section.
-      sizes: the number of members of each group.
-      requests: of a batch.
-      devices: the devices.
+    The results of a teacher hold the references as well: they show how much a final ranker leaves
+    to gain, next to the oracle if known.
     """
-    sharded = parallel.tables == "sharded"
-    # Spreading members would leave fewer devices to share the rows of tables.
-    if parallel.mapping == "pmap" or (sharded and not parallel.members):
-        members = 1
-    elif parallel.members and sum(sizes) > 1:
-        members = parallel.members
-    else:
-        members = members_axis(len(devices), sizes, requests)
-    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
+    job = Opened(config, unchanged=True).job(members)
+    with owned(place) as folder:
+        if members:
+            checks.check_teacher_signals(job.dataset, members.values())
+        else:
+            checks.check_teacher_log(config, job.dataset)
+        checks.check_labels(job.dataset)
+        free = schema.without_influence("student" if members else "teacher")
+        workdirs.claim(folder, command, config, job.dataset.identity, without=free)
+        if members:
+            datasets.keep_data_report(job.opened.dataset, folder)
+        with progress_bar(folder.name, job.trainee.train.steps) as bar:
+            rankers = fit(job, folder, bar)
+        statistics = None if members else train_statistics(job)
+        measured = (measure(job, of, rankers, statistics=statistics) for of in _MEASURED_SPLITS)
+        write_measured(job, folder, job.made_of, *measured)
 
 
 def progress_bar(name: str, steps: int) -> tqdm:
@@ -72,99 +68,60 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit_teacher(job: Job, workdir: Path, begin: Begin | None = None) -> Judge:
-    """Train the teacher of a job on user labels; return it as measurements take it.
+def fit(job: Job, workdir: Path, bar: tqdm) -> list[Rankers]:
+    """Train the rankers of a job in one program on the same batches.
 
-    `begin` is as of `loop.fit`.
+    `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
+    most. Memory that a device lacks becomes one line.
     """
-    (recipe,) = (group.recipe for group in job.groups)
-    serve = make_serve(recipe.model, recipe.mode)
-
-    def judge(states: States) -> Judge:
-        ranker = Ranker(serve, select_member(states[0].parameters, 0))
-        return Judge(ranker, "probability", job.config.seed, int(states[0].step))
+    rankers, train = _rankers_of(job), job.trainee.train
 
     def progress(states: States) -> dict[str, float]:
-        limit = job.trainee.train.eval_limit
-        measured = measure(job, "validation", judge=judge(states), limit=limit, costs=False)
-        return _evaluation_scalars(measured.rows[0], "")
+        limit = train.eval_limit
+        measured = measure(job, "validation", rankers(states), limit=limit, costs=False)
+        serves = {name: of.distill.serve for name, of in job.members.items()}
+        return {
+            scalar_name(f"eval/{column}", name if job.members else ""): value
+            for row in measured.rows
+            for name in [str(row["member"])]
+            if (serves or {results.TEACHER: "user"}).get(name) == row["serve"]
+            for column, value in row.items()
+            if isinstance(value, float) and np.isfinite(value) and metric_of(column)
+        }
 
-    with progress_bar(workdir.name, job.trainee.train.steps) as bar:
-        return judge(_fit(job, workdir, progress, bar, begin))
-
-
-def fit_students(job: Job, workdir: Path, bar: tqdm, begin: Begin | None = None) -> list[Students]:
-    """Train the students of a job in one program on the same batches.
-
-    `bar` counts the steps of the student that takes the most; `begin` is as of `loop.fit`.
-    """
-    students = _students_of(job.groups)
-
-    def progress(states: States) -> dict[str, float]:
-        trained, limit = students(states), job.trainee.train.eval_limit
-        measured = measure(job, "validation", trained, limit=limit, costs=False)
-        scalars: dict[str, float] = {}
-        for row in measured.rows:
-            member = job.members.get(str(row["member"]))
-            if member is not None and row["serve"] == member.distill.serve:
-                scalars |= _evaluation_scalars(row, str(row["member"]))
-        return scalars
-
-    return students(_fit(job, workdir, progress, bar, begin))
+    with exhaustion_reported():
+        check_same("dataset", str(job.dataset.identity))
+        check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
+        made_of, begin = job.made_of, warm_start(job)
+        states = fit_run(prepare_run(job), train, workdir, made_of, progress, bar, begin)
+        return rankers(states)
 
 
-def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
-    """Return the function from the states of groups to their trained students."""
-    serves = [make_serve(group.recipe.model, group.recipe.mode) for group in groups]
+def _rankers_of(job: Job) -> Callable[[States], list[Rankers]]:
+    """Return the function from the states of a job's groups to their trained rankers."""
+    serves = [make_serve(group.recipe.model, group.recipe.mode) for group in job.groups]
 
-    def students(states: States) -> list[Students]:
+    def rankers(states: States) -> list[Rankers]:
         return [
-            Students(
+            Rankers(
                 names=group.names,
                 ranker=Ranker(serve, state.parameters),
                 steps=tuple(np.asarray(steps_of_members(state, group.numbers)).tolist()),
                 non_finite_step=tuple(np.asarray(state.non_finite_step).tolist()),
             )
-            for group, serve, state in zip(groups, serves, states, strict=True)
+            for group, serve, state in zip(job.groups, serves, states, strict=True)
         ]
 
-    return students
+    return rankers
 
 
-def trained_students(
-    job: Job, workdir: Path, made_of: MadeOf | None = None
-) -> tuple[list[Students], int]:
-    """Restore the students that `fit_students` has trained, and the last step of any.
+def trained_rankers(job: Job, workdir: Path) -> tuple[list[Rankers], int]:
+    """Restore the rankers that `fit` has trained in a folder, and the last step of any.
 
     The newest checkpoint that can be read counts; without any, the result is ([], 0).
-
-    Args:
-      job: their job.
-      workdir: the folder that they were trained in.
-      made_of: the fingerprints of their checkpoints; None takes those of the job.
     """
-    with checkpoints.open_in(workdir) as saved:
-        abstract = abstract_states(job.groups)
-        states, step = checkpoints.restore(saved, abstract, None, made_of or job.made_of)
-    return (_students_of(job.groups)(states) if step else []), step
-
-
-def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
-    """The numbers of an evaluation under the names of `metrics.jsonl`."""
-    return {
-        scalar_name(f"eval/{column}", member): value
-        for column, value in row.items()
-        if isinstance(value, float) and np.isfinite(value) and metric_of(column)
-    }
-
-
-def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm, begin: Begin | None) -> States:
-    """Train the groups of a job; memory that a device lacks becomes one line."""
-    with exhaustion_reported():
-        check_same("dataset", str(job.dataset.identity))
-        check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
-        run = prepare_run(job)
-        return fit(run, job.trainee.train, workdir, job.made_of, progress, bar, begin)
+    states, step = trained.restored(job.groups, workdir, job.made_of)
+    return (_rankers_of(job)(states) if step else []), step
 
 
 def prepare_run(
@@ -179,9 +136,9 @@ def prepare_run(
       batches_on: the devices that make the batches; None takes the same.
     """
     config, dataset, groups, batch = job.config, job.dataset, job.groups, job.trainee.batch
-    parallel, sizes = config.parallel, [len(group.names) for group in groups]
+    parallel = config.parallel
     devices = first_devices(parallel.devices) if devices is None else devices
-    mapping = _device_map(parallel, sizes, batch.requests, devices)
+    mapping = _device_map(job, devices)
     # Students that learn nothing from a teacher do not pay for one.
     live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
     stage = TEACHER_STAGES[config.teacher.stage]
@@ -197,3 +154,17 @@ def prepare_run(
         copies=1 + sum(device.platform == "cpu" for device in own_devices(parallel.devices)),
     )
     return make_run(groups, teacher, batches, frozen, mapping)
+
+
+def _device_map(job: Job, devices: Sequence[jax.Device]) -> DeviceMap:
+    """The mapping of `config.parallel` over devices for the groups of a job."""
+    parallel, sizes = job.config.parallel, [len(group.names) for group in job.groups]
+    sharded = parallel.tables == "sharded"
+    # Spreading members would leave fewer devices to share the rows of tables.
+    if parallel.mapping == "pmap" or (sharded and not parallel.members):
+        members = 1
+    elif parallel.members and sum(sizes) > 1:
+        members = parallel.members
+    else:
+        members = members_axis(len(devices), sizes, job.trainee.batch.requests)
+    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)

@@ -40,7 +40,7 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.policy import Policy, to_json
-from kd_ranker.pipeline import teachers, trained
+from kd_ranker.pipeline import trained
 from kd_ranker.pipeline.datasets import (
     SCORES_FOLDER,
     candidates_line,
@@ -48,7 +48,7 @@ from kd_ranker.pipeline.datasets import (
     scores_folder,
 )
 from kd_ranker.pipeline.remote import Place, fetched
-from kd_ranker.pipeline.teachers import Finished
+from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests import lock
 from kd_ranker.requests.columns import Columns, columns_of_block
 from kd_ranker.requests.records import Dataset
@@ -149,7 +149,7 @@ def score_dataset(config: ConfigDict) -> Scored:
         process writes the same scores.
     """
     dataset = current_dataset(config)
-    ranker = teachers.load_teacher(config, dataset)
+    ranker = trained.load_teacher(config, dataset)
     output, stage = scores_folder(config, ranker.version), config.teacher.stage
     names = [f"probability_{task}" for task in dataset.spec.tasks]
 

@@ -1,28 +1,65 @@
-"""Rankers of finished runs, opened to be scored with or exported."""
+"""Rankers of finished runs, opened to teach, to be scored with, to start from or to be exported."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.config import checks, schema
-from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.modes import MODES, Mode
+from kd_ranker.embedding.lookup import without_slots
+from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.policy import POLICIES, Policy
-from kd_ranker.pipeline import runs, teachers
+from kd_ranker.manifest import MadeOf
+from kd_ranker.models.model import Model, Parameters
+from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.cluster import register
-from kd_ranker.pipeline.job import Opened
-from kd_ranker.pipeline.remote import Place, fetched
-from kd_ranker.pipeline.teachers import Finished
-from kd_ranker.sweep.sweep import TEST, Cohort, open_sweep
-from kd_ranker.training import recipes
+from kd_ranker.pipeline.remote import Place, fetched, place_of
+from kd_ranker.requests.records import Dataset
+from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, open_sweep
+from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import abstract_states
 from kd_ranker.training.mapping import put
-from kd_ranker.training.state import select_member
+from kd_ranker.training.recipes import Group
+from kd_ranker.training.state import States, TrainState, select_member
 
+TRAIN_TEACHER = f"python -m experiments.train_teacher, {datasets.SAME_FLAGS}"
 _RUNS = ("train_teacher", "train", "sweep")
+
+
+class Finished(NamedTuple):
+    """The ranker of a finished run."""
+
+    title: str  # a description for people
+    role: str  # "teacher" or "student"
+    member: str  # its name in a sweep; "" elsewhere
+    config: ConfigDict  # of its run
+    serve: str  # which of its probabilities it ranks by
+    model: Model
+    ranker: Ranker  # as the evaluation calls it
+    version: str  # a name for its exact weights
+    dataset: Dataset  # has its ids, means and deviations
+    made_of: MadeOf  # the fingerprints that its checkpoint records
+    policy: Policy | None = None  # chooses how many candidates it passes per request, if named
+
+    @property
+    def parameters(self) -> Parameters:
+        """Its trained parameters, on a device."""
+        return self.ranker.parameters
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that it was trained with; that of a teacher is `none`."""
+        return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
 def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
@@ -48,9 +85,8 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
         config = workdirs.read_config(folder)
     file = config.get("registered_by", "")
     if file and not (trust and Path(file).is_file()):
-        devices = config.parallel.devices or config.parallel.members or 1
         try:
-            checks.validate(config, devices)
+            checks.validate(config, config.parallel.devices or config.parallel.members or 1)
         except UserError as error:
             if not trust:
                 raise UserError(
@@ -100,19 +136,106 @@ def open_finished(
             f"{workdir} is of experiments.{command}, and only a sweep fits policies; leave "
             "--policy out"
         )
-    opened = Opened(config)
-    workdirs.check_dataset(workdir, opened.dataset.identity)
+    dataset = datasets.dataset_of(config)
+    workdirs.check_dataset(workdir, dataset.identity)
     remedy = f"finish it with: python -m experiments.{command}, with the flags that started it"
     manifest.check(workdir, remedy)
-    if command == "train_teacher":
-        check_choice("--serve", serve or "user", MODES["none"].serve)
-        config.teacher.workdir = str(workdir)
-        found = teachers.load_teacher(config, opened.dataset)
-    elif command == "train":
-        found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
-    else:
-        found = _member(member, serve, policy_name, config, opened, workdir)
-    return found
+    if command == "sweep":
+        sweep = open_sweep(config, workdir, dataset.identity)
+        return _member(sweep, member, serve, policy_name, dataset)
+    if command == "train":
+        return _student(f"the student at {workdir}", serve, "", {"": config}, dataset, workdir)
+    check_choice("--serve", serve or "user", MODES["none"].serve)
+    config.teacher.workdir = str(workdir)
+    return load_teacher(config, dataset)
+
+
+def load_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
+    """Load the trained teacher in `config.teacher.workdir`.
+
+    Raises:
+      UserError: it is missing, unfinished, or of other tasks, other data or another config than
+        that in its workdir.
+    """
+    if not config.teacher.workdir:
+        raise UserError(
+            f"teacher.workdir is empty; make a teacher with: {TRAIN_TEACHER}, and name its workdir"
+        )
+    with fetched(place_of(config.teacher.workdir)) as workdir:
+        if not (workdir / workdirs.CONFIG_FILE).exists():
+            raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
+        owner = workdirs.owner_of(workdir)
+        if owner not in (None, "train_teacher"):
+            raise UserError(
+                f"{workdir} holds a run of {owner}, not a teacher; make one with: {TRAIN_TEACHER}"
+            )
+        trained = workdirs.read_config(workdir)
+        other, own = datasets.dataset_name(trained), datasets.dataset_name(config)
+        if other != own:
+            raise UserError(
+                f"the teacher at {workdir} was trained on {other} for {', '.join(trained.tasks)}, "
+                f"not on {own} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
+            )
+        workdirs.check_dataset(workdir, dataset.identity)
+        state, step = restored_teacher(trained, dataset, workdir)
+        if step < trained.teacher.train.steps:
+            raise UserError(
+                f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps};"
+                f" finish it with: {TRAIN_TEACHER}"
+            )
+    model, _ = recipes.teacher_model(trained, dataset.spec)
+    version = digest_of(state.parameters)
+    parameters = put(served(model, state.parameters, jax.default_backend()))
+    return Finished(
+        title=f"the teacher at {config.teacher.workdir}",
+        role="teacher",
+        member="",
+        config=trained,
+        serve="user",
+        model=model,
+        ranker=Ranker(make_serve(model, MODES["none"]), parameters),
+        version=version,
+        dataset=dataset,
+        made_of={**made_of_teacher(trained, dataset), "version": version},
+    )
+
+
+def made_of_teacher(config: ConfigDict, dataset: Dataset) -> MadeOf:
+    """The fingerprints of the teacher that a config trains on a dataset."""
+    return {"config": schema.fingerprint({"": config}, "teacher"), **dataset.identity}
+
+
+def restored_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[TrainState, int]:
+    """Restore the state of the teacher of a config and a dataset, as `restored`."""
+    groups = [recipes.teacher_group(config, dataset.spec)]
+    (state,), step = restored(groups, workdir, made_of_teacher(config, dataset))
+    return state, step
+
+
+def restored(groups: Sequence[Group], workdir: Path, made_of: MadeOf) -> tuple[States, int]:
+    """Restore the newest checkpoint of the rankers of a run that can be read.
+
+    Returns:
+      The states on the host, and their step; abstract states and 0 without a checkpoint.
+    """
+    with checkpoints.open_in(workdir) as saved:
+        return checkpoints.restore(saved, abstract_states(groups), None, made_of)
+
+
+def served(model: Model, parameters: Parameters, platform: str) -> Parameters:
+    """The parameters of a trained model without the slots of its optimiser, for a platform."""
+    learned = select_member(parameters, 0)
+    # A TPU would copy narrow rows to read them, and saves no memory with these.
+    lanes = TPU_LANES if platform == "tpu" else 1
+    return learned.replace(tables=without_slots(model.embedding, learned.tables, lanes))
+
+
+def digest_of(parameters: Parameters) -> str:
+    """A name for exact weights: twelve hex digits."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def ranker_line(ranker: Finished) -> str:
@@ -120,10 +243,8 @@ def ranker_line(ranker: Finished) -> str:
     return f"ranker: {ranker.title}, by its probabilities {ranker.serve!r}"
 
 
-def _member(
-    member: str, serve: str, policy_name: str, config: ConfigDict, opened: Opened, workdir: Path
-) -> Finished:
-    sweep = open_sweep(config, workdir, opened.dataset.identity)
+def _member(sweep: Sweep, member: str, serve: str, policy_name: str, dataset: Dataset) -> Finished:
+    workdir = sweep.workdir
     if member and member not in sweep.members:
         raise UserError(
             f"the sweep at {workdir} has no member {member!r}; it has: {', '.join(sweep.members)}"
@@ -145,7 +266,7 @@ def _member(
     how = "--member" if member else f"the best of {len(sweep.members)} on validation"
     title = f"member {name} of the sweep at {workdir} ({how})"
     folder = sweep.folders[index]
-    found = _student(title, serve or best_serve, name, sweep.cohorts[index], opened, folder)
+    found = _student(title, serve or best_serve, name, sweep.cohorts[index], dataset, folder)
     if policy_name:
         found = found._replace(policy=_policy(folder / TEST, found, policy_name))
     return found
@@ -167,14 +288,14 @@ def _policy(folder: Path, student: Finished, name: str) -> Policy:
 
 
 def _student(
-    title: str, serve: str, name: str, members: Cohort, opened: Opened, folder: Path
+    title: str, serve: str, name: str, members: Cohort, dataset: Dataset, folder: Path
 ) -> Finished:
     """The student `name` of those that were trained together in a folder."""
-    config, dataset = members[name], opened.dataset
-    serves = MODES[config.distill.mode].serve
+    config = members[name]
+    mode = MODES[config.distill.mode]
     # A mode without a choice ignores the key.
-    serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
-    check_choice("--serve", serve, serves)
+    serve = serve or (config.distill.serve if len(mode.serve) > 1 else next(iter(mode.serve)))
+    check_choice("--serve", serve, mode.serve)
     remedy = "finish it with the command and the flags that it was started with"
     # The teacher and its scores may be gone: their fingerprints are those recorded.
     made_of = {
@@ -182,15 +303,16 @@ def _student(
         "config": schema.fingerprint(members, "student"),
         **dataset.identity,
     }
-    job = opened.job(members)
-    groups, step = runs.trained_students(job, folder, made_of)
-    if step < (steps := job.config.train.steps):
+    groups = recipes.student_groups(members, dataset.spec)
+    states, step = restored(groups, folder, made_of)
+    if step < (steps := max(of.train.steps for of in members.values())):
         raise UserError(f"{title} stopped at step {step} of {steps}; {remedy}")
-    (group,) = (only for of in groups if (only := of.only((name,))).names)
-    if group.non_finite_step[0]:
-        raise UserError(f"{title} stopped being finite at step {group.non_finite_step[0]}")
-    parameters = select_member(group.ranker.parameters, 0)
-    model, _ = recipes.student_model(config, dataset.spec)
+    ((group, state),) = (of for of in zip(groups, states, strict=True) if name in of[0].names)
+    place = group.names.index(name)
+    if diverged_at := int(state.non_finite_step[place]):
+        raise UserError(f"{title} stopped being finite at step {diverged_at}")
+    parameters = select_member(state.parameters, place)
+    model = group.recipe.model
     return Finished(
         title=title,
         role="student",
@@ -198,8 +320,8 @@ def _student(
         config=config,
         serve=serve,
         model=model,
-        ranker=Ranker(make_serve(model, MODES[config.distill.mode]), put(parameters)),
-        version=teachers.digest_of(parameters),
+        ranker=Ranker(make_serve(model, mode), put(parameters)),
+        version=digest_of(parameters),
         dataset=dataset,
         made_of=made_of,
     )

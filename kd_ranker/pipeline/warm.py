@@ -14,7 +14,7 @@ import numpy as np
 
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline import teachers, trained
+from kd_ranker.pipeline import trained
 from kd_ranker.pipeline.job import Job
 from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.training.loop import Begin
@@ -58,7 +58,7 @@ def _open(job: Job) -> tuple[Model, Parameters]:
             )
         parameters = ranker.parameters
         if role == "teacher":  # which is served without slots
-            _, state, _ = teachers.restored(ranker.config, ranker.dataset, folder)
+            state, _ = trained.restored_teacher(ranker.config, ranker.dataset, folder)
             parameters = select_member(state.parameters, 0)
         return ranker.model, jax.tree.map(np.asarray, parameters)
 

@@ -1,6 +1,6 @@
 """Signals that request the end of a command.
 
-`kd_ranker.experiments` imports this before packages that take seconds, so it imports little.
+`kd_ranker.main` imports this before packages that take seconds, so it imports little.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import cluster
+from tests.faults import fault_of
 
 
 class RayError(Exception):
@@ -42,7 +43,7 @@ class OneMachine:
         return self
 
     def options(self, **options):
-        self.asked = options
+        self.wanted = options
         return SimpleNamespace(remote=lambda *arguments: pickle.dumps((self.function, arguments)))
 
     def wait(self, waiting, num_returns):
@@ -53,7 +54,7 @@ class OneMachine:
         function, arguments = pickle.loads(sent)
         self.called.append(arguments)
         try:
-            return function(*arguments)
+            function(*arguments)
         except UserError as error:
             raise RayTaskError(error) from error
         except SystemExit as error:
@@ -61,56 +62,47 @@ class OneMachine:
 
 
 @pytest.fixture
-def ray(monkeypatch):
+def ray(monkeypatch, tmp_path):
+    """The stand-in; calls run in a folder of the test."""
     found = OneMachine()
     monkeypatch.setattr(cluster, "_open", lambda address: found)
-    monkeypatch.chdir(Path.cwd())  # where a call has changed it, back to this one
+    monkeypatch.chdir(tmp_path)
     return found
 
 
-def square_root(number, folder):
+def call(function, *numbers, **resources):
+    config = cascade("small")
+    config.ray.update(resources)
+    cluster.call_on_cluster(config, function, [(number,) for number in numbers], "marks")
+
+
+def mark(number):
     if number == 99:
         raise SystemExit
     if number < 0:
-        raise UserError(f"{number} has none")
-    return number**0.5, Path.cwd() == folder
+        raise UserError(f"{number} is no number")
+    Path(f"mark{number}").touch()
 
 
-def test_results_come_in_the_order_of_the_calls_and_are_made_in_the_same_folder(
-    ray, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    config = cascade("small")
-    config.ray.update(cpus=2, retries=5)
-    calls = [(number, tmp_path) for number in (1, 4, 9)]
-    found = cluster.call_on_cluster(config, square_root, calls, "roots")
-    assert found == [(1, True), (2, True), (3, True)]
-    assert (ray.asked["num_cpus"], ray.asked["max_retries"]) == (2, 5)
+def test_calls_are_made_in_the_same_folder(ray, tmp_path):
+    call(mark, 1, 4, 9, cpus=2, retries=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mark1", "mark4", "mark9"]
+    assert (ray.wanted["num_cpus"], ray.wanted["max_retries"]) == (2, 5)
     assert not ray.opened
 
 
 @pytest.mark.parametrize(
-    ("bad", "fault"),
+    ("numbers", "resources", "fault", "calls"),
     [
-        (-1, "roots on the cluster: -1 has none"),
-        (99, "roots: a task lost its machine more than 3 times; what was saved stays: start again"),
+        ((1, 4, -1), {}, "marks on the cluster: -1 is no number", 1),
+        ((1, 4, 99), {}, "marks: a task lost its machine more than 3 times; what was saved", 1),
+        ((1,), {"gpus": 1}, "no machine of the cluster has ray.cpus=1 and ray.gpus=1; the", 0),
     ],
-)
-def test_a_call_that_fails_is_told_at_once_before_those_ahead_of_it_end(ray, bad, fault):
-    calls = [(number, Path()) for number in (1, 4, bad)]
-    with pytest.raises(UserError) as caught:
-        cluster.call_on_cluster(cascade("small"), square_root, calls, "roots")
-    assert str(caught.value) == fault
-    assert len(ray.called) == 1
+)  # fmt: skip
+def test_a_call_that_fails_ends_all_of_them(ray, numbers, resources, fault, calls):
+    assert fault_of(call, mark, *numbers, **resources).startswith(fault)
+    assert len(ray.called) == calls
     assert not ray.opened
-
-
-def test_a_machine_with_too_little_is_told_before_anything_is_sent(ray):
-    config = cascade("small")
-    config.ray.gpus = 1
-    with pytest.raises(UserError, match="the most are 2 and 0"):
-        cluster.call_on_cluster(config, square_root, [(1, Path())], "roots")
-    assert not ray.called
 
 
 MY_LOSS = """
@@ -126,34 +118,32 @@ def get_config(variant=""):
 """
 
 
-def names_a_loss(name):
-    return name in LOSSES
+def need_loss(name):
+    assert name in LOSSES
 
 
 def test_a_config_file_that_registers_a_loss_runs_where_the_tasks_do(ray, tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "of_mine", None)  # removed when the test ends
     file = tmp_path / "my_loss.py"
     file.write_text(MY_LOSS)
-    monkeypatch.chdir(tmp_path)
     config = main.read_config("my_loss.py")
     assert config.registered_by == str(file)
-    del LOSSES["of_mine"]  # as on another machine
-    cluster.register.cache_clear()
 
-    def look():
-        return cluster.call_on_cluster(config, names_a_loss, [("of_mine",)], "a look")
+    def call_elsewhere():
+        """As on a machine that has not read the file."""
+        LOSSES.pop("of_mine", None)
+        cluster.register.cache_clear()
+        cluster.call_on_cluster(config, need_loss, [("of_mine",)], "a look")
 
-    assert look() == [True]
+    call_elsewhere()
     file.unlink()
-    cluster.register.cache_clear()
     with pytest.raises(UserError, match=r"my_loss\.py, which registers .* is not on "):
-        look()
+        call_elsewhere()
     file.write_text("1 / 0")
     with pytest.raises(UserError, match=r"my_loss\.py does not load: ZeroDivisionError"):
-        look()
+        call_elsewhere()
 
 
 @pytest.mark.parametrize("name", ["cascade:small", "configs/sweeps/cascade.py"])
 def test_a_config_of_the_package_registers_nothing(name):
-    config = main.read_config(f"{name}")
-    assert config.registered_by == ""
+    assert main.read_config(name).registered_by == ""

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 
 import kd_ranker as kd
@@ -54,24 +53,22 @@ def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_pa
     assert {of.teacher.workdir for of in members} == {str(world.teacher)}
 
 
-def test_what_was_trained_has_a_table_and_shows_itself(students):
+def test_results_show_themselves_as_text_and_within_a_notebook(world, students, tmp_path):
     table = students.results
-    assert isinstance(table, pd.DataFrame)
     assert {*table[table.role == "student"]["mode"]} == {"none", "aux"}
     assert str(students.workdir) in str(students)
     assert "<pre>" in students._repr_html_()
-
-
-def test_a_report_shows_its_page_within_a_notebook(students, tmp_path):
+    prepared = kd.prepare(world.config())
+    assert str(prepared).startswith(f"dataset: {prepared.directory}")
+    assert any(line.startswith("epochs: ") for line in prepared.lines)
     with sweeps.without_pictures(with_panels=True):
         report = kd.report(students, output=tmp_path)
     assert report.page.parent == tmp_path
+    assert report.answers[0] in str(report)
     shown = report._repr_html_()
     assert shown.startswith("<iframe srcdoc=")
     # Its own quotes and tags do not end the frame.
-    assert shown.count('"') == 2 * 4
-    assert shown.count("<") == 2
-    assert report.answers[0] in str(report)
+    assert (shown.count('"'), shown.count("<")) == (2 * 4, 2)
 
 
 def test_a_student_is_exported_and_one_of_no_log_scores_none(students, tmp_path):
@@ -79,12 +76,6 @@ def test_a_student_is_exported_and_one_of_no_log_scores_none(students, tmp_path)
     assert (folder / "score.jax").exists()
     with pytest.raises(kd.UserError, match=r"of a log .*, and one is of cascade"):
         kd.score(students, "log.parquet")
-
-
-def test_prepare_tells_of_the_dataset(world):
-    prepared = kd.prepare(world.config())
-    assert str(prepared).startswith(f"dataset: {prepared.directory}")
-    assert any(line.startswith("epochs: ") for line in prepared.lines)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ def trained(members, workdir):
     """The rows of members that train in one program, by name, and the lines of `metrics.jsonl`."""
     job = Opened(next(iter(members.values()))).job(members)
     with runs.progress_bar("", 20) as bar:
-        students = runs.fit_students(job, workdir, bar)
+        students = runs.fit(job, workdir, bar)
     measured = measure(job, "test", students)
     rows = {name: [row for row in measured.rows if row["member"] == name] for name in members}
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

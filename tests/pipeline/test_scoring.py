@@ -11,8 +11,8 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.evaluation.evaluate import Ranker, Served
-from kd_ranker.pipeline import datasets, scoring, teachers
-from kd_ranker.pipeline.teachers import Finished
+from kd_ranker.pipeline import datasets, scoring, trained
+from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from tests.sources import faulty_logs
@@ -50,7 +50,7 @@ def stub_teacher(config: Any, dataset: Any) -> Finished:
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    monkeypatch.setattr(teachers, "load_teacher", stub_teacher)
+    monkeypatch.setattr(trained, "load_teacher", stub_teacher)
 
 
 def test_scores_of_a_select_are_one_file(tmp_path, stubbed):

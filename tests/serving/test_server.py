@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from kd_ranker import api
 from kd_ranker.batch import IN_BATCH
-from kd_ranker.pipeline import datasets, teachers
+from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline.trained import load_teacher
 from kd_ranker.serving import check, programs, write
 from tests import small
 from tests.pipeline.test_exporting import evaluated, the_student
@@ -138,7 +139,7 @@ def test_a_teacher_is_served_as_it_was_evaluated(world, tmp_path):
     api.export(world.teacher, folder := tmp_path / "teacher", formats=("onnx",))
     config = world.config()
     dataset = datasets.dataset_of(config)
-    ranker = teachers.load_teacher(config, dataset).ranker
+    ranker = load_teacher(config, dataset).ranker
     batch, expected = evaluated(ranker, "user", dataset, config)
     arrays, _ = example_of(folder)
     arrays = {name: np.asarray(getattr(batch, name)) for name in arrays}

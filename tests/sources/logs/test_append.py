@@ -12,8 +12,8 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import datasets, teachers, trained
-from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline import datasets, trained
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
@@ -395,11 +395,11 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
     before = make_small(config_of(day_one / "log", day_one / "before"))
     api.train_teacher(before, tmp_path / "monday")
     dataset = datasets.dataset_of(before)
-    _, old, _ = teachers.restored(before, dataset, tmp_path / "monday")
+    old, _ = trained.restored_teacher(before, dataset, tmp_path / "monday")
     second(make_days()[1])
     config = make_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
-    job = Job(config, {}, Opened(config))
+    job = Opened(config).job({})
     (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
