@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from kd_ranker.errors import UserError
-from kd_ranker.requests.pool import with_bar
 
 _SECONDS_TO_ANSWER = 10
 
@@ -53,7 +53,7 @@ def call_on_cluster(
         )
         started = [remote.remote(Path.cwd(), config.registered_by, function, of) for of in calls]
         results = _results(ray, started, config.ray.retries, description)
-        return list(with_bar(results, len(calls), description))
+        return list(tqdm(results, description, len(calls), leave=False, unit="part", disable=None))
     finally:
         ray.shutdown()
 

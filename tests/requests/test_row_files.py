@@ -5,11 +5,10 @@ import os
 import numpy as np
 import pytest
 
-from kd_ranker.requests import packing, storage
-from kd_ranker.requests.block import block_of
-from kd_ranker.requests.columns import proper_probability
+from kd_ranker.requests import storage
+from kd_ranker.requests.columns import proper_probability, unpack_rows
 from kd_ranker.requests.records import read_requests
-from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.request import SPLITS, block_of
 from tests.requests.random_requests import random_request, random_source, with_facts
 
 SIZES = [(4, 9, 20), (0, 0, 3), (1, 1, 1), (5, 5, 7), (3, 8, 8)]
@@ -45,7 +44,7 @@ def dataset(tmp_path_factory):
 
 def fields(rows, index, number):
     read = rows.at(np.array([index]), np.arange(number)[None])
-    return {name: value[0] for name, value in packing.unpack_rows(read, rows.spans).items()}
+    return {name: value[0] for name, value in unpack_rows(read, rows.spans).items()}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -90,7 +89,7 @@ def test_the_rows_of_a_request_say_what_its_record_says(dataset, split):
 @pytest.mark.parametrize("part", ["candidates", "labels", "known"])
 def test_a_place_of_none_is_what_stands_for_none(dataset, part):
     rows = getattr(dataset.columns["test"], part)
-    nothing = packing.unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
+    nothing = unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
     for name, values in nothing.items():
         is_nan = name in ("teacher_probability", "true_probability", "incumbent", "propensity")
         assert np.isnan(values).all() if is_nan else not values.any()
