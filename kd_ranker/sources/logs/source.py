@@ -182,8 +182,6 @@ def _read(
     counted = query.statements("report.sql")
     database.run(counted)
     names = re.findall(r'^CREATE TABLE ("[^"]+"|\w+)', "\n".join(counted), re.M)
-    if layout.split == "time":
-        names.append("cutoffs")
     tables = {
         name.strip('"'): database.rows(f"SELECT * FROM {name}")
         for name in names
