@@ -18,9 +18,7 @@ from jaxtyping import Array, Int
 from kd_ranker.batch import IN_BATCH, CandidateBatch, Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.sampling import Draw, Slots
-from kd_ranker.requests import packing
-from kd_ranker.requests.columns import Columns, Parts
-from kd_ranker.requests.packing import as_bits, as_floats
+from kd_ranker.requests.columns import Columns, Parts, Spans, as_bits, as_floats, unpack_rows
 
 
 class Layout(NamedTuple):
@@ -32,7 +30,7 @@ class Layout(NamedTuple):
       logged: teacher probabilities count for candidates that reached this stage of the funnel.
     """
 
-    spans: Parts[packing.Spans]
+    spans: Parts[Spans]
     slots: Slots
     logged: Stage = Stage.RETRIEVED
 
@@ -145,7 +143,7 @@ def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch
 def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
     """The fields of `CandidateBatch`, of a draw as `gather` returns it."""
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
-    requests, candidates, labels = map(packing.unpack_rows, draw.rows, layout.spans)
+    requests, candidates, labels = map(unpack_rows, draw.rows, layout.spans)
     fields: dict[str, Any] = requests | candidates | labels
     if "teacher_probability" in fields:
         probability = fields["teacher_probability"][:, : layout.slots.judged]

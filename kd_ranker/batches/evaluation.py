@@ -11,8 +11,7 @@ from jaxtyping import Int
 from kd_ranker.batch import CandidateBatch, EvaluationBatch
 from kd_ranker.batches import cutting
 from kd_ranker.errors import UserError
-from kd_ranker.requests import packing
-from kd_ranker.requests.columns import Columns
+from kd_ranker.requests.columns import Columns, unpack_rows
 from kd_ranker.requests.records import Dataset
 
 
@@ -41,7 +40,7 @@ def evaluation_batches(
         places = _places(columns, numbers, candidates)
         known = np.where(columns.counts.known[numbers, None] > 0, places, -1)
         rows: Any = columns.known.at(numbers, known)
-        facts = packing.unpack_rows(rows, columns.known.spans)
+        facts = unpack_rows(rows, columns.known.spans)
         yield EvaluationBatch(
             batch=CandidateBatch(**cutting.all_fields(columns, numbers, places)),
             **{name: jnp.asarray(fact) for name, fact in facts.items()},

@@ -17,7 +17,6 @@ from kd_ranker.errors import UserError
 from kd_ranker.manifest import write_whole
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.teacher_scores import with_column
 from kd_ranker.sources import given
 from kd_ranker.sources.logs import findings
 from kd_ranker.sources.logs.column_facts import arrow_of, is_table
@@ -94,7 +93,7 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
             extended = [storage.open_dataset(name, before, PREPARE_DATA)] if before else []
             source = entry.open_source(config.data, config.tasks, config.funnel, *extended)
             with contextlib.closing(source):
-                storage.write(source, directory)
+                storage.write(source, directory, *extended)
     else:
         storage.check_whole(directory, PREPARE_DATA, thorough)
         entry.check_unchanged(config.data, directory)
@@ -120,7 +119,7 @@ def dataset_under(config: ConfigDict, dataset: Dataset, teacher_version: str) ->
     """Return the dataset with the probabilities of a teacher; UserError if it has not scored it."""
     folder = scores_folder(config, teacher_version)
     stage = TEACHER_STAGES[config.teacher.stage]
-    return with_column(dataset, folder, LOG_TEACHER, teacher_version, stage)
+    return storage.with_column(dataset, folder, LOG_TEACHER, teacher_version, stage)
 
 
 def current_dataset(config: ConfigDict) -> Dataset:

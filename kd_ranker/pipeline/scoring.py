@@ -53,7 +53,7 @@ from kd_ranker.requests import lock
 from kd_ranker.requests.columns import Columns, columns_of_block
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.requests.teacher_scores import write_column
+from kd_ranker.requests.storage import write_column
 from kd_ranker.sources.logs import unseen
 from kd_ranker.sources.logs.encode import encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
@@ -306,7 +306,7 @@ def _of_log(
     read = unseen.load_unseen(folder)
 
     def part_of(piece: Piece) -> Part:
-        (block,) = encode_requests(layout, read.encoding, folder, piece)
+        block = encode_requests(layout, read.encoding, folder, piece)
         columns = columns_of_block(block, dataset.spec)
         names = requests_of_piece(folder, piece)
         request, file = names["request"].combine_chunks(), names["file"].to_numpy()

@@ -25,7 +25,6 @@ from kd_ranker.evaluation.saving import (
     with_savings,
 )
 from kd_ranker.sources.logs.data_report import read_data_report
-from kd_ranker.sources.logs.findings import find
 from kd_ranker.sweep.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
@@ -208,9 +207,9 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 
 def _allowed(workdirs: Sequence[Path]) -> list[str]:
-    """Return faults of the log, all of which were allowed, since the dataset exists."""
-    reports = [read_data_report(workdir) for workdir in workdirs]
-    found = [f"{name}: {text}" for report in reports if report for name, text in find(report)]
+    """Return the faults of the log that `data.allow` accepted."""
+    reports = filter(None, map(read_data_report, workdirs))
+    found = (f"{of['name']}: {of['text']}" for report in reports for of in report["allowed"])
     return list(dict.fromkeys(found))
 
 

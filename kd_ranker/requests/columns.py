@@ -1,18 +1,23 @@
-"""Many requests as a few arrays. A batch is cut from them without a loop over its requests."""
+"""Many requests as a few packed arrays. A batch is cut from them without a loop over its requests.
+
+All fields of an entry are in one row, so that one read returns them. A compiled program pays for
+each gather and for each array argument, however small: a wide row costs about as much as a narrow
+one.
+"""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Request, Stage
-from kd_ranker.requests import packing
-from kd_ranker.requests.block import Block, block_of
-from kd_ranker.requests.ragged import runs, starts_of
+from kd_ranker.requests.request import Block, block_of, runs, starts_of
 
 Of = TypeVar("Of")
 
@@ -20,13 +25,77 @@ Of = TypeVar("Of")
 _ROWS = 2**20
 
 
-class Parts(NamedTuple, Generic[Of]):
-    """The three parts of a batch, each of which is read at once.
+class Span(NamedTuple):
+    """The place of an array in a row: its first column, the shape of an entry, and its type."""
 
-    Attributes:
-      requests: of the requests themselves, histories included.
-      candidates: of their candidates, with the values of the teacher.
-      labels: the user labels of the candidates that were shown.
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the array."""
+        return slice(self.start, self.start + math.prod(self.shape))
+
+
+Spans = tuple[Span, ...]
+
+
+def pack(
+    arrays: Mapping[str, Shaped[np.ndarray, "n ..."]], nothing: Mapping[str, float] | None = None
+) -> tuple[Int[np.ndarray, "n W"], Spans]:
+    """Pack at least one array of equal length into rows, 32 bits per number.
+
+    Args:
+      arrays: by name. Floats become float32, integers int32; booleans stay.
+      nothing: if given, a padding row is added in front; the fill values other than 0, by name.
+
+    Returns:
+      The rows, and the place of each array in them.
+    """
+    parts, spans, width = [], [], 0
+    for name, array in arrays.items():
+        kind = {"f": "float32", "b": "bool"}.get(array.dtype.kind, "int32")
+        if nothing is not None:
+            first = np.full((1, *array.shape[1:]), nothing.get(name, 0), array.dtype)
+            array = np.concatenate([first, array])
+        stored = array.astype(np.float32).view(np.int32) if kind == "float32" else array
+        spans.append(Span(name, width, array.shape[1:], kind))
+        parts.append(stored.reshape(len(array), math.prod(array.shape[1:])))
+        width = spans[-1].columns.stop
+    return np.concatenate(parts, axis=1, dtype=np.int32, casting="unsafe"), tuple(spans)
+
+
+def unpack_rows(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[Array, "..."]]:
+    """Return the arrays of some rows by name; NumPy in and out, or JAX."""
+    unpacked = {}
+    for span in spans:
+        entry = rows[..., span.columns].reshape(*rows.shape[:-1], *span.shape)
+        is_float = span.dtype == "float32"
+        unpacked[span.name] = as_floats(entry) if is_float else entry.astype(span.dtype)
+    return unpacked
+
+
+def as_bits(array: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Return the bits of 32-bit floats as integers, the inverse of `as_floats`."""
+    if isinstance(array, jax.Array):
+        return jax.lax.bitcast_convert_type(array, jnp.int32)
+    return array.view(np.int32)
+
+
+def as_floats(bits: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return the 32-bit floats with these bits."""
+    if isinstance(bits, jax.Array):
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return bits.view(np.float32)
+
+
+class Parts(NamedTuple, Generic[Of]):
+    """The parts of a batch, each of which is read at once.
+
+    They are the requests with their histories, their candidates with the values of the teacher, and
+    the user labels of the candidates that were shown.
     """
 
     requests: Of
@@ -81,7 +150,7 @@ class Rows(NamedTuple):
     """
 
     values: Int[np.ndarray, "rows V"]
-    spans: packing.Spans
+    spans: Spans
     first: Int[np.ndarray, "n"]
     stride: int = 1
     nothing: int = 0
@@ -116,7 +185,7 @@ class Rows(NamedTuple):
     ) -> dict[str, Shaped[np.ndarray, "sum ..."]]:
         """Return `firsts` by the names of fields."""
         rows: Any = self.firsts(requests, numbers)
-        fields: Any = packing.unpack_rows(rows, self.spans)
+        fields: Any = unpack_rows(rows, self.spans)
         return fields
 
     def prefixes(self, numbers: Int[np.ndarray, "n"]) -> "Rows":
@@ -137,8 +206,7 @@ class Rows(NamedTuple):
 
     def with_column(self, column: "Rows") -> "Rows":
         """Add the fields of an array with the same entries as the last ones of a row."""
-        width = self.width
-        spans = (span._replace(start=width + span.start) for span in column.spans)
+        spans = (span._replace(start=self.width + span.start) for span in column.spans)
         return self._replace(spans=(*self.spans, *spans), column=column)
 
 
@@ -174,14 +242,10 @@ class Columns:
 
     def of(self, requests: slice) -> "Columns":
         """Return some of the requests."""
-        names = ("requests", "candidates", "labels", "known")
-        rows = {name: getattr(self, name) for name in names}
-        return dataclasses.replace(
-            self,
-            **{name: of._replace(first=of.first[requests]) for name, of in rows.items()},
-            counts=self.counts.of(requests),
-            kept=self.kept[requests],
-        )
+        rows = {name: getattr(self, name) for name in ("requests", "candidates", "labels", "known")}
+        some = {name: of._replace(first=of.first[requests]) for name, of in rows.items()}
+        counts, kept = self.counts.of(requests), self.kept[requests]
+        return dataclasses.replace(self, **some, counts=counts, kept=kept)
 
     @property
     def parts(self) -> Parts[Rows]:
@@ -194,7 +258,7 @@ class Columns:
         return Parts(*(part.values for part in self.parts))
 
     @property
-    def spans(self) -> Parts[packing.Spans]:
+    def spans(self) -> Parts[Spans]:
         """The place of each field in a row."""
         return Parts(*(part.spans for part in self.parts))
 
@@ -210,11 +274,9 @@ def _packed_fields(*owners: Owner) -> tuple[Field, ...]:
     )
 
 
-# Histories and the teacher's values are last in a row, so that `needed` can drop them.
-_OF_REQUEST = _packed_fields("request", "event")
-_OF_CANDIDATE = _packed_fields("candidate", "scored")
-_OF_LABEL = _packed_fields("shown")
-_OF_KNOWN = _packed_fields("known")
+_EVENT_FIELDS, _SCORED_FIELDS = (
+    tuple(field.name for field in _packed_fields(owner)) for owner in ("event", "scored")
+)
 
 
 def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
@@ -224,71 +286,72 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
 
 def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
     """Return the columns of a block, in memory."""
-    counts = _counts_of(block)
-
-    def side_by_side(fields: Sequence[Field]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
-        return {field.name: _side_by_side(field, block, spec) for field in fields}
-
-    def rows(fields: Sequence[Field], numbers: Int[np.ndarray, "n"]) -> Rows:
-        nothing = {field.name: field.nothing for field in fields}
-        packed = packing.pack(side_by_side(fields), nothing)
-        return Rows(*packed, 1 + np.cumsum(numbers) - numbers)
-
-    return Columns(
-        requests=Rows(*packing.pack(side_by_side(_OF_REQUEST)), np.arange(len(counts.known))),
-        candidates=rows(_OF_CANDIDATE, counts.retrieved),
-        labels=rows(_OF_LABEL, counts.shown),
-        known=rows(_OF_KNOWN, counts.known),
-        counts=counts,
-        kept=counts.retrieved,
-    )
-
-
-def _counts_of(block: Block) -> Counts:
     retrieved, shown = block.numbers["candidate"], block.numbers["shown"]
-    positive = block.values["user_label"].any(axis=1)
-    owner = np.repeat(np.arange(len(shown)), shown)
-    return Counts(
+    positive = np.repeat(np.arange(len(shown)), shown)[block.values["user_label"].any(axis=1)]
+    counts = Counts(
         request_id=block.values["request_id"],
         retrieved=retrieved,
         # The same rule as in `Request.num_reached`.
         passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
         shown=shown,
         scored=block.numbers["scored"],
-        positives=np.bincount(owner[positive], minlength=len(shown)),
+        positives=np.bincount(positive, minlength=len(shown)),
         known=block.numbers["known"],
         time=block.values["time"],
+    )
+
+    def rows(numbers: Int[np.ndarray, "n"], *owners: Owner) -> Rows:
+        fields = _packed_fields(*owners)
+        arrays = {field.name: _side_by_side(field, block, spec) for field in fields}
+        packed = pack(arrays, {field.name: field.nothing for field in fields})
+        return Rows(*packed, 1 + starts_of(numbers)[:-1])
+
+    # Histories and the teacher's values are last in a row, so that `needed` can drop them.
+    of_requests = {
+        field.name: _side_by_side(field, block, spec)
+        for field in _packed_fields("request", "event")
+    }
+    return Columns(
+        requests=Rows(*pack(of_requests), np.arange(len(shown))),
+        candidates=rows(retrieved, "candidate", "scored"),
+        labels=rows(shown, "shown"),
+        known=rows(counts.known, "known"),
+        counts=counts,
+        kept=retrieved,
     )
 
 
 def _side_by_side(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
     """Return a field of all requests: one entry per request, history padded, or per candidate."""
     numbers = block.numbers[field.of]
-    if field.of == "event":
-        return _recent(field, block, spec.history_length)
-    values = block.values[field.name]
-    if field.of != "scored":
-        return values
-    if field.name == "teacher_probability":
-        values = proper_probability(block, spec.teacher_version)
-    candidates = block.numbers["candidate"]
-    filled = np.full((candidates.sum(), *values.shape[1:]), field.nothing, values.dtype)
-    filled[runs(starts_of(candidates)[:-1], numbers)] = values
-    return filled
-
-
-def _recent(field: Field, block: Block, length: int) -> Shaped[np.ndarray, "n H ..."]:
-    """Return a field of the last events of each request, padded at the end."""
-    numbers = block.numbers["event"]
     if field.name == "history_mask":
         values = np.ones(numbers.sum(), np.bool_)
+    elif field.name == "teacher_probability":
+        values = proper_probability(block, spec.teacher_version)
     else:
         values = block.values[field.name]
-    kept = np.minimum(numbers, length)
-    last = values[runs(starts_of(numbers)[1:] - kept, kept)]
-    filled = np.full((len(numbers) * length, *values.shape[1:]), field.nothing, values.dtype)
-    filled[runs(np.arange(len(numbers)) * length, kept)] = last
-    return filled.reshape(len(numbers), length, *values.shape[1:])
+    if field.of == "event":  # the last ones of each request, padded at the end
+        length = spec.history_length
+        kept = np.minimum(numbers, length)
+        values = values[runs(starts_of(numbers)[1:] - kept, kept)]
+        filled = _filled(field, values, np.full(len(numbers), length), kept)
+        return filled.reshape(len(numbers), length, *values.shape[1:])
+    if field.of == "scored":
+        return _filled(field, values, block.numbers["candidate"], numbers)
+    return values
+
+
+def _filled(
+    field: Field,
+    values: Shaped[np.ndarray, "sum ..."],
+    whole: Int[np.ndarray, "n"],
+    numbers: Int[np.ndarray, "n"],
+) -> Shaped[np.ndarray, "all ..."]:
+    """Return lists of the lengths `whole` that begin with `numbers` values each."""
+    starts = starts_of(whole)
+    filled = np.full((starts[-1], *values.shape[1:]), field.nothing, values.dtype)
+    filled[runs(starts[:-1], numbers)] = values
+    return filled
 
 
 def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
@@ -315,29 +378,20 @@ def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
         count stay with their candidates, and `cutting` leaves them out.
       history: whether histories are needed; if not, they have the length 0.
     """
-    counts = columns.counts
+    counts, requests, candidates = columns.counts, columns.requests, columns.candidates
     reached = 0 if logged is None else counts.reached(logged)
-    columns = dataclasses.replace(
-        columns, counts=counts._replace(scored=np.minimum(counts.scored, reached))
-    )
+    counts = counts._replace(scored=np.minimum(counts.scored, reached))
     if logged is None:
-        names = [field.name for field in _packed_fields("scored")]
-        columns = dataclasses.replace(columns, candidates=columns.candidates.without(names))
+        candidates = candidates.without(_SCORED_FIELDS)
     if not history:
-        columns = dataclasses.replace(columns, requests=_without_events(columns.requests))
-    return columns
-
-
-def _without_events(rows: Rows) -> Rows:
-    """Return the same rows, with histories of length 0."""
-    events = [field.name for field in _packed_fields("event")]
-    own = rows.without(events)
-    none = (
-        span._replace(start=own.values.shape[1], shape=(0, *span.shape[1:]))
-        for span in rows.spans
-        if span.name in events
-    )
-    return own._replace(spans=(*own.spans, *none))
+        own = requests.without(_EVENT_FIELDS)
+        none = (
+            span._replace(start=own.width, shape=(0, *span.shape[1:]))
+            for span in requests.spans
+            if span.name in _EVENT_FIELDS
+        )
+        requests = own._replace(spans=(*own.spans, *none))
+    return dataclasses.replace(columns, requests=requests, candidates=candidates, counts=counts)
 
 
 def only_counting(columns: Columns, stage: Stage) -> Columns:
@@ -382,64 +436,6 @@ def what_counts(
         ((counts.scored > 0) & beyond_shown) | (stage <= Stage.PASSED),
         (counts.scored > counts.passed) | (stage <= Stage.RETRIEVED),
     )
-
-
-# The golden ratio's fractional part.
-_GOLDEN = (5**0.5 - 1) / 2
-
-
-@functools.lru_cache(maxsize=4096)
-def spread_order(number: int) -> Int[np.ndarray, "number"]:
-    """Return an order of n places in which every run is spread evenly over all places.
-
-    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any run
-    of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
-
-    >>> spread_order(8).tolist()
-    [0, 5, 2, 7, 4, 1, 6, 3]
-    """
-    return np.argsort(np.argsort(np.arange(number) * _GOLDEN % 1.0))
-
-
-def in_sampling_order(columns: Columns) -> Columns:
-    """Reorder candidates so that any run of them is a good sample.
-
-    Candidates with a positive label come first, then the others that were shown, then the others
-    that were passed, then the rest. Each of these four groups is in `spread_order`. Facts for the
-    evaluation keep their order.
-    """
-    counts, shown = columns.counts, columns.counts.shown
-    request = np.repeat(np.arange(len(columns)), shown)
-    positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
-    # The size of each of the four groups in a request, and where it begins.
-    bounds = np.stack([counts.positives, shown, counts.passed, columns.kept], axis=1)
-    ends = np.minimum(bounds, columns.kept[:, None])
-    sizes = np.diff(ends, axis=1, prepend=0)
-    order = np.repeat((ends - sizes).ravel(), sizes.ravel()) + _spread_orders(sizes.ravel())
-    # The first two groups are mixed, in the order in which they were shown.
-    start = starts_of(shown)[:-1]
-    by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
-    of_shown = runs(starts_of(columns.kept)[:-1], shown)
-    order[of_shown] = by_label[start[request] + order[of_shown]]
-
-    def moved(rows: Rows, numbers: Int[np.ndarray, "n"], order: Int[np.ndarray, "sum"]) -> Rows:
-        """Return the rows in the new order; labels cover a prefix of the candidates."""
-        which = np.repeat(rows.first, numbers) + rows.stride * order
-        first = 1 + starts_of(numbers)[:-1]
-        return Rows(rows.values[np.append(rows.nothing, which)], rows.spans, first)
-
-    return dataclasses.replace(
-        columns,
-        candidates=moved(columns.candidates, columns.kept, order),
-        labels=moved(columns.labels, shown, order[of_shown]),
-    )
-
-
-def _spread_orders(sizes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "sum"]:
-    """Concatenate the `spread_order` of each size."""
-    distinct, which = np.unique(sizes, return_inverse=True)
-    orders = np.concatenate([spread_order(size) for size in distinct.tolist()])
-    return orders[runs(starts_of(distinct)[:-1][which], sizes)]
 
 
 def slices(numbers: Int[np.ndarray, "n"]) -> Iterator[slice]:

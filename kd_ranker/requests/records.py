@@ -94,14 +94,12 @@ def request_at(columns: Columns, spec: FeatureSpec, place: int) -> Request:
         "teacher_probability": scored,
         "teacher_weight": (~np.isnan(scored)).any(axis=1),
     }
-    stored: dict[str, Any] = {
-        field.name: np.asarray(values[field.name], field.stored)
-        for field in STORED
-        if field.stored is not str and 0 not in field.shape(spec)
-    }
-    whole = {name: int(value) for name, value in stored.items() if not value.ndim}
-    version = spec.teacher_version if counts.scored else ""
-    return Request(**{**stored, **whole, "teacher_version": version})
+    stored: dict[str, Any] = {"teacher_version": spec.teacher_version if counts.scored else ""}
+    for field in STORED:
+        if field.stored is not str and 0 not in field.shape(spec):
+            value = np.asarray(values[field.name], field.stored)
+            stored[field.name] = value if value.ndim else int(value)
+    return Request(**stored)
 
 
 def teacher_column(task: str) -> str:

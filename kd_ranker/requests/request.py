@@ -1,16 +1,15 @@
-"""A dataset before it is built: its requests, and the data that they share."""
+"""A dataset before it is built: its requests, one by one or in blocks, and the data they share."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32, Int64, Shaped
 
-from kd_ranker.batch import FeatureSpec, Request
-from kd_ranker.requests.block import Block
-from kd_ranker.requests.pool import Runner, run_here
-from kd_ranker.requests.records import Dataset
+from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
 
 SPLITS = ("train", "validation", "test")
 """The splits of a dataset, the earliest first if requests have times.
@@ -19,8 +18,88 @@ Models learn from the first. Settings are chosen on the second. The third is rea
 reported results.
 """
 
-Shard = Callable[[], Iterator[Request] | Iterator[Block]]
-"""Yields requests of a split, one by one or in blocks."""
+# The number of requests that are combined into one block.
+_CHUNK = 256
+
+# The number of entries that a `Request` has, by owner.
+_NUMBERS: Mapping[Owner, Callable[[Request], int]] = {
+    "request": lambda request: 1,
+    "event": lambda request: len(request.history_id),
+    "candidate": lambda request: len(request.item_id),
+    "shown": lambda request: len(request.user_label),
+    "scored": lambda request: len(request.teacher_probability),
+    "known": lambda request: len(request.true_probability),
+}
+
+
+def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
+    """Return where each of several concatenated lists begins, and where the last one ends.
+
+    >>> starts_of(np.array([2, 0, 3])).tolist()
+    [0, 2, 2, 5]
+    """
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def runs(
+    first: Int[np.ndarray, "n"], numbers: Int[np.ndarray, "n"], stride: int = 1
+) -> Int[np.ndarray, "sum"]:
+    """Return concatenated ranges: `numbers[i]` integers from `first[i]` in steps of `stride`.
+
+    >>> runs(np.array([5, 90]), np.array([3, 2])).tolist()
+    [5, 6, 7, 90, 91]
+    """
+    start = starts_of(numbers)
+    return np.repeat(first - stride * start[:-1], numbers) + stride * np.arange(start[-1])
+
+
+class Block(NamedTuple):
+    """A block of n requests.
+
+    Attributes:
+      values: stored field -> its entries, grouped by request; of width 0 if the dataset lacks the
+        field.
+      numbers: owner -> the number of entries of each request.
+    """
+
+    values: Mapping[str, Shaped[np.ndarray, "sum ..."]]
+    numbers: Mapping[Owner, Int64[np.ndarray, "n"]]
+
+    def requests(self) -> Iterator[Request]:
+        """Yield the requests one by one; their arrays are views of the arrays of the block."""
+        fields = [field for field in STORED if 0 not in self.values[field.name].shape[1:]]
+        for values in zip(*map(self._of_each, fields), strict=True):
+            yield Request(**dict(zip((field.name for field in fields), values, strict=True)))
+
+    def _of_each(self, field: Field) -> list[Any]:
+        values = self.values[field.name]
+        if field.of == "request":
+            return list(values) if field.width else values.tolist()
+        ends = itertools.pairwise(starts_of(self.numbers[field.of]).tolist())
+        return [values[first:end] for first, end in ends]
+
+
+def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
+    """Combine requests into one block."""
+    numbers = {of: np.array([*map(count, requests)], np.int64) for of, count in _NUMBERS.items()}
+    values = {}
+    for field in STORED:
+        dtype = object if field.stored is str else field.stored
+        entries = [getattr(request, field.name) for request in requests]
+        if not requests or entries[0] is None:
+            shape = (numbers[field.of].sum(), *field.shape(spec))
+            values[field.name] = np.full(shape, field.nothing, dtype)
+        elif field.of == "request":
+            values[field.name] = np.array(entries, dtype)
+        else:
+            values[field.name] = np.concatenate(entries)
+    return Block(values, numbers)
+
+
+def blocks_of(requests: Iterator[Request], spec: FeatureSpec) -> Iterator[Block]:
+    """Combine requests into blocks, a few hundred each."""
+    while chunk := list(itertools.islice(requests, _CHUNK)):
+        yield block_of(chunk, spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +112,10 @@ class Source:
       requests: split (one of `SPLITS`) -> its requests, the same ones at every call.
       num_requests: split -> the number of requests that `requests` yields, for progress bars.
       item_category: the category ids of each item, -1 for a missing one; None without any.
-      shards: split -> its requests in nonempty parts, which `run` writes. With None, only
-        `requests` is read.
-      run: the runner that writes shards, see `pool.open_pool`.
+      shards: split -> its requests in blocks, each returned by a call that a thread makes; None
+        reads `requests` instead.
+      threads: the number of threads that make the calls of `shards`.
       write_beside: writes additional files into the dataset's folder.
-      earlier: a dataset of requests that come before these and become training requests; its ids
-        are valid here.
       close: releases the files of the source; nothing can be read after it.
     """
 
@@ -47,8 +124,7 @@ class Source:
     requests: Callable[[str], Iterator[Request]]
     num_requests: dict[str, int]
     item_category: Int32[np.ndarray, "items I"] | None = None
-    shards: Callable[[str], Sequence[Shard]] | None = None
-    run: Runner = run_here
+    shards: Callable[[str], Sequence[Callable[[], Block]]] | None = None
+    threads: int = 1
     write_beside: Callable[[Path], None] | None = None
-    earlier: Dataset | None = None
     close: Callable[[], None] = lambda: None

@@ -14,11 +14,12 @@ for the evaluation; all others are in the order of their source.
 """
 
 import dataclasses
+import functools
 import itertools
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,30 +28,23 @@ from jaxtyping import Int, Int32, Int64
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.requests.columns import (
-    Columns,
-    Counts,
-    Rows,
-    columns_of,
-    in_sampling_order,
-)
-from kd_ranker.requests.ragged import runs, starts_of
+from kd_ranker.requests.columns import Columns, Counts, Rows, columns_of
+from kd_ranker.requests.request import runs, starts_of
+
+PLACES = 4
+"""The number of columns of a counts file that are places in the rows."""
 
 # The largest gap in bytes between two ranges that are fetched as one.
 _GAP = 2**16
+# The golden ratio's fractional part.
+_GOLDEN = (5**0.5 - 1) / 2
 
 
-class _First(NamedTuple):
-    """The place of each part of a request in a file, in numbers from its start."""
+class Flat(NamedTuple):
+    """Requests as the numbers of their rows, and their counts with the places among these."""
 
-    requests: Int[np.ndarray, "n"]
-    labels: Int[np.ndarray, "n"]
-    candidates: Int[np.ndarray, "n"]
-    known: Int[np.ndarray, "n"]
-
-
-PLACES = len(_First._fields)
-"""The number of columns of a counts file that are places in the rows."""
+    numbers: Int32[np.ndarray, "numbers"]
+    counts: Int64[np.ndarray, "n columns"]
 
 
 def paths(folder: Path, split: str, part: int = 0) -> tuple[Path, Path]:
@@ -76,21 +70,11 @@ def link(folder: Path, to: Path, split: str) -> list[str]:
     return [path.name for path in found]
 
 
-def parts_of(shard: Path) -> tuple[Path, Path]:
-    """Return the files of a shard, which `join` combines into those of the split."""
-    return shard.with_name(f"{shard.name}.rows"), shard.with_name(f"{shard.name}.counts")
-
-
-def flat(
-    columns: Columns, for_training: bool, before: int
-) -> tuple[Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
-    """Return the contents of both files for at least one request, after `before` numbers."""
-    if for_training:
-        known = np.zeros_like(columns.counts.known)
-        columns = dataclasses.replace(
-            in_sampling_order(columns), counts=columns.counts._replace(known=known)
-        )
+def flat(columns: Columns, for_training: bool) -> Flat:
+    """Return at least one request as `write` takes it."""
     counts = columns.counts
+    if for_training:
+        columns, counts = in_sampling_order(columns), counts._replace(known=0 * counts.known)
     parts = (columns.requests, columns.labels, columns.candidates, columns.known)
     numbers = (np.ones_like(counts.known), counts.shown, counts.retrieved, counts.known)
     widths = [part.values.shape[1] for part in parts]
@@ -102,7 +86,24 @@ def flat(
         if of_each.any():
             window = sliding_window_view(whole, width, writeable=True)
             window[runs(to, of_each, width)] = part.values[runs(part.first, of_each, part.stride)]
-    return whole, np.concatenate([first + before, np.stack(counts, axis=1)], axis=1)
+    return Flat(whole, np.concatenate([first, np.stack(counts, axis=1)], axis=1))
+
+
+def write(folder: Path, split: str, spec: FeatureSpec, parts: Iterable[Flat]) -> int:
+    """Write at least one part of requests after those of a split, and return their number."""
+    rows_path, counts_path = paths(folder, split, len(all_paths(folder, split)))
+    nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
+    written, before = [], len(nothing)
+    with rows_path.open("wb") as file:
+        file.write(nothing.data)
+        for numbers, counts in parts:
+            counts[:, :PLACES] += before
+            written.append(counts)
+            before += len(numbers)
+            file.write(numbers.data)  # `tofile` would not report why it fails
+    whole = np.concatenate(written)
+    np.save(counts_path, whole)
+    return len(whole)
 
 
 def _nothing(spec: FeatureSpec) -> list[Rows]:
@@ -111,31 +112,54 @@ def _nothing(spec: FeatureSpec) -> list[Rows]:
     return [none.labels, none.candidates, none.known]
 
 
-def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> int:
-    """Combine the files of shards into a new part of a split, and return its number of requests."""
-    rows_path, counts_path = paths(folder, split, len(all_paths(folder, split)))
-    nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
-    counts, before = [], len(nothing)
-    with rows_path.open("wb") as file:
-        file.write(nothing.tobytes())
-        for rows, count in map(parts_of, shards):
-            with rows.open("rb") as part:
-                shutil.copyfileobj(part, file, 2**24)
-            of_shard = np.fromfile(count, np.int64).reshape(-1, PLACES + len(Counts._fields))
-            of_shard[:, :PLACES] += before
-            counts.append(of_shard)
-            before += rows.stat().st_size // 4
-            rows.unlink()
-            count.unlink()
-    whole = np.concatenate(counts)
-    np.save(counts_path, whole)
-    return len(whole)
+@functools.lru_cache(maxsize=4096)
+def spread_order(number: int) -> Int[np.ndarray, "number"]:
+    """Return an order of n places in which every run is spread evenly over all places.
+
+    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any run
+    of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
+
+    >>> spread_order(8).tolist()
+    [0, 5, 2, 7, 4, 1, 6, 3]
+    """
+    return np.argsort(np.argsort(np.arange(number) * _GOLDEN % 1.0))
 
 
-def number_of_requests(folder: Path, split: str) -> int:
-    """Return the number of requests in all parts of a split."""
-    counted = (np.load(counts, mmap_mode="r") for _, counts in all_paths(folder, split))
-    return sum(map(len, counted))
+def in_sampling_order(columns: Columns) -> Columns:
+    """Reorder candidates so that any run of them is a good sample.
+
+    Candidates with a positive label come first, then the others that were shown, then the others
+    that were passed, then the rest. Each of these four groups is in `spread_order`. Facts for the
+    evaluation keep their order.
+    """
+    counts, shown = columns.counts, columns.counts.shown
+    request = np.repeat(np.arange(len(columns)), shown)
+    positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
+    # The size of each of the four groups in a request, and where it begins.
+    bounds = np.stack([counts.positives, shown, counts.passed, columns.kept], axis=1)
+    ends = np.minimum(bounds, columns.kept[:, None])
+    sizes = np.diff(ends, axis=1, prepend=0)
+    distinct, which = np.unique(sizes.ravel(), return_inverse=True)
+    spread = np.concatenate([spread_order(size) for size in distinct.tolist()])
+    within = spread[runs(starts_of(distinct)[:-1][which], sizes.ravel())]
+    order = np.repeat((ends - sizes).ravel(), sizes.ravel()) + within
+    # The first two groups are mixed, in the order in which they were shown.
+    start = starts_of(shown)[:-1]
+    by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
+    of_shown = runs(starts_of(columns.kept)[:-1], shown)
+    order[of_shown] = by_label[start[request] + order[of_shown]]
+
+    def moved(rows: Rows, numbers: Int[np.ndarray, "n"], order: Int[np.ndarray, "sum"]) -> Rows:
+        """Return the rows in the new order; labels cover a prefix of the candidates."""
+        which = np.repeat(rows.first, numbers) + rows.stride * order
+        first = 1 + starts_of(numbers)[:-1]
+        return Rows(rows.values[np.append(rows.nothing, which)], rows.spans, first)
+
+    return dataclasses.replace(
+        columns,
+        candidates=moved(columns.candidates, columns.kept, order),
+        labels=moved(columns.labels, shown, order[of_shown]),
+    )
 
 
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
@@ -148,8 +172,8 @@ def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
     if len(counted) > 1:
         numbers = np.concatenate(counted)
         numbers[:, :PLACES] += np.repeat(starts, list(map(len, counted)))[:, None]
-    first, counts = _First(*numbers.T[:PLACES]), Counts(*numbers.T[PLACES:])
-    places = np.cumsum([0, *(rows.values.shape[1] for rows in _nothing(spec))]).tolist()
+    first, counts = numbers.T[:PLACES], Counts(*numbers.T[PLACES:])
+    nothing = np.cumsum([0, *(rows.values.shape[1] for rows in _nothing(spec))]).tolist()
 
     def rows(like: Rows, first: Int[np.ndarray, "n"], nothing: int = 0) -> Rows:
         width = like.values.shape[1]
@@ -157,14 +181,18 @@ def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
         every: Any = _Chain(windows, starts) if len(windows) > 1 else windows[0]
         return Rows(every, like.spans, first, width, nothing)
 
+    requests, candidates = (
+        rows(none.requests, first[0]),
+        rows(none.candidates, first[2], nothing[1]),
+    )
     return Columns(
-        requests=rows(none.requests, first.requests),
-        labels=rows(none.labels, first.labels, places[0]),
-        candidates=rows(none.candidates, first.candidates, places[1]),
-        known=rows(none.known, first.known, places[2]),
+        requests=requests,
+        candidates=candidates,
+        labels=rows(none.labels, first[1], nothing[0]),
+        known=rows(none.known, first[3], nothing[2]),
         counts=counts,
         kept=counts.retrieved,
-        expect=_fetching(files, starts, first, none.candidates.values.shape[1]),
+        expect=_fetching(files, starts, requests, candidates),
     )
 
 
@@ -210,15 +238,15 @@ class _Chain:
 
 
 def _fetching(
-    files: Sequence[Any], starts: Int64[np.ndarray, "files"], first: _First, width: int
+    files: Sequence[Any], starts: Int64[np.ndarray, "files"], requests: Rows, candidates: Rows
 ) -> Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None]:
     """Build `Columns.expect`, by which the disk reads many pieces at once during other work."""
     if not hasattr(os, "posix_fadvise"):
         return lambda *_: None
 
-    def expect(requests: Int[np.ndarray, "R"], candidates: Int[np.ndarray, "R"]) -> None:
-        begin = 4 * first.requests[requests]
-        end = 4 * (first.candidates[requests] + candidates * width)
+    def expect(which: Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]) -> None:
+        begin = 4 * requests.first[which]
+        end = 4 * (candidates.first[which] + numbers * candidates.stride)
         gap = begin[1:] - end[:-1]
         apart = (gap < 0) | (gap > _GAP)
         begins, ends = begin[:1].tolist() + begin[1:][apart].tolist(), end[:-1][apart].tolist()

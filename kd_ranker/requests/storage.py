@@ -14,6 +14,11 @@ A built dataset is the folder `data.dir/requests/<name>/<version>`. Each request
 and the additional files of its source. It is written to a temporary folder that is renamed at the
 end, so a dataset is complete or absent. The next build removes the leftovers of a build that was
 killed. Equal requests give equal files, byte for byte.
+
+A teacher's probabilities for its candidates are a column in another folder:
+
+    teacher-SPLIT.npy   float32 [1 + candidates, T]: NaN in the first row, which serves for padding,
+                        then a row per candidate in stored order, NaN where it was not scored
 """
 
 import contextlib
@@ -21,27 +26,30 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32, Int
 from tqdm import tqdm
 
 from kd_ranker import manifest
-from kd_ranker.batch import STORED, FeatureSpec, Request
+from kd_ranker.batch import STORED, FeatureSpec, Request, Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
-from kd_ranker.requests.block import Block, blocks_of
-from kd_ranker.requests.columns import Columns, columns_of_block, slices
+from kd_ranker.requests.columns import Columns, Rows, Span, columns_of_block, slices
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, write_index
-from kd_ranker.requests.request import SPLITS, Shard, Source
+from kd_ranker.requests.request import SPLITS, Block, Source, blocks_of, runs, starts_of
+from kd_ranker.requests.row_files import Flat
 
 FORMAT_VERSION = "2.0.0"
 SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
-_EARLIER_FILE, _MOVED = "earlier.json", "moved"
+_EARLIER_FILE = "earlier.json"
 # The splits that become training requests of a dataset that extends another.
 _HELD_OUT = ("validation", "test")
 # The prefix of the name of a folder that is being written.
@@ -83,145 +91,53 @@ def building(name: str, data_dir: str) -> Iterator[Path]:
         yield directory
 
 
-def write(source: Source, directory: Path) -> None:
+def write(source: Source, directory: Path, earlier: Dataset | None = None) -> None:
     """Write a source to a folder of `building`, unless the folder exists already.
+
+    Args:
+      source: the source.
+      directory: the folder.
+      earlier: a dataset of requests that come before these and become training requests; its ids
+        are valid in the source.
 
     Raises:
       UserError: the source is at fault.
     """
-    if not directory.exists():
-        _check(source)
-        unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
-        unfinished.mkdir()
-        try:
-            _write_items(source, unfinished)
-            known = _write_requests(source, unfinished)
-            needed = {*unfinished.rglob("*")}
-            if source.write_beside:
-                source.write_beside(unfinished)
-            removable = [path for path in unfinished.rglob("*") if path not in needed]
-            manifest.write(
-                unfinished,
-                {"dataset": directory.parent.name},
-                removable=[path.relative_to(unfinished).as_posix() for path in removable],
-                known=known,
-            )
-            unfinished.rename(directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    if directory.exists():
+        return
+    _check(source, earlier)
+    unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
+    unfinished.mkdir()
+    try:
+        (unfinished / SPEC_FILE).write_text(source.spec.to_json())
+        np.save(unfinished / _ITEMS_FILE, source.item_features)
+        none = np.zeros((source.spec.num_items, 0), np.int32)
+        category = none if source.item_category is None else source.item_category
+        np.save(unfinished / _CATEGORY_FILE, category)
+        known = _link_earlier(earlier, unfinished) if earlier else {}
+        numbers = {
+            split: _write_requests(source, split, unfinished, earlier if split == "train" else None)
+            for split in SPLITS
+        }
+        write_index(unfinished, source.spec, numbers, FORMAT_VERSION)
+        needed = {*unfinished.rglob("*")}
+        if source.write_beside:
+            source.write_beside(unfinished)
+        removable = [path for path in unfinished.rglob("*") if path not in needed]
+        manifest.write(
+            unfinished,
+            {"dataset": directory.parent.name},
+            removable=[path.relative_to(unfinished).as_posix() for path in removable],
+            known=known,
+        )
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check(source: Source) -> None:
-    """Raise UserError for a source that cannot be stored."""
-    _check_widths(source.spec)
-    for split in SPLITS:
-        has_earlier = source.earlier is not None and split == "train"
-        if not source.num_requests.get(split) and not has_earlier:
-            raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
-
-
-def _write_items(source: Source, folder: Path) -> None:
-    (folder / SPEC_FILE).write_text(source.spec.to_json())
-    np.save(folder / _ITEMS_FILE, source.item_features)
-    none = np.zeros((source.spec.num_items, 0), np.int32)
-    category = none if source.item_category is None else source.item_category
-    np.save(folder / _CATEGORY_FILE, category)
-
-
-def _write_requests(source: Source, folder: Path) -> dict[str, list]:
-    """Write the shards of each split, join them, and write the index.
-
-    A source without shards has one per split. The requests of an earlier dataset come first.
-
-    Returns:
-      The entries of the earlier dataset's files in its manifest.
-    """
-    linked = _link_earlier(source, folder)
-    shards = {
-        split: source.shards(split) if source.shards else [_whole_split(source, split)]
-        for split in SPLITS
-    }
-    paths = {
-        split: [folder / f"{split}-{index:05d}" for index in range(len(shards[split]))]
-        for split in SPLITS
-    }
-    calls = [
-        (path, shard, source.spec, split == "train")
-        for split in SPLITS
-        for path, shard in zip(paths[split], shards[split], strict=True)
-    ]
-    if source.shards is None:
-        for call in calls:  # each shows its progress
-            write_shard(*call)
-    else:
-        for _ in source.run(write_shard, calls, "writing"):
-            pass
-    expected = dict(source.num_requests)
-    if source.earlier:
-        paths["train"].insert(0, folder / _MOVED)
-        expected["train"] += sum(len(source.earlier.columns[of]) for of in _HELD_OUT)
-    for split, new in paths.items():
-        written = row_files.join(new, folder, split, source.spec) if new else 0
-        if written != expected[split]:
-            raise RuntimeError(f"{expected[split]} requests in split {split!r}, {written} written")
-    numbers = {split: row_files.number_of_requests(folder, split) for split in SPLITS}
-    write_index(folder, source.spec, numbers, FORMAT_VERSION)
-    return linked
-
-
-def _link_earlier(source: Source, folder: Path) -> dict[str, list]:
-    """Begin the training requests with those of an earlier dataset: link its rows, or write them.
-
-    Returns:
-      The entries of the linked files in the manifest of that dataset.
-    """
-    earlier = source.earlier
-    if earlier is None:
-        return {}
-    (folder / _EARLIER_FILE).write_text(json.dumps([*earlier.earlier, earlier.identity["dataset"]]))
-    linked = row_files.link(earlier.directory, folder, "train")
-    # The order of candidates in training is another one.
-    moved = (earlier.columns[split] for split in _HELD_OUT)
-    parts = (of.of(some) for of in moved for some in slices(of.counts.retrieved))
-    _write_columns(folder / _MOVED, parts, for_training=True)
-    entries = manifest.read(earlier.directory, _remedy(earlier.directory, earlier.made_by))["files"]
-    return {name: entries[name] for name in linked}
-
-
-def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
-    number, title = source.num_requests[split], f"writing {split}"
-
-    def requests() -> Iterator[Request]:
-        return iter(tqdm(source.requests(split), title, number, unit="request", disable=None))
-
-    return requests
-
-
-def write_shard(path: Path, requests: Shard, spec: FeatureSpec, for_training: bool) -> None:
-    """Write the rows and the counts of requests to the two files of `row_files.parts_of`."""
-
-    def checked() -> Iterator[Columns]:
-        for block in blocks_of(requests(), spec):
-            _check_ids(block, spec)
-            yield columns_of_block(block, spec)
-
-    _write_columns(path, checked(), for_training)
-
-
-def _write_columns(path: Path, parts: Iterable[Columns], for_training: bool) -> None:
-    rows_path, counts_path = row_files.parts_of(path)
-    written = 0
-    with rows_path.open("wb") as rows_file, counts_path.open("wb") as counts_file:
-        for part in parts:
-            numbers, counts = row_files.flat(part, for_training, written)
-            written += len(numbers)
-            # `tofile` would not report why it fails.
-            rows_file.write(np.ascontiguousarray(numbers).data)
-            counts_file.write(np.ascontiguousarray(counts).data)
-
-
-def _check_widths(spec: FeatureSpec) -> None:
-    """Raise UserError for required features of width 0."""
+def _check(source: Source, earlier: Dataset | None) -> None:
+    """Raise UserError for required features of width 0, and for a split without requests."""
+    spec = source.spec
     optional = {field.name for field in dataclasses.fields(Request) if field.default is None}
     widths = {field.name: field.width(spec) for field in STORED if field.width}
     widths |= {name: getattr(spec, name) for name in ("item_features", "cheap_item_features")}
@@ -230,6 +146,52 @@ def _check_widths(spec: FeatureSpec) -> None:
             raise UserError(
                 f"{spec.dataset}: {name} has no columns; give at least one column, of zeros"
             )
+    for split in SPLITS:
+        if not source.num_requests.get(split) and not (earlier and split == "train"):
+            raise UserError(f"{spec.dataset} yields no requests for its split {split!r}")
+
+
+def _link_earlier(earlier: Dataset, folder: Path) -> dict[str, list]:
+    """Link the training requests of an earlier dataset; return their entries in its manifest."""
+    (folder / _EARLIER_FILE).write_text(json.dumps([*earlier.earlier, earlier.identity["dataset"]]))
+    linked = row_files.link(earlier.directory, folder, "train")
+    entries = manifest.read(earlier.directory, _remedy(earlier.directory, earlier.made_by))["files"]
+    return {name: entries[name] for name in linked}
+
+
+def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset | None) -> int:
+    """Write the requests of a split, after those of an earlier dataset; return their number."""
+    held_out = [earlier.columns[of] for of in _HELD_OUT] if earlier else []
+    # The order of candidates in training is another one.
+    moved = (row_files.flat(of.of(at), True) for of in held_out for at in slices(of.kept))
+    parts = itertools.chain(moved, _parts(source, split))
+    expected = source.num_requests[split] + sum(map(len, held_out))
+    written = row_files.write(folder, split, source.spec, parts)
+    if written != expected:
+        raise RuntimeError(f"{expected} requests in split {split!r}, {written} written")
+    return written + (len(earlier.columns["train"]) if earlier else 0)
+
+
+def _parts(source: Source, split: str) -> Iterator[Flat]:
+    """Yield the requests of a split; threads prepare a few blocks ahead of the writer."""
+
+    def encoded(block: Block) -> Flat:
+        _check_ids(block, source.spec)
+        return row_files.flat(columns_of_block(block, source.spec), split == "train")
+
+    title, number = f"writing {split}", source.num_requests[split]
+    if source.shards is None:
+        requests = tqdm(source.requests(split), title, number, unit="request", disable=None)
+        yield from map(encoded, blocks_of(iter(requests), source.spec))
+        return
+    ahead: deque[Future[Flat]] = deque()
+    with ThreadPoolExecutor(source.threads) as executor:
+        for shard in tqdm(source.shards(split), title, leave=False, unit="part", disable=None):
+            ahead.append(executor.submit(lambda shard: encoded(shard()), shard))
+            if len(ahead) > 2 * source.threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _check_ids(block: Block, spec: FeatureSpec) -> None:
@@ -241,9 +203,9 @@ def _check_ids(block: Block, spec: FeatureSpec) -> None:
         least, size = int(field.nothing), field.ids(spec)
         if values.min() < least or values.max() >= size:
             wrong = ((values < least) | (values >= size)).reshape(len(values), -1).any(axis=1)
-            ends = np.cumsum(block.numbers[field.of])
-            place = np.searchsorted(ends, np.flatnonzero(wrong)[0], side="right")
-            ids = values[ends[place] - block.numbers[field.of][place] : ends[place]]
+            starts = starts_of(block.numbers[field.of])
+            place = np.searchsorted(starts[1:], np.flatnonzero(wrong)[0], side="right")
+            ids = values[starts[place] : starts[place + 1]]
             raise UserError(
                 f"request {block.values['request_id'][place]}: {field.name} must lie in [{least}, "
                 f"{size}), found {ids.min()} to {ids.max()}"
@@ -267,8 +229,9 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
     check_whole(directory, made_by)
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     earlier = directory / _EARLIER_FILE
-    parts = itertools.chain.from_iterable(row_files.all_paths(directory, of) for of in SPLITS)
-    rows = [path.name for path in itertools.chain.from_iterable(parts)]
+    rows = (
+        path.name for of in SPLITS for pair in row_files.all_paths(directory, of) for path in pair
+    )
     files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
     fingerprint = manifest.fingerprint(directory, files, _remedy(directory, made_by))
     return Dataset(
@@ -300,3 +263,84 @@ def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
 
 def _remedy(directory: Path, made_by: str) -> str:
     return f"remove the folder {directory} and make it again with: {made_by}"
+
+
+def write_column(
+    folder: Path,
+    split: str,
+    columns: Columns,
+    scored: Int[np.ndarray, "n"],
+    parts: Iterable[Float32[np.ndarray, "_ T"]],
+) -> None:
+    """Write a teacher's probabilities for a split.
+
+    Args:
+      folder: to write to.
+      split: one of `SPLITS`.
+      columns: its requests.
+      scored: the number of leading candidates of each request that have probabilities.
+      parts: the probabilities of these candidates, in the order of requests.
+    """
+    parts = iter(parts)
+    first = next(parts)
+    starts = 1 + starts_of(columns.counts.retrieved)
+    shape = (int(starts[-1]), first.shape[1])
+    column = np.lib.format.open_memmap(_column_path(folder, split), "w+", np.float32, shape)
+    column[:] = np.nan
+    places = runs(starts[:-1], scored)
+    start = 0
+    for part in (first, *parts):
+        column[places[start : start + len(part)]] = part
+        start += len(part)
+    column.flush()
+
+
+def with_column(
+    dataset: Dataset, folder: Path, made_by: str, version: str, stage: Stage
+) -> Dataset:
+    """Return a dataset with the probabilities of a teacher in place of those of its log.
+
+    Args:
+      dataset: the dataset that the teacher has scored.
+      folder: the column of each split, with a manifest.
+      made_by: the command that makes the column.
+      version: of the teacher.
+      stage: the stage of the training candidates that it has scored; of other splits, all are.
+
+    Raises:
+      UserError: the column is missing or damaged, or of another content of the dataset.
+    """
+    if not folder.exists():
+        raise UserError(f"no scores of teacher {version} at {folder}; make them with: {made_by}")
+    remedy = _remedy(folder, made_by)
+    scored_dataset = manifest.check(folder, remedy).get("dataset")
+    if scored_dataset != dataset.identity["dataset"]:
+        raise UserError(
+            f"{folder} has the scores of {scored_dataset}, and the dataset is now "
+            f"{dataset.identity['dataset']}; {remedy}"
+        )
+    files = [_column_path(folder, split).name for split in SPLITS]
+    fingerprint = manifest.fingerprint(folder, files, remedy)
+    columns = {}
+    for split, of in dataset.columns.items():
+        values = np.asarray(np.load(_column_path(folder, split), mmap_mode="r")).view(np.int32)
+        span = Span("teacher_probability", 0, values.shape[1:], "float32")
+        column = Rows(values, (span,), 1 + starts_of(of.counts.retrieved)[:-1])
+        scored = of.counts.reached(stage if split == "train" else Stage.RETRIEVED)
+        columns[split] = dataclasses.replace(
+            of,
+            candidates=of.candidates.without([span.name]).with_column(column),
+            counts=of.counts._replace(scored=scored),
+        )
+    return dataclasses.replace(
+        dataset,
+        identity={**dataset.identity, "scored": f"{folder.name}/{fingerprint}"},
+        spec=dataclasses.replace(
+            dataset.spec, teacher_version=version, teacher_signal="probability"
+        ),
+        columns=columns,
+    )
+
+
+def _column_path(folder: Path, split: str) -> Path:
+    return folder / f"teacher-{split}.npy"

@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import digest, write_whole
-from kd_ranker.requests.ragged import starts_of
-from kd_ranker.requests.request import Source
+from kd_ranker.requests.request import Source, starts_of
 from kd_ranker.sources.download import Archive, fetch
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of

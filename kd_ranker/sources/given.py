@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
-from kd_ranker.requests.block import block_of
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.requests.request import SPLITS, Source, block_of
 from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
 NAME = "requests"

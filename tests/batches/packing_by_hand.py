@@ -9,7 +9,8 @@ from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches
 from kd_ranker.batches.sampling import BatchConfig, Slots
 from kd_ranker.batches.training import Devices, Share
-from kd_ranker.requests.columns import Columns, in_sampling_order
+from kd_ranker.requests.columns import Columns
+from kd_ranker.requests.row_files import in_sampling_order
 
 
 class PartOf(Devices):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from kd_ranker.requests import packing
+from kd_ranker.requests import columns
 
 ARRAYS = {
     "id": np.arange(5, dtype=np.int64),
@@ -15,10 +15,10 @@ ARRAYS = {
 
 @pytest.mark.parametrize("on", ["host", "device"])
 def test_what_is_packed_comes_back(on):
-    rows, spans = packing.pack(ARRAYS)
+    rows, spans = columns.pack(ARRAYS)
     assert rows.shape == (5, 1 + 6 + 0 + 2 + 1)
     unpack = (
-        jax.jit(packing.unpack_rows, static_argnums=1) if on == "device" else packing.unpack_rows
+        jax.jit(columns.unpack_rows, static_argnums=1) if on == "device" else columns.unpack_rows
     )
     for index in (np.array([3, 0, 3]), np.array([[1], [4]])):
         unpacked = unpack(rows[index], spans)
@@ -29,7 +29,7 @@ def test_what_is_packed_comes_back(on):
 
 
 def test_a_first_row_may_stand_for_nothing():
-    unpacked = packing.unpack_rows(*packing.pack(ARRAYS, nothing={"number": np.nan, "id": -1}))
+    unpacked = columns.unpack_rows(*columns.pack(ARRAYS, nothing={"number": np.nan, "id": -1}))
     assert unpacked["id"].tolist() == [-1, 0, 1, 2, 3, 4]
     assert np.isnan(unpacked["number"][0]).all()
     assert not unpacked["flag"][0].any()

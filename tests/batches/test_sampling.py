@@ -9,15 +9,15 @@ from kd_ranker.batch import IN_BATCH, Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import (
     Columns,
     columns_of,
     needed,
     only_counting,
     proper_probability,
-    spread_order,
 )
+from kd_ranker.requests.request import block_of
+from kd_ranker.requests.row_files import spread_order
 from tests.batches.packing_by_hand import full_fields, packed, prepared, starts_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request

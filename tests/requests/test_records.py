@@ -1,5 +1,8 @@
+"""Requests come back from the files of a dataset: one by one, by TFDS, and as packed rows."""
+
 import dataclasses
 import itertools
+import os
 import pickle
 
 import numpy as np
@@ -8,74 +11,100 @@ import tensorflow_datasets as tfds
 
 from kd_ranker.batch import STORED, Category
 from kd_ranker.requests import storage
+from kd_ranker.requests.columns import unpack_rows
 from kd_ranker.requests.records import read_requests, teacher_column
 from kd_ranker.requests.request import SPLITS
-from tests.requests.random_requests import random_source
+from tests.requests.random_requests import random_request, random_source, with_facts
+
+# Shown, passed and retrieved candidates of each request; two have another teacher version.
+SIZES = [(4, 9, 20), (0, 0, 3), (1, 1, 1), (5, 5, 7), (3, 8, 8)]
 
 
-def source_with_categories():
-    source = random_source()
-    categories = (Category("kind", "candidate", 9, length=2), Category("country", "request", 9))
+def varied_source(has_categories):
+    """Requests of several sizes, one of which has no shown candidate."""
 
     def requests(split):
-        for request in source.requests(split):
-            ids = np.arange(40, dtype=np.int32).reshape(20, 2) % 9
-            yield dataclasses.replace(
-                request, candidate_category=ids, request_category=np.array([3], np.int32)
-            )
+        first = 10 * SPLITS.index(split)
+        for index, size in enumerate(SIZES):
+            request = random_request(first + index, *size, version=f"v{1 + index // 3}")
+            rare = request.user_label * (np.arange(size[0])[:, None] % 2).astype(np.uint8)
+            request = dataclasses.replace(request, user_label=rare)
+            if split != "train" and index != 1:
+                request = with_facts(request, index)
+            if has_categories:
+                ids = np.arange(2 * size[2], dtype=np.int32).reshape(-1, 2) % 9
+                of_request = np.array([index - 1], np.int32)
+                request = dataclasses.replace(
+                    request, candidate_category=ids, request_category=of_request
+                )
+            yield request
 
+    source = random_source()
     spec = dataclasses.replace(source.spec, tasks=("größe", *source.spec.tasks[1:]))
-    spec = dataclasses.replace(spec, categories=categories)
-    return dataclasses.replace(source, spec=spec, requests=requests)
+    if has_categories:
+        categories = (Category("kind", "candidate", 9, length=2), Category("land", "request", 9))
+        spec = dataclasses.replace(spec, categories=categories)
+    numbers = dict.fromkeys(SPLITS, len(SIZES))
+    return dataclasses.replace(source, spec=spec, requests=requests, num_requests=numbers)
 
 
-def in_order(request, split):
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "categories"])
+def source(request):
+    return varied_source(request.param)
+
+
+@pytest.fixture(scope="module")
+def dataset(source, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("data"))
+    storage.build(source, "rows", folder)
+    return storage.open_dataset("rows", folder, made_by="some command")
+
+
+def in_order(request, size, split):
     """The fields of a request; candidates of a training request by item, within each stage."""
     fields = dict(vars(request))
     if split == "train":
-        bounds = itertools.pairwise((0, 4, 9, 20))
-        order = np.concatenate(
-            [start + np.argsort(request.item_id[start:stop]) for start, stop in bounds]
-        )
+        order = np.concatenate([
+            start + np.argsort(request.item_id[start:stop])
+            for start, stop in itertools.pairwise((0, *size))
+        ])  # fmt: skip
         for field in STORED:
             if field.of in ("candidate", "shown", "scored") and fields[field.name] is not None:
                 fields[field.name] = fields[field.name][order[: len(fields[field.name])]]
     return fields
 
 
-def expected_of(source, split):
-    """The fields of the requests of a source as they are stored."""
-    for request in source.requests(split):
-        events = slice(max(len(request.history_id) - source.spec.history_length, 0), None)
-        yield in_order(
-            dataclasses.replace(
-                request,
-                history_id=request.history_id[events],
-                history_features=request.history_features[events],
-            ),
-            split,
-        )
+def stored(request, split, history_length):
+    """A request as it comes back: without old events, and without scores that do not count."""
+    events = slice(max(len(request.history_id) - history_length, 0), None)
+    counts = request.teacher_version == "v1"
+    facts = ("true_probability", "incumbent", "propensity") if split == "train" else ()
+    return dataclasses.replace(
+        request,
+        history_id=request.history_id[events],
+        history_features=request.history_features[events],
+        teacher_probability=np.where(counts, request.teacher_probability, np.float32(np.nan)),
+        teacher_weight=request.teacher_weight * counts,
+        teacher_version="v1" if len(request.teacher_weight) else "",
+        **{name: getattr(request, name)[:0] for name in facts},
+    )
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("make", [random_source, source_with_categories])
-def test_what_is_stored_comes_back_to_programs_and_to_tfds(tmp_path, make, split):
-    source = make()
-    directory = storage.build(source, "small", str(tmp_path))
-    dataset = storage.open_dataset("small", str(tmp_path), made_by="")
+def test_requests_come_back_to_programs_and_to_tfds(source, dataset, split):
     # The features of the builder open the files again in another process.
-    builder = tfds.builder_from_directory(directory)
+    builder = tfds.builder_from_directory(dataset.directory)
     records = builder.as_data_source(split=split)
     features = pickle.loads(pickle.dumps(builder.info.features))
-    assert len(records) == source.num_requests[split]
-    for place, (request, expected) in enumerate(
-        zip(read_requests(dataset, split), expected_of(source, split), strict=True)
+    requests = list(read_requests(dataset, split))
+    assert len(records) == len(requests) == len(SIZES)
+    for record, request, logged, size in zip(
+        records, requests, source.requests(split), SIZES, strict=True
     ):
-        found = in_order(request, split)
+        expected = in_order(stored(logged, split, source.spec.history_length), size, split)
+        found = in_order(request, size, split)
         for name, value in expected.items():
-            if value is not None and not (split == "train" and name == "true_probability"):
-                np.testing.assert_array_equal(found[name], value, err_msg=name)
-        record = records[place]
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
         assert record.keys() == set(features)
         probability = request.teacher_probability
         for index, task in enumerate(source.spec.tasks):
@@ -88,7 +117,52 @@ def test_what_is_stored_comes_back_to_programs_and_to_tfds(tmp_path, make, split
     assert dataset.spec == source.spec
 
 
-def test_tfds_reads_a_part_of_a_split(tmp_path):
-    directory = storage.build(random_source(), "small", str(tmp_path))
-    records = tfds.builder_from_directory(directory).as_data_source(split="test[1:3]")
-    assert [record["request_id"] for record in records] == [1001, 1002]
+def test_tfds_reads_a_part_of_a_split(dataset):
+    builder = tfds.builder_from_directory(dataset.directory)
+    records = builder.as_data_source(split="test[1:3]")
+    assert [record["request_id"] for record in records] == [21, 22]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_packed_rows_are_those_of_each_request(dataset, split):
+    columns = dataset.columns[split]
+    for index, request in enumerate(read_requests(dataset, split)):
+        shown, passed, retrieved = SIZES[index]
+        is_positive = request.user_label.any(axis=1)
+        known = 0 if split == "train" or index == 1 else retrieved
+        sizes = (retrieved, passed, shown, passed, is_positive.sum(), known)
+        assert columns.counts.of(index) == (request.request_id, *sizes, request.time)
+        if split == "train":  # positives first
+            assert not is_positive[is_positive.sum() :].any()
+        for rows, number in ((columns.candidates, retrieved), (columns.labels, shown)):
+            read = rows.at(np.array([index]), np.arange(number)[None])[0]
+            np.testing.assert_array_equal(read, rows.firsts(slice(index, index + 1), [number]))
+
+
+@pytest.mark.parametrize("part", ["candidates", "labels", "known"])
+def test_a_place_below_0_is_the_padding_row(dataset, part):
+    rows = getattr(dataset.columns["test"], part)
+    nothing = unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
+    for name, values in nothing.items():
+        if name in ("teacher_probability", "true_probability", "incumbent", "propensity"):
+            assert np.isnan(values).all()
+        else:
+            assert (values == (-1 if "category" in name else 0)).all()
+
+
+def test_neighbours_are_fetched_as_one(dataset, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *of: fetched.append(of[:2]))
+    columns = dataset.columns["train"]
+    first, width = 4 * columns.requests.first, 4 * columns.candidates.stride
+    columns.expect(np.arange(5), columns.kept)
+    last = 4 * columns.candidates.first[4] + 8 * width
+    assert fetched == [(first[0], last - first[0])]
+    fetched.clear()
+    # One after the other, and one that is before it.
+    columns.expect(np.array([3, 0]), np.array([2, 4]))
+    ends = 4 * columns.candidates.first[[3, 0]] + np.array([2, 4]) * width
+    assert fetched == [(first[3], ends[0] - first[3]), (first[0], ends[1] - first[0])]
+    fetched.clear()
+    columns.expect(np.arange(0), np.arange(0))
+    assert not fetched

@@ -190,7 +190,7 @@ def extend_report(earlier: Earlier, report: Report, database: Database) -> None:
     """
     moments = earlier.settled.moments
     for feature in report["features"]:
-        for name in ("mean", "deviation", "low", "high"):
+        for name in ("mean", "deviation"):
             feature.pop(name, None)
             if name in moments[feature["name"]]:
                 feature[name] = moments[feature["name"]][name]

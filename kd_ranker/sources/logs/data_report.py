@@ -2,12 +2,12 @@
 
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
@@ -20,14 +20,11 @@ from kd_ranker.sources.logs.rejected import REASONS
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]
 SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
-# Counts of the values of a column: all, missing, invalid, and cut off from lists.
-FAULTS = ("values", "missing", "out_of_range", "cut_off")
 
 # The distance of the teacher's calibration from 1 that causes a remark.
 _CALIBRATION_TOLERANCE = 0.1
 # The largest request has a remark beyond this multiple of the median.
 _FAR = 5
-_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
 
 class Counts(NamedTuple):
@@ -49,24 +46,6 @@ class Counts(NamedTuple):
         return {column: value or 0 for column, value in row.items()}
 
     @property
-    def faults(self) -> dict[str, dict[str, int]]:
-        """Key of the config that names a column -> the counts of `FAULTS`."""
-        faults: dict[str, dict[str, int]] = {}
-        for table in ("rows", "candidates", "items", "requests"):
-            if table in ("items", "requests") and not self.used:
-                continue
-            for name, number in self.row(f"faults_of_{table}").items():
-                key, slash, fault = name.rpartition("/")
-                if slash:
-                    faults.setdefault(key, dict.fromkeys(FAULTS, 0))[fault] = number
-        return faults
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of the log."""
-        return self.row("faults_of_rows").get("rows") or self.row("faults_of_candidates")["rows"]
-
-    @property
     def candidates(self) -> int:
         """The number of candidates of the log; a row without any counts as one."""
         return self.row("faults_of_rows").get("entries") or self.row("faults_of_candidates")["rows"]
@@ -77,15 +56,15 @@ class Counts(NamedTuple):
         return sum(row["candidates"] for row in self.tables["totals"])
 
     def moments(self, name: str) -> dict[str, float]:
-        """Return `number`, `mean`, `deviation`, `low` and `high` of a dense feature in training.
+        """Return the `mean` and `deviation` of a dense feature in training; {} without values.
 
         They are rounded to 32 bits, which hides the order of summation.
         """
         for table in ("used", "request_rows", "items"):
             row = self.row(f"moments_of_{table}")
             if row.get(f"{name}/number"):
-                of = ("number", "mean", "deviation", "low", "high")
-                return {of: float(str(np.float32(row[f"{name}/{of}"]))) for of in of}
+                rounded = {of: np.float32(row[f"{name}/{of}"]) for of in ("mean", "deviation")}
+                return {of: float(str(number)) for of, number in rounded.items()}
         return {}
 
 
@@ -101,14 +80,10 @@ def make_data_report(
       some_numbers: returns some numbers of a column; none for a column without numbers.
     """
     rejected = sum(counts.rejected.values())
-    read = log.files or [file for file in log.manifest if file != SQL]
     report: Report = {
         "log": {
             "path": layout.path,
-            "files": len(read),
-            "bytes": sum(log.manifest[file][0] for file in read),
-            "rows": counts.rows,
-            "row_is_a": "request" if layout.by_request else "candidate",
+            "files": len(log.files or [file for file in log.manifest if file != SQL]),
         },
         "candidates": {
             "in_the_log": counts.candidates,
@@ -119,12 +94,11 @@ def make_data_report(
                 for reason, number in counts.rejected.items()
             },
         },
-        "columns": _columns(layout, counts.faults, some_numbers),
-        "remarks": [],
+        "columns": _columns(layout, counts, some_numbers),
     }
     if counts.used:
         report |= {
-            "requests": _requests(layout, counts),
+            "requests": _requests(counts),
             "splits": _splits(counts),
             "tasks": list(layout.tasks),
             "teacher": {
@@ -136,32 +110,37 @@ def make_data_report(
             "features": [_feature(feature, counts) for feature in layout.features],
             "ids": counts.row("ids") | counts.row("events"),
         }
-    report["remarks"] = remarks(report)
+    report["remarks"] = [*_remarks(report)]
     return report
 
 
-def _columns(
-    layout: LogLayout, faults: Mapping[str, Mapping[str, int]], some_numbers: SomeNumbers
-) -> list[dict]:
-    """Return the counts of missing and invalid values per column of the config."""
+def _columns(layout: LogLayout, counts: Counts, some_numbers: SomeNumbers) -> list[dict]:
+    """Return the counts of values per column of the config: all, missing and invalid ones."""
+    faults: dict[str, dict[str, int]] = {}
+    for table in ("rows", "candidates", "items", "requests"):
+        for name, number in counts.row(f"faults_of_{table}").items():
+            key, _, fault = name.rpartition("/")
+            faults.setdefault(f"data.{key}", {})[fault] = number
     columns: list[dict[str, Any]] = [
-        {"key": of.key, "column": of.column, **faults[name]}
+        {"key": of.key, "column": of.column, **faults[of.key]}
         for of in wanted_columns(layout)
-        if (name := of.key.removeprefix("data.")) in faults
+        if of.key in faults
     ]
     for column in columns:
         bad, number = column["out_of_range"], column["values"] - column["missing"]
-        is_probability = column["key"].startswith("data.teacher.")
-        is_probability &= layout.teacher_signal == "probability"
-        if is_probability and 2 * bad > number:
-            column["hint"] = _probability_hint(some_numbers(column["column"]))
-        elif bad and column["key"].startswith("data.labels."):
-            column["hint"] = _label_hint(some_numbers(column["column"]))
+        is_label = column["key"].startswith("data.labels.")
+        is_probability = layout.teacher_signal == "probability"
+        is_probability &= column["key"].startswith("data.teacher.")
+        if (is_label and bad) or (is_probability and 2 * bad > number):
+            column["hint"] = _hint(some_numbers(column["column"]), is_label)
     return columns
 
 
-def _probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
-    """Return the range of numbers that should be probabilities, in words."""
+def _hint(numbers: Float64[np.ndarray, "n"], is_label: bool) -> str:
+    """Return what the numbers look like that should be labels, or probabilities; "" without any."""
+    if is_label:
+        others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
+        return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
     if not len(numbers):
         return ""
     low, high = numbers.min(), numbers.max()
@@ -171,24 +150,12 @@ def _probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
     return f"{found}: percentages? then divide by 100" if high <= 100 else found
 
 
-def _label_hint(numbers: Float64[np.ndarray, "n"]) -> str:
-    """Return the most frequent number of a column of labels except 0 and 1, in words."""
-    others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
-    return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
-
-
-def _requests(layout: LogLayout, counts: Counts) -> dict:
-    number = np.zeros(layout.retrieved + 1, np.int64)
-    for row in counts.tables["sizes"]:
-        number[row["size"]] += row["requests"]
-    cutoffs = counts.row("cutoffs")
+def _requests(counts: Counts) -> dict[str, Any]:
+    rows = sorted(counts.tables["sizes"], key=operator.itemgetter("size"))
+    ends = np.cumsum([row["requests"] for row in rows])
+    places = {f"{q:g}": np.searchsorted(ends, q * ends[-1]) for q in (0.5, 0.999, 1.0)}
     return {
-        "split_by": layout.split,
-        "cutoffs": {split: _date(time) for split, time in cutoffs.items()} or None,
-        "candidates_a_request": {
-            "mean": float((number * np.arange(len(number))).sum() / number.sum()),
-            "quantiles": {f"{q:g}": _quantile(number, q) for q in _QUANTILES},
-        },
+        "candidates": {q: rows[place]["size"] for q, place in places.items()},
         **{
             name: sum(row[name] for row in counts.tables["splits"])
             for name in ("several_times", "several_users")
@@ -198,174 +165,136 @@ def _requests(layout: LogLayout, counts: Counts) -> dict:
 
 def _splits(counts: Counts) -> dict[str, dict[str, Any]]:
     """Return the counts of each split that has requests, and rates; None for those of nothing."""
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[int, dict[str, Any]] = {}
     for row in sorted(counts.tables["splits"], key=operator.itemgetter("split")):
-        times = {name: _date(row[name]) for name in ("first", "last")}
-        splits[SPLITS[row["split"]]] = {"requests": row["requests"], "without_a_label": 0, **times}
+        times = (str(np.datetime64(row[end], "s")).replace("T", " ") for end in ("first", "last"))
+        splits[row["split"]] = {"requests": row["requests"], "without_a_label": 0}
+        splits[row["split"]] |= dict(zip(("first", "last"), times, strict=True))
     for row in counts.tables["sizes"]:
-        splits[SPLITS[row["split"]]]["without_a_label"] += row["without_label"]
-    for row in counts.tables["totals"]:
-        rounded = {name: _rounded(of) for name, of in row.items() if name != "split"}
-        splits[SPLITS[row["split"]]] |= rounded
-    return splits
-
-
-def _quantile(number: Int64[np.ndarray, "n"], q: float) -> int:
-    """Return the lower quantile of sizes; `number[s]` of them are s."""
-    return int(np.searchsorted(np.cumsum(number), int(q * (number.sum() - 1)) + 1))
+        splits[row["split"]]["without_a_label"] += row["without_label"]
+    for row in counts.tables["totals"]:  # 12 digits hide the order of summation
+        digits = {of: float(f"{x:.12g}") if isinstance(x, float) else x for of, x in row.items()}
+        del digits["split"]
+        splits[row["split"]] |= digits
+    return {SPLITS[split]: of for split, of in splits.items()}
 
 
 def _feature(feature: Feature, counts: Counts) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": feature.name, "of": feature.of, "kind": feature.kind}
-    if moments := feature.kind == "dense" and counts.moments(feature.name):
-        entry |= {name: moments[name] for name in ("mean", "deviation", "low", "high")}
-    if values := counts.row(f"counts:{feature.name}"):
-        entry |= {
-            "values_in_train": values["values_in_train"],
-            "values_kept": values["values_kept"],
-            "share_kept_in_train": _ratio(values["train_kept"], values["train"]),
-            "share_kept_elsewhere": _ratio(values["elsewhere_kept"], values["elsewhere"]),
-        }
-    owner = "items" if feature.of == "item" else "requests"
-    if (number := counts.row(f"varying_{owner}").get(feature.name)) is not None:
-        entry[f"{owner}_with_several_values"] = number
+    if feature.kind == "dense":
+        entry |= counts.moments(feature.name)
+    for owner in ("items", "requests"):
+        if (number := counts.row(f"varying_{owner}").get(feature.name)) is not None:
+            entry[f"{owner}_with_several_values"] = number
     if leaks := counts.leaks.get(feature.name):
         entry["reveals"] = dict(leaks)
     return entry
 
 
-def remarks(report: Report) -> list[str]:
-    """Return the remarks on a report, one sentence each."""
-    sentences = []
-    candidates = report["candidates"]
-    if candidates["rejected"]:
-        reasons = ", ".join(
-            f"{name} {entry['candidates']:,}" for name, entry in candidates["by_reason"].items()
-        )
-        share = candidates["rejected"] / max(candidates["in_the_log"], 1)
-        sentences.append(
-            f"{candidates['rejected']:,} of {candidates['in_the_log']:,} candidates "
-            f"({share:.2%}) were rejected: {reasons}."
-        )
+def _remarks(report: Report) -> Iterator[str]:
+    """Yield the remarks on a report, one sentence each."""
     for column in report["columns"]:
-        if hint := column.get("hint"):
-            valid = "in [0, 1]" if column["key"].startswith("data.teacher") else "0 or 1"
-            sentences.append(
-                f"{column['key']}: {column['out_of_range']:,} values of column "
-                f"{column['column']!r} are not {valid}: {hint}."
-            )
-        elif column["out_of_range"] and not column["key"].startswith("data.labels"):
-            sentences.append(
-                f"{column['key']}: {column['out_of_range']:,} values of column "
-                f"{column['column']!r} are invalid."
-            )
+        key, name = column["key"], f"column {column['column']!r}"
+        bad, hint, is_label = column["out_of_range"], column.get("hint"), "labels" in key
+        if hint or (bad and not is_label):
+            valid = "0 or 1" if is_label else "in [0, 1]"
+            fault = f"are not {valid}: {hint}" if hint else "are invalid"
+            yield f"{key}: {bad:,} values of {name} {fault}."
         if column["values"] and column["missing"] == column["values"]:
-            sentences.append(f"{column['key']}: column {column['column']!r} is empty.")
+            yield f"{key}: {name} is empty."
     if "requests" in report:
-        sentences += _remarks_on_requests(report["requests"])
+        yield from _remarks_on_requests(report["requests"])
         if not any(of["retrieved"] or of["passed"] for of in report["splits"].values()):
-            sentences.append(
-                "All candidates were shown, so a funnel is measured within what was shown."
-            )
+            yield "All candidates were shown, so a funnel is measured within what was shown."
         for split, of in report["splits"].items():
-            sentences += _remarks_on_split(split, of, report)
-        sentences += _remarks_on_teacher(report)
-        sentences += _remarks_on_features(report["features"], report["ids"])
-    return sentences
+            yield from _remarks_on_split(split, of, report)
+        yield from _remarks_on_teacher(report)
+        for feature in report["features"]:
+            yield from _remarks_on_feature(feature)
+        if unknown := report["ids"].get("history_events_of_unknown_items"):
+            yield (
+                f"{unknown:,} of {report['ids']['history_events']:,} events of histories are of "
+                "items that are never a candidate, and are left out."
+            )
 
 
-def _remarks_on_requests(requests: dict) -> list[str]:
-    sentences = []
-    sizes = requests["candidates_a_request"]["quantiles"]
-    if sizes["1"] > _FAR * sizes["0.5"]:
-        sentences.append(
-            f"The largest request has {sizes['1']:,} candidates; the median is {sizes['0.5']:,}, "
-            f"the 99.9% quantile {sizes['0.999']:,}: if it is an error, set "
-            f"config.funnel.retrieved={sizes['0.999']}, which rejects the candidates beyond."
+def _remarks_on_requests(requests: dict) -> Iterator[str]:
+    middle, high, largest = requests["candidates"].values()
+    if largest > _FAR * middle:
+        yield (
+            f"The largest request has {largest:,} candidates; the median is {middle:,}, the 99.9% "
+            f"quantile {high:,}: if it is an error, set config.funnel.retrieved={high}, which "
+            "rejects the candidates beyond."
         )
-    if requests["several_times"]:
-        sentences.append(
-            f"The rows of {requests['several_times']:,} requests have several times; the earliest "
-            "counts."
-        )
-    if requests["several_users"]:
-        sentences.append(f"{requests['several_users']:,} requests have rows of several users.")
-    return sentences
+    if number := requests["several_times"]:
+        yield f"The rows of {number:,} requests have several times; the earliest counts."
+    if number := requests["several_users"]:
+        yield f"{number:,} requests have rows of several users."
 
 
-def _remarks_on_split(split: str, of: dict, report: Report) -> list[str]:
-    sentences = []
+def _remarks_on_split(split: str, of: dict, report: Report) -> Iterator[str]:
     if without := of["without_a_label"]:
-        sentences.append(
-            f"{without:,} of {of['requests']:,} {split} requests ({without / of['requests']:.1%}) "
-            "have no label."
-        )
+        share = f"{without / of['requests']:.1%}"
+        yield f"{without:,} of {of['requests']:,} {split} requests ({share}) have no label."
     if unlabelled := of["shown"] - of["labelled"]:
-        sentences.append(
+        yield (
             f"{unlabelled:,} of {of['shown']:,} shown candidates in {split} lack a label or have "
             "label weight 0, and are not learned from by labels."
         )
-    sentences += [
-        f"{positives:,} candidates in {split} that were not shown have label 1 of {task}; labels "
-        "count only where a candidate was shown."
-        for task in report["tasks"]
-        if (positives := of[f"positives_not_shown/{task}"])
-    ]
+    for task in report["tasks"]:
+        if positives := of[f"positives_not_shown/{task}"]:
+            yield (
+                f"{positives:,} candidates in {split} that were not shown have label 1 of {task}; "
+                "labels count only where a candidate was shown."
+            )
     for task in report["teacher"]["tasks"]:
         share = of[f"coverage/{task}/passed"]
         if share is not None and share < 1:
-            sentences.append(
-                f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
-            )
-    return sentences
+            yield f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
 
 
-def _remarks_on_teacher(report: Report) -> list[str]:
-    sentences, teacher = [], report["teacher"]
-    if teacher["other_version"]:
-        sentences.append(
-            f"{teacher['other_version']:,} candidates were scored by another teacher than version "
+def _remarks_on_teacher(report: Report) -> Iterator[str]:
+    teacher = report["teacher"]
+    if other := teacher["other_version"]:
+        yield (
+            f"{other:,} candidates were scored by another teacher than version "
             f"{teacher['version']!r}, and their values do not count."
         )
     for task in teacher["tasks"]:
         ratio = report["splits"].get("train", {}).get(f"predicted_over_observed/{task}")
         if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
-            sentences.append(
+            yield (
                 f"The teacher of {task} predicts {ratio:.2f} times the rate of labels on shown "
                 "candidates of training requests."
             )
-    return sentences
 
 
-def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
-    sentences = []
-    for feature in features:
-        has_moments = feature["kind"] == "dense" and feature["of"] != "event"
-        if has_moments and feature.get("deviation", 0) == 0:
-            sentences.append(f"Feature {feature['name']!r} has the same value everywhere.")
-        if number := feature.get("items_with_several_values"):
-            sentences.append(
-                f"Feature {feature['name']!r} varies in {number:,} items; the last value by time "
-                "is stored."
-            )
-        if number := feature.get("requests_with_several_values"):
-            sentences.append(
-                f"Feature {feature['name']!r} varies within {number:,} requests; that of the first "
-                "row counts."
-            )
-        sentences += remarks_of(feature.get("reveals", {}), feature["name"])
-    if unknown := ids.get("history_events_of_unknown_items"):
-        sentences.append(
-            f"{unknown:,} of {ids['history_events']:,} events of histories are of items that are "
-            "never a candidate, and are left out."
-        )
-    return sentences
+def _remarks_on_feature(feature: dict) -> Iterator[str]:
+    name = f"Feature {feature['name']!r}"
+    has_moments = feature["kind"] == "dense" and feature["of"] != "event"
+    if has_moments and not feature.get("deviation"):
+        yield f"{name} has the same value everywhere."
+    if number := feature.get("items_with_several_values"):
+        yield f"{name} varies in {number:,} items; the last value by time is stored."
+    if number := feature.get("requests_with_several_values"):
+        yield f"{name} varies within {number:,} requests; that of the first row counts."
+    yield from remarks_of(feature.get("reveals", {}), feature["name"])
 
 
 def write_data_report(report: Report, folder: Path) -> None:
-    """Write `data_report.json` and `data_report.html`."""
+    """Write `data_report.json` and `data_report.html`, a page without other files."""
     (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
-    (folder / PAGE).write_text(data_report_page(report))
+    templates = templates_of("kd_ranker.sources.logs")
+    templates.filters["number"] = _number
+    templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
+    page = templates.get_template("data_report.html").render(report=report)
+    (folder / PAGE).write_text(page)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def read_data_report(folder: Path) -> Report | None:
@@ -383,31 +312,3 @@ def read_data_report(folder: Path) -> Report | None:
         raise UserError(
             f"{path} is damaged ({error}); make the dataset again, or copy it from there"
         ) from error
-
-
-def data_report_page(report: Report) -> str:
-    """Return the page as HTML without other files."""
-    templates = templates_of("kd_ranker.sources.logs")
-    templates.filters["number"] = _number
-    templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
-    return templates.get_template("data_report.html").render(report=report, splits=SPLITS)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return _rounded(numerator / denominator) if denominator else None
-
-
-def _rounded(value: Any) -> Any:
-    """Return a number with 12 digits, which hide the order of summation."""
-    return float(f"{value:.12g}") if isinstance(value, float) else value
-
-
-def _date(seconds: int) -> str:
-    """Return a time in UTC, as 2024-01-31 23:59:59."""
-    return str(np.datetime64(seconds, "s")).replace("T", " ")

@@ -1,6 +1,6 @@
 """The last pass: ids and numbers of a piece as features, a `Request` at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank, probability_of_score
-from kd_ranker.requests.block import Block
-from kd_ranker.requests.ragged import runs, starts_of
+from kd_ranker.requests.request import Block, runs, starts_of
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 
@@ -210,8 +209,8 @@ def item_matrix(
 
 def encode_requests(
     layout: LogLayout, encoding: Encoding, folder: Path, piece: Piece, before: int = 0
-) -> Iterator[Block]:
-    """Yield the requests of a piece as a block.
+) -> Block:
+    """Return the requests of a piece.
 
     Args:
       layout: of the log.
@@ -276,7 +275,7 @@ def encode_requests(
         "true_probability": np.stack([unknown] * len(tasks), axis=1),
         **{name: facts.get(name, unknown) for name in ("incumbent", "propensity")},
     }
-    yield Block(values, numbers)
+    return Block(values, numbers)
 
 
 def _request_ids(requests: pa.Table, before: int) -> Int64[np.ndarray, "n"]:

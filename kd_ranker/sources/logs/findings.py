@@ -1,7 +1,7 @@
 """Findings that prevent a dataset unless `data.allow` names them."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -35,16 +35,23 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
       report: the report.
       time_hint: returns a hint for times that are out of bounds.
     """
-    texts = {
-        "rejected": _rejected(report["candidates"]),
-        "times": _times(report),
-        "one_candidate": _one_candidate(report),
-        "one_label": _one_label(report),
-        "few_positives": _few_positives(report),
-        "teacher_coverage": _teacher_coverage(report),
-    }
-    if texts["times"]:
-        texts["times"] += time_hint()
+    rejected, number = (report["candidates"][of] for of in ("rejected", "in_the_log"))
+    texts = {}
+    if rejected > _MOST_REJECTED * number:
+        share = f"{rejected / number:.1%}"
+        texts["rejected"] = f"{rejected:,} of {number:,} candidates ({share}) are rejected"
+    if times := _times(report):
+        texts["times"] = times + time_hint()
+    if "splits" in report:
+        if report["requests"]["candidates"]["0.5"] <= 1:
+            texts["one_candidate"] = (
+                "half of the requests have one candidate, which leaves nothing to rank; is the "
+                "column of data.columns.request the id of a row?"
+            )
+        for name, of_task in _OF_TASKS.items():
+            texts[name] = ", ".join(filter(None, (of_task(report, of) for of in report["tasks"])))
+        if texts["few_positives"]:
+            texts["few_positives"] = f"positives below {_LEAST_POSITIVES}: {texts['few_positives']}"
     return [Finding(name, text) for name, text in texts.items() if text]
 
 
@@ -83,96 +90,67 @@ def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
     return f'{texts}; if this is expected, add --config.data.allow="{names}"'
 
 
-def _hints(report: Report, section: str) -> dict[str, str]:
-    """Return a hint in brackets on invalid values, by task."""
-    prefix = f"data.{section}."
-    return {
-        column["key"].removeprefix(prefix): f" (its column holds {column['hint']})"
-        for column in report["columns"]
-        if column["key"].startswith(prefix) and column.get("hint")
-    }
-
-
-def _rejected(candidates: dict) -> str:
-    rejected, number = candidates["rejected"], candidates["in_the_log"]
-    if rejected <= _MOST_REJECTED * number:
-        return ""
-    return f"{rejected:,} of {number:,} candidates ({rejected / number:.1%}) are rejected"
-
-
 def _times(report: Report) -> str:
-    for column in report["columns"]:
-        if column["key"] == "data.columns.time":
-            bad, number = column["out_of_range"], column["values"]
-            if bad > _MOST_REJECTED * number:
-                return f"{bad:,} of {number:,} values of column {column['column']!r} are not times"
-    if "splits" not in report:
-        return ""
-    ends = ("first", "last")
-    dates = [np.datetime64(of[end]) for of in report["splits"].values() for end in ends]
-    if min(dates) >= _EARLIEST and max(dates) < _LATEST:
+    time = _column(report, "data.columns.time")
+    bad, number = time.get("out_of_range", 0), time.get("values", 0)
+    if bad > _MOST_REJECTED * number:
+        return f"{bad:,} of {number:,} values of column {time['column']!r} are not times"
+    splits = report.get("splits", {}).values()
+    dates = [np.datetime64(of[end]) for of in splits for end in ("first", "last")]
+    if not dates or (min(dates) >= _EARLIEST and max(dates) < _LATEST):
         return ""
     first, last = (str(date)[:-9] for date in (min(dates), max(dates)))
     return f"they are between {first} and {last}"
 
 
-def _one_candidate(report: Report) -> str:
-    sizes = report.get("requests", {}).get("candidates_a_request")
-    if not sizes or sizes["quantiles"]["0.5"] > 1:
+def _column(report: Report, key: str) -> dict[str, Any]:
+    return next((column for column in report["columns"] if column["key"] == key), {})
+
+
+def _hint(column: dict[str, Any]) -> str:
+    return f" (its column holds {column['hint']})" if column.get("hint") else ""
+
+
+def _one_label(report: Report, task: str) -> str:
+    rates = {split: of[f"rate/{task}"] for split, of in report["splits"].items()}
+    texts = [
+        f"no label of {task} in {split}"
+        if rate is None
+        else f"every label of {task} in {split} is {rate:.0f}"
+        for split, rate in rates.items()
+        if rate in (None, 0, 1)
+    ]
+    if not texts:
         return ""
-    return (
-        "half of the requests have one candidate, which leaves nothing to rank; is the column of "
-        "data.columns.request the id of a row?"
-    )
+    column = _column(report, f"data.labels.{task}")
+    is_missing = rates.get("train") == 1 and column.get("missing")
+    advice = " (if a missing label means 0, write it by data.sql)" if is_missing else ""
+    return f"{', '.join(texts)}{_hint(column)}{advice}"
 
 
-def _one_label(report: Report) -> str:
-    hints, tasks = _hints(report, "labels"), []
-    missing = {column["key"] for column in report["columns"] if column.get("missing")}
-    for task in report.get("tasks", ()):
-        rates = {split: of[f"rate/{task}"] for split, of in report["splits"].items()}
-        texts = [
-            f"no label of {task} in {split}"
-            if rate is None
-            else f"every label of {task} in {split} is {rate:.0f}"
-            for split, rate in rates.items()
-            if rate in (None, 0, 1)
-        ]
-        if texts:
-            tasks.append(f"{', '.join(texts)}{hints.get(task, '')}")
-            if rates.get("train") == 1 and f"data.labels.{task}" in missing:
-                tasks[-1] += " (if a missing label means 0, write it by data.sql)"
-    return ", ".join(tasks)
+def _few_positives(report: Report, task: str) -> str:
+    splits = {split: of for split, of in report["splits"].items() if split != "train"}
+    numbers = {split: of[f"positives/{task}"] for split, of in splits.items()}
+    low = [f"{n:,} in {split}" for split, n in numbers.items() if n < _LEAST_POSITIVES]
+    return f"{task} has {' and '.join(low)}" if low else ""
 
 
-def _few_positives(report: Report) -> str:
-    few = []
-    for task in report.get("tasks", ()):
-        numbers = {
-            split: of[f"positives/{task}"]
-            for split, of in report["splits"].items()
-            if split != "train"
-        }
-        low = [f"{n:,} in {split}" for split, n in numbers.items() if n < _LEAST_POSITIVES]
-        if low:
-            few.append(f"{task} has {' and '.join(low)}")
-    return f"positives below {_LEAST_POSITIVES}: {', '.join(few)}" if few else ""
-
-
-def _teacher_coverage(report: Report) -> str:
-    test = report.get("splits", {}).get("test")
-    if not test:
+def _teacher_coverage(report: Report, task: str) -> str:
+    test = report["splits"].get("test")
+    if not test or task not in report["teacher"]["tasks"]:
         return ""
-    hints, tasks = _hints(report, "teacher"), []
     # Shown candidates were passed, too.
-    number = test["passed"] + test["shown"]
-    for task in report["teacher"]["tasks"]:
-        shares = {of: test[f"coverage/{task}/{of}"] or 0 for of in ("passed", "shown")}
-        covered = sum(share * test[of] for of, share in shares.items())
-        if covered < _LEAST_COVERED * number:
-            share = f"{covered / number:.1%}"
-            tasks.append(
-                f"that of {task} covers {share} of the passed candidates in test"
-                f"{hints.get(task, '')}"
-            )
-    return ", ".join(tasks)
+    stages = ("passed", "shown")
+    covered = sum((test[f"coverage/{task}/{of}"] or 0) * test[of] for of in stages)
+    number = sum(test[of] for of in stages)
+    if covered >= _LEAST_COVERED * number:
+        return ""
+    hint = _hint(_column(report, f"data.teacher.{task}"))
+    return f"that of {task} covers {covered / number:.1%} of the passed candidates in test{hint}"
+
+
+_OF_TASKS: dict[str, Callable[[Report, str], str]] = {
+    "one_label": _one_label,
+    "few_positives": _few_positives,
+    "teacher_coverage": _teacher_coverage,
+}

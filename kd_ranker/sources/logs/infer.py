@@ -14,39 +14,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
-import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.logs.column_facts import (
     NAMES,
-    ROW,
     Guess,
     Log,
     arrow_of,
-    correlates,
     each,
     has_word,
     identifier,
-    joined,
     key_of,
-    kind_of_feature,
-    name_of_log,
-    open_log,
     predicts,
-    quoted,
     read_sample,
-    set_constant,
-    set_shown,
     words_of,
 )
 from kd_ranker.sources.logs.files import line_of
 from kd_ranker.sources.logs.layout import STAGES, literal
+from kd_ranker.sources.logs.query import quoted
 
 CHECK = "CHECK: "
 OPEN = "?"  # an optional role that the user has to settle, as no column has this name
-# Role -> the facts that its column has, see `open_log`.
+# Role -> the facts that its column has, see `Log`.
 _FITS = {
     "request": "groups",
     "item": "once and known > 0.95 and request != 1",
@@ -71,6 +62,7 @@ _LEFT_OUT = {
     "called like the output of a model": "output and item != 1 and request != 1",
     "an id or a text": "feature == 'category' and is_unique",
 }
+_ROW_NUMBER = r"(__index_level_\d+__|unnamed.*|index|column0+|)"
 _TEMPLATE = '''"""A first config for the log {name}, inferred from {read:,} of {rows:,} rows."""
 
 from ml_collections import ConfigDict
@@ -95,16 +87,14 @@ class FirstConfig(NamedTuple):
     next_commands: tuple[str, ...]
 
 
-def choose(role: str, log: Log) -> Guess:
+def _choose(role: str, log: Log) -> Guess:
     """Return the column that has the facts and the name of a role, or the two likeliest."""
     if given := log.given("data.columns.").get(role):
         return given
     fitting = log.facts.query(_FITS[role])
-    order = [joined(of) for of in NAMES["sure"][role]]
-    sure = sorted(fitting.index[fitting.sure == role], key=lambda of: order.index(joined(of)))
+    sure = [*fitting.index[fitting.sure == role]]
     likely = sure or [*fitting.index[fitting.hint == role]]
-    is_first = bool(sure) and joined(sure[0]) == order[0]
-    if is_first or (len(likely) == 1 and (sure or role in ("request", "time"))):
+    if len(likely) == 1 and (sure or role in ("request", "time")):
         return Guess(likely[0], "its name, and values that fit")
     if is_required := role in ("request", "item", "time"):
         words = {word for of in NAMES["sure"][role] for word in words_of(of)} - {"id"}
@@ -113,99 +103,101 @@ def choose(role: str, log: Log) -> Guess:
         likely = list(dict.fromkeys([*likely, *near, *others]))
     if not likely:
         return Guess("", "no column looks like it")
-    which = f"which column has the {role}: {' or '.join(map(repr, likely[:2]))}?"
-    return Guess("" if is_required else OPEN, "", which)
+    return Guess("" if is_required else OPEN, "", _which(role, likely))
 
 
-def find_ids(log: Log) -> tuple[Log, dict[str, Guess]]:
+def _which(what: str, likely: Sequence[str]) -> str:
+    which = " or ".join(map(repr, likely[:2])) or "no column looks like it"
+    return f"which column has the {what}: {which}?"
+
+
+def _find_ids(log: Log) -> dict[str, Guess]:
     """Find requests, items, users and times, and set in the facts what is constant in each."""
     t, columns = log.facts, {}
-    times = t.index[t.is_time & (t.sure == "time")]
-    t["groups"], t["is_sure"] = False, t.sure != ""
+    (rows,) = log.row("count(*)")
+    times = [quoted(of) for of in t.index[t.is_time & (t.sure == "time")]]
+    t["groups"], t["once"], t["is_sure"] = False, False, t.sure != ""
     for name in t.index[t.is_id & ((t.sure == "request") | (t.hint == "request"))]:
-        q = quoted(name)
-        if log.request == ROW:
-            is_unique = log.row(f"count(DISTINCT {q}) > 0.95 * count(DISTINCT {ROW})")[0]
+        number = log.distinct(quoted(name))
+        if log.request:
+            is_unique = number > 0.95 * log.distinct(log.request)
             t.loc[name, "groups"] = bool(is_unique and t.request[name] == 1)
-        elif log.row(f"count(DISTINCT {q}) < count(*) / 1.5")[0]:
-            of_time = [f"count(DISTINCT ({q}, {quoted(of)}))" for of in times]
-            number, *pairs = log.row(f"count(DISTINCT {q})", *of_time)
-            t.loc[name, "groups"] = any(of <= 1.05 * number for of in pairs)
-    columns["request"] = choose("request", log)
-    if log.request != ROW and columns["request"].column:
-        log = log._replace(request=quoted(columns["request"].column))
-        set_constant(log, "request", log.request)
-    t["once"] = False
+        elif number < rows / 1.5:
+            pairs = (log.distinct(quoted(name), time) for time in times)
+            t.loc[name, "groups"] = any(pair <= 1.05 * number for pair in pairs)
+    columns["request"] = _choose("request", log)
+    if columns["request"].column and not log.request:
+        log.request = quoted(columns["request"].column)
+        log.set_constant("request", log.request)
+    key = log.request or "rowid"
     for name in t.index[t.is_id & ((t.sure == "item") | (t.hint == "item"))]:
-        q = quoted(name)
-        number = f"max({q}) - min({q}) + 1 = count(*)" if t.kind[name] == "integer" else "false"
-        once, is_number = log.row(f"count(DISTINCT ({log.request}, {q})) > 0.95 * count(*)", number)
-        t.loc[name, "once"] = bool(once and not (is_number and log.request != "rowid"))
-    columns["item"] = choose("item", log)
+        is_row_number = log.request and t.high[name] - t.low[name] + 1 == rows
+        is_once = log.distinct(key, quoted(name)) > 0.95 * rows
+        t.loc[name, "once"] = bool(is_once and not is_row_number)
+    columns["item"] = _choose("item", log)
     if columns["item"].column:
-        set_constant(log, "item", quoted(columns["item"].column))
-    t["enough"] = t.distinct >= min(10, 0.02 * log.row(f"count(DISTINCT {log.request})")[0])
-    columns["user"] = choose("user", log)
+        log.set_constant("item", quoted(columns["item"].column))
+    t["enough"] = t.distinct >= min(10, 0.02 * log.distinct(key))
+    columns["user"] = _choose("user", log)
     if columns["user"].column not in ("", OPEN):
-        first = f"QUALIFY row_number() OVER (PARTITION BY {log.request}) = 1"
-        rows = f"(SELECT *, rowid FROM candidates {first})"
-        set_constant(log, "user", quoted(columns["user"].column), rows)
-    columns["time"] = choose("time", log)
-    return log, columns
+        first = f"QUALIFY row_number() OVER (PARTITION BY {key}) = 1"
+        requests = f"(SELECT *, rowid FROM candidates {first})"
+        log.set_constant("user", quoted(columns["user"].column), requests)
+    return columns | {"time": _choose("time", log)}
 
 
-def find_stage(log: Log) -> tuple[Guess, dict[str, str], str, str]:
-    """Find the stage and its texts, and SQL that is true of shown and of passed candidates."""
+def _find_stage(log: Log) -> tuple[Guess, dict[str, str]]:
+    """Find the stage and its texts, and set what is true of shown and of passed candidates."""
     guess, texts = log.given("data.columns.").get("stage", Guess("", "no column looks like it")), {}
-    for f in each(log.facts.query("is_few and known > 0.95 and request != 1 and item != 1")):
-        is_named = "stage" in (f.sure, f.hint)
+    few = log.facts.query("is_few and known > 0.95 and request != 1 and item != 1")
+    for f in each(few):
         if guess.column not in ("", OPEN, f.Index):
             continue
+        is_named = "stage" in (f.sure, f.hint)
         rows = f"SELECT {quoted(f.Index)}::VARCHAR FROM candidates GROUP BY 1 ORDER BY count(*)"
         values = [value for (value,) in log.con.execute(rows).fetchall() if value]
         found = {of: value for value in values if (of := key_of(value, NAMES["stages"]))}
         found = {"retrieved": "0", "shown": "1"} if f.binary and f.shown else found
         rest = sorted({*values} - {*found.values()})
-        if {"shown"} < {*found} and (is_named or not rest or guess.column == f.Index):
+        if "shown" in found and len(found) > 1 and (is_named or not rest or guess.column):
             doubt = f"rows of {', '.join(rest)} will be rejected" * bool(rest)
             guess, texts = Guess(f.Index, "its values name stages", doubt), found
         elif is_named:
             guess = Guess(OPEN, "", f"is {f.Index!r} the stage? then name its values, too")
-    texts |= {of: each.column for of, each in log.given("data.stages.").items()} if texts else {}
-    value = f"{quoted(guess.column)}::VARCHAR"
-    of_stage = {stage: literal(of) for stage, of in texts.items()}
-    shown = f"{value} = {of_stage['shown']}" if texts else ""
-    passed = f"{value} <> {of_stage['retrieved']}" if len(texts) == 3 else ""
-    if texts and log.facts["bool"][guess.column]:
-        texts = {"retrieved": "False", "shown": "True"}
-    return guess, texts, shown, passed
+    if texts:
+        texts |= {of: given.column for of, given in log.given("data.stages.").items()}
+        value = f"{quoted(guess.column)}::VARCHAR"
+        log.shown = f"{value} = {literal(texts['shown'])}"
+        log.passed = f"{value} <> {literal(texts['retrieved'])}" if len(texts) == 3 else ""
+        if log.facts["bool"][guess.column]:
+            texts = {"retrieved": "False", "shown": "True"}
+    return guess, texts
 
 
-def find_labels(log: Log, shown: str) -> tuple[dict[str, Guess], list[str], str]:
-    """Find the label of each task, columns that may be labels, and SQL that is true where shown."""
+def _find_labels(log: Log) -> tuple[dict[str, Guess], list[str]]:
+    """Find the label of each task, and columns that may be labels; set what was shown."""
     labels = log.given("data.labels.")
     t = log.facts[~log.facts.index.isin([of.column for of in labels.values()])]
     t = t.query("binary and request != 1 and item != 1 and sure == '' and shown == ''")
-    if partly := [quoted(of) for of in t.index[(t.task != "") & (t.known < 0.99)] if not shown]:
-        shown = f"coalesce({', '.join(partly)}) IS NOT NULL"
-    set_shown(log, shown)
+    partly = [quoted(of) for of in t.index[(t.task != "") & (t.known < 0.99)]]
+    if partly and not log.shown:
+        log.shown = f"coalesce({', '.join(partly)}) IS NOT NULL"
+    log.set_shown()
     series = [re.sub(r"\d+", "#", of) for of in log.facts.index]
     maybe = []
     for f in each(log.facts.loc[t.index]):
-        if f.task and (not shown or f.only_shown or f.ones_out < 0.2 * f.ones_in):
+        if f.task and (not log.shown or f.only_shown or f.ones_out < 0.2 * f.ones_in):
             task = f.task if f.task not in labels else identifier(f.Index)
             labels[task] = Guess(f.Index, "0 or 1, and its name")
         elif not f.task and f.only_shown:
             labels[identifier(f.Index)] = Guess(f.Index, "0 or 1, known only where shown")
         elif not f.task and not f.ones_out and series.count(re.sub(r"\d+", "#", f.Index)) < 4:
             maybe.append(f.Index)
-    return labels, maybe, shown
+    return labels, maybe
 
 
-def find_teacher(
-    log: Log, labels: Mapping[str, Guess], shown: str
-) -> tuple[dict[str, Guess], list[str], bool]:
-    """Find the teacher's column of each task, columns that may be one, and whether it has ranks."""
+def _find_teacher(log: Log, labels: Mapping[str, Guess]) -> tuple[dict[str, Guess], list[str]]:
+    """Find the teacher's column of each task, and columns that may be one."""
     found, maybe = log.given("data.teacher."), []
     used = [of.column for of in (*labels.values(), *found.values())]
     free = log.facts[~log.facts.index.isin(used)].query("request != 1 and item != 1 and sure == ''")
@@ -217,30 +209,25 @@ def find_teacher(
         # An early ranker's score is known of all candidates, and a final ranker's of those passed.
         late = scores.index[(scores.known < 0.99) & (scores.known_in > 0.9)]
         likely = [of for of in named or late if of in scores.index]
-        likely = [of for of in likely if correlates(log, of, label.column, shown)]
+        likely = [of for of in likely if log.correlates(of, label.column)]
         if named == likely and len(named) == 1 and task not in found:
             found[task] = Guess(named[0], "its name, in [0, 1], and it correlates with the label")
         else:
-            maybe += [of for of in likely if of not in maybe]
-    ranks = [of for of in free.query("kind == 'integer'").index if has_word(of, "teacher")]
-    ranks = [of for of in ranks if has_word(of, "ranks")]
-    if ranks and labels and not found:
-        doubt = "or the teacher of another task" if len(labels) > 1 else ""
-        return {next(iter(labels)): Guess(ranks[0], "its name", doubt)}, [], True
+            maybe += likely
+    ranks = free.index[free.kind == "integer"]
+    maybe += [of for of in ranks if has_word(of, "teacher") and has_word(of, "ranks")]
     taken = {of.column for of in found.values()}
-    return found, [of for of in maybe if of not in taken], False
+    return found, [of for of in dict.fromkeys(maybe) if of not in taken]
 
 
-def find_features(log: Log, used: Collection[str], item: str, maybe: Collection[str]) -> list[str]:
+def _find_features(log: Log, used: Collection[str], item: str, maybe: Collection[str]) -> list[str]:
     """Return a line of the config per free column: its feature, or why it is left out."""
     t = log.facts[~log.facts.index.isin([*used])].copy()
-    kinds = {f.Index: kind_of_feature(log, f, item) for f in each(t)}
+    kinds = {f.Index: log.kind_of_feature(f, item) for f in each(t)}
     t["feature"], t["maybe"] = [kinds[of][0] for of in t.index], t.index.isin([*maybe])
     items, rows = log.row(f"count(DISTINCT {quoted(item)})" if item else "0", "count(*)")
     t["is_unique"] = t.distinct > 0.9 * t.item.map({1.0: items}).fillna(rows)
-    t["is_index"] = t.index.str.fullmatch(
-        r"(__index_level_\d+__|unnamed.*|index|column0+|)", case=False
-    )
+    t["is_index"] = t.index.str.fullmatch(_ROW_NUMBER, case=False)
     t["why"] = ""
     for why, rule in _LEFT_OUT.items():
         t.loc[t.index.isin(t.query(rule).index) & (t.why == ""), "why"] = why
@@ -260,12 +247,14 @@ def find_features(log: Log, used: Collection[str], item: str, maybe: Collection[
 
 def _owner(f: Any) -> tuple[str, str]:
     """The owner of a feature, and a doubt about it."""
+    words = words_of(f.Index)
+    named = next((of for word in words for of, its in NAMES["owners"].items() if word in its), "")
     if math.isnan(f.request):
-        return ("item", "") if f.item == 1 else (f.owner or "candidate", "or another owner?")
+        return ("item", "") if f.item == 1 else (named or "candidate", "or another owner?")
     pair = ("user", "context") if f.request else ("item", "candidate")
     is_constant = f.user if f.request else f.item
     if math.isnan(is_constant):
-        return f.owner if f.owner in pair else pair[1], f"{pair[0]!r} or {pair[1]!r}?"
+        return named if named in pair else pair[1], f"{pair[0]!r} or {pair[1]!r}?"
     return pair[not is_constant], ""
 
 
@@ -285,98 +274,78 @@ def _line(key: str, code: str, why: str = "", check: str = "") -> str:
     return f"{above}    {key} = {code}" + f"  # {why}" * bool(why)
 
 
-def find_sizes(log: Log, shown: str, passed: str) -> dict[str, Guess]:
+def _find_sizes(log: Log) -> dict[str, Guess]:
     """Return the sizes of the funnel, from the requests of the sample."""
-    names = {"a": "true", "s": shown or "false", "p": passed or "false"}
+    names = {"a": "true", "s": log.shown or "false", "p": log.passed or "false"}
     counts = ", ".join(f"count(*) FILTER ({of}) {name}" for name, of in names.items())
-    requests = f"(SELECT {counts} FROM candidates GROUP BY {log.request})"
-    values = ("max(a)", "quantile_disc(a, 0.999)", "median(s)", "median(p)")
-    most, high, top, kept = log.row(*values, source=requests)
+    requests = f"(SELECT {counts} FROM candidates GROUP BY {log.request or 'rowid'})"
+    most, top, kept = log.row("max(a)", "median(s)", "median(p)", source=requests)
     page = int(min(max(1, top or min(10, most // 4)), most))
     few = int(min(max(page, kept or max(most // 10, 2 * page)), most))
-    far = f"the largest request; 99.9% have at most {high}" if high < most else ""
     report_at = {of for of in (page, few // 2, few, 2 * few) if page <= of <= most}
     return {
-        "funnel.retrieved": Guess(most, "the largest request of the sample", far),
+        "funnel.retrieved": Guess(most, "the largest request of the sample"),
         "funnel.passed": Guess(few, "", "" if kept else "how many may the final ranker score?"),
         "funnel.shown": Guess(page, "", "" if top else "how many does a page show?"),
         "funnel.report_at": Guess(tuple(sorted(report_at))),
     }
 
 
-def config_text(name: str, path: str, table: pa.Table, rows: int, named: Mapping[str, Any]) -> str:
-    """Return the config of a log as Python, on top of `configs.parquet`."""
-    for key, column in named.items():
-        if key.startswith(("data.columns.", "data.labels.", "data.teacher.")) and column:
-            check_choice(key, column, table.column_names)
-    try:
-        log, layout = open_log(table, named)
-    except duckdb.Error as error:
-        raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
-    log, columns = find_ids(log)
-    columns["stage"], texts, shown, passed = find_stage(log)
-    labels, maybe, shown = find_labels(log, shown)
-    teacher, scores, is_rank = find_teacher(log, labels, shown)
+def _config_lines(path: str, name: str, log: Log) -> list[str]:
+    """Return the lines of the config of a log."""
+    columns = _find_ids(log)
+    columns["stage"], texts = _find_stage(log)
+    labels, maybe = _find_labels(log)
+    teacher, scores = _find_teacher(log, labels)
     log.facts["scored"] = bool(teacher)
-    columns |= {role: choose(role, log) for role in _FITS if role not in columns}
+    columns |= {role: _choose(role, log) for role in _FITS if role not in columns}
     used = {of.column for of in (*columns.values(), *labels.values(), *teacher.values())}
     unsure = {of for of in log.facts.index for role in columns.values() if repr(of) in role.check}
-    features = find_features(log, used, columns["item"].column, {*maybe, *scores, *unsure})
-    if teacher and not passed:
-        passed = " OR ".join(f"{quoted(of.column)} IS NOT NULL" for of in teacher.values())
-    version = columns["teacher_version"].column
+    item, time, version = (columns[of].column for of in ("item", "time", "teacher_version"))
+    features = _find_features(log, used, item, {*maybe, *scores, *unsure})
+    if teacher and not log.passed:
+        log.passed = " OR ".join(f"{quoted(of.column)} IS NOT NULL" for of in teacher.values())
     if version not in ("", OPEN):
         version = log.row(f"mode({quoted(version)})::VARCHAR")[0]
+    labels = labels or {"label": Guess("", "", _which("label, 0 or 1", maybe))}
+    worth = [float((not teacher or of in teacher) and of not in NAMES["unwanted"]) for of in labels]
+    worth = worth if any(worth) else [1.0] * len(worth)
     guesses = {
         "data.path": Guess(path),
         "data.title": Guess(name),
-        "data.rows": layout,
+        "data.rows": log.layout,
         **{f"data.columns.{role}": of for role, of in columns.items()},
-        "data.time_unit": Guess(log.facts.unit.get(columns["time"].column) or "s"),
-        "data.split": Guess("time" if columns["time"].column else "request"),
+        "data.time_unit": Guess(log.facts.unit.get(time) or "s"),
+        "data.split": Guess("time" if time else "request"),
         **{f"data.stages.{stage}": Guess(texts.get(stage, "")) for stage in STAGES if texts},
-        **_tasks(labels, maybe, teacher, scores, is_rank),
-        "data.teacher_version": Guess(version.strip(OPEN)),
-        **find_sizes(log, shown, passed),
-        "data.features": Guess(ConfigDict()),
-    }
-    guesses |= {key: Guess(of, "named by you") for key, of in named.items() if key != "data.infer"}
-    keys = {key: key if key.startswith("data.") else f"config.{key}" for key in guesses}
-    lines = [_line(keys[key], _code(of), why, check) for key, (of, why, check) in guesses.items()]
-    body = "\n".join([*lines, *features])
-    return _TEMPLATE.format(name=name, read=table.num_rows, rows=rows, body=body)
-
-
-def _tasks(
-    labels: Mapping[str, Guess],
-    maybe: Sequence[str],
-    teacher: Mapping[str, Guess],
-    scores: Sequence[str],
-    is_rank: bool,
-) -> dict[str, Guess]:
-    """The keys of the config that concern tasks and the teacher."""
-    likely = " or ".join(map(repr, maybe[:2])) or "no column looks like it"
-    labels = labels or {"label": Guess("", "", f"which column has a label, 0 or 1: {likely}?")}
-    worth = [float((not teacher or of in teacher) and of not in NAMES["unwanted"]) for of in labels]
-    worth = worth if any(worth) else [1.0] * len(worth)
-    doubt = f"which column has the teacher: {' or '.join(map(repr, scores[:2]))}?" if scores else ""
-    return {
         "data.labels": Guess(ConfigDict()),
         **{f"data.labels.{task}": of for task, of in labels.items()},
         "data.teacher": Guess(ConfigDict()),
         **{f"data.teacher.{task}": of for task, of in teacher.items()},
-        "data.teacher_signal": Guess("rank" if is_rank else "probability"),
-        "teacher.source": Guess("logged" if teacher else "live", "", doubt),
-        **({"distill.loss": Guess("softmax", "positions are an order")} if is_rank else {}),
+        "data.teacher_version": Guess(version.strip(OPEN)),
+        "teacher.source": Guess(
+            "logged" if teacher else "live", "", _which("teacher", scores) if scores else ""
+        ),
         "tasks": Guess(tuple(labels)),
         "value_weights": Guess(tuple(worth), "", "what is each task worth? 0 without a teacher"),
+        **_find_sizes(log),
+        "data.features": Guess(ConfigDict()),
     }
+    named = {key: Guess(of, "named by you") for key, of in log.named.items() if key != "data.infer"}
+    prefixes = {key: "" if key.startswith("data.") else "config." for key in guesses | named}
+    lines = [
+        _line(f"{prefixes[key]}{key}", _code(of), why, check)
+        for key, (of, why, check) in (guesses | named).items()
+    ]
+    return [*lines, *features]
 
 
 def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> FirstConfig:
     """Write a config for a log, a path or a table, into a folder; see `api.infer`."""
-    is_path = isinstance(log, (str, Path))
-    name = name_of_log(str(log)) if is_path else "log"
+    is_path, name = isinstance(log, (str, Path)), "log"
+    if is_path:  # the last part of the path without wildcards
+        parts = [of for of in re.split(r"[/\\]+", str(log)) if of and not re.search(r"[*?\[]", of)]
+        name = identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else name
     file, copy = folder / f"{name}.py", folder / f"{name}.parquet"
     if old := [of for of in (file, copy) if of.exists() and not (of == copy and is_path)]:
         raise UserError(f"{old[0]} exists already; move it away, or give another --workdir")
@@ -385,7 +354,14 @@ def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> Firs
     else:
         table = arrow_of(log)
         path, rows = str(copy), table.num_rows
-    text = config_text(name, path, table, rows, named)
+    for key, column in named.items():
+        if key.startswith(("data.columns.", "data.labels.", "data.teacher.")) and column:
+            check_choice(key, column, table.column_names)
+    try:
+        body = "\n".join(_config_lines(path, name, Log(table, named)))
+    except duckdb.Error as error:
+        raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
+    text = _TEMPLATE.format(name=name, read=table.num_rows, rows=rows, body=body)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_path:
         pq.write_table(table, path)

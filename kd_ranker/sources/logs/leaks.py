@@ -1,6 +1,6 @@
 """Features that nearly determine a label, and may be known only after a request."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -33,30 +33,24 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
       Feature -> label, or "shown" -> the share of its uncertainty removed, where that is too much;
       or teacher -> the rank correlation with its score.
     """
-    features = {
-        of.name: f"feature:{of.name}"
-        for of in layout.of(*OWNERS)
-        if of.kind in ("dense", "category") and of.place is None
-    }
+    features = [of for of in layout.of(*OWNERS) if of.kind in ("dense", "category")]
+    features = [of for of in features if of.place is None]
     if not features:
         return {}
     rows = database.fetch("SELECT * FROM sampled").to_pandas()
+    values = rows[[f"feature:{of.name}" for of in features]]
+    values.columns = [of.name for of in features]
     answers = {SHOWN: (rows["stage"] == Stage.SHOWN).astype(float)}
-    for task in layout.tasks:
-        answers[f"label of {task}"] = rows[f"label:{task}"].astype(float)
-    dense = [of for of in layout.of(*OWNERS, kind="dense") if of.place is None]
-    numbers = rows[[f"feature:{of.name}" for of in dense]].astype(float)
-    teachers = {
-        f"teacher of {task}": rows[f"teacher:{task}"].astype(float) for task in layout.scored_tasks
-    }
-    copies = copies_of_teachers(numbers, rows["number"], teachers)
-    found = {}
-    for name, column in features.items():
-        bins = bins_of(rows[column])
-        shares = {of: share_revealed(bins, answer) for of, answer in answers.items()}
-        limits = {of: REVEALS_SHOWN if of == SHOWN else REVEALS_LABEL for of in answers}
-        found[name] = {of: share for of, share in shares.items() if share >= limits[of]}
-        found[name] |= copies.get(column, {})
+    answers |= {f"label of {of}": rows[f"label:{of}"].astype(float) for of in layout.tasks}
+    teachers = {f"teacher of {of}": rows[f"teacher:{of}"] for of in layout.scored_tasks}
+    numbers = values[[of.name for of in features if of.kind == "dense"]].astype(float)
+    found = copies_of_teachers(numbers, rows["number"], teachers)
+    for feature in features:
+        bins = bins_of(values[feature.name])
+        for name, answer in answers.items():
+            share = share_revealed(bins, answer)
+            if share >= (REVEALS_SHOWN if name == SHOWN else REVEALS_LABEL):
+                found.setdefault(feature.name, {})[name] = share
     return found
 
 
@@ -119,25 +113,24 @@ def copies_of_teachers(
     """
     copies: dict[str, dict[str, float]] = {}
     for teacher, score in teachers.items():
-        scored = numbers.assign(score=score)[score.notna()]
         by = request[score.notna()]
-        ranks = scored.groupby(by).rank()
+        ranks = numbers.loc[by.index].groupby(by).rank()
         ranks -= ranks.groupby(by).transform("mean")
+        own = score.loc[by.index].groupby(by).rank()
+        own -= own.groupby(by).transform("mean")
         enough = ranks.columns[ranks.notna().sum() >= _LEAST_ANSWERS]
-        found = ranks[enough.intersection(numbers.columns)].corrwith(ranks["score"]).abs()
+        found = ranks[enough].corrwith(own).abs()
         for column, correlation in found[found >= _COPIES_TEACHER].items():
             copies.setdefault(str(column), {})[teacher] = float(correlation)
     return copies
 
 
-def remarks_of(shares: Mapping[str, float], feature: str) -> list[str]:
-    """Return one sentence per answer that a feature reveals."""
-    sentences = []
+def remarks_of(shares: Mapping[str, float], feature: str) -> Iterator[str]:
+    """Yield one sentence per answer that a feature reveals."""
     for name, share in shares.items():
         what = f"reveals {share:.0%} of the uncertainty of the {name}"
         if name == SHOWN:
             what = f"reveals {share:.0%} of which candidates were shown"
         elif name.startswith("teacher"):
             what = f"orders candidates like the {name} (rank correlation {share:.2f})"
-        sentences.append(f"Feature {feature!r} {what}: is it known before they are ranked?")
-    return sentences
+        yield f"Feature {feature!r} {what}: is it known before they are ranked?"

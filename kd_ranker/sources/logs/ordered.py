@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int64
 
-from kd_ranker.requests.ragged import starts_of
-from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.request import SPLITS, starts_of
 from kd_ranker.sources.logs.database import Database
 
 # Candidates that each process holds at a time.

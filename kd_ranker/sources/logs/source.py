@@ -17,10 +17,8 @@ from jaxtyping import Float64
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.requests.block import Block
-from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.requests.request import SPLITS, Block, Source
 from kd_ranker.sources.logs import append, data_report, encode, files, findings, vocabulary
 from kd_ranker.sources.logs.append import Earlier
 from kd_ranker.sources.logs.data_report import Counts, Report
@@ -103,8 +101,7 @@ def open_source(
         stack.callback(shutil.rmtree, work)
         known = earlier.settled.vocabularies if earlier else {}
         database, query = stack.enter_context(open_engine(log, layout, work, known))
-        run = stack.enter_context(open_pool(layout.processes))
-        source = _source(_read(log, layout, database, query, earlier), run)
+        source = _source(_read(log, layout, database, query, earlier))
         # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
 
@@ -185,8 +182,6 @@ def _read(
     counted = query.statements("report.sql")
     database.run(counted)
     names = re.findall(r'^CREATE TABLE ("[^"]+"|\w+)', "\n".join(counted), re.M)
-    if layout.split == "time":
-        names.append("cutoffs")
     tables = {
         name.strip('"'): database.rows(f"SELECT * FROM {name}")
         for name in names
@@ -229,7 +224,7 @@ def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
         )
 
 
-def _source(read: PreparedLog, run: Runner) -> Source:
+def _source(read: PreparedLog) -> Source:
     log, layout, database, earlier = read.log, read.layout, read.database, read.earlier
     some_numbers = functools.partial(_some_numbers, database, read.query)
     report = data_report.make_data_report(log, layout, read.counts, some_numbers)
@@ -252,7 +247,7 @@ def _source(read: PreparedLog, run: Runner) -> Source:
         matrices = encode.item_matrix(layout, encoding, items)
     before = earlier.requests if earlier else 0
 
-    def shards(split: str) -> list[Callable[[], Iterator[Block]]]:
+    def shards(split: str) -> list[Callable[[], Block]]:
         return [
             functools.partial(
                 encode.encode_requests, layout, encoding, database.folder, piece, before
@@ -276,14 +271,13 @@ def _source(read: PreparedLog, run: Runner) -> Source:
         spec=encoding.spec,
         item_features=matrices[0],
         requests=lambda split: (
-            request for shard in shards(split) for block in shard() for request in block.requests()
+            request for shard in shards(split) for request in shard().requests()
         ),
         num_requests={split: read.num_requests(split) for split in SPLITS},
         item_category=matrices[1],
         shards=shards,
-        run=run,
+        threads=layout.processes,
         write_beside=write_beside,
-        earlier=earlier.dataset if earlier else None,
     )
 
 

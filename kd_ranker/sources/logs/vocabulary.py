@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.errors import UserError
-from kd_ranker.requests.ragged import starts_of
+from kd_ranker.requests.request import starts_of
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.logs.database import Database

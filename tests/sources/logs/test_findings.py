@@ -1,13 +1,15 @@
 """Findings prevent a dataset unless the config allows them."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.findings import find, refusal
+from kd_ranker.sources.logs.findings import find, refusal, time_hint
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.logs.source import REFUSED
 from tests.sources import faulty_logs
@@ -17,7 +19,7 @@ START = 1_700_000_000
 
 
 def report_of(**changes):
-    """A report that says nothing against its log; `splits__test__rows=0` changes a count."""
+    """A report without findings; `splits__test__rows=0` changes a count."""
     split = dict(first="1990-01-01 00:00:00", last="2099-12-31 23:59:59")
     split |= {"retrieved": 70, "passed": 20, "shown": 10, "positives/watch": 200, "rate/watch": 0.3}
     shares = {"retrieved": 0.0, "passed": 0.25, "shown": 1.0}
@@ -27,7 +29,7 @@ def report_of(**changes):
         "columns": [
             {"key": "data.columns.time", "column": "t", "values": 1000, "out_of_range": 100}
         ],
-        "requests": {},
+        "requests": {"candidates": {"0.5": 2}},
         "splits": {of: dict(split) for of in ("train", "validation", "test")},
         "tasks": ["watch"],
         "teacher": {"tasks": ["watch"]},
@@ -41,8 +43,9 @@ def report_of(**changes):
     return report
 
 
-def test_a_report_on_the_edge_says_nothing():
-    assert find(report_of()) == []
+@pytest.mark.parametrize("changes", [{}, {"splits__train__positives/watch": 3}])
+def test_a_report_on_the_edge_has_no_finding(changes):
+    assert find(report_of(**changes)) == []
     assert refusal([], ()) == ""
 
 
@@ -57,7 +60,7 @@ def test_a_report_on_the_edge_says_nothing():
         ({"splits__train__rate/watch": 0.0}, "one_label", "every label of watch in train is 0"),
         ({"splits__test__rate/watch": 1.0}, "one_label", "every label of watch in test is 1"),
         ({"splits__test__rate/watch": None}, "one_label", "no label of watch in test"),
-        ({"requests__candidates_a_request": {"quantiles": {"0.5": 1}}}, "one_candidate",
+        ({"requests__candidates": {"0.5": 1}}, "one_candidate",
          "half of the requests have one candidate, which leaves nothing to rank"),
         ({"splits__test__positives/watch": 99}, "few_positives", "below 100: watch has 99 in test"),
         ({"splits__validation__positives/watch": 4}, "few_positives", "watch has 4 in validation"),
@@ -72,17 +75,12 @@ def test_each_finding_has_its_name_and_its_numbers(changes, name, text):
     assert text in found.text
 
 
-def test_a_label_of_1_or_missing_has_advice():
+@pytest.mark.parametrize("missing", [5, 0])
+def test_a_label_of_1_or_missing_has_advice(missing):
     changes = {f"splits__{split}__rate/watch": 1.0 for split in ("train", "validation", "test")}
     column = {"key": "data.labels.watch", "column": "w", "values": 9, "out_of_range": 0}
-    for missing, advice in ((5, True), (0, False)):
-        columns = [column | {"missing": missing}]
-        (found,) = find(report_of(columns=columns, **changes))
-        assert ("if a missing label means 0, write it by data.sql" in found.text) == advice
-
-
-def test_few_positives_of_training_are_its_own_matter():
-    assert find(report_of(**{"splits__train__positives/watch": 3})) == []
+    (found,) = find(report_of(columns=[column | {"missing": missing}], **changes))
+    assert ("if a missing label means 0, write it by data.sql" in found.text) == bool(missing)
 
 
 def test_the_refusal_names_all_and_the_flag_that_allows_them_with_what_is_allowed_already():
@@ -94,6 +92,23 @@ def test_the_refusal_names_all_and_the_flag_that_allows_them_with_what_is_allowe
     assert why.endswith("--config.data.allow=\"('one_label', 'rejected', 'times')\"")
     assert "rejected" not in refusal(found, ["rejected"]).partition(";")[0]
     assert refusal(found, ["rejected", "one_label"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("scale", "per_second", "hint"),
+    [
+        (1, 1, ""),
+        (1, 1000, "; its numbers look like seconds: try --config.data.time_unit=s"),
+        (1000, 1, "; its numbers look like milliseconds: try --config.data.time_unit=ms"),
+        (10**6, 1000, "; its numbers look like microseconds: try --config.data.time_unit=us"),
+        (10**9, 10**6, "; its numbers look like nanoseconds: make them timestamps"),
+        (7, 1, "; its numbers, such as 1.19e+10, do not look like times"),
+    ],
+)
+def test_numbers_of_times_in_another_unit_look_like_it(scale, per_second, hint):
+    numbers = np.full(3, float(START * scale))
+    assert time_hint(numbers, SimpleNamespace(units_per_second=per_second)) == hint
+    assert time_hint(numbers[:0], SimpleNamespace(units_per_second=per_second)) == ""
 
 
 def write_small_log(folder, **columns):
@@ -110,13 +125,9 @@ def write_small_log(folder, **columns):
     return folder
 
 
-def scaled(number, by=lambda value: value):
-    return lambda values: [None if value is None else by(value) * number for value in values]
-
-
-def read(log, folder, allow):
+def read(log, folder, allow, **data):
     """The report of a log, or the line that refuses it and the report of that."""
-    config = faulty_logs.config(log, folder, allow=allow)
+    config = faulty_logs.config(log, folder, allow=allow, **data)
     try:
         source = faulty_logs.open_source(config)
     except UserError as error:
@@ -131,7 +142,6 @@ def read(log, folder, allow):
 def test_a_small_log_is_refused_and_what_is_allowed_is_a_remark(tmp_path):
     log = write_small_log(tmp_path / "log")
     line, report = read(log, tmp_path / "data", ())
-    assert "\n" not in line
     assert "few_positives: positives below 100: watch has " in line
     assert "--config.data.allow=\"('few_positives',)\"; see " in line
     assert [remark for remark in report["remarks"] if remark.startswith("Refused, few_positives: ")]
@@ -141,86 +151,53 @@ def test_a_small_log_is_refused_and_what_is_allowed_is_a_remark(tmp_path):
     assert f"Allowed, few_positives: {report['allowed'][0]['text']}." in report["remarks"]
 
 
+def in_milliseconds(values):
+    return [1000 * (value - 10**6 + START) for value in values]
+
+
+def first_request_in_1970(values):
+    # All rows of a request: a part of them would be another request.
+    return [0 if value == values[0] else value - 10**6 + START for value in values]
+
+
 @pytest.mark.parametrize(
-    ("scale", "unit", "hint"),
+    ("column", "change", "line"),
     [
-        (1, "ms", "they are between 1970-01-20 and 1970-01-20; its numbers look like seconds: try "
-         "--config.data.time_unit=s"),
-        (1, "us", "look like seconds: try --config.data.time_unit=s"),
-        (1000, "s", "are not times; its numbers look like milliseconds: try "
-         "--config.data.time_unit=ms"),
-        (1000, "us", "look like milliseconds: try --config.data.time_unit=ms"),
-        (10**6, "ms", "look like microseconds: try --config.data.time_unit=us"),
-        (10**9, "us", "its numbers look like nanoseconds: make them timestamps"),
-        (7, "s", "do not look like times"),
-        (7, "s", "they are between 2347-"),
+        ("time", in_milliseconds, "are not times; its numbers look like milliseconds: try "),
+        ("time", first_request_in_1970, "between 1970-01-01 and 2023-11-14; if this is exp"),
+        # A timestamp has no unit to try.
+        ("time", lambda of: pa.array([x // 1000 for x in in_milliseconds(of)], pa.timestamp("ms")),
+         "they are between 1970-01-20 and 1970-01-20; if this is expected, add"),
+        ("watch", lambda of: [y and 100 * y for y in of],
+         "one_label: every label of watch in train is 0, every label of watch in validation"),
     ],
 )  # fmt: skip
-def test_times_in_another_unit_say_what_they_look_like(tmp_path, scale, unit, hint):
-    log = write_small_log(tmp_path / "log", time=scaled(scale, lambda value: value - 10**6 + START))
-    config = faulty_logs.config(log, tmp_path / "data", allow=("few_positives",), time_unit=unit)
-    with pytest.raises(UserError) as caught:
-        faulty_logs.open_source(config)
-    assert hint in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_column_in_another_unit_is_refused(tmp_path, column, change, line):
+    log = write_small_log(tmp_path / "log", **{column: change})
+    found, _ = read(log, tmp_path / "data", ("few_positives",))
+    assert line in found
+    assert "\n" not in found
 
 
-def test_a_few_times_that_are_far_off_are_no_matter_of_units(tmp_path):
-    def time(values):
-        # All of a request: a part of one would be another request's.
-        return [0 if value == values[0] else value - 10**6 + START for value in values]
-
-    line, _ = read(write_small_log(tmp_path / "log", time=time), tmp_path / "data", ())
-    assert "times: they are between 1970-01-01 and 2023-11-14; few_positives: " in line
-
-
-def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
-    time = scaled(1, lambda value: value - 10**6 + START)
-    log = write_small_log(
-        tmp_path / "log", time=lambda values: pa.array(time(values), pa.timestamp("ms"))
-    )
-    line, _ = read(log, tmp_path / "data", ("few_positives",))
-    assert "they are between 1970-01-20 and 1970-01-20; if this is expected, add" in line
-
-
-@pytest.mark.parametrize("by_request", [False, True])
 @pytest.mark.parametrize(
-    ("change", "hint"),
+    ("by_request", "scale", "shift", "hint"),
     [
-        (lambda value: 100 * value, ": percentages? then divide by 100."),
-        (
-            lambda value: 10 * value - 5,
-            ": logits? then take their sigmoid, or set data.teacher_signal='score'.",
-        ),
+        (False, 100, 0, ": percentages? then divide by 100."),
+        (True, 10, 5, ": logits? then take their sigmoid, or set data.teacher_signal='score'."),
     ],
 )
-def test_a_teacher_that_is_no_probability_says_what_it_looks_like(
-    tmp_path, by_request, change, hint
-):
+def test_a_teacher_that_is_no_probability_has_a_hint(tmp_path, by_request, scale, shift, hint):
     rows = make_rows(0, requests=60)
-    for row in rows:
-        for candidate in row.candidates:
-            if (value := candidate["teacher_probability_watch"]) is not None:
-                candidate["teacher_probability_watch"] = change(value)
+    for candidate in (candidate for row in rows for candidate in row.candidates):
+        if (value := candidate["teacher_probability_watch"]) is not None:
+            candidate["teacher_probability_watch"] = scale * value - shift
     log = write_log(tmp_path / "log", rows, by_request)
-    config = faulty_logs.config(
-        log, tmp_path / "data", rows="request" if by_request else "candidate",
-        allow=tuple({*ALLOWABLE} - {"teacher_coverage"}),
-    )  # fmt: skip
-    with pytest.raises(UserError, match="teacher_coverage: that of watch covers") as caught:
-        faulty_logs.open_source(config)
-    assert f"{hint[:-1]});" in str(caught.value)
-    report = json.loads((tmp_path / "data" / REFUSED / "data_report.json").read_text())
+    allow = tuple({*ALLOWABLE} - {"teacher_coverage"})
+    layout = "request" if by_request else "candidate"
+    line, report = read(log, tmp_path / "data", allow, rows=layout)
+    assert "teacher_coverage: that of watch covers" in line
+    assert f"{hint[:-1]});" in line
     (remark,) = (of for of in report["remarks"] if of.startswith("data.teacher.watch: "))
     assert "of column 'teacher_probability_watch' are not in [0, 1]: " in remark
     assert remark.endswith(hint)
     assert not [of for of in report["remarks"] if of.startswith("data.teacher.like: ")]
-
-
-def test_labels_of_0_and_100_are_refused(tmp_path):
-    log = write_small_log(tmp_path / "log", watch=scaled(100))
-    line, _ = read(log, tmp_path / "data", ("few_positives",))
-    assert (
-        "one_label: every label of watch in train is 0, every label of watch in validation" in line
-    )
-    assert "rejected: " in line

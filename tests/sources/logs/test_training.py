@@ -126,7 +126,7 @@ def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
 
     other = config.copy_and_resolve_references()
     other.data.test_share = 0.5
-    monkeypatch.setattr(storage, "write_shard", broken)
+    monkeypatch.setattr(storage, "write_index", broken)
     with pytest.raises(UserError, match="the disk is full"):
         api.prepare(other)
     monkeypatch.undo()

@@ -1,7 +1,7 @@
 -- What the data report counts in the tables of `log.sql`.
 
--- 1. Values of columns: all, missing, invalid, and those of lists that are cut off. Features of
--- items count once per item, those of users and the context once per request.
+-- 1. Values of columns: all, missing and invalid. Features of items count once per item, those of
+-- users and the context once per request.
 {% macro counts(key, known, bad="false") %}
     count(*) AS "{{ key }}/values",
     count(*) FILTER (WHERE {{ known }} IS NULL AND NOT coalesce({{ bad }}, false)) AS "{{ key }}/missing",
@@ -34,7 +34,6 @@
     count(*) AS "{{ key }}/values",
     count(*) FILTER (WHERE {{ kept }} = 0) AS "{{ key }}/missing",
     sum(coalesce(array_length({{ value }}), 0) - {{ kept }})::BIGINT AS "{{ key }}/out_of_range",
-    sum(greatest({{ kept }} - {{ feature.length }}, 0))::BIGINT AS "{{ key }}/cut_off",
 {% endif %}
 {% endfor %}
 {% endmacro %}
@@ -163,26 +162,17 @@ CREATE TABLE splits AS SELECT split, count(*) AS requests, min(time) AS first, m
 CREATE TABLE moments_of_{{ table }} AS SELECT
     {% for feature in features %}{% set x = '"feature:' ~ feature.name ~ '"' %}
     count({{ x }}) AS "{{ feature.name }}/number", favg({{ x }}) AS "{{ feature.name }}/mean",
-    stddev_pop({{ x }}) AS "{{ feature.name }}/deviation",
-    min({{ x }}) AS "{{ feature.name }}/low",
-    max({{ x }}) AS "{{ feature.name }}/high"{{ "," if not loop.last }}
+    stddev_pop({{ x }}) AS "{{ feature.name }}/deviation"{{ "," if not loop.last }}
     {% endfor %}
     FROM {{ table }} WHERE {{ where }};
 {% endfor %}
 
--- 4. Ids and values.
+-- 4. Ids.
 CREATE TABLE ids AS SELECT
     (SELECT count(*) FROM users) AS users,
     (SELECT count(*) FROM users WHERE train = 0) AS users_not_in_train,
     (SELECT count(*) FROM items) AS items,
     (SELECT count(*) FROM items WHERE train = 0) AS items_not_in_train;
-{% for feature in vocabularies %}
-CREATE TABLE {{ name("counts:" ~ feature.name) }} AS SELECT
-    count(*) FILTER (WHERE train > 0) AS values_in_train, count(id) AS values_kept,
-    sum(train)::BIGINT AS train, sum(total - train)::BIGINT AS elsewhere,
-    sum(train) FILTER (WHERE id > 0)::BIGINT AS train_kept,
-    sum(total - train) FILTER (WHERE id > 0)::BIGINT AS elsewhere_kept FROM {{ vocabulary(feature) }};
-{% endfor %}
 {% if layout.history %}
 CREATE TABLE events AS
     WITH events AS (SELECT unnest("feature:{{ layout.history.name }}") AS event FROM request_rows)
