@@ -1,5 +1,7 @@
 """Features of a user's own log, for `config.data.features`."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -45,3 +47,8 @@ def feature(
             cheap=cheap,
         )
     )
+
+
+def features(of: str, kind: str, *names: str, **options: Any) -> dict[str, ConfigDict]:
+    """Describe features that differ in nothing but their names; see `feature`."""
+    return {name: feature(of, kind, **options) for name in names}

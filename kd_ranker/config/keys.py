@@ -400,8 +400,8 @@ _LOG = _of_source(
         element=str, influences="nothing"),
 )  # fmt: skip
 
-# A public dataset is converted to a log.
-_OWN = ("data.infer", "data.extends")
+# A public dataset is converted to a log, and the converter knows its rows.
+_OWN = ("data.infer", "data.extends", "data.sql", "data.rows", "data.stages")
 _CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN}
 
 _RATINGS = _CONVERTED | _of_source(

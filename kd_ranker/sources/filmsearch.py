@@ -8,6 +8,7 @@ in the log. `docs/filmsearch.md` describes columns and limits.
 """
 
 import csv
+import hashlib
 import importlib.util
 import json
 import logging
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources import sentences
-from kd_ranker.sources.converted import Converter, write_rows
-from kd_ranker.sources.download import fetch_files
+from kd_ranker.sources.converted import Converter, fetch, find_raw, write_rows
+from kd_ranker.sources.logs.layout import STAGES
 
 RETRIEVED, PASSED = 1000, 100
 RANKER = "ranker"
@@ -417,12 +418,12 @@ def _rows(
         (film, features), label = candidates[query], labels[query]
         words = words_of(collection.queries[query])
         column = dict(zip(FEATURES, features.T, strict=True))
-        stage = np.where(np.arange(len(film)) < PASSED, 2, 1).astype(np.int8)
+        stage = np.where(np.arange(len(film)) < PASSED, 1, 0)
         yield {
-            "query": query, "time": _TIME + query, "split": splits[query],
+            "request": query, "time": _TIME + query, "split": splits[query],
             "words": words, "trigrams": trigrams_of(words),
             "item": films["id"].to_numpy()[film],
-            "stage": np.where(label >= 0, np.int8(3), stage),
+            "stage": pa.array(np.array(STAGES)[np.where(label >= 0, 2, stage)]),
             "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
             "final_score": ranker.probability(features).astype(np.float32),
             **{name: column[name] for name in (*STUDENT_FEATURES, *FACTS, "year")},
@@ -431,8 +432,18 @@ def _rows(
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The two files, fetched if `data.path` is empty."""
-    return fetch_files(_URL, FILES, data)
+    """The two files, fetched if `data.path` is empty.
+
+    Raises:
+      UserError: one is missing, is not the published one, or cannot be fetched.
+    """
+    if not data.path:
+        return [fetch(_URL + name, sha256, data.dir) for name, sha256 in FILES.items()]
+    paths = find_raw(data, FILES, f"the files of {_URL}")
+    for path in paths:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != FILES[path.name]:
+            raise UserError(f"{path} is not the published file; fetch it from {_URL}{path.name}")
+    return paths
 
 
-CONVERTER = Converter((), find_files, write, version=2)
+CONVERTER = Converter((), find_files, write)

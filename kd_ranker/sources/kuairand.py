@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, check_none, connect
+from kd_ranker.sources.converted import Converter, connect, find_raw
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
@@ -41,25 +41,15 @@ USER_FLAGS = ("is_lowactive_period", "is_live_streamer", "is_video_author")
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The files of a variant, whole or in parts.
-
-    Raises:
-      UserError: one is missing.
-    """
+    """The files of a variant; the standard logs of 27K are published in two parts."""
     variant = data.name.removeprefix("kuairand_")
-    folder = Path(data.path)
-    folder = folder / "data" if (folder / "data").is_dir() else folder
-    files = []
-    for stem in _STEMS:
-        found = [*folder.glob(f"{stem}_{variant}.csv"), *folder.glob(f"{stem}_{variant}_part*.csv")]
-        parts = 2 if variant == "27k" and stem in _STANDARD else 1
-        if not data.path or len(found) < parts:
-            raise UserError(
-                f"{folder / stem}_{variant}.csv, or one of its parts, does not exist; unpack "
-                f"{VARIANTS[variant]} of {ARCHIVE} and set data.path to its folder"
-            )
-        files += sorted(found)
-    return files
+    inner = "data/" if (Path(data.path) / "data").is_dir() else ""
+    names = [
+        f"{inner}{stem}_{variant}{part}.csv"
+        for stem in _STEMS
+        for part in (("_part1", "_part2") if variant == "27k" and stem in _STANDARD else ("",))
+    ]
+    return find_raw(data, names, f"{VARIANTS[variant]}, unpacked from {ARCHIVE}")
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
@@ -82,13 +72,9 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 {", ".join(f"coalesce({action}::INT, 0) = 1 AS {action}" for action in ACTIONS)}
                 FROM {log} {"SEMI JOIN users USING (user_id)" if data.max_users else ""});
         """)
-        check_none(con, _FAULTS, files[0].parent)
         con.execute(_requests(data) + _candidates(data))
         con.execute(_counts("user", ACTIONS) + _counts("video", CANDIDATE_ACTIONS))
         con.sql(_rows()).write_parquet(str(folder / "log.parquet"), compression="zstd")
-
-
-_FAULTS = {"a row of a log lacks user, video or time": "FROM log WHERE user + video + time IS NULL"}
 
 
 def _last_of_each(key: str, file: str) -> str:

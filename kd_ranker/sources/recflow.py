@@ -4,7 +4,6 @@ Q. Liu, K. Zheng, R. Huang et al., "RecFlow: An Industrial Full Flow Recommendat
 2025. `docs/recflow.md` describes files, stages, positions and columns.
 """
 
-import itertools
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pyarrow import dataset
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, connect
+from kd_ranker.sources.converted import Converter, connect, find_raw
 
 FOLDERS = {"all_stage": "feather", "seq_effective_50_dict": "pkl"}
 LABELS = ("long_view", "effective_view", "like", "forward", "follow", "comment")
@@ -69,15 +68,9 @@ def find_files(data: ConfigDict) -> list[Path]:
             "name at least one day, as 2024-02-18, in each of data.train_days, "
             "data.validation_days and data.test_days; each day once, and the splits in this order"
         )
-    files = []
-    for (day, split), (folder, ending) in itertools.product(named, FOLDERS.items()):
-        files.append(Path(data.path) / folder / f"{day}.{ending}")
-        if not data.path or not files[-1].is_file():
-            raise UserError(
-                f"{files[-1]}, of data.{split}_days, does not exist; set data.path to the folder "
-                f"with {' and '.join(FOLDERS)}, to be downloaded by hand (docs/recflow.md)"
-            )
-    return files
+    names = [f"{of}/{day}.{ending}" for day in days for of, ending in FOLDERS.items()]
+    where = f"{' and '.join(FOLDERS)}, to be downloaded by hand (docs/recflow.md)"
+    return find_raw(data, names, where)
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:

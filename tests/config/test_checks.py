@@ -10,8 +10,6 @@ from kd_ranker.configs import (
     kuairand,
     letor,
     movielens,
-    movielens_1m,
-    movielens_32m,
     parquet,
     recflow,
     trec,
@@ -43,7 +41,8 @@ def check(config):
         *(functools.partial(recflow, variant) for variant in ("", "small", "lcron")),
         *(functools.partial(kuairand, variant) for variant in ("", "1k", "27k")),
         *(functools.partial(letor, variant) for variant in ("", "mslr", "istella_scores")),
-        *(ebnerd, movielens, movielens_1m, movielens_32m, trec),
+        *(functools.partial(movielens, variant) for variant in ("", "1m", "32m")),
+        *(ebnerd, trec),
     ],
 )
 def test_the_configs_are_valid(get_config):
@@ -90,7 +89,7 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch, name, error):
 
 
 def test_each_movielens_config_names_its_set():
-    names = [config().data.name for config in (movielens, movielens_1m, movielens_32m)]
+    names = [movielens(variant).data.name for variant in ("", "1m", "32m")]
     assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
 
 
@@ -250,7 +249,7 @@ def test_a_key_that_exists_is_fine(key):
 
 
 @pytest.mark.parametrize(
-    ("get_config", "known"), [(cascade, ":items, :small"), (movielens, "none")]
+    ("get_config", "known"), [(cascade, ":items, :small"), (movielens, ":1m, :32m"), (trec, "none")]
 )
 def test_an_unknown_variant_names_those_that_exist(get_config, known):
     with pytest.raises(UserError, match=f"no variant :huge; the variants are: {known}"):

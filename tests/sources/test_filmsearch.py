@@ -122,7 +122,7 @@ def test_no_label_of_an_unknown_film(collection):
 
 
 def test_near_duplicates_and_queries_for_one_film_share_a_split(collection, rows):
-    split = {row["query"]: row["split"] for row in rows}
+    split = {row["request"]: row["split"] for row in rows}
     words = {query: {*words_of(collection.queries[query])} for query in split}
     for a, b in itertools.combinations(split, 2):
         shared = len(words[a] & words[b]) / len(words[a] | words[b])
@@ -170,14 +170,16 @@ def test_rows_hold_labels_and_stages_of_the_raw_files(collection, rows):
     numbers = {film: number for number, film in enumerate(collection.films["id"])}
     assert {row["split"] for row in rows} == {"train", "validation", "test"}
     for row in rows:
-        labels = collection.labels[row["query"]]
+        labels = collection.labels[row["request"]]
         assert len(row["item"]) == 20
         assert {*row["item"]} <= known
         for place, (film, stage, wanted) in enumerate(
             zip(row["item"], row["stage"], row["wanted"], strict=True)
         ):
             label = labels.get(numbers[film])
-            assert stage == (3 if label is not None else 2 if place < 5 else 1)
+            assert stage == (
+                "shown" if label is not None else "passed" if place < 5 else "retrieved"
+            )
             assert np.isnan(wanted) if label is None else wanted == label
         assert all(0 < score < 1 for score in row["final_score"])
 
@@ -238,7 +240,7 @@ def test_a_changed_file_is_refused(raw):
     with pytest.raises(UserError, match=r"movies-corpus\.jsonl\.gz is not the published file"):
         filmsearch.find_files(config.data)
     config.data.path = str(raw / "nowhere")
-    with pytest.raises(UserError, match="does not exist; fetch it from https"):
+    with pytest.raises(UserError, match=r"does not exist; set data\.path to .* https"):
         filmsearch.find_files(config.data)
 
 

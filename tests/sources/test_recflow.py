@@ -269,9 +269,12 @@ def fault_of(root: Path, **changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": ""}, "set data.path to the folder with all_stage and seq_effective_50_dict"),
+        ({"path": ""}, "set data.path to the folder of all_stage and seq_effective_50_dict"),
         ({"train_days": ()}, "name at least one day, as 2024-02-18, in each of data.train_days, "),
-        ({"train_days": ("17.2.2024",)}, "all_stage/17.2.2024.feather, of data.train_days, does"),
+        (
+            {"train_days": ("17.2.2024",)},
+            "all_stage/17.2.2024.feather does not exist; set data.path",
+        ),
         ({"train_days": DAYS[:1] * 2}, "each day once, and the splits in this order"),
         ({"validation_days": DAYS[1:3]}, "each day once, and the splits in this order"),
         ({"test_days": DAYS[:1]}, "each day once, and the splits in this order"),
@@ -293,7 +296,7 @@ def test_faults_of_files_are_named(tmp_path):
     path.write_text("no feather")
     assert re.search("cannot be read: .*Could not open IPC input source", fault_of(root))
     path.unlink()
-    assert f"{path}, of data.train_days, does not exist; set data.path" in fault_of(root)
+    assert f"{path} does not exist; set data.path" in fault_of(root)
 
 
 # The protocol of LCRON: some of each stage, by the flags alone.
