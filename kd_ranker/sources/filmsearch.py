@@ -86,10 +86,12 @@ class Candidates(NamedTuple):
     Attributes:
       film: their numbers.
       features: the columns `FEATURES`.
+      label: 1 if a person wanted the film, 0 if not, -1 without a label.
     """
 
     film: Int64[np.ndarray, "n"]
     features: Float32[np.ndarray, "n features"]
+    label: Int[np.ndarray, "n"]
 
 
 def words_of(text: str | None) -> list[str]:
@@ -175,18 +177,11 @@ def retriever(
         film = np.lexsort((-popularity, -total))[:RETRIEVED].copy()  # not a view of all films
         title_share = scores[0] / max(scores[0].max(), 1e-6)
         columns = [of[film] for of in (*scores, total, title_share, *facts.T)]
-        features = np.stack([*columns, cosine(query, film)], axis=1)
-        return Candidates(film, features.astype(np.float32))
+        features = np.stack([*columns, cosine(query, film)], axis=1).astype(np.float32)
+        labels = collection.labels[query]
+        return Candidates(film, features, np.array([labels.get(of, -1) for of in film.tolist()]))
 
     return retrieve
-
-
-def labels_of(
-    collection: Collection, candidates: Sequence[Candidates]
-) -> list[Int[np.ndarray, "n"]]:
-    """The labels of the candidates of the first queries, -1 for a film without a label."""
-    pairs = zip(candidates, collection.labels, strict=False)
-    return [np.array([of.get(film, -1) for film in found.film.tolist()]) for found, of in pairs]
 
 
 def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray, "queries"]:
@@ -243,11 +238,9 @@ class Ranker(NamedTuple):
         return self.curve.predict_proba(self.trees.predict(features)[:, None])[:, 1]
 
 
-Judged = tuple[Float32[np.ndarray, "n features"], Int[np.ndarray, "n"]]
-"""The features of a query's candidates, and their labels: 1 wanted, 0 not, -1 unknown."""
-
-
-def fit_ranker(queries: Sequence[Judged], groups: Int[np.ndarray, "queries"], seed: int) -> Ranker:
+def fit_ranker(
+    queries: Sequence[Candidates], groups: Int[np.ndarray, "queries"], seed: int
+) -> Ranker:
     """Train a final ranker; a fifth of the queries, in whole groups, stops it and calibrates it.
 
     For the order, 30 random films without a label count as not wanted. For the calibration, only
@@ -259,8 +252,8 @@ def fit_ranker(queries: Sequence[Judged], groups: Int[np.ndarray, "queries"], se
     generator = np.random.default_rng(seed)
     place_of_group = generator.permutation(groups.max() + 1)[groups]
     order = np.argsort(place_of_group, kind="stable")
-    kept: list[Judged] = []
-    for features, label in (queries[place] for place in order):
+    kept = []
+    for _, features, label in (queries[place] for place in order):
         unknown = np.flatnonzero(label < 0)
         extra = generator.choice(unknown, min(_NEGATIVES, len(unknown)), replace=False)
         rows = np.concatenate([np.flatnonzero(label >= 0), extra])
@@ -268,7 +261,7 @@ def fit_ranker(queries: Sequence[Judged], groups: Int[np.ndarray, "queries"], se
     ordered = place_of_group[order]
     cut = int(np.searchsorted(ordered, ordered[len(queries) * 4 // 5]))
 
-    def part(some: Sequence[Judged]) -> tuple[Any, Any, list[int]]:
+    def part(some: Sequence[tuple[Any, Any]]) -> tuple[Any, Any, list[int]]:
         features, labels = (np.concatenate(of) for of in zip(*some, strict=True))
         return features, labels, [len(label) for _, label in some]
 
@@ -303,18 +296,16 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     retrieve = retriever(collection, lambda query, film: films[film] @ queries[query])
     numbers = tqdm(range(len(collection.queries)), desc="retrieve", disable=None, leave=False)
     candidates = [retrieve(query) for query in numbers]
-    labels = labels_of(collection, candidates)
-    judged = [(found.features, label) for found, label in zip(candidates, labels, strict=True)]
     best = {
-        query: int(candidates[query].film[label.argmax()])
-        for query, label in enumerate(labels)
-        if label.max() > 0
+        query: int(found.film[found.label.argmax()])
+        for query, found in enumerate(candidates)
+        if found.label.max() > 0
     }
     groups = groups_of(collection, best)
     splits = splits_of(groups, int(data.seed))
     learns = [query for query, split in enumerate(splits) if split == RANKER]
-    ranker = fit_ranker([judged[query] for query in learns], groups[learns], int(data.seed))
-    write_rows(folder / "log.parquet", _rows(collection, candidates, labels, splits, ranker))
+    ranker = fit_ranker([candidates[of] for of in learns], groups[learns], int(data.seed))
+    write_rows(folder / "log.parquet", _rows(collection, candidates, splits, ranker))
 
 
 def vectors_of(
@@ -347,7 +338,6 @@ def texts_of(films: pd.DataFrame) -> list[str]:
 def _rows(
     collection: Collection,
     candidates: Sequence[Candidates],
-    labels: Sequence[Int[np.ndarray, "n"]],
     splits: Sequence[str],
     ranker: Ranker,
 ) -> Iterator[dict[str, Any]]:
@@ -362,7 +352,7 @@ def _rows(
     of_film = {name: pa.array(bag.tolist(), pa.list_(pa.string())) for name, bag in bags.items()}
     numbers = [query for query, split in enumerate(splits) if split != RANKER]
     for query in tqdm(numbers, desc="write the log", disable=None, leave=False):
-        (film, features), label = candidates[query], labels[query]
+        film, features, label = candidates[query]
         words = words_of(collection.queries[query])
         column = dict(zip(FEATURES, features.T, strict=True))
         stage = np.where(np.arange(len(film)) < PASSED, 1, 0)

@@ -200,7 +200,10 @@ def test_no_group_of_films_is_on_both_sides_of_early_stopping(monkeypatch):
     groups = np.random.default_rng(0).integers(0, 50, 400)
     label = np.array([1, 0, 0, *[-1] * 40])
     # The only feature of a film is the group of the query.
-    queries = [(np.full((43, 1), group, np.float32), label) for group in groups]
+    queries = [
+        filmsearch.Candidates(np.arange(43), np.full((43, 1), group, np.float32), label)
+        for group in groups
+    ]
     filmsearch.fit_ranker(queries, groups, 1)
     fitted, held = Recorded.made.fitted, Recorded.made.held
     assert {*fitted.ravel()} | {*held.ravel()} == {*groups}
