@@ -177,6 +177,13 @@ def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
     return con
 
 
+def moment_of(seconds: str) -> str:
+    """SQL for the hour, as a point on a circle, and the weekday, from Monday, 0."""
+    angle = f"2 * pi() * (({seconds}) % 86400) / 86400"
+    day = f"(({seconds}) // 86400 + 3) % 7"
+    return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a log with one row per request.
 

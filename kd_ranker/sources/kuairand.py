@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, connect, find_raw
+from kd_ranker.sources.converted import Converter, connect, find_raw, moment_of
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
@@ -61,10 +61,9 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     )
     with connect(data, folder) as con:
         con.execute(f"""
-            CREATE TABLE users AS {_last_of_each("user_id", users)}
-                ORDER BY md5(concat_ws(' ', {data.seed}, user_id))
+            CREATE TABLE users AS FROM {users} ORDER BY md5(concat_ws(' ', {data.seed}, user_id))
                 {f"LIMIT {data.max_users}" if data.max_users else ""};
-            CREATE TABLE videos AS {_last_of_each("video_id", videos)};
+            CREATE VIEW videos AS FROM {videos};
             CREATE TABLE log AS SELECT row_number() OVER () AS n, *,
                 {" OR ".join(ACTIONS)} AS engaged FROM (
                 SELECT user_id::INT AS user, video_id::INT AS video, time_ms::BIGINT // 1000 AS
@@ -75,12 +74,6 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         con.execute(_requests(data) + _candidates(data))
         con.execute(_counts("user", ACTIONS) + _counts("video", CANDIDATE_ACTIONS))
         con.sql(_rows()).write_parquet(str(folder / "log.parquet"), compression="zstd")
-
-
-def _last_of_each(key: str, file: str) -> str:
-    """SQL for the last row of each key."""
-    return f"""SELECT * EXCLUDE line FROM (SELECT *, row_number() OVER () AS line FROM {file})
-        QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY line DESC) = 1"""
 
 
 def _requests(data: ConfigDict) -> str:
@@ -160,11 +153,6 @@ def _rates(counts: str, prefix: str, tasks: Iterable[str]) -> str:
 
 def _rows() -> str:
     """SQL for the rows of the log; candidates in the order in which they were shown."""
-    lists = (
-        *("position", *ACTIONS, "duration", "shape", "days_to_end", "days_old", "author_id"),
-        *("music_id", "video_type", "upload_type", "music_type", "tags", "video_seen"),
-        *(f"video_{task}" for task in CANDIDATE_ACTIONS),
-    )
     numbers = [
         f"ln(1 + greatest(coalesce(try_cast({name} AS DOUBLE), 0), 0)) / 5 AS {name}"
         for name in USER_NUMBERS
@@ -178,7 +166,8 @@ def _rows() -> str:
             ln(nullif(greatest(server_height::DOUBLE, 0), 0) / nullif(greatest(server_width::DOUBLE,
             0), 0)) AS shape, epoch(try_cast(upload_dt AS DATE)) - {BEIJING} AS uploaded
             FROM videos),
-        known AS (SELECT candidates.*, films.* EXCLUDE video,
+        known AS (SELECT candidates.* RENAME (request AS _request, time AS _time, place AS _place,
+            video AS item), films.* EXCLUDE (video, uploaded),
             if(place IS NULL, NULL, row_number() OVER (PARTITION BY request ORDER BY place)) AS
             position,
             {_age(str(LOGS_END))} AS days_to_end, {_age("candidates.time")} AS days_old,
@@ -186,9 +175,9 @@ def _rows() -> str:
             FROM candidates ASOF LEFT JOIN video_counts AS counts
                 ON candidates.video = counts.video AND candidates.time > counts.time
             LEFT JOIN films ON candidates.video = films.video),
-        lists AS (SELECT request, list(video ORDER BY place NULLS LAST, video) AS item,
-            {", ".join(f"list({of} ORDER BY place NULLS LAST, video) AS {of}" for of in lists)}
-            FROM known GROUP BY request),
+        lists AS (SELECT _request AS request,
+            list(COLUMNS('^([^_].*)$') ORDER BY _place NULLS LAST, item) AS '\\1'
+            FROM known GROUP BY _request),
         past AS (SELECT user, list(struct_pack(video, time, done := [{done}]) ORDER BY time, n)
             AS events FROM log WHERE engaged GROUP BY user),
         people AS (SELECT user_id::INT AS user, {", ".join([*numbers, *flags, *USER_CATEGORIES])}
@@ -196,9 +185,7 @@ def _rows() -> str:
         SELECT * EXCLUDE recent FROM (SELECT lists.*, requests.user, requests.time, split,
             nullif(tab, -1) AS tab, people.* EXCLUDE user, {_rates("counts", "user", ACTIONS)},
             ln(1 + (requests.time - counts.time) / 3600) / 3 AS pause,
-            sin(2 * pi() * ((requests.time + {BEIJING}) % 86400) / 86400) AS hour_sin,
-            cos(2 * pi() * ((requests.time + {BEIJING}) % 86400) / 86400) AS hour_cos,
-            ((requests.time + {BEIJING}) // 86400 + 3) % 7 AS weekday,
+            {moment_of(f"requests.time + {BEIJING}")},
             coalesce(list_slice(events, greatest(engaged - {HISTORY - 1}, 1), engaged), []) AS
             recent,
             list_transform(recent, lambda event: event.video) AS history,

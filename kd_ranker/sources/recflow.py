@@ -17,7 +17,7 @@ from pyarrow import dataset
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, connect, find_raw
+from kd_ranker.sources.converted import Converter, connect, find_raw, moment_of
 
 FOLDERS = {"all_stage": "feather", "seq_effective_50_dict": "pkl"}
 LABELS = ("long_view", "effective_view", "like", "forward", "follow", "comment")
@@ -161,7 +161,6 @@ def _rows(split: str) -> str:
     lists = ", ".join(
         f'list_transform(candidates, lambda each: each."{name}") AS "{name}"' for name in fields
     )
-    angle = "2 * pi() * (time // 1000 % 86400) / 86400"
     return f"""
         listed AS (SELECT request_id, list({{{struct}}} ORDER BY video_id) AS candidates
             FROM candidates GROUP BY request_id),
@@ -172,8 +171,7 @@ def _rows(split: str) -> str:
         SELECT request_id AS request, time, '{split}' AS split, user, {", ".join(OF_REQUEST)},
             {lists}, (ln(1 + coalesce(views, 0)) / ln({HISTORY} + 1))::FLOAT AS views,
             {", ".join(f"coalesce({name}, []) AS {name}" for name in events)},
-            sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos,
-            (time // 86400000 + 3) % 7 AS weekday,
+            {moment_of("time // 1000")},
             ln(1 + (time - last) / 86400000)::FLOAT AS pause
         FROM requests JOIN listed USING (request_id) LEFT JOIN past USING (request_id)
         ORDER BY time, request_id"""
