@@ -8,6 +8,7 @@
 `docs/ranking_files.md` describes stages, labels and columns. Errors name the file and the line.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,30 +28,18 @@ SPLIT = "{split}"
 """In the name of a file: replaced by the word that `data.splits` has for a split."""
 
 
-class _Layout(NamedTuple):
-    """A layout of lines: its words, a regular expression, and the names of the groups of that."""
-
-    words: str
-    pattern: str
-    groups: tuple[str, ...]
-
-
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_GRADE = r"([-+]?\d+)(?:\.0*)?"
-_RUN = _Layout(
-    "query Q0 document rank score tag",
-    rf"(\S+)\s+\S+\s+(\S+)\s+({_NUMBER})\s+({_NUMBER})\s+\S+",
-    ("query", "document", "rank", "score"),
-)
-_QRELS = _Layout(
-    "query 0 document grade", rf"(\S+)\s+\S+\s+(\S+)\s+{_GRADE}", ("query", "document", "grade")
-)
-_LETOR = _Layout(
-    "grade qid:query 1:number 2:number ...",
-    rf"{_GRADE}\s+qid:(\S+)((?:\s+\d+:{_NUMBER})*)\s*(?:#(?:.*?docid\s*=\s*(\S+))?.*)?",
-    ("grade", "query", "pairs", "document"),
-)
-_SCORE = _Layout("a number", f"({_NUMBER})", ("score",))
+_GRADE = r"(?P<grade>[-+]?\d+)(?:\.0*)?"
+# What a line has, for messages -> a regular expression; its groups become columns of a table.
+_LAYOUTS = {
+    "query Q0 document rank score tag": r"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+"
+    rf"(?P<rank>{_NUMBER})\s+(?P<score>{_NUMBER})\s+\S+",
+    "query 0 document grade": rf"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+{_GRADE}",
+    "grade qid:query 1:number 2:number ...": rf"{_GRADE}\s+qid:(?P<query>\S+)"
+    rf"(?P<pairs>(?:\s+\d+:{_NUMBER})*)\s*(?:#(?:.*?docid\s*=\s*(?P<document>\S+))?.*)?",
+    "number": rf"(?P<score>{_NUMBER})",
+}
+_RUN, _QRELS, _LETOR, _SCORE = _LAYOUTS
 _TIME = 1_600_000_000  # seconds; queries have no time, and a log needs one
 _RESAMPLES = 2000
 
@@ -109,31 +98,30 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
     return Agreement(float(np.mean(shares)), float(low), float(high), len(shares))
 
 
-def _read(con: duckdb.DuckDBPyConnection, name: str, path: Path, layout: _Layout) -> None:
-    """Make a table of the lines of a file that are not blank: their numbers, and their groups.
+def _read(con: duckdb.DuckDBPyConnection, name: str, path: Path, layout: str) -> None:
+    """Make a table of the lines of a file that are not blank, from one of `_LAYOUTS`.
 
     Raises:
       UserError: the file is missing, empty or not text in UTF-8, a line has another layout, or a
         query has a document twice.
     """
-    groups = ", ".join(f"fields.{group}" for group in layout.groups)
+    pattern = rf"^\s*{_LAYOUTS[layout]}\s*$"
+    groups = [*re.compile(pattern).groupindex]
     try:
         con.execute(
-            f"""CREATE OR REPLACE TABLE {name} AS SELECT line, {groups} FROM (
-                SELECT line, regexp_extract(text, $pattern, {[*layout.groups]}) AS fields
-                FROM (SELECT row_number() OVER () AS line, text FROM read_csv($path, delim = '',
+            f"""CREATE OR REPLACE TABLE {name} AS SELECT line, unnest(regexp_extract(text, $pattern,
+                {groups})) FROM (SELECT row_number() OVER () AS line, text FROM read_csv($path,
                     columns = {{'text': 'VARCHAR'}}, auto_detect = false, header = false,
-                    quote = '', escape = '', strict_mode = false))
-                WHERE regexp_matches(text, '\\S'))""",
-            {"path": str(path), "pattern": rf"^\s*{layout.pattern}\s*$"},
+                    delim = '', quote = '', escape = '', strict_mode = false))
+                WHERE regexp_matches(text, '\\S')""",
+            {"path": str(path), "pattern": pattern},
         )
     except duckdb.Error as error:
         raise UserError(
             f"{path} cannot be read as plain text in UTF-8: {line_of(error)}"
         ) from error
-    none = f"SELECT line FROM {name} WHERE {layout.groups[0]} = ''"
-    _check(con, path, f"not “{layout.words}”", none)
-    if "document" in layout.groups:
+    _check(con, path, f"not “{layout}”", f"SELECT line FROM {name} WHERE {groups[0]} = ''")
+    if "document" in groups:
         twice = f"""SELECT max(line) AS line FROM {name} WHERE document <> ''
             GROUP BY query, document HAVING count(*) > 1"""
         _check(con, path, "its query has this document already", twice)

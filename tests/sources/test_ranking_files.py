@@ -287,7 +287,7 @@ def test_scores_of_another_length_are_named(fold):
     with pytest.raises(UserError, match=message):
         kd.prepare(letor_config(fold))
     path.write_text(text.replace("\n", " x\n", 1))
-    with pytest.raises(UserError, match=r"vali\.scores, line 1: not “a number”"):
+    with pytest.raises(UserError, match=r"vali\.scores, line 1: not “number”"):
         kd.prepare(letor_config(fold))
 
 
