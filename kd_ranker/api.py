@@ -109,7 +109,7 @@ class Dataset(NamedTuple):
         own = defaults.get_config(given.NAME)
         own.data.dir = os.path.expanduser(directory)
         items, shares = (item_features, item_category), (validation_share, test_share)
-        path, tasks, funnel = given.keep(splits, spec, *items, own.data, *shares)
+        path, tasks, funnel = given.keep(splits, spec, *items, own.data, shares)
         if config is None:
             own.funnel.update(funnel)
         else:

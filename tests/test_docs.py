@@ -20,7 +20,6 @@ from kd_ranker.configs import (
     kuairand,
     letor,
     movielens,
-    movielens_32m,
     parquet,
     recflow,
     trec,
@@ -35,8 +34,8 @@ from kd_ranker.sources.registry import SOURCES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FILES = (cascade, kuairand, letor, movielens, movielens_32m, parquet, recflow, trec)
-CONFIGS = [get_config() for get_config in (defaults.get_config, *FILES)]
+FILES = (cascade, kuairand, letor, movielens, parquet, recflow, trec)
+CONFIGS = [movielens("32m"), *(get_config() for get_config in (defaults.get_config, *FILES))]
 
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

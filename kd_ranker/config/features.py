@@ -1,5 +1,7 @@
 """Features of a user's own log, for `config.data.features`."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -34,3 +36,8 @@ def feature(
         final ranker reads it.
     """
     return ConfigDict(locals())  # each argument by its name
+
+
+def features(of: str, kind: str, *names: str, **options: Any) -> dict[str, ConfigDict]:
+    """Describe features that differ in nothing but their names; see `feature`."""
+    return {name: feature(of, kind, **options) for name in names}

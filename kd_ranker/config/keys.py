@@ -316,8 +316,6 @@ _CASCADE = _of_source(
     Key("train_requests", 12000, "requests of the training split", NOT_NEGATIVE),
     Key("validation_requests", 500, "requests of the validation split", POSITIVE),
     Key("test_requests", 500, "requests of the test split", NOT_NEGATIVE),
-    Key("retrieval_noise", 1.0, "noise of the retrieval", NOT_NEGATIVE),
-    Key("policy_noise", 0.7, "noise of the early ranker that filled the log", NOT_NEGATIVE),
     Key("exploration", 0.3, "share of the shown slots filled at random from the passed", SHARE),
     Key("fault_missing", 0.02, "share of the teacher probabilities never written", SHARE),
     Key("fault_nan", 0.01, "share of them that is NaN", SHARE),
@@ -363,8 +361,8 @@ _LOG = _of_source(
         element=str, influences="nothing"),
 )  # fmt: skip
 
-# A public dataset is converted to a log.
-_OWN = ("data.infer", "data.extends")
+# A public dataset is converted to a log, and the converter knows its rows.
+_OWN = ("data.infer", "data.extends", "data.sql", "data.rows", "data.stages")
 _CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN}
 
 _RATINGS = _CONVERTED | _of_source(

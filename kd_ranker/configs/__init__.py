@@ -12,8 +12,6 @@ from kd_ranker.configs.filmsearch import get_config as filmsearch
 from kd_ranker.configs.kuairand import get_config as kuairand
 from kd_ranker.configs.letor import get_config as letor
 from kd_ranker.configs.movielens import get_config as movielens
-from kd_ranker.configs.movielens_1m import get_config as movielens_1m
-from kd_ranker.configs.movielens_32m import get_config as movielens_32m
 from kd_ranker.configs.parquet import get_config as parquet
 from kd_ranker.configs.recflow import get_config as recflow
 from kd_ranker.configs.trec import get_config as trec
@@ -26,8 +24,6 @@ __all__ = [
     "kuairand",
     "letor",
     "movielens",
-    "movielens_1m",
-    "movielens_32m",
     "parquet",
     "recflow",
     "sweeps",

@@ -12,22 +12,10 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     defaults.check_variant(variant, "items", "small")
     config = defaults.get_config("cascade")
-    config.data.num_users = 4000
-    config.data.num_items = 8000
-    config.data.num_topics = 8
     # At 1, the item by itself explains no more than in public data: docs/concepts.md, "How
     # personal".
     config.data.taste = 0.0 if variant == "items" else 1.0
-    config.data.train_requests = 12000
-    config.data.validation_requests = 500
     config.data.test_requests = 2000
-    config.data.retrieval_noise = 1.0
-    config.data.policy_noise = 0.7
-    config.data.exploration = 0.3  # share of the shown slots filled at random from the passed
-    config.data.fault_missing = 0.02  # teacher probabilities never written
-    config.data.fault_nan = 0.01
-    config.data.fault_out_of_range = 0.01
-    config.data.fault_version = 0.05  # requests scored by an older teacher
     for optimizer in (config.optimizer, config.teacher.optimizer):
         optimizer.learning_rate = 1e-2
         optimizer.weight_decay = 0.1
@@ -45,17 +33,13 @@ def _shrink(config: ConfigDict) -> None:
     config.data.num_users = 50
     config.data.num_items = 300
     config.data.train_requests = 64
-    config.data.validation_requests = 12
-    config.data.test_requests = 12
-    config.funnel.retrieved = 100
-    config.funnel.passed = 30
+    config.data.validation_requests = config.data.test_requests = 12
+    config.funnel.retrieved, config.funnel.passed = 100, 30
     config.funnel.report_at = (10, 30, 60)
-    config.batch.requests = 8
-    config.batch.candidates = 32
+    config.batch.requests, config.batch.candidates = 8, 32
     config.teacher.batch.requests = 16
     for train in (config.train, config.teacher.train):
         train.steps = 20
         train.log_every = 5
-        train.checkpoint_every = 10
-        train.eval_every = 10
+        train.checkpoint_every = train.eval_every = 10
         train.eval_limit = 8

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config.features import feature
+from kd_ranker.config.features import feature, features
 from kd_ranker.configs.parquet import get_config as parquet
 
 
@@ -22,24 +22,20 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             subscriber=feature("user", "category", "is_subscriber"),
             logged_in=feature("user", "category", "is_sso_user"),
-            gender=feature("user", "category"),
-            postcode=feature("user", "category"),
-            age=feature("user", "dense"),
             recent=feature("user", "history", length=50),
             device=feature("context", "category", "device_type"),
-            front_page=feature("context", "category"),
-            category=feature("item", "category"),
             kind=feature("item", "category", "article_type"),
-            premium=feature("item", "category"),
             topics=feature("item", "bag", length=4),
             sentiment=feature("item", "dense", "sentiment_score"),
-            hours_old=feature("candidate", "dense"),
         )
+        | features("user", "category", "gender", "postcode")
+        | features("user", "dense", "age")
+        | features("context", "category", "front_page")
+        | features("item", "category", "category", "premium")
+        | features("candidate", "dense", "hours_old")
     )
     # Some five of a hundred impressions have more articles than that.
-    config.funnel.retrieved = 100
-    config.funnel.passed = 5
-    config.funnel.shown = 1
+    config.funnel.retrieved, config.funnel.passed, config.funnel.shown = 100, 5, 1
     config.funnel.report_at = (1, 3, 5, 10)
     config.batch.candidates = 32
     config.teacher.source = "live"

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature
+from kd_ranker.config.features import feature, features
 from kd_ranker.sources.filmsearch import FACTS, PASSED, RETRIEVED, STUDENT_FEATURES
 
 
@@ -13,13 +13,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = defaults.get_config("filmsearch")
     config.tasks, config.value_weights = ("wanted",), (1.0,)
     config.data.title = "film search"
-    config.data.rows = "request"
-    config.data.columns = ConfigDict(
-        dict(request="query", time="time", item="item", stage="stage", incumbent="bm25",
-             split="split")
-    )  # fmt: skip
-    config.data.stages = ConfigDict({"retrieved": "1", "passed": "2", "shown": "3"})
-    config.data.split = "column"
+    config.data.columns = ConfigDict(dict(incumbent="bm25"))
     config.data.labels = ConfigDict(dict(wanted="wanted"))
     config.data.teacher = ConfigDict(dict(wanted="final_score"))
     config.data.features = ConfigDict(
@@ -30,9 +24,9 @@ def get_config(variant: str = "") -> ConfigDict:
             people=feature("item", "bag", length=3, size=8000),
             genres=feature("item", "bag", length=3),
             tags=feature("item", "bag", length=4, size=2000),
-            **{name: feature("item", "dense") for name in (*FACTS, "year")},
-            **{name: feature("candidate", "dense") for name in STUDENT_FEATURES},
         )
+        | features("item", "dense", *FACTS, "year")
+        | features("candidate", "dense", *STUDENT_FEATURES)
     )
     config.funnel.retrieved, config.funnel.passed, config.funnel.shown = RETRIEVED, PASSED, 10
     config.funnel.report_at = (10, 20, 50, 100, 200)

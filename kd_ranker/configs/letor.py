@@ -24,12 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tasks = tuple(f"grade_{least}" for least in config.data.grades)
     # The sum of these over the labels that hold is 2 ** grade - 1, the gain of nDCG.
     config.value_weights = tuple(2.0 ** (least - 1) for least in config.data.grades)
-    config.data.rows = "request"
-    config.data.columns = ConfigDict(
-        dict(request="request", time="time", item="item", stage="stage", split="split")
-    )
-    config.data.stages = ConfigDict(dict(shown="3"))
-    config.data.split = "column"
+    config.data.split = "request"  # where names of files have no {split}
     config.data.labels = ConfigDict({task: task for task in config.tasks})
     config.data.features = ConfigDict(dict(features=feature("candidate", "dense")))
     config.data.features.features.length = config.data.get_ref("num_features")

@@ -72,13 +72,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # Findings that prevent a dataset unless named here: rejected, one_label, few_positives, …
     config.data.allow = ()
     config.data.longest_request = 3600  # seconds between its rows; sessions may be longer
-    config.data.strict = False  # True: the first invalid row ends the build
-    config.data.processes = 1
-    config.data.infer = False
     config.data.memory = 4.0  # GiB for reading the log, which may be larger
     config.data.engine = "duckdb"  # or spark, for a log that outgrows this machine
-    config.data.spark_master = "local[*]"
-    config.data.spark_options = ()  # such as "spark.executor.memory=8g"
 
     config.funnel.retrieved = 200  # the most candidates of a request; more are rejected
     config.funnel.passed = 50

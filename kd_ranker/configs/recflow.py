@@ -5,7 +5,7 @@ import datetime
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature
+from kd_ranker.config.features import feature, features
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -16,30 +16,23 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     defaults.check_variant(variant, "small", "lcron")
     config = defaults.get_config("recflow")
-    config.tasks = ("effective_view",)
-    config.value_weights = (1.0,)
+    config.tasks, config.value_weights = ("effective_view",), (1.0,)
     # The mirror lacks the day before (docs/recflow.md).
     config.data.train_days = _days("2024-01-14", "2024-02-16")
     config.data.validation_days = ("2024-02-17",)
     config.data.test_days = ("2024-02-18",)
-    config.data.max_requests_per_day = 0  # number to draw per day; 0 takes all
     _name_columns(config.data)
     config.funnel.retrieved = 600  # no less than the rows of any request in the log
-    config.funnel.passed = 200
-    config.funnel.shown = 10  # the final ranker's own top, `rank_pos`
     config.funnel.report_at = (50, 100, 200)
     config.batch.order = "time"
-    config.batch.requests = 64
-    config.batch.candidates = 64
+    config.batch.requests = config.batch.candidates = 64
     config.student.name = "two_tower"
-    config.student.width = 32
     config.student.hidden = (128, 64)
     config.student.item_rows = 1 << 22  # for up to 82 million videos
     config.distill.loss = "softmax"
     config.teacher.source = "logged"  # the log's own positions
     for optimizer in (config.optimizer, config.teacher.optimizer):
-        optimizer.learning_rate = 1e-2
-        optimizer.table_learning_rate = 1e-2
+        optimizer.learning_rate = optimizer.table_learning_rate = 1e-2
         optimizer.schedule = "constant"
     # One pass, if days are equal: 34 of 37, of 9.37 million requests.
     config.train.steps = 134_500
@@ -54,14 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _name_columns(data: ConfigDict) -> None:
     """Name the columns of the log that `sources/recflow.py` writes."""
-    data.rows = "request"
-    data.columns = ConfigDict(
-        dict(request="request", time="time", user="user", item="item", stage="stage",
-            position="position", split="split")
-    )  # fmt: skip
-    data.stages = ConfigDict(dict(retrieved="retrieved", passed="passed", shown="shown"))
     data.time_unit = "ms"
-    data.split = "column"
     data.labels = ConfigDict(
         dict(watch="long_view", effective_view="effective_view", like="like", share="forward",
             follow="follow", comment="comment")
@@ -71,26 +57,18 @@ def _name_columns(data: ConfigDict) -> None:
     data.teacher_signal = "rank"
     data.allow = ("teacher_coverage",)  # rows that only passed may have no position
     data.features = ConfigDict(
-        dict(
-            views=feature("user", "dense", standardise=False),
-            recent=feature("user", "history", "history", length=50),
-            history_age=feature("event", "dense", standardise=False),
-            history_duration=feature("event", "dense", standardise=False),
-            history_watched=feature("event", "dense", standardise=False),
-            gender=feature("user", "category"),
-            province=feature("user", "category"),
-            age=feature("user", "category"),
-            hour_sin=feature("context", "dense", standardise=False),
-            hour_cos=feature("context", "dense", standardise=False),
-            weekday=feature("context", "category"),
-            pause=feature("context", "dense"),
-            author=feature("item", "category", "author_id", hashed=True, size=1 << 18),
-            category_level_one=feature("item", "category"),
-            category_level_two=feature("item", "category"),
-            upload_type=feature("item", "category"),
-            duration=feature("item", "dense"),
-            days_old=feature("candidate", "dense"),
-        )
+        features("user", "dense", "views", standardise=False)
+        | features("user", "category", "gender", "province", "age")
+        | dict(recent=feature("user", "history", "history", length=50))
+        | features("event", "dense", "history_age", "history_duration", standardise=False)
+        | features("event", "dense", "history_watched", standardise=False)
+        | features("context", "dense", "hour_sin", "hour_cos", standardise=False)
+        | features("context", "dense", "pause")
+        | features("context", "category", "weekday")
+        | dict(author=feature("item", "category", "author_id", hashed=True, size=1 << 18))
+        | features("item", "category", "category_level_one", "category_level_two", "upload_type")
+        | features("item", "dense", "duration")
+        | features("candidate", "dense", "days_old")
     )
 
 
@@ -109,8 +87,7 @@ def _shrink(config: ConfigDict) -> None:
     config.batch.requests = 32
     config.train.steps = 2 * 2000 // 32  # one pass
     config.train.log_every = 10
-    config.train.checkpoint_every = 100
-    config.train.eval_every = 100
+    config.train.checkpoint_every = config.train.eval_every = 100
 
 
 def _follow_lcron(config: ConfigDict) -> None:
@@ -118,11 +95,9 @@ def _follow_lcron(config: ConfigDict) -> None:
     config.data.validation_days = ("2024-02-03",)
     config.data.test_days = ("2024-02-04",)
     config.data.of_each_stage = 10
-    config.funnel.retrieved = 40
-    config.funnel.passed = 30
+    config.funnel.retrieved, config.funnel.passed = 40, 30
     config.funnel.report_at = (10, 20, 30)  # survival@30 is their Recall@10@30
-    config.batch.requests = 1024
-    config.batch.candidates = 40
+    config.batch.requests, config.batch.candidates = 1024, 40
     config.student.history = "mean"
     # As their baseline FS-RankNet: pairs of candidates at different stages, without user labels.
     config.teacher.signal = "stage"
@@ -130,8 +105,7 @@ def _follow_lcron(config: ConfigDict) -> None:
     config.distill.user_weight = 0.0
     config.distill.affine = False
     config.train.steps = 4_950  # a pass, if days are equal: 20 of 37, of 9.37 million requests
-    config.train.eval_every = 1_000
-    config.train.checkpoint_every = 1_000
+    config.train.eval_every = config.train.checkpoint_every = 1_000
     config.sweep.modes = ("none", "shared")
     config.sweep.axes.distill.loss = ("ranknet", "softmax", "topk")
     config.sweep.axes.optimizer.learning_rate = (5e-3, 1e-2)

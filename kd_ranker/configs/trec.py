@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature
+from kd_ranker.config.features import features
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -12,27 +12,19 @@ def get_config(variant: str = "") -> ConfigDict:
     config = defaults.get_config("trec")
     config.data.grades = (2,)  # as TREC Deep Learning counts passages
     config.tasks, config.value_weights = ("grade_2",), (1.0,)
-    config.data.qrels = "qrels.txt"
     config.data.runs = ConfigDict(dict(first="first.run", final="final.run"))
     config.data.final = "final"
-    config.data.rows = "request"
-    config.data.columns = ConfigDict(
-        dict(request="request", time="time", item="item", stage="stage", incumbent="first_rank",
-             split="split")
-    )  # fmt: skip
+    config.data.columns = ConfigDict(dict(incumbent="first_rank"))
     config.data.incumbent_signal = "rank"
-    config.data.stages = ConfigDict(dict(retrieved="1", passed="2", shown="3"))
     config.data.split = "request"
     config.data.labels = ConfigDict(dict(grade_2="grade_2"))
     config.data.teacher = ConfigDict(dict(grade_2="final_rank"))
     config.data.teacher_signal = "rank"
-    config.data.features = ConfigDict(
-        {name: feature("candidate", "dense") for name in ("first_score", "first_rank")}
-    )
+    config.data.features = ConfigDict(features("candidate", "dense", "first_score", "first_rank"))
     config.funnel.retrieved, config.funnel.passed, config.funnel.shown = 1000, 100, 10
     config.funnel.report_at = (10, 20, 50, 100)
     config.student.item_rows = config.teacher.item_rows = 1  # a document is in few lists
     config.teacher.source, config.teacher.stage = "logged", "passed"
     config.distill.loss = "softmax"  # takes an order
-    config.batch.requests, config.batch.candidates = 32, 64
+    config.batch.candidates = 64
     return config

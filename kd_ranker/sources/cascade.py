@@ -1,29 +1,10 @@
 """A simulated short-video feed with known true probabilities.
 
-Everything is drawn from one seeded generative model. Letters name axes: `K` topics, `H` events of
-history, `N` candidates of a request; tasks are in the order of `TASKS`.
-
-* An item has a topic mixture θ, a quality, a popularity and an upload time. An early ranker reads
-  cheap features of it: a category that is often wrong, and its popularity. A final ranker also
-  reads costly ones, which show the mixture and part of the quality. The early ranker must learn
-  those by item id: from labels, which are few an item, or from the final ranker, who rates all.
-* A user has interests φ over two to four topics, shown through noise, and a generosity.
-* A request finds the user in a session: the latest events of the history concentrate on two
-  session topics, and an appetite for each topic decides how many of its events were completed.
-  Session topics and appetites are drawn per request, so only the history reveals them.
-* The true logit of a task is a weighted sum of the terms of `logit_terms`; three of those are
-  functions of the history: fatigue with a topic, the session's mood, and relief of fatigue where
-  the moment suits the topic.
-* Users also differ in taste: an item has a style, a user a taste for styles, and their match adds
-  to the logits with the weight `data.taste`. Without it (0), a list of items that ignores the user
-  ranks nearly as well as a model: docs/concepts.md measures this.
-* A noisy retrieval brings candidates, a linear policy that knows no history passes some of them,
-  and a production final ranker (the true logits with small errors) picks the shown ones. A share of
-  the slots is filled at random. The noise of the first two has the deviations
-  `data.retrieval_noise` and `data.policy_noise`; the other terms of their scores vary by about 1.
-  Only the shown get labels: Bernoulli draws from the true probabilities. Candidates are shuffled
-  within each block of the funnel (shown, rest of the passed, rest of the retrieved), so that their
-  order carries no other information.
+`docs/concepts.md` describes items, users, sessions and the logged funnel, and has the reason for
+each constant. Letters name axes: `K` topics, `H` events of history, `N` candidates of a request,
+`D` directions of taste; tasks are in the order of `TASKS`. Candidates are shuffled within each
+block of the funnel (shown, rest of the passed, rest of the retrieved), so that their order carries
+no other information.
 
 Widths and order of the features:
   user: the noisy interests, log of the activity, noisy generosity, two uninformative numbers, the
@@ -39,7 +20,6 @@ Recommendations", RecSys 2016; interests that show only in the history relevant 
 follow Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -55,31 +35,22 @@ from kd_ranker.requests.request import SPLITS, Request, Source
 
 TASKS = ("watch", "like", "share")
 
-# Of the constants here and in the draws below, docs/concepts.md ("Its constants") has the reasons.
-
 # The production final ranker sorts by the sum of its task probabilities with these weights.
 PRODUCTION_VALUE_WEIGHTS = np.array([1.0, 2.0, 4.0], np.float32)
+TEACHER_VERSION, OLD_TEACHER_VERSION = "production_2", "production_1"
 
-TEACHER_VERSION = "production_2"
-OLD_TEACHER_VERSION = "production_1"
-
-# The terms of the logits, in the order of the last axis of `logit_terms`.
-TERMS = ("interest", "quality", "freshness", "moment", "fatigue", "mood", "relief")
-HISTORY_TERMS = ("fatigue", "mood", "relief")
-
-# Rows are `TERMS`, columns are `TASKS`.
-TERM_WEIGHTS = np.array(
-    [
-        [2.2, 1.8, 1.5],
-        [0.3, 0.4, 0.5],
-        [0.2, 0.1, 0.3],
-        [0.9, 0.6, 0.7],
-        [-4.5, -4.0, -3.0],
-        [4.0, 3.0, 2.5],
-        [2.0, 1.5, 1.0],
-    ],
-    np.float32,
-)
+# Terms of the logits, in the order of the last axis of `logit_terms` -> weight for each of `TASKS`.
+TERM_WEIGHT = {
+    "interest": [2.2, 1.8, 1.5],
+    "quality": [0.3, 0.4, 0.5],
+    "freshness": [0.2, 0.1, 0.3],
+    "moment": [0.9, 0.6, 0.7],
+    "fatigue": [-4.5, -4.0, -3.0],
+    "mood": [4.0, 3.0, 2.5],
+    "relief": [2.0, 1.5, 1.0],
+}
+TERM_WEIGHTS = np.array([*TERM_WEIGHT.values()], np.float32)
+IS_OF_HISTORY = np.array([term in ("fatigue", "mood", "relief") for term in TERM_WEIGHT])
 INTERCEPTS = np.array([-5.6, -7.1, -7.7], np.float32)
 # Weights of the match of taste and style in the logits of `TASKS`; `data.taste` scales the match.
 TASTE_WEIGHTS = np.array([1.0, 0.9, 0.8], np.float32)
@@ -88,6 +59,8 @@ TASTE_SIZE = 16
 FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
 FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
 MOOD_HOURS = 12.0
+# Deviations in the scores of the retrieval and of the policy; the other terms vary by about 1.
+RETRIEVAL_NOISE, POLICY_NOISE = np.float32(1.0), np.float32(0.7)
 
 DAY = 24 * 3600  # seconds
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
@@ -97,15 +70,11 @@ DAYS = {"train": (0, 7), "validation": (7, 1), "test": (8, 2)}
 _SEED_OF_SPLIT = {"train": 1, "test": 2, "validation": 3}
 UPLOAD_DAYS = 60
 HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
-
 CATEGORY_HIT_RATE = 0.4
-
-CONTEXT_FEATURES = 8
-HISTORY_FEATURES = 3
+CONTEXT_FEATURES, HISTORY_FEATURES = 8, 3
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """The users and items: their true properties, and the features that show part of these.
 
     `history_distribution[k]` is k plus the cumulative distribution over items from which an event
@@ -123,19 +92,18 @@ class World:
     upload_time: Int64[np.ndarray, "items"]  # seconds
     item_features: Float32[np.ndarray, "items F"]
     cheap_item_features: int
-    moment_taste: Float32[np.ndarray, "context K"]
-    history_distribution: Float64[np.ndarray, "K items"]
-    teacher_item_error: Float32[np.ndarray, "items tasks"]
-    teacher_user_error: Float32[np.ndarray, "users tasks"]
     # Each has deviation 1, the taste `data.taste`; D is 0 if that is 0.
     taste: Float32[np.ndarray, "users D"]
     style: Float32[np.ndarray, "items D"]
     policy_taste: Float32[np.ndarray, "users D"]
     policy_style: Float32[np.ndarray, "items D"]
+    moment_taste: Float32[np.ndarray, "context K"]
+    history_distribution: Float64[np.ndarray, "K items"]
+    teacher_item_error: Float32[np.ndarray, "items tasks"]
+    teacher_user_error: Float32[np.ndarray, "users tasks"]
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
+class History(NamedTuple):
     """The user's latest events, most recent last."""
 
     item_id: Int64[np.ndarray, "H"]
@@ -147,20 +115,27 @@ class History:
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
     """Open the simulated feed as a source.
 
+    Requests come in the order of time, and those of training precede those of validation, which
+    precede those of the test. Each request has a separate seed, made of `data.seed`,
+    the split and the request's place in it.
+
     Args:
       data: the source's part of the config.
       tasks: some of `TASKS`, in any order.
       funnel: `retrieved`, `passed` and `shown` candidates a request.
 
-    Returns:
-      The source. Requests come in the order of time, and every train request precedes every
-      validation request, which precedes every test request. Each request is drawn from a seed of
-      its own, made of `data.seed`, the split and the request's place in it.
-
     Raises:
       UserError: for tasks, sizes or rates that make no sense.
     """
-    _check(data, tasks, funnel)
+    check_tasks(tasks, TASKS)
+    if not 1 <= funnel.shown <= funnel.passed <= funnel.retrieved <= data.num_items:
+        raise UserError(
+            f"funnel.shown={funnel.shown}, funnel.passed={funnel.passed},"
+            f" funnel.retrieved={funnel.retrieved} and data.num_items={data.num_items}"
+            " must each be at least 1 and at most the next"
+        )
+    if data.fault_nan + data.fault_out_of_range > 1:
+        raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
     world = make_world(data)
     columns = np.array([TASKS.index(task) for task in tasks])
     num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
@@ -190,23 +165,25 @@ def make_world(data: ConfigDict) -> World:
     """Draw users and items; depends only on `data.seed` and the sizes in `data`."""
     rng = np.random.default_rng([data.seed, 0])
     users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
-    population = _draw_users(rng, users, topics, int(data.history_length))
-    catalogue = _draw_items(rng, items, topics)
+    size = TASTE_SIZE if data.taste else 0
+    tastes = np.random.default_rng([data.seed, 4])
+    taste, style = _normal(tastes, users, size), _normal(tastes, items, size)
+    # The policy knows a taste from the profile, and a style from past user actions on the item.
+    seen_taste = (taste + 0.5 * _normal(tastes, *taste.shape)) / 1.25**0.5
+    seen_style = (style + _normal(tastes, *style.shape)) / 2**0.5
+    population = _draw_users(rng, users, topics, int(data.history_length), seen_taste)
+    catalogue = _draw_items(rng, items, topics, style + 0.05 * _normal(tastes, *style.shape))
     mixture, popularity = catalogue["topics"], catalogue["popularity"]
-    tastes = _draw_tastes(data)
-    population["user_features"] = np.concatenate(
-        [population["user_features"], tastes.pop("user_features")], axis=1
-    )
-    catalogue["item_features"] = np.concatenate(
-        [catalogue["item_features"], tastes.pop("item_features")], axis=1
-    )
     event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
     event_cumulative = event_weight.cumsum(axis=1)
     event_cumulative /= event_cumulative[:, -1:]
     return World(
         **population,
         **catalogue,
-        **tastes,
+        taste=data.taste * taste,
+        style=style,
+        policy_taste=data.taste * seen_taste,
+        policy_style=seen_style,
         moment_taste=_normal(rng, CONTEXT_FEATURES, topics),
         history_distribution=event_cumulative + np.arange(topics)[:, None],
         teacher_item_error=_normal(rng, items, len(TASKS), scale=0.2),
@@ -221,7 +198,11 @@ def _normal(
 
 
 def _draw_users(
-    rng: np.random.Generator, users: int, topics: int, history_length: int
+    rng: np.random.Generator,
+    users: int,
+    topics: int,
+    history_length: int,
+    seen_taste: Float32[np.ndarray, "users D"],
 ) -> dict[str, Any]:
     """The fields of `World` about users."""
     interest_rank = rng.random((users, topics)).argsort(axis=1).argsort(axis=1)
@@ -232,25 +213,25 @@ def _draw_users(
     log_activity = _normal(rng, users, scale=0.7)
     activity = np.exp(log_activity, dtype=np.float64)
     history_share = 1 / (1 + np.exp(-1.5 - log_activity - _normal(rng, users, scale=0.5)))
-    features = np.concatenate(
-        [
-            topics**0.5 * (interests + _normal(rng, users, topics, scale=0.2)),
-            log_activity[:, None],
-            generosity.mean(axis=1, keepdims=True) + _normal(rng, users, 1, scale=0.3),
-            _normal(rng, users, 2),  # age and time since joining, both uninformative
-        ],
-        axis=1,
-    )
+    features = [
+        topics**0.5 * (interests + _normal(rng, users, topics, scale=0.2)),
+        log_activity[:, None],
+        generosity.mean(axis=1, keepdims=True) + _normal(rng, users, 1, scale=0.3),
+        _normal(rng, users, 2),  # age and time since joining, both uninformative
+        seen_taste,
+    ]
     return {
         "interests": interests,
         "generosity": generosity,
         "activity": activity.cumsum() / activity.sum(),
         "history_size": np.ceil(history_length * history_share).astype(np.int64),
-        "user_features": features.astype(np.float32),
+        "user_features": np.concatenate(features, axis=1, dtype=np.float32, casting="same_kind"),
     }
 
 
-def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, Any]:
+def _draw_items(
+    rng: np.random.Generator, items: int, topics: int, seen_style: Float32[np.ndarray, "items D"]
+) -> dict[str, Any]:
     """The fields of `World` about items."""
     mixture = rng.gamma(0.05, size=(items, topics)) + 1e-3
     mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
@@ -275,6 +256,7 @@ def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, 
     costly_features = [
         2 * (mixture + _normal(rng, items, topics, scale=0.05)),
         shown_quality[:, None],
+        seen_style,
     ]
     features = np.concatenate(cheap_features + costly_features, axis=1)
     return {
@@ -284,24 +266,6 @@ def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, 
         "upload_time": upload_time,
         "item_features": features.astype(np.float32),
         "cheap_item_features": sum(columns.shape[1] for columns in cheap_features),
-    }
-
-
-def _draw_tastes(data: ConfigDict) -> dict[str, Any]:
-    """The fields of `World` about taste, with its noisy features of users and items."""
-    rng = np.random.default_rng([data.seed, 4])
-    size = TASTE_SIZE if data.taste else 0
-    taste, style = _normal(rng, data.num_users, size), _normal(rng, data.num_items, size)
-    # The policy knows a taste from the profile, and a style from past user actions on the item.
-    seen_taste = (taste + 0.5 * _normal(rng, *taste.shape)) / 1.25**0.5
-    seen_style = (style + _normal(rng, *style.shape)) / 2**0.5
-    return {
-        "taste": data.taste * taste,
-        "style": style,
-        "policy_taste": data.taste * seen_taste,
-        "policy_style": seen_style,
-        "user_features": seen_taste,
-        "item_features": style + 0.05 * _normal(rng, *style.shape),
     }
 
 
@@ -355,7 +319,7 @@ def logit_terms(
     quality: Float[np.ndarray, "N"],
     age: Float[np.ndarray, "N"],
 ) -> Float[np.ndarray, "N terms"]:
-    """The terms of the true logits of N candidates, in the order of `TERMS`.
+    """The terms of the true logits of N candidates, in the order of `TERM_WEIGHT`.
 
     For a candidate with topics θ: interest 4 θ·φ; its quality; freshness, which is minus its
     standardised age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
@@ -386,32 +350,16 @@ def sigmoid(logits: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return 1 / (1 + np.exp(-logits))
 
 
-def teacher_log(
-    rng: np.random.Generator,
-    probability: Float32[np.ndarray, "L T"],
-    missing: float,
-    nan: float,
-    out_of_range: float,
-) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
-    """Log the teacher's probabilities as a faulty logger does.
+class _Candidates(NamedTuple):
+    """The candidates of a request in funnel order."""
 
-    Args:
-      rng: drives the faults.
-      probability: the teacher's, in (0, 1).
-      missing: the share of candidates for which nothing was written.
-      nan: the share of the written probabilities that are NaN.
-      out_of_range: the share of the written probabilities that lie outside [0, 1], or are infinite.
-
-    Returns:
-      The probabilities as logged, and the teacher weight: 0 where nothing was written (the
-      probabilities are NaN there), else 1, on faulty probabilities too.
-    """
-    lost = rng.random(len(probability)) < missing
-    fault = rng.random(probability.shape)
-    nonsense = rng.choice(np.array([1.7, -0.3, np.inf, -np.inf], np.float32), probability.shape)
-    logged = np.where(fault < nan + out_of_range, nonsense, probability)
-    logged[(fault < nan) | lost[:, None]] = np.nan
-    return logged, np.where(lost, 0, 1).astype(np.float32)
+    item_id: Int64[np.ndarray, "N"]
+    age: Float32[np.ndarray, "N"]  # see `standardised_age`
+    terms: Float32[np.ndarray, "N terms"]  # see `logit_terms`
+    logits: Float32[np.ndarray, "N tasks"]  # the true ones
+    teacher_probability: Float32[np.ndarray, "N tasks"]  # of the production final ranker
+    policy: Float32[np.ndarray, "N"]  # scores of the early ranker
+    propensity: Float32[np.ndarray, "N"]  # of the shown, given the passed; NaN on the others
 
 
 def _draw_request(
@@ -424,7 +372,10 @@ def _draw_request(
 ) -> Request:
     """Draw a request; `columns` are the indices in `TASKS` of the requested tasks."""
     rng = np.random.default_rng([data.seed, _SEED_OF_SPLIT[split], index])
-    time = _draw_time(rng, split, index, data[f"{split}_requests"])
+    # A moment in the request's own slice of its split's days: times rise with `index`.
+    first, days = DAYS[split]
+    offset = days * DAY * (index + rng.random()) / data[f"{split}_requests"]
+    time = START + first * DAY + int(offset)
     context = _draw_context(rng, time)
     user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))
     history = draw_history(rng, world, user)
@@ -433,19 +384,15 @@ def _draw_request(
     truth = sigmoid(candidates.logits)[:, columns]
     # Drawn for all tasks, so that a draw does not depend on the requested tasks.
     luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
-    label = luck < truth[: funnel.shown]
     probability = candidates.teacher_probability[:, columns]
-    version, weight = TEACHER_VERSION, np.ones(funnel.retrieved, np.float32)
-    known = funnel.retrieved
+    version, weight, known = TEACHER_VERSION, np.ones(funnel.retrieved, np.float32), None
     if split == "train":
         known, probability = 0, probability[: funnel.passed]
         if rng.random() < data.fault_version:
             version = OLD_TEACHER_VERSION
             old = _old_teacher_probability(rng, candidates.terms[: funnel.passed])
             probability = old[:, columns]
-        probability, weight = teacher_log(
-            rng, probability, data.fault_missing, data.fault_nan, data.fault_out_of_range
-        )
+        probability, weight = _teacher_log(rng, probability, data)
     return Request(
         request_id=index,
         time=time,
@@ -459,7 +406,7 @@ def _draw_request(
         item_id=candidates.item_id.astype(np.int32),
         candidate_features=candidates.age[:, None],
         num_passed=int(funnel.passed),
-        user_label=label.astype(np.uint8),
+        user_label=(luck < truth[: funnel.shown]).astype(np.uint8),
         label_weight=np.ones(funnel.shown, np.float32),
         teacher_probability=probability,
         teacher_weight=weight,
@@ -470,16 +417,71 @@ def _draw_request(
     )
 
 
-class _Candidates(NamedTuple):
-    """The candidates of a request in funnel order."""
+def _teacher_log(
+    rng: np.random.Generator, probability: Float32[np.ndarray, "L T"], data: ConfigDict
+) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
+    """Log the teacher's probabilities as a faulty logger does.
 
-    item_id: Int64[np.ndarray, "N"]
-    age: Float32[np.ndarray, "N"]  # see `standardised_age`
-    terms: Float32[np.ndarray, "N terms"]  # see `logit_terms`
-    logits: Float32[np.ndarray, "N tasks"]  # the true ones
-    teacher_probability: Float32[np.ndarray, "N tasks"]  # of the production final ranker
-    policy: Float32[np.ndarray, "N"]  # scores of the early ranker
-    propensity: Float32[np.ndarray, "N"]  # of the shown, given the passed; NaN on the others
+    Returns:
+      The probabilities as logged, and the teacher weight: 0 where nothing was written (the
+      probabilities are NaN there), else 1, on faulty probabilities too.
+    """
+    lost = rng.random(len(probability)) < data.fault_missing
+    fault = rng.random(probability.shape)
+    nonsense = rng.choice(np.array([1.7, -0.3, np.inf, -np.inf], np.float32), probability.shape)
+    is_wrong = fault < data.fault_nan + data.fault_out_of_range
+    logged = np.where(is_wrong, nonsense, probability)
+    logged[(fault < data.fault_nan) | lost[:, None]] = np.nan
+    return logged, np.where(lost, 0, 1).astype(np.float32)
+
+
+def _old_teacher_probability(
+    rng: np.random.Generator, terms: Float32[np.ndarray, "L terms"]
+) -> Float32[np.ndarray, "L tasks"]:
+    """Probabilities of a worse model, which knows no history, shrinks its logits, and is noisy."""
+    logits = 0.5 * (terms * ~IS_OF_HISTORY) @ TERM_WEIGHTS + 0.7 * INTERCEPTS
+    return sigmoid(logits + 0.7 * rng.standard_normal(logits.shape, np.float32))
+
+
+def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
+    network = np.eye(2)[rng.choice(2, p=[0.6, 0.4])]
+    device = np.eye(3)[rng.choice(3, p=[0.7, 0.15, 0.15])]
+    # Once around a circle in a day.
+    angle = 2 * np.pi * (time % DAY) / DAY
+    moment = [np.sin(angle), np.cos(angle), (time - START) // DAY % 7 >= 5]
+    return np.concatenate([moment, network, device], dtype=np.float32)
+
+
+def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
+    """The user's events before a request: older ones from all interests, then the session's.
+
+    A session is made of two topics or so, of the user's interests more often than not, and some
+    strays. The appetite for each topic is drawn afresh as well; appetites drive completions.
+    """
+    num_topics = int(world.topics.shape[1])
+    size = int(world.history_size[user])
+    in_session = min(size, int(rng.integers(3, 15)))
+    interests = world.interests[user].astype(np.float64)
+    interests /= interests.sum()
+    session_topics = rng.choice(num_topics, size=2, p=0.6 * interests + 0.4 / num_topics)
+
+    topic = rng.choice(num_topics, size=size, p=0.8 * interests + 0.2 / num_topics)
+    is_recent = np.arange(size) >= size - in_session
+    is_in_mood = is_recent & (rng.random(size) < 0.85)
+    topic = np.where(is_in_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
+    flat = world.history_distribution.ravel()
+    item = np.searchsorted(flat, topic + rng.random(size)) % len(world.topics)
+
+    session_age = rng.exponential(2 / 60, in_session).cumsum()[::-1]
+    older_age = session_age[0] + rng.uniform(0.5, 24 * (HISTORY_DAYS - 1), size - in_session)
+    age_hours = np.concatenate([np.sort(older_age)[::-1], session_age])
+
+    appetite = rng.normal(0, 2, num_topics)[topic]
+    appetite += interests[topic] + 0.5 * world.quality[item]
+    appetite += taste_match(world.taste[user], world.style[item])
+    completed = rng.random(size) < sigmoid(appetite)
+    liked = completed & (rng.random(size) < 0.2)
+    return History(item, completed, liked, age_hours.astype(np.float32))
 
 
 def _draw_candidates(
@@ -493,9 +495,13 @@ def _draw_candidates(
     history: History,
 ) -> _Candidates:
     """Take a request through the funnel: retrieved, passed, shown."""
-    item = _retrieve(rng, world, user, history, funnel.retrieved, data.retrieval_noise)
+    # By interest, popularity and noise; just watched ones only if no others are left.
+    score = world.topics @ (4 * world.interests[user]) + 0.5 * world.popularity
+    score += RETRIEVAL_NOISE * rng.standard_normal(len(score), np.float32)
+    score[history.item_id] = -np.inf
+    item = _highest_first(rng, score, funnel.retrieved)[: funnel.retrieved]
     age = standardised_age(time, world.upload_time[item])
-    policy = _policy_score(rng, world, user, item, age, data.policy_noise)
+    policy = _policy_score(rng, world, user, item, age)
     order = _highest_first(rng, policy, funnel.passed)
     item, age, policy = item[order], age[order], policy[order]
 
@@ -528,76 +534,12 @@ def _draw_candidates(
     )
 
 
-def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: int) -> int:
-    """A moment in the request's own slice of its split's days: times rise with `index`."""
-    first, days = DAYS[split]
-    return START + first * DAY + int(days * DAY * (index + rng.random()) / num_requests)
-
-
-def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
-    network = np.eye(2)[rng.choice(2, p=[0.6, 0.4])]
-    device = np.eye(3)[rng.choice(3, p=[0.7, 0.15, 0.15])]
-    # Once around a circle in a day.
-    angle = 2 * np.pi * (time % DAY) / DAY
-    moment = [np.sin(angle), np.cos(angle), (time - START) // DAY % 7 >= 5]
-    return np.concatenate([moment, network, device], dtype=np.float32)
-
-
-def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
-    """The user's events before a request: older ones from all interests, then the session's.
-
-    A session is made of two topics or so, of the user's interests more often than not, and some
-    strays. The appetite for each topic is drawn afresh as well; appetites drive completions.
-    """
-    num_topics = int(world.topics.shape[1])
-    size = int(world.history_size[user])
-    in_session = min(size, int(rng.integers(3, 15)))
-    interests = world.interests[user].astype(np.float64)
-    interests /= interests.sum()
-    session_taste = 0.6 * interests + 0.4 / num_topics
-    session_topics = rng.choice(num_topics, size=2, p=session_taste)
-
-    topic = rng.choice(num_topics, size=size, p=0.8 * interests + 0.2 / num_topics)
-    is_recent = np.arange(size) >= size - in_session
-    is_in_mood = is_recent & (rng.random(size) < 0.85)
-    topic = np.where(is_in_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
-    flat = world.history_distribution.ravel()
-    item = np.searchsorted(flat, topic + rng.random(size)) % len(world.topics)
-
-    session_age = rng.exponential(2 / 60, in_session).cumsum()[::-1]
-    older_age = session_age[0] + rng.uniform(0.5, 24 * (HISTORY_DAYS - 1), size - in_session)
-    age_hours = np.concatenate([np.sort(older_age)[::-1], session_age])
-
-    appetite = rng.normal(0, 2, num_topics)[topic]
-    appetite += interests[topic] + 0.5 * world.quality[item]
-    appetite += taste_match(world.taste[user], world.style[item])
-    completed = rng.random(size) < sigmoid(appetite)
-    liked = completed & (rng.random(size) < 0.2)
-    return History(item, completed, liked, age_hours.astype(np.float32))
-
-
-def _retrieve(
-    rng: np.random.Generator,
-    world: World,
-    user: int,
-    history: History,
-    count: int,
-    noise: float,
-) -> Int64[np.ndarray, "N"]:
-    """Items by interest, popularity and noise; just watched ones only if no others are left."""
-    score = world.topics @ (4 * world.interests[user]) + 0.5 * world.popularity
-    score += np.float32(noise) * rng.standard_normal(len(score), np.float32)
-    score[history.item_id] = -np.inf
-    return _highest_first(rng, score, count)[:count]
-
-
 def _policy_score(
     rng: np.random.Generator,
     world: World,
     user: int,
     item: Int64[np.ndarray, "N"],
     age: Float32[np.ndarray, "N"],
-    noise: float,
 ) -> Float32[np.ndarray, "N"]:
     """The logging policy: linear in noisy views of interest, popularity, freshness and taste."""
     num_topics = world.topics.shape[1]
@@ -606,7 +548,7 @@ def _policy_score(
     popularity = world.item_features[item, num_topics]
     score = 2 * category @ interests + 0.4 * popularity - 0.2 * age
     score += taste_match(world.policy_taste[user], world.policy_style[item])
-    return score + np.float32(noise) * rng.standard_normal(len(item), np.float32)
+    return score + POLICY_NOISE * rng.standard_normal(len(item), np.float32)
 
 
 def _highest_first(
@@ -633,19 +575,11 @@ def _shown_first(
 
 @functools.lru_cache(maxsize=16)
 def shown_probability(passed: int, shown: int, exploration: float) -> Float64[np.ndarray, "passed"]:
-    """The probability that `_shown_first` shows each candidate.
+    """The probability that `_shown_first` shows each candidate, that of highest value first.
 
     Let e slots be filled at random, with e = min(Binomial(shown, exploration), passed − shown). The
     shown − e candidates of highest value are shown. Each of the other passed − shown + e has a slot
     with probability e / (passed − shown + e). The result is the mean over e.
-
-    Args:
-      passed: number of candidates.
-      shown: number of slots, at most `passed`.
-      exploration: probability that a slot is filled at random, in [0, 1].
-
-    Returns:
-      Probabilities in [0, 1], the candidate of highest value first.
     """
     slots = np.arange(shown + 1)
     explored = np.minimum(slots, passed - shown)
@@ -653,24 +587,3 @@ def shown_probability(passed: int, shown: int, exploration: float) -> Float64[np
     at_random = explored / np.maximum(others, 1)
     is_best = np.arange(passed)[:, None] < shown - explored
     return np.where(is_best, 1, at_random) @ scipy.stats.binom.pmf(slots, shown, exploration)
-
-
-def _old_teacher_probability(
-    rng: np.random.Generator, terms: Float32[np.ndarray, "L terms"]
-) -> Float32[np.ndarray, "L tasks"]:
-    """Probabilities of a worse model, which knows no history, shrinks its logits, and is noisy."""
-    known = np.array([term not in HISTORY_TERMS for term in TERMS], np.float32)
-    logits = 0.5 * (terms * known) @ TERM_WEIGHTS + 0.7 * INTERCEPTS
-    return sigmoid(logits + 0.7 * rng.standard_normal(logits.shape, np.float32))
-
-
-def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
-    check_tasks(tasks, TASKS)
-    if not 1 <= funnel.shown <= funnel.passed <= funnel.retrieved <= data.num_items:
-        raise UserError(
-            f"funnel.shown={funnel.shown}, funnel.passed={funnel.passed},"
-            f" funnel.retrieved={funnel.retrieved} and data.num_items={data.num_items}"
-            " must each be at least 1 and at most the next"
-        )
-    if data.fault_nan + data.fault_out_of_range > 1:
-        raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")

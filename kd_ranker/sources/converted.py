@@ -1,10 +1,15 @@
-"""Public datasets: convert the raw files into a log once, and open that log as any other."""
+"""Public datasets: find or fetch the raw files, convert them into a log once, and open that log.
 
-import contextlib
+A converter's log has one row per request, or per candidate. Its columns of the roles in
+`config.data.columns`, such as `request` and `split`, have the names of these, so that a config
+names only labels, teacher, incumbent and features.
+"""
+
 import dataclasses
-import hashlib
 import itertools
 import json
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +17,17 @@ from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
+import pooch
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import digest, write_whole
+from kd_ranker.manifest import digest
 from kd_ranker.requests.request import Source, starts_of
-from kd_ranker.sources.download import Archive, fetch
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
+from kd_ranker.sources.logs.layout import IDENTIFYING, OPTIONAL, STAGES
 from kd_ranker.sources.logs.vocabulary import MANIFEST
 
 # Requests that are held before they are written.
@@ -66,11 +72,23 @@ def open_source(
                     f"the files at {files[0].parent} cannot be read: {line_of(error)}"
                 ) from error
             log.rename(folder)
-    own = data.copy_and_resolve_references()
-    own.path = str(folder)
-    source = parquet.open_source(own, tasks, funnel)
+    source = parquet.open_source(_own(data, folder), tasks, funnel)
     spec = dataclasses.replace(source.spec, dataset=str(data.name))
     return dataclasses.replace(source, spec=spec)
+
+
+def _own(data: ConfigDict, folder: Path) -> ConfigDict:
+    """The config of the log in a folder, by the names of its columns."""
+    schema = pq.read_schema(next(folder.glob("*.parquet")))
+    own = data.copy_and_resolve_references()
+    named = {role: role for role in (*IDENTIFYING, *OPTIONAL) if role in schema.names}
+    by_request = pa.types.is_nested(schema.field("item").type)
+    with own.unlocked():
+        own.path, own.sql, own.rows = str(folder), "", "request" if by_request else "candidate"
+        own.columns = ConfigDict(named | data.columns.to_dict())
+        own.stages = ConfigDict({stage: stage for stage in STAGES})
+        own.split = "column" if "split" in named else data.split
+    return own
 
 
 def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> None:
@@ -91,49 +109,63 @@ def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> 
 
 
 def _folder(converter: Converter, data: ConfigDict, files: Sequence[Path]) -> Path:
-    """The folder of the log, named by all that decides its content."""
-    logs = Path(data.dir) / "logs"
-    contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
+    """The folder of the log, named by all that decides its content.
+
+    As for a log, a file with the same size and time of change is the same file.
+    """
+    stats = [(file.name, file.stat()) for file in files]
+    contents = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     given = data.copy_and_resolve_references().to_dict()
     values = {key: given.get(key) for key in (*converter.keys, "seed")}
-    return logs / f"{data.name}-{digest([converter.version, values, contents])}"
+    name = f"{data.name}-{digest([converter.version, values, contents])}"
+    return Path(data.dir) / "logs" / name
 
 
-def _digests(files: Sequence[Path], logs: Path) -> list[str]:
-    """The SHA-256 of each file; a folder of logs keeps those of files with the same size and time.
-
-    A copy of the files is thus the same dataset.
-    """
-    record = logs / ".raw_files.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
-    found = []
-    for file in files:
-        stat = file.stat()
-        key = f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-        if key not in known:
-            with file.open("rb") as raw:
-                known[key] = hashlib.file_digest(raw, "sha256").hexdigest()
-            with contextlib.suppress(OSError):  # a folder that may only be read
-                logs.mkdir(parents=True, exist_ok=True)
-                write_whole(record, json.dumps(known))
-        found.append(known[key])
-    return found
-
-
-def find_raw(data: ConfigDict, archive: Archive, names: Sequence[str]) -> list[Path]:
-    """The paths of files in `data.path`, or of the archive if that is empty; fetches it.
+def find_raw(data: ConfigDict, names: Iterable[str], where: str, folder: str = "") -> list[Path]:
+    """The paths of files in `data.path`, or in another folder if that is empty.
 
     Raises:
-      UserError: one of the files is missing.
+      UserError: one of the files is missing; `where` names their origin in the message.
     """
-    folder = Path(data.path) if data.path else fetch(archive, data.dir)
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder / name} does not exist; unpack {archive.url} and set data.path to the "
-                f"folder that holds {', '.join(names)}"
-            )
-    return [folder / name for name in names]
+    paths = [Path(data.path or folder) / name for name in names]
+    for path in paths:
+        if not path.is_file() or not (data.path or folder):
+            raise UserError(f"{path} does not exist; set data.path to the folder of {where}")
+    return paths
+
+
+def fetch(url: str, sha256: str, data_dir: str) -> Path:
+    """Download a file below `data_dir/downloads` and unpack a zip archive, unless it is there.
+
+    Returns:
+      The file, or the folder of the contents of the archive.
+
+    Raises:
+      UserError: it cannot be fetched, or is not the file that was expected.
+    """
+    folder, name = Path(data_dir) / "downloads", url.rpartition("/")[2]
+    unpacked = folder / sha256[:16]
+    if unpacked.exists():
+        return unpacked
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20
+    )
+    try:
+        file = Path(pooch.retrieve(url, f"sha256:{sha256}", name, folder, downloader=downloader))
+        if file.suffix != ".zip":
+            return file
+        # Not by pooch: a run that is killed while it unpacks would leave half of the files.
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            shutil.unpack_archive(file, Path(temporary) / "whole")
+            (Path(temporary) / "whole").rename(unpacked)
+        file.unlink()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"could not fetch {url} ({reason}); fetch it by hand, unpack it if it is an archive, "
+            "and set data.path to the folder of the files"
+        ) from error
+    return unpacked
 
 
 def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
@@ -144,11 +176,11 @@ def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
     return con
 
 
-def check_none(con: duckdb.DuckDBPyConnection, faults: Mapping[str, str], folder: Path) -> None:
-    """Raise UserError where the SQL of a fault, named by its description, returns a row."""
-    for fault, sql in faults.items():
-        for row in con.sql(sql).limit(1).fetchall():
-            raise UserError(f"{folder}: {fault}: {', '.join(map(str, row))}")
+def moment_of(seconds: str) -> str:
+    """SQL for the hour, as a point on a circle, and the weekday, from Monday, 0."""
+    angle = f"2 * pi() * (({seconds}) % 86400) / 86400"
+    day = f"(({seconds}) // 86400 + 3) % 7"
+    return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -8,8 +8,8 @@ in the log. `docs/filmsearch.md` describes columns and limits.
 """
 
 import csv
+import hashlib
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources import sentences
-from kd_ranker.sources.converted import Converter, write_rows
-from kd_ranker.sources.download import fetch_files
+from kd_ranker.sources.converted import Converter, fetch, find_raw, write_rows
+from kd_ranker.sources.logs.layout import STAGES
 
 RETRIEVED, PASSED = 1000, 100
 RANKER = "ranker"
@@ -86,10 +86,12 @@ class Candidates(NamedTuple):
     Attributes:
       film: their numbers.
       features: the columns `FEATURES`.
+      label: 1 if a person wanted the film, 0 if not, -1 without a label.
     """
 
     film: Int64[np.ndarray, "n"]
     features: Float32[np.ndarray, "n features"]
+    label: Int[np.ndarray, "n"]
 
 
 def words_of(text: str | None) -> list[str]:
@@ -129,26 +131,17 @@ def read(folder: Path) -> Collection:
 
 def _texts(films: pd.DataFrame) -> dict[str, list[list[str]]]:
     """The words of each field of all films."""
-    people = [" ".join([*actors, director]) for actors, director in zip(
-        films["actors"], films["director"].astype("string").fillna(""), strict=True)]  # fmt: skip
-    tags = [" ".join([*tags, *genres]) for tags, genres in zip(
-        films["tags"], films["genres"], strict=True)]  # fmt: skip
-    texts: dict[str, Iterable[str]] = {
+    texts = {
         "title": films["title"],
         "overview": films["overview"],
-        "people": people,
-        "characters": films["characters"].map(" ".join),
-        "tags": tags,
+        "people": films["actors"].str.join(" ")
+        + " "
+        + films["director"].astype("string").fillna(""),
+        "characters": films["characters"].str.join(" "),
+        "tags": (films["tags"] + films["genres"]).str.join(" "),
         "year": films["year"].astype("string").fillna(""),
     }
     return {field: [words_of(text) for text in texts[field]] for field in FIELDS}
-
-
-def facts_of(films: pd.DataFrame) -> Float32[np.ndarray, "films facts"]:
-    """Popularity, votes and budget as logarithms, rating and year as they are; 0 if unknown."""
-    facts = films[[*FACTS, "year"]].fillna(0).astype(np.float64)
-    facts[["popularity", "votes", "budget"]] = np.log1p(facts[["popularity", "votes", "budget"]])
-    return facts.to_numpy(np.float32)
 
 
 def retriever(
@@ -164,7 +157,10 @@ def retriever(
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
-    facts = facts_of(collection.films)
+    # Logarithms of popularity, votes and budget, rating and year as they are; 0 if unknown.
+    known = collection.films[[*FACTS, "year"]].fillna(0).astype(np.float64)
+    known[["popularity", "votes", "budget"]] = np.log1p(known[["popularity", "votes", "budget"]])
+    facts = known.to_numpy(np.float32)
     indices = []
     for words in _texts(collection.films).values():
         index = bm25s.BM25(k1=1.2, b=0.75)
@@ -181,18 +177,11 @@ def retriever(
         film = np.lexsort((-popularity, -total))[:RETRIEVED].copy()  # not a view of all films
         title_share = scores[0] / max(scores[0].max(), 1e-6)
         columns = [of[film] for of in (*scores, total, title_share, *facts.T)]
-        features = np.stack([*columns, cosine(query, film)], axis=1)
-        return Candidates(film, features.astype(np.float32))
+        features = np.stack([*columns, cosine(query, film)], axis=1).astype(np.float32)
+        labels = collection.labels[query]
+        return Candidates(film, features, np.array([labels.get(of, -1) for of in film.tolist()]))
 
     return retrieve
-
-
-def labels_of(
-    collection: Collection, candidates: Sequence[Candidates]
-) -> list[Int[np.ndarray, "n"]]:
-    """The labels of the candidates of the first queries, -1 for a film without a label."""
-    pairs = zip(candidates, collection.labels, strict=False)
-    return [np.array([of.get(film, -1) for film in found.film.tolist()]) for found, of in pairs]
 
 
 def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray, "queries"]:
@@ -249,11 +238,9 @@ class Ranker(NamedTuple):
         return self.curve.predict_proba(self.trees.predict(features)[:, None])[:, 1]
 
 
-Judged = tuple[Float32[np.ndarray, "n features"], Int[np.ndarray, "n"]]
-"""The features of a query's candidates, and their labels: 1 wanted, 0 not, -1 unknown."""
-
-
-def fit_ranker(queries: Sequence[Judged], groups: Int[np.ndarray, "queries"], seed: int) -> Ranker:
+def fit_ranker(
+    queries: Sequence[Candidates], groups: Int[np.ndarray, "queries"], seed: int
+) -> Ranker:
     """Train a final ranker; a fifth of the queries, in whole groups, stops it and calibrates it.
 
     For the order, 30 random films without a label count as not wanted. For the calibration, only
@@ -263,58 +250,44 @@ def fit_ranker(queries: Sequence[Judged], groups: Int[np.ndarray, "queries"], se
     from sklearn.linear_model import LogisticRegression
 
     generator = np.random.default_rng(seed)
-    features, labels = [], []
     place_of_group = generator.permutation(groups.max() + 1)[groups]
     order = np.argsort(place_of_group, kind="stable")
-    for of_query, label in (queries[place] for place in order):
+    kept = []
+    for _, features, label in (queries[place] for place in order):
         unknown = np.flatnonzero(label < 0)
         extra = generator.choice(unknown, min(_NEGATIVES, len(unknown)), replace=False)
         rows = np.concatenate([np.flatnonzero(label >= 0), extra])
-        features.append(of_query[rows])
-        labels.append(label[rows])
+        kept.append((features[rows], label[rows]))
     ordered = place_of_group[order]
     cut = int(np.searchsorted(ordered, ordered[len(queries) * 4 // 5]))
 
-    def part(some: slice) -> tuple[Any, Any, list[int]]:
-        wanted = np.maximum(np.concatenate(labels[some]), 0)
-        return np.concatenate(features[some]), wanted, [len(of) for of in labels[some]]
+    def part(some: Sequence[tuple[Any, Any]]) -> tuple[Any, Any, list[int]]:
+        features, labels = (np.concatenate(of) for of in zip(*some, strict=True))
+        return features, labels, [len(label) for _, label in some]
 
-    (inputs, wanted, sizes), (others, known, others_sizes) = (
-        part(slice(cut)),
-        part(slice(cut, None)),
-    )
+    inputs, wanted, sizes = part(kept[:cut])
+    others, known, others_sizes = part(kept[cut:])
     trees = lightgbm.LGBMRanker(
         n_estimators=300, num_leaves=31, learning_rate=0.1, min_child_samples=50, verbose=-1,
         random_state=seed, deterministic=True, force_row_wise=True, n_jobs=_THREADS,
     )  # fmt: skip
     trees.fit(
         inputs,
-        wanted,
+        np.maximum(wanted, 0),
         group=sizes,
         eval_X=others,
-        eval_y=known,
+        eval_y=np.maximum(known, 0),
         eval_group=[others_sizes],
         eval_at=[10],
         callbacks=[lightgbm.early_stopping(20, verbose=False)],
     )
-    labelled = np.concatenate(labels[cut:]) >= 0
+    labelled = known >= 0
     score = np.asarray(trees.predict(others[labelled]))
     return Ranker(trees, LogisticRegression().fit(score[:, None], known[labelled]))
 
 
-def ndcg(score: Float[np.ndarray, "n"], wanted: Int[np.ndarray, "n"], at: int = 10) -> float:
-    """NDCG of the labelled films of a query, in the order of `score`; NaN if none is wanted.
-
-    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 2002.
-    """
-    discount = 1 / np.log2(np.arange(2, 2 + len(wanted)))
-    discount[at:] = 0
-    best = np.sort(wanted)[::-1] @ discount
-    return float(wanted[np.argsort(-score, kind="stable")] @ discount / best) if best else np.nan
-
-
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
-    """Write one row per query, and `rankers.json`: nDCG of each ranker on test queries."""
+    """Write one row per query that the final ranker has not learned from."""
     for package in ("bm25s", "lightgbm", "sklearn"):
         if importlib.util.find_spec(package) is None:
             raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
@@ -323,20 +296,16 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     retrieve = retriever(collection, lambda query, film: films[film] @ queries[query])
     numbers = tqdm(range(len(collection.queries)), desc="retrieve", disable=None, leave=False)
     candidates = [retrieve(query) for query in numbers]
-    labels = labels_of(collection, candidates)
     best = {
-        query: int(found.film[label.argmax()])
-        for query, (found, label) in enumerate(zip(candidates, labels, strict=True))
-        if label.max() > 0
+        query: int(found.film[found.label.argmax()])
+        for query, found in enumerate(candidates)
+        if found.label.max() > 0
     }
     groups = groups_of(collection, best)
     splits = splits_of(groups, int(data.seed))
-    judged = [(found.features, label) for found, label in zip(candidates, labels, strict=True)]
     learns = [query for query, split in enumerate(splits) if split == RANKER]
-    ranker = fit_ranker([judged[query] for query in learns], groups[learns], int(data.seed))
-    tested = [of for of, split in zip(judged, splits, strict=True) if split == "test"]
-    (folder / "rankers.json").write_text(json.dumps(_quality(ranker, tested), indent=2))
-    write_rows(folder / "log.parquet", _rows(collection, candidates, labels, splits, ranker))
+    ranker = fit_ranker([candidates[of] for of in learns], groups[learns], int(data.seed))
+    write_rows(folder / "log.parquet", _rows(collection, candidates, splits, ranker))
 
 
 def vectors_of(
@@ -366,40 +335,9 @@ def texts_of(films: pd.DataFrame) -> list[str]:
     ]
 
 
-def _quality(ranker: Ranker, queries: Sequence[Judged]) -> dict[str, dict[str, float]]:
-    """nDCG@10 of each ranker by people's labels, and how much better the final ranker is.
-
-    Each is a mean over queries, followed by half of its 95% interval.
-    """
-    final = [ranker.probability(features) for features, _ in queries]
-    scores = {
-        "final ranker": final,
-        "BM25": [features[:, FEATURES.index("bm25")] for features, _ in queries],
-        "MiniLM": [features[:, FEATURES.index("minilm")] for features, _ in queries],
-    }
-    of_each = {}
-    for name, score in scores.items():
-        pairs = zip(score, (label for _, label in queries), strict=True)
-        of_each[name] = np.array([ndcg(of[label >= 0], label[label >= 0]) for of, label in pairs])
-    return {
-        name: {
-            **_interval("ndcg@10", values),
-            **_interval("final ranker's advantage", of_each["final ranker"] - values),
-        }
-        for name, values in of_each.items()
-    }
-
-
-def _interval(name: str, values: Float[np.ndarray, "n"]) -> dict[str, float]:
-    known = values[np.isfinite(values)]
-    error = 1.96 * known.std(ddof=1) / np.sqrt(len(known))
-    return {name: round(float(known.mean()), 4), f"{name} ±": round(float(error), 4)}
-
-
 def _rows(
     collection: Collection,
     candidates: Sequence[Candidates],
-    labels: Sequence[Int[np.ndarray, "n"]],
     splits: Sequence[str],
     ranker: Ranker,
 ) -> Iterator[dict[str, Any]]:
@@ -414,15 +352,15 @@ def _rows(
     of_film = {name: pa.array(bag.tolist(), pa.list_(pa.string())) for name, bag in bags.items()}
     numbers = [query for query, split in enumerate(splits) if split != RANKER]
     for query in tqdm(numbers, desc="write the log", disable=None, leave=False):
-        (film, features), label = candidates[query], labels[query]
+        film, features, label = candidates[query]
         words = words_of(collection.queries[query])
         column = dict(zip(FEATURES, features.T, strict=True))
-        stage = np.where(np.arange(len(film)) < PASSED, 2, 1).astype(np.int8)
+        stage = np.where(np.arange(len(film)) < PASSED, 1, 0)
         yield {
-            "query": query, "time": _TIME + query, "split": splits[query],
+            "request": query, "time": _TIME + query, "split": splits[query],
             "words": words, "trigrams": trigrams_of(words),
             "item": films["id"].to_numpy()[film],
-            "stage": np.where(label >= 0, np.int8(3), stage),
+            "stage": pa.array(np.array(STAGES)[np.where(label >= 0, 2, stage)]),
             "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
             "final_score": ranker.probability(features).astype(np.float32),
             **{name: column[name] for name in (*STUDENT_FEATURES, *FACTS, "year")},
@@ -431,8 +369,18 @@ def _rows(
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The two files, fetched if `data.path` is empty."""
-    return fetch_files(_URL, FILES, data)
+    """The two files, fetched if `data.path` is empty.
+
+    Raises:
+      UserError: one is missing, is not the published one, or cannot be fetched.
+    """
+    if not data.path:
+        return [fetch(_URL + name, sha256, data.dir) for name, sha256 in FILES.items()]
+    paths = find_raw(data, FILES, f"the files of {_URL}")
+    for path in paths:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != FILES[path.name]:
+            raise UserError(f"{path} is not the published file; fetch it from {_URL}{path.name}")
+    return paths
 
 
-CONVERTER = Converter((), find_files, write, version=2)
+CONVERTER = Converter((), find_files, write)

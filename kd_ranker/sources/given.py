@@ -66,8 +66,7 @@ def keep(
     item_features: Any,
     item_category: Any,
     data: ConfigDict,
-    validation_share: float,
-    test_share: float,
+    shares: tuple[float, float],
 ) -> tuple[Path, tuple[str, ...], dict[str, Any]]:
     """Write a dataset that is named by the content of its requests, and set the keys that name it.
 
@@ -77,8 +76,7 @@ def keep(
       item_features: float32 [num_items, F]; None takes zeros.
       item_category: int32 [num_items, I], category ids of each item, -1 for none; or None.
       data: the section of the config to change; it has `dir`.
-      validation_share: share of the requests before those of the test.
-      test_share: share of the last requests.
+      shares: of the requests for the validation, and of the last ones for the test.
 
     Returns:
       The folder, the tasks, and the sizes of a funnel of the requests.
@@ -92,30 +90,29 @@ def keep(
         for split, of_split in splits.items()
     }
     if "" in requests:
-        requests = splits_of(requests[""], validation_share, test_share)
+        requests = _split(requests[""], *shares)
     shape = (spec.num_items, spec.item_features)
     features = np.zeros(shape) if item_features is None else item_features
     features = _array(features, np.float32, shape, "item_features")
-    category = item_category
-    if category is not None:
+    if item_category is not None:
         shape = (spec.num_items, spec.category_width("item"))
-        category = _array(category, np.int32, shape, "item_category")
-        if ((category < -1) | (category >= spec.num_categories)).any():
+        item_category = _array(item_category, np.int32, shape, "item_category")
+        if ((item_category < -1) | (item_category >= spec.num_categories)).any():
             raise UserError(f"item_category must lie in [-1, {spec.num_categories})")
     source = Source(
         spec=spec,
         item_features=features,
-        item_category=category,
+        item_category=item_category,
         requests=lambda split: iter(requests[split]),
         num_requests={split: len(of_split) for split, of_split in requests.items()},
     )
-    path = storage.build(source, f"given-{_digest(source, requests)}", data.dir)
+    path = storage.build(source, f"given-{_digest(source)}", data.dir)
     data.path, data.labels = str(path), ConfigDict({task: task for task in spec.tasks})
     return path, spec.tasks, funnel_of(itertools.chain(*requests.values()))
 
 
 def _rows(requests: Any) -> Iterable[Any]:
-    """Return the rows of a table as mappings; other requests as they are."""
+    """The rows of a table as mappings; other requests as they are."""
     if isinstance(requests, pd.DataFrame):  # a cell may hold a matrix, which Arrow does not take
         return requests.to_dict("records")
     if is_table(requests):
@@ -125,26 +122,25 @@ def _rows(requests: Any) -> Iterable[Any]:
     return requests
 
 
-def _digest(source: Source, requests: Mapping[str, Sequence[Request]]) -> str:
-    """Return eight hex digits that differ where the contents differ."""
+def _digest(source: Source) -> str:
+    """Eight hex digits that differ where the contents differ."""
     digest = hashlib.sha256(source.spec.to_json().encode())
-    for array in (source.item_features, source.item_category):
-        digest.update(b"" if array is None else array.tobytes())
+    arrays = [source.item_features]
+    if source.item_category is not None:
+        arrays.append(source.item_category)
     for split in SPLITS:
-        block = block_of(requests.get(split, ()), source.spec)
-        for values in (*block.values.values(), *block.numbers.values()):
-            is_text = values.dtype == object
-            digest.update(repr(values.tolist()).encode() if is_text else values.tobytes())
+        requests = [*source.requests(split)] if split in source.num_requests else []
+        block = block_of(requests, source.spec)
+        arrays += [*block.values.values(), *block.numbers.values()]
+    for array in arrays:
+        digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
     return digest.hexdigest()[:8]
 
 
-def splits_of(
+def _split(
     requests: Iterable[Request], validation_share: float, test_share: float
 ) -> dict[str, list[Request]]:
-    """Split requests by time: the last ones for the test, and those before for the validation.
-
-    Requests of the same time stay together, in the later of two splits.
-    """
+    """Split requests by time; those of the same time stay together, in the later of two splits."""
     ordered = sorted(requests, key=lambda request: (request.time, request.request_id))
     times = [request.time for request in ordered]
     places = (round(len(times) * (1 - of)) for of in (validation_share + test_share, test_share))
@@ -154,7 +150,7 @@ def splits_of(
 
 
 def funnel_of(requests: Iterable[Request]) -> dict[str, Any]:
-    """Return a funnel of the sizes of requests; where all were passed, it passes half of them."""
+    """The sizes of a funnel of requests; where all were passed, it passes half of them."""
     sizes = [
         (len(request.item_id), request.num_passed, len(request.user_label)) for request in requests
     ]
@@ -191,18 +187,19 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
         )
     if lacking := [name for name in _NEEDED if name not in given]:
         raise UserError(f"{who} lacks {lacking[0]}")
-    first: dict[str, Any] = {
-        "request_id": place,
-        "time": place,
-        "teacher_version": spec.teacher_version,
-        "num_passed": _length(given["item_id"]),
-    }
-    given = first | given
+
+    def length(name: str) -> int:
+        return len(given[name]) if hasattr(given.get(name), "__len__") else 0
+
+    defaults = dict(request_id=place, time=place, num_passed=length("item_id"))
+    given = defaults | {"teacher_version": spec.teacher_version} | given
     numbers = {
-        owner: next(filter(None, (_length(given.get(name)) for name in names)), 0)
-        for owner, names in _COUNTED_BY.items()
+        owner: next(filter(None, map(length, names)), 0) for owner, names in _COUNTED_BY.items()
     }
-    values = {field.name: _value(field, given, numbers, spec, who) for field in STORED}
+    values: dict[str, Any] = {}
+    for field in STORED:
+        per_entry = (numbers[field.of],) if field.of != "request" else ()
+        values[field.name] = _value(field, given.get(field.name), per_entry, spec, who)
     request = Request(**values)
     shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
     if not 0 < shown <= passed <= all_:
@@ -213,26 +210,15 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     if (request.user_label > 1).any():
         raise UserError(f"{who}: user_label holds {request.user_label.max()}; labels are 0 or 1")
     propensity = values["propensity"][:shown]
-    if (wrong := (propensity <= 0) | (propensity > 1)).any():
-        raise UserError(f"{who}: propensity is {propensity[wrong][0]:g}; it must be in (0, 1]")
+    if (bad := (propensity <= 0) | (propensity > 1)).any():
+        raise UserError(f"{who}: propensity is {propensity[bad][0]:g}; it must be in (0, 1]")
     return request
 
 
-def _length(value: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else 0
-
-
 def _value(
-    field: Field,
-    given: Mapping[str, Any],
-    numbers: Mapping[Owner, int],
-    spec: FeatureSpec,
-    who: str,
+    field: Field, value: Any, per_entry: tuple[int, ...], spec: FeatureSpec, who: str
 ) -> Any:
-    shape = field.shape(spec)
-    if field.of != "request":
-        shape = (numbers[field.of], *shape)
-    value = given.get(field.name)
+    shape = (*per_entry, *field.shape(spec))
     if value is None:
         weighs = field.name.endswith("_weight")
         return np.full(shape, 1 if weighs else max(field.nothing, -1), field.stored)
@@ -245,15 +231,7 @@ def _value(
 def _array(
     value: Any, dtype: Any, shape: tuple[int, ...], what: str, takes_any: bool = False
 ) -> np.ndarray:
-    """Return an array of a user's values; refuse one that changes them or is not finite.
-
-    Args:
-      value: anything that NumPy can make an array of.
-      dtype: of the array.
-      shape: the shape that it must have.
-      what: its name in messages.
-      takes_any: whether NaN and infinite numbers are valid.
-    """
+    """An array of a user's values; refuse one that changes them or, by default, is not finite."""
     try:
         given = np.asarray(value)
         with np.errstate(invalid="ignore"):  # of NaN as a whole number, which is refused below

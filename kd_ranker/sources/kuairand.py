@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, check_none, connect
+from kd_ranker.sources.converted import Converter, connect, find_raw, moment_of
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
@@ -41,25 +41,15 @@ USER_FLAGS = ("is_lowactive_period", "is_live_streamer", "is_video_author")
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The files of a variant, whole or in parts.
-
-    Raises:
-      UserError: one is missing.
-    """
+    """The files of a variant; the standard logs of 27K are published in two parts."""
     variant = data.name.removeprefix("kuairand_")
-    folder = Path(data.path)
-    folder = folder / "data" if (folder / "data").is_dir() else folder
-    files = []
-    for stem in _STEMS:
-        found = [*folder.glob(f"{stem}_{variant}.csv"), *folder.glob(f"{stem}_{variant}_part*.csv")]
-        parts = 2 if variant == "27k" and stem in _STANDARD else 1
-        if not data.path or len(found) < parts:
-            raise UserError(
-                f"{folder / stem}_{variant}.csv, or one of its parts, does not exist; unpack "
-                f"{VARIANTS[variant]} of {ARCHIVE} and set data.path to its folder"
-            )
-        files += sorted(found)
-    return files
+    inner = "data/" if (Path(data.path) / "data").is_dir() else ""
+    names = [
+        f"{inner}{stem}_{variant}{part}.csv"
+        for stem in _STEMS
+        for part in (("_part1", "_part2") if variant == "27k" and stem in _STANDARD else ("",))
+    ]
+    return find_raw(data, names, f"{VARIANTS[variant]}, unpacked from {ARCHIVE}")
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
@@ -71,10 +61,9 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     )
     with connect(data, folder) as con:
         con.execute(f"""
-            CREATE TABLE users AS {_last_of_each("user_id", users)}
-                ORDER BY md5(concat_ws(' ', {data.seed}, user_id))
+            CREATE TABLE users AS FROM {users} ORDER BY md5(concat_ws(' ', {data.seed}, user_id))
                 {f"LIMIT {data.max_users}" if data.max_users else ""};
-            CREATE TABLE videos AS {_last_of_each("video_id", videos)};
+            CREATE VIEW videos AS FROM {videos};
             CREATE TABLE log AS SELECT row_number() OVER () AS n, *,
                 {" OR ".join(ACTIONS)} AS engaged FROM (
                 SELECT user_id::INT AS user, video_id::INT AS video, time_ms::BIGINT // 1000 AS
@@ -82,19 +71,9 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 {", ".join(f"coalesce({action}::INT, 0) = 1 AS {action}" for action in ACTIONS)}
                 FROM {log} {"SEMI JOIN users USING (user_id)" if data.max_users else ""});
         """)
-        check_none(con, _FAULTS, files[0].parent)
         con.execute(_requests(data) + _candidates(data))
         con.execute(_counts("user", ACTIONS) + _counts("video", CANDIDATE_ACTIONS))
         con.sql(_rows()).write_parquet(str(folder / "log.parquet"), compression="zstd")
-
-
-_FAULTS = {"a row of a log lacks user, video or time": "FROM log WHERE user + video + time IS NULL"}
-
-
-def _last_of_each(key: str, file: str) -> str:
-    """SQL for the last row of each key."""
-    return f"""SELECT * EXCLUDE line FROM (SELECT *, row_number() OVER () AS line FROM {file})
-        QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY line DESC) = 1"""
 
 
 def _requests(data: ConfigDict) -> str:
@@ -174,11 +153,6 @@ def _rates(counts: str, prefix: str, tasks: Iterable[str]) -> str:
 
 def _rows() -> str:
     """SQL for the rows of the log; candidates in the order in which they were shown."""
-    lists = (
-        *("position", *ACTIONS, "duration", "shape", "days_to_end", "days_old", "author_id"),
-        *("music_id", "video_type", "upload_type", "music_type", "tags", "video_seen"),
-        *(f"video_{task}" for task in CANDIDATE_ACTIONS),
-    )
     numbers = [
         f"ln(1 + greatest(coalesce(try_cast({name} AS DOUBLE), 0), 0)) / 5 AS {name}"
         for name in USER_NUMBERS
@@ -192,7 +166,8 @@ def _rows() -> str:
             ln(nullif(greatest(server_height::DOUBLE, 0), 0) / nullif(greatest(server_width::DOUBLE,
             0), 0)) AS shape, epoch(try_cast(upload_dt AS DATE)) - {BEIJING} AS uploaded
             FROM videos),
-        known AS (SELECT candidates.*, films.* EXCLUDE video,
+        known AS (SELECT candidates.* RENAME (request AS _request, time AS _time, place AS _place,
+            video AS item), films.* EXCLUDE (video, uploaded),
             if(place IS NULL, NULL, row_number() OVER (PARTITION BY request ORDER BY place)) AS
             position,
             {_age(str(LOGS_END))} AS days_to_end, {_age("candidates.time")} AS days_old,
@@ -200,9 +175,9 @@ def _rows() -> str:
             FROM candidates ASOF LEFT JOIN video_counts AS counts
                 ON candidates.video = counts.video AND candidates.time > counts.time
             LEFT JOIN films ON candidates.video = films.video),
-        lists AS (SELECT request, list(video ORDER BY place NULLS LAST, video) AS item,
-            {", ".join(f"list({of} ORDER BY place NULLS LAST, video) AS {of}" for of in lists)}
-            FROM known GROUP BY request),
+        lists AS (SELECT _request AS request,
+            list(COLUMNS('^([^_].*)$') ORDER BY _place NULLS LAST, item) AS '\\1'
+            FROM known GROUP BY _request),
         past AS (SELECT user, list(struct_pack(video, time, done := [{done}]) ORDER BY time, n)
             AS events FROM log WHERE engaged GROUP BY user),
         people AS (SELECT user_id::INT AS user, {", ".join([*numbers, *flags, *USER_CATEGORIES])}
@@ -210,9 +185,7 @@ def _rows() -> str:
         SELECT * EXCLUDE recent FROM (SELECT lists.*, requests.user, requests.time, split,
             nullif(tab, -1) AS tab, people.* EXCLUDE user, {_rates("counts", "user", ACTIONS)},
             ln(1 + (requests.time - counts.time) / 3600) / 3 AS pause,
-            sin(2 * pi() * ((requests.time + {BEIJING}) % 86400) / 86400) AS hour_sin,
-            cos(2 * pi() * ((requests.time + {BEIJING}) % 86400) / 86400) AS hour_cos,
-            ((requests.time + {BEIJING}) // 86400 + 3) % 7 AS weekday,
+            {moment_of(f"requests.time + {BEIJING}")},
             coalesce(list_slice(events, greatest(engaged - {HISTORY - 1}, 1), engaged), []) AS
             recent,
             list_transform(recent, lambda event: event.video) AS history,

@@ -14,14 +14,7 @@ import pyarrow as pa
 from jaxtyping import Float64, Int, Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.converted import (
-    Converter,
-    check_none,
-    connect,
-    find_raw,
-    write_rows,
-)
-from kd_ranker.sources.download import Archive
+from kd_ranker.sources.converted import Converter, connect, fetch, find_raw, write_rows
 
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
 PRIOR_RATING, PRIOR_COUNT = 3.5, 5  # a mean starts as if that many ratings had this value
@@ -32,17 +25,14 @@ GENRES = (
     *("Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi"),
     *("Thriller", "War", "Western", "IMAX"),
 )
-# Checksums of 100K and 1M are those that TFDS knows; projects that fetched 32M agree on the third.
-ARCHIVES = {
-    f"movielens_{size}": Archive(
-        f"https://files.grouplens.org/datasets/movielens/ml-{size}.zip", sha256, f"ml-{size}"
-    )
-    for size, sha256 in (
-        ("100k", "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),
-        ("1m", "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
-        ("32m", "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee"),
-    )
+# Size -> SHA-256 of its archive: of 100K and 1M as TFDS knows it; on the third, projects that
+# fetched 32M agree.
+SIZES = {
+    "100k": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+    "1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    "32m": "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
 }
+_URL = "https://files.grouplens.org/datasets/movielens/ml-{}.zip"
 
 
 def _lines(delimiter: str, *columns: str) -> str:
@@ -91,15 +81,6 @@ _TABLES = {
     "coalesce(genres, []) AS genres",
     "users": "user::INT AS user, age::INT AS age, gender, occupation",
 }
-_FAULTS = {
-    "a rating is not on the scale": "FROM ratings ANTI JOIN stars USING (rating)",
-    "a user or a time is negative": "FROM ratings WHERE NOT (user >= 0 AND time >= 0)",
-    "a film is not in the file of films": "FROM ratings ANTI JOIN movies USING (movie)",
-    "a user is not in the file of users": "FROM ratings ANTI JOIN users USING (user)",
-    "a user rates a film twice": "SELECT user, movie FROM ratings GROUP BY ALL HAVING count(*) > 1",
-    "a film has two lines": "SELECT movie FROM movies GROUP BY movie HAVING count(*) > 1",
-    "a user has two lines": "SELECT user FROM users GROUP BY user HAVING count(*) > 1",
-}
 
 
 def stars_of(name: str) -> Float64[np.ndarray, "stars"]:
@@ -110,7 +91,11 @@ def stars_of(name: str) -> Float64[np.ndarray, "stars"]:
 
 def find_files(data: ConfigDict) -> list[Path]:
     """The files of a set, fetched if `data.path` is empty."""
-    return find_raw(data, ARCHIVES[data.name], [*_FILES[data.name]])
+    size = data.name.removeprefix("movielens_")
+    url, folder = _URL.format(size), ""
+    if not data.path:
+        folder = str(fetch(url, SIZES[size], data.dir) / f"ml-{size}")
+    return find_raw(data, _FILES[data.name], f"the contents of {url}", folder)
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
@@ -120,11 +105,6 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         for path, (name, columns) in zip(files, _TABLES.items(), strict=False):
             rows = f"SELECT {columns} FROM ({_FILES[data.name][path.name]})"
             con.execute(f"CREATE OR REPLACE TABLE {name} AS {rows}", {"file": str(path)})
-        if len(files) < len(_TABLES):
-            con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
-        scale = f"unnest({stars_of(data.name).tolist()})::FLOAT"
-        con.execute(f"CREATE TABLE stars AS SELECT {scale} AS rating")
-        check_none(con, _FAULTS, files[0].parent)
         write_rows(folder / "log.parquet", _rows(con, data))
 
 
@@ -134,7 +114,7 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
     movie, genres = films["movie"].to_numpy(), films["genres"].combine_chunks()
     decade = (films["year"].to_numpy() - 1990) / 10  # NaN where unknown
     flags = np.array([[of in row for of in GENRES] for row in genres.to_pylist()], np.float32)
-    everyone = con.sql("SELECT movie, rating, time FROM ratings ORDER BY time").fetchnumpy()
+    everyone = con.sql("FROM ratings SEMI JOIN movies USING (movie) ORDER BY time").fetchnumpy()
     rated = np.searchsorted(movie, everyone["movie"])
     count, total, seen = np.zeros(len(movie)), np.zeros(len(movie)), 0
     scale = stars_of(data.name)
@@ -188,10 +168,10 @@ def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
     most = f"LIMIT {data.max_users}" if data.get("max_users") else ""
     # The order within a second depends on nothing but the seed, the user and the film.
     lines = con.sql(f"""
-        WITH kept AS (FROM users SEMI JOIN ratings USING (user)
+        WITH kept AS (FROM (SELECT DISTINCT user FROM ratings) LEFT JOIN users USING (user)
             ORDER BY md5(concat_ws(' ', {data.seed}, user)) {most}),
         rated AS (SELECT *, (time, md5(concat_ws(' ', {data.seed}, user, movie))) AS luck
-            FROM ratings)
+            FROM ratings SEMI JOIN movies USING (movie))
         SELECT kept.*, {", ".join(f"list({of} ORDER BY luck) AS {of}" for of in _TYPES)}
         FROM rated JOIN kept USING (user) GROUP BY ALL""").to_arrow_table()
     found = []

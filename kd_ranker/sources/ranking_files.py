@@ -8,37 +8,38 @@
 `docs/ranking_files.md` describes stages, labels and columns. Errors name the file and the line.
 """
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
+import duckdb
 import numpy as np
-import pyarrow as pa
 from absl import logging
-from jaxtyping import Float, Float32
 from ml_collections import ConfigDict
-from scipy.stats import rankdata
 
-from kd_ranker.batch import Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, write_rows
+from kd_ranker.sources.converted import Converter, connect, find_raw
+from kd_ranker.sources.logs.files import line_of
+from kd_ranker.sources.logs.layout import literal
 
 SPLIT = "{split}"
 """In the name of a file: replaced by the word that `data.splits` has for a split."""
 
-Run = dict[str, dict[str, float]]
-"""Query -> document -> score, the best document first."""
 
-Value = TypeVar("Value")
-
-_RUN = "query Q0 document rank score tag"
-_QRELS = "query 0 document grade"
-_DOCUMENT = re.compile(r"docid\s*=\s*(\S+)")
-_LARGEST = float(np.finfo(np.float32).max)
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_GRADE = r"(?P<grade>[-+]?\d+)(?:\.0*)?"
+# What a line has, for messages -> a regular expression; its groups become columns of a table.
+_LAYOUTS = {
+    "query Q0 document rank score tag": r"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+"
+    rf"(?P<rank>{_NUMBER})\s+(?P<score>{_NUMBER})\s+\S+",
+    "query 0 document grade": rf"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+{_GRADE}",
+    "grade qid:query 1:number 2:number ...": rf"{_GRADE}\s+qid:(?P<query>\S+)"
+    rf"(?P<pairs>(?:\s+\d+:{_NUMBER})*)\s*(?:#(?:.*?docid\s*=\s*(?P<document>\S+))?.*)?",
+    "number": rf"(?P<score>{_NUMBER})",
+}
+_RUN, _QRELS, _LETOR, _SCORE = _LAYOUTS
 _TIME = 1_600_000_000  # seconds; queries have no time, and a log needs one
 _RESAMPLES = 2000
 
@@ -78,314 +79,144 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
     """
     if k < 1 or 0 != within < k:
         raise UserError(f"k={k}, within={within}: k must be at least 1, and within 0 or at least k")
-    one, other = read_run(Path(first)), read_run(Path(second))
-    shares = []
-    for query in sorted(one.keys() & other.keys()):
-        depth = min(k, len(one[query]), len(other[query]))
-        wanted = {*itertools.islice(one[query], depth)}
-        found = {*itertools.islice(other[query], max(within, depth))}
-        shares.append(len(wanted & found) / depth)
-    if not shares:
+    with duckdb.connect() as con:
+        for name, path in (("one", first), ("other", second)):
+            _read_run(con, name, Path(path))
+        found = con.sql(f"""
+            WITH sizes AS (SELECT query, least({k}, size, others) AS depth
+                FROM (SELECT query, max(place) AS size FROM one GROUP BY query)
+                JOIN (SELECT query, max(place) AS others FROM other GROUP BY query) USING (query))
+            SELECT count(other.place) / depth AS share FROM sizes JOIN one USING (query)
+            LEFT JOIN other ON one.query = other.query AND one.document = other.document
+                AND other.place <= greatest({within}, depth)
+            WHERE one.place <= depth GROUP BY sizes.query, depth ORDER BY sizes.query""")
+        shares = found.fetchnumpy()["share"]
+    if not len(shares):
         raise UserError(f"{first} and {second} share no query")
     draws = np.random.default_rng(0).choice(shares, (_RESAMPLES, len(shares))).mean(axis=1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return Agreement(float(np.mean(shares)), float(low), float(high), len(shares))
 
 
-def read_run(path: Path) -> Run:
-    """Read a TREC run; the order of documents is that of scores, and of ranks if these are equal.
+def _read(con: duckdb.DuckDBPyConnection, name: str, path: Path, layout: str) -> None:
+    """Make a table of the lines of a file that are not blank, from one of `_LAYOUTS`.
 
     Raises:
-      UserError: a line has another number of columns, a rank or score is not a number, or a
-        document occurs twice.
+      UserError: the file is missing, empty or not text in UTF-8, a line has another layout, or a
+        query has a document twice.
     """
-    places = _by_query(
-        path, _RUN, lambda where, rank, score, _: (-_number(where, score), _number(where, rank))
-    )
-    return {
-        query: {document: -place[0] for document, place in sorted(of.items(), key=itemgetter(1))}
-        for query, of in places.items()
-    }
-
-
-def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Read qrels: query -> document -> grade.
-
-    Raises:
-      UserError: as of `read_run`, or a grade is not a whole number.
-    """
-    return _by_query(path, _QRELS, _grade)
-
-
-def _by_query(path: Path, layout: str, value: Callable[..., Value]) -> dict[str, dict[str, Value]]:
-    """Query -> document -> `value` of the line's place and of the columns after the document."""
-    found: dict[str, dict[str, Value]] = {}
-    for where, line in _lines(path):
-        columns, number = line.split(), len(layout.split())
-        if len(columns) != number:
-            raise UserError(f"{where}: {len(columns)} columns; expected {number}: {layout}")
-        query, _, document, *rest = columns
-        of_query = found.setdefault(query, {})
-        if document in of_query:
-            raise UserError(f"{where}: query {query} has document {document} already")
-        of_query[document] = value(where, *rest)
-    return found
-
-
-class Document(NamedTuple):
-    """A LETOR line.
-
-    Attributes:
-      where: its file and line number, for messages.
-      query: the text after `qid:`.
-      name: the text after `docid =`; "" without one.
-      grade: of its relevance.
-      features: its numbers.
-    """
-
-    where: str
-    query: str
-    name: str
-    grade: int
-    features: Float32[np.ndarray, "features"]
-
-
-def read_letor(path: Path, num_features: int, sparse: bool = False) -> Iterator[Document]:
-    """Read LETOR lines in the order of the file.
-
-    Args:
-      path: of the file.
-      num_features: of each line; indices start at 1.
-      sparse: True if a line may omit features that are 0.
-
-    Raises:
-      UserError: a line has other features, or a part of it is not a number.
-    """
-    for where, line in _lines(path):
-        body, _, comment = line.partition("#")
-        grade, query, pairs = (*body.split(maxsplit=2), "", "", "")[:3]
-        prefix, _, query = query.partition(":")
-        if prefix != "qid" or not query:
-            raise UserError(f"{where}: expected: grade qid:query 1:number 2:number ...")
-        name = _DOCUMENT.search(comment)
-        yield Document(
-            where,
-            query,
-            name[1] if name else "",
-            _grade(where, grade),
-            _features(where, pairs, num_features, sparse),
-        )
-
-
-def _features(where: str, pairs: str, number: int, sparse: bool) -> Float32[np.ndarray, "features"]:
-    """The numbers of index:number pairs; those omitted are 0."""
+    pattern = rf"^\s*{_LAYOUTS[layout]}\s*$"
+    groups = [*re.compile(pattern).groupindex]
     try:
-        given = [pair.split(":") for pair in pairs.split()]
-        index = [int(place) for place, _ in given]
-        value = np.array([value for _, value in given], float)
-    except ValueError as error:
-        raise UserError(f"{where}: a feature is not index:number ({error})") from error
-    every = range(1, number + 1)
-    known = {*index} if sparse else every
-    if index != [of for of in every if of in known]:
+        con.execute(
+            f"""CREATE OR REPLACE TABLE {name} AS SELECT line, unnest(regexp_extract(text, $pattern,
+                {groups})) FROM (SELECT row_number() OVER () AS line, text FROM read_csv($path,
+                    columns = {{'text': 'VARCHAR'}}, auto_detect = false, header = false,
+                    delim = '', quote = '', escape = '', strict_mode = false))
+                WHERE regexp_matches(text, '\\S')""",
+            {"path": str(path), "pattern": pattern},
+        )
+    except duckdb.Error as error:
         raise UserError(
-            f"{where}: {len(index)} features, the largest index is {max(index, default=0)}; "
-            f"data.num_features={number} expects {'some of ' * sparse}1 to {number} in order"
-        )
-    if not (np.abs(value) <= _LARGEST).all():
-        raise UserError(f"{where}: a feature is not a finite number of 32 bits")
-    features = np.zeros(number, np.float32)
-    features[np.array(index, int) - 1] = value
-    return features
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, each after its place.
-
-    Raises:
-      UserError: the file is missing, empty, or not text in UTF-8.
-    """
-    empty = True
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield f"{path}, line {number}", line
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as plain text in UTF-8: {error}") from error
-    if empty:
+            f"{path} cannot be read as plain text in UTF-8: {line_of(error)}"
+        ) from error
+    _check(con, path, f"not “{layout}”", f"SELECT line FROM {name} WHERE {groups[0]} = ''")
+    if "document" in groups:
+        twice = f"""SELECT max(line) AS line FROM {name} WHERE document <> ''
+            GROUP BY query, document HAVING count(*) > 1"""
+        _check(con, path, "its query has this document already", twice)
+    if not con.sql(f"FROM {name}").limit(1).fetchall():
         raise UserError(f"{path} is empty")
 
 
-def _number(where: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = np.nan
-    if not abs(number) <= _LARGEST:
-        raise UserError(f"{where}: {text!r} is not a finite number of 32 bits")
-    return number
+def _check(con: duckdb.DuckDBPyConnection, path: Path, fault: str, lines: str) -> None:
+    """Raise UserError with the number of the first of the lines that SQL finds at fault."""
+    ((line,),) = con.sql(f"SELECT min(line) FROM ({lines})").fetchall()
+    if line:
+        raise UserError(f"{path}, line {line}: {fault}")
 
 
-def _grade(where: str, text: str) -> int:
-    number = _number(where, text)
-    if number % 1:
-        raise UserError(f"{where}: grade {text} is not a whole number")
-    return int(number)
+def _read_run(con: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+    """Make a table of a TREC run; the order is that of scores, and of ranks if these are equal."""
+    _read(con, name, path, _RUN)
+    con.execute(f"""
+        CREATE OR REPLACE TABLE {name} AS SELECT query, document, score::DOUBLE AS score,
+            row_number() OVER (PARTITION BY query
+                ORDER BY score::DOUBLE DESC, rank::DOUBLE, line) AS place FROM {name}""")
 
 
-def _splits_of(data: ConfigDict, *names: str) -> list[str]:
+def _splits_of(*names: str) -> Sequence[str]:
     """The splits of files with these names; one "" if no name has `SPLIT`."""
-    return [*SPLITS] if any(SPLIT in name for name in names) else [""]
+    return SPLITS if any(SPLIT in name for name in names) else [""]
 
 
-def _path(data: ConfigDict, name: str, split: str) -> Path:
-    return Path(data.path) / name.replace(SPLIT, data.splits[split] if split else "")
+def _name(data: ConfigDict, name: str, split: str) -> str:
+    return name.replace(SPLIT, data.splits[split]) if split else name
 
 
-def _existing(data: ConfigDict, *names: str) -> list[Path]:
-    """The files with these names, of all splits.
-
-    Raises:
-      UserError: one of them does not exist, or a key is missing or contradicts the names.
-    """
-    if not data.path:
-        raise UserError("data.path is empty; set it to the folder of the ranking files")
-    if {*data.splits} != {*SPLITS}:
-        raise UserError(f"data.splits names {', '.join(data.splits)}; it needs {', '.join(SPLITS)}")
-    splits = _splits_of(data, *names)
-    if splits != [""] and data.split != "column":
-        raise UserError(f"data.split={data.split!r}, but a name has {SPLIT}; set data.split=column")
-    paths = dict.fromkeys(_path(data, name, split) for name in names for split in splits)
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; see data.path and data.splits")
-    return [*paths]
+def _find(data: ConfigDict, *names: str) -> list[Path]:
+    """The files with these names, of all splits."""
+    found = [_name(data, name, split) for name in names for split in _splits_of(name)]
+    return find_raw(data, found, "the ranking files; data.splits has the words of {split}")
 
 
-def _check_alike(*names: str) -> None:
-    """Raise UserError if some of the names have `SPLIT` and others do not."""
-    if len({SPLIT in name for name in names}) > 1:
-        raise UserError(f"{', '.join(names)}: put {SPLIT} in all of these names, or in none")
-
-
-def _numbered(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Give the rows of queries a time; a query belongs to one split, and one place of a file.
-
-    Args:
-      rows: each after the place of its query in a file.
-    """
-    seen: dict[str, str] = {}
-    for number, (where, row) in enumerate(rows, start=1):
-        query, split = row["request"], row["split"]
-        place = f"{where}, split {split}" if split else where
-        if query in seen:
-            raise UserError(f"{place}: query {query} was there before, at {seen[query]}")
-        seen[query] = place
-        yield row | {"time": _TIME + number}
-
-
-def _labels(data: ConfigDict, grade: Float[np.ndarray, "n"]) -> dict[str, np.ndarray]:
-    """The grades, and a label for each of `data.grades`: NaN where the grade is."""
-    labels = {least: np.where(np.isnan(grade), np.nan, grade >= least) for least in data.grades}
-    columns = {"grade": grade, **{f"grade_{least}": label for least, label in labels.items()}}
-    return {name: column.astype(np.float32) for name, column in columns.items()}
-
-
-def _names(query: str, documents: Sequence[Document]) -> pa.Array:
-    """The names of a query's documents; raises UserError for one that occurs twice."""
-    names: dict[str, None] = {}
-    for place, document in enumerate(documents):
-        name = document.name or f"{query}-{place}"
-        if name in names:
-            raise UserError(f"{document.where}: query {query} has document {name} already")
-        names[name] = None
-    return pa.array([*names])
-
-
-def _letor_rows(data: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A row per query of LETOR files; all of its documents count as shown."""
-    for split in _splits_of(data, data.documents, data.scores):
-        scored = _scored(data, split)
-        for query, group in itertools.groupby(scored, lambda pair: pair[0].query):
-            documents, scores = zip(*group, strict=True)
-            row = {"request": query, "split": split, "item": _names(query, documents)}
-            row["stage"] = np.full(len(documents), Stage.SHOWN, np.int8)
-            row |= _labels(data, np.array([of.grade for of in documents], float))
-            row["features"] = np.stack([of.features for of in documents])
-            if data.scores:
-                row["final_score"] = np.array(scores, np.float32)
-                row["final_rank"] = rankdata(-np.array(scores, float), "ordinal")
-            yield documents[0].where, row
-
-
-def _scored(data: ConfigDict, split: str) -> Iterator[tuple[Document, float]]:
-    """The lines of a LETOR file with their scores; NaN if `data.scores` is ""."""
-    path = _path(data, data.documents, split)
-    documents = read_letor(path, int(data.num_features), bool(data.sparse))
-    if not data.scores:
-        yield from ((document, np.nan) for document in documents)
-        return
-    scores = _path(data, data.scores, split)
-    for document, line in itertools.zip_longest(documents, _lines(scores)):
-        if line is None:
-            raise UserError(f"{document.where}: no score; {scores} has fewer lines")
-        if document is None:
-            raise UserError(f"{line[0]}: no document; {path} has fewer lines")
-        yield document, _number(line[0], line[1].strip())
-
-
-def _trec_rows(data: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A row per query that has a graded document in a run, with the documents of all runs."""
-    known: set[str] = set()
-    in_runs: set[str] = set()
-    for split in _splits_of(data, data.qrels, *data.runs.values()):
-        path = _path(data, data.qrels, split)
-        qrels = read_qrels(path)
-        runs = {}
-        for name, of_split in data.runs.items():
-            file = _path(data, of_split, split)
-            run = runs[name] = read_run(file)
-            if not run.keys() & qrels.keys():
-                raise UserError(
-                    f"{file}: query {next(iter(run))} is not in {path}, and neither is any other "
-                    "query of this run"
-                )
-            in_runs |= run.keys()
-        for query, grades in qrels.items():
-            lists = {name: run.get(query, {}) for name, run in runs.items()}
-            names = [*dict.fromkeys(itertools.chain.from_iterable(lists.values()))]
-            if grades.keys() & names:
-                known.add(query)
-                row = {"request": query, "split": split, "item": pa.array(names)}
-                yield str(path), row | _of_lists(data, lists, names, grades)
-    if left_out := len(in_runs - known):
-        logging.warning("left out %d queries of the runs without graded documents", left_out)
-
-
-def _of_lists(
-    data: ConfigDict, lists: dict[str, dict[str, float]], names: list[str], grades: dict[str, int]
-) -> dict[str, Any]:
-    """The columns of a query's documents: the stage, labels, and each run's scores and ranks."""
-    grade = np.array([grades.get(name, np.nan) for name in names], float)
-    final = lists[data.final] if data.final else {}
-    passed = np.array([name in final for name in names])
-    stage = np.where(passed, Stage.PASSED, Stage.RETRIEVED)
-    columns = {"stage": np.where(np.isnan(grade), stage, Stage.SHOWN).astype(np.int8)}
-    columns |= _labels(data, grade)
-    for run, scores in lists.items():
-        place = {name: rank for rank, name in enumerate(scores, start=1)}
-        for column, of in (("score", scores), ("rank", place)):
-            values = [of.get(name, np.nan) for name in names]
-            columns[f"{run}_{column}"] = np.array(values, np.float32)
-    return columns
+def _columns(data: ConfigDict, has_splits: bool) -> str:
+    """SQL for the columns of both kinds of files: a query's number makes its time."""
+    labels = "".join(f", (grade >= {least})::TINYINT AS grade_{least}" for least in data.grades)
+    split = ", split" if has_splits else ""
+    return f"query AS request, {_TIME} + number AS time{split}, document AS item, grade{labels}"
 
 
 def _find_letor(data: ConfigDict) -> list[Path]:
-    names = [data.documents, *([data.scores] if data.scores else [])]
-    _check_alike(*names)
-    return _existing(data, *names)
+    return _find(data, data.documents, *([data.scores] if data.scores else []))
+
+
+def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
+    """Write one row per document; all of them count as shown."""
+    splits, number = _splits_of(data.documents, data.scores), int(data.num_features)
+    if data.sparse:
+        wrong = f"len(list_intersect(places, range(1, {number + 1}))) <> len(places)"
+        features = f"""list_transform(range(1, {number + 1}),
+            lambda place: coalesce(numbers[list_position(places, place)], 0))"""
+    else:
+        wrong, features = f"places <> range(1, {number + 1})", "numbers"
+    with connect(data, folder) as con:
+        con.execute("""
+            CREATE TABLE documents (part INT, split VARCHAR, line BIGINT, query VARCHAR,
+                document VARCHAR, grade INT, features FLOAT[], score DOUBLE)""")
+        for part, split in enumerate(splits):
+            path = Path(data.path) / _name(data, data.documents, split)
+            _read(con, "lines", path, _LETOR)
+            con.execute("""
+                CREATE OR REPLACE TABLE lines AS SELECT * EXCLUDE pairs,
+                    regexp_extract_all(pairs, '(\\d+):', 1)::BIGINT[] AS places,
+                    regexp_extract_all(pairs, ':(\\S+)', 1)::FLOAT[] AS numbers FROM lines""")
+            fault = (
+                f"its features are not {'some of ' * data.sparse}1 to data.num_features={number}"
+            )
+            _check(con, path, fault, f"SELECT line FROM lines WHERE {wrong}")
+            con.execute("CREATE OR REPLACE TABLE scores AS SELECT line, NULL AS score FROM lines")
+            if data.scores:
+                scores = Path(data.path) / _name(data, data.scores, split)
+                _read(con, "scores", scores, _SCORE)
+                ((lines, others),) = con.sql(
+                    "SELECT (SELECT count(*) FROM lines), (SELECT count(*) FROM scores)"
+                ).fetchall()
+                if lines != others:
+                    raise UserError(f"{scores} has {others} scores for {lines} lines of {path}")
+            con.execute(f"""
+                INSERT INTO documents SELECT {part}, '{split}', lines.line, query, document,
+                    grade::INT, {features}, score::DOUBLE FROM lines POSITIONAL JOIN scores""")
+        ranks = ", score::FLOAT AS final_score, final_rank" if data.scores else ""
+        con.sql(f"""
+            WITH placed AS (SELECT *, min(line) OVER of_query AS first,
+                row_number() OVER (of_query ORDER BY line) - 1 AS place,
+                row_number() OVER (of_query ORDER BY score DESC, line) AS final_rank
+                FROM documents WINDOW of_query AS (PARTITION BY part, query)),
+            numbered AS (SELECT * REPLACE (if(document = '', query || '-' || place, document) AS
+                document), dense_rank() OVER (ORDER BY part, first) AS number FROM placed)
+            SELECT {_columns(data, splits is SPLITS)}, 'shown' AS stage, features{ranks}
+            FROM numbered ORDER BY number, line""").write_parquet(str(folder / "log.parquet"))
 
 
 def _find_trec(data: ConfigDict) -> list[Path]:
@@ -393,23 +224,58 @@ def _find_trec(data: ConfigDict) -> list[Path]:
         raise UserError(
             f"data.final={data.final!r} is not one of data.runs: {', '.join(data.runs)}"
         )
-    if SPLIT not in data.qrels:
-        _check_alike(*data.runs.values())
-    return _existing(data, data.qrels, *data.runs.values())
-
-
-def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
-    write_rows(folder / "log.parquet", _numbered(_letor_rows(data)))
+    return _find(data, data.qrels, *data.runs.values())
 
 
 def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
-    write_rows(folder / "log.parquet", _numbered(_trec_rows(data)))
+    """Write one row per document of a run, of the queries that have a graded one among these."""
+    splits = _splits_of(data.qrels, *data.runs.values())
+    with connect(data, folder) as con:
+        con.execute("""
+            CREATE TABLE qrels (part INT, split VARCHAR, line BIGINT, query VARCHAR,
+                document VARCHAR, grade INT);
+            CREATE TABLE runs (part INT, run VARCHAR, turn INT, query VARCHAR,
+                document VARCHAR, score DOUBLE, place INT)""")
+        for part, split in enumerate(splits):
+            path = Path(data.path) / _name(data, data.qrels, split)
+            _read(con, "lines", path, _QRELS)
+            con.execute(f"INSERT INTO qrels SELECT {part}, '{split}', * FROM lines")
+            for turn, (name, of_split) in enumerate(data.runs.items()):
+                run = Path(data.path) / _name(data, of_split, split)
+                _read_run(con, "run", run)
+                if not con.sql("FROM run SEMI JOIN lines USING (query)").limit(1).fetchall():
+                    raise UserError(f"{run}: {path} has none of its queries")
+                con.execute(f"INSERT INTO runs SELECT {part}, {literal(name)}, {turn}, * FROM run")
+        con.execute("""
+            CREATE TABLE numbered AS SELECT part, split, query,
+                row_number() OVER (ORDER BY part, min(line)) AS number
+            FROM qrels SEMI JOIN (FROM qrels SEMI JOIN runs USING (part, query, document)) AS judged
+            USING (part, query) GROUP BY part, split, query""")
+        ((left_out,),) = con.sql(
+            "SELECT count(DISTINCT query) FROM runs ANTI JOIN numbered USING (query)"
+        ).fetchall()
+        if left_out:
+            logging.warning("left out %d queries of the runs without graded documents", left_out)
+        of_runs = ", ".join(
+            f"max({of}) FILTER (run = {literal(run)})::FLOAT AS {name}"
+            for run in data.runs
+            for name, of in ((f'"{run}_score"', "score"), (f'"{run}_rank"', "place"))
+        )
+        passed = f'"{data.final}_rank" IS NOT NULL' if data.final else "false"
+        con.sql(f"""
+            WITH listed AS (SELECT part, query, document, min((turn, place)) AS first, {of_runs}
+                FROM runs GROUP BY ALL)
+            SELECT {_columns(data, splits is SPLITS)}, CASE WHEN grade IS NOT NULL THEN 'shown'
+                WHEN {passed} THEN 'passed' ELSE 'retrieved' END AS stage,
+                listed.* EXCLUDE (part, query, document, first)
+            FROM listed JOIN numbered USING (part, query)
+            LEFT JOIN qrels USING (part, query, document, split)
+            ORDER BY number, first""").write_parquet(str(folder / "log.parquet"))
 
 
 LETOR = Converter(
     ("documents", "scores", "splits", "grades", "num_features", "sparse"),
     _find_letor,
     _write_letor,
-    version=2,
 )
-TREC = Converter(("qrels", "runs", "final", "splits", "grades"), _find_trec, _write_trec, version=2)
+TREC = Converter(("qrels", "runs", "final", "splits", "grades"), _find_trec, _write_trec)

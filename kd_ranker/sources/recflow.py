@@ -4,7 +4,6 @@ Q. Liu, K. Zheng, R. Huang et al., "RecFlow: An Industrial Full Flow Recommendat
 2025. `docs/recflow.md` describes files, stages, positions and columns.
 """
 
-import itertools
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pyarrow import dataset
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, connect
+from kd_ranker.sources.converted import Converter, connect, find_raw, moment_of
 
 FOLDERS = {"all_stage": "feather", "seq_effective_50_dict": "pkl"}
 LABELS = ("long_view", "effective_view", "like", "forward", "follow", "comment")
@@ -69,15 +68,9 @@ def find_files(data: ConfigDict) -> list[Path]:
             "name at least one day, as 2024-02-18, in each of data.train_days, "
             "data.validation_days and data.test_days; each day once, and the splits in this order"
         )
-    files = []
-    for (day, split), (folder, ending) in itertools.product(named, FOLDERS.items()):
-        files.append(Path(data.path) / folder / f"{day}.{ending}")
-        if not data.path or not files[-1].is_file():
-            raise UserError(
-                f"{files[-1]}, of data.{split}_days, does not exist; set data.path to the folder "
-                f"with {' and '.join(FOLDERS)}, to be downloaded by hand (docs/recflow.md)"
-            )
-    return files
+    names = [f"{of}/{day}.{ending}" for day in days for of, ending in FOLDERS.items()]
+    where = f"{' and '.join(FOLDERS)}, to be downloaded by hand (docs/recflow.md)"
+    return find_raw(data, names, where)
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
@@ -168,7 +161,6 @@ def _rows(split: str) -> str:
     lists = ", ".join(
         f'list_transform(candidates, lambda each: each."{name}") AS "{name}"' for name in fields
     )
-    angle = "2 * pi() * (time // 1000 % 86400) / 86400"
     return f"""
         listed AS (SELECT request_id, list({{{struct}}} ORDER BY video_id) AS candidates
             FROM candidates GROUP BY request_id),
@@ -179,8 +171,7 @@ def _rows(split: str) -> str:
         SELECT request_id AS request, time, '{split}' AS split, user, {", ".join(OF_REQUEST)},
             {lists}, (ln(1 + coalesce(views, 0)) / ln({HISTORY} + 1))::FLOAT AS views,
             {", ".join(f"coalesce({name}, []) AS {name}" for name in events)},
-            sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos,
-            (time // 86400000 + 3) % 7 AS weekday,
+            {moment_of("time // 1000")},
             ln(1 + (time - last) / 86400000)::FLOAT AS pause
         FROM requests JOIN listed USING (request_id) LEFT JOIN past USING (request_id)
         ORDER BY time, request_id"""

@@ -51,7 +51,7 @@ class SourceEntry(NamedTuple):
 
 
 _CONVERTERS = {
-    **dict.fromkeys(movielens.ARCHIVES, movielens.CONVERTER),
+    **{f"movielens_{size}": movielens.CONVERTER for size in movielens.SIZES},
     **{f"kuairand_{variant}": kuairand.CONVERTER for variant in kuairand.VARIANTS},
     "recflow": recflow.CONVERTER,
     "filmsearch": filmsearch.CONVERTER,

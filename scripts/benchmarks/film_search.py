@@ -48,11 +48,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     films, queries = filmsearch.vectors_of(collection, Path(arguments.data_dir) / "logs")
     retrieve = filmsearch.retriever(collection, lambda query, film: films[film] @ queries[query])
     found = [retrieve(query) for query in range(TRAINING)]
-    labels = filmsearch.labels_of(collection, found)
-    judged = [(of.features, label) for of, label in zip(found, labels, strict=True)]
-    ranker = filmsearch.fit_ranker(judged, np.arange(TRAINING), 0)
+    ranker = filmsearch.fit_ranker(found, np.arange(TRAINING), 0)
     ranker.trees.set_params(n_jobs=1)
-    film, features = found[0]
+    film, features, _ = found[0]
     texts = filmsearch.texts_of(collection.films[:TEXTS])
     sides = {
         "student": lambda: jax.block_until_ready(parts(arrays)),

@@ -10,8 +10,6 @@ from kd_ranker.configs import (
     kuairand,
     letor,
     movielens,
-    movielens_1m,
-    movielens_32m,
     parquet,
     recflow,
     trec,
@@ -43,7 +41,8 @@ def check(config):
         *(functools.partial(recflow, variant) for variant in ("", "small", "lcron")),
         *(functools.partial(kuairand, variant) for variant in ("", "1k", "27k")),
         *(functools.partial(letor, variant) for variant in ("", "mslr", "istella_scores")),
-        *(ebnerd, movielens, movielens_1m, movielens_32m, trec),
+        *(functools.partial(movielens, variant) for variant in ("", "1m", "32m")),
+        *(ebnerd, trec),
     ],
 )
 def test_the_configs_are_valid(get_config):
@@ -82,6 +81,11 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch, name, error):
     fault = fault_of(check, config_with({}))
     assert fault.startswith("JAX_PLATFORMS=")
     assert fault.endswith("here and the CPU, as in JAX_PLATFORMS=cuda,cpu")
+
+
+def test_each_movielens_config_names_its_set():
+    names = [movielens(variant).data.name for variant in ("", "1m", "32m")]
+    assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
 
 
 LIKE_LOSS = "distill.term_weights=(1.0,) must have one number per term of distill.terms=('bce', 't"
@@ -199,7 +203,7 @@ def test_an_unknown_key_is_named_whole_with_a_hint(key, hint):
 
 
 @pytest.mark.parametrize(
-    ("get_config", "known"), [(cascade, ":items, :small"), (movielens, "none")]
+    ("get_config", "known"), [(cascade, ":items, :small"), (movielens, ":1m, :32m"), (trec, "none")]
 )
 def test_an_unknown_variant_names_those_that_exist(get_config, known):
     with pytest.raises(UserError, match=f"no variant :huge; the variants are: {known}"):

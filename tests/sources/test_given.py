@@ -30,6 +30,9 @@ SPEC = kd.FeatureSpec(
 )
 
 
+GOOD = dict(user_id=1, item_id=[1, 2], user_label=[[1, 0]])
+
+
 def mappings(number=20, seed=0):
     """Requests of all sizes, with all that a request may have."""
     draw = np.random.default_rng(seed)
@@ -110,11 +113,6 @@ def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(
     assert len({first.directory, changed.directory, items.directory}) == 3
 
 
-def test_sizes_may_be_integers_of_numpy():
-    spec = dataclasses.replace(SPEC, num_users=np.int64(20), history_length=np.int32(3))
-    assert spec.to_json() == SPEC.to_json()
-
-
 def test_splits_may_be_given(tmp_path):
     made = [*mappings()]
     splits = {"train": made[5:], "validation": made[:2], "test": made[2:5]}
@@ -127,35 +125,24 @@ def test_splits_may_be_given(tmp_path):
 
 
 def test_what_is_left_out_is_nothing_and_labels_weigh_1():
-    spec = dataclasses.replace(SPEC, categories=())
-    request = given.request_of(
-        {"user_id": 3, "item_id": [4, 5, 6], "user_label": [[1, 0]]}, 7, spec
-    )
-    assert (request.request_id, request.time, request.num_passed) == (7, 7, 3)
+    # Sizes may be integers of NumPy.
+    spec = dataclasses.replace(SPEC, categories=(), num_users=np.int64(20))
+    assert spec.to_json() == dataclasses.replace(spec, num_users=20).to_json()
+    request = given.request_of(GOOD, 7, spec)
+    assert (request.request_id, request.time, request.num_passed) == (7, 7, 2)
     assert request.label_weight.tolist() == [1]
     assert request.teacher_probability.shape == request.true_probability.shape == (0, 2)
     assert request.teacher_version == "v1"
-    assert request.candidate_features.tolist() == [[0], [0], [0]]
+    assert request.candidate_features.tolist() == [[0], [0]]
     assert request.user_features.tolist() == [0, 0]
-    scored = {"user_id": 3, "item_id": [4], "user_label": [[1, 0]]}
-    scored["teacher_probability"] = [[0.5, np.nan]]
-    assert given.request_of(scored, 0, spec).teacher_weight.tolist() == [1]
     assert {field.name for field in STORED} == {*vars(request)}
-    ordered = {"user_id": 3, "item_id": [4, 5], "user_label": [[1, 0]], "incumbent": [2, np.nan]}
-    request = given.request_of(ordered, 0, spec)
+    scored = GOOD | {"teacher_probability": [[0.5, np.nan]], "incumbent": [2, np.nan]}
+    request = given.request_of(scored, 0, spec)
+    assert request.teacher_weight.tolist() == [1]
     np.testing.assert_array_equal(request.incumbent, [2, np.nan])
     assert np.isnan(request.true_probability).tolist() == [[True, True]] * 2
     assert np.isnan(request.propensity).all()
-
-
-@pytest.mark.parametrize("propensity", [0, -0.5, 1.5])
-def test_a_propensity_of_a_shown_candidate_is_a_probability_above_0(propensity):
-    fields = {"user_id": 3, "item_id": [4, 5], "user_label": [[1, 0]]}
-    given.request_of(fields | {"propensity": [1, propensity]}, 0, SPEC)
-    with pytest.raises(
-        kd.UserError, match=rf"request 0: propensity is {propensity}; it must be in"
-    ):
-        given.request_of(fields | {"propensity": [propensity, 1]}, 0, SPEC)
+    given.request_of(GOOD | {"propensity": [1, -1]}, 0, spec)  # of the shown, it must be above 0
 
 
 def test_the_funnel_is_that_of_the_requests():
@@ -164,9 +151,6 @@ def test_the_funnel_is_that_of_the_requests():
     assert given.funnel_of(requests) == dict(retrieved=9, passed=4, shown=2, report_at=(2, 4, 9))
     some = [dataclasses.replace(request, num_passed=3) for request in requests]
     assert given.funnel_of(some)["passed"] == 3
-
-
-GOOD = dict(user_id=1, item_id=[1, 2], user_label=[[1, 0]])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +164,8 @@ GOOD = dict(user_id=1, item_id=[1, 2], user_label=[[1, 0]])
         ({"user_label": np.zeros((0, 2))}, "0 labels, num_passed=2"),
         ({"context": "x"}, "request 0: context: could not convert"),
         ({"item_id": [1, 30], "request_id": 9}, r"request 9: item_id must lie in \[0, 30\)"),
+        ({"propensity": [0, 1]}, r"request 0: propensity is 0; it must be in \(0, 1\]"),
+        ({"propensity": [1.5, 1]}, "propensity is 1.5; it must be in"),
         ({"teacher_weight": [1.0]}, r"teacher_weight has the shape \(1,\), and should have \(0,\)"),
     ],
 )  # fmt: skip
@@ -187,12 +173,6 @@ def test_a_fault_is_one_line_that_names_the_request(tmp_path, change, message):
     bad = {name: value for name, value in (GOOD | change).items() if value is not None}
     with pytest.raises(kd.UserError, match=message):
         kd.Dataset.from_requests([bad] + [GOOD] * 9, SPEC, directory=tmp_path)
-
-
-def test_too_few_requests_are_refused(tmp_path):
-    for few in ([], [GOOD]):
-        with pytest.raises(kd.UserError, match="yields no requests for its split"):
-            kd.Dataset.from_requests(few, SPEC, directory=tmp_path)
 
 
 def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):
@@ -210,7 +190,17 @@ def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):
         kd.prepare(config)
 
 
-@pytest.mark.parametrize("requests", [{}, [1, 2], [[1, 2]], {"user_id": [1]}, None, 5])
-def test_requests_are_mappings_or_a_table(tmp_path, requests):
-    with pytest.raises(kd.UserError, match=r"requests must be mappings, .* or a table"):
+NOT_MADE = r"requests must be mappings, .* or a table"
+TOO_FEW = "yields no requests for its split"
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        *((of, NOT_MADE) for of in ({}, [1, 2], [[1, 2]], {"user_id": [1]}, None, 5)),
+        *((of, TOO_FEW) for of in ([], [GOOD])),
+    ],
+)
+def test_requests_are_mappings_or_a_table_and_enough_for_all_splits(tmp_path, requests, message):
+    with pytest.raises(kd.UserError, match=message):
         kd.Dataset.from_requests(requests, SPEC, directory=tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from kd_ranker.configs import kuairand
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.kuairand import ACTIONS, find_files, write
+from kd_ranker.sources.kuairand import find_files, write
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.registry import SOURCES
 from tests.sources.kuairand_files import (
@@ -172,7 +172,7 @@ def test_the_variants_are_read_alike(feed, variant, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": ""}, "unpack KuaiRand-Pure of https"),
+        ({"path": ""}, "KuaiRand-Pure, unpacked from https"),
         ({"name": "kuairand_1k"}, "log_standard_4_08_to_4_21_1k.csv.* does not exist"),
         ({"test_from": "May"}, "data.test_from='May' is not a date like 2022-04-22"),
         ({"test_from": "2022-04-22"}, "no request is left for the split 'validation'"),
@@ -182,21 +182,3 @@ def test_settings_and_files_at_fault_are_one_line(feed, changes, message):
     config = config_of(feed, **changes)
     with pytest.raises(UserError, match=message):
         SOURCES["kuairand_pure"].open_source(config.data, config.tasks, config.funnel)
-
-
-def test_the_log_is_opened_as_any_other(feed):
-    config = config_of(feed)
-    rows = list(rows_of(feed).values())
-    source = SOURCES["kuairand_pure"].open_source(config.data, ("click", "watch"), config.funnel)
-    for split in SPLITS:
-        for request in source.requests(split):
-            row = rows[request.request_id]
-            labels = [
-                [row[of][at] for of in ("is_click", "long_view")]
-                for at in range(request.num_passed)
-            ]
-            assert (row["split"], request.user_label.tolist()) == (split, labels)
-            assert len(request.item_id) == len(row["item"])
-    assert sum(source.num_requests.values()) == len(rows)
-    assert len(ACTIONS) == 6
-    source.close()

@@ -1,6 +1,5 @@
 """MovieLens as a log: hand-worked files of each layout, and what no request may know."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kd_ranker.configs import movielens, movielens_1m, movielens_32m
+from kd_ranker.configs import movielens
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import ALLOWABLE
@@ -79,28 +78,26 @@ def write_32m(folder: Path, ratings=RATINGS, movies=MOVIES) -> Path:
     )  # fmt: skip
 
 
-def config_of(make, folder, **changes):
-    config = make()
+def config_of(variant, folder, **changes):
+    config = movielens(variant)
     config.data.path, config.data.dir = str(folder), str(folder.parent / "data")
     config.data.update({"ratings_per_request": 1, "test_share": 0.3, "allow": ALLOWABLE, **changes})
     return config
 
 
-def rows_of(make, folder, **changes):
+def rows_of(variant, folder, **changes):
     """The log's rows by user and time."""
-    data = config_of(make, folder, **changes).data
+    data = config_of(variant, folder, **changes).data
     write(data, find_files(data), folder)
     rows = pq.read_table(folder / "log.parquet").to_pylist()
     return {(row["user"], row["time"]): row for row in rows}
 
 
-WRITERS = {movielens: write_100k, movielens_1m: write_1m, movielens_32m: write_32m}
-
-
-@pytest.mark.parametrize("make", WRITERS)
-def test_hand_worked_files_of_each_layout_become_rows(make, tmp_path):
-    changes = {} if make is movielens else {"negatives": 0}
-    rows = rows_of(make, WRITERS[make](tmp_path / "raw"), **changes)
+@pytest.mark.parametrize(
+    ("variant", "write_files"), [("", write_100k), ("1m", write_1m), ("32m", write_32m)]
+)
+def test_hand_worked_files_of_each_layout_become_rows(variant, write_files, tmp_path):
+    rows = rows_of(variant, write_files(tmp_path / "raw"), **{"negatives": 0} if variant else {})
     assert list(rows) == [(3, 500), (7, DAY), (7, 3 * DAY)]
     assert [row["split"] for row in rows.values()] == ["train", "train", "test"]
     first, last = rows[7, DAY], rows[7, 3 * DAY]
@@ -108,7 +105,7 @@ def test_hand_worked_files_of_each_layout_become_rows(make, tmp_path):
     assert first["item"][2:] == [5, 9]
     assert last["item"] == [9, 5]
     assert {*last["history"]} == {12, 2}
-    rated = (make is movielens_32m) + 1  # half stars or whole ones
+    rated = (variant == "32m") + 1  # half stars or whole ones
     at = [stars.index(1) + 1 for stars in last["history_stars"]]
     assert [of / rated for of in at] == [{12: 3, 2: 4}[film] for film in last["history"]]
     np.testing.assert_allclose(last["history_age"], np.log([3, 3]))
@@ -128,38 +125,28 @@ def test_hand_worked_files_of_each_layout_become_rows(make, tmp_path):
     assert (last["hour_cos"], last["weekday"]) == (1, 6)  # 4 January 1970
     np.testing.assert_allclose([last["rated"], last["mean_rating"]], [np.log(3) / 3, 0])
     np.testing.assert_allclose([last["genres_rated"][8], last["genres_liked"][8]], [1 / 7, 0])
-    known = (35, "M") if make is not movielens_32m else (None, None)
+    known = (35, "M") if variant != "32m" else (None, None)
     assert (rows[3, 500]["age"], rows[3, 500]["gender"]) == known
 
 
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
-        ([(7, 9, 5.5, 1)], "a rating is not on the scale: 7, 9, 5.5, 1"),
-        ([(7, 9, 2.2, 1)], "a rating is not on the scale"),
-        ([(7, 9, 3.5, 1)], "a rating is not on the scale"),
-        ([(7, 9, 3, -1)], "a user or a time is negative"),
         ([("MovieLens",), *RATINGS], "CSV Error on Line: 1"),
         ([*RATINGS, (7, 9, 3, 1, 5)], "Expected Number of Columns: 4 Found: 5"),
-        ([(7, 8, 5, 1)], "a film is not in the file of films: 7, 8"),
-        ([(4, 9, 5, 1)], "a user is not in the file of users: 4, 9"),
-        ([(7, 9, 5, 1), (7, 9, 4, 2)], "a user rates a film twice: 7, 9"),
         ([(7, 9, "x", 1)], 'cannot be read: .*"x"'),
         ([(7, 9, 5)], "cannot be read"),
     ],
 )
 def test_a_fault_of_the_files_is_one_line(ratings, message, tmp_path):
-    config = config_of(movielens, write_100k(tmp_path / "raw", ratings))
+    config = config_of("", write_100k(tmp_path / "raw", ratings))
     with pytest.raises(UserError, match=message) as caught:
         SOURCES["movielens_100k"].open_source(config.data, config.tasks, config.funnel)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "data" / "logs").glob("*movielens*"))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    (write_100k(tmp_path / "raw") / "u.user").unlink()
-    with pytest.raises(UserError, match=r"u.user does not exist; unpack https.*ml-100k.zip"):
-        find_files(config_of(movielens, tmp_path / "raw").data)
+    (tmp_path / "raw" / "u.user").unlink()
+    with pytest.raises(UserError, match=r"u.user does not exist; .*https.*ml-100k.zip"):
+        find_files(config.data)
 
 
 def random_files(folder, keep=lambda rating: True):
@@ -176,13 +163,11 @@ def random_files(folder, keep=lambda rating: True):
 
 def test_no_row_knows_what_comes_later(tmp_path):
     changes = {"negatives": 10, "ratings_per_request": 4}
-    rows = rows_of(movielens_32m, random_files(tmp_path / "all"), **changes)
+    rows = rows_of("32m", random_files(tmp_path / "all"), **changes)
     times = sorted(time for _, time in rows)
     middle = times[len(times) // 2]
     # Without all that is not before this moment.
-    early = rows_of(
-        movielens_32m, random_files(tmp_path / "early", lambda r: r[3] < middle), **changes
-    )
+    early = rows_of("32m", random_files(tmp_path / "early", lambda r: r[3] < middle), **changes)
     next_time = {user: max(t for u, t in early if u == user) for user, _ in early}
     compared = [key for key in early if key[1] < next_time[key[0]]]
     assert len(compared) > 10
@@ -193,7 +178,7 @@ def test_no_row_knows_what_comes_later(tmp_path):
 
 def test_drawn_films_stand_for_all_that_are_not_rated(tmp_path):
     folder = random_files(tmp_path / "raw")
-    rows = rows_of(movielens_32m, folder, negatives=10, ratings_per_request=4)
+    rows = rows_of("32m", folder, negatives=10, ratings_per_request=4)
     rated: dict[int, int] = {}
     draws = set()
     for (user, _), row in rows.items():
@@ -207,7 +192,7 @@ def test_drawn_films_stand_for_all_that_are_not_rated(tmp_path):
             np.testing.assert_allclose(sum(weights), 40 - rated[user], rtol=1e-6)
         draws.add(tuple(others))
     assert len(draws) == len(rows)
-    few = rows_of(movielens_32m, folder, negatives=10, ratings_per_request=4, max_users=5)
+    few = rows_of("32m", folder, negatives=10, ratings_per_request=4, max_users=5)
     assert len({user for user, _ in few}) == 5
     for key, row in few.items():
         np.testing.assert_equal(row | {"request": 0}, rows[key] | {"request": 0})
@@ -226,8 +211,8 @@ def test_no_second_is_split():
 
 def test_the_log_is_made_once_and_opened_as_any_other(tmp_path):
     folder = random_files(tmp_path / "raw")
-    config = config_of(movielens_32m, folder, negatives=10, ratings_per_request=4)
-    rows = rows_of(movielens_32m, folder, negatives=10, ratings_per_request=4)
+    config = config_of("32m", folder, negatives=10, ratings_per_request=4)
+    rows = rows_of("32m", folder, negatives=10, ratings_per_request=4)
     entry = SOURCES["movielens_32m"]
     source = entry.open_source(config.data, ("like", "watch"), config.funnel)
     (tmp_path / "beside").mkdir()
@@ -249,7 +234,6 @@ def test_the_log_is_made_once_and_opened_as_any_other(tmp_path):
     made = (log / "log.parquet").stat().st_mtime_ns
     entry.open_source(config.data, ("watch",), config.funnel).close()
     assert (log / "log.parquet").stat().st_mtime_ns == made
-    os.utime(folder / "ratings.csv", (1, 1))  # as of a copy
     entry.check_unchanged(config.data, tmp_path / "beside")
     (folder / "ratings.csv").write_text((folder / "ratings.csv").read_text() + "1,1,5,9999999\n")
     with pytest.raises(UserError, match="have changed since"):

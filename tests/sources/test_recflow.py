@@ -1,6 +1,6 @@
 """RecFlow as a log: its rows, from those of the files, and from there to a student's results."""
 
-import json
+import contextlib
 import re
 from pathlib import Path
 
@@ -8,16 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kd_ranker import api
 from kd_ranker.configs import recflow as config_file
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import datasets
-from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.recflow import LABELS, OF_ITEM, OF_REQUEST, find_files, write
 from kd_ranker.sources.registry import SOURCES
-from tests.small import rows_on_test
 from tests.sources.recflow_files import (
     DAYS,
     NOON,
@@ -61,13 +57,6 @@ def rows_of(root: Path, **changes) -> dict[int, dict]:
     return {row["request"]: row for file in files for row in pq.read_table(file).to_pylist()}
 
 
-def by_item(row: dict, name: str) -> dict:
-    return dict(zip(row["item"], row[name], strict=True))
-
-
-# One request, worked by hand.
-
-
 def worked_rows() -> list[Row]:
     flags = {
         # video: the flags that are set, and its index in the rank stage
@@ -100,11 +89,19 @@ def write_worked(root: Path, rows=None) -> Path:
     return root
 
 
+def event(video: int, time: int) -> list[int]:
+    return [video, 1, 2, 3, 4, 5, 6_000, time, 9_000, 77]
+
+
 def test_a_request_worked_by_hand(tmp_path):
-    rows = worked_rows()
+    rows, noon = worked_rows(), NOON[DAYS[0]]
     rows[0] |= {"duration": 0, "author_id": -1, "upload_timestamp": 0}
-    rows[1] |= {"duration": 60_000, "upload_timestamp": NOON[DAYS[0]] // 1000 - DAY}
-    row = rows_of(write_worked(tmp_path, rows))[5]
+    rows[1] |= {"duration": 60_000, "upload_timestamp": noon // 1000 - DAY}
+    write_worked(tmp_path, rows)
+    # Views out of order, at the moment itself, and after it.
+    views = [(10, noon - 1), (99, noon - 5000), (20, noon), (98, noon + 1)]
+    write_sequences(tmp_path / "RecFlow", DAYS[0], {5: np.array([event(*view) for view in views])})
+    row, without, *_ = rows_of(tmp_path).values()
     assert row["item"] == [10, 20, 30, 40, 50, 60, 70]
     p, s, r = "passed", "shown", "retrieved"
     assert row["stage"] == [p, p, r, r, s, s, p]
@@ -112,13 +109,17 @@ def test_a_request_worked_by_hand(tmp_path):
     assert row["long_view"] == [None, None, None, None, 1, 0, None]
     assert row["like"] == [None, None, None, None, 1, 0, None]  # of 10, which was not shown, none
     assert row["effective_view"] == [None, None, None, None, 0, 1, None]
-    assert (row["user"], row["time"], row["split"]) == (9, NOON[DAYS[0]], "train")
+    assert (row["user"], row["time"], row["split"]) == (9, noon, "train")
     assert [row[name] for name in OF_REQUEST] == [3, None, 7]
     assert (row["author_id"][2], row["duration"][2], row["days_old"][2]) == (None, None, None)
     np.testing.assert_allclose([row["duration"][1], row["days_old"][1]], np.log([61, 2]), rtol=1e-6)
-    # Noon in UTC, on a Friday; no view before.
+    # Noon in UTC, on a Friday.
     np.testing.assert_allclose([row["hour_sin"], row["hour_cos"]], [0, -1], atol=1e-6)
-    assert (row["weekday"], row["pause"], row["views"], row["history"]) == (4, None, 0, [])
+    assert (row["weekday"], row["history"]) == (4, [99, 10])
+    np.testing.assert_allclose(row["views"], np.log(3) / np.log(51), rtol=1e-6)
+    np.testing.assert_allclose(row["pause"], np.log1p(1e-3 / DAY), rtol=1e-6)
+    # No view before.
+    assert (without["pause"], without["views"], without["history"]) == (None, 0, [])
 
 
 # All requests of random files, from the definitions, a row at a time.
@@ -178,6 +179,11 @@ def expected_row(rows: list[Row], sequence: np.ndarray) -> dict:
 @pytest.mark.parametrize("request_rows", [random_request, messy_request])
 def test_every_row_of_the_log_follows_from_the_files(tmp_path, request_rows):
     written = write_random(tmp_path / "RecFlow", request_rows=request_rows)
+    for day, (_, sequences) in written.items():
+        without = min(sequences)
+        kept = {key: of for key, of in sequences.items() if key != without}
+        write_sequences(tmp_path / "RecFlow", day, kept)
+        sequences[without] = np.zeros((1, 10), np.int64)
     found = rows_of(tmp_path)
     latest = (0, 0)
     for split, days in DAYS_OF.items():
@@ -212,37 +218,6 @@ def test_floats_nulls_and_blanks_in_names_are_read(tmp_path):
     assert rows_of(tmp_path) == plain
 
 
-# Histories, days and draws.
-
-
-def event(video: int, time: int) -> list[int]:
-    return [video, 1, 2, 3, 4, 5, 6_000, time, 9_000, 77]
-
-
-def test_nothing_from_the_future_is_in_a_history(tmp_path):
-    noon = NOON[DAYS[0]]
-    # Out of order, at the moment itself, and after it.
-    views = [(10, noon - 1), (99, noon - 5000), (20, noon), (98, noon + 1)]
-    write_worked(tmp_path)
-    sequence = np.array([event(*view) for view in views])
-    write_sequences(tmp_path / "RecFlow", DAYS[0], {5: sequence})
-    row = rows_of(tmp_path)[5]
-    assert row["history"] == [99, 10]
-    np.testing.assert_allclose(row["views"], np.log(3) / np.log(51), rtol=1e-6)
-    np.testing.assert_allclose(row["pause"], np.log1p(1e-3 / DAY), rtol=1e-6)
-
-
-def test_a_request_without_a_sequence_has_no_history(tmp_path):
-    written = write_random(tmp_path / "RecFlow")
-    first = {min(sequences) for _, sequences in written.values()}
-    for day, (_, sequences) in written.items():
-        kept = {key: of for key, of in sequences.items() if key in first}
-        write_sequences(tmp_path / "RecFlow", day, kept)
-    rows = rows_of(tmp_path)
-    assert len(rows) == 12 * len(DAYS)
-    assert not any(row["history"] for request, row in rows.items() if request not in first)
-
-
 def test_a_draw_takes_whole_requests(tmp_path):
     write_random(tmp_path / "RecFlow")
     everything = rows_of(tmp_path)
@@ -269,9 +244,12 @@ def fault_of(root: Path, **changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": ""}, "set data.path to the folder with all_stage and seq_effective_50_dict"),
+        ({"path": ""}, "set data.path to the folder of all_stage and seq_effective_50_dict"),
         ({"train_days": ()}, "name at least one day, as 2024-02-18, in each of data.train_days, "),
-        ({"train_days": ("17.2.2024",)}, "all_stage/17.2.2024.feather, of data.train_days, does"),
+        (
+            {"train_days": ("17.2.2024",)},
+            "all_stage/17.2.2024.feather does not exist; set data.path",
+        ),
         ({"train_days": DAYS[:1] * 2}, "each day once, and the splits in this order"),
         ({"validation_days": DAYS[1:3]}, "each day once, and the splits in this order"),
         ({"test_days": DAYS[:1]}, "each day once, and the splits in this order"),
@@ -293,33 +271,10 @@ def test_faults_of_files_are_named(tmp_path):
     path.write_text("no feather")
     assert re.search("cannot be read: .*Could not open IPC input source", fault_of(root))
     path.unlink()
-    assert f"{path}, of data.train_days, does not exist; set data.path" in fault_of(root)
+    assert f"{path} does not exist; set data.path" in fault_of(root)
 
 
 # The protocol of LCRON: some of each stage, by the flags alone.
-
-
-@pytest.fixture(scope="module")
-def graded(tmp_path_factory):
-    """The config `:lcron` on files of eight requests a day, and the rows of each request."""
-    root = tmp_path_factory.mktemp("graded")
-    written = write_random(root / "RecFlow", 8, chunk=50, request_rows=graded_request)
-    config = config_of(root, "lcron")
-    config.data.features.author.size = 50
-    config.update_from_flattened_dict(
-        {
-            "batch.requests": 8, "student.width": 4, "student.hidden": (8,),
-            "student.item_rows": 0, "train.steps": 3, "train.log_every": 1,
-            "train.eval_every": 0, "parallel.devices": 1, "evaluation.requests": 8,
-        }
-    )  # fmt: skip
-    api.prepare(config)
-    rows = {
-        key: [row for row in day if row["request_id"] == key]
-        for day, sequences in written.values()
-        for key in sequences
-    }
-    return root, config, rows
 
 
 def grades_by_hand(rows: list[Row]) -> dict[str, list[Row]]:
@@ -333,11 +288,17 @@ def grades_by_hand(rows: list[Row]) -> dict[str, list[Row]]:
     return grades
 
 
-def test_a_request_has_ten_of_each_stage_by_the_flags_alone(graded):
-    _, config, rows = graded
-    dataset = datasets.dataset_of(config)
-    for request in read_requests(dataset, "test"):
-        grades = grades_by_hand(rows[request.request_id])
+def test_a_request_has_ten_of_each_stage_by_the_flags_alone(tmp_path):
+    written = write_random(tmp_path / "RecFlow", 8, chunk=50, request_rows=graded_request)
+    config = config_of(tmp_path, "lcron")
+    source = SOURCES["recflow"].open_source(config.data, config.tasks, config.funnel)
+    with contextlib.closing(source):
+        requests = list(source.requests("test"))
+    assert len(requests) == 8
+    for request in requests:
+        grades = grades_by_hand(
+            [of for of in written[DAYS[3]][0] if of["request_id"] == request.request_id]
+        )
         assert [len(of_flag) for of_flag in grades.values()][:3] == [10, 10, 10]
         assert len(request.item_id) == sum(map(len, grades.values()))
         assert request.num_passed == 20
@@ -345,9 +306,8 @@ def test_a_request_has_ten_of_each_stage_by_the_flags_alone(graded):
         top = grades["rank_pos"]
         assert request.user_label[:, 0].tolist() == [row["effective_view"] for row in top]
         assert request.label_weight.tolist() == [row["realshow"] for row in top]
-        assert request.teacher_weight.tolist() == [1] * 10 + [0] * 10
-        probability = request.teacher_probability[:10, 0]
-        np.testing.assert_allclose(probability, 1 / (2 + np.arange(10)), rtol=1e-6)
+        expected = [*1 / (2 + np.arange(10)), *[np.nan] * 10]
+        np.testing.assert_allclose(request.teacher_probability[:, 0], expected, rtol=1e-6)
 
 
 def test_a_request_without_any_of_the_flags_is_none(tmp_path):
@@ -359,27 +319,9 @@ def test_a_request_without_any_of_the_flags_is_none(tmp_path):
     write_sequences(folder, DAYS[0], {4: np.zeros((SEQUENCE_LENGTH, 10), np.int64)})
     found = rows_of(tmp_path, of_each_stage=2)
     assert list(found) == [4, 6, 7, 8]
-    assert by_item(found[4], "stage") == {
-        **dict.fromkeys((10, 50), "shown"),
-        **dict.fromkeys((20, 70), "passed"),
-        **dict.fromkeys((30, 40), "retrieved"),
-    }
+    assert found[4]["item"] == [10, 20, 30, 40, 50, 70]
+    p, s, r = "passed", "shown", "retrieved"
+    assert found[4]["stage"] == [s, p, r, r, s, p]
     assert rows_of(tmp_path, of_each_stage=1)[4]["item"] == [10, 20, 30, 40]
     write_stages(folder, DAYS[0], rows)
     assert "has no row with rank_pos = 1 or" in fault_of(tmp_path, of_each_stage=2)
-
-
-@pytest.mark.slow
-def test_the_protocol_of_lcron_trains_on_stages_alone(graded):
-    root, config, _ = graded
-    (row,) = rows_on_test(api.train(config, root / "student"))
-    assert 0 < row["survival@30"] <= 1
-    assert row["distill_loss"] == "ranknet:stage"
-    losses = [json.loads(line) for line in (root / "student" / "metrics.jsonl").open()]
-    assert losses[-1]["distill_loss"] < losses[0]["distill_loss"]
-    # What the log has of the final ranker are positions, and no probabilities.
-    for name in ("teacher_bce/effective_view", "teacher_kl/effective_view", "alignment_ratio"):
-        assert np.isnan(row[name])
-    for name in ("value_captured@30", "shown_recall@30", "passed_for_99"):
-        assert row[name] > 0
-    assert np.isfinite(row["user_bce/effective_view"])
