@@ -239,6 +239,8 @@ def _schema(rows: list[Row], by_request: bool) -> pa.Schema:
         "source": pa.string(), "author": pa.int32(), "duration": pa.float64(),
         "quality": pa.float32(), "tags": pa.list_(pa.string()),
     }  # fmt: skip
+    if "embedding" in rows[0].candidates[0]:
+        of_candidate["embedding"] = pa.list_(pa.float32(), 3 if texts else -1)
     for name, type_ in of_candidate.items():
         types[name] = pa.list_(type_) if by_request else type_
     return pa.schema(types.items())
