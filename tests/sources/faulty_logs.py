@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -335,21 +334,6 @@ def _reason(head: dict, candidate: dict) -> str:
     return ""
 
 
-def is_number(value: float | None) -> bool:
-    """Whether a dense value is there."""
-    return value is not None and math.isfinite(value)
-
-
-def scaled(value: float | None, known: list[float | None], standardise: bool = True) -> float:
-    """A dense value as a model sees it; `known` are those of training."""
-    numbers = [float(number) for number in known if number is not None and is_number(number)]
-    mean = sum(numbers) / len(numbers)
-    if not standardise:
-        return float(value) if value is not None and is_number(value) else mean
-    deviation = math.sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
-    return (float(value) - mean) / (deviation or 1) if is_number(value) else 0.0  # type: ignore
-
-
 def all_requests(source: Source) -> dict[str, list[Request]]:
     """The requests of all splits."""
     return {split: list(source.requests(split)) for split in SPLITS}
@@ -371,8 +355,3 @@ def same(one: dict[str, list[Request]], other: dict[str, list[Request]]) -> bool
         [comparable(r) for r in one[split]] == [comparable(r) for r in other[split]]
         for split in SPLITS
     )
-
-
-def flat(lists: Any) -> list:
-    """All elements of some lists."""
-    return list(itertools.chain.from_iterable(lists))

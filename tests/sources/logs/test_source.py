@@ -24,6 +24,7 @@ from kd_ranker.sources.logs import database, rejected
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
+from tests.sources.log_server import Server
 
 
 class Log(NamedTuple):
@@ -35,6 +36,7 @@ class Log(NamedTuple):
     item_category: np.ndarray
     report: dict
     rejected: pd.DataFrame
+    server: Server  # that knows the files beside the dataset
     vocabularies: dict[str, dict[int, object]]  # id -> value
 
     @property
@@ -51,7 +53,7 @@ def read(config, folder) -> Log:
         requests = faulty_logs.all_requests(source)
         assert {split: len(requests[split]) for split in SPLITS} == source.num_requests
     bad = folder / "rejected" / "rejected.parquet"
-    tables = {path.stem: pd.read_parquet(path) for path in (folder / "vocabularies").iterdir()}
+    server = Server(folder)
     return Log(
         source.spec,
         requests,
@@ -59,7 +61,8 @@ def read(config, folder) -> Log:
         source.item_category,
         json.loads((folder / "data_report.json").read_text()),
         pd.read_parquet(bad) if bad.exists() else pd.DataFrame(),
-        {name: dict(zip(of["id"], of["value"], strict=True)) for name, of in tables.items()},
+        server,
+        {name: {id_: value for value, id_ in of.items()} for name, of in server.ids.items()},
     )
 
 
@@ -70,21 +73,15 @@ def read_rows(rows, tmp_path, by_request=False, config=None, name="log", **optio
     return read(of, tmp_path / f"{name}-beside")
 
 
-def assert_as_restated(log: Log, restated: Restated, config) -> None:
-    """Compares all that a request holds with the restatement."""
+def assert_as_restated(log: Log, restated: Restated) -> None:
+    """Compares all that a request holds with the restatement; a server makes features of it."""
     assert log.counts == restated.reasons
     assert log.report["candidates"]["in_the_log"] == restated.candidates
     by_time = sorted(restated.requests.values(), key=lambda of: of["time"])
-    train = [of for of in by_time if of["split"] == "train"]
-    in_train = faulty_logs.flat(of["candidates"] for of in train)
-    users, items = log.vocabularies["user"], log.vocabularies["item"]
+    assert_ids_and_scales(log, restated, [of for of in by_time if of["split"] == "train"])
+    server, users, items = log.server, log.vocabularies["user"], log.vocabularies["item"]
     assert set(users.values()) == {of["user_id"] for of in by_time}
     assert set(items.values()) == set(restated.items)
-    sources = log.vocabularies["feature-source"]
-    countries = log.vocabularies["feature-country"]
-    starts = dict(zip((c.name for c in log.spec.categories), log.spec.category_starts, strict=True))
-    ages, hours = [of["age"] for of in train], [of["hour"] for of in train]
-    scores = [candidate["score"] for candidate in in_train]
     for split in SPLITS:
         expected = [of for of in by_time if of["split"] == split]
         assert [request.time for request in log.requests[split]] == [of["time"] for of in expected]
@@ -95,50 +92,37 @@ def assert_as_restated(log: Log, restated: Restated, config) -> None:
             assert users[request.user_id] == of["user_id"]
             assert [items[i] for i in request.item_id] == [c["item_id"] for c in candidates]
             assert request.num_passed == len(passed)
-            np.testing.assert_array_equal(
-                request.user_label,
-                np.array([[c[task] or 0 for task in TASKS] for c in shown]).reshape(-1, 2),
-            )
+            labels = [[c[task] or 0 for task in TASKS] for c in shown]
+            np.testing.assert_array_equal(request.user_label, np.reshape(labels, (-1, 2)))
             np.testing.assert_allclose(request.label_weight, [label_weight(c) for c in shown])
-            beyond = [
-                c[f"teacher_probability_{task}"]
-                for c in candidates[len(passed) :]
-                for task in TASKS
-            ]
-            scored = candidates if any(p is not None and p == p for p in beyond) else passed
-            np.testing.assert_array_equal(
-                request.teacher_probability,
-                np.array(
-                    [[c[f"teacher_probability_{task}"] for task in TASKS] for c in scored],
-                    np.float32,
-                ).reshape(-1, 2),
-            )  # fmt: skip
-            np.testing.assert_array_equal(
-                request.teacher_weight, [float(c["version"] == "v1") for c in scored]
+            by_teacher = np.array(
+                [[c[f"teacher_probability_{task}"] for task in TASKS] for c in candidates],
+                np.float32,
             )
-            known = [i for i in (of["recent"] or [])[-4:] if i in restated.items]
-            assert [items[i] for i in request.history_id] == known
-            assert request.history_features.tolist() == [[1.0]] * len(known)
-            np.testing.assert_allclose(
-                request.user_features, [faulty_logs.scaled(of["age"], ages)], atol=1e-5
-            )
-            np.testing.assert_allclose(
-                request.context, [faulty_logs.scaled(of["hour"], hours, False)], atol=1e-5
-            )
-            np.testing.assert_allclose(
-                request.candidate_features[:, 0],
-                [faulty_logs.scaled(c["score"], scores) for c in candidates],
-                atol=1e-5,
-            )
-            assert [sources.get(i) for i in request.candidate_category[:, 0]] == [
-                known_in(c["source"], [known["source"] for known in in_train]) for c in candidates
-            ]
-            assert request.candidate_category.min() >= starts["source"]
-            country, *spots = request.request_category
-            assert countries.get(country) == known_in(of["country"], [t["country"] for t in train])
-            given_spots = [spot for spot in of["spots"] or [] if spot][:2]
-            assert [spot >= 0 for spot in spots] == [place < len(given_spots) for place in range(2)]
-    assert_items_as_restated(log, restated, in_train)
+            # A teacher that scored more than what passed is kept for all.
+            all_scored = not np.isnan(by_teacher[len(passed) :]).all()
+            number = len(candidates) if all_scored else len(passed)
+            np.testing.assert_array_equal(request.teacher_probability, by_teacher[:number])
+            weights = [float(c["version"] == "v1") for c in candidates[:number]]
+            np.testing.assert_array_equal(request.teacher_weight, weights)
+            assert request.history_id.tolist() == server.history(of)
+            assert request.history_features.tolist() == [[1.0]] * len(request.history_id)
+            assert request.request_category.tolist() == server.categories("request_category", of)
+            of_each = [server.categories("candidate_category", c) for c in candidates]
+            assert request.candidate_category.tolist() == of_each
+            for field, raw in (
+                ("user_features", of), ("context", of), ("candidate_features", candidates)
+            ):  # fmt: skip
+                is_one = isinstance(raw, dict)
+                dense = (
+                    server.dense(field, raw) if is_one else [server.dense(field, c) for c in raw]
+                )
+                np.testing.assert_allclose(getattr(request, field), dense, rtol=1e-6)
+    for index, item in items.items():
+        dense = server.dense("item_features", restated.items[item])
+        np.testing.assert_allclose(log.item_features[index], dense, rtol=1e-6)
+        own = server.categories("item_category", restated.items[item])
+        assert log.item_category[index].tolist() == own
 
 
 def label_weight(candidate):
@@ -150,41 +134,35 @@ def label_weight(candidate):
     return weight if 0 <= weight < np.inf else 0.0
 
 
-def known_in(value, training):
-    return value if value and value in training else None
-
-
-def assert_items_as_restated(log: Log, restated: Restated, in_train: list[dict]) -> None:
-    """The matrix and the category ids of the items."""
-    trained = collections.Counter(candidate["item_id"] for candidate in in_train)
-    of_trained = [restated.items[item] for item in trained]
-    authors: collections.Counter = collections.Counter()
-    tags: collections.Counter = collections.Counter()
-    for item, number in trained.items():
-        of = restated.items[item]
-        authors.update({of["author"]: number} if of["author"] is not None else {})
+def assert_ids_and_scales(log: Log, restated: Restated, train: list[dict]) -> None:
+    """Those that a server knows: of the values that training has, the most frequent first."""
+    candidates = list(itertools.chain.from_iterable(of["candidates"] for of in train))
+    trained = collections.Counter(candidate["item_id"] for candidate in candidates)
+    items = [(restated.items[item], number) for item, number in trained.items()]
+    of_requests = {
+        "age": train, "hour": train, "score": candidates,
+        "duration": [of for of, _ in items], "quality": [of for of, _ in items],
+    }  # fmt: skip
+    for of in itertools.chain(*log.server.told["dense"].values()):
+        values = [row[of["column"]] for row in of_requests[of["column"]]]
+        known = np.array([x for x in values if x is not None and np.isfinite(x)])
+        scale = (0, 1, known.mean()) if of["column"] == "hour" else (known.mean(), known.std(), 0)
+        np.testing.assert_allclose([of["mean"], of["scale"], of["missing"]], scale, rtol=1e-5)
+    counts = {
+        "source": collections.Counter(of["source"] for of in candidates),
+        "country": collections.Counter(of["country"] for of in train),
+        "author": collections.Counter(), "tags": collections.Counter(),
+    }  # fmt: skip
+    for of, number in items:
+        counts["author"][of["author"]] += number
         for tag in [tag for tag in of["tags"] or [] if tag][:3]:
-            tags[tag] += number
-    kept = sorted(authors, key=lambda author: (-authors[author], author))[:5]
-    assert [*log.vocabularies["feature-author"].values()] == kept
-    assert set(log.vocabularies["feature-tags"].values()) == set(tags)
-    for index, item in log.vocabularies["item"].items():
-        of = restated.items[item]
-        expected = [
-            faulty_logs.scaled(of[name], [other[name] for other in of_trained])
-            for name in ("duration", "quality")
-        ]
-        np.testing.assert_allclose(log.item_features[index], expected, atol=1e-5)
-        author, *tag_ids = log.item_category[index]
-        assert log.vocabularies["feature-author"].get(author) == (
-            of["author"] if of["author"] in kept else None
-        )
-        given_tags = [tag for tag in of["tags"] or [] if tag][:3]
-        assert [log.vocabularies["feature-tags"].get(i) for i in tag_ids if i >= 0] == [
-            tag if tag in tags else None for tag in given_tags
-        ]
-    # The most frequent item of the training requests has the first id.
-    numbers = [trained[log.vocabularies["item"][index]] for index in range(len(restated.items))]
+            counts["tags"][tag] += number
+    for name, number in counts.items():
+        known = [value for value in number if value not in (None, "")]
+        kept = sorted(known, key=lambda value: (-number[value], value))
+        kept = kept[:5] if name == "author" else kept
+        assert [*log.vocabularies[f"feature-{name}"].values()] == kept
+    numbers = [trained[item] for item in log.vocabularies["item"].values()]
     assert numbers == sorted(numbers, reverse=True)
 
 
@@ -202,9 +180,8 @@ def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reas
     tmp_path = tmp_path_factory.mktemp("faulty")
     rows = make_rows(seed, requests=40, texts=texts, faults=faults)
     log = read_rows(rows, tmp_path, by_request, files=files)
-    config = faulty_logs.config("", "")
-    restated = restate(rows, config)
-    assert_as_restated(log, restated, config)
+    restated = restate(rows, faulty_logs.config("", ""))
+    assert_as_restated(log, restated)
     candidates = log.report["candidates"]
     assert candidates["in_the_log"] == candidates["used"] + candidates["rejected"]
     used = sum(len(r.item_id) for split in SPLITS for r in log.requests[split])
@@ -213,11 +190,10 @@ def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reas
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_same(tmp_path, texts):
+def test_both_layouts_any_order_and_any_number_of_files_give_the_same(tmp_path, texts):
     rows = make_rows(1, requests=70, texts=texts)
-    whole = read_rows(rows, tmp_path, name="whole", config={"memory": 1.0})
+    whole = read_rows(rows, tmp_path, name="whole")
     for name, by_request, options in (
-        ("bounded", False, {}),
         ("request", True, {}),
         ("files", False, {"files": 3, "row_group": 50}),
         ("shuffled", False, {"files": 4, "shuffle": 0, "row_group": 40}),
@@ -231,17 +207,6 @@ def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_sam
         assert other.spec == whole.spec
 
 
-def test_rejected_rows_stand_as_they_do_in_the_log_with_file_and_row(tmp_path):
-    rows = make_rows(3, requests=40, faults=0.05)
-    log = read_rows(rows, tmp_path, files=3)
-    assert len(log.rejected) > 10
-    for file, rows in log.rejected.groupby("file"):
-        original = pq.read_table(file).take(rows["row"].to_numpy()).to_pandas()
-        pd.testing.assert_frame_equal(
-            rows[original.columns].reset_index(drop=True), original, check_dtype=False
-        )
-
-
 def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_some(
     tmp_path, monkeypatch
 ):
@@ -252,12 +217,14 @@ def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_som
     traces = pa.array([uuid.UUID(int=row) for row in range(len(table))], pa.uuid())
     pq.write_table(table.append_column("reason", traces), file)
     log = read(faulty_logs.config(folder, tmp_path / "datasets"), tmp_path / "beside")
-    rows = pq.read_table(tmp_path / "beside" / "rejected" / "rejected.parquet").to_pylist()
-    counts = collections.Counter(row["reason"] for row in rows)
+    counts = log.rejected["reason"].value_counts().to_dict()
     assert counts == {reason: min(count, 2) for reason, count in log.counts.items()}
-    for row in rows:
-        trace = uuid.UUID(int=row["row"]) if row["file"] == str(file) else None
-        assert str(row["reason_"]) == str(trace)
+    for path, rows in log.rejected.groupby("file"):
+        original = pq.read_table(path).take(rows["row"].to_numpy()).to_pandas()
+        trace = original.pop("reason").map(str) if path == str(file) else [None] * len(rows)
+        assert [of or None for of in rows["reason_"].fillna("")] == [*trace]
+        found = rows[original.columns].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, original, check_dtype=False)
 
 
 def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(tmp_path):
@@ -397,40 +364,31 @@ def columns_with(**changes):
 @pytest.mark.parametrize("by_request", [True, False])
 @pytest.mark.parametrize("signal", ["score", "rank"])
 def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(tmp_path, by_request, signal):
-    rows = make_rows(40)
+    rows, expected = make_rows(40), {}
+    rows[-1].candidates[0] |= {"score": np.nan}
+    rows[-1].candidates[1] |= {"score": None}
+    rows[-1].candidates[2] |= {"score": np.inf}
     for row in rows:
         for place, candidate in enumerate(row.candidates):
             candidate["weight"] = 0.3 * (1 + place)  # above 1 where not shown
-    rows[-1].candidates[0] |= {"score": np.nan, "weight": None}
-    rows[-1].candidates[1] |= {"score": None}
-    rows[-1].candidates[2] |= {"score": np.inf}
+            score = candidate["score"]
+            if score is None or not np.isfinite(score) or (signal == "rank" and score < 0):
+                score = np.nan
+            propensity = candidate["weight"] if candidate["stage"] == "shown" else np.nan
+            facts = (-score if signal == "rank" else score, propensity)
+            expected[row.of_request["request_id"], candidate["item_id"]] = facts
     columns = columns_with(label_weight="", incumbent="score", propensity="weight")
     changes = {"columns": columns, "incumbent_signal": signal}
     log = read_rows(rows, tmp_path, by_request, changes)
-    logged = {
-        (row.of_request["request_id"], candidate["item_id"]): candidate
-        for row in rows
-        for candidate in row.candidates
-    }
-
-    def score(candidate):
-        number = candidate["score"]
-        if number is None or not np.isfinite(number) or (signal == "rank" and number < 0):
-            return np.nan
-        return -number if signal == "rank" else number
-
-    def propensity(candidate):
-        number = candidate["weight"]
-        return np.nan if number is None or candidate["stage"] != "shown" else number
-
-    for split in ("validation", "test"):
-        for request in log.requests[split]:
-            items = [log.vocabularies["item"][item] for item in request.item_id]
-            candidates = [logged[request.request_id, item] for item in items]
-            for found, fact in ((request.incumbent, score), (request.propensity, propensity)):
-                assert found.dtype == np.float32
-                np.testing.assert_allclose(found, [*map(fact, candidates)], rtol=1e-6)
-            assert np.isnan(request.true_probability).all()
+    for request in (*log.requests["validation"], *log.requests["test"]):
+        items = [log.vocabularies["item"][item] for item in request.item_id]
+        incumbent, propensity = zip(
+            *(expected[request.request_id, of] for of in items), strict=True
+        )
+        np.testing.assert_allclose(request.incumbent, incumbent, rtol=1e-6)
+        np.testing.assert_allclose(request.propensity, propensity, rtol=1e-6)
+        assert request.incumbent.dtype == request.propensity.dtype == np.float32
+        assert np.isnan(request.true_probability).all()
     for request in log.requests["train"]:
         assert len(request.incumbent) == len(request.propensity) == 0
 
@@ -530,43 +488,33 @@ def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
     assert test_times("small", validation_share=0.1) == test_times("large", validation_share=0.6)
 
 
-def log_with_splits(tmp_path, splits):
-    rows = make_rows(15, requests=len(splits))
-    path = write_log(tmp_path / "log", rows) / "part-0.parquet"
-    table = pq.read_table(path)
-    column = [splits[(time - 1_000_000) // 60] for time in table["time"].to_pylist()]
-    column[0] = column[0].rstrip("?")
-    pq.write_table(table.append_column("part", pa.array(column)), path)
-    config = faulty_logs.config(path, tmp_path / "datasets", split="column")
-    config.data.columns.split = "part"
-    return config, [row.of_request["time"] for row in rows]
-
-
-def test_a_split_may_be_a_column(tmp_path):
-    splits = ["test", "train", "validation", "train", "train", "test"]
-    config, times = log_with_splits(tmp_path, splits)
-    requests = read(config, tmp_path / "beside").requests
-    for split in SPLITS:
-        expected = [time for time, of in zip(times, splits, strict=True) if of == split]
-        assert [request.time for request in requests[split]] == expected
-    config.data.split = "time"
-    config.data.validation_share = config.data.test_share = 0.2
-    assert faulty_logs.open_source(config).num_requests["test"] == 1
-
-
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
+        (["test", "train", "validation", "train", "train", "test"], ""),
         # The first row lacks the question mark.
         (["train?", "validation", "test"], "'part', 1 requests, such as 100, do not have one of"),
         (["train", "validation", "Test", ""], "'part', 2 requests, such as 102, do not have one"),
         (["train", "train", "test"], "no request is left for the split 'validation', with colum"),
     ],
 )
-def test_a_column_of_splits_that_leaves_one_open_is_refused(tmp_path, splits, message):
-    config, _ = log_with_splits(tmp_path, splits)
-    with pytest.raises(UserError, match=message):
-        faulty_logs.open_source(config)
+def test_a_split_may_be_a_column_that_leaves_none_open(tmp_path, splits, message):
+    path = write_log(tmp_path / "log", make_rows(15, requests=len(splits))) / "part-0.parquet"
+    table = pq.read_table(path)
+    places = [(time - 1_000_000) // 60 for time in table["time"].to_pylist()]
+    column = [splits[place] for place in places]
+    column[0] = column[0].rstrip("?")
+    pq.write_table(table.append_column("part", pa.array(column)), path)
+    config = faulty_logs.config(path, tmp_path / "datasets", split="column")
+    config.data.columns.split = "part"
+    if message:
+        with pytest.raises(UserError, match=message):
+            faulty_logs.open_source(config)
+        return
+    requests = read(config, tmp_path / "beside").requests
+    for split in SPLITS:
+        expected = [1_000_000 + 60 * place for place, of in enumerate(splits) if of == split]
+        assert [request.time for request in requests[split]] == expected
 
 
 def test_strict_ends_the_build_and_says_where_the_report_is(tmp_path):
@@ -708,12 +656,9 @@ def test_an_item_keeps_its_last_value_by_time_whatever_the_order_of_the_log(tmp_
     for number, candidate in enumerate(of_item):
         candidate["duration"] = float(number)
     log = read_rows(rows[::-1], tmp_path)
-    index = next(i for i, value in log.vocabularies["item"].items() if value == item)
-    others = {c["item_id"]: c["duration"] for row in rows for c in row.candidates}
-    trained = {i for request in log.requests["train"] for i in request.item_id.tolist()}
-    known = [others[log.vocabularies["item"][i]] for i in sorted(trained)]
-    expected = faulty_logs.scaled(others[item], known)
-    assert log.item_features[index, 0] == pytest.approx(expected, abs=1e-5)
+    index = log.server.ids["item"][item]
+    expected = log.server.dense("item_features", of_item[-1])
+    np.testing.assert_allclose(log.item_features[index], expected, rtol=1e-6)
 
 
 def test_columns_of_folders_are_features_like_others(tmp_path):
