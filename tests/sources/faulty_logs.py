@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -239,6 +238,8 @@ def _schema(rows: list[Row], by_request: bool) -> pa.Schema:
         "source": pa.string(), "author": pa.int32(), "duration": pa.float64(),
         "quality": pa.float32(), "tags": pa.list_(pa.string()),
     }  # fmt: skip
+    if "embedding" in rows[0].candidates[0]:
+        of_candidate["embedding"] = pa.list_(pa.float32(), 3 if texts else -1)
     for name, type_ in of_candidate.items():
         types[name] = pa.list_(type_) if by_request else type_
     return pa.schema(types.items())
@@ -333,21 +334,6 @@ def _reason(head: dict, candidate: dict) -> str:
     return ""
 
 
-def is_number(value: float | None) -> bool:
-    """Whether a dense value is there."""
-    return value is not None and math.isfinite(value)
-
-
-def scaled(value: float | None, known: list[float | None], standardise: bool = True) -> float:
-    """A dense value as a model sees it; `known` are those of training."""
-    numbers = [float(number) for number in known if number is not None and is_number(number)]
-    mean = sum(numbers) / len(numbers)
-    if not standardise:
-        return float(value) if value is not None and is_number(value) else mean
-    deviation = math.sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
-    return (float(value) - mean) / (deviation or 1) if is_number(value) else 0.0  # type: ignore
-
-
 def all_requests(source: Source) -> dict[str, list[Request]]:
     """The requests of all splits."""
     return {split: list(source.requests(split)) for split in SPLITS}
@@ -369,8 +355,3 @@ def same(one: dict[str, list[Request]], other: dict[str, list[Request]]) -> bool
         [comparable(r) for r in one[split]] == [comparable(r) for r in other[split]]
         for split in SPLITS
     )
-
-
-def flat(lists: Any) -> list:
-    """All elements of some lists."""
-    return list(itertools.chain.from_iterable(lists))

@@ -42,6 +42,8 @@ class Server:
         numbers = []
         for of in self.told["dense"][field]:
             x = raw[of["column"]]
+            if of["place"] is not None:
+                x = x[of["place"]] if len(x or []) == of["length"] else None
             x = np.nan if x is None else x
             scaled = np.float32((x - of["mean"]) / of["scale"])
             numbers.append(scaled if np.isfinite(scaled) else of["missing"])

@@ -75,7 +75,7 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
             "data.extends out to make a dataset of the whole log"
         )
     settled = settled_by(layout, dataset.spec, dataset.directory)
-    before, now = read_manifest(dataset.directory), files.manifest_of(layout.path)
+    before, now = read_manifest(dataset.directory), files.find_files(layout.path)[1]
     old = {file: now[file] for file in now if file in before}
     if how := files.manifest_differences(before, old):
         raise UserError(

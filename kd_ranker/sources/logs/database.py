@@ -1,7 +1,6 @@
 """A log in DuckDB: the view `log` of its rows, and tables that spill to disk."""
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import Log, line_of, register_store, register_stores
 from kd_ranker.sources.logs.layout import literal
-from kd_ranker.sources.logs.query import PREFIX, quoted
+from kd_ranker.sources.logs.query import PREFIX, logged, quoted
 
 # Bytes of a candidate in all tables that exist at a time, about.
 _BYTES_A_CANDIDATE = 300
@@ -64,38 +63,32 @@ class Database:
         It has `file`, the number of the file, `row`, the number of the row in it from 0, and all
         columns of the log with `PREFIX` before their names.
         """
+        names = ", ".join(f"{quoted(of)} AS {logged(of)}" for of in log.names)
         if log.sql:
             register_stores(self.connection, log.sql)
             # A row keeps its number, so the SELECT runs once and in the order of its files.
-            with log_errors(log.name):
+            with log_errors(log.url):
                 self.connection.execute("SET preserve_insertion_order = true")
-                self.connection.execute(
-                    "CREATE TABLE log AS SELECT 0::BIGINT AS file, row_number() OVER () - 1 AS "
-                    f"\"row\", COLUMNS('(.*)') AS '{PREFIX}\\1' FROM (\n{log.sql}\n)"
-                )
+                self.connection.execute(f"""
+                    CREATE TABLE log AS
+                    SELECT 0::BIGINT AS file, row_number() OVER () - 1 AS "row", {names}
+                    FROM (\n{log.sql}\n)""")
                 self.connection.execute("SET preserve_insertion_order = false")
         else:
-            self._view(log)
+            given = {PREFIX + name: log.given[name] for name in log.given.column_names}
+            self.put("given", pa.table({"file": range(len(log.files)), **given}))
+            # A name is a pattern to DuckDB.
+            paths = [literal(re.sub(r"[*?\[]", r"[\g<0>]", path)) for path in self._paths(log)]
+            self.run(
+                [
+                    f"""
+                CREATE VIEW log AS
+                FROM (SELECT file_index::BIGINT AS file, file_row_number AS "row", {names}
+                    FROM read_parquet([{", ".join(paths)}], union_by_name = true,
+                        hive_partitioning = false)) {"JOIN given USING (file)" if given else ""}"""
+                ]
+            )
         return self.fetch("FROM log LIMIT 0").schema
-
-    def _view(self, log: Log) -> None:
-        paths = self._paths(log)
-        files = pa.table({"path": paths, "file": range(len(paths))})
-        columns = [f"rows.{quoted(of)} AS {quoted(PREFIX + of)}" for of in log.names]
-        for name in log.given.column_names:
-            files = files.append_column(PREFIX + name, log.given[name])
-            columns.append(f"files.{quoted(PREFIX + name)}")
-        self.put("files", files)
-        # A name is a pattern to DuckDB.
-        patterns = [literal(re.sub(r"[*?\[]", r"[\g<0>]", path)) for path in paths]
-        self.run(
-            [
-                f'CREATE VIEW log AS SELECT files.file, file_row_number AS "row", '
-                f"{', '.join(columns)} FROM read_parquet([{', '.join(patterns)}], "
-                "filename = '__file', file_row_number = true, union_by_name = true, "
-                "hive_partitioning = false) AS rows JOIN files ON __file = path"
-            ]
-        )
 
     def _paths(self, log: Log) -> list[str]:
         """The files of a log as DuckDB reads them."""
@@ -106,8 +99,7 @@ class Database:
             system.modified(log.files[0])
         except NotImplementedError:
             # DuckDB cannot read from such a system, for example an archive or a web server.
-            digests = [hashlib.sha256(file.encode()).hexdigest() for file in log.files]
-            copies = [str(self.folder / digest) for digest in digests]
+            copies = [str(self.folder / f"{number}.parquet") for number in range(len(log.files))]
             system.get(list(log.files), copies)
             return copies
         register_store(self.connection, system)

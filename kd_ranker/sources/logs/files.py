@@ -1,9 +1,10 @@
 """The files of a log, or its SELECT: find them and check their columns."""
 
 import contextlib
-import dataclasses
 import difflib
+import glob
 import hashlib
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +16,15 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
-from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.layout import (
     IDENTIFYING,
     OPTIONAL,
     LogLayout,
-    reader_of,
-    rows_of,
+    is_text_log,
     split_path,
-    text_files,
+    sql_of_texts,
 )
 
 SUFFIXES = (".parquet", ".pq")
@@ -40,44 +39,28 @@ _WITH_CHECKSUM = re.compile(rb"(?:\x15[\x80-\xff]*[\x00-\x7f]){3}\x15", re.DOTAL
 # A missing value in the name of a folder.
 _NONE = "__HIVE_DEFAULT_PARTITION__"
 
-# Names of columns that the engines add.
-_OF_ENGINES = ("file_row_number", "__file")
+# Names of columns that the engine adds.
+_OF_ENGINE = ("file_index", "file_row_number")
 
 # Stands for the text of `data.sql` among the files of a manifest.
 SQL = "data.sql"
 
-_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
-_UNSIGNED = "uint64"
-_TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
-_FAMILIES = {
-    _NULL: "null",
-    _BOOLEAN: "bool",
-    _INTEGER: r"u?int\d+",
-    _FLOAT: "halffloat|float|double",
-    _DECIMAL: r"decimal\d+\(.*",
-    _TIME: r"(timestamp|date).*",
-    _TEXT: r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|extension<arrow\.uuid>",
-}
+# The contents of ids, in words.
+NUMBERS, TEXTS = "whole numbers", "texts"
+_INTEGER = r"u?int\d+|bool|null"
+_NUMBER = rf"{_INTEGER}|halffloat|float|double|decimal.*"
+_TEXT = r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|extension<arrow\.uuid>"
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
-    "id": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
-    "number": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _NULL), "numbers"),
-    "label": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _TEXT, _NULL), "numbers, or true and false"),
-    "time": ((_INTEGER, _FLOAT, _TIME, _TEXT, _NULL), "timestamps, numbers or ISO texts"),
-    "text": ((_INTEGER, _BOOLEAN, _TEXT, _NULL), "texts or whole numbers"),
+    "id": (f"{_NUMBER}|{_TEXT}", f"{NUMBERS} or {TEXTS}"),
+    "number": (_NUMBER, "numbers"),
+    "label": (f"{_NUMBER}|{_TEXT}", "numbers, or true and false"),
+    "time": (f"{_NUMBER}|{_TEXT}|(timestamp|date).*", "timestamps, numbers or ISO texts"),
+    "text": (f"{_INTEGER}|{_TEXT}", f"{TEXTS} or {NUMBERS}"),
 }
 _USE_OF_COLUMN = dict.fromkeys(("request", "user", "item"), "id") | {"time": "time"}
 _USE_OF_COLUMN |= dict.fromkeys(("stage", "teacher_version", "split"), "text")
 _USE_OF_KIND = {"dense": "number", "category": "id", "bag": "id", "history": "id"}
-
-
-_LISTS = (
-    pa.ListType,
-    pa.LargeListType,
-    pa.FixedSizeListType,
-    pa.ListViewType,
-    pa.LargeListViewType,
-)
 
 
 class Wanted(NamedTuple):
@@ -95,22 +78,17 @@ class Wanted(NamedTuple):
     key: str
     column: str
     use: str
-    depth: int = 0
-    least_depth: int = 0
-    per_candidate: bool = False
-
-    @property
-    def is_feature(self) -> bool:
-        """True for a column in `data.features`."""
-        return self.key.startswith("data.features.")
+    depth: int
+    least_depth: int
+    per_candidate: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     """A log, found and checked.
 
     Attributes:
-      url: the first path in `data.path`; the others are in its file system. "" for a SELECT.
+      url: the first path in `data.path`; the others are in its file system. Of a SELECT, the name
+        in messages.
       files: the paths to read, sorted; () for a SELECT.
       manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
         has the files that it reads, and `SQL`.
@@ -118,7 +96,6 @@ class Log:
       names: all columns of any file, sorted.
       given: columns from the names of folders such as `date=2024-05-01/`, one row per file.
       sql: `data.sql`, or the SELECT of text files at `data.path`.
-      name: of the SELECT in messages, as `LogLayout.path`.
     """
 
     url: str
@@ -128,7 +105,6 @@ class Log:
     names: tuple[str, ...]
     given: pa.Table
     sql: str = ""
-    name: str = ""
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
@@ -165,80 +141,66 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
 
     Args:
       layout: of the log.
-      earlier: files to check with the others and to leave out, except in the manifest.
+      earlier: files to leave out, except in the manifest.
 
     Raises:
       UserError: there are no files, one is not a Parquet file, or a column is missing or has a type
         that does not fit its use.
     """
     if layout.sql:
-        sql, schema = _select_of(layout)
-        _check_columns(layout, {layout.path: schema}, schema.names)
-        names, manifest = tuple(schema.names), manifest_of("", layout.sql)
-        return Log("", (), manifest, 0, names, given_by_folders([]), sql, layout.path)
+        return _open_select(layout)
     system, manifest = find_files(layout.path)
-    files = list(manifest)
+    is_new = [file not in earlier for file in manifest]
+    files, item = list(itertools.compress(manifest, is_new)), layout.columns["item"]
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
-        footers = list(pool.map(lambda file: _footer(system, file, layout), files))
-    own = [place for place, file in enumerate(files) if file not in earlier]
-    names = tuple(sorted({name for place in own for name in footers[place].schema.names}))
+        footers = list(pool.map(lambda file: _footer(system, file, item), files))
+    names = sorted({name for footer in footers for name in footer.schema.names})
     # A column in a file takes precedence over the names of folders.
-    in_files = {name for footer in footers for name in footer.schema.names}
-    given = given_by_folders(files)
-    given = given.drop_columns([name for name in given.column_names if name in in_files])
+    of_all = given_by_folders(manifest)
+    given = {name: of.filter(is_new) for name, of in of_all.items() if name not in names}
+    of_folders = [pa.field(name, of.type) for name, of in given.items()]
     schemas = {
-        file: pa.schema([*footer.schema, *given.schema])
+        file: pa.schema([*footer.schema, *of_folders])
         for file, footer in zip(files, footers, strict=True)
     }
-    _check_columns(layout, schemas, (*names, *given.column_names))
-    if not sum(footers[place].rows for place in own):
-        raise UserError(f"data.path={layout.path}: {_count(len(own), 'file')} without any row")
-    candidates = sum(footers[place].candidates for place in own)
-    read = tuple(files[place] for place in own)
-    return Log(split_path(layout.path)[0], read, manifest, candidates, names, given.take(own))
+    _check_columns(layout, schemas, [*names, *given])
+    if not any(footer.rows for footer in footers):
+        raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
+    candidates = sum(footer.candidates for footer in footers)
+    url = split_path(layout.path)[0]
+    return Log(url, tuple(files), manifest, candidates, tuple(names), pa.table(given))
 
 
-def _select_of(layout: LogLayout) -> tuple[str, pa.Schema]:
-    """Return the SELECT that yields a log, and its columns.
+def _open_select(layout: LogLayout) -> Log:
+    """Check the SELECT that yields a log, and its columns.
 
     Raises:
-      UserError: it is not one SELECT that DuckDB can run, two columns have the same name, or text
-        files have no rows.
+      UserError: see `open_log`; it is not one SELECT that DuckDB can run, or text files have no
+        rows.
     """
-    sql, connection = layout.sql, duckdb.connect()
+    sql, path = layout.sql, layout.path
     try:
-        statements = duckdb.extract_statements(sql)
-        if [of.type for of in statements] != [duckdb.StatementType.SELECT]:
-            raise UserError("data.sql must be one SELECT")
-        register_stores(connection, sql)
-        if texts := text_files(layout.path):
-            if not connection.execute(f"SELECT 1 FROM (\n{sql}\n) LIMIT 1").fetchone():
-                raise UserError(f"{layout.path} has no rows")
-            sql = _rows_with_text_ids(connection, texts, layout)
-        names = connection.sql(sql).columns
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"{layout.path} makes column {min(twice)!r} twice; rename one of them")
-        return sql, connection.sql(f"SELECT * FROM (\n{sql}\n) LIMIT 0").to_arrow_table().schema
+        with duckdb.connect() as connection:
+            if [of.type for of in duckdb.extract_statements(sql)] != [duckdb.StatementType.SELECT]:
+                raise UserError("data.sql must be one SELECT")
+            register_stores(connection, sql)
+            rows = connection.sql(sql)
+            _check_names(path, rows.columns)
+            if is_text_log(path):
+                if not rows.limit(1).fetchall():
+                    raise UserError(f"{path} has no rows")
+                # Among ids that look like fractions, 1e5 and 100000 would be one number.
+                ids = {layout.columns.get(of) for of in ("request", "user", "item")}
+                types = zip(rows.columns, rows.types, strict=True)
+                sql = sql_of_texts(
+                    path, [of for of, type_ in types if type_ == "DOUBLE" and of in ids]
+                )
+            schema = connection.sql(sql).limit(0).to_arrow_table().schema
     except duckdb.Error as error:
-        raise UserError(f"{layout.path}: {line_of(error)}") from error
-    finally:
-        connection.close()
-
-
-def _rows_with_text_ids(
-    connection: duckdb.DuckDBPyConnection, paths: Sequence[str], layout: LogLayout
-) -> str:
-    """Return the SELECT of text files, where ids that look like fractions are texts.
-
-    Among such ids, 1e5 and 100000 would be one number.
-    """
-    ids = [layout.columns[of] for of in ("request", "user", "item") if of in layout.columns]
-    readers = []
-    for path in paths:
-        columns = connection.execute(f"DESCRIBE FROM {reader_of(path)}").fetchall()
-        fractions = [name for name, type_, *_ in columns if type_ in ("DOUBLE", "FLOAT")]
-        readers.append(reader_of(path, [of for of in fractions if of in ids]))
-    return rows_of(readers)
+        raise UserError(f"{path}: {line_of(error)}") from error
+    _check_columns(layout, {path: schema}, schema.names)
+    manifest = manifest_of("", layout.sql)
+    return Log(path, (), manifest, 0, tuple(schema.names), pa.table({}), sql)
 
 
 def line_of(error: duckdb.Error) -> str:
@@ -261,14 +223,13 @@ def register_store(connection: Any, system: Any) -> None:
 
 
 def manifest_of(path: str, sql: str = "") -> dict[str, list]:
-    """Return the current `Log.manifest` of a log.
-
-    Raises:
-      UserError: there are no files at `path`.
-    """
-    if not sql:
-        return find_files(path)[1]
-    manifest: dict[str, list] = {SQL: [len(sql), hashlib.sha256(sql.encode()).hexdigest()]}
+    """Return the current `Log.manifest` of a log, without files that are gone."""
+    manifest: dict[str, list] = {}
+    for url in split_path(path) if not sql else ():
+        with contextlib.suppress(UserError):
+            manifest |= find_files(url)[1]
+    if sql:
+        manifest[SQL] = [len(sql), hashlib.sha256(sql.encode()).hexdigest()]
     for text in re.findall(r"'((?:[^']|'')+)'|\"([^\"]+)\"", sql):
         # A text that is not the name of a file is another value of the query.
         with contextlib.suppress(Exception):
@@ -287,29 +248,16 @@ def _manifest(system: Any, files: Iterable[str]) -> dict[str, list]:
     return manifest
 
 
-class _Footer(NamedTuple):
-    """The columns of a file, the number of its rows, and about that of its candidates."""
+def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
+    """Return the differences of two manifests in words; "" if they are equal."""
+    new, gone = now.keys() - before.keys(), before.keys() - now.keys()
+    changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
+    counted = ((new, "new"), (gone, "gone"), (changed, "rewritten"))
+    return ", ".join(f"{_count(len(files), 'file')} {what}" for files, what in counted if files)
 
-    schema: pa.Schema
-    rows: int
-    candidates: int
 
-
-def _footer(system: Any, file: str, layout: LogLayout) -> _Footer:
-    """Read the footer of a file.
-
-    Raises:
-      UserError: it is not a Parquet file.
-    """
-    with _opened(system, file) as parquet:
-        schema, metadata = parquet.schema_arrow, parquet.metadata
-    # A list counts as many values as it has, and an empty one counts 1.
-    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
-    item = f"{layout.columns['item']}."
-    places = [place for place, path in enumerate(paths) if f"{path}.".startswith(item)]
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return _Footer(schema, metadata.num_rows, candidates or metadata.num_rows)
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def find_files(path: str) -> tuple[Any, dict[str, list]]:
@@ -339,41 +287,24 @@ def find_files(path: str) -> tuple[Any, dict[str, list]]:
         raise UserError(f"data.path={path} cannot be read: {error}") from error
 
 
-def is_there(path: str) -> bool:
-    """Return True if any path in `data.path` has a log."""
-    for url in split_path(path):
-        with contextlib.suppress(UserError):
-            find_files(url)
-            return True
-    return False
-
-
 def _files_at(url: str, system: Any, path: str) -> list[str]:
     """Return the files that a URL names; it is at this path of a file system."""
-    if any(character in path for character in "*?["):
-        paths = [file for file in system.glob(path) if system.isfile(file)]
-        if not paths:
+    if glob.has_magic(path):
+        if not (files := [file for file in system.glob(path) if system.isfile(file)]):
             raise UserError(f"data.path={url} matches no file")
-        return paths
-    if system.isdir(path):
-        return _in_directory(url, path, system.find(path))
-    if system.isfile(path):
+        return files
+    if not system.isdir(path):
+        if not system.isfile(path):
+            raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
         return [path]
-    raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
-
-
-def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
-    """Return the Parquet files of a directory.
-
-    Names that begin with _ or . belong to the writer, as unfinished files and metadata do.
-    """
-    below = {file: file.removeprefix(folder).strip("/").split("/") for file in paths}
+    below = {file: file.removeprefix(path).strip("/").split("/") for file in system.find(path)}
     if any("_delta_log" in names for names in below.values()):
         logging.warning(
             "%s is a Delta table: all its files are read, of earlier versions too; if there are "
             "several versions, write the right one to a separate folder",
             url,
         )
+    # Names that begin with _ or . belong to the writer, as unfinished files and metadata do.
     visible = [
         file
         for file, names in below.items()
@@ -386,166 +317,52 @@ def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
     return files
 
 
-def given_by_folders(files: Sequence[str]) -> pa.Table:
-    """Return the columns that the names of folders give, as in Hive: `name=value/`."""
+def given_by_folders(files: Collection[str]) -> dict[str, pa.Array]:
+    """Return the columns that the names of folders give, as in Hive: `name=value/`.
+
+    The values are integers if all of them are, else texts.
+    """
     folders = [dict(re.findall(r"([^/=]+)=([^/]*)(?=/)", file)) for file in files]
-    names = list(dict.fromkeys(name for folder in folders for name in folder))
     columns = {}
-    for name in names:
-        texts = [unquote(folder.get(name, _NONE)) for folder in folders]
-        columns[name] = _typed_texts([None if text == _NONE else text for text in texts])
-    # A table has as many rows as its first column, even where there is no other.
-    return pa.table({"": range(len(files)), **columns}).drop_columns([""])
-
-
-def _typed_texts(texts: Sequence[str | None]) -> pa.Array:
-    """Return texts as whole numbers or dates if all of them are."""
-    array = pa.array(texts, pa.string())
-    for type_, pattern in ((pa.int64(), r"-?\d{1,18}"), (pa.date32(), r"\d{4}-\d\d-\d\d")):
-        if all(text is None or re.fullmatch(pattern, text) for text in texts):
-            with contextlib.suppress(pa.ArrowInvalid):  # 30 February
-                return array.cast(type_)
-    return array
+    for name in dict.fromkeys(name for folder in folders for name in folder):
+        texts = [folder.get(name, _NONE) for folder in folders]
+        columns[name] = pa.array(
+            [None if of == _NONE else unquote(of) for of in texts], pa.string()
+        )
+        with contextlib.suppress(pa.ArrowInvalid):
+            columns[name] = columns[name].cast(pa.int64())
+    return columns
 
 
 @contextlib.contextmanager
-def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]:
+def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file, and raise a UserError if it cannot be read."""
     try:
-        if isinstance(system, LocalFileSystem):
-            with pq.ParquetFile(file, **options) as parquet:
-                yield parquet
-        else:
-            with (
-                system.open(file, "rb") as raw,
-                pq.ParquetFile(raw, pre_buffer=True, **options) as parquet,
-            ):
-                yield parquet
-    except (pa.ArrowException, OSError, EOFError) as error:
+        with pq.ParquetFile(file, filesystem=system, page_checksum_verification=True) as parquet:
+            yield parquet
+    # A store that cannot read a part of a file raises a ValueError.
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
-    except ValueError as error:
-        raise UserError(
-            f"{file} cannot be read in parts; download the log, or use a server that supports "
-            f"range requests: {error}"
-        ) from error
 
 
-def _check_columns(
-    layout: LogLayout, schemas: Mapping[str, pa.Schema], names: Collection[str]
-) -> None:
-    """Check that the files have the columns that the config names, in types that fit their use.
+class _Footer(NamedTuple):
+    """The columns of a file, the number of its rows, and about that of its candidates."""
 
-    Args:
-      layout: of the log.
-      schemas: file -> its columns, and those that the names of folders give.
-      names: all columns of the files to read.
-    """
-    wanted = wanted_columns(layout)
-    for file, schema in schemas.items():
-        _check_names(file, schema.names, {of.column: of.key for of in wanted})
-        # A feature may begin with a later file.
-        _check_there(file, [of for of in wanted if not of.is_feature], schema.names)
-    _check_there(layout.path, wanted, names)
-    families = {of.column: _check_types(of, schemas) for of in wanted}
-    if layout.history:
-        item, column = layout.columns["item"], layout.history.column
-        kinds = [families[column], families[item]]
-        if all(kinds) and (kinds[0] == _TEXT) != (kinds[1] == _TEXT):
-            raise UserError(
-                f"column {column!r} (data.features.{layout.history.name}) holds {kinds[0]} ids, "
-                f"and {item!r} (data.columns.item) {kinds[1]} ids; a history holds item ids"
-            )
+    schema: pa.Schema
+    rows: int
+    candidates: int
 
 
-def _check_names(file: str, names: Sequence[str], keys: Mapping[str, str]) -> None:
-    """Refuse names that the engine cannot distinguish."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if name.lower() in _OF_ENGINES:
-            raise UserError(
-                f"{file} has a column {name!r}, a name that the engine needs; rename it"
-            )
-        if name in keys and name in seen.values():
-            raise UserError(f"{file} has two columns {name!r} ({keys[name]}); rename one of them")
-        if (other := seen.setdefault(name.lower(), name)) != name:
-            raise UserError(
-                f"{file} has columns {other!r} and {name!r}, which differ only in case; rename one"
-            )
-
-
-def _check_there(where: str, wanted: Sequence[Wanted], names: Collection[str]) -> None:
-    """Refuse columns that are missing, with the one that was probably meant."""
-    if missing := [of for of in wanted if of.column not in names]:
-        named = ", ".join(dict.fromkeys(f"{of.column!r} ({of.key})" for of in missing))
-        close = difflib.get_close_matches(missing[0].column, names, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"{where} has no column {named}; {hint}it has: {', '.join(names)}")
-
-
-def _check_types(column: Wanted, schemas: Mapping[str, pa.Schema]) -> str:
-    """Check the types of a column, and warn if files lack it; return the family of its values."""
-    name = f"column {column.column!r} ({column.key})"
-    have = [file for file, schema in schemas.items() if column.column in schema.names]
-    if lack := len(schemas) - len(have):
-        missing = f"is missing in {_count(lack, 'file')} of {len(schemas)}, where it is null"
-        logging.warning("%s %s", name, missing)
-    # Type -> the first file with it, since few types are in many files.
-    types = {schemas[file].field(column.column).type: file for file in reversed(have)}
-    takes, words = _TAKES[column.use]
-    families: dict[str, str] = {}
-    for type_, file in reversed(types.items()):
-        family = family_of(type_)
-        if family == _NULL:
-            continue
-        if family not in takes or not column.least_depth <= _depth_of(type_) <= column.depth:
-            lists = "lists of " * column.depth
-            is_nested = pa.types.is_nested(inner_type(type_))
-            nested = "; flatten it: make each of its fields a column" if is_nested else ""
-            raise UserError(f"{file}: {name} is {type_}; it takes {lists}{words}{nested}")
-        if column.use == "id":
-            # A number and its text are different ids, and no engine has one type for signed and
-            # unsigned integers of 64 bits.
-            family = _TEXT if is_text(type_) else _INTEGER
-            family = _UNSIGNED if pa.types.is_uint64(inner_type(type_)) else family
-        families.setdefault(family, file)
-    if column.use == "id" and len(families) > 1:
-        (one, first), (other, second), *_ = families.items()
-        raise UserError(
-            f"{name} holds {one} ids in {first} and {other} ids in {second}; give it one type"
-        )
-    if column.use == "id" and column.depth and not families:
-        raise UserError(f"{name} holds nothing in any file; leave it out of the config")
-    return next(iter(families), "")
-
-
-def inner_type(type_: pa.DataType) -> pa.DataType:
-    """Return the type of the values of a column, without lists and dictionaries around them."""
-    while is_list(type_) or pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    return type_
-
-
-def family_of(type_: pa.DataType) -> str:
-    """Return the family of the values of a column."""
-    name = str(inner_type(type_))
-    return next((of for of, like in _FAMILIES.items() if re.fullmatch(like, name)), _OTHER)
-
-
-def _depth_of(type_: pa.DataType) -> int:
-    """Return the number of lists around the values of a column."""
-    if pa.types.is_dictionary(type_):
-        return _depth_of(type_.value_type)
-    return 1 + _depth_of(type_.value_type) if is_list(type_) else 0
-
-
-def is_text(type_: pa.DataType) -> bool:
-    """Return True if ids are texts: texts, bytes, UUIDs, and integers of more than 64 bits."""
-    return family_of(type_) in (_TEXT, _DECIMAL)
-
-
-def is_list(type_: pa.DataType) -> bool:
-    """Return True for lists of any layout."""
-    return isinstance(type_, _LISTS)
+def _footer(system: Any, file: str, item: str) -> _Footer:
+    """Read the footer of a file; its candidates have a value each in the column `item`."""
+    with _opened(system, file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+    # A list counts as many values as it has, and an empty one counts 1.
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    places = [place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}.")]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
+    return _Footer(schema, metadata.num_rows, candidates or metadata.num_rows)
 
 
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
@@ -560,19 +377,17 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
     system, _ = fsspec.core.url_to_fs(log.url)
 
     def check(file: str) -> None:
-        with _opened(system, file, page_checksum_verification=True) as parquet:
-            if not _has_checksums(system, file, parquet.metadata):
-                return
-            names = [name for name in parquet.schema_arrow.names if name in columns]
-            for _ in parquet.iter_batches(columns=names, use_threads=False):
-                pass
+        with _opened(system, file) as parquet:
+            if has_checksums(system, file, parquet.metadata):
+                names = [name for name in parquet.schema_arrow.names if name in columns]
+                for _ in parquet.iter_batches(columns=names, use_threads=False):
+                    pass
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(check, log.files):
-            pass
+        list(pool.map(check, log.files))
 
 
-def _has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
+def has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
     """Return whether the first page of a file has a checksum; a writer stores all or none."""
     if not metadata.num_row_groups:
         return False
@@ -580,13 +395,114 @@ def _has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
     return _WITH_CHECKSUM.match(system.cat_file(file, start=start, end=start + 20)) is not None
 
 
-def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
-    """Return the differences of two manifests in words; "" if they are equal."""
-    new, gone = now.keys() - before.keys(), before.keys() - now.keys()
-    changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
-    counted = ((new, "new"), (gone, "gone"), (changed, "rewritten"))
-    return ", ".join(f"{_count(len(files), 'file')} {what}" for files, what in counted if files)
+def _check_columns(
+    layout: LogLayout, schemas: Mapping[str, pa.Schema], names: Collection[str]
+) -> None:
+    """Check the columns of each file, and that some file has each column of the config."""
+    wanted = wanted_columns(layout)
+    # A feature may begin with a later file.
+    needed = [of for of in wanted if not of.key.startswith("data.features.")]
+    for file, schema in schemas.items():
+        _check_names(file, schema.names)
+        _check_there(file, needed, schema.names)
+    _check_there(layout.path, wanted, names)
+    kinds = {of.column: _check_types(of, schemas) for of in wanted}
+    if layout.history:
+        item, column = layout.columns["item"], layout.history.column
+        if kinds[column] and kinds[item] and (kinds[column] == TEXTS) != (kinds[item] == TEXTS):
+            raise UserError(
+                f"column {column!r} (data.features.{layout.history.name}) holds {kinds[column]}, "
+                f"and {item!r} (data.columns.item) {kinds[item]}; a history holds item ids"
+            )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def _check_names(where: str, names: Iterable[str]) -> None:
+    """Refuse names that the engine cannot distinguish, from others or from its own."""
+    seen = {name: f"{name!r}, which the engine adds," for name in _OF_ENGINE}
+    for name in names:
+        if other := seen.get(name.lower()):
+            raise UserError(
+                f"{where} has columns {other} and {name!r}, and case does not count; rename one"
+            )
+        seen[name.lower()] = repr(name)
+
+
+def _check_there(where: str, wanted: Sequence[Wanted], names: Collection[str]) -> None:
+    """Refuse columns that are missing, with the one that was probably meant."""
+    if missing := [of for of in wanted if of.column not in names]:
+        named = ", ".join(dict.fromkeys(f"{of.column!r} ({of.key})" for of in missing))
+        close = difflib.get_close_matches(missing[0].column, names, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"{where} has no column {named}; {hint}it has: {', '.join(names)}")
+
+
+def _check_types(of: Wanted, schemas: Mapping[str, pa.Schema]) -> str:
+    """Check the types of a column, and warn if files lack it; return `kind_of` its values."""
+    name = f"column {of.column!r} ({of.key})"
+    have = [file for file, schema in schemas.items() if of.column in schema.names]
+    if lack := len(schemas) - len(have):
+        missing = f"is missing in {_count(lack, 'file')} of {len(schemas)}, where it is null"
+        logging.warning("%s %s", name, missing)
+    # To the first file with it, since few types are in many files.
+    types = {schemas[file].field(of.column).type: file for file in reversed(have)}
+    takes, words = _TAKES[of.use]
+    kinds: dict[str, str] = {}
+    for type_, file in reversed(types.items()):
+        inner, depth = _inner_and_depth(type_)
+        if pa.types.is_null(inner):
+            continue
+        if not (re.fullmatch(takes, str(inner)) and of.least_depth <= depth <= of.depth):
+            nested = "; flatten it: make each of its fields a column"
+            nested = nested if pa.types.is_nested(inner) else ""
+            raise UserError(
+                f"{file}: {name} is {type_}; it takes {'lists of ' * of.depth}{words}{nested}"
+            )
+        # No engine has one type for signed and unsigned integers of 64 bits.
+        kinds.setdefault("uint64" if pa.types.is_uint64(inner) else kind_of(inner), file)
+    if of.use == "id" and len(kinds) > 1:
+        (one, first), (other, second), *_ = kinds.items()
+        raise UserError(f"{name} holds {one} in {first} and {other} in {second}; give it one type")
+    if of.use == "id" and of.depth and not kinds:
+        raise UserError(f"{name} holds nothing in any file; leave it out of the config")
+    return next(iter(kinds), "")
+
+
+def _inner_and_depth(type_: pa.DataType) -> tuple[pa.DataType, int]:
+    """Return the type of the values of a column, and the number of lists around them."""
+    if not (is_list(type_) or pa.types.is_dictionary(type_)):
+        return type_, 0
+    inner, depth = _inner_and_depth(type_.value_type)
+    return inner, depth + is_list(type_)
+
+
+def inner_type(type_: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a column, without lists and dictionaries around them."""
+    return _inner_and_depth(type_)[0]
+
+
+def is_list(type_: pa.DataType) -> bool:
+    """Return True for lists of any layout."""
+    lists = (
+        pa.ListType,
+        pa.LargeListType,
+        pa.FixedSizeListType,
+        pa.ListViewType,
+        pa.LargeListViewType,
+    )
+    return isinstance(type_, lists)
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """Return True for texts, bytes and UUIDs."""
+    return re.fullmatch(_TEXT, str(inner_type(type_))) is not None
+
+
+def kind_of(type_: pa.DataType) -> str:
+    """Return the kind of the ids that a type holds: `NUMBERS`, `TEXTS`, "" if unknown.
+
+    Integers of more than 64 bits are texts.
+    """
+    inner = inner_type(type_)
+    if pa.types.is_null(inner):
+        return ""
+    return TEXTS if is_text(inner) or pa.types.is_decimal(inner) else NUMBERS

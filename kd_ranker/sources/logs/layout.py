@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -31,12 +32,8 @@ OPTIONAL = (
     *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
     *("incumbent", "propensity", "split"),
 )
-# Keys of `config.data` that are fields of `LogLayout` as they are.
-_AS_GIVEN = (
-    *("teacher_version", "teacher_signal", "incumbent_signal", "split", "validation_share"),
-    *("test_share", "seed", "strict", "processes", "memory", "engine", "spark_master"),
-)
-_TEXT_FILE = r"\.([ct]sv|json|jsonl|ndjson)(\.gz)?$"
+_CSV_FILE = r"\.[ct]sv(\.gz)?$"
+_TEXT_FILE = rf"{_CSV_FILE}|\.(json|jsonl|ndjson)(\.gz)?$"
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -83,15 +80,12 @@ class LogLayout:
       path: of the log, or `data.sql` for one that a SELECT yields.
       sql: the SELECT; "" for the Parquet files at `path`.
       directory: `data.dir`.
-      by_request: True if a row is a request with lists, rather than a candidate.
       columns: use -> its column; uses that the log lacks are left out.
       stages: text of the stage column -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`.
       labels: a task -> its column.
       teacher: a task -> its column, for the tasks that have one.
       tasks: the tasks to keep, in the order of every T axis.
       units_per_second: of an integer time column.
-      features: the features, in the config's order.
-      spark_options: settings of its session, by name.
       longest: the most seconds between the first and the last row of a request.
       retrieved: the most candidates of a request.
       history_length: of the history feature; without one, `data.history_length`.
@@ -128,19 +122,15 @@ class LogLayout:
 
     def of(self, *owners: str, kind: str = "") -> list[Feature]:
         """The features of some owners, of all kinds or of one."""
-        return [
-            feature
-            for feature in self.features
-            if feature.of in owners and kind in ("", feature.kind)
-        ]
+        return [of for of in self.features if of.of in owners and kind in ("", of.kind)]
 
     def of_kind(self, *kinds: str) -> list[Feature]:
         """The features of some kinds."""
-        return [feature for feature in self.features if feature.kind in kinds]
+        return [of for of in self.features if of.kind in kinds]
 
     def categories(self, *owners: str) -> list[Feature]:
         """The categorical features of some owners: single values and bags."""
-        return [feature for feature in self.of(*owners) if feature.kind in ("category", "bag")]
+        return [of for of in self.of(*owners) if of.kind in ("category", "bag")]
 
     @property
     def vocabularies(self) -> list[Feature]:
@@ -152,30 +142,10 @@ class LogLayout:
         """The history, if the log has one."""
         return next(iter(self.of_kind("history")), None)
 
-    def with_prefix(self, prefix: str) -> "LogLayout":
-        """The layout of the log with a prefix before the names of all columns."""
-
-        def named(columns: dict[str, str]) -> dict[str, str]:
-            return {use: prefix + column for use, column in columns.items()}
-
-        return dataclasses.replace(
-            self,
-            columns=named(self.columns),
-            labels=named(self.labels),
-            teacher=named(self.teacher),
-            features=tuple(
-                dataclasses.replace(feature, column=prefix + feature.column)
-                for feature in self.features
-            ),
-        )
-
     def to_score(self, has_time: bool) -> "LogLayout":
         """The layout of a log to score: ids and features, and the time if it has one."""
-        columns = {
-            use: column
-            for use, column in self.columns.items()
-            if use in IDENTIFYING and (has_time or use != "time")
-        }
+        read = [of for of in IDENTIFYING if has_time or of != "time"]
+        columns = {of: self.columns[of] for of in read if of in self.columns}
         return dataclasses.replace(
             self, columns=columns, stages={}, labels={}, teacher={}, teacher_version="", split=""
         )
@@ -192,41 +162,38 @@ class LogLayout:
         return tuple(task for task in self.tasks if task in self.teacher)
 
 
-def sql_of(data: ConfigDict) -> str:
-    """Return the SELECT that yields a log: of text files at `data.path`, or `data.sql`."""
-    if files := text_files(str(data.path)):
-        return rows_of(map(reader_of, files))
-    return str(data.sql).strip().rstrip(";")
-
-
 def split_path(path: str) -> list[str]:
     """Return the paths in `data.path`, which commas separate."""
     return [of.strip() for of in path.split(",")]
 
 
-def text_files(path: str) -> list[str]:
-    """Return the paths in `data.path` if all name text files, else none."""
-    paths = split_path(path)
-    return paths if all(re.search(_TEXT_FILE, of, re.IGNORECASE) for of in paths) else []
+def is_text_log(path: str) -> bool:
+    """Return True if all paths in `data.path` name text files."""
+    return all(re.search(_TEXT_FILE, of, re.IGNORECASE) for of in split_path(path))
 
 
-def reader_of(path: str, texts: Sequence[str] = ()) -> str:
-    """Return DuckDB's call that reads text files; types are those of all rows.
+def sql_of(data: ConfigDict) -> str:
+    """Return the SELECT that yields a log: of text files at `data.path`, or `data.sql`."""
+    if is_text_log(str(data.path)):
+        return sql_of_texts(str(data.path))
+    return str(data.sql).strip().rstrip(";")
+
+
+def sql_of_texts(path: str, as_texts: Sequence[str] = ()) -> str:
+    """Return the SELECT of the rows of text files, with types by all rows.
 
     Args:
-      path: a file or a pattern.
-      texts: columns of a CSV file to read as texts, whatever their values.
+      path: `data.path`.
+      as_texts: columns of CSV files to read as texts, whatever their values.
     """
-    if not re.search(r"\.[ct]sv(\.gz)?$", path, re.IGNORECASE):
-        return f"read_json({literal(path)}, sample_size = -1)"
-    columns = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in texts)
-    types = f", types = {{{columns}}}" if texts else ""
-    return f"read_csv({literal(path)}, sample_size = -1{types})"
-
-
-def rows_of(readers: Iterable[str]) -> str:
-    """Return the SELECT of the rows of all calls of `reader_of`."""
-    return " UNION ALL BY NAME ".join(f"SELECT * FROM {reader}" for reader in readers)
+    types = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in as_texts)
+    types = f", types = {{{types}}}" if types else ""
+    readers = []
+    for of in split_path(path):
+        is_csv = re.search(_CSV_FILE, of, re.IGNORECASE)
+        reader, options = ("read_csv", types) if is_csv else ("read_json", "")
+        readers.append(f"SELECT * FROM {reader}({literal(of)}, sample_size = -1{options})")
+    return " UNION ALL BY NAME ".join(readers)
 
 
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:
@@ -236,29 +203,25 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
       UserError: a key holds a value that it cannot hold.
     """
     _check(data, tasks)
-    features = tuple(
-        feature
-        for name, value in data.features.items()
-        for feature in _numbers_of(_read_feature(name, value))
-    )
-    histories = [feature for feature in features if feature.kind == "history"]
+    features = tuple(of for name in data.features for of in _read_features(data, name))
+    histories = [of for of in features if of.kind == "history"]
     if len(histories) > 1:
+        names = ", ".join(of.name for of in histories)
         raise UserError(
-            f"data.features has {len(histories)} of kind 'history' "
-            f"({', '.join(feature.name for feature in histories)}); there is room for one"
+            f"data.features has {len(histories)} of kind 'history' ({names}); there is room for one"
         )
     if not histories and (of_events := [of.key for of in features if of.of == "event"]):
         raise UserError(
             f"data.features.{of_events[0]}.of='event', and no feature has kind 'history'; name the "
             "column of the items of these events"
         )
-    _check_leaks(data, features)
     columns = {
-        name: column
-        for name, column in data.columns.items()
-        if column and (name != "split" or data.split == "column")
+        use: column
+        for use, column in data.columns.items()
+        if column and (use != "split" or data.split == "column")
     }
-    return LogLayout(
+    fields: dict[str, Any] = {of.name: data.get(of.name) for of in dataclasses.fields(LogLayout)}
+    fields |= dict(
         path=str(data.path) or "data.sql",
         sql=sql_of(data),
         directory=str(data.dir),
@@ -275,11 +238,12 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         longest=int(data.longest_request),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
-        **{key: data[key] for key in _AS_GIVEN},
     )
+    return LogLayout(**fields)
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
+    """Refuse values that do not make a log, whatever its features."""
     if not data.path and not data.sql:
         raise UserError(
             "data.path is empty; give a Parquet file, a directory or a glob of them, with "
@@ -291,22 +255,19 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
         )
-    for key in ("columns", "stages", "labels", "teacher"):
-        for name, value in data[key].items():
+    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("labels", data.labels))
+    for section, names in (*known, ("teacher", data.labels)):
+        for name, value in data[section].items():
+            check_choice(f"data.{section}", name, names)
             if not isinstance(value, str):
-                raise UserError(f"data.{key}.{name}={value!r} must be a text")
-    for name in data.columns:
-        check_choice("data.columns", name, (*IDENTIFYING, *OPTIONAL))
-    if data.split == "user" and not data.columns.get("user"):
-        raise UserError("data.split='user' needs data.columns.user; split by 'time' or 'request'")
-    if data.split == "column" and not data.columns.get("split"):
-        raise UserError("data.split='column' needs data.columns.split; name the column of splits")
-    needed = [("columns", name) for name in IDENTIFYING if name != "user"]
+                raise UserError(f"data.{section}.{name}={value!r} must be a text")
+    by = {"user": "user", "column": "split"}.get(data.split)
+    if by and not data.columns.get(by):
+        raise UserError(f"data.split={data.split!r} needs data.columns.{by}; name its column")
+    needed = [("columns", of) for of in IDENTIFYING if of != "user"]
     for section, name in (*needed, *(("labels", task) for task in tasks)):
         if not data[section].get(name):
             raise UserError(f"data.{section}.{name} is empty; name the column that holds it")
-    for task in data.teacher:
-        check_choice("data.teacher", task, data.labels)
     if data.validation_share + data.test_share >= 1:
         raise UserError(
             f"data.validation_share={data.validation_share} and data.test_share={data.test_share} "
@@ -314,42 +275,15 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         )
 
 
-def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
-    """Refuse features that hold the answer, or the outcome of a request."""
-    # An early ranker may read the scores of the current one.
-    names = [of for of in OPTIONAL if of != "incumbent" and data.columns.get(of)]
-    answers = {data.columns[name]: f"columns.{name}" for name in names}
-    for section in ("teacher", "labels"):
-        answers |= {column: f"{section}.{task}" for task, column in data[section].items()}
-    for feature in features:
-        if use := answers.get(feature.column):
-            raise UserError(
-                f"data.features.{feature.name} reads column {feature.column!r}, which is that of "
-                f"data.{use}: known only after the request; leave it out of data.features"
-            )
-
-
 def _read_stages(stages: ConfigDict) -> dict[str, int]:
-    for name in stages:
-        check_choice("data.stages", name, STAGES)
     texts = {text: 1 + STAGES.index(name) for name, text in stages.items() if text}
     if len(texts) < sum(bool(text) for text in stages.values()):
         raise UserError(f"data.stages={dict(stages)} gives two stages the same text")
-    if "shown" not in stages or not stages.shown:
+    if not stages.get("shown"):
         raise UserError(
             "data.stages.shown is empty; give the text of the stage column for shown candidates"
         )
     return texts
-
-
-def _numbers_of(feature: Feature) -> list[Feature]:
-    """The numbers of a dense vector, each a feature; of others the feature itself."""
-    if feature.kind != "dense" or feature.length == 1:
-        return [feature]
-    return [
-        dataclasses.replace(feature, name=f"{feature.name}[{place}]", place=place)
-        for place in range(feature.length)
-    ]
 
 
 def _read_options(options: Sequence[str]) -> dict[str, str]:
@@ -359,17 +293,18 @@ def _read_options(options: Sequence[str]) -> dict[str, str]:
     return dict(option.split("=", 1) for option in options)
 
 
-def _read_feature(name: str, value: ConfigDict) -> Feature:
-    key = f"data.features.{name}"
-    names = (field.name for field in dataclasses.fields(Feature))
-    known = [name for name in names if name not in ("name", "place")]
-    if not isinstance(value, ConfigDict) or set(value) != set(known):
+def _read_features(data: ConfigDict, name: str) -> list[Feature]:
+    """Read an entry of `data.features`: a feature, or one per number of a dense vector."""
+    key, value = f"data.features.{name}", data.features[name]
+    known = {field.name for field in dataclasses.fields(Feature)} - {"name", "place"}
+    if not isinstance(value, ConfigDict) or set(value) != known:
         raise UserError(f"{key} must be made by kd_ranker.config.features.feature")
-    check_choice(f"{key}.of", value.of, FEATURE_OWNERS)
-    check_choice(f"{key}.kind", value.kind, FEATURE_KINDS)
-    if value.kind == "history" and value.of not in ("user", "context"):
-        raise UserError(f"{key}.of={value.of!r}: a history is one of: user, context")
-    if value.of == "event" and (value.kind != "dense" or value.standardise):
+    feature = Feature(name, **{**value, "column": value.column or name})
+    check_choice(f"{key}.of", feature.of, FEATURE_OWNERS)
+    check_choice(f"{key}.kind", feature.kind, FEATURE_KINDS)
+    if feature.kind == "history" and feature.of not in ("user", "context"):
+        raise UserError(f"{key}.of={feature.of!r}: a history is one of: user, context")
+    if feature.of == "event" and (feature.kind != "dense" or feature.standardise):
         raise UserError(
             f"{key}: a feature of events has kind 'dense' and standardise=False; the log holds its "
             "numbers as the models read them"
@@ -377,7 +312,21 @@ def _read_feature(name: str, value: ConfigDict) -> Feature:
     for number in ("size", "length"):
         if value[number] < 1:
             raise UserError(f"{key}.{number}={value[number]} must be at least 1")
-    if value.kind == "category" and value.length != 1:
-        raise UserError(f"{key}.length={value.length}: kind {value.kind!r} holds one value")
-    fields = {field: value[field] for field in known} | {"column": value.column or name}
-    return Feature(name=name, **fields)
+    if feature.kind == "category" and feature.length != 1:
+        raise UserError(f"{key}.length={feature.length}: kind {feature.kind!r} holds one value")
+    # These hold the answer, or the outcome of a request. An early ranker may read the scores of the
+    # current one.
+    for section in ("columns", "labels", "teacher"):
+        for use, column in data[section].items():
+            is_known = section == "columns" and use in (*IDENTIFYING, "incumbent")
+            if column == feature.column and not is_known:
+                raise UserError(
+                    f"{key} reads column {column!r}, which is that of data.{section}.{use}: known "
+                    "only after the request; leave it out of data.features"
+                )
+    if feature.kind != "dense" or feature.length == 1:
+        return [feature]
+    return [
+        dataclasses.replace(feature, name=f"{name}[{place}]", place=place)
+        for place in range(feature.length)
+    ]

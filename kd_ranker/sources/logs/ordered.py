@@ -7,85 +7,76 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, Int64
 
 from kd_ranker.requests.request import SPLITS, starts_of
 from kd_ranker.sources.logs.database import Database
 
 # Candidates that each process holds at a time.
 PIECE = 2**18
-_REQUESTS, _CANDIDATES = "requests", "candidates"
+# The rows of each file, and their order.
+_ORDERS = {"request": "number", "candidate": "number, stage DESC, position NULLS LAST, item"}
 
 
 class Piece(NamedTuple):
     """Consecutive requests of one split.
 
     Attributes:
+      place: of its record batch in both files, from 0.
       split: one of `SPLITS`.
       requests: the numbers of its requests, [start, stop).
-      candidates: the rows of their candidates, [start, stop).
     """
 
+    place: int
     split: str
     requests: tuple[int, int]
-    candidates: tuple[int, int]
 
 
 def write_ordered(database: Database) -> list[Piece]:
     """Write both files to the database's folder, and return the pieces to read them in.
 
-    They have the columns of `request_fields` and `candidate_fields` in `log.sql`.
+    They have the columns of `request_fields` and `candidate_fields` in `log.sql`. A record batch of
+    a file is a piece of some `PIECE` candidates.
     """
-    _write(database, _REQUESTS, "SELECT * FROM request_fields ORDER BY number")
-    order = "number, stage DESC, position NULLS LAST, item"
-    _write(database, _CANDIDATES, f"SELECT * FROM candidate_fields ORDER BY {order}")
     sizes = database.fetch(
         "SELECT split, count(*) AS size FROM used GROUP BY number, split ORDER BY number"
     )
-    return _pieces(*(sizes[name].to_numpy() for name in ("split", "size")))
+    split, size = (sizes[name].to_numpy() for name in ("split", "size"))
+    # A piece ends with a split, or where it would have grown too large.
+    block = starts_of(size)[:-1] // PIECE
+    ends = [*(np.flatnonzero(np.diff(split) | np.diff(block)) + 1).tolist(), len(split)]
+    spans = list(itertools.pairwise([0, *ends]))
+    rows = {
+        "request": [stop - start for start, stop in spans],
+        "candidate": [int(size[start:stop].sum()) for start, stop in spans],
+    }
+    for name, order in _ORDERS.items():
+        batches = database.stream(f"SELECT * FROM {name}_fields ORDER BY {order}")
+        _write(database.folder / f"{name}.arrow", batches, rows[name])
+    return [Piece(place, SPLITS[split[of[0]]], of) for place, of in enumerate(spans)]
 
 
-def _write(database: Database, name: str, query: str) -> None:
+def _write(path: Path, batches: pa.RecordBatchReader, lengths: Sequence[int]) -> None:
+    """Write rows to record batches of these lengths."""
     # Arrow's own format: what is read repeatedly takes a tenth of Parquet's time. To compress it
     # would add a fifth to the time of writing.
-    batches, lengths = database.stream(query), []
-    with pa.ipc.new_file(str(database.folder / f"{name}.arrow"), batches.schema) as writer:
+    with pa.ipc.new_file(str(path), batches.schema) as writer:
+        rows, left = batches.schema.empty_table(), [*reversed(lengths)]
         for batch in batches:
-            writer.write_batch(batch)
-            lengths.append(batch.num_rows)
-    np.save(database.folder / f"{name}.npy", starts_of(np.array(lengths)))
-
-
-def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[Piece]:
-    """Return pieces of some `PIECE` candidates; requests are in the order of splits."""
-    rows = starts_of(size)
-    # A piece ends with a split, or where it would have grown too large.
-    block = rows[:-1] // PIECE
-    starts = np.flatnonzero(np.diff(split, prepend=-1) | np.diff(block, prepend=-1)).tolist()
-    return [
-        Piece(SPLITS[split[first]], (first, last), (int(rows[first]), int(rows[last])))
-        for first, last in itertools.pairwise([*starts, len(split)])
-    ]
+            rows = pa.concat_tables([rows, pa.Table.from_batches([batch])])
+            while left and left[-1] <= len(rows):
+                length = left.pop()
+                writer.write_batch(rows[:length].combine_chunks().to_batches()[0])
+                rows = rows[length:]
 
 
 def read_piece(
     folder: Path, piece: Piece, columns: Sequence[str] | None = None
 ) -> tuple[pa.Table, pa.Table]:
     """Return the requests and the candidates of a piece, of these the given columns."""
-    return (
-        _read(folder, _REQUESTS, *piece.requests, None),
-        _read(folder, _CANDIDATES, *piece.candidates, columns),
-    )
+    requests, candidates = (_read(folder / f"{name}.arrow", piece) for name in _ORDERS)
+    return requests, candidates.select(columns) if columns else candidates
 
 
-def _read(
-    folder: Path, name: str, start: int, stop: int, columns: Sequence[str] | None
-) -> pa.Table:
-    starts = np.load(folder / f"{name}.npy")
-    first = int(np.searchsorted(starts, start, side="right")) - 1
-    with pa.memory_map(str(folder / f"{name}.arrow")) as file:
-        reader = pa.ipc.open_file(file)
-        numbers = range(first, int(np.searchsorted(starts, stop)))
-        rows = pa.Table.from_batches([reader.get_batch(number) for number in numbers])
-    rows = rows.select(columns) if columns else rows
-    return rows.slice(start - int(starts[first]), stop - start).combine_chunks()
+def _read(path: Path, piece: Piece) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(piece.place)])

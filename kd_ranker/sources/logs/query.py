@@ -1,4 +1,4 @@
-"""The SQL that makes requests of a log: values in their types, and the templates filled in.
+"""The SQL of a log: the templates, filled in by its layout and the types of its columns.
 
 `templates/log.sql` holds the query and `templates/report.sql` the counts for the data report. A
 value of the log becomes an id, a number, a time or a code by the expressions here, which depend on
@@ -9,21 +9,25 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jinja2
 import pyarrow as pa
 
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import inner_type, is_list, is_text, wanted_columns
+from kd_ranker.sources.logs.files import (
+    TEXTS,
+    inner_type,
+    is_list,
+    is_text,
+    kind_of,
+    wanted_columns,
+)
 from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout, literal
 
 # Before the names of the log's columns in all tables.
 PREFIX = "log:"
-# What ids and categories may be, in words.
-NUMBERS, TEXTS = "whole numbers", "texts"
 # Seconds since 1970 that NumPy and TFDS hold alike, some 30,000 years.
 _LATEST = 10**12
 # Beyond it, a float is not the integer that was meant.
@@ -32,7 +36,6 @@ _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 _ROWS_OF_A_FILE = 2**40
 # Numbers of a column that are enough to guess what they are.
 _SOME = 1000
-_YES, _NO = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
 
 
 def quoted(name: str) -> str:
@@ -40,16 +43,24 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def kind_of(type_: pa.DataType) -> str:
-    """A name for the ids that a type, or lists of it, hold: `NUMBERS`, `TEXTS`, "" if unknown."""
-    if pa.types.is_null(inner_type(type_)):
-        return ""
-    return TEXTS if is_text(type_) else NUMBERS
+def logged(column: str) -> str:
+    """The name of a column of the log."""
+    return quoted(PREFIX + column)
+
+
+def raw(column: str) -> str:
+    """The name of a column of the log next to the features."""
+    return quoted(f"raw:{column}")
+
+
+def vocabulary_table(feature: Feature) -> str:
+    """The name of the table of the values of a feature."""
+    return quoted(f"values:{feature.name}")
 
 
 def id_of(value: str, type_: pa.DataType) -> str:
     """An id, or NULL: integers, truth values and texts are ids; "" is not."""
-    if is_text(type_):
+    if kind_of(type_) == TEXTS:
         return f"nullif({value}::VARCHAR, '')"
     if pa.types.is_floating(type_):
         whole = f"abs({value}) <= {_EXACT[type_]} AND floor({value}) = {value}"
@@ -57,30 +68,17 @@ def id_of(value: str, type_: pa.DataType) -> str:
     return value if pa.types.is_uint64(type_) else f"{value}::BIGINT"
 
 
-def number_of(value: str, type_: pa.DataType) -> str:
+def number_of(value: str) -> str:
     """A number, or NULL, as for NaN."""
-    if pa.types.is_null(type_):
-        return "NULL::DOUBLE"
-    if pa.types.is_boolean(type_):
-        return f"{value}::TINYINT::DOUBLE"
-    if pa.types.is_floating(type_):
-        return f"CASE WHEN NOT isnan({value}) THEN {value}::DOUBLE END"
-    return f"{value}::DOUBLE"
+    return f"nullif({value}::DOUBLE, 'nan'::DOUBLE)"
 
 
 def seconds_of(value: str, type_: pa.DataType, units_per_second: int) -> str:
     """Seconds since 1970 (UTC), rounded down, or NULL."""
-    if pa.types.is_integer(type_):
-        # Not by way of floats, which would move nanoseconds.
-        n, limit = units_per_second, _LATEST * units_per_second
-        whole = f"({value}::BIGINT - (({value}::BIGINT % {n} + {n}) % {n})) // {n}"
-        return f"CASE WHEN {value} BETWEEN -{limit} AND {limit} THEN {whole} END"
     if is_text(type_):
         value = f"try_cast({value} AS TIMESTAMPTZ)"
-    if is_text(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_):
-        number = f"epoch({value})"
-    else:
-        number = f"({number_of(value, type_)}) / {units_per_second}"
+    is_time = is_text(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_)
+    number = f"epoch({value})" if is_time else f"{number_of(value)} / {units_per_second}"
     return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
 
 
@@ -93,20 +91,24 @@ def code_of(value: str, type_: pa.DataType, codes: Mapping[str, int]) -> str:
 
 
 def truth_of(value: str, type_: pa.DataType) -> str:
-    """The number of a label, or NULL; texts such as true and no are 1 and 0."""
-    if not is_text(type_) or pa.types.is_decimal(type_):
-        return number_of(value, type_)
-    text = f"lower(trim({value}::VARCHAR))"
-    yes, no = (", ".join(map(literal, words)) for words in (_YES, _NO))
-    return (
-        f"CASE WHEN {text} IN ({yes}) THEN 1.0 WHEN {text} IN ({no}) THEN 0.0 "
-        f"WHEN {text} <> '' THEN 2.0 END"
-    )
+    """The number of a label, or NULL; texts such as true and no are 1 and 0, and others 2."""
+    if not is_text(type_):
+        return number_of(value)
+    text = f"trim({value}::VARCHAR)"
+    return f"CASE WHEN {text} <> '' THEN coalesce(try_cast({text} AS BOOLEAN)::TINYINT, 2) END"
 
 
-def within(number: str, low: float) -> str:
+def _within(number: str, low: float) -> str:
     """A number if it is in [low, the largest of 32 bits], else NULL."""
     return f"CASE WHEN {number} >= {low!r} AND {number} <= {LARGEST!r} THEN {number} END"
+
+
+def _in_32_bits(number: str) -> str:
+    """A number in half the memory; one too large for it is infinite."""
+    return (
+        f"CASE WHEN {number} > {LARGEST!r} THEN 'inf'::FLOAT WHEN {number} < -{LARGEST!r} THEN "
+        f"'-inf'::FLOAT ELSE ({number})::FLOAT END"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Query:
     """The values that fill in the templates.
 
     Attributes:
-      layout: of the log, with `PREFIX` before its columns.
-      types: such a column -> its type.
+      layout: of the log.
+      types: column of the log -> its type.
       known_size: where a dataset has ids already, `known_user`, `known_item` and, if values of
         features get ids here, each `known_feature:<name>` -> how many have ids.
     """
@@ -124,29 +126,34 @@ class Query:
     types: Mapping[str, pa.DataType]
     known_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    @property
-    def types_in_log(self) -> dict[str, pa.DataType]:
-        """Column of the log -> its type."""
-        return {name.removeprefix(PREFIX): of for name, of in self.types.items()}
-
     def statements(self, template: str) -> list[str]:
         """The statements of a template, in their order."""
-        layout, wanted = self.layout, wanted_columns(self.layout)
-        columns = list(dict.fromkeys(of.column for of in wanted))
+        layout, facts = self.layout, self._facts()
         item = layout.columns["item"]
-        candidate = {of.column for of in wanted if of.per_candidate and of.column != item}
-        lists = [name for name in columns if name in candidate and is_list(self.types[name])]
-        facts = self._facts()
+        # In the order of the config, each once.
+        wanted = dict.fromkeys(of.column for of in wanted_columns(layout))
+        candidate = {of.column for of in wanted_columns(layout) if of.per_candidate}
+        lists = [of for of in wanted if of in candidate - {item} and is_list(self.types[of])]
         merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
+        methods = {name: getattr(self, name) for name in dir(Query) if not name.startswith("_")}
         text = _template(template).render(
-            self._functions(),
+            methods,
+            name=quoted,
+            logged=logged,
+            raw=raw,
+            vocabulary=vocabulary_table,
+            names=lambda columns: ", ".join(map(logged, columns)),
+            and_names=lambda columns: "".join(f", {logged(of)}" for of in columns),
+            and_features=_and_features,
+            length=lambda column: f"array_length({logged(column)})",
+            digest=lambda share: f"{int(share * 2**52):013x}",
             layout=layout,
             columns=collections.defaultdict(str, layout.columns),
             labels=collections.defaultdict(str, layout.labels),
             known_size=self.known_size,
-            wanted=columns,
+            wanted=wanted,
             lists=lists,
-            scalars=[name for name in columns if name not in (item, *lists)],
+            scalars=[of for of in wanted if of not in (item, *lists)],
             facts=facts,
             merged=list(map(quoted, merged)),
             rows_of_a_file=_ROWS_OF_A_FILE,
@@ -162,99 +169,89 @@ class Query:
         )
         return split_statements(text)
 
-    def _functions(self) -> dict[str, Any]:
-        methods = (
-            *("id", "number", "seconds", "label", "label_number", "label_weight", "is_aligned"),
-            *("teacher_weight", "other_version", "feature_value", "raw_and_features", "ids_in"),
-        )
-        return {
-            **{name: getattr(self, name) for name in methods},
-            "name": quoted,
-            "raw": raw,
-            "vocabulary": vocabulary_table,
-            "names": lambda columns: ", ".join(map(quoted, columns)),
-            "and_names": lambda columns: "".join(f", {quoted(of)}" for of in columns),
-            "length": lambda column: f"array_length({quoted(column)})",
-            "within": lambda column, low: within(self.number(column), low),
-            "code": lambda column, codes: code_of(quoted(column), self.inner(column), codes),
-            "in_32_bits": lambda column: _in_32_bits(self.number(column)),
-            "and_features": lambda features: "".join(
-                f", {quoted(f'feature:{feature.name}')}" for feature in features
-            ),
-            "digest": lambda share: f"{int(share * 2**52):013x}",
-            "is_float": lambda column: pa.types.is_floating(self.inner(column)),
-        }
-
     def some_numbers(self, column: str) -> str:
         """The query for the first numbers of a column; "" for one that holds something else."""
-        type_ = self.inner(column)
+        type_ = self._inner(column)
         if not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
             return ""
         number = self.number(column)
         known = f"FROM unfolded WHERE {number} IS NOT NULL"
         return f'SELECT {number} AS number {known} ORDER BY file, "row" LIMIT {_SOME}'
 
-    def inner(self, column: str) -> pa.DataType:
-        """The type of the values of a column."""
+    def _inner(self, column: str) -> pa.DataType:
         return inner_type(self.types[column])
+
+    def is_float(self, column: str) -> bool:
+        """True if the values of a column are floats."""
+        return pa.types.is_floating(self._inner(column))
 
     def id(self, column: str, value: str = "") -> str:
         """The id in a column, or in an expression of its type."""
-        return id_of(value or quoted(column), self.inner(column))
+        return id_of(value or logged(column), self._inner(column))
 
     def number(self, column: str, value: str = "") -> str:
         """The number in a column, or in an expression of its type."""
-        return number_of(value or quoted(column), self.inner(column))
+        return number_of(value or logged(column))
 
     def seconds(self, column: str) -> str:
         """The time in a column."""
-        return seconds_of(quoted(column), self.inner(column), self.layout.units_per_second)
+        return seconds_of(logged(column), self._inner(column), self.layout.units_per_second)
+
+    def code(self, column: str, codes: Mapping[str, int]) -> str:
+        """The code in a column."""
+        return code_of(logged(column), self._inner(column), codes)
+
+    def within(self, column: str, low: float) -> str:
+        """The number in a column if it is in [low, the largest of 32 bits], else NULL."""
+        return _within(self.number(column), low)
+
+    def in_32_bits(self, column: str) -> str:
+        """The number in a column, in 32 bits."""
+        return _in_32_bits(self.number(column))
 
     def label_number(self, column: str) -> str:
         """The number of a label."""
-        return truth_of(quoted(column), self.inner(column))
+        return truth_of(logged(column), self._inner(column))
 
     def label(self, column: str) -> str:
         """A label: 0, 1, -1 for a missing one and -2 for any other value."""
         number = self.label_number(column)
         return (
-            f"CASE WHEN {number} IS NULL THEN -1 WHEN {number} = 0 THEN 0 WHEN {number} = 1 THEN 1 "
-            "ELSE -2 END"
+            f"CASE WHEN {number} IN (0, 1) THEN {number} WHEN {number} IS NULL THEN -1 ELSE -2 END"
         )
 
-    def label_weight(self, column: str | None) -> str:
+    def label_weight(self, column: str) -> str:
         """1 where the log has none; 0 where it is invalid."""
         if not column:
             return "1"
-        number = self.number(column)
-        return f"CASE WHEN {number} IS NULL THEN 1 ELSE coalesce({within(number, 0)}, 0) END"
+        valid = f"coalesce({self.within(column, 0)}, 0)"
+        return f"CASE WHEN {self.number(column)} IS NULL THEN 1 ELSE {valid} END"
 
-    def teacher_weight(self, layout: LogLayout) -> str:
+    def teacher_weight(self) -> str:
         """1 or as logged; 0 for an invalid one, and for a version that does not count."""
-        columns, weight = layout.columns, "1"
-        if "teacher_weight" in columns:
-            weight = f"coalesce({within(self.number(columns['teacher_weight']), 0)}, 0)"
-        if other := self.other_version():
-            weight = f"CASE WHEN {other} THEN 0 ELSE {weight} END"
-        return weight
+        column = self.layout.columns.get("teacher_weight")
+        weight = f"coalesce({self.within(column, 0)}, 0)" if column else "1"
+        other = self.other_version()
+        return f"CASE WHEN {other} THEN 0 ELSE {weight} END" if other else weight
 
     def other_version(self) -> str:
         """The condition for a version of the teacher that does not count; "" if all count."""
         layout = self.layout
-        if not (layout.teacher_version and "teacher_version" in layout.columns and layout.teacher):
+        column = layout.columns.get("teacher_version")
+        if not (layout.teacher_version and column and layout.teacher):
             return ""
-        column = layout.columns["teacher_version"]
-        return f"{code_of(quoted(column), self.inner(column), {layout.teacher_version: 1})} <> 1"
+        return f"{self.code(column, {layout.teacher_version: 1})} <> 1"
 
     def _facts(self) -> dict[str, str]:
         """The columns for the evaluation that the log has."""
         columns, facts = self.layout.columns, {}
-        if "incumbent" in columns:
-            number = self.number(columns["incumbent"])
+        if column := columns.get("incumbent"):
             by_rank = self.layout.incumbent_signal == "rank"
-            facts["incumbent"] = f"-({within(number, 0)})" if by_rank else within(number, -LARGEST)
-        if "propensity" in columns:
-            facts["propensity"] = _in_32_bits(self.number(columns["propensity"]))
+            facts["incumbent"] = (
+                f"-({self.within(column, 0)})" if by_rank else self.within(column, -LARGEST)
+            )
+        if column := columns.get("propensity"):
+            facts["propensity"] = self.in_32_bits(column)
         return facts
 
     def ids_in(self, column: str, value: str) -> str:
@@ -262,72 +259,60 @@ class Query:
         ids = f"list_transform({value}, lambda each: {self.id(column, 'each')})"
         return f"list_filter({ids}, lambda each: each IS NOT NULL)"
 
+    def is_aligned(self, value: str, history: str = "") -> str:
+        """The condition for a list with an entry for each id of the history."""
+        column = self._history.column
+        ids = self.ids_in(column, history or f"log.{logged(column)}")
+        return f"array_length({value}) = array_length({ids})"
+
+    @property
+    def _history(self) -> Feature:
+        """The history, which a log with features of events has."""
+        assert self.layout.history
+        return self.layout.history
+
     def feature_value(self, feature: Feature, value: str = "") -> str:
         """The value of a feature: a number, an id, or a list of ids, cut to its length."""
-        column, value = feature.column, value or quoted(feature.column)
+        column, value = feature.column, value or logged(feature.column)
         if feature.of == "event":
-            number = self._dense(feature, "each")
-            numbers = f"list_transform({value}, lambda each: {number})[-{self.history.length}:]"
-            return f"CASE WHEN {self.is_aligned(value)} THEN {numbers} END"
+            numbers = f"list_transform({value}, lambda each: {_dense(feature, 'each')})"
+            return (
+                f"CASE WHEN {self.is_aligned(value)} THEN {numbers}[-{self._history.length}:] END"
+            )
         if feature.kind == "dense":
-            return self._dense(feature, value)
+            return _dense(feature, value)
         if feature.kind == "category":
             return self.id(column, value)
         # The most recent events are last in a history; a bag has no order, so its first will do.
         cut = f"-{feature.length}:" if feature.kind == "history" else f":{feature.length}"
         return f"({self.ids_in(column, value)})[{cut}]"
 
-    def _dense(self, feature: Feature, value: str) -> str:
-        """The number of a dense feature in an expression."""
-        if feature.place is not None:
-            in_list = f"array_length({value}) = {feature.length}"
-            value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
-        number = self.number(feature.column, value)
-        return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
-
-    @property
-    def history(self) -> Feature:
-        """The history, which a log with features of events has."""
-        assert self.layout.history
-        return self.layout.history
-
-    def is_aligned(self, value: str, history: str = "") -> str:
-        """The condition for a list with an entry for each id of the history."""
-        column = self.history.column
-        ids = self.ids_in(column, history or f"log.{quoted(column)}")
-        return f"array_length({value}) = array_length({ids})"
-
     def raw_and_features(self, features: list[Feature]) -> str:
         """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""
         columns = dict.fromkeys(feature.column for feature in features)
-        selected = [f"log.{quoted(of)} AS {raw(of)}" for of in columns]
+        selected = [f"log.{logged(of)} AS {raw(of)}" for of in columns]
         for of in features:
-            value = self.feature_value(of, f"log.{quoted(of.column)}")
+            value = self.feature_value(of, f"log.{logged(of.column)}")
             selected.append(f"{value} AS {quoted(f'feature:{of.name}')}")
         return "".join(f",\n        {of}" for of in selected)
+
+
+def _and_features(features: Iterable[Feature]) -> str:
+    return "".join(f", {quoted(f'feature:{feature.name}')}" for feature in features)
+
+
+def _dense(feature: Feature, value: str) -> str:
+    """The number of a dense feature in an expression."""
+    if feature.place is not None:
+        in_list = f"array_length({value}) = {feature.length}"
+        value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
+    number = number_of(value)
+    return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
 
 
 @functools.cache
 def _template(name: str) -> jinja2.Template:
     return templates_of(__package__).get_template(name)
-
-
-def raw(column: str) -> str:
-    """The name of a column of the log next to the features."""
-    return quoted(f"raw:{column}")
-
-
-def vocabulary_table(feature: Feature) -> str:
-    """The name of the table of the values of a feature."""
-    return quoted(f"values:{feature.name}")
-
-
-def _in_32_bits(number: str) -> str:
-    """A number in half the memory; one too large for it is infinite."""
-    return (
-        f"CASE WHEN {number} > {LARGEST!r} THEN 'inf'::FLOAT WHEN {number} < -{LARGEST!r} THEN "
-        f"'-inf'::FLOAT ELSE ({number})::FLOAT END"
-    )
 
 
 def split_statements(text: str) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.files import SQL, Log, is_list, wanted_columns
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.query import PREFIX, quoted
+from kd_ranker.sources.logs.query import logged, quoted
 
 REJECTED_FOLDER = "rejected"
 # The columns next to those of the log, and the most rows per reason.
@@ -58,7 +58,7 @@ def write_rejected(
     listed = {wanted.column for wanted in wanted_columns(layout) if wanted.per_candidate}
     columns = []
     for name, type_ in types.items():
-        value = column = quoted(PREFIX + name)
+        value = column = logged(name)
         if name in listed and is_list(type_):
             is_whole = f"place < 0 OR {column} IS NULL"
             value = f"CASE WHEN {is_whole} THEN {column} ELSE {column}[place + 1:place + 1] END"

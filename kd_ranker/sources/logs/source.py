@@ -112,22 +112,17 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
     Raises:
       UserError: files have been added, removed or changed.
     """
-    path = data.path or "data.sql"
-    try:
-        now = files.manifest_of(data.path, sql_of(data))
-    except UserError as error:
-        if not files.is_there(data.path):
-            return
-        raise UserError(f"the log that {directory} was made of has changed: {error}") from error
-    if [*now] == [files.SQL]:
+    now = files.manifest_of(data.path, sql_of(data))
+    if not now.keys() - {files.SQL}:
         return
     before = vocabulary.read_manifest(directory)
     if how := files.manifest_differences(before, now):
         if before.items() <= now.items():
             how += f"; --config.data.extends={data.dir} adds new files"
         raise UserError(
-            f"the log at {path} has changed since {directory} was made of it ({how}); give "
-            "another data.dir to make a dataset of it as it is now, or restore its files"
+            f"the log at {data.path or files.SQL} has changed since {directory} was made of it "
+            f"({how}); give another data.dir to make a dataset of it as it is now, or restore its "
+            "files"
         )
 
 
@@ -162,11 +157,13 @@ def open_engine(
             opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
         database = stack.enter_context(opened)
         schema = database.open_log(log)
-        types = {of.name: of.type for of in schema if of.name.startswith(PREFIX)}
+        types = {
+            of.name.removeprefix(PREFIX): of.type for of in schema if of.name.startswith(PREFIX)
+        }
         for name, table in known.items():
             database.put(f"known_{name}", table)
         sizes = {f"known_{name}": len(table) for name, table in known.items()}
-        yield database, Query(layout.with_prefix(PREFIX), types, sizes)
+        yield database, Query(layout, types, sizes)
 
 
 def _read(
@@ -174,7 +171,7 @@ def _read(
 ) -> PreparedLog:
     """All passes except the last."""
     if earlier:
-        vocabulary.check_types(layout, query.types_in_log, earlier.settled)
+        vocabulary.check_types(layout, query.types, earlier.settled)
     database.run(query.statements("log.sql"))
     if earlier:
         append.check_requests(earlier, database)
@@ -199,7 +196,7 @@ def _read(
 
 def _some_numbers(database: Database, query: Query, column: str) -> Float64[np.ndarray, "n"]:
     """Some finite numbers of a column; none of one that holds something else."""
-    text = query.some_numbers(PREFIX + column)
+    text = query.some_numbers(column)
     numbers = database.fetch(text)["number"].to_numpy() if text else np.zeros(0)
     return numbers[np.isfinite(numbers)]
 
@@ -257,7 +254,7 @@ def _source(read: PreparedLog) -> Source:
 
     def write_beside(directory: Path) -> None:
         _write_report(read, report, directory)
-        kinds = vocabulary.kinds_of(layout, read.query.types_in_log)
+        kinds = vocabulary.kinds_of(layout, read.query.types)
         vocabulary.write(layout, encoding, vocabularies, kinds, log.manifest, directory)
         for split in SPLITS:
             requests = [
@@ -348,4 +345,4 @@ def _write_report(read: PreparedLog, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
     data_report.write_data_report(report, directory)
     folder = directory / REJECTED_FOLDER
-    write_rejected(read.database, read.log, read.layout, read.query.types_in_log, folder)
+    write_rejected(read.database, read.log, read.layout, read.query.types, folder)

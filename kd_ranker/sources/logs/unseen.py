@@ -125,10 +125,10 @@ def read_unseen(
     """
     known = {of: settled.vocabularies[of] for of in (USER, ITEM)}
     with open_engine(log, layout, folder, known) as (database, query):
-        check_types(layout, query.types_in_log, settled)
+        check_types(layout, query.types, settled)
         database.run(query.statements("log.sql"))
         rejected = count_rejected(database)
-        if not database.number("SELECT count(*) FROM used"):
+        if not (used := database.number("SELECT count(*) FROM used")):
             raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
         pieces = write_ordered(database)
         logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
@@ -139,7 +139,7 @@ def read_unseen(
             database.number(
                 "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
             ),
-            used=pieces[-1].candidates[1],
+            used=used,
             rejected=rejected,
             new={
                 USER: database.number(new.format(users, "number")),

@@ -32,7 +32,7 @@ from kd_ranker.sources.logs.encode import (
 )
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
-from kd_ranker.sources.logs.query import kind_of, vocabulary_table
+from kd_ranker.sources.logs.query import vocabulary_table
 
 VOCABULARIES_FOLDER = "vocabularies"
 # Beside a dataset: the files of its log, see `files.Log`.
@@ -183,7 +183,7 @@ class Settled(NamedTuple):
       encoding: the rules by which values become ids and features.
       vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
       moments: feature -> its entry in the data report, with the moments in training if it is dense.
-      kinds: key of the config that names a column of ids or categories -> `query.kind_of` its
+      kinds: key of the config that names a column of ids or categories -> `files.kind_of` its
         values, where known.
       trained: how many of the first ids of `user` and of `item` training requests have.
     """
@@ -222,7 +222,9 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:
     """Return `Settled.kinds` of a log; requests keep their own ids."""
     wanted = [of for of in files.wanted_columns(layout) if of.use == "id"]
-    kinds = {of.key: kind_of(types[of.column]) for of in wanted if of.key != "data.columns.request"}
+    kinds = {
+        of.key: files.kind_of(types[of.column]) for of in wanted if of.key != "data.columns.request"
+    }
     return {key: kind for key, kind in kinds.items() if kind}
 
 

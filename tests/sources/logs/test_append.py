@@ -256,7 +256,7 @@ REFUSED = {
     "a column is gone": (dict(rows=make_days()[1], change=rename), "has no column 'age'"),
     "ids of another type": (
         dict(rows=make_days()[1], change=write_texts),
-        r"column 'user_id' .* holds integer ids in .* and text ids in .*day-1.parquet",
+        r"column 'user_id' .* holds texts, and in training it held whole numbers",
     ),
     "a request of before": (
         dict(rows=[*make_days()[1], make_days()[0][-1]]),

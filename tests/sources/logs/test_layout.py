@@ -4,8 +4,8 @@ from kd_ranker.config import checks
 from kd_ranker.config.features import feature
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.layout import read_layout
 from tests.faults import fault_of
+from tests.sources.faulty_logs import layout as layout_of
 
 
 def config_with(**changes):
@@ -20,17 +20,13 @@ def config_with(**changes):
     return config
 
 
-def layout_of(config):
-    return read_layout(config.data, config.tasks, config.funnel)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"path": ""}, "data.path is empty; give a Parquet file, a directory or a glob"),
         ({"columns__item": ""}, "data.columns.item is empty; name the column"),
-        ({"columns__user": "", "split": "user"}, "data.split='user' needs data.columns.user; spl"),
-        ({"split": "column"}, "data.split='column' needs data.columns.split; name the column"),
+        ({"columns__user": "", "split": "user"}, "data.split='user' needs data.columns.user; nam"),
+        ({"split": "column"}, "data.split='column' needs data.columns.split; name its c"),
         ({"columns__split": "age", "split": "column"}, "data.features.age reads column 'age', whi"),
         ({"columns__usr": "user"}, "data.columns='usr' does not exist"),
         ({"labels__watch": ""}, "data.labels.watch is empty"),
@@ -59,14 +55,10 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
     assert message in fault_of(layout_of, config_with(**changes))
 
 
-def test_the_incumbents_score_may_be_a_feature():
-    layout = layout_of(config_with(columns__incumbent="score"))
-    assert "score" in {feature.column for feature in layout.features}
-
-
-def test_an_id_may_be_a_feature():
-    config = config_with(features__who=feature("user", "category", column="user_id"))
-    assert layout_of(config).features[-1].column == "user_id"
+def test_the_incumbents_score_and_ids_may_be_features():
+    who = feature("user", "category", column="user_id")
+    layout = layout_of(config_with(columns__incumbent="score", features__who=who))
+    assert {"score", "user_id"} <= {of.column for of in layout.features}
 
 
 def test_the_config_is_valid_and_its_tasks_are_those_of_its_labels():

@@ -1,41 +1,36 @@
-"""Pieces of requests, from files whose batches end elsewhere."""
+"""Pieces of requests, from batches of rows that end elsewhere."""
 
-import types
-
-import numpy as np
 import pyarrow as pa
 
 from kd_ranker.sources.logs import ordered
-
-
-def batches_of(table, lengths):
-    starts = np.cumsum([0, *lengths])
-    parts = (table.slice(*of).combine_chunks() for of in zip(starts, lengths, strict=False))
-    batches = [batch for part in parts for batch in part.to_batches()]
-    return pa.RecordBatchReader.from_batches(table.schema, batches)
+from kd_ranker.sources.logs.database import open_duckdb
 
 
 def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(ordered, "PIECE", 10)
-    split, size = np.array([0] * 9 + [1] * 2 + [2] * 4), np.arange(3, 18)
-    number = np.repeat(np.arange(15), size)
-    requests = pa.table({"number": np.arange(15), "ids": [[n] * (n % 3) for n in range(15)]})
-    candidates = pa.table({"number": number, "item": [f"item {n}" for n in range(len(number))]})
-    streams = {"request_fields": (requests, [1, 10, 4]), "candidate_fields": (candidates, [7] * 21)}
-    streams["candidate_fields"][1].append(len(number) - 7 * 21)
-    database = types.SimpleNamespace(
-        folder=tmp_path,
-        stream=lambda query: batches_of(*next(of for key, of in streams.items() if key in query)),
-        fetch=lambda query: pa.table({"split": split, "size": size}),
-    )
-    pieces = ordered.write_ordered(database)
-    assert len(pieces) > 8
+    monkeypatch.setattr(ordered, "PIECE", 50_000)
+    with open_duckdb(1.0, 1, tmp_path, 0) as database:
+        database.run(
+            [
+                "CREATE TABLE used AS SELECT floor(sqrt(n))::BIGINT AS number, "
+                "number // 250 AS split, 'item ' || lpad(n::VARCHAR, 6, '0') AS item, 3 AS stage, "
+                "0 AS position FROM range(500_000) AS each(n)",
+                "CREATE VIEW candidate_fields AS FROM used",
+                "CREATE VIEW request_fields AS "
+                "SELECT DISTINCT number, range(number % 3) AS ids FROM used",
+            ]
+        )
+        pieces = ordered.write_ordered(database)
+        expected = [
+            database.fetch(f"FROM {of}_fields ORDER BY ALL") for of in ("request", "candidate")
+        ]
+    assert len(pieces) > 10
     read = [ordered.read_piece(tmp_path, piece) for piece in pieces]
-    for whole, parts in zip((requests, candidates), zip(*read, strict=True), strict=True):
+    for whole, parts in zip(expected, zip(*read, strict=True), strict=True):
         assert pa.concat_tables(parts).equals(whole)
-    for piece, (of_requests, of_candidates) in zip(pieces, read, strict=True):
-        numbers = of_requests["number"].to_pylist()
-        assert {*of_candidates["number"].to_pylist()} == {*numbers}
-        assert {ordered.SPLITS[split[n]] for n in numbers} == {piece.split}
-    only = ordered.read_piece(tmp_path, pieces[3], ["number"])[1]
-    assert only.equals(read[3][1].select(["number"]))
+    for piece, (requests, candidates) in zip(pieces, read, strict=True):
+        numbers = requests["number"].to_pylist()
+        assert numbers == list(range(*piece.requests))
+        assert {*candidates["number"].to_pylist()} == {*numbers}
+        assert {ordered.SPLITS[number // 250] for number in numbers} == {piece.split}
+    (_, items) = ordered.read_piece(tmp_path, pieces[3], ["item"])
+    assert items.equals(read[3][1].select(["item"]))

@@ -12,7 +12,6 @@ from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.database import open_duckdb
-from kd_ranker.sources.logs.layout import ALLOWABLE, read_layout
 from kd_ranker.sources.logs.query import PREFIX
 from tests.faults import fault_of
 from tests.sources import faulty_logs
@@ -20,10 +19,8 @@ from tests.sources.faulty_logs import all_requests, make_rows, open_source, same
 
 
 def requests_of(config):
-    source = open_source(config)
-    found = all_requests(source)
-    source.close()
-    return found
+    with contextlib.closing(open_source(config)) as source:
+        return all_requests(source)
 
 
 @pytest.fixture
@@ -74,11 +71,8 @@ def test_text_files_are_logs(tmp_path, log, kind):
     [
         ("SELEC 1", "data.sql: Parser Error: syntax error at or near"),
         ("SELECT price FROM '{log}/*.parquet'", 'Error: Referenced column "price" not found in'),
-        (
-            "SELECT * EXCLUDE (age) FROM '{log}/*.parquet'",
-            "data.sql has no column 'age' (data.feat",
-        ),
-        ("SELECT 1 AS a, 2 AS a", "data.sql makes column 'a' twice; rename one of them"),
+        ("SELECT * EXCLUDE (age) FROM '{log}/*.parquet'", "data.sql has no column 'age' (data.f"),
+        ("SELECT 1 AS a, 2 AS a", "data.sql has columns 'a' and 'a', and case"),
         ("COPY (SELECT 1) TO 'x.csv'", "data.sql must be one SELECT"),
         (
             "SELECT * REPLACE (('x' || age)::INT AS age) FROM '{log}/*.parquet'",
@@ -86,7 +80,6 @@ def test_text_files_are_logs(tmp_path, log, kind):
         ),
         ("SELECT 1; SELECT 2", "data.sql must be one SELECT"),
         ("FROM 'no/*.parquet'", 'data.sql: IO Error: No files found that match the pattern "no/'),
-        ("SELECT * EXCLUDE (time) FROM '{log}/*.parquet'", "data.sql has no column 'time' (data.c"),
     ],
 )
 def test_a_select_that_makes_no_log_is_one_line(tmp_path, log, sql, message):
@@ -124,12 +117,7 @@ def small_log(path):
     data.features, data.teacher = ConfigDict(), ConfigDict()
     data.columns = ConfigDict(dict(request="request", time="time", user="user", item="item"))
     data.labels = ConfigDict(dict.fromkeys(config.tasks, "click"))
-    data.allow = ALLOWABLE
     return config
-
-
-def layout_of(config):
-    return read_layout(config.data, config.tasks, config.funnel)
 
 
 def texts_of(path, items, delimiter=","):
@@ -150,7 +138,7 @@ def texts_of(path, items, delimiter=","):
 )
 def test_ids_of_text_files_stay_apart(tmp_path, name, items, number):
     path = texts_of(tmp_path / name, items, "\t" if name == "LOG.TSV" else ",")
-    log = files.open_log(layout_of(small_log(path)))
+    log = files.open_log(faulty_logs.layout(small_log(path)))
     with open_duckdb(1.0, 1, tmp_path, 0) as database:
         database.open_log(log)
         assert database.number(f'SELECT count(DISTINCT "{PREFIX}item") FROM log') == number
@@ -187,5 +175,6 @@ def test_paths_may_have_spaces_next_to_commas(tmp_path):
     for name in ("a.csv", "b.csv"):
         texts_of(tmp_path / name, range(20))
     config = small_log(f"{tmp_path}/a.csv, {tmp_path}/b.csv ")
-    assert len(files.manifest_of("", layout_of(config).sql)) == 3
-    assert files.open_log(layout_of(config)).name == config.data.path
+    assert files.open_log(faulty_logs.layout(config)).manifest.keys() == {
+        files.SQL, f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"
+    }  # fmt: skip

@@ -1,5 +1,8 @@
 """A server's way from the raw columns of a log to the fields of a request, as two files tell it."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 
@@ -25,6 +28,12 @@ def test_a_server_makes_the_fields_that_models_were_trained_on(tmp_path, texts):
         events = [item for item in row.of_request["recent"] if item is not None]
         row.of_request["stars"] = generator.normal(size=len(events)).tolist()
         row.of_request["views"] = generator.normal(size=(len(events), 2)).tolist()
+        for candidate in row.candidates:
+            candidate["embedding"] = [
+                float(len(str(candidate["item_id"]))),
+                candidate["quality"],
+                1,
+            ]
     # A list is of another length, is missing, or has an entry that is.
     rows[-8].of_request["recent"] = rows[-9].of_request["recent"] = rows[0].of_request["recent"]
     rows[-8].of_request |= {"stars": [1.0] * 9, "views": None}
@@ -32,13 +41,17 @@ def test_a_server_makes_the_fields_that_models_were_trained_on(tmp_path, texts):
     of = faulty_logs.config(write_log(tmp_path / "log", rows), tmp_path / "datasets")
     of.data.features.stars = feature("event", "dense", standardise=False)
     of.data.features.views = feature("event", "dense", length=2, standardise=False)
-    source = faulty_logs.open_source(of)
+    of.data.features.embedding = feature("item", "dense", length=3)
+    of.data.features.again = feature("candidate", "dense", "embedding", length=3, standardise=False)
+    of.data.features.short = feature("candidate", "dense", "embedding", length=2)
     (tmp_path / "beside").mkdir()
-    try:
+    with contextlib.closing(faulty_logs.open_source(of)) as source:
         source.write_beside(tmp_path / "beside")
         requests = faulty_logs.all_requests(source)
-    finally:
-        source.close()
+    report = json.loads((tmp_path / "beside" / "data_report.json").read_text())
+    bad = {column["key"]: column["out_of_range"] for column in report["columns"]}
+    assert bad["data.features.embedding"] == 0
+    assert bad["data.features.short"] == report["candidates"]["in_the_log"]
     server = Server(tmp_path / "beside")
     by_time = {row.of_request["time"]: row for row in rows}
     met = 0

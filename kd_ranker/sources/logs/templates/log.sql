@@ -21,18 +21,18 @@ CREATE VIEW listed AS SELECT file, "row", {{ names(wanted) }},
     END AS why FROM log;
 {% if layout.engine == "spark" %}
 CREATE VIEW unfolded AS /* spark */ SELECT file, row
-    {% for column in scalars %}, `{{ column }}`{% endfor %},
-    inline(arrays_zip(transform(sequence(1, entries), each -> each - 1), `{{ columns.item }}`
+    {% for column in scalars %}, `log:{{ column }}`{% endfor %},
+    inline(arrays_zip(transform(sequence(1, entries), each -> each - 1), `log:{{ columns.item }}`
         {% for column in lists %}
-        , coalesce(`{{ column }}`, array_repeat(NULL, CAST(entries AS INT)))
+        , coalesce(`log:{{ column }}`, array_repeat(NULL, CAST(entries AS INT)))
         {% endfor %}))
-        AS (place, `{{ columns.item }}`{% for column in lists %}, `{{ column }}`{% endfor %})
+        AS (place, `log:{{ columns.item }}`{% for column in lists %}, `log:{{ column }}`{% endfor %})
     FROM listed WHERE why IS NULL;
 {% else %}
 CREATE VIEW unfolded AS SELECT file, "row"{{ and_names(scalars) }},
-    unnest(range(entries)) AS place, unnest({{ name(columns.item) }}) AS {{ name(columns.item) }}
+    unnest(range(entries)) AS place, unnest({{ logged(columns.item) }}) AS {{ logged(columns.item) }}
     {% for column in lists %}
-    , unnest({{ name(column) }}) AS {{ name(column) }}
+    , unnest({{ logged(column) }}) AS {{ logged(column) }}
     {% endfor %}
     FROM listed WHERE why IS NULL;
 {% endif %}
@@ -55,7 +55,7 @@ CREATE TABLE typed AS
         {{ in_32_bits(layout.teacher[task]) }} AS "teacher:{{ task }}",
     {% endfor %}
         {{ label_weight(columns.label_weight) }}::FLOAT AS label_weight,
-        {{ teacher_weight(layout) }}::FLOAT AS teacher_weight,
+        {{ teacher_weight() }}::FLOAT AS teacher_weight,
     {% for name, value in facts.items() %}
         {{ value }}::FLOAT AS {{ name }},
     {% endfor %}

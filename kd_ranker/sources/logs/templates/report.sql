@@ -8,7 +8,7 @@
     count(*) FILTER (WHERE coalesce({{ bad }}, false)) AS "{{ key }}/out_of_range",
 {% endmacro %}
 {% macro id_counts(key, column, value="") %}
-{% set value = value or name(column) %}
+{% set value = value or logged(column) %}
 {% set known = "(" ~ id(column, value) ~ ")" %}
 {{ counts(key, known, known ~ " IS NULL AND NOT isnan(" ~ value ~ ")" if is_float(column) else "false") }}
 {%- endmacro %}
@@ -19,7 +19,7 @@
 {% macro feature_counts(features, is_raw) %}
 {% for feature in features %}
 {% set key, column = "features." ~ feature.key, feature.column %}
-{% set value = raw(column) if is_raw else name(column) %}
+{% set value = raw(column) if is_raw else logged(column) %}
 {% if feature.place %}{# the first number of a vector counts for all #}
 {% elif feature.of == "event" %}
 {{ counts(key, value, "NOT (" ~ is_aligned(value, raw(layout.history.column)) ~ ")") }}
@@ -42,7 +42,7 @@
 {%- if columns.user %}
 {{ id_counts("columns.user", columns.user) }}
 {%- endif %}
-{% set time = name(columns.time) %}
+{% set time = logged(columns.time) %}
 {{ counts("columns.time", time, seconds(columns.time) ~ " IS NULL AND " ~ time ~ " IS NOT NULL") }}
 {% endmacro %}
 {% if layout.by_request %}
@@ -57,7 +57,7 @@ CREATE TABLE faults_of_candidates AS SELECT
 {%- endif %}
 {{ id_counts("columns.item", columns.item) }}
 {%- if columns.stage %}
-{{ counts("columns.stage", name(columns.stage), code(columns.stage, layout.stages) ~ " = 0") }}
+{{ counts("columns.stage", logged(columns.stage), code(columns.stage, layout.stages) ~ " = 0") }}
 {%- endif %}
 {% for use, low in [("position", 0), ("label_weight", 0), ("teacher_weight", 0), ("propensity", -largest),
                     ("incumbent", 0 if layout.incumbent_signal == "rank" else -largest)] if columns[use] %}
@@ -84,12 +84,12 @@ CREATE TABLE faults_of_requests AS SELECT
 -- 2. Requests, and items, with different values of a feature. The hash of all features tells most
 -- of them at one look at each row.
 {% macro varying(table, keys, features, rows) %}
-{% set logged, by = names(features | map(attribute="column") | unique), keys | join(", ") %}
+{% set values, by = names(features | map(attribute="column") | unique), keys | join(", ") %}
 CREATE TABLE {{ table }} AS
     WITH log AS (SELECT {% for key in keys %}{{ id(columns[key]) }} AS {{ key }}, {% endfor %}
-        {{ logged }} FROM {{ rows }}),
+        {{ values }} FROM {{ rows }}),
     different AS (SELECT {{ by }} FROM log GROUP BY {{ by }}
-        HAVING min(hash({{ logged }})) <> max(hash({{ logged }}))),
+        HAVING min(hash({{ values }})) <> max(hash({{ values }}))),
     valued AS (SELECT {% for key in keys %}log.{{ key }}, {% endfor %}
         {% for feature in features %}
         {% set value = feature_value(feature) %}
