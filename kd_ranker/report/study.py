@@ -64,7 +64,6 @@ class Study(NamedTuple):
       margin: a loss of users that counts as none, see `report.margin`.
       frozen: the rows of members with a loss that stopped being finite.
       varying: the columns of a setting that differ, except mode, serving choice and weight.
-      calibration: `calibration.csv` with `source`.
       allowed: faults of the user's log that `data.allow` accepted, in words.
       configs: the text of each sweep's config by its folder.
       environments: the recorded environment of each sweep by its folder; empty if unknown.
@@ -87,7 +86,6 @@ class Study(NamedTuple):
     margin: float
     frozen: pd.DataFrame
     varying: list[str]
-    calibration: pd.DataFrame
     allowed: list[str]
     configs: dict[str, str]
     environments: dict[str, dict]
@@ -158,7 +156,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     configs = {str(workdir): read_config(workdir) for workdir in workdirs}
     _check_alike(configs)
     first = next(iter(configs.values()))
-    joined = _read(workdirs, results.FILE)
+    joined = _read(workdirs)
     rows = _labelled(joined, list(first.tasks))
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
@@ -194,7 +192,6 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         margin=float(first.report.margin),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
-        calibration=_read(workdirs, results.CALIBRATION_FILE),
         allowed=_allowed(workdirs),
         configs={name: as_json(config) for name, config in configs.items()},
         environments={str(workdir): read_environment(workdir) for workdir in workdirs},
@@ -214,10 +211,10 @@ def _allowed(workdirs: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _read(workdirs: Sequence[Path], name: str) -> pd.DataFrame:
-    """Return a table of all sweeps, with the columns `source` and `member`, "" in a single run."""
+def _read(workdirs: Sequence[Path]) -> pd.DataFrame:
+    """Return the results of all sweeps with `source`; `member` is "" in a single run."""
     tables = [
-        results.read_csv(workdir / name).assign(source=source)
+        results.read_csv(workdir / results.FILE).assign(source=source)
         for source, workdir in enumerate(workdirs)
     ]
     table = pd.concat(tables, ignore_index=True)
