@@ -43,24 +43,25 @@ _TABLE_RATE = "optimizer.table_learning_rate"
 class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
+    The tables of rankers are rows of `results.csv` with `setting` (a label that is unique for
+    `results.setting_columns`), `way` (for `results.ways`), `repeat` (for `results.REPEAT`),
+    `source` (the number of the sweep), `plain` (False for variants of mode `none`) and, under their
+    names, the means over tasks of metrics that are `averaged`.
+
     Attributes:
       dataset: its name: `data.title` of an own log, or `data.name`.
       config: of the first sweep; the others may differ in members and random seeds.
       tasks: the tasks in the order of the config.
       passed: k, the number of candidates that the config passes.
       costs: the costs that take the place of FLOPs in a saving.
-      rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
-        label that is unique for `results.setting_columns`), `way` (the same for
-        `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (the number of the
-        sweep), `plain` (False for variants of mode `none`) and, under their names, the means over
-        tasks of metrics that are `averaged`.
+      rows: of students of finite loss only, on both splits.
       chosen: by way, the setting that validation chose, of those that were read on test.
       baselines: the setting or reference that each saving is counted against, see
         `saving.baselines`; without those that are not measured.
-      tested: the rows of the chosen settings on the test split.
-      teachers: the teachers' rows on the test split, one per repeat of the students.
+      tested: of the chosen settings, on the test split.
+      teachers: on the test split, one per repeat of the students.
       num_teachers: the number of teachers, which differ in their seeds; 0 without a teacher.
-      references: the rows of rankers without a model, on both splits.
+      references: of rankers without a model, on both splits.
       margin: a loss of users that counts as none, see `report.margin`.
       frozen: the rows of members with a loss that stopped being finite.
       varying: the columns of a setting that differ, except mode, serving choice and weight.
