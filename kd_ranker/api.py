@@ -28,7 +28,6 @@ from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.serving.tables import ITEM_TYPES
 from kd_ranker.serving.write import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
@@ -405,7 +404,6 @@ def export(
     output: Folder,
     member: str = "",
     serve: str = "",
-    items: str = "float32",
     formats: Sequence[str] = ("jax", "onnx"),
     trust: bool = False,
     policy: str = "",
@@ -418,7 +416,6 @@ def export(
       output: the folder to write; it must not exist.
       member: the student of a sweep; "" takes the best one on validation.
       serve: its serving choice; "" takes that of its config, of a sweep the best.
-      items: the type of item embeddings: float32, bfloat16 or int8.
       formats: of the programs, some of jax and onnx.
       trust: whether to execute the config file of the run where that registers what the run uses.
       policy: one of `funnel.policies` of a sweep: how many candidates to pass; "" takes none.
@@ -429,14 +426,13 @@ def export(
         the folder exists, or a format lacks an operation.
     """
     workdir, folder = _folder(ranker), local_folder("--out", output)
-    check_choice("--items", items, ITEM_TYPES)
     for name in formats:
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
     with fetched(workdir) as run_folder:
         finished = trained.open_finished(run_folder, member, serve, "", trust, policy)
-        export_ranker(finished, run_folder, folder, items, formats)
+        export_ranker(finished, run_folder, folder, formats)
     title = finished.title.replace(str(run_folder), str(workdir))
     show(trained.ranker_line(finished._replace(title=title)))
     return folder

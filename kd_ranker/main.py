@@ -355,7 +355,7 @@ def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
 
 
 def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    arguments = (given.workdir, given.out, given.member, given.serve, given.items)
+    arguments = (given.workdir, given.out, given.member, given.serve)
     formats = tuple(given.formats.split(","))
     folder = api.export(*arguments, formats, given.trust, given.policy, show=print)
     return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
@@ -381,7 +381,6 @@ _FINISHED = {
 _EXPORTED = {
     "out": Flag("the folder to write, which must not exist", None),
     "serve": Flag("the serving choice; without it, distill.serve, or of a sweep the best"),
-    "items": Flag("the type of item embeddings: float32, bfloat16 or int8", "float32"),
     "formats": Flag("the formats of the programs, with commas: jax, onnx", "jax,onnx"),
 }
 _PREPARED = {

@@ -9,7 +9,6 @@ what limits it. It runs nothing and reads only the sizes and the first requests 
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -32,7 +31,6 @@ FLAGS = {
     ),
     "users": Flag("in place of the dataset's number of users"),
     "items": Flag("in place of the dataset's number of items"),
-    "json": Flag("a file for the findings"),
 }
 
 
@@ -45,9 +43,6 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
         print(f"compile_for: {name}", file=sys.stderr)
         findings.append(programs.compile_program(name, config, sample, topology))
     print(programs.findings_table(findings))
-    if given.json:
-        found = {finding.name: programs.as_json(finding) for finding in findings}
-        Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

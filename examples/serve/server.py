@@ -25,8 +25,7 @@ MOST_CANDIDATES = 2000
 MOST_BYTES = 16 << 20
 UNKNOWN = -1  # the id of a user or an item that training has not met, and of no category
 
-NUMPY_TYPES = {"F32": np.float32, "I32": np.int32, "I8": np.int8, "BF16": np.uint16}
-ONNX_BFLOAT16 = 16  # NumPy lacks it, so that such a table is read as the bits that it has
+NUMPY_TYPES = {"F32": np.float32, "I32": np.int32}
 # Of what JSON knows, what a type can hold, in NumPy's letters.
 KINDS = {"float32": "iuf", "int32": "iu", "bool": "b"}
 
@@ -87,8 +86,6 @@ def read_tables(path: Path) -> Tables:
     def table(dtype: str, shape: list[int], data_offsets: list[int]) -> onnxruntime.OrtValue:
         start, stop = data_offsets
         array = content[start:stop].view(NUMPY_TYPES[dtype]).reshape(shape)
-        if dtype == "BF16":
-            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_BFLOAT16)
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
     return {name: table(**of) for name, of in header.items()}

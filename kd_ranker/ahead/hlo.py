@@ -16,16 +16,16 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 
 
 class Compiled(NamedTuple):
-    """Facts about a compiled program, for one device.
+    """Facts about a compiled program, for one device; memory and exchanges in bytes.
 
     Attributes:
-      arguments: bytes of its arguments in their layouts.
-      temporary: bytes that it needs for other arrays than arguments and results.
-      total: bytes in all; a result in the place of an argument counts once.
+      arguments: in their layouts.
+      temporary: other arrays than arguments and results.
+      total: all; a result in the place of an argument counts once.
       cycles: the compiler's estimate; 0 where it has none, as for GPUs.
       copies: operations that copy, transpose or convert one of the given arrays.
-      loops: loops that the compiler made of an operation, with one entry per iteration.
-      exchanged: bytes of the arrays that devices exchange.
+      loops: see `loops`.
+      exchanged: arrays that devices exchange.
     """
 
     arguments: int
@@ -38,12 +38,7 @@ class Compiled(NamedTuple):
 
 
 def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
-    """Read a program.
-
-    Args:
-      compiled: the program.
-      sizes: the numbers of entries of the arrays that copies count for.
-    """
+    """Read a program; copies count for arrays with one of these numbers of entries."""
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     arrays = list(results(text))
@@ -63,13 +58,9 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 def results(text: str) -> Iterator[tuple[str, str, int, int]]:
     """Find the arrays that a program copies, and those that devices exchange or reduce.
 
-    Copies into a TPU memory on the chip do not count: only small arrays fit there.
+    Copies into a TPU memory on the chip do not count: only small arrays fit there. Yields the
+    operation without "-start", the type of the array, its entries, and its bytes.
 
-    Yields:
-      The operation without "-start", the type of the array, its entries, and its bytes.
-
-    >>> next(results("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}"))
-    ('copy', 'f32[8,3]', 24, 96)
     >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1]
     ('all-reduce', 's32[2,2]', 4, 16)
     """
@@ -96,24 +87,22 @@ def cycles_of(text: str) -> int:
         for entry, name, body in re.findall(pattern, text, re.MULTILINE | re.DOTALL)
     }
 
+    def iterations(condition: str) -> int:
+        """Return those of a loop that counts from 0 to a constant; 1 of any other."""
+        lines = "\n".join(bodies.get(condition, ()))
+        bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", lines)
+        return int(bounds[0]) if "direction=LT" in lines and len(bounds) == 1 else 1
+
     def total(name: str) -> int:
         cycles = 0
         for line in bodies.get(name, ()):
             if inner := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                turns = 0 if RARELY in line else _turns(bodies.get(inner[1], ()))
-                cycles += turns * total(inner[2])
+                cycles += 0 if RARELY in line else iterations(inner[1]) * total(inner[2])
             elif number := re.search(r'"estimated_cycles":"?(\d+)', line):
                 cycles += int(number[1])
         return cycles
 
     return total("ENTRY")
-
-
-def _turns(condition: Collection[str]) -> int:
-    """The iterations of a loop that counts from 0 to a constant; 1 of any other."""
-    compared = any("direction=LT" in line for line in condition)
-    bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    return int(bounds[0]) if compared and len(bounds) == 1 else 1
 
 
 def loops(text: str) -> Iterator[str]:

@@ -41,16 +41,11 @@ _SAMPLE = 32
 
 
 class Finding(NamedTuple):
-    """The outcome of compiling a program.
+    """The outcome of compiling one of `PROGRAMS` for a number of devices of a topology.
 
-    Attributes:
-      name: one of `PROGRAMS`.
-      topology: the devices.
-      devices: how many of them the program runs on.
-      tables: bytes of the embedding tables on one device, without padding of the layout.
-      flops: FLOPs of one step or batch on one device, as XLA counts before optimizing.
-      compiled: facts about the program; None if it does not fit.
-      refused: the compiler's message if it does not fit, else "".
+    `tables` are bytes of embedding tables on one device, without padding of the layout. `flops` are
+    of one step or batch on one device, as XLA counts before optimizing. If the program does not
+    fit, `compiled` is None and `refused` is the compiler's message.
     """
 
     name: str
@@ -63,22 +58,15 @@ class Finding(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Test if a device's memory holds it."""
+        """True if a device's memory holds it."""
         return self.compiled is not None and self.compiled.total <= self.topology.memory
 
 
 def sample_of(config: ConfigDict, users: int | None = None, items: int | None = None) -> Dataset:
     """Return the sizes of a config's dataset and its first requests, which determine batches.
 
-    The dataset must exist unless it is simulated.
-
-    Args:
-      config: names the dataset.
-      users: replaces the number of users.
-      items: replaces the number of items.
-
     Raises:
-      UserError: the dataset does not exist.
+      UserError: the dataset, which is not simulated, does not exist.
     """
     entry = SOURCES[config.data.name]
     exists = storage.directory_of(datasets.dataset_name(config), config.data.dir).exists()
@@ -141,10 +129,7 @@ PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
 def _lower(
     name: str, config: ConfigDict, sample: Dataset, devices: Sequence[jax.Device]
 ) -> tuple[jax.stages.Lowered, Any]:
-    """Lower the steps of a program, spread over devices; also return its states and frozen arrays.
-
-    Both are abstract, with their placement.
-    """
+    """Lower the steps of a program; also return its abstract states and frozen arrays, placed."""
     job = _Shapes(config, sample, devices[0].platform).job(PROGRAMS[name](config))
     run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     packed, _ = run.batches.take(1)
@@ -152,16 +137,13 @@ def _lower(
     take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))
     same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
-    arguments = states, run.devices.shard(_shapes(packed)), _shapes(same_on_all), run.frozen
-    return take.lower(*arguments), (states, run.frozen)
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    shapes = jax.eval_shape(lambda: (packed, same_on_all))
+    lowered = take.lower(states, run.devices.shard(shapes[0]), shapes[1], run.frozen)
+    return lowered, (states, run.frozen)
 
 
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
-    """Bytes of the tables of one device, and the numbers of entries of arrays not to be copied.
+    """Return the bytes of one device's tables, and the entries of arrays not to be copied.
 
     Those are tables, one member's table, and other arrays with an entry per item or row of a table.
     """
@@ -178,11 +160,11 @@ def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
 
 
 def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: Topology) -> Finding:
-    """Compile a program for the devices of a topology.
+    """Compile one of `PROGRAMS` for the first `parallel.devices` of a topology.
 
     Args:
-      name: one of `PROGRAMS`.
-      config: that of the experiment; the first `parallel.devices` of the topology take part.
+      name: of the program.
+      config: of the experiment.
       sample: the result of `sample_of` its dataset.
       topology: the devices.
 
@@ -214,19 +196,13 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     return found._replace(compiled=hlo.read(made, entries))
 
 
-def as_json(finding: Finding) -> dict[str, Any]:
-    """Return a finding for a file."""
-    shown = finding._asdict() | {"topology": finding.topology.name, "fits": finding.fits}
-    return shown | {"compiled": finding.compiled and finding.compiled._asdict()}
-
-
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
-    """Format findings as a table, one line each, with MiB per device."""
-    lines = [_line(finding) for finding in findings]
-    return tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
+    """Format findings as a table of `tabulate`, one line each."""
+    return tabulate(map(line_of, findings), headers="keys", tablefmt=style, disable_numparse=True)
 
 
-def _line(finding: Finding) -> dict[str, str]:
+def line_of(finding: Finding) -> dict[str, str]:
+    """Return a line of the table, with MiB per device."""
     found, memory = finding.compiled, finding.topology.memory
 
     def mib(number: int) -> str:

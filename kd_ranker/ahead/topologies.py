@@ -19,7 +19,6 @@ _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
 
-
 CHIPS: dict[str, tuple[int, tuple[str, ...]]] = {
     "v5e": (int(15.75 * _GIB), _FLAT),
     "v6e": (int(31.25 * _GIB), _FLAT),
@@ -71,13 +70,9 @@ _NO_TPU_HOST = {
 
 
 class Topology(NamedTuple):
-    """Devices for the compiler only.
+    """Devices for the compiler only, such as "v5e:4x4".
 
-    Attributes:
-      name: for example "v5e:4x4".
-      memory: bytes that a program may use on one device.
-      devices: to lower programs for; a v5p has one per chip, as JAX sees it.
-      options: for `jax.stages.Lowered.compile`.
+    A program may use `memory` bytes on one device. `options` are for `jax.stages.Lowered.compile`.
     """
 
     name: str
@@ -108,30 +103,24 @@ def open_topology(name: str) -> Topology:
         setup = "./scripts/test_compilers.sh --setup"
         raise UserError(f"topology={name} needs the packages {missing}; install them with: {setup}")
     kind, _, shape = name.partition(":")
-    describe = _h100s if kind == "h100" else _tpus
-    described, options = describe(kind, shape)
+    options: dict[str, Any] = {}
+    if kind == "h100":
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name=kind, target_config=_H100, topology=f"1x1x{shape}"
+        )
+        found = importlib.util.find_spec("nvidia.cuda_nvcc")
+        (toolkit, *_) = (found and found.submodule_search_locations) or [""]
+        # No card is there to time kernels on.
+        options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+        options["xla_gpu_cuda_data_dir"] = toolkit
+    else:
+        for variable, value in _NO_TPU_HOST.items():
+            os.environ.setdefault(variable, value)
+        rows, columns, *depth = map(int, shape.split("x"))
+        described = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{kind}:{rows}x{columns}x{depth[0] if depth else 1}",
+            chips_per_host_bounds=(min(rows, 2), min(columns, 2), 1),
+        )
+    # A v5p has one device per chip, as JAX sees it.
     return Topology(name, CHIPS[kind][0], tuple(described.devices), options)
-
-
-def _tpus(kind: str, shape: str) -> tuple[Any, dict[str, Any]]:
-    for variable, value in _NO_TPU_HOST.items():
-        os.environ.setdefault(variable, value)
-    rows, columns, *depth = map(int, shape.split("x"))
-    described = topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=f"{kind}:{rows}x{columns}x{depth[0] if depth else 1}",
-        chips_per_host_bounds=(min(rows, 2), min(columns, 2), 1),
-    )
-    return described, {}
-
-
-def _h100s(kind: str, shape: str) -> tuple[Any, dict[str, Any]]:
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name=kind, target_config=_H100, topology=f"1x1x{shape}"
-    )
-    found = importlib.util.find_spec("nvidia.cuda_nvcc")
-    assert found is not None
-    (toolkit, *_) = found.submodule_search_locations or [""]
-    # No card is there to time kernels on.
-    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-    return described, options | {"xla_gpu_cuda_data_dir": toolkit}

@@ -32,12 +32,10 @@ _EFFECT = 0.002
 
 
 class Answer(NamedTuple):
-    """The answer, and the lines that qualify it.
+    """The answer in a few sentences, and the lines that qualify it.
 
-    Attributes:
-      sentence: the answer.
-      caveats: the comparisons behind it, and the coverage of its intervals.
-      warning: faults of the data that were allowed, or "".
+    The caveats are the comparisons behind it, and the coverage of its intervals. The warning is on
+    faults of the data that were allowed, or "".
     """
 
     sentence: str

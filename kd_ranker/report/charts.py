@@ -1,10 +1,9 @@
-"""Draw the figures with Altair: one chart per panel, for a paper's files and for the page.
+"""Draw the figures with Altair, one chart each, for a paper's files and for the page.
 
 Lines have the color and the mark of their mode, and the dash of their serving choice. These are the
 same in every figure. Rankers without a model are gray.
 """
 
-import functools
 import itertools
 import json
 import re
@@ -16,11 +15,10 @@ import pandas as pd
 import vl_convert
 
 from kd_ranker.evaluation.metrics import TARGET, title_of
-from kd_ranker.report.figures import REFERENCE, Figure
-
-Chart = alt.LayerChart | alt.FacetChart
 
 FORMATS = ("svg", "pdf", "png")
+# The mode of rankers without a model.
+REFERENCE = "reference"
 
 # After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008). All of these are
 # visible on a white and on a black page.
@@ -45,15 +43,15 @@ _UNDISTILLED = [6.0, 3.0]
 # The dash of a list of items, next to the incumbent's line.
 _LIST = [1.0, 3.0]
 
-# Pixels of a chart per point of a file, dots per inch of a PNG, and the height of a plot on the
-# page, over that in a file; and the width of a panel on the narrowest page.
-_SCALE, _DPI, _PAGE_HEIGHT, _NARROW = 1.6, 300, 1.4, 376
-# Panels of tasks side by side in a file.
-_COLUMNS = 4
+# Pixels of a chart per point of a file, and dots per inch of a PNG.
+_SCALE, _DPI = 1.6, 300
+# Pixels: a column of a two-column page, 3.5 inches, and the narrowest page.
+_COLUMN, _NARROW = 403, 376
+# The height of a plot on the page, over that in a file.
+_PAGE_HEIGHT = 1.4
 # On the page, a click on a name in the legend fades the other lines. In a file, no line fades.
 _CHOSEN = alt.selection_point(name="chosen", fields=["line"], bind="legend")
 _ALL = alt.param(name="chosen", value=True)
-_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 
 # In pixels.
 _THEME: dict[str, Any] = {
@@ -76,27 +74,37 @@ _THEME: dict[str, Any] = {
         "orient": "top", "title": None, "offset": 6, "labelFontSize": 11, "labelLimit": 0,
         "symbolStrokeWidth": 1.9, "columnPadding": 16,
     },
-    "title": {"fontSize": 13, "fontWeight": "normal", "offset": 6},
-    "concat": {"spacing": 22},
 }  # fmt: skip
 
 
-def files(figure: Figure) -> dict[str, bytes]:
-    """Return a figure's files by format, a paper's column wide.
+class Figure(NamedTuple):
+    """A figure of a report.
 
-    Args:
-      figure: one of `figures.figures`, with data.
+    Attributes:
+      name: of its files.
+      title: its content.
+      caption: how to read it.
+      data: its table; empty if it is left out.
+      absent: why it is left out; "" if it is not.
+      draw: from its table to its chart.
+      height: of its plot in a file, in pixels.
+      marked: whether its lines have marks.
     """
-    form = _FORMS[figure.name]
-    panels = [panel.properties(width=form.width, height=form.height) for panel in _panels(figure)]
-    one = len(panels) == 1
-    chart: Any = (
-        panels[0].properties(autosize=_FIT) if one else alt.concat(*panels, columns=_COLUMNS)
-    )
-    width = form.width * min(len(panels), _COLUMNS)
-    theme = _theme(figure, width) | {"background": "white"}
-    svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).configure(**theme).to_dict())
 
+    name: str
+    title: str
+    caption: str
+    data: pd.DataFrame
+    absent: str
+    draw: Callable[[pd.DataFrame], alt.LayerChart]
+    height: int
+    marked: bool
+
+
+def files(figure: Figure) -> dict[str, bytes]:
+    """Return the files of a figure with data by format, a paper's column wide."""
+    chart = _chart(figure, _COLUMN, width=_COLUMN, height=figure.height, background="white")
+    svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).to_dict())
     (size, *ends), *_ = re.findall(r'(width="([\d.]+)" height="([\d.]+)")', svg)
 
     def sized(unit: str) -> str:
@@ -111,31 +119,35 @@ def files(figure: Figure) -> dict[str, bytes]:
     }
 
 
-def page_panels(figure: Figure) -> list[str]:
-    """Return a figure's panels as JSON, each as wide as its place on the page.
-
-    Args:
-      figure: one of `figures.figures`, with data.
-    """
-    height = _PAGE_HEIGHT * _FORMS[figure.name].height
-    panels = [
-        panel.properties(width="container", height=height, autosize=_FIT)
-        .add_params(_CHOSEN)
-        .configure(**_theme(figure, _NARROW))
-        for panel in _panels(figure)
-    ]
+def page_chart(figure: Figure) -> str:
+    """Return the chart of a figure with data as JSON, as wide as its place on the page."""
+    height = _PAGE_HEIGHT * figure.height
+    chart = _chart(figure, _NARROW, width="container", height=height).add_params(_CHOSEN)
     # A "<" in a name must not end the script element that holds the JSON.
-    return [json.dumps(panel.to_dict(), sort_keys=True).replace("<", "\\u003c") for panel in panels]
+    return json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
+
+
+def _chart(
+    figure: Figure, legend_width: int, width: Any, height: float, **theme: str
+) -> alt.LayerChart:
+    # About the width of the longest name, with its symbol and the number of a crossing.
+    entry = 6 * int(figure.data["line"].str.len().max()) + 90
+    legend = _THEME["legend"] | {
+        # Legends do not wrap by themselves.
+        "columns": max(1, legend_width // entry),
+        "symbolSize": 50 if figure.marked else 300,
+        "rowPadding": 2 * figure.marked,
+    }
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    chart = figure.draw(figure.data).properties(width=width, height=height, autosize=fit)
+    return chart.configure(**(_THEME | {"legend": legend} | theme))
 
 
 def colors(modes: Sequence[str]) -> list[str]:
-    """Return a color per line.
+    """Return a color per line, by the mode of each.
 
     The first line of a known mode gets the color of the mode, the same in every figure. Other
     lines get the next free color, and references are gray.
-
-    Args:
-      modes: the mode of each line.
     """
     free, by_mode = itertools.cycle(_OTHERS), dict(_BY_MODE)
     return [
@@ -154,34 +166,11 @@ def ticks(low: float, high: float) -> list[int]:
     return [step for step in steps if low <= step <= high]
 
 
-def _theme(figure: Figure, width: int) -> dict[str, Any]:
-    """Return the Vega-Lite config of a figure of this width; legends do not wrap by themselves."""
-    marked = _FORMS[figure.name].marked
-    # About the width of the longest name, with its symbol and the number of a crossing.
-    entry = 6 * int(figure.data["line"].str.len().max()) + 90
-    legend = {"columns": max(1, width // entry), "symbolSize": 50 if marked else 300}
-    return _THEME | {"legend": _THEME["legend"] | legend | {"rowPadding": 2 * marked}}
-
-
-def _panels(figure: Figure) -> list[Chart]:
-    """Return a chart per panel: one, or one per task."""
-    form, data = _FORMS[figure.name], figure.data
-    if not form.by_task:
-        return [form.draw(data)]
-    tasks = data.groupby("task", sort=False)
-    return [form.draw(part).properties(title=str(task)) for task, part in tasks]
-
-
 class _Axis(NamedTuple):
-    """An axis of numbers.
+    """An axis of numbers, which several columns may share.
 
-    Attributes:
-      field: a column; other columns may share the axis.
-      title: its title.
-      domain: the lowest and the highest number; None fits it to the data.
-      format: of its numbers, as in D3.
-      options: of its labels, such as `values`.
-      scale: of its scale, such as `type`.
+    `domain` None fits it to the data. `format` is D3's; `options` are of its labels, `scale` of its
+    scale.
     """
 
     field: str
@@ -201,15 +190,13 @@ class _Axis(NamedTuple):
         )  # fmt: skip
 
 
-def _look(figure: pd.DataFrame, marked: bool) -> dict[str, Any]:
-    """Return the channels by which the lines of a figure differ, the same in all of its layers.
+def _look(data: pd.DataFrame, marked: bool) -> dict[str, Any]:
+    """Return the channels by which lines differ, the same in all layers of a figure.
 
-    Args:
-      figure: the data of all panels. If its column `size` has several values, a color is a size,
-        and students without distillation have a broken line.
-      marked: whether the legend has the marks of the modes in place of lines.
+    If the column `size` has several values, a color is a size, and students without distillation
+    have a broken line. If marked, the legend has the marks of the modes in place of lines.
     """
-    lines = figure.drop_duplicates("line")
+    lines = data.drop_duplicates("line")
     modes, names = lines["mode"], lines["line"].tolist()
     palette = colors(modes.where(lines["plain"], "variant").tolist())
     dashes = [
@@ -231,14 +218,13 @@ def _look(figure: pd.DataFrame, marked: bool) -> dict[str, Any]:
         # In the legend, a mark with a broken outline would look damaged.
         by_serve = alt.Scale(domain=list(_DASHES), range=list(_DASHES.values()))
         dash = alt.StrokeDash("serve:N", scale=by_serve, legend=None)
-    return {
-        "color": of_line(alt.Color, palette),
-        "shape": of_line(alt.Shape, shapes),
-        "strokeDash": dash,
-    }
+    color, shape = of_line(alt.Color, palette), of_line(alt.Shape, shapes)
+    return {"color": color, "shape": shape, "strokeDash": dash}
 
 
-def _panel(data: pd.DataFrame, look: dict[str, Any], layers: Sequence[alt.Chart]) -> Chart:
+def _layered(
+    data: pd.DataFrame, look: dict[str, Any], layers: Sequence[alt.Chart]
+) -> alt.LayerChart:
     """Return layers over a table, from the back to the front, with a legend of their lines."""
     # This layer draws nothing: it holds the legend, and receives clicks on it.
     key = alt.Chart().mark_point(size=0, filled=True, opacity=1).encode(**look)
@@ -267,14 +253,16 @@ def _under_pointer(*axes: _Axis, **place: Any) -> alt.Chart:
     return points.encode(opacity=alt.value(0), tooltip=tooltip, **place)
 
 
-def _reference(*values: dict[str, float], **place: Any) -> alt.Chart:
-    """Return a dashed line for comparison: a rule at one value, or a line through several."""
-    kind = "line" if len(values) > 1 else "rule"
-    line = getattr(alt.Chart(alt.InlineData(values=list(values))), f"mark_{kind}")
-    return line(style="reference", clip=True).encode(color=alt.value(_GRAY), **place)
+def _rule(y: _Axis, value: float) -> alt.Chart:
+    """Return a dashed line for comparison at a value."""
+    line = alt.Chart(alt.InlineData(values=[{y.field: value}]))
+    return line.mark_rule(style="reference", clip=True).encode(
+        color=alt.value(_GRAY), y=y.on(alt.Y)
+    )
 
 
-def _waterfall(data: pd.DataFrame) -> Chart:
+def waterfall(data: pd.DataFrame) -> alt.LayerChart:
+    """Draw a bar per step, with its interval and its number."""
     end = data[["mean", "high"]].max(axis=1)
     # The longest bar leaves room for its number.
     title, ticked = "candidates to pass for 99% of the final value", {"tickCount": 5}
@@ -291,61 +279,53 @@ def _waterfall(data: pd.DataFrame) -> Chart:
     return alt.layer(bars, ends, numbers, data=_values(data.assign(end=end)))
 
 
-def _points(data: pd.DataFrame, x: _Axis, y: _Axis, order: str = "") -> Chart:
-    """Return a mark per row, with a bar per interval where the data have its ends.
+def _points(
+    data: pd.DataFrame, x: _Axis, y: _Axis, back: Sequence[alt.Chart], order: str = ""
+) -> alt.LayerChart:
+    """Return a mark per row over the layers `back`, with a bar per interval.
 
-    Args:
-      data: a column `margin` draws a line at that y.
-      x: an axis; the ends of the interval of its field are `_low` and `_high`.
-      y: the other axis.
-      order: the column along which lines connect the marks; "" draws none.
+    The ends of the interval of an axis are the columns `_low` and `_high` of its field. Lines
+    connect the marks along the column `order`; "" draws none.
     """
     look, place = _look(data, True), {"x": x.on(alt.X), "y": y.on(alt.Y)}
-    layers = []
-    if "margin" in data:
-        layers.append(_reference({y.field: float(data["margin"].iloc[0])}, y=place["y"]))
-    if f"{x.field}_low" in data:
-        # Pale, since readers should compare the marks.
-        rule = _layer("rule", "thin", opacity=0.45)
-        across, up = x.on(alt.X, f"{x.field}_low"), y.on(alt.Y, f"{y.field}_low")
-        layers.append(rule.encode(x=across, x2=f"{x.field}_high", y=place["y"]))
-        layers.append(rule.encode(x=place["x"], y=up, y2=f"{y.field}_high"))
+    # Pale, since readers should compare the marks.
+    bar = _layer("rule", "thin", opacity=0.45)
+    across, up = x.on(alt.X, f"{x.field}_low"), y.on(alt.Y, f"{y.field}_low")
+    layers = [
+        *back,
+        bar.encode(x=across, x2=f"{x.field}_high", y=place["y"]),
+        bar.encode(x=place["x"], y=up, y2=f"{y.field}_high"),
+    ]
     if order:
         lines = _layer("line", "curve", clip=True)
         layers.append(lines.encode(order=f"{order}:Q", strokeDash=look["strokeDash"], **place))
     layers.append(_layer("point", "mark", filled=True).encode(shape=look["shape"], **place))
     layers.append(_under_pointer(x, y, **place))
-    if order == "weight":
-        text = _layer("text", "weight").encode(text="weight:Q", **place)
-        layers.append(text.transform_filter("isValid(datum.weight)"))
-    return _panel(data, look, layers)
+    if order:
+        text = _layer("text", "weight").encode(text=f"{order}:Q", **place)
+        layers.append(text.transform_filter(f"isValid(datum.{order})"))
+    return _layered(data, look, layers)
 
 
-def _pareto(data: pd.DataFrame) -> Chart:
+def pareto(data: pd.DataFrame) -> alt.LayerChart:
+    """Draw the loss against the teacher over that against users, a line per way."""
     x, y = (
         _Axis(of, f"{title_of(of)}, mean over tasks (nats)") for of in ("user_bce", "teacher_bce")
     )
-    return _points(data, x, y, "weight")
+    return _points(data, x, y, (), "weight")
 
 
-def _plane(data: pd.DataFrame) -> Chart:
+def plane(data: pd.DataFrame) -> alt.LayerChart:
+    """Draw the change for users over the saving, with a line at −`margin`."""
     x = _Axis("saving", "saving", format="~%", scale={"zero": True})
     y = _Axis("users", "change for users", format="+.2~%", scale={"zero": True})
-    return _points(data, x, y)
-
-
-def _calibration(data: pd.DataFrame) -> Chart:
-    ends = (0.0, 1.05 * float(data[["predicted", "observed"]].max().max()))
-    x, y = (_Axis(of, of, ends, options={"tickCount": 5}) for of in ("predicted", "observed"))
-    diagonal = ({"predicted": end, "observed": end} for end in ends)
-    line = _reference(*diagonal, x=x.on(alt.X), y=y.on(alt.Y))
-    return _points(data, x, y, "bin") + line
+    return _points(data, x, y, [_rule(y, float(data["margin"].iloc[0]))])
 
 
 def _curves(
     data: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
     crossing: tuple[str, str] = ("", ""),
-) -> Chart:  # fmt: skip
+) -> alt.LayerChart:  # fmt: skip
     """Return a line with a band per ranker.
 
     Args:
@@ -369,13 +349,13 @@ def _curves(
         _under_pointer(x, y, **place),
     ]
     if rule is not None:
-        layers.append(_reference({"mean": rule}, y=place["y"]))
+        layers.append(_rule(y, rule))
     if column:
         marks = _layer("point", "mark", filled=True, clip=True)
         at = _values(data.drop_duplicates("line").assign(mean=rule))
         marks = marks.encode(x=x.on(alt.X, column), y=place["y"])
         layers.append(marks.properties(data=at))
-    return _panel(data, look, layers)
+    return _layered(data, look, layers)
 
 
 def _window(
@@ -392,14 +372,16 @@ def _window(
     return (float(near["k"].min()), float(near["k"].max())), (low, top + 0.05 * (top - low))
 
 
-def _over_k(data: pd.DataFrame, measure: str, whole: bool = False, **more: Any) -> Chart:
+def over_k(data: pd.DataFrame, measure: str, whole: bool = False, **more: Any) -> alt.LayerChart:
+    """Draw a measure over k, from 0 if `whole`; `more` are of `_curves`."""
     ks, values = _window(data, whole)
     at = {"values": ticks(1, ks[1]), "labelOverlap": True}
     x = _Axis("k", "candidates passed, k", ks, "d", at, {"type": "log"})
     return _curves(data, x, _Axis("mean", f"{measure.replace('_', ' ')} at k", values), **more)
 
 
-def _frontier(data: pd.DataFrame) -> Chart:
+def frontier(data: pd.DataFrame) -> alt.LayerChart:
+    """Draw the value captured over the cost of the funnel."""
     _, values = _window(data)
     students = data[data["mode"] != REFERENCE]
     costs = students.loc[students["mean"] >= values[0], "cost"].min(), students["cost"].max()
@@ -410,7 +392,8 @@ def _frontier(data: pd.DataFrame) -> Chart:
     return _curves(data, x, y, TARGET, ("cost_for_99", ".1%"))
 
 
-def _saving(data: pd.DataFrame) -> Chart:
+def saving(data: pd.DataFrame) -> alt.LayerChart:
+    """Draw the saving over the share of the final value to keep."""
     ends = data[["mean", "low", "high"]]
     # No saving exceeds 1, and below -1 the funnel costs more than twice as much.
     seen = max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))
@@ -418,42 +401,3 @@ def _saving(data: pd.DataFrame) -> Chart:
     targets = (data["target"].min(), data["target"].max())
     x = _Axis("target", "share of the final value to keep (%)", targets, ".1f", options)
     return _curves(data, x, _Axis("mean", "saving", seen, "~%", scale={"nice": True}), 0.0)
-
-
-class _Form(NamedTuple):
-    """The drawing of a figure.
-
-    Attributes:
-      draw: from the data of a panel to its chart.
-      width: of a panel in a file, in pixels: with its axis if it is the only one.
-      height: of a plot in a file, in pixels.
-      by_task: whether there is a panel per task.
-      marked: whether the lines have marks.
-    """
-
-    draw: Callable[[pd.DataFrame], Chart]
-    width: int = 403
-    height: int = 270
-    by_task: bool = False
-    marked: bool = False
-
-
-def _over(measure: str, **options: Any) -> Callable[[pd.DataFrame], Chart]:
-    return functools.partial(_over_k, measure=measure, **options)
-
-
-# A column of a two-column page is 3.5 inches wide: 252 points, or 403 pixels.
-_FORMS = {
-    "waterfall": _Form(_waterfall, height=110),
-    "frontier": _Form(_frontier),
-    "plane": _Form(_plane, marked=True),
-    "saving": _Form(_saving),
-    "pareto": _Form(_pareto, marked=True),
-    "value_captured": _Form(
-        _over("value_captured", rule=TARGET, crossing=("passed_for_99", ".0f"))
-    ),
-    "true_value_captured": _Form(_over("true_value_captured", rule=1.0)),
-    "covered_user_value": _Form(_over("covered_user_value")),
-    "survival": _Form(_over("survival", whole=True)),
-    "calibration": _Form(_calibration, 166, 166, by_task=True, marked=True),
-}

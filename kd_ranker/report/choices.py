@@ -20,10 +20,7 @@ def best_with_scores(study: Study) -> str | None:
     """Return the cheapest setting that learns from the final ranker's scores, by validation.
 
     Settings with a `users_change` surely above −`report.margin` are preferred. Without any, all
-    settings are considered.
-
-    Returns:
-      None if no such setting is measured.
+    settings are considered. None if none is measured.
     """
     learned = study.tested[study.tested["needs_scores"]]
     settings = [str(setting) for setting in learned["setting"].unique()]
@@ -41,9 +38,7 @@ def users_change(study: Study, setting: str) -> Interval | None:
     """Return the change for users against the best ranker without scores, on validation.
 
     The paired difference in the measure of `users_at_target`, with a 95% interval over repeats.
-
-    Returns:
-      None if the truth is not known, or no ranker without scores is measured.
+    None if the truth is not known, or no ranker without scores is measured.
     """
     measures = users_at_target(study)
     if study.baseline is None or not measures:
@@ -73,8 +68,7 @@ def best_of_sizes(study: Study) -> pd.DataFrame:
 def cheapest(study: Study, settings: list[str]) -> str | None:
     """Return the setting of the cheapest funnel at `saving.CRITERION`, on validation.
 
-    Returns:
-      None if none is measured, or the teacher's cost is unknown.
+    None if none is measured, or the teacher's cost is unknown.
     """
     return best_of(by_repeat(of_split(study.rows, "validation"), "funnel_cost")[settings])
 

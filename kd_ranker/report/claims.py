@@ -23,12 +23,7 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import NEED_SCORES
 from kd_ranker.evaluation.results import TEACHER, setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, best, by_repeat, of_split
-from kd_ranker.report.choices import (
-    knows_truth,
-    users_at_target,
-    users_measure,
-    why_unlabelled,
-)
+from kd_ranker.report.choices import knows_truth, users_at_target, users_measure, why_unlabelled
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import Study
@@ -46,42 +41,25 @@ Verdict = Literal["holds", "does not hold", "equivalent", "undecided", "not meas
 Line = dict[str, object]
 
 
-class _Claim(NamedTuple):
-    """A claim about the change that a student makes against the rival.
+class _Change(NamedTuple):
+    """A claim about the change that a chosen setting makes against the rival.
 
-    Attributes:
-      claim: its letter.
-      statement: with a place for the mode.
-      measures: columns of `results.csv`; a saving is a change already.
-      side: of the threshold, on which the change is claimed to be.
-      threshold: in the unit of the measures.
-      of_users: whether it also needs a saving, and labels that cover the change.
+    `of_users` also needs a saving, and labels that cover the change.
     """
 
     claim: str
     statement: str
-    measures: tuple[str, ...]
+    measure: str
     side: Side
     threshold: float = 0.0
     of_users: bool = False
 
 
-def _claims_of_modes(study: Study) -> list[_Claim]:
-    """Return the claims about the best setting of each mode with scores."""
-    goal = f"{100 * TARGET:g}% of the final value"
-    # An estimate from labels has a sign and no size, so no loss of users is surely small.
-    margin = study.margin if knows_truth(study) else 0.0
-    return [
-        _Claim("b", "Mode {mode} brings the order nearer to the teacher's", ("teacher_tau",),
-               "above"),
-        _Claim("d", "Mode {mode} saves cost at " + goal, (SAVINGS[0],), "above"),
-        _Claim("e", "Mode {mode} lets more of the teacher's own top survive at "
-               f"{study.passed} passed", (f"survival@{study.passed}",), "above"),
-        _Claim("e", "With mode {mode} fewer candidates need passing for " + goal, (CRITERION,),
-               "below"),
-        _Claim("f", "With mode {mode} fewer need passing and users have no less",
-               (users_measure(study), *users_at_target(study)), "above", -margin, of_users=True),
-    ]  # fmt: skip
+def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return every claim on one study: its dataset and the columns of `_line`, a row per number."""
+    tests = (_misaligned, _of_modes, _shared_closer, _of_ways)
+    lines = [{"dataset": study.dataset} | of for test in tests for of in test(study, estimates)]
+    return pd.DataFrame(lines).sort_values("claim", kind="stable", ignore_index=True)
 
 
 def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
@@ -100,13 +78,6 @@ def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
     return "holds" if below == (side == "below") else "does not hold"
 
 
-def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return every claim on one study: its dataset and the columns of `_line`, a row per number."""
-    tests = (_misaligned, _of_modes, _shared_closer, _of_ways)
-    lines = [{"dataset": study.dataset} | of for test in tests for of in test(study, estimates)]
-    return pd.DataFrame(lines).sort_values("claim", kind="stable", ignore_index=True)
-
-
 def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it.
 
@@ -117,6 +88,14 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
         "Without distillation the student predicts users nearly as well as the teacher, and not "
         "the teacher (alignment ratio below 1/4)"
     )
+    areas = {
+        f"AUC {task} of {name} includes 0.5: it predicts users by chance": estimates.of(
+            name, f"user_auc/{task}"
+        ).low
+        for name in (str(study.plain), TEACHER)
+        for task in study.tasks
+    }
+    by_chance = next((remark for remark, low in areas.items() if low <= 0.5), "")
     for measure in ("alignment_ratio", "alignment_ratio_bce"):
         if study.plain is None:
             yield _line("a", statement, measure, remark="there is no student of mode none")
@@ -125,39 +104,42 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
         line = _line("a", statement, measure, study.plain, mean, "below", MISALIGNED_BELOW)
         if mean.n == 0:
             line["remark"] = "undefined: the student agrees with the teacher on the shown items"
-        elif by_chance := _no_better_than_chance(study, estimates):
-            line |= {"verdict": "does not hold", "remark": by_chance}
-        elif mean.high < 0:
-            line["verdict"] = "does not hold"
-            line["remark"] = "below 0: the student predicts users better than this teacher does"
+        elif by_chance or mean.high < 0:
+            below = "below 0: the student predicts users better than this teacher does"
+            line |= {"verdict": "does not hold", "remark": by_chance or below}
         yield line
-
-
-def _no_better_than_chance(study: Study, estimates: Estimates) -> str:
-    """Return a remark if mode `none` or the teacher predicts some task by chance, else ""."""
-    for name in (str(study.plain), TEACHER):
-        for task in study.tasks:
-            area = estimates.of(name, f"user_auc/{task}")
-            if area.low <= 0.5:
-                return f"AUC {task} of {name} includes 0.5: it predicts users by chance"
-    return ""
 
 
 def _of_modes(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(b), (d), (e), (f) The changes that the best setting of each mode with scores makes."""
-    for claim in _claims_of_modes(study):
-        for mode in ("aux", "shared"):
-            rows = study.tested[(study.tested["mode"] == mode) & study.tested["needs_scores"]]
-            chosen = best(study.rows, list(rows["setting"].unique())) if len(rows) else None
-            for measure in claim.measures:
-                statement = claim.statement.format(mode=mode)
-                yield _change(study, estimates, claim, statement, mode, chosen, measure)
+    goal = f"{100 * TARGET:g}% of the final value"
+    # An estimate from labels has a sign and no size, so no loss of users is surely small.
+    margin = study.margin if knows_truth(study) else 0.0
+    users = "With mode {mode} fewer need passing and users have no less"
+    changes = [
+        _Change("b", "Mode {mode} brings the order nearer to the teacher's", "teacher_tau",
+                "above"),
+        _Change("d", "Mode {mode} saves cost at " + goal, SAVINGS[0], "above"),
+        _Change("e", "Mode {mode} lets more of the teacher's own top survive at "
+                f"{study.passed} passed", f"survival@{study.passed}", "above"),
+        _Change("e", "With mode {mode} fewer candidates need passing for " + goal, CRITERION,
+                "below"),
+    ]  # fmt: skip
+    modes = {}
+    for mode in ("aux", "shared"):
+        rows = study.tested[(study.tested["mode"] == mode) & study.tested["needs_scores"]]
+        modes[mode] = best(study.rows, list(rows["setting"].unique())) if len(rows) else None
+    for change in changes:
+        for mode, chosen in modes.items():
+            yield _changed(study, estimates, change, mode, chosen)
+    for mode, chosen in modes.items():
+        for measure in (users_measure(study), *users_at_target(study)):
+            change = _Change("f", users, measure, "above", -margin, of_users=True)
+            yield _changed(study, estimates, change, mode, chosen)
 
 
 def _of_ways(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(g) The ways with scores that let fewer candidates be passed: by loss, by regime."""
-    if study.baseline is None:
-        return
     learned = study.tested[study.tested["needs_scores"]]
     statements: dict[str, str | None] = {
         f"Fewer need passing with {way}": setting
@@ -168,32 +150,34 @@ def _of_ways(study: Study, estimates: Estimates) -> Iterator[Line]:
         for regime, of_regime in learned.groupby(REGIME, sort=False):
             statement = f"Fewer need passing where the teacher scores the {regime} in training"
             statements[statement] = best(study.rows, list(of_regime["setting"].unique()))
-    claim = _Claim("g", "", (CRITERION,), "below")
     for statement, chosen in statements.items():
-        if chosen is not None:
-            yield _change(study, estimates, claim, statement, "", chosen, CRITERION)
+        if chosen is not None and study.baseline is not None:
+            change = _Change("g", statement, CRITERION, "below")
+            yield _changed(study, estimates, change, "", chosen)
 
 
-def _change(
-    study: Study, estimates: Estimates, claim: _Claim, statement: str, mode: str,
-    chosen: str | None, measure: str,
-) -> Line:  # fmt: skip
-    """Return the line of a change that a chosen setting makes against the rival."""
-    rival, remark = _rival(study), ""
+def _changed(
+    study: Study, estimates: Estimates, claim: _Change, mode: str, chosen: str | None
+) -> Line:
+    """Return the line of a change that a chosen setting of a mode makes against the rival."""
+    statement, rival, remark = claim.statement.format(mode=mode), _rival(study), ""
     if rival is None:
         remark = "there is no measured ranker without scores"
     elif chosen is None:
         remark = f"there is no measured student of mode {mode} that learns from scores"
-    elif claim.of_users:
-        why = why_unlabelled(study, estimates, [chosen, rival])
-        remark = f"the log cannot show it: {why}" if why else ""
+    elif claim.of_users and (why := why_unlabelled(study, estimates, [chosen, rival])):
+        remark = f"the log cannot show it: {why}"
     if remark or rival is None or chosen is None:
-        return _line(claim.claim, statement, measure, remark=remark)
-    change = _difference(estimates, chosen, rival, measure)
-    line = _line(claim.claim, statement, measure, chosen, change, claim.side, claim.threshold)
+        return _line(claim.claim, statement, claim.measure, remark=remark)
+    if claim.measure == SAVINGS[0]:
+        change = estimates.saving(chosen, over=rival)
+    else:
+        change = estimates.gap(chosen, rival, claim.measure)
+    of_claim = claim.measure, chosen, change, claim.side, claim.threshold
+    line = _line(claim.claim, statement, *of_claim)
     if claim.of_users and line["verdict"] == "holds":
         # A ranker that changes nothing costs users nothing.
-        fewer = verdict(_difference(estimates, chosen, rival, CRITERION), "below", 0.0)
+        fewer = verdict(estimates.gap(chosen, rival, CRITERION), "below", 0.0)
         if fewer != "holds":
             line |= {"verdict": fewer, "remark": "no saving is shown"}
     ratio = estimates.of(chosen, "cost_ratio").mean
@@ -209,12 +193,6 @@ def _rival(study: Study) -> str | None:
     rows = pd.concat([study.rows, study.references])
     known = set(of_split(study.references, "validation")["setting"])
     return best(rows, [study.baseline, *(name for name in NEED_SCORES if name in known)])
-
-
-def _difference(estimates: Estimates, setting: str, rival: str, measure: str) -> Interval:
-    if measure == SAVINGS[0]:
-        return estimates.saving(setting, over=rival)
-    return estimates.gap(setting, rival, measure)
 
 
 def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:

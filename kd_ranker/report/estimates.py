@@ -8,8 +8,8 @@ count of FLOPs), and studies without the requests' own numbers, have intervals o
 import contextlib
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,33 +48,23 @@ from kd_ranker.report.study import Study
 DRAWS = 500
 _NOWHERE = Measured((), np.zeros((1, 0)), 0)
 
-
-class _Drawn(NamedTuple):
-    """The numbers of one ranker on the test requests, and then on each draw of them.
-
-    Attributes:
-      measures: by column of `results.csv`.
-      curves: by column of `curves.csv`, at the kept k.
-      ks: these k.
-      requests: the number of requests.
-    """
-
-    measures: dict[str, Float[np.ndarray, "1+B"]]
-    curves: dict[str, Float[np.ndarray, "1+B K"]]
-    ks: Int[np.ndarray, "K"]
-    requests: int
+# The numbers of a ranker on the test requests, and then on each draw of them: [1+B] by column of
+# `results.csv`, and [1+B, K] by column of `curves.csv`, at the kept k.
+_Drawn = dict[str, Float[np.ndarray, "1+B ..."]]
 
 
 class Estimates:
-    """The estimates of a study, which share their draws of the requests."""
+    """The estimates of a study, which share their draws of the requests.
+
+    A `setting` is one of `settings`: of `study.chosen`, a reference, or "teacher".
+    """
 
     def __init__(self, study: Study):
         """Take the study, which is not changed."""
         self.study = study
-        points = _points(study)
-        self.targets, self.policies = points.targets, points.policies
-        references = of_split(study.references, "test")
-        self._read = pd.concat([study.tested, references, study.teachers])
+        self._points = _points(study)
+        self.targets, self.policies = self._points.targets, self._points.policies
+        self._read = pd.concat([study.tested, of_split(study.references, "test"), study.teachers])
         self._rows = {
             str(setting): rows.set_index("repeat")
             for setting, rows in self._read.groupby("setting", sort=False)
@@ -84,15 +74,13 @@ class Estimates:
 
     @property
     def settings(self) -> Collection[str]:
-        """The names of settings that other methods take."""
+        """The names of settings that the methods take."""
         return self._rows.keys()
 
     def of(self, setting: str, measure: str) -> Interval:
-        """Return the mean of a measure over the repeats of a chosen setting.
+        """Return the mean over the repeats of a column of `results.csv`.
 
-        Args:
-          setting: one of `study.chosen`, a reference, or "teacher".
-          measure: a column of `results.csv`, or the mean over tasks of one.
+        The name of a measure without a task is its mean over tasks.
         """
         return crossed_interval(self._measured(setting, measure))
 
@@ -111,41 +99,40 @@ class Estimates:
         """Return the share of another ranker's cost that a setting saves, each at a target.
 
         Args:
-          setting: one of `study.chosen`, or a reference.
+          setting: a student or a reference.
           target: the share of the final value to keep. One that is not in `targets` needs the
             requests; without them the result is unknown.
           flops_ratio: cost of a candidate for a student, over the teacher's; None takes that of
             the models.
           over: the other ranker; by default the baseline.
         """
-        return crossed_interval(
-            self._saving(setting, over or self.study.baseline, target, flops_ratio)
-        )
+        over = over or self.study.baseline
+        return crossed_interval(self._saving(setting, over, target, flops_ratio))
 
     def cost_share(self, setting: str, target: float) -> Interval:
-        """Return the cost of a request at a target, over the teacher's own on all candidates.
-
-        Args:
-          setting: one of `study.chosen`, or a reference, which costs nothing.
-          target: as in `saving`.
-        """
+        """Return the cost of a request at a target, over the teacher's own on all candidates."""
         parts = (self._cost(setting, target), self._measured(setting, "candidates"))
         return crossed_interval(combined(lambda cost, all_: cost / self._whole(all_), *parts))
 
     def cost_curve(self, setting: str) -> Float[np.ndarray, "K"]:
-        """Return the same if k candidates are passed, at the k of `curve`; NaN if it is unknown.
-
-        Args:
-          setting: one of `study.chosen`, or a reference with known requests.
-        """
+        """Return the same if k candidates are passed, at the k of `curve`; NaN if it is unknown."""
         scored = self.curve(setting, "scored")["mean"].to_numpy()
         candidates = self.of(setting, "candidates").mean
         flops, costs = student_cost(self._rows[setting].iloc[0].to_dict(), self.study.costs)
         cost = funnel_cost(candidates, scored, flops, self._teacher_flops, costs)
         return np.asarray(cost / self._whole(candidates))
 
-    def _whole(self, candidates: Any) -> Any:
-        return whole_cost(candidates, self._teacher_flops, self.study.costs)
+    def curve(self, setting: str, name: str) -> pd.DataFrame:
+        """Return a column of `curves.csv` with its interval: the columns k, mean, low, high.
+
+        It is empty if the requests of a repeat were not kept.
+        """
+        drawn = self._stacked(setting, self._rows[setting].index, name)
+        columns = (
+            zip(self._ks, np.moveaxis(drawn.numbers, -1, 0), strict=True) if drawn.repeats else ()
+        )
+        lines = [(int(k), *crossed_interval(drawn._replace(numbers=of))[:3]) for k, of in columns]
+        return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
 
     def live_test(self, setting: str, other: str, effect: float) -> RequestsNeeded | None:
         """Return the requests that a live test of two funnels needs, each at `funnel.passed`.
@@ -154,12 +141,7 @@ class Estimates:
         variance of an arm of an A/B test. Two lists that keep the shares s and s' of the teacher's
         own top m differ by at most d = 2 m min((1 − s) + (1 − s'), 1) items. The credit of an
         interleaved test then has a variance of at most d · (Var V / m + (mean V / m)²), if labels
-        of different items are independent.
-
-        Args:
-          setting: one of `study.chosen`, or a reference.
-          other: another one.
-          effect: relative change of V to detect.
+        of different items are independent. `effect` is the relative change of V to detect.
 
         Returns:
           None if the test requests or their labels are not known.
@@ -170,40 +152,19 @@ class Estimates:
         each = next(rankers, None)
         if each is None:
             return None
-        positives = each.curves["positives_kept"][:, -1]
         config = self.study.config
-        value = np.asarray(positives @ np.asarray(config.value_weights))
+        value = np.asarray(each.curves["positives_kept"][:, -1] @ np.asarray(config.value_weights))
         column, shown = f"survival@{self.study.passed}", config.funnel.shown
         missed = min(1.0, sum(1 - self.of(name, column).mean for name in (setting, other)))
         if not (value.mean() > 0 and missed > 0):
             return None
         mean, variance = float(value.mean()), float(value.var(ddof=1))
-        second = variance / shown + (mean / shown) ** 2
+        credit = 2 * shown * missed * (variance / shown + (mean / shown) ** 2)
         change = effect * mean
-        return RequestsNeeded(
-            number_needed(4 * variance, change),
-            number_needed(2 * shown * missed * second, change),
-        )
+        return RequestsNeeded(number_needed(4 * variance, change), number_needed(credit, change))
 
-    def curve(self, setting: str, name: str) -> pd.DataFrame:
-        """Return a curve over k with its interval: the columns k, mean, low, high.
-
-        Args:
-          setting: one of `study.chosen`, or a reference.
-          name: a column of `curves.csv`.
-
-        Returns:
-          An empty table if the requests of a repeat were not kept.
-        """
-        repeats = tuple(self._rows[setting].index)
-        known = [of for of in self._drawn_of(setting, repeats) if name in of.curves]
-        lines = []
-        for place, k in enumerate(known[0].ks if known else ()):
-            mean = crossed_interval(
-                _stacked(repeats, known, [of.curves[name][:, place] for of in known])
-            )
-            lines.append((int(k), *mean[:3]))
-        return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
+    def _whole(self, candidates: Any) -> Any:
+        return whole_cost(candidates, self._teacher_flops, self.study.costs)
 
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure in SAVINGS:
@@ -212,11 +173,9 @@ class Estimates:
         if measure not in rows:
             return _NOWHERE
         values = rows[measure].dropna().astype(float)
-        known = self._drawn_of(setting, values.index)
-        repeats, each = tuple(values.index), values.to_numpy()[None]
-        if not known or any(measure not in of.measures for of in known):
-            return Measured(repeats, each, 0)
-        drawn = _stacked(repeats, known, [of.measures[measure] for of in known])
+        each, drawn = values.to_numpy()[None], self._stacked(setting, values.index, measure)
+        if not drawn.repeats:
+            return Measured(tuple(values.index), each, 0)
         # The first row has the digits of `results.csv`.
         return drawn._replace(numbers=np.concatenate([each, drawn.numbers[1:]]))
 
@@ -249,15 +208,33 @@ class Estimates:
         (column,) = result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
         if column in self.study.rows:
             return self._measured(setting, column)
-        repeats = tuple(self._rows[setting].index)
-        known = self._drawn_of(setting, repeats)
-        return _stacked(repeats, known, [_scored_for(of, target) for of in known])
+        curves, scored = (
+            self._stacked(setting, self._rows[setting].index, name)
+            for name in ("value_captured", "scored")
+        )
+        if not curves.repeats:
+            return _NOWHERE
+        needed = passed_for(np.moveaxis(curves.numbers, -1, 0), self._ks, target)
+        numbers = [
+            np.interp(k, self._ks, of)
+            for k, of in zip(needed.ravel(), scored.numbers.reshape(-1, len(self._ks)), strict=True)
+        ]
+        return curves._replace(numbers=np.reshape(numbers, needed.shape))
 
-    def _drawn_of(self, setting: str, repeats: Iterable[Any]) -> list[_Drawn]:
-        """Return the draws of these repeats; none if those of one are missing."""
-        drawn = [self._drawn.get((setting, repeat)) for repeat in repeats]
-        known = [of for of in drawn if of is not None]
-        return known if len(known) == len(drawn) else []
+    def _stacked(self, setting: str, repeats: Iterable[Any], column: str) -> Measured:
+        """Return a column of each repeat, [1+B, R, ...]; no repeat if the draws of one lack it."""
+        repeats = tuple(repeats)
+        numbers = [self._drawn.get((setting, repeat), {}).get(column) for repeat in repeats]
+        known = [of for of in numbers if of is not None]
+        if not known or len(known) < len(numbers):
+            return _NOWHERE
+        requests = len(self.study.kept[0][1].each[TEACHER, "user"].sums["funnel_requests"])
+        return Measured(repeats, np.stack(known, axis=1), requests)
+
+    @property
+    def _ks(self) -> Int[np.ndarray, "K"]:
+        """The k of the curves: sweeps of one study have the same."""
+        return self.study.kept[0][1].ks
 
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
@@ -269,8 +246,7 @@ class Estimates:
             members = {member for member, _ in kept.each}
             seeds = rows.loc[(rows["role"] == "student") & rows["member"].isin(members), "seed"]
             teacher = kept.each[TEACHER, "user"]
-            requests = len(teacher.sums["funnel_requests"])
-            counts = request_counts(requests, DRAWS)
+            counts = request_counts(len(teacher.sums["funnel_requests"]), DRAWS)
             of_teacher = _resampled(kept, teacher, counts)
             for (member, serve), each in kept.each.items():
                 named = rows[(rows["member"] == member) & (rows["serve"] == serve)]
@@ -279,10 +255,31 @@ class Estimates:
                     named = named[named["seed"].isin(seeds)]
                 if named.empty:
                     continue
-                sums = _resampled(kept, each, counts)
-                drawn = _numbers(sums, of_teacher, study, kept.ks, requests)
+                drawn = self._numbers(_resampled(kept, each, counts), of_teacher, kept.ks)
                 found |= dict.fromkeys(zip(named["setting"], named["repeat"], strict=True), drawn)
         return found
+
+    def _numbers(self, sums: Sums, of_teacher: Sums, ks: Int[np.ndarray, "K"]) -> _Drawn:
+        """Return a ranker's measures, means over tasks where a metric has one, and curves."""
+        points, at = self._points._replace(policies=policies_of(sums)), ks - 1
+        tasks, known = self.study.tasks, set(self.study.rows)
+        drawn: _Drawn = {"scored": ratio(sums["scored"][at], sums["requests"]).T}
+        for metric in METRICS.values():
+            # A metric that was added later has no sums here.
+            with contextlib.suppress(KeyError):
+                ended = metric.ends(sums, of_teacher) if metric.ends else None
+                columns = result_columns(metric, tasks, points)
+                if ended is not None and columns and set(columns) <= known:
+                    numbers = metrics.numbers(metric, ended, points)
+                    drawn |= zip(columns, numbers, strict=True)
+                    if metric.averaged:
+                        of_task = ~np.isnan(numbers)
+                        whole = np.where(of_task, numbers, 0.0).sum(axis=0)
+                        drawn[metric.name] = ratio(whole, of_task.sum(axis=0))
+                if ended is not None and (columns := curve_columns(metric, tasks)):
+                    by_column = np.asarray(ended)[at].reshape(len(ks), len(columns), -1)
+                    drawn |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
+        return drawn
 
 
 def _points(study: Study) -> ReportAt:
@@ -293,17 +290,7 @@ def _points(study: Study) -> ReportAt:
     targets = tuple(round(float(found[1]) / 100, 10) for found in named if found)
     # A cohort's own table may have columns of policies that were measured before.
     known = [of for of in columns if of.startswith("scored_by/") and study.tested[of].notna().any()]
-    policies = [of.removeprefix("scored_by/") for of in known]
-    return ReportAt(tuple(sorted(ks)), targets, policies)
-
-
-def _stacked(
-    repeats: tuple[Any, ...], known: Sequence[_Drawn], numbers: Sequence[Float[np.ndarray, "1+B"]]
-) -> Measured:
-    """Return the numbers of each repeat as one measure; without any, a measure of no repeat."""
-    if not known:
-        return _NOWHERE
-    return Measured(repeats, np.stack(numbers, axis=1), known[0].requests)
+    return ReportAt(tuple(sorted(ks)), targets, [of.removeprefix("scored_by/") for of in known])
 
 
 def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "1+B N"]) -> Sums:
@@ -318,39 +305,3 @@ def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "1+B N"]) -> Sums
     return single | {
         name: np.tensordot(between, drawn(of), axes=1) for name, of in each.curves.items()
     }
-
-
-def _numbers(
-    sums: Sums, of_teacher: Sums, study: Study, ks: Int[np.ndarray, "K"], requests: int
-) -> _Drawn:
-    """Return the measures of a ranker, means over tasks where a metric has one, and its curves."""
-    points, at = _points(study)._replace(policies=policies_of(sums)), ks - 1
-    measures: dict[str, np.ndarray] = {}
-    curves: dict[str, np.ndarray] = {"scored": ratio(sums["scored"][at], sums["requests"]).T}
-    for metric in METRICS.values():
-        # A metric that was added later has no sums here.
-        with contextlib.suppress(KeyError):
-            ended = metric.ends(sums, of_teacher) if metric.ends else None
-            columns = result_columns(metric, study.tasks, points)
-            if ended is not None and columns and set(columns) <= set(study.rows):
-                numbers = metrics.numbers(metric, ended, points)
-                measures |= zip(columns, numbers, strict=True)
-                if metric.averaged:
-                    measures[metric.name] = _mean_of_known(numbers)
-            if ended is not None and (columns := curve_columns(metric, study.tasks)):
-                by_column = np.asarray(ended)[at].reshape(len(ks), len(columns), -1)
-                curves |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
-    return _Drawn(measures, curves, ks, requests)
-
-
-def _mean_of_known(numbers: Float[np.ndarray, "T B"]) -> Float[np.ndarray, "B"]:
-    """Return the mean over tasks that have a number; NaN if none has."""
-    known = ~np.isnan(numbers)
-    return ratio(np.where(known, numbers, 0.0).sum(axis=0), known.sum(axis=0))
-
-
-def _scored_for(of: _Drawn, target: float) -> Float[np.ndarray, "1+B"]:
-    """Return the candidates scored at a target, on the test requests and in each draw."""
-    needed = passed_for(of.curves["value_captured"].T, of.ks, target)
-    each = zip(needed, of.curves["scored"], strict=True)
-    return np.array([np.interp(k, of.ks, scored) for k, scored in each])

@@ -1,19 +1,22 @@
 """The figures of a report: `ENTRIES`, one per figure, and the tidy table of each.
 
-`charts` draws the tables. Each has the columns `mode` (which gives the color), `line` (the name in
-the legend) and, except the waterfall, `plain` (False for variants of mode `none`, which have other
-colors).
+Each table has the columns `mode` (which gives the color), `line` (the name in the legend) and,
+except the waterfall, `plain` (False for variants of mode `none`, which have other colors).
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import altair as alt
 import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.results import setting_columns
-from kd_ranker.evaluation.saving import by_repeat, of_split
+from kd_ranker.evaluation.saving import CRITERION, SAVINGS, by_repeat, of_split
+from kd_ranker.report import charts
+from kd_ranker.report.charts import REFERENCE, Figure
 from kd_ranker.report.choices import best_of_sizes, best_with_scores, knows_truth, users_at_target
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, interval
@@ -21,29 +24,9 @@ from kd_ranker.report.study import Study
 
 # Shares of the value to keep, denser where the number of candidates to pass grows fast.
 _TARGETS = (*np.arange(0.95, 0.989, 0.005), *np.arange(0.99, 0.9995, 0.001))
-# The mode of rankers without a model.
-REFERENCE = "reference"
 # The columns of a line, and those of a curve or of bars: a mean and the ends of its interval.
 _LINE = ("mode", "plain", "serve", "line", "setting")
 _ENDS = ("mean", "low", "high")
-
-
-class Figure(NamedTuple):
-    """A figure before it is drawn.
-
-    Attributes:
-      name: of its files.
-      title: its content.
-      caption: how to read it.
-      data: its table; empty if it is left out.
-      absent: why the figure is left out; "" if it is not.
-    """
-
-    name: str
-    title: str
-    caption: str
-    data: pd.DataFrame
-    absent: str
 
 
 class Entry(NamedTuple):
@@ -51,17 +34,23 @@ class Entry(NamedTuple):
 
     Attributes:
       data: makes its table.
+      draw: from its table to its chart.
       title: its content.
-      caption: how to read it; with places for the keys of `_words`.
+      caption: how to read it; with places for the baseline and other words of the study.
       empty: why its table may be empty.
       shown: whether a study has this figure.
+      height: of its plot in a file, in pixels.
+      marked: whether its lines have marks.
     """
 
     data: Callable[[Study, Estimates], pd.DataFrame]
+    draw: Callable[[pd.DataFrame], alt.LayerChart]
     title: str
     caption: str
     empty: str = "the test requests of the best settings are not known"
     shown: Callable[[Study], bool] = lambda study: True
+    height: int = 270
+    marked: bool = False
 
 
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
@@ -73,37 +62,32 @@ def figure(name: str, study: Study, estimates: Estimates) -> Figure:
     """Return one figure; `name` is a key of `ENTRIES`."""
     entry = ENTRIES[name]
     data = entry.data(study, estimates)
+    caption = entry.caption.format(
+        baseline=study.baseline,
+        unit=study.costs.unit,
+        margin=f"{100 * study.margin:g}%",
+        sizes=" of each size" if best_of_sizes(study)["size"].nunique() > 1 else "",
+    )
     absent = entry.empty if data.empty else ""
-    return Figure(name, entry.title, entry.caption.format(**_words(study)), data, absent)
-
-
-def _words(study: Study) -> dict[str, str]:
-    """Return the parts of captions that depend on the study."""
-    return {
-        "baseline": str(study.baseline),
-        "unit": study.costs.unit,
-        "margin": f"{100 * study.margin:g}%",
-        "sizes": " of each size" if best_of_sizes(study)["size"].nunique() > 1 else "",
-    }
+    drawn = entry.draw, entry.height, entry.marked
+    return Figure(name, entry.title, caption, data, absent, *drawn)
 
 
 def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return mode, line (the step), setting, and mean, low and high of `passed_for_99`."""
+    """Return mode, line (the step), setting, and mean, low and high of `CRITERION`."""
     steps = {
         "today's early ranker": (REFERENCE, study.incumbent),
         "mode none": ("none", study.plain),
         "best without scores": (REFERENCE, study.baseline),
         "best with scores": ("aux", best_with_scores(study)),
     }
-    return _table(
-        ["mode", "line", "setting", *_ENDS],
-        (
-            {"mode": mode, "line": step, "setting": setting}
-            | estimates.of(setting, "passed_for_99")._asdict()
-            for step, (mode, setting) in steps.items()
-            if setting is not None
-        ),
+    lines = (
+        {"mode": mode, "line": step, "setting": setting}
+        | estimates.of(setting, CRITERION)._asdict()
+        for step, (mode, setting) in steps.items()
+        if setting is not None
     )
+    return _table(["mode", "line", "setting", *_ENDS], lines)
 
 
 def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -111,16 +95,14 @@ def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
 
     `users` is the change of the first of `users_at_target`.
     """
-    data = _table(
-        [*_LINE, *_ends("saving"), *_ends("users")],
-        (
-            line
-            | _ends("saving", estimates.of(line["setting"], "funnel_cost_saving"))
-            | _ends("users", estimates.gap(line["setting"], str(study.baseline), measure))
-            for measure in users_at_target(study)[:1]
-            for line in _compared(study)
-        ),
+    lines = (
+        line
+        | _ends("saving", estimates.of(line["setting"], SAVINGS[0]))
+        | _ends("users", estimates.gap(line["setting"], str(study.baseline), measure))
+        for measure in users_at_target(study)[:1]
+        for line in _compared(study)
     )
+    data = _table([*_LINE, *_ends("saving"), *_ends("users")], lines)
     return data.assign(margin=-study.margin)
 
 
@@ -142,16 +124,12 @@ def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
 
 def _saving(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Return `_LINE`, target (in percent), and the saving."""
-    return _table(
-        [*_LINE, "target", *_ENDS],
-        (
-            line
-            | {"target": 100 * target}
-            | estimates.saving(line["setting"], float(target))._asdict()
-            for line in _compared(study)
-            for target in _TARGETS
-        ),
+    lines = (
+        line | {"target": 100 * target} | estimates.saving(line["setting"], float(target))._asdict()
+        for line in _compared(study)
+        for target in _TARGETS
     )
+    return _table([*_LINE, "target", *_ENDS], lines)
 
 
 def _pareto(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -172,45 +150,18 @@ def _pareto(study: Study, estimates: Estimates) -> pd.DataFrame:
     return data.dropna(subset=[*tables]).reset_index(drop=True)
 
 
-def _over_k(measure: str) -> Callable[[Study, Estimates], pd.DataFrame]:
-    """Return a function to the curves of the chosen settings, the baseline and the incumbent."""
-
-    def data(study: Study, estimates: Estimates) -> pd.DataFrame:
-        return _curves(_with_references(study, study.tested), estimates, measure)
-
-    return data
+def _over_k(study: Study, estimates: Estimates, measure: str) -> pd.DataFrame:
+    """Return the curves of the chosen settings, and of references except for the covered value."""
+    if measure == "covered_user_value":
+        # That of the incumbent would be far too low.
+        return _curves(study.tested, estimates, measure)
+    return _curves(_with_references(study, study.tested), estimates, measure)
 
 
 def _with_references(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows, and those of the incumbent and of a baseline that is a list of items."""
     known = of_split(study.references, "test").assign(mode=REFERENCE, size="")
     return pd.concat([rows, known[known["setting"].isin([study.incumbent, study.baseline])]])
-
-
-def _covered(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return the curves of the chosen settings; the value of the incumbent would be misleading."""
-    return _curves(study.tested, estimates, "covered_user_value")
-
-
-def _calibration(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return mode, plain, serve, line, task, bin, weight, predicted, observed.
-
-    Bins of the repeats are joined: means by weight.
-    """
-    columns = ["mode", "plain", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
-    if study.calibration.empty:
-        return pd.DataFrame(columns=columns)
-    members = study.tested[["source", "member", "mode", "plain", "serve", "way"]]
-    members = members.rename(columns={"way": "line"})
-    bins = members.merge(study.calibration, on=["source", "member", "serve"])
-    means = ["predicted", "observed"]
-    bins[means] = bins[means].mul(bins["weight"], axis=0)
-    # Tasks in the order of the config.
-    bins["task"] = pd.Categorical(bins["task"], study.tasks)
-    sums = bins.groupby(columns[:6], sort=False, observed=True)[columns[6:]].sum()
-    sums[means] = sums[means].div(sums["weight"], axis=0)
-    data = sums.reset_index().sort_values(["task", "bin"], kind="stable", ignore_index=True)
-    return data.astype({"task": str})
 
 
 def _lines(rows: pd.DataFrame, *more: str) -> list[dict[str, Any]]:
@@ -261,18 +212,22 @@ def _curves(
 
 _GRAY = " Gray are the early ranker that filled the log, and a list if none needs fewer."
 
+
 ENTRIES = {
     "waterfall": Entry(
         _waterfall,
+        charts.waterfall,
         "Candidates to pass, step by step",
         "Candidates per request that have to be passed for 99% of the final value, on the test "
         "split: with the early ranker that filled the log, with a student of plain mode none, with "
         "the best ranker that needs no scores of the final ranker, and with the best student that "
         "learns from them. Bars are 95% intervals.",
         empty="nothing is measured",
+        height=110,
     ),
     "frontier": Entry(
         _frontier,
+        charts.frontier,
         "Cost of the funnel against final quality",
         "The best student without the final ranker's scores and the best with them{sizes}, as "
         "more candidates are passed, on the test split: the cost of a request, {unit}, as a share "
@@ -285,6 +240,7 @@ ENTRIES = {
     ),
     "plane": Entry(
         _plane,
+        charts.plane,
         "Saving against the change for users",
         "Each way against {baseline}, the best ranker without the final ranker's scores, on "
         "the test split, with as many passed as each needs for 99% of the final value: the share "
@@ -292,9 +248,13 @@ ENTRIES = {
         "share of that if all are passed. The dashed line is the margin of {margin}. Bars are 95% "
         "intervals.",
         empty="the change for users is not known",
+        marked=True,
     ),
     "value_captured": Entry(
-        _over_k("value_captured"),
+        functools.partial(_over_k, measure="value_captured"),
+        functools.partial(
+            charts.over_k, measure="value_captured", rule=TARGET, crossing=("passed_for_99", ".0f")
+        ),
         "Value captured by candidates passed",
         "The share of the final value that is kept when k candidates are passed, on the test "
         "split; of each way the setting that did best on validation. The dashed line is 99%; "
@@ -302,7 +262,8 @@ ENTRIES = {
         "intervals." + _GRAY,
     ),
     "true_value_captured": Entry(
-        _over_k("true_value_captured"),
+        functools.partial(_over_k, measure="true_value_captured"),
+        functools.partial(charts.over_k, measure="true_value_captured", rule=1.0),
         "True value captured by candidates passed",
         "The same items, valued by the true probabilities: the share of the value if all retrieved "
         "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
@@ -310,7 +271,8 @@ ENTRIES = {
         shown=knows_truth,
     ),
     "covered_user_value": Entry(
-        _covered,
+        functools.partial(_over_k, measure="covered_user_value"),
+        functools.partial(charts.over_k, measure="covered_user_value"),
         "Users' value by candidates passed",
         "Of a funnel of the candidates that the logged funnel passed: the value of the user labels "
         "of the items that are shown, as a share of that if all of these are passed, on the test "
@@ -319,30 +281,27 @@ ENTRIES = {
     ),
     "saving": Entry(
         _saving,
+        charts.saving,
         "Saving by target",
         "The share of the funnel's cost, {unit}, that is saved against {baseline}, on the test "
         "split, by the share of the final value to keep. Bands are 95% intervals.",
         empty="there is nothing to compare",
     ),
     "survival": Entry(
-        _over_k("survival"),
+        functools.partial(_over_k, measure="survival"),
+        functools.partial(charts.over_k, measure="survival", whole=True),
         "Survival of the teacher's own top",
         "The share of the candidates that the teacher would show, out of all retrieved, that is "
         "among the k passed, on the test split. Bands are 95% intervals." + _GRAY,
     ),
     "pareto": Entry(
         _pareto,
+        charts.pareto,
         "Predicting users against following the teacher",
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
         "over tasks, on validation; lower is better for both. One curve per way as the distill "
         "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
         empty="no student has both numbers",
-    ),
-    "calibration": Entry(
-        _calibration,
-        "Calibration",
-        "Observed share of a label against its predicted probability, by bin of the prediction, on "
-        "shown candidates of the test split, repeats joined. On the diagonal, labels are as "
-        "frequent as predicted.",
+        marked=True,
     ),
 }

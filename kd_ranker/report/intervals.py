@@ -38,14 +38,9 @@ Covers = Literal["repeats", "requests", "both", "nothing"]
 
 
 class Interval(NamedTuple):
-    """A mean over repeats and its interval.
+    """A mean over `n` repeats and the ends of its interval, which are NaN without one.
 
-    Attributes:
-      mean: NaN without a repeat.
-      low: the lower end; NaN if there is no interval.
-      high: the upper end; NaN if there is no interval.
-      n: the number of repeats.
-      covers: the sources of chance that the interval allows for.
+    `covers` are the sources of chance that it allows for.
     """
 
     mean: float
@@ -82,16 +77,14 @@ def interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> 
 
 
 class Measured(NamedTuple):
-    """A measure of a setting in each repeat, NaN where it has none.
+    """A measure of a setting in each of the named repeats, NaN where it has none.
 
-    Attributes:
-      repeats: their names, in the order of the R axis.
-      numbers: on the test requests, then on each draw of them; without known draws, only the first.
-      requests: the number of requests.
+    Its numbers are those on the test requests, then on each draw of them; without known draws, only
+    the first. A curve has one more axis.
     """
 
     repeats: tuple[Hashable, ...]
-    numbers: Float[np.ndarray, "1+B R"]
+    numbers: Float[np.ndarray, "1+B R ..."]
     requests: int
 
 
@@ -99,12 +92,7 @@ def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, 
     """Return the counts of each request: once, then in each draw of N requests with replacement.
 
     Every setting and repeat takes the same counts, so that effects of a draw on both sides of a
-    difference cancel (Efron, Ann. Stat. 1979).
-
-    Args:
-      requests: N, at least one.
-      draws: B.
-      seed: the same seed gives the same counts.
+    difference cancel (Efron, Ann. Stat. 1979). The same seed gives the same counts.
     """
     evenly = np.full(requests, 1 / requests)
     drawn = np.random.default_rng(seed).multinomial(requests, evenly, size=draws)
@@ -112,14 +100,10 @@ def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, 
 
 
 def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
-    """Return a function of the measures of settings, over the repeats that they have in common.
+    """Return a function of the numbers of settings, over the repeats that they have in common.
 
     `np.subtract` gives the paired difference. Repeats and draws are paired, so all settings must
-    stem from the same counts.
-
-    Args:
-      function: from one array of numbers per setting to an array of that shape.
-      *settings: at least one. If the draws of one are not known, those of the result are not.
+    stem from the same counts. If the draws of one are not known, those of the result are not.
     """
     first, *others = settings
     rows = min(len(setting.numbers) for setting in settings)

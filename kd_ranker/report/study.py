@@ -42,28 +42,28 @@ _TABLE_RATE = "optimizer.table_learning_rate"
 class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
+    The tables of rankers are rows of `results.csv` with `setting` (a label that is unique for
+    `results.setting_columns`), `way` (for `results.ways`), `repeat` (for `results.REPEAT`),
+    `source` (the number of the sweep), `plain` (False for variants of mode `none`) and, under their
+    names, the means over tasks of metrics that are `averaged`.
+
     Attributes:
       dataset: its name: `data.title` of an own log, or `data.name`.
       config: of the first sweep; the others may differ in members and random seeds.
       tasks: the tasks in the order of the config.
       passed: k, the number of candidates that the config passes.
       costs: the costs that take the place of FLOPs in a saving.
-      rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
-        label that is unique for `results.setting_columns`), `way` (the same for
-        `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (the number of the
-        sweep), `plain` (False for variants of mode `none`) and, under their names, the means over
-        tasks of metrics that are `averaged`.
+      rows: of students of finite loss only, on both splits.
       chosen: by way, the setting that validation chose, of those that were read on test.
       baselines: the setting or reference that each saving is counted against, see
         `saving.baselines`; without those that are not measured.
-      tested: the rows of the chosen settings on the test split.
-      teachers: the teachers' rows on the test split, one per repeat of the students.
+      tested: of the chosen settings, on the test split.
+      teachers: on the test split, one per repeat of the students.
       num_teachers: the number of teachers, which differ in their seeds; 0 without a teacher.
-      references: the rows of rankers without a model, on both splits.
+      references: of rankers without a model, on both splits.
       margin: a loss of users that counts as none, see `report.margin`.
       frozen: the rows of members with a loss that stopped being finite.
       varying: the columns of a setting that differ, except mode, serving choice and weight.
-      calibration: `calibration.csv` with `source`.
       allowed: faults of the user's log that `data.allow` accepted, in words.
       configs: the text of each sweep's config by its folder.
       environments: the recorded environment of each sweep by its folder; empty if unknown.
@@ -86,7 +86,6 @@ class Study(NamedTuple):
     margin: float
     frozen: pd.DataFrame
     varying: list[str]
-    calibration: pd.DataFrame
     allowed: list[str]
     configs: dict[str, str]
     environments: dict[str, dict]
@@ -157,7 +156,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     configs = {str(workdir): read_config(workdir) for workdir in workdirs}
     _check_alike(configs)
     first = next(iter(configs.values()))
-    joined = _read(workdirs, results.FILE)
+    joined = _read(workdirs)
     rows = _labelled(joined, list(first.tasks))
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
@@ -193,7 +192,6 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         margin=float(first.report.margin),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
-        calibration=_read(workdirs, results.CALIBRATION_FILE),
         allowed=_allowed(workdirs),
         configs={name: as_json(config) for name, config in configs.items()},
         environments={str(workdir): read_environment(workdir) for workdir in workdirs},
@@ -213,10 +211,10 @@ def _allowed(workdirs: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _read(workdirs: Sequence[Path], name: str) -> pd.DataFrame:
-    """Return a table of all sweeps, with the columns `source` and `member`, "" in a single run."""
+def _read(workdirs: Sequence[Path]) -> pd.DataFrame:
+    """Return the results of all sweeps with `source`; `member` is "" in a single run."""
     tables = [
-        results.read_csv(workdir / name).assign(source=source)
+        results.read_csv(workdir / results.FILE).assign(source=source)
         for source, workdir in enumerate(workdirs)
     ]
     table = pd.concat(tables, ignore_index=True)

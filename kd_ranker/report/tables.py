@@ -25,18 +25,17 @@ from kd_ranker.report.study import NAMED, Study, key_title, value_text
 
 # Costs of a student per candidate, over the teacher's: 5% is the method's own figure.
 STUDENT_COSTS = (0.01, 0.05, 0.1)
+# The columns of a paired difference to the baseline.
+_GAP = ("difference", "difference_low", "difference_high", "pairs")
 # A mean, with or without the half-width of its interval, or a count.
 _NUMBER = r"[−+]?[\d.,]+%?(?: ± .*)?|"
 
 
 class Table(NamedTuple):
-    """A table for people.
+    """A table for people: texts by column title, and notes below.
 
-    Attributes:
-      title: its title.
-      cells: texts by column title; a mean is "mean ± half-width", and "" where it is not known.
-      notes: lines below it.
-      best: True where a cell is marked; None marks nothing.
+    A mean is "mean ± half-width", and "" where it is not known. `best` is True where a cell is
+    marked; None marks nothing.
     """
 
     title: str
@@ -107,14 +106,10 @@ def results_text(workdir: Path, passed: int) -> str:
 
 
 def summary_table(frame: pd.DataFrame, passed: int) -> str:
-    """Return the main columns of `results.csv` as aligned text.
+    """Return the main columns of `results.csv` on the test split as aligned text.
 
     Rows that differ only in their seeds become one: the mean and, from two seeds on, its standard
-    error.
-
-    Args:
-      frame: one or more `results.csv`, see `results.read_csv`.
-      passed: `config.funnel.passed`, the k of the funnel's columns.
+    error. `passed` is the k of the funnel's columns.
     """
     frame = of_split(frame, "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
@@ -130,20 +125,18 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     cells = _key_cells(groups.head(1), varying)
     cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
     for column in shown:
-        cells[title_of(column)] = [_with_error(of[column]) for _, of in groups]
+        cells[title_of(column)] = [_with_error(of[column].dropna()) for _, of in groups]
     return cells.to_string(index=False)
 
 
-def _with_error(column: pd.Series) -> str:
-    """Return the mean of the known values and its standard error; "" if none is known."""
-    numbers = column.dropna().to_numpy(dtype=float)
-    if not len(numbers):
+def _with_error(known: pd.Series) -> str:
+    """Return the mean of known values and its standard error; "" if none is known."""
+    if known.empty:
         return ""
-    digits = 0 if np.abs(numbers).max() >= 10 else 3
-    mean = f"{round(numbers.mean(), digits) + 0.0:.{digits}f}"
-    if len(numbers) < 2:
-        return mean
-    return f"{mean}±{numbers.std(ddof=1) / np.sqrt(len(numbers)):.{digits}f}"
+    digits = 0 if known.abs().max() >= 10 else 3
+    # Adding 0 turns the -0 of a tiny negative number into 0.
+    mean = f"{round(known.mean(), digits) + 0.0:.{digits}f}"
+    return mean if len(known) < 2 else f"{mean}±{known.sem():.{digits}f}"
 
 
 def important_columns(study: Study) -> list[str]:
@@ -177,10 +170,7 @@ def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
                 gap = estimates.gap(setting, str(study.baseline), measure)
             lines.append((study.dataset, setting, *settings.loc[setting], measure, *mean,
                           *gap[:4], setting == winner))  # fmt: skip
-    columns = [
-        *("dataset", "setting", *keys, "measure", *Interval._fields),
-        *("difference", "difference_low", "difference_high", "pairs", "best"),
-    ]
+    columns = ["dataset", "setting", *keys, "measure", *Interval._fields, *_GAP, "best"]
     return pd.DataFrame(lines, columns=columns)
 
 
@@ -190,15 +180,11 @@ def marked(
     """Return the setting to mark as the best in its column, or None.
 
     The rule: the setting with the best mean, if the 95% interval of its paired difference to
-    *every* other setting excludes 0, the runner-up included.
-
-    On multiple comparisons: the winner is picked by looking, and still needs no correction for the
-    number of settings. For independent normal means of equal variance, a two-sided test of the
-    winner against the runner-up keeps its level for any number of settings (Hung and Fithian,
-    "Rank verification for exponential families", Ann. Stat. 2019): the more equals take part, the
-    less often one exceeds the next. Here variances differ and are estimated, so the winner is
-    compared with every other setting. The rule is for one column at a time: of twenty columns of
-    noise, one may carry a mark.
+    *every* other setting excludes 0. For independent normal means of equal variance, comparing the
+    winner with the runner-up needs no correction for the number of settings (Hung and Fithian,
+    "Rank verification for exponential families", Ann. Stat. 2019). Here variances differ and are
+    estimated, so the winner is compared with all. The rule is for one column at a time: of twenty
+    columns of noise, one may carry a mark.
 
     Args:
       estimates: of the study.
@@ -219,12 +205,7 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
     """Return the chosen setting of each way on the main measures, read on the test split.
 
     With the teacher and the references, sorted by how many have to be passed: a list of items
-    that beats a model is above it.
-
-    Args:
-      study: the study.
-      estimates: its estimates.
-      numbers: its `comparison`.
+    that beats a model is above it. `numbers` is the study's `comparison`.
     """
     rows = pd.concat([study.teachers, of_split(study.references, "test"), study.tested])
     rows = rows.drop_duplicates("setting")
@@ -271,9 +252,6 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     return Table(f"{study.dataset}: difference to {study.baseline}", cells, notes)
 
 
-_GAP = ("difference", "difference_low", "difference_high", "pairs")
-
-
 def saving_table(study: Study, estimates: Estimates) -> Table | None:
     """Return the saving at every target, and with students of other costs; None without a baseline.
 
@@ -284,14 +262,11 @@ def saving_table(study: Study, estimates: Estimates) -> Table | None:
     settings = study.tested.loc[study.tested["setting"] != study.baseline, "setting"].unique()
     costs = {None: "as measured"} | {share: f"{100 * share:g}%" for share in STUDENT_COSTS}
     lines = [
-        {"setting": setting, "student's cost": name}
-        | {
-            f"{100 * target:g}%": mean_text(estimates.saving(setting, target, cost), 3)
-            for target in estimates.targets
-        }
+        (setting, name, *(mean_text(estimates.saving(setting, target, cost), 3)
+                          for target in estimates.targets))
         for setting in settings
         for cost, name in costs.items()
-    ]
+    ]  # fmt: skip
     measured = "the cost in the config" if study.costs.student else "the cost of the compiled model"
     notes = [
         f"The share of the funnel's cost, {study.costs.unit}, that is saved against "
@@ -316,16 +291,12 @@ def policy_table(study: Study, estimates: Estimates) -> Table | None:
         "saving": "saving_by",
         title_of(user).removesuffix(" by"): user,
     }
-    rankers = study.tested["setting"].unique()
     lines = [
-        {"ranker": ranker, "k per request": policy}
-        | {
-            title: mean_text(estimates.of(str(ranker), f"{name}/{policy}"), _digits(name))
-            for title, name in columns.items()
-        }
-        for ranker in rankers
+        (ranker, policy, *(mean_text(estimates.of(str(ranker), f"{name}/{policy}"), _digits(name))
+                           for name in columns.values()))
+        for ranker in study.tested["setting"].unique()
         for policy in policies
-    ]
+    ]  # fmt: skip
     notes = [
         f"Each policy is fitted on validation requests to keep {100 * TARGET:g}% of the final "
         "value over all requests, and measured on test requests. The saving is in candidates that "
@@ -347,48 +318,34 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
         return None
     users = users_at_target(study)
     of_teacher = float(study.teachers["flops_per_candidate"].mean())
-    passed, flops, funnel = (
-        f"passed for {100 * TARGET:g}%",
-        "FLOPs per candidate",
-        "funnel's cost (%)",
-    )
-    lines = [{"": "only the teacher", flops: f"{of_teacher:,.0f}", funnel: "100%"}]
+    lines = [("only the teacher", "", f"{of_teacher:,.0f}", "100%", *("" for _ in users))]
     for row in study.tested.drop_duplicates("setting").to_dict("records"):
         setting = str(row["setting"])
         share = estimates.cost_share(setting, TARGET)
         percent = Interval(100 * share.mean, 100 * share.low, 100 * share.high, share.n)
-        lines.append(
-            {
-                "": setting,
-                passed: mean_text(estimates.of(setting, CRITERION), 0),
-                flops: f"{row['flops_per_candidate']:,.0f}",
-                funnel: mean_text(percent, 1),
-                **{title_of(of): mean_text(estimates.of(setting, of), 4) for of in users},
-            }
-        )
+        passed = mean_text(estimates.of(setting, CRITERION), 0)
+        flops = f"{row['flops_per_candidate']:,.0f}"
+        of_users = (mean_text(estimates.of(setting, of), 4) for of in users)
+        lines.append((setting, passed, flops, mean_text(percent, 1), *of_users))
+    target = f"{100 * TARGET:g}%"
     notes = [
-        f"The funnel's cost is that of a request which passes as many as keep {100 * TARGET:g}% of "
+        f"The funnel's cost is that of a request which passes as many as keep {target} of "
         f"the final value, {study.costs.unit}, as a share of the cost of only the final ranker on "
         "all candidates; the last columns are the users' value then. ± is half the 95% interval."
     ]
     if study.config.teacher.source == "live":
-        notes.append(_training_cost(study, of_teacher))
-    columns = ["", passed, flops, funnel, *map(title_of, users)]
-    cells = pd.DataFrame(lines, columns=columns, dtype=object).fillna("")
+        scored = study.config.batch.candidates
+        teacher = scored * of_teacher
+        # A backward pass takes about two forward ones.
+        student = 3 * scored * float(study.tested["flops_per_candidate"].max())
+        notes.append(
+            f"In training the live teacher scores {scored} candidates of each request, once for "
+            f"all students of a cohort: {teacher:.3g} FLOPs per request, {teacher / student:.0f} "
+            f"times the {student:.3g} of a student's own step (forward, and twice that backward)."
+        )
+    columns = ["", f"passed for {target}", "FLOPs per candidate", "funnel's cost (%)"]
+    cells = pd.DataFrame(lines, columns=[*columns, *map(title_of, users)], dtype=object)
     return Table(f"{study.dataset}: cost of the funnel", cells, notes)
-
-
-def _training_cost(study: Study, of_teacher: float) -> str:
-    """Return the cost of a live teacher's scores in training, next to that of a student."""
-    scored = study.config.batch.candidates
-    teacher = scored * of_teacher
-    # A backward pass takes about two forward ones.
-    student = 3 * scored * float(study.tested["flops_per_candidate"].max())
-    return (
-        f"In training the live teacher scores {scored} candidates of each request, once for "
-        f"all students of a cohort: {teacher:.3g} FLOPs per request, {teacher / student:.0f} times "
-        f"the {student:.3g} of a student's own step (forward, and twice that backward)."
-    )
 
 
 def tuning_table(study: Study) -> Table:
@@ -413,25 +370,22 @@ def tuning_table(study: Study) -> Table:
 
 
 def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
-    """Return the claims as a table for people.
-
-    Args:
-      dataset: its name.
-      claims: of `claims.claims`.
-    """
-
-    def texts(column: str) -> list[str]:
-        values = zip(claims[column], claims["measure"], strict=True)
-        return ["" if np.isnan(of) else number(of, _digits(measure)) for of, measure in values]
-
-    ends = zip(texts("low"), texts("high"), strict=True)
-    spans = [f"{low} to {high}" if low else "" for low, high in ends]
+    """Return the claims of `claims.claims` on a dataset as a table for people."""
+    texts = {
+        column: [
+            "" if np.isnan(value) else number(value, _digits(measure))
+            for value, measure in zip(claims[column], claims["measure"], strict=True)
+        ]
+        for column in ("mean", "low", "high")
+    }
+    ends = zip(texts["low"], texts["high"], strict=True)
     cells = pd.DataFrame(
         {
             "": claims["claim"], "claim": claims["statement"], "verdict": claims["verdict"],
             "setting": claims["setting"], "measure": claims["measure"].map(title_of),
-            "value": texts("mean"), "95% interval": spans, "repeats": claims["n"].astype(str),
-            "remark": claims["remark"],
+            "value": texts["mean"],
+            "95% interval": [f"{low} to {high}" if low else "" for low, high in ends],
+            "repeats": claims["n"].astype(str), "remark": claims["remark"],
         }
     )  # fmt: skip
     notes = [

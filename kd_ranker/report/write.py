@@ -100,4 +100,4 @@ def page(sections: Sequence[Section]) -> str:
     """Return the page's HTML, with Vega, the figures' data, styles and scripts inside."""
     template = templates_of("kd_ranker.report").get_template("page.html")
     vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
-    return template.render(sections=sections, panels=charts.page_panels, vega=vega, zip=zip)
+    return template.render(sections=sections, chart=charts.page_chart, vega=vega, zip=zip)

@@ -2,9 +2,8 @@
 
     python check.py [onnx|jax]
 
-It needs NumPy, safetensors, and ONNX Runtime or JAX; tables of bfloat16 also need ml_dtypes, which
-comes with JAX. `read_tables`, `open_programs` and `rank` are a minimal server. The exit code is 1
-if a number differs by more than the tolerance.
+It needs NumPy, safetensors, and ONNX Runtime or JAX. `read_tables`, `open_programs` and `rank` are
+a minimal server. The exit code is 1 if a number differs by more than the tolerance.
 """
 
 import json
@@ -20,16 +19,11 @@ Arrays = dict[str, Any]
 Programs = Mapping[str, Callable[[Arrays], Arrays]]
 
 TOLERANCE = 1e-5
-_ONNX_BFLOAT16 = 16
 
 
 def read_tables(folder: Path) -> Arrays:
-    """Read the tables by name; those of bfloat16 become uint16 with the same bits."""
-    tables = load_file(folder / "tables.safetensors")
-    return {
-        name: table.view(np.uint16) if table.dtype.name == "bfloat16" else table
-        for name, table in tables.items()
-    }
+    """Read the tables by name."""
+    return load_file(folder / "tables.safetensors")
 
 
 def open_programs(folder: Path, runtime: str) -> Programs:
@@ -50,19 +44,12 @@ def _open_onnx(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], A
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    types = {of.name: of.type for of in session.get_inputs()}
-    value = onnxruntime.OrtValue
-
-    def given(name: str, array: Any) -> Any:
-        if types[name] == "tensor(bfloat16)":
-            return value.ortvalue_from_numpy_with_onnx_type(np.asarray(array), _ONNX_BFLOAT16)
-        return value.ortvalue_from_numpy(np.ascontiguousarray(array))
+    # The inputs that the converter has kept.
+    inputs, outputs = [of.name for of in session.get_inputs()], list(described["outputs"])
 
     def run(arrays: Arrays) -> Arrays:
-        inputs = {name: given(name, arrays[name]) for name in types}
-        outputs = list(described["outputs"])
-        results = session.run_with_ort_values(outputs, inputs)
-        return {name: of.numpy() for name, of in zip(outputs, results, strict=True)}
+        results = session.run(outputs, {name: np.asarray(arrays[name]) for name in inputs})
+        return dict(zip(outputs, results, strict=True))
 
     return run
 
@@ -72,12 +59,8 @@ def _open_jax(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Ar
 
     call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
-    def given(name: str, of: Mapping[str, Any], arrays: Arrays) -> Any:
-        array = np.asarray(arrays[name])
-        return array.view(jax.numpy.bfloat16) if of["dtype"] == "bfloat16" else array
-
     def run(arrays: Arrays) -> Arrays:
-        inputs = {name: given(name, of, arrays) for name, of in described["inputs"].items()}
+        inputs = {name: np.asarray(arrays[name]) for name in described["inputs"]}
         return {name: np.asarray(of) for name, of in call(inputs).items()}
 
     return run

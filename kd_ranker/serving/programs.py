@@ -14,6 +14,7 @@ Any other ranker becomes one program, `rank`, of the whole request.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,21 +27,19 @@ from jaxtyping import Array, Float, Float32, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
 from kd_ranker.distillation.modes import ToProbability
-from kd_ranker.embedding.lookup import Rows, gather_rows, rows_of_ids
+from kd_ranker.embedding.lookup import EmbeddingSpec, Rows, gather_rows, rows_of_ids
+from kd_ranker.embedding.lookup import Tables as TrainedTables
 from kd_ranker.evaluation.funnel import value
 from kd_ranker.evaluation.policy import Policy
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
 from kd_ranker.models.model import Model, Parameters, apply_model, apply_part
 from kd_ranker.models.student import InParts
-from kd_ranker.serving import tables
-from kd_ranker.serving.tables import ITEM_EMBEDDING, ITEM_SCALE, ITEM_TYPES, Tables
 
+ITEM_EMBEDDING = "item_embedding"
 _BLOCK = 1 << 16  # items that are embedded at a time
 
 Arrays = Mapping[str, Any]
-Function = Callable[[Arrays], dict[str, Any]]
-
-
+Tables = dict[str, np.ndarray]
 Types = dict[str, jax.ShapeDtypeStruct]
 """Arrays by name as only shapes and types."""
 
@@ -54,17 +53,13 @@ def typed(shape: Sequence[int | str], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 class Program(NamedTuple):
-    """One program of an export.
+    """One program of an export: a function of named arrays, and their types.
 
-    Attributes:
-      name: the stem of its files.
-      function: from arrays by name to arrays by name.
-      inputs: the arrays that it takes.
-      outputs: the arrays that it returns.
+    Its name is the stem of its files. The function takes exactly the inputs.
     """
 
     name: str
-    function: Function
+    function: Callable[[Arrays], dict[str, Any]]
     inputs: Types
     outputs: Types
 
@@ -104,42 +99,55 @@ class Exported(NamedTuple):
     tables: Tables
 
 
-def make_programs(trained: Servable, item_type: str) -> Exported:
-    """Build the programs of a ranker.
-
-    Args:
-      trained: the ranker.
-      item_type: one of `tables.ITEM_TYPES`, for the embeddings of a ranker in parts.
-    """
-    held = tables.served(trained.model.embedding, trained.parameters.tables)
-    if not falls_into_parts(trained):
-        held |= _item_tables(trained, trained.spec.item_features)
+def make_programs(trained: Servable) -> Exported:
+    """Build the programs of a ranker."""
+    held = served_tables(trained.model.embedding, trained.parameters.tables)
+    known = {"item_features": trained.items.features, "item_category": trained.items.category}
+    module = nnx.merge(trained.model.graph, trained.parameters.dense)
+    if not isinstance(module, InParts):
+        held |= {name: np.asarray(of) for name, of in known.items() if of.size}
         offered = _fields(trained.seen, "request", "event", "candidate") | _types_of(held)
-        programs = [_program("rank", _rank(trained), offered)]
+        programs = [_program("rank", functools.partial(_rank, trained), offered)]
     else:
-        held |= _item_tables(trained, trained.spec.cheap_item_features)
-        embedding = _item_embeddings(trained, held)
-        held |= ITEM_TYPES[item_type].pack(embedding)
+        known["item_features"] = known["item_features"][:, : trained.spec.cheap_item_features]
+        held |= {name: np.asarray(of) for name, of in known.items() if of.size}
+        held[ITEM_EMBEDDING] = _item_embeddings(trained, held)
         offered = _fields(trained.seen, "request", "event") | _types_of(held)
-        user = _program("user", _user(trained), offered)
-        item = _program("item", _item(trained), _one_item(trained.spec) | _types_of(held))
+        user = _program("user", functools.partial(_user, trained), offered)
+        offered = _one_item(trained.spec) | _types_of(held)
+        item = _program("item", functools.partial(_item, trained), offered)
         offered = user.outputs | _fields(trained.seen, "candidate") | _types_of(held)
-        score = _program("score", _score(trained, item_type, tuple(user.outputs)), offered)
-        programs = [user, item, score]
+        score = functools.partial(_score, trained, tuple(user.outputs))
+        programs = [user, item, _program("score", score, offered)]
     read = {name for program in programs for name in program.inputs}
     return Exported(programs, {name: table for name, table in held.items() if name in read})
+
+
+def name_of(table: str) -> str:
+    """Return the name of one of `EmbeddingSpec.tables` in an export."""
+    return f"{table}_table"
+
+
+def served_tables(spec: EmbeddingSpec, trained: TrainedTables) -> Tables:
+    """Return the rows that serve the ids of each table, float32 [size + 1, D].
+
+    The last row is the reserved one. It is copied into the rows of untrained ids, so that a program
+    only has to find the row of an id.
+    """
+    tables = {}
+    for name, table in spec.tables.items():
+        rows = np.asarray(trained[name])[: table.size + 1]
+        updates, reserved = rows[:, spec.width], rows[table.size, : spec.width]
+        own = np.where(updates[:, None] > 0, rows[:, : spec.width], reserved)
+        own[table.size] = reserved
+        tables[name_of(name)] = own
+    return tables
 
 
 def fields_of(batch: CandidateBatch) -> dict[str, Any]:
     """Return the fields of requests that programs may take, by name."""
     fields = {field.name: getattr(batch, field.name) for field in IN_BATCH}
     return fields | {"candidate_mask": batch.candidate_mask}
-
-
-def falls_into_parts(trained: Servable) -> bool:
-    """Return True if a ranker becomes three programs, not one."""
-    module = nnx.merge(trained.model.graph, trained.parameters.dense)
-    return isinstance(module, InParts)
 
 
 def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
@@ -163,7 +171,7 @@ class _Recorded(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def _program(name: str, function: Function, offered: Types) -> Program:
+def _program(name: str, function: Callable[[Arrays], dict[str, Any]], offered: Types) -> Program:
     """Build a program that takes only the offered arrays that its function reads."""
     read: set[str] = set()
 
@@ -217,22 +225,12 @@ def _one_item(spec: FeatureSpec) -> Types:
 
 def _types_of(held: Tables) -> Types:
     """Return the types of tables; item embeddings may have more rows, for new items."""
-    grows = (ITEM_EMBEDDING, ITEM_SCALE)
     return _there(
         {
-            name: typed(("rows", *table.shape[1:]) if name in grows else table.shape, table.dtype)
-            for name, table in held.items()
+            name: typed(("rows", *of.shape[1:]) if name == ITEM_EMBEDDING else of.shape, of.dtype)
+            for name, of in held.items()
         }
     )
-
-
-def _item_tables(trained: Servable, features: int) -> Tables:
-    """Return the categories of the items, and their first features."""
-    known = {
-        "item_features": np.asarray(trained.items.features)[:, :features],
-        "item_category": np.asarray(trained.items.category),
-    }
-    return {name: table for name, table in known.items() if table.size}
 
 
 def _batch_and_items(spec: FeatureSpec, arrays: Arrays) -> tuple[CandidateBatch, Items]:
@@ -268,46 +266,17 @@ def _rows(trained: Servable, arrays: Arrays, batch: CandidateBatch, items: Items
         if lookup.ids(batch, items).size != 0
     }
     names = {lookup.table for lookup in used.values()}
-    held = {name: jnp.asarray(arrays[tables.name_of(name)]) for name in names}
-    spec = embedding._replace(lookups=used)
-    return gather_rows(spec, held, batch, items, whole_rows=False)
+    held = {name: jnp.asarray(arrays[name_of(name)]) for name in names}
+    return gather_rows(embedding._replace(lookups=used), held, batch, items, whole_rows=False)
+
+
+def _read(arrays: Arrays, name: str, row: Int[Array, "..."]) -> Any:
+    return jnp.asarray(arrays[name]).at[row].get(mode="promise_in_bounds")
 
 
 def _rows_of(trained: Servable, table: str, ids: Int[Array, "..."], arrays: Arrays) -> Any:
     row = rows_of_ids(trained.model.embedding.tables[table], ids)
-    return jnp.asarray(arrays[tables.name_of(table)]).at[row].get(mode="promise_in_bounds")
-
-
-def _answer(trained: Servable, logits: Float[Array, "R N heads"], arrays: Arrays) -> dict[str, Any]:
-    probability = trained.probability(logits)
-    sorted_by = value(probability, jnp.asarray(trained.value_weights, jnp.float32))
-    answer = {"probability": probability, "value": sorted_by}
-    if trained.policy:
-        answer["k"] = trained.policy.passed(sorted_by, arrays["candidate_mask"])
-    return answer
-
-
-def _rank(trained: Servable) -> Function:
-    def rank(arrays: Arrays) -> dict[str, Any]:
-        batch, items = _batch_and_items(trained.seen, arrays)
-        rows = _rows(trained, arrays, batch, items)
-        logits = apply_model(trained.model, trained.parameters.dense, rows, batch, items)
-        return _answer(trained, logits, arrays)
-
-    return rank
-
-
-def _part(trained: Servable, part: Callable[..., Any], *arrays: Any) -> Any:
-    return apply_part(trained.model, trained.parameters.dense, part, *arrays)
-
-
-def _user(trained: Servable) -> Function:
-    def user(arrays: Arrays) -> dict[str, Any]:
-        batch, items = _batch_and_items(trained.seen, arrays)
-        rows = _rows(trained, arrays, batch, items)
-        return _part(trained, lambda module, *of: module.users(*of, items), batch, rows)
-
-    return user
+    return _read(arrays, name_of(table), row)
 
 
 def _plus_categories(
@@ -321,15 +290,38 @@ def _plus_categories(
     return plus_category_means(row, rows, arrays[name], lengths)
 
 
-def _item(trained: Servable) -> Function:
-    def item(arrays: Arrays) -> dict[str, Any]:
-        row = _rows_of(trained, "item", arrays["item_id"], arrays)
-        row = _plus_categories(trained, row, "item", "category", arrays)
-        cheap = trained.spec.cheap_item_features
-        features = _or_zeros(arrays, "features", (*row.shape[:-1], cheap), jnp.float32)
-        return {"item_embedding": _part(trained, _embedding, row, features)}
+def _part(trained: Servable, part: Callable[..., Any], *arrays: Any) -> Any:
+    return apply_part(trained.model, trained.parameters.dense, part, *arrays)
 
-    return item
+
+def _answer(trained: Servable, logits: Float[Array, "R N heads"], arrays: Arrays) -> dict[str, Any]:
+    probability = trained.probability(logits)
+    sorted_by = value(probability, jnp.asarray(trained.value_weights, jnp.float32))
+    answer = {"probability": probability, "value": sorted_by}
+    if trained.policy:
+        answer["k"] = trained.policy.passed(sorted_by, arrays["candidate_mask"])
+    return answer
+
+
+def _rank(trained: Servable, arrays: Arrays) -> dict[str, Any]:
+    batch, items = _batch_and_items(trained.seen, arrays)
+    rows = _rows(trained, arrays, batch, items)
+    logits = apply_model(trained.model, trained.parameters.dense, rows, batch, items)
+    return _answer(trained, logits, arrays)
+
+
+def _user(trained: Servable, arrays: Arrays) -> dict[str, Any]:
+    batch, items = _batch_and_items(trained.seen, arrays)
+    rows = _rows(trained, arrays, batch, items)
+    return _part(trained, lambda module, *of: module.users(*of, items), batch, rows)
+
+
+def _item(trained: Servable, arrays: Arrays) -> dict[str, Any]:
+    row = _rows_of(trained, "item", arrays["item_id"], arrays)
+    row = _plus_categories(trained, row, "item", "category", arrays)
+    cheap = trained.spec.cheap_item_features
+    features = _or_zeros(arrays, "features", (*row.shape[:-1], cheap), jnp.float32)
+    return {ITEM_EMBEDDING: _part(trained, _embedding, row, features)}
 
 
 def _embedding(
@@ -353,34 +345,31 @@ def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[st
 
 def _item_embeddings(trained: Servable, held: Tables) -> Float32[np.ndarray, "items+1 D"]:
     """Return the embeddings of all items, a block at a time, and then of an unknown item."""
-    item, number = jax.jit(_item(trained)), trained.spec.num_items
+    item, number = jax.jit(functools.partial(_item, trained)), trained.spec.num_items
     rows = {name: table for name, table in held.items() if name.endswith("_table")}
     blocks = []
     for first in range(0, number, _BLOCK):
         ids = np.arange(first, min(first + _BLOCK, number), dtype=np.int32)
         found = item(inputs_of_items(trained, ids) | rows)
-        blocks.append(np.asarray(found["item_embedding"]))
-    reserved = held[tables.name_of("item")][-1:]
+        blocks.append(np.asarray(found[ITEM_EMBEDDING]))
+    reserved = held[name_of("item")][-1:]
     nothing = jnp.zeros((1, trained.spec.cheap_item_features))
     return np.concatenate([*blocks, np.asarray(_part(trained, _embedding, reserved, nothing))])
 
 
-def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Function:
-    spec, unpack = trained.spec, ITEM_TYPES[item_type].unpack
+def _score(trained: Servable, of_user: Sequence[str], arrays: Arrays) -> dict[str, Any]:
+    spec = trained.spec
 
     def logits(module: Any, users: Any, row: Any, features: Any) -> Float[Array, "R N heads"]:
         weights, _ = weights_of(module.item.features)
         own = weights[spec.cheap_item_features :]
         return module.logits(users, linear_products(users["queries"], row, own, features))
 
-    def score(arrays: Arrays) -> dict[str, Any]:
-        ids, last = arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0] - 1
-        # The last row is that of unknown items.
-        row = unpack(arrays, jnp.where((ids >= 0) & (ids < last), ids, last))
-        row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
-        shape = (*row.shape[:-1], spec.candidate_features)
-        features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
-        users = {name: arrays[name] for name in of_user}
-        return _answer(trained, _part(trained, logits, users, row, features), arrays)
-
-    return score
+    ids, last = arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0] - 1
+    # The last row is that of unknown items.
+    row = _read(arrays, ITEM_EMBEDDING, jnp.where((ids >= 0) & (ids < last), ids, last))
+    row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
+    shape = (*row.shape[:-1], spec.candidate_features)
+    features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
+    users = {name: arrays[name] for name in of_user}
+    return _answer(trained, _part(trained, logits, users, row, features), arrays)

@@ -1,12 +1,13 @@
 """The folder of an export: programs in their formats, tables, a description, and an example."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kd_ranker.batch import CandidateBatch
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.saving import flops
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.serving import check, tables
+from kd_ranker.serving import check
 from kd_ranker.serving.programs import (
     Exported,
     Program,
@@ -28,20 +29,13 @@ from kd_ranker.serving.programs import (
     call,
     fields_of,
     inputs_of_items,
+    name_of,
 )
 from kd_ranker.sources.logs.encode import TRANSFORMS
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
 
-DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (
-    "export.json",
-    "README.md",
-    "check.py",
-    "tables.safetensors",
-    "example.npz",
-)
-_EXAMPLE_ITEMS = 32
-
 PLATFORMS = ("cpu", "cuda", "tpu")
+_EXAMPLE_ITEMS = 32
 
 
 def to_jax(program: Program) -> bytes:
@@ -104,19 +98,9 @@ FORMATS: dict[str, Callable[[Program], bytes]] = {"jax": to_jax, "onnx": to_onnx
 """The functions that write a program, by the suffix of the files."""
 
 
-def program_files(exported: Exported, formats: Sequence[str]) -> dict[str, bytes]:
-    """Return the programs in these formats (of `FORMATS`) by the names of their files."""
-    return {
-        f"{program.name}.{name}": FORMATS[name](program)
-        for program in exported.programs
-        for name in formats
-    }
-
-
 def write_export(
     exported: Exported,
     trained: Servable,
-    files: Mapping[str, bytes],
     batch: CandidateBatch,
     about: Mapping[str, Any],
     dataset: Path,
@@ -127,31 +111,34 @@ def write_export(
     Args:
       exported: the programs and tables to write.
       trained: the ranker from which they were made.
-      files: the result of `program_files`.
       batch: the requests of the example.
-      about: additional entries of `export.json` and the README; `run` has the fingerprints of the
-        ranker.
+      about: more entries of `export.json`: `formats`, some of `FORMATS`; `run`, the fingerprints of
+        the ranker; and others for the README.
       dataset: the folder with the vocabularies and transforms of a log; it may be absent.
       folder: the folder to write, which must not exist.
+
+    Raises:
+      UserError: a format lacks an operation; nothing is written then.
     """
+    described = _description(exported, trained, batch.item_id.shape[1], about)
+    measures = dict.fromkeys(name for of in described["results"].values() for name in of)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
+        for program, name in itertools.product(exported.programs, about["formats"]):
+            (temporary / f"{program.name}.{name}").write_bytes(FORMATS[name](program))
         contiguous = {name: np.ascontiguousarray(of) for name, of in exported.tables.items()}
-        save_file(contiguous, temporary / TABLES)
-        np.savez(temporary / EXAMPLE, **_example(exported, trained, batch))
-        shutil.copy(check.__file__, temporary / CHECK)
-        if (dataset / VOCABULARIES_FOLDER).exists():
-            shutil.copytree(dataset / VOCABULARIES_FOLDER, temporary / VOCABULARIES_FOLDER)
-        if (dataset / TRANSFORMS).exists():
-            shutil.copy(dataset / TRANSFORMS, temporary / TRANSFORMS)
-        described = _description(exported, trained, batch.item_id.shape[1], about)
+        save_file(contiguous, temporary / "tables.safetensors")
+        np.savez(temporary / "example.npz", **_example(exported, trained, batch))
+        shutil.copy(check.__file__, temporary / "check.py")
         for name in (VOCABULARIES_FOLDER, TRANSFORMS):
-            described[name.removesuffix(".json")] = (temporary / name).exists()
-        (temporary / DESCRIPTION).write_text(json.dumps(described, indent=2))
-        (temporary / README).write_text(_readme(described))
+            described[name.removesuffix(".json")] = (dataset / name).exists()
+            if (dataset / name).exists():
+                copy = shutil.copytree if (dataset / name).is_dir() else shutil.copy
+                copy(dataset / name, temporary / name)
+        (temporary / "export.json").write_text(json.dumps(described, indent=2))
+        readme = templates_of("kd_ranker.serving").get_template("README.md")
+        (temporary / "README.md").write_text(readme.render(described, measures=list(measures)))
         manifest.write(temporary, about["run"])
         temporary.rename(folder)
     finally:
@@ -192,9 +179,7 @@ def _description(
         },
         "flops_of": {"requests": 1, "candidates": candidates, "items": 1},
         "tables": _types(exported.tables),
-        "hashed_tables": [
-            tables.name_of(name) for name, of in embedding.tables.items() if of.hashed
-        ],
+        "hashed_tables": [name_of(name) for name, of in embedding.tables.items() if of.hashed],
         "features": json.loads(trained.spec.to_json()),
     }
 
@@ -220,9 +205,3 @@ def _flops(program: Program, candidates: int) -> float:
         for name, described in program.inputs.items()
     }
     return flops(program.function, inputs)
-
-
-def _readme(described: Mapping[str, Any]) -> str:
-    measures = dict.fromkeys(name for of in described["results"].values() for name in of)
-    template = templates_of("kd_ranker.serving").get_template(README)
-    return template.render(described, measures=list(measures))

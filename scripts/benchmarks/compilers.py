@@ -122,4 +122,4 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(programs.findings_table([findings[case.name]]), file=sys.stderr, flush=True)
     table = programs.findings_table(list(findings.values()), "github")
     print(table, file=sys.stderr)
-    return {"programs": {name: programs.as_json(finding) for name, finding in findings.items()}}
+    return {"programs": {name: programs.line_of(finding) for name, finding in findings.items()}}

@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     exported = programs.make_programs(
         programs.Servable(
             model, parameters, dataset.spec, dataset.items, mode.serve["teacher"], (1.0,)
-        ),
-        "float32",
+        )
     )
     arrays = jax.device_put(programs.fields_of(CandidateBatch(**fields)) | exported.tables)
     parts = jax.jit(lambda given: programs.call(exported.programs, given)["value"])

@@ -28,7 +28,7 @@ from kd_ranker.evaluation.evaluate import make_serve
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.serving import check, write
 from kd_ranker.serving.programs import Exported, Servable, make_programs
-from kd_ranker.serving.write import program_files, write_export
+from kd_ranker.serving.write import write_export
 from kd_ranker.sources.cascade import open_source
 from kd_ranker.training import recipes
 from scripts.benchmarks.scoring import CALLS, percentiles
@@ -46,7 +46,6 @@ ABOUT = {
     "versions": {},
     "results": {},
     "difference": 0.0,
-    "items": {"type": "float32", "cost": {}},
     "formats": ["onnx"],
 }
 
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     student, teacher = (
         trained(*make(config, spec)) for make in (recipes.student_model, recipes.teacher_model)
     )
-    exported = make_programs(servable(student, spec, items), "float32")
+    exported = make_programs(servable(student, spec, items))
     fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
     arrays = fields | exported.tables
     ways = {
@@ -111,11 +110,10 @@ def load(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
     """Seconds until an export is open, and until it has answered its first request."""
     batch, items = request(spec, config.funnel.retrieved)
     of = servable(trained(*recipes.student_model(config, spec)), spec, items)
-    exported = make_programs(of, "float32")
+    exported = make_programs(of)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
-        files = program_files(exported, ["onnx"])
-        write_export(exported, of, files, batch, ABOUT, Path(scratch), folder)
+        write_export(exported, of, batch, ABOUT, Path(scratch), folder)
         fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
         start = time.perf_counter()
         programs, held = check.open_programs(folder, "onnx"), check.read_tables(folder)

@@ -231,22 +231,6 @@ def test_the_check_finds_a_number_that_is_wrong(exported, tmp_path):
     assert "jax probability: largest difference 0.0e+00, ok" in finished.stdout
 
 
-def test_fewer_bits_are_checked_and_their_cost_is_told(trained, tmp_path):
-    items = "int8"
-    folder = written(tmp_path / "export", trained, items=items)
-    finished = run_check(folder)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    described = json.loads((folder / "export.json").read_text())
-    cost = described["items"]["cost"]
-    assert set(cost) == {"float32", items}
-    # The programs with all bits are measured anew, as the run was.
-    recorded = described["results"]["test"]
-    for name, number in cost["float32"].items():
-        assert number == pytest.approx(recorded[name], abs=1e-5)
-        assert abs(cost[items][name] - number) < 0.1
-    assert f"Item embeddings are kept as {items}." in (folder / "README.md").read_text()
-
-
 def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     swept = world.sweep()
     name = "aux-weight1.0-seed1"
@@ -271,25 +255,21 @@ def finds_fault(message, *arguments, **options):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}")]
 
 
-def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path):
+def test_bad_input_gives_one_line_and_leaves_nothing(trained, tmp_path):
     out = tmp_path / "out"
     finds_fault("no run at .*nowhere: it holds no config.json", tmp_path / "nowhere", out)
     finds_fault("holds one ranker, and no 'aux'; leave --member out", trained, out, "aux")
     finds_fault(
         "--serve='best' does not exist; choose one of: blend, teac", trained, out, "", "best"
     )
-    finds_fault("--items='int4' does not exist", trained, out, items="int4")
     with pytest.raises(
         UserError, match="--formats='tflite' does not exist; choose one of: jax, on"
     ):
         api.export(trained, out, formats=("tflite",))
     finished = open_finished(trained)
     finished.config.student.compute_dtype = "bfloat16"
-    exporting._check_choices(finished, "int8", ("jax",))
     with pytest.raises(UserError, match="compute_dtype='bfloat16': the converter to ONNX"):
-        exporting._check_choices(finished, "int8", ("jax", "onnx"))
-    message = "--items='int8': this teacher is one program, which has no item embeddings"
-    finds_fault(message, world.teacher, out, items="int8")
+        exporting.export_ranker(finished, trained, out, ("jax", "onnx"))
     shutil.copytree(trained, unfinished := tmp_path / "unfinished")
     (unfinished / manifest.FILE).unlink()
     finds_fault("is not finished; finish it with: python -m experiments.train", unfinished, out)

@@ -98,12 +98,10 @@ def write_sweep(
     unknown = {} if true_values else {name: math.nan for name in columns if "true_value" in name}
     written = [row | unknown for row in (*rows, *students)]
     environment = {"python": "3.11.7", "packages": {"flax": "0.12.8", "jax": "0.10.2"}}
-    tested = {(row["member"], row["serve"]): row for row in students if row["split"] == "test"}
     files = {
         "config.json": config.to_json(indent=2, sort_keys=True),
         "environment.json": json.dumps(environment),
         "results.csv": results.to_csv(written, columns),
-        "calibration.csv": pd.concat([pd.DataFrame(), *map(_bins, tested)]).to_csv(index=False),
     }
     of_requests = results.request_files(results.Kept(_ks(), each), TASKS)
     files |= {f"{OF_TEST}/{name}": content for name, content in of_requests.items()}
@@ -131,11 +129,11 @@ def change(workdir: Path, change_rows: Callable[[pd.DataFrame], pd.DataFrame]) -
 
 
 @contextlib.contextmanager
-def without_pictures(*, with_panels: bool = False) -> Iterator[None]:
+def without_pictures(*, with_charts: bool = False) -> Iterator[None]:
     """Leave out a report's pictures, which take most of its time; `test_charts` draws them."""
     replaced = [(charts, "files", dict.fromkeys(charts.FORMATS, b""))]
-    if not with_panels:
-        replaced += [(charts, "page_panels", []), (vl_convert, "javascript_bundle", "")]
+    if not with_charts:
+        replaced += [(charts, "page_chart", ""), (vl_convert, "javascript_bundle", "")]
     with contextlib.ExitStack() as patches:
         for module, name, value in replaced:
             patches.enter_context(mock.patch.object(module, name, return_value=value))
@@ -285,18 +283,6 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
     return Each(single, curves | dict.fromkeys(("positives_kept", "positives_shown"), positives))
 
 
-def _bins(ranker: tuple[str, str]) -> pd.DataFrame:
-    """The bins of `calibration.csv` of a member and serving choice."""
-    generator = np.random.default_rng([*"".join(ranker).encode()])
-    predicted, weight = np.linspace(0.03, 0.6, 10), 4000 * np.exp(-np.arange(10) / 3)
-    tables = [
-        pd.DataFrame({"task": task, "bin": range(10), "weight": weight, "predicted": predicted})
-        .assign(observed=predicted + generator.uniform(0, 0.01, 10))
-        for task in TASKS
-    ]  # fmt: skip
-    return pd.concat(tables).assign(member=ranker[0], serve=ranker[1])
-
-
 def write_rows(
     workdir: Path, rows: Sequence[dict], passed: int = 30, retrieved: int = 2000
 ) -> Path:
@@ -349,7 +335,6 @@ def write_rows(
         full.append(line)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json())
-    (workdir / results.CALIBRATION_FILE).write_text("member\n")
     pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
     return finish(workdir)
 

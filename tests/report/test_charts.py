@@ -1,4 +1,4 @@
-"""The figures as they are drawn: in files, and as panels of the page."""
+"""The figures as they are drawn: in files, and on the page."""
 
 import json
 import re
@@ -12,11 +12,6 @@ import vl_convert
 from kd_ranker.report import charts, figures
 
 SVG = "{http://www.w3.org/2000/svg}"
-PANELS = {
-    "waterfall": 1, "frontier": 1, "plane": 1, "value_captured": 1, "true_value_captured": 1,
-    "saving": 1, "survival": 1, "pareto": 1, "calibration": 3,
-}  # fmt: skip
-WIDE = ("frontier", "pareto", "saving", "value_captured", "true_value_captured", "survival")
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +24,10 @@ def files(drawn):
     return {name: charts.files(figure) for name, figure in drawn.items()}
 
 
-def panels_of(figure):
-    return [json.loads(panel) for panel in charts.page_panels(figure)]
-
-
 def look_of(figure, channel="color"):
-    """The color of each line in the first panel, or its dash, by its name without a number."""
-    panel = panels_of(figure)[0]
-    encoding = panel["encoding"] if channel == "color" else panel["layer"][0]["encoding"]
+    """The color of each line, or its dash, by its name without a number."""
+    chart = json.loads(charts.page_chart(figure))
+    encoding = chart["encoding"] if channel == "color" else chart["layer"][0]["encoding"]
     scale = encoding[channel]["scale"]
     names = [re.sub(r": [\d.]+%?$", "", name) for name in scale["domain"]]
     return dict(zip(names, scale["range"], strict=True))
@@ -53,19 +44,18 @@ def marks_of(svg, kind):
 
 
 def test_every_figure_is_drawn_in_every_format_without_a_date(drawn, files):
-    assert list(files) == list(PANELS)
+    assert set(files) == set(figures.ENTRIES) - {"covered_user_value"}
     for name, of_figure in files.items():
         assert list(of_figure) == list(charts.FORMATS)
         for ending, start in (("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
             assert of_figure[ending].startswith(start)
         assert not re.search(rb"20\d\d-\d\d-\d\d", of_figure["svg"])
         assert b"tIME" not in of_figure["png"]
-        assert len(panels_of(drawn[name])) == PANELS[name]
         root = ElementTree.fromstring(of_figure["svg"])
-        if name in WIDE:
-            # A column of a paper; that of a PNG is in its header, at 300 dots per inch.
-            assert float(root.get("width").removesuffix("pt")) == pytest.approx(3.5 * 72, abs=1)
-            assert int.from_bytes(of_figure["png"][16:20]) == pytest.approx(3.5 * 300, abs=5)
+        # A column of a paper; that of a PNG is in its header, at 300 dots per inch.
+        assert float(root.get("width").removesuffix("pt")) == pytest.approx(3.5 * 72, abs=1)
+        assert int.from_bytes(of_figure["png"][16:20]) == pytest.approx(3.5 * 300, abs=5)
+        if name != "waterfall":
             assert any(text.startswith("aux") for text in texts_of(files, name))
     assert charts.files(drawn["plane"])["png"] == files["plane"]["png"]
 
@@ -81,7 +71,7 @@ def test_vega_warns_of_nothing_and_draws_unknown_ends(drawn, capfd, monkeypatch)
         ends = data.columns[data.columns.str.endswith(("low", "high"))]
         figure = drawn[name]._replace(data=data.assign(**dict.fromkeys(ends, np.nan)))
         assert b"NaN" not in charts.files(figure)["svg"]
-        assert all("NaN" not in panel for panel in charts.page_panels(figure))
+        assert "NaN" not in charts.page_chart(figure)
     output = capfd.readouterr()
     assert "WARN" not in output.out + output.err
 
@@ -111,8 +101,8 @@ def test_marks_are_at_the_places_of_their_numbers(drawn, files):
     ],
 )
 def test_the_page_holds_the_numbers_of_the_figure(drawn, name, columns):
-    (panel,) = panels_of(drawn[name])
-    values = pd.DataFrame(panel["datasets"][panel["data"]["name"]])
+    chart = json.loads(charts.page_chart(drawn[name]))
+    values = pd.DataFrame(chart["datasets"][chart["data"]["name"]])
     np.testing.assert_allclose(values[columns], drawn[name].data[columns], atol=1e-9)
 
 
@@ -143,9 +133,9 @@ def test_every_line_has_a_separate_color(drawn):
 
 def test_with_several_sizes_a_color_is_a_size_and_a_dash_a_student_without_distillation(drawn):
     data = drawn["frontier"].data
-    students = data[data["mode"] != figures.REFERENCE]
+    students = data[data["mode"] != charts.REFERENCE]
     both = [students.assign(size=size, line=students["line"] + size) for size in (" 8", " 32")]
-    references = data[data["mode"] == figures.REFERENCE]
+    references = data[data["mode"] == charts.REFERENCE]
     figure = drawn["frontier"]._replace(data=pd.concat([*both, references], ignore_index=True))
     colors, dashes = look_of(figure), look_of(figure, "strokeDash")
     assert list(colors) == ["none 8", "aux 8", "none 32", "aux 32", "incumbent"]
@@ -162,7 +152,7 @@ def test_the_legend_names_every_line_with_the_number_of_its_crossing(drawn, file
         assert [of for of in texts_of(files, name) if ": " in of] == expected
         assert "incumbent" in expected[-1]
     data = drawn["survival"].data
-    a_list = data[data["mode"] == figures.REFERENCE].assign(line="show_rate", setting="show_rate")
+    a_list = data[data["mode"] == charts.REFERENCE].assign(line="show_rate", setting="show_rate")
     figure = drawn["survival"]._replace(data=pd.concat([data, a_list]))
     assert list(look_of(figure)) == ["none", "aux", "shared", "incumbent", "show_rate"]
     # Both are gray, so that only the dash differs.
@@ -199,4 +189,4 @@ def test_the_waterfall_has_one_bar_per_step_with_its_number(drawn, files):
 def test_a_name_cannot_end_the_script_that_holds_it(drawn):
     figure = drawn["survival"]
     data = figure.data.assign(line="</script><script>alert(1)</script>")
-    assert all("<" not in panel for panel in charts.page_panels(figure._replace(data=data)))
+    assert "<" not in charts.page_chart(figure._replace(data=data))

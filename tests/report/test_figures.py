@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_ranker.report import figures
+from kd_ranker.report import charts, figures
 from kd_ranker.report.choices import best_of_sizes, best_with_scores, cheapest
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
@@ -35,7 +35,7 @@ def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, 
     data = drawn(measure, estimates).data
     # Today's early ranker is muted.
     assert list(data["line"].unique()) == ["none", "aux", "shared", "incumbent"]
-    assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent"}
+    assert set(data.loc[data["mode"] == charts.REFERENCE, "line"]) == {"incumbent"}
     of_shared = data[data["line"] == "shared"].reset_index(drop=True)
     curve = estimates.curve("shared, weight 1", measure)
     pd.testing.assert_frame_equal(of_shared[list(curve)], curve)
@@ -52,7 +52,7 @@ def test_a_list_is_drawn_over_k_if_no_student_without_scores_needs_fewer(tmp_pat
     (study,) = read_studies([folder])
     assert study.baseline == "show_rate"
     data = drawn("value_captured", Estimates(study)).data
-    assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent", "show_rate"}
+    assert set(data.loc[data["mode"] == charts.REFERENCE, "line"]) == {"incumbent", "show_rate"}
 
 
 def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
@@ -131,19 +131,6 @@ def test_the_saving_is_that_of_each_target(estimates):
         assert tuple(shared.loc[target, ["mean", "low", "high"]]) == pytest.approx(of_table[:3])
     assert (data["target"].min(), data["target"].max()) == pytest.approx((95, 99.9))
     assert (data["low"] < data["high"]).all()
-
-
-def test_calibration_joins_repeats_by_weight(estimates):
-    study = estimates.study
-    data = drawn("calibration", estimates).data
-    assert list(data["task"].unique()) == list(sweeps.TASKS)
-    line = data.iloc[0]
-    members = study.tested[study.tested["way"] == line["line"]]
-    bins = study.calibration.merge(members[["member", "serve"]], on=["member", "serve"])
-    bins = bins[(bins["task"] == line["task"]) & (bins["bin"] == line["bin"])]
-    assert len(bins) == 3
-    assert line["weight"] == pytest.approx(bins["weight"].sum())
-    assert line["observed"] == pytest.approx(np.average(bins["observed"], weights=bins["weight"]))
 
 
 def test_where_the_truth_is_not_known_users_labels_are_drawn(tmp_path):

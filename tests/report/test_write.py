@@ -16,7 +16,6 @@ from tests.report import sweeps
 FIGURES = [
     *("waterfall", "frontier", "plane"),
     *("value_captured", "true_value_captured", "saving", "survival", "pareto"),
-    "calibration",
 ]
 TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "saving", "cost", "tuning"))]
 
@@ -104,8 +103,8 @@ NOT_KNOWN = "passed_for_99 is unknown for every student"
         ({"gain": -0.3}, None, "The scores save nothing here", "", 0),
         ({"true_values": False}, None, "By the labels of the log", "not measured", 1),
         ({"without": ("environment.json",)}, None, "needs", "holds no environment.json", 0),
-        ({}, all_frozen, NOT_KNOWN, "none-weight0.0-seed0 (step 9)", 8),
-        ({}, unknown, f"{NOT_KNOWN}, since", "check data.teacher and value_weights", 9),
+        ({}, all_frozen, NOT_KNOWN, "none-weight0.0-seed0 (step 9)", 7),
+        ({}, unknown, f"{NOT_KNOWN}, since", "check data.teacher and value_weights", 8),
         ({"frozen": ["none-weight0.0-seed1"]}, None, "needs", "none-weight0.0-seed1 (step 700)", 0),
         # Without an interval.
         ({"seeds": (0,), "without": sweeps.OF_REQUESTS}, None, "without an interval", "", 4),
@@ -144,15 +143,13 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     for name in sweeps.OF_REQUESTS:
         (tmp_path / name).unlink()
     sweeps.finish(tmp_path)
-    bins = pd.read_csv(tmp_path / "calibration.csv")
-    bins.assign(member=None).to_csv(tmp_path / "calibration.csv", index=False)
     sentence, page = report(tmp_path)
     assert "no measured student that needs none of them" in sentence
     assert "run a sweep" in sentence
     # What each request adds is kept of sweeps alone, which know the teacher as well; and there is
     # no ranker without scores to compare users with.
     assert page.count("Left out") == 6
-    assert (tmp_path / "figures" / "cascade-calibration.svg").exists()
+    assert (tmp_path / "figures" / "cascade-pareto.svg").exists()
 
 
 def test_faults_that_data_allow_accepts_are_below_the_answer(tmp_path):
@@ -183,5 +180,5 @@ def test_the_entry_point_prints_the_answers_and_the_page(tmp_path):
     assert first.startswith("cascade: ")
     assert second.startswith("movielens_100k: ")
     assert last == f"report: {output / 'report.html'}"
-    figure = output / "figures" / "cascade-calibration.pdf"
+    figure = output / "figures" / "cascade-pareto.pdf"
     assert figure.read_bytes().startswith(b"%PDF")

@@ -8,11 +8,12 @@ from jax import export
 
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.embedding.lookup import EmbeddingSpec, TableSpec
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.serving import programs, tables, write
+from kd_ranker.serving import programs, write
 from tests.random_batches import (
     SPECS,
     STUDENT,
@@ -105,11 +106,13 @@ open_formats = pytest.mark.parametrize("open_program", [as_jax, as_onnx])
 
 @open_formats
 @over_cases
-def test_programs_say_what_the_ranker_says(case, open_program):
+def test_programs_give_the_probabilities_of_the_ranker(case, open_program):
     if open_program is as_onnx:
         pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
     trained = trained_ranker(*case)
-    exported = programs.make_programs(trained, "float32")
+    exported = programs.make_programs(trained)
+    names = [program.name for program in exported.programs]
+    assert names == (["user", "item", "score"] if case[0] in STUDENTS else ["rank"])
     # Once for all, as a server opens them once.
     opened = {program.name: open_program(program) for program in exported.programs}
     for requests, candidates in ((3, 20), (1, 1), (2, 7)):
@@ -119,24 +122,22 @@ def test_programs_say_what_the_ranker_says(case, open_program):
         np.testing.assert_allclose(value, found @ np.array(WEIGHTS), rtol=1e-5)
 
 
-def test_students_fall_into_parts_and_teachers_do_not():
-    for case in CASES.values():
-        names = [of.name for of in programs.make_programs(trained_ranker(*case), "int8").programs]
-        assert names == (["user", "item", "score"] if case[0] in STUDENTS else ["rank"])
-
-
-def test_a_student_that_does_not_fall_into_parts_is_exported_whole():
+def test_a_student_without_parts_is_exported_whole():
     class Whole(MultiInterest):
         users = None
 
+        def __call__(self, batch, rows, items):
+            return jnp.zeros((*batch.item_id.shape, 6))
+
     trained = trained_ranker("multi_interest", {}, "categories")
     model, parameters = make_model(Whole, 6, STUDENT, 0, trained.spec)
-    assert not programs.falls_into_parts(trained._replace(model=model, parameters=parameters))
+    whole = programs.make_programs(trained._replace(model=model, parameters=parameters))
+    assert [program.name for program in whole.programs] == ["rank"]
 
 
 def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_nothing():
     trained = trained_ranker("multi_interest", {"history": "mean"}, "categories")
-    user, item, score = programs.make_programs(trained, "float32").programs
+    user, item, score = programs.make_programs(trained).programs
     assert {name for name, of in user.inputs.items() if "candidates" in map(str, of.shape)} == set()
     of_item = [of for name, of in item.inputs.items() if "table" not in name]
     assert {str(of.shape[0]) for of in of_item} == {"items"}
@@ -147,7 +148,7 @@ def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_
 
 def test_a_student_without_history_takes_none():
     trained = trained_ranker("two_tower", {}, "categories")
-    user = programs.make_programs(trained, "float32").programs[0]
+    user = programs.make_programs(trained).programs[0]
     assert not [name for name in user.inputs if name.startswith(("history", "item"))]
 
 
@@ -155,7 +156,7 @@ def test_a_student_without_history_takes_none():
 def test_a_new_item_has_the_embedding_of_its_program(open_program):
     """Its row goes before the last one, which stays that of unknown items."""
     trained = trained_ranker("multi_interest", {}, "categories")
-    exported = programs.make_programs(trained, "float32")
+    exported = programs.make_programs(trained)
     _, item, score = exported.programs
     held = exported.tables
     known = programs.inputs_of_items(trained, np.array([4, 9], np.int32))
@@ -175,31 +176,13 @@ def test_a_new_item_has_the_embedding_of_its_program(open_program):
     np.testing.assert_allclose(before, after, atol=1e-6)
 
 
-@pytest.mark.parametrize("item_type", tables.ITEM_TYPES)
-def test_embeddings_of_fewer_bits_are_nearly_the_same(item_type):
-    trained = trained_ranker("multi_interest", {}, "categories")
-    whole = programs.make_programs(trained, "float32").tables["item_embedding"]
-    held = programs.make_programs(trained, item_type).tables
-    assert held["item_embedding"].dtype.name == item_type
-    rows = jnp.arange(len(whole))[None]
-    (read,) = np.asarray(tables.ITEM_TYPES[item_type].unpack(held, rows))
-    bound = {
-        "float32": 0 * whole,
-        "bfloat16": np.abs(whole) * 2**-8,
-        "int8": np.abs(whole).max(axis=1, keepdims=True) / 127 / 2,
-    }[item_type]
-    assert (np.abs(read - whole) <= bound * 1.0001).all()
-    # And no better than so few bits can be.
-    assert (item_type == "float32") == (read == whole).all()
-
-
-@pytest.mark.parametrize("item_type", ["bfloat16", "int8"])
-def test_programs_of_fewer_bits_say_the_same_in_jax(item_type):
-    trained = trained_ranker("two_tower", {}, "categories")
-    exported = programs.make_programs(trained, item_type)
-    batch = batch_of(trained)
-    found, _ = run_all(exported, arrays_of(batch), as_jax)
-    np.testing.assert_allclose(found, expected(trained, batch), atol=5e-3)
+def test_an_untrained_row_and_the_last_one_are_the_reserved_row():
+    spec = EmbeddingSpec(2, {"user": TableSpec(3, hashed=False)}, {})
+    # Two numbers of an embedding, the number of updates, a slot of the optimiser.
+    trained = np.zeros((8, 4), np.float32)
+    trained[:4] = [[1, 2, 5, 9], [3, 4, 0, 9], [5, 6, 1, 9], [7, 8, 0, 9]]
+    served = programs.served_tables(spec, {"user": jnp.asarray(trained)})
+    assert served["user_table"].tolist() == [[1, 2], [7, 8], [5, 6], [7, 8]]
 
 
 def test_what_onnx_lacks_is_named():
@@ -211,7 +194,7 @@ def test_what_onnx_lacks_is_named():
 
     described = programs.typed(("requests", 3), np.float32)
     program = programs.Program("user", lacking, {"x": described}, {"y": described})
-    with pytest.raises(UserError, match=r"program 'user' cannot .* 'pure_callback'; name"):
+    with pytest.raises(UserError, match=r"program 'user' cannot .* 'pure_callback'; use only"):
         write.to_onnx(program)
 
 
@@ -229,7 +212,7 @@ def test_the_converter_leaves_jax_as_it_was():
     trained = trained_ranker("final_ranker", {}, "categories")
     batch = batch_of(trained)
     before = expected(trained, batch)
-    (program,) = programs.make_programs(trained, "float32").programs
+    (program,) = programs.make_programs(trained).programs
     write.to_onnx(program)
     jax.clear_caches()
     assert (expected(trained, batch) == before).all()
