@@ -73,46 +73,31 @@ def history_means(parameters, batch, items, spec):
 
 
 def users_and_items(parameters, batch, items, spec):
-    """The inputs of both towers, one request and one candidate at a time."""
+    """The inputs of the user tower, and the items, one request and one candidate at a time."""
     tables = embedding_tables(parameters, STUDENT.width)
-    categories = tables.get("category", np.zeros((0, STUDENT.width)))
-    users = np.stack(
-        [
-            np.concatenate(
-                [
-                    tables["user"][user],
-                    features,
-                    context,
-                    *category_means(categories, spec, "request", ids),
-                ]
-            )
-            for user, features, context, ids in zip(
-                batch.user_id,
-                batch.user_features,
-                batch.context,
-                batch.request_category,
-                strict=True,
-            )
-        ]
-    )
+
+    def means(of, ids):
+        return category_means(tables.get("category"), spec, of, ids)
+
+    users = [
+        np.concatenate([tables["user"][user], features, context, *means("request", ids)])
+        for user, features, context, ids in zip(
+            batch.user_id, batch.user_features, batch.context, batch.request_category, strict=True
+        )
+    ]
     if "history" in parameters.dense:
         pooled = history_means(parameters, batch, items, spec)
         users = np.concatenate([users, pooled], axis=1)
     kernel, bias = dense(parameters.dense["item"]["features"])
     item = np.zeros((*batch.item_id.shape, STUDENT.width))
-    for request in range(batch.item_id.shape[0]):
-        for candidate in range(batch.item_id.shape[1]):
-            item_id = batch.item_id[request, candidate]
-            cheap = items.features[item_id, : spec.cheap_item_features]
-            known = np.concatenate([cheap, batch.candidate_features[request, candidate]])
-            item[request, candidate] = tables["item"][item_id] + known @ kernel + bias
-            own = batch.candidate_category[request, candidate]
-            for mean in (
-                *category_means(categories, spec, "item", items.category[item_id]),
-                *category_means(categories, spec, "candidate", own),
-            ):
-                item[request, candidate] += mean
-    return users, item
+    for at in np.ndindex(batch.item_id.shape):
+        item_id = batch.item_id[at]
+        cheap = items.features[item_id, : spec.cheap_item_features]
+        known = np.concatenate([cheap, batch.candidate_features[at]])
+        own = means("item", items.category[item_id])
+        own += means("candidate", batch.candidate_category[at])
+        item[at] = tables["item"][item_id] + known @ kernel + bias + sum(own)
+    return np.array(users), item
 
 
 @pytest.mark.parametrize(
@@ -124,20 +109,17 @@ def test_multi_interest_is_the_formula(mode, history, spec):
     heads = MODES[mode].heads_per_task * len(SPEC.tasks)
     model, parameters = make_model(MultiInterest, heads, student(history), spec=spec)
     batch, items = random_batch(0, spec=spec), random_items(spec=spec)
-    requests, candidates = batch.item_id.shape
     batch.history_mask[0] = False
     users, item = users_and_items(parameters, batch, items, spec)
-    users = mlp(parameters.dense["user"]["layers"], users).reshape(
-        requests, STUDENT.interests, STUDENT.width
-    )
+    users = mlp(parameters.dense["user"]["layers"], users)
+    users = users.reshape(-1, STUDENT.interests, STUDENT.width)
     kernel, bias = dense(parameters.dense["heads"])
-    expected = np.zeros((requests, candidates, heads))
-    for request in range(requests):
-        for candidate in range(candidates):
-            match = users[request] @ item[request, candidate]
-            combined = softmax(match) @ users[request]
-            joined = np.concatenate([combined, item[request, candidate], match])
-            expected[request, candidate] = joined @ kernel + bias
+    expected = np.zeros((*batch.item_id.shape, heads))
+    for request, candidate in np.ndindex(batch.item_id.shape):
+        match = users[request] @ item[request, candidate]
+        combined = softmax(match) @ users[request]
+        joined = np.concatenate([combined, item[request, candidate], match])
+        expected[request, candidate] = joined @ kernel + bias
 
     logits = logits_of(model, parameters, batch, items)
     np.testing.assert_allclose(logits, expected, atol=2e-5)

@@ -22,26 +22,34 @@ def test_final_ranker_is_the_formula():
     batch, items = random_batch(0, spec=spec), random_items(spec=spec)
     layers, tables = parameters.dense, embedding_tables(parameters, TEACHER.width)
 
-    def means(of, ids):
-        return category_means(tables["category"], spec, of, ids)
+    def encoded(layer, item, own, *more):
+        """The row of an item and its categories, plus a map of known features; and these."""
+        known = np.concatenate([items.features[item], own])
+        kernel, bias = dense(layers[layer]["features"])
+        means = category_means(tables["category"], spec, "item", items.category[item])
+        return sum([*means, *more], start=tables["item"][item]) + known @ kernel + bias, known
 
     expected = np.zeros((*batch.item_id.shape, HEADS))
-    for request in range(batch.item_id.shape[0]):
-        events = []
-        for position in np.flatnonzero(batch.history_mask[request]):
-            item = batch.history_id[request, position]
-            kernel, bias = dense(layers["event"]["features"])
-            history = batch.history_features[request, position]
-            known = np.concatenate([items.features[item], history])
-            row = sum(means("item", items.category[item]), start=tables["item"][item])
-            events.append(row + known @ kernel + bias)
+    for request in range(len(expected)):
+        events = [
+            encoded("event", batch.history_id[request, at], batch.history_features[request, at])[0]
+            for at in np.flatnonzero(batch.history_mask[request])
+        ]
+        of_request = batch.request_category[request]
+        seen = sum(events, start=np.zeros(TEACHER.width)) / spec.history_length
+        known_of_user = [
+            tables["user"][batch.user_id[request]],
+            batch.user_features[request],
+            batch.context[request],
+            *category_means(tables["category"], spec, "request", of_request),
+            seen,
+        ]
         for candidate, item in enumerate(batch.item_id[request]):
-            own = batch.candidate_features[request, candidate]
-            known = np.concatenate([items.features[item], own])
-            kernel, bias = dense(layers["item"]["features"])
-            row = sum(means("item", items.category[item]), start=tables["item"][item])
-            row = sum(means("candidate", batch.candidate_category[request, candidate]), start=row)
-            vector = row + known @ kernel + bias
+            own = batch.candidate_category[request, candidate]
+            vector, known = encoded(
+                *("item", item, batch.candidate_features[request, candidate]),
+                *category_means(tables["category"], spec, "candidate", own),
+            )
             attended, matches = np.zeros(TEACHER.width), np.zeros(TEACHER.attention_hidden)
             for event in events:
                 attention = layers["attention"]
@@ -53,23 +61,8 @@ def test_final_ranker_is_the_formula():
                 hidden = np.maximum(hidden, 0) / spec.history_length
                 matches += hidden
                 attended += (hidden @ kernel + bias / spec.history_length)[0] * event
-            seen = (
-                np.sum(events, axis=0) / spec.history_length if events else np.zeros(TEACHER.width)
-            )
-            joined = np.concatenate(
-                [
-                    tables["user"][batch.user_id[request]],
-                    batch.user_features[request],
-                    batch.context[request],
-                    *means("request", batch.request_category[request]),
-                    seen,
-                    vector,
-                    known,
-                    attended,
-                    attended * vector,
-                    matches,
-                ]
-            )
+            of_candidate = [vector, known, attended, attended * vector, matches]
+            joined = np.concatenate([*known_of_user, *of_candidate])
             crossed = joined
             for index in range(TEACHER.cross_layers):
                 kernel, bias = dense(layers["crosses"][index]["linear"])
@@ -81,8 +74,6 @@ def test_final_ranker_is_the_formula():
             kernel, bias = dense(mixture["gates"])
             gates = softmax((crossed @ kernel + bias).reshape(HEADS, TEACHER.experts), axis=-1)
             towers, offset = np.asarray(mixture["towers"][...]), np.asarray(mixture["offset"][...])
-            for head in range(HEADS):
-                expected[request, candidate, head] = towers[head] @ (gates[head] @ outputs)
-            expected[request, candidate] += offset
+            expected[request, candidate] = ((gates @ outputs) * towers).sum(axis=1) + offset
 
     np.testing.assert_allclose(logits_of(model, parameters, batch, items), expected, atol=1e-4)
