@@ -72,7 +72,7 @@ def row_numbers(first: tuple[Any, Any], draw: Draw) -> Draw:
     xp = requests.__array_namespace__()
 
     def numbers(first: Int[Array, "n"], place: Int[Array, "*R N"]) -> Int[Array, "*R N"]:
-        return xp.where(place >= 0, first[requests][..., None] + place, 0)
+        return xp.where(place >= 0, _at(first, requests)[..., None] + place, 0)
 
     rows = Parts(requests, numbers(first[0], candidates), numbers(first[1], labels))
     return draw._replace(rows=rows)
@@ -91,13 +91,13 @@ def gather(data: Parts, draw: Draw) -> Draw:
     Returns:
       The draw, with the rows as int32 [*R, Q], [*R, N, C] and [*R, labelled, L].
     """
+    return draw._replace(rows=Parts(*map(_at, data, draw.rows)))
 
-    def read(rows: Int[Array, "n W"], which: Int[Array, "*shape"]) -> Int[Array, "*shape W"]:
-        if isinstance(rows, jax.Array):
-            return rows.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)
-        return rows[which]
 
-    return draw._replace(rows=Parts(*map(read, data, draw.rows)))
+def _at(rows: Int[Array, "n ..."], which: Int[Array, "*shape"]) -> Int[Array, "..."]:
+    if isinstance(rows, jax.Array):
+        return rows.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return rows[which]
 
 
 def read(columns: Columns, draw: Draw) -> Draw:
