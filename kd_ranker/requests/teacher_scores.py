@@ -7,52 +7,44 @@ The requests themselves stay where they are.
 """
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
 from kd_ranker import manifest
-from kd_ranker.batch import Stage
+from kd_ranker.batch import FeatureSpec, Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Rows
 from kd_ranker.requests.packing import Span
-from kd_ranker.requests.ragged import runs, starts_of
+from kd_ranker.requests.ragged import starts_of
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS
 
 _FIELD = "teacher_probability"
 
 
-def write_column(
-    folder: Path,
-    split: str,
-    columns: Columns,
-    scored: Int[np.ndarray, "n"],
-    parts: Iterable[Float32[np.ndarray, "_ T"]],
-) -> None:
-    """Write the column of a split.
+def open_column(folder: Path, split: str, columns: Columns, spec: FeatureSpec) -> np.memmap:
+    """Open the column of a split to write to it; without a file, it is new and NaN everywhere.
 
     Args:
-      folder: to write to.
+      folder: of the column.
       split: one of `SPLITS`.
       columns: its requests.
-      scored: the number of leading candidates of each request that have probabilities.
-      parts: the probabilities of these candidates, in the order of requests.
+      spec: the sizes of their features.
+
+    Returns:
+      float32 [1 + candidates, T]; the candidates of a request begin at its row of `first_rows`.
     """
-    parts = iter(parts)
-    first = next(parts)
-    retrieved = columns.counts.retrieved
-    shape = (1 + int(retrieved.sum()), first.shape[1])
-    column = np.lib.format.open_memmap(_path(folder, split), "w+", np.float32, shape)
-    column[:] = np.nan
-    places = runs(_first(retrieved), scored)
-    start = 0
-    for part in (first, *parts):
-        column[places[start : start + len(part)]] = part
-        start += len(part)
-    column.flush()
+    path = _path(folder, split)
+    if not path.exists():
+        shape = (1 + int(columns.counts.retrieved.sum()), len(spec.tasks))
+        unfinished = path.with_name(f".{path.name}")
+        column = np.lib.format.open_memmap(unfinished, "w+", np.float32, shape)
+        column[:] = np.nan
+        column.flush()
+        unfinished.replace(path)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def with_column(
@@ -86,7 +78,7 @@ def with_column(
         counts = dataset.columns[split].counts
         values = np.asarray(np.load(_path(folder, split), mmap_mode="r")).view(np.int32)
         span = Span(_FIELD, 0, values.shape[1:], "float32")
-        column = Rows(values, (span,), _first(counts.retrieved))
+        column = Rows(values, (span,), first_rows(dataset.columns[split]))
         candidates = dataset.columns[split].candidates.without([_FIELD]).with_column(column)
         scored = counts.reached(stage if split == "train" else Stage.RETRIEVED)
         columns[split] = dataclasses.replace(
@@ -102,9 +94,9 @@ def with_column(
     )
 
 
-def _first(retrieved: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """Return the row of the first candidate of each request."""
-    return 1 + starts_of(retrieved)[:-1]
+def first_rows(columns: Columns) -> Int[np.ndarray, "n"]:
+    """Return the row of the first candidate of each request in a column."""
+    return 1 + starts_of(columns.counts.retrieved)[:-1]
 
 
 def _path(folder: Path, split: str) -> Path:

@@ -29,8 +29,7 @@ from kd_ranker.serving.programs import (
     fields_of,
     inputs_of_items,
 )
-from kd_ranker.sources.logs.encode import TRANSFORMS
-from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
+from kd_ranker.sources.logs.vocabulary import TRANSFORMS, VOCABULARIES_FOLDER
 
 DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (
     "export.json",

@@ -69,24 +69,25 @@ def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[P
     ]
 
 
-def read_piece(
-    folder: Path, piece: Piece, columns: Sequence[str] | None = None
-) -> tuple[pa.Table, pa.Table]:
-    """Return the requests and the candidates of a piece, of these the given columns."""
+def read_piece(folder: Path, piece: Piece) -> tuple[pa.Table, pa.Table]:
+    """Return the requests and the candidates of a piece."""
     return (
-        _read(folder, _REQUESTS, *piece.requests, None),
-        _read(folder, _CANDIDATES, *piece.candidates, columns),
+        _read(folder, _REQUESTS, *piece.requests),
+        _read(folder, _CANDIDATES, *piece.candidates),
     )
 
 
-def _read(
-    folder: Path, name: str, start: int, stop: int, columns: Sequence[str] | None
-) -> pa.Table:
+def read_requests(folder: Path, piece: Piece) -> pa.Table:
+    """Return the `request` id and the number of the first `file` of each request of a piece."""
+    return _read(folder, _REQUESTS, *piece.requests, columns=("request", "file"))
+
+
+def _read(folder: Path, name: str, start: int, stop: int, columns: Sequence[str] = ()) -> pa.Table:
     starts = np.load(folder / f"{name}.npy")
     first = int(np.searchsorted(starts, start, side="right")) - 1
     with pa.memory_map(str(folder / f"{name}.arrow")) as file:
         reader = pa.ipc.open_file(file)
         numbers = range(first, int(np.searchsorted(starts, stop)))
         rows = pa.Table.from_batches([reader.get_batch(number) for number in numbers])
-    rows = rows.select(columns) if columns else rows
+    rows = rows.select(columns or rows.column_names)
     return rows.slice(start - int(starts[first]), stop - start).combine_chunks()

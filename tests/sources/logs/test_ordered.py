@@ -19,7 +19,14 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
     monkeypatch.setattr(ordered, "PIECE", 10)
     split, size = np.array([0] * 9 + [1] * 2 + [2] * 4), np.arange(3, 18)
     number = np.repeat(np.arange(15), size)
-    requests = pa.table({"number": np.arange(15), "ids": [[n] * (n % 3) for n in range(15)]})
+    requests = pa.table(
+        {
+            "request": range(15),
+            "file": [0] * 15,
+            "number": range(15),
+            "ids": [[n] * (n % 3) for n in range(15)],
+        }
+    )
     candidates = pa.table({"number": number, "item": [f"item {n}" for n in range(len(number))]})
     streams = {"request_fields": (requests, [1, 10, 4]), "candidate_fields": (candidates, [7] * 21)}
     streams["candidate_fields"][1].append(len(number) - 7 * 21)
@@ -37,5 +44,5 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
         numbers = of_requests["number"].to_pylist()
         assert {*of_candidates["number"].to_pylist()} == {*numbers}
         assert {ordered.SPLITS[split[n]] for n in numbers} == {piece.split}
-    only = ordered.read_piece(tmp_path, pieces[3], ["number"])[1]
-    assert only.equals(read[3][1].select(["number"]))
+    only = ordered.read_requests(tmp_path, pieces[3])
+    assert only.equals(read[3][0].select(["request", "file"]))
