@@ -59,7 +59,8 @@ def value(
     A product and a sum, not a matrix product: accelerators may round the inputs of the latter to
     fewer bits, which would make ties out of candidates that differ.
     """
-    return jnp.where(value_weights > 0, probability * value_weights, 0.0).sum(axis=-1)
+    xp = probability.__array_namespace__()
+    return xp.where(value_weights > 0, probability * value_weights, 0.0).sum(axis=-1)
 
 
 def funnel_curves(

@@ -27,12 +27,12 @@ import itertools
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 from tqdm import tqdm
 
 from kd_ranker import manifest
@@ -42,7 +42,7 @@ from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows, Span, columns_of_block, slices
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, write_index
-from kd_ranker.requests.request import SPLITS, Block, Source, blocks_of, runs, starts_of
+from kd_ranker.requests.request import SPLITS, Block, Source, blocks_of, starts_of
 from kd_ranker.requests.row_files import Flat
 
 FORMAT_VERSION = "2.0.0"
@@ -265,34 +265,32 @@ def _remedy(directory: Path, made_by: str) -> str:
     return f"remove the folder {directory} and make it again with: {made_by}"
 
 
-def write_column(
-    folder: Path,
-    split: str,
-    columns: Columns,
-    scored: Int[np.ndarray, "n"],
-    parts: Iterable[Float32[np.ndarray, "_ T"]],
-) -> None:
-    """Write a teacher's probabilities for a split.
+def open_column(folder: Path, split: str, columns: Columns, spec: FeatureSpec) -> np.memmap:
+    """Open the column of a split to write to it; without a file, it is new and NaN everywhere.
 
     Args:
-      folder: to write to.
+      folder: of the column.
       split: one of `SPLITS`.
       columns: its requests.
-      scored: the number of leading candidates of each request that have probabilities.
-      parts: the probabilities of these candidates, in the order of requests.
+      spec: the sizes of their features.
+
+    Returns:
+      float32 [1 + candidates, T]; the candidates of a request begin at its row of `first_rows`.
     """
-    parts = iter(parts)
-    first = next(parts)
-    starts = 1 + starts_of(columns.counts.retrieved)
-    shape = (int(starts[-1]), first.shape[1])
-    column = np.lib.format.open_memmap(_column_path(folder, split), "w+", np.float32, shape)
-    column[:] = np.nan
-    places = runs(starts[:-1], scored)
-    start = 0
-    for part in (first, *parts):
-        column[places[start : start + len(part)]] = part
-        start += len(part)
-    column.flush()
+    path = _column_path(folder, split)
+    if not path.exists():
+        shape = (1 + int(columns.counts.retrieved.sum()), len(spec.tasks))
+        unfinished = path.with_name(f".{path.name}")
+        column = np.lib.format.open_memmap(unfinished, "w+", np.float32, shape)
+        column[:] = np.nan
+        column.flush()
+        unfinished.replace(path)
+    return np.lib.format.open_memmap(path, "r+")
+
+
+def first_rows(columns: Columns) -> Int[np.ndarray, "n"]:
+    """Return the row of the first candidate of each request in a column."""
+    return 1 + starts_of(columns.counts.retrieved)[:-1]
 
 
 def with_column(
@@ -325,7 +323,7 @@ def with_column(
     for split, of in dataset.columns.items():
         values = np.asarray(np.load(_column_path(folder, split), mmap_mode="r")).view(np.int32)
         span = Span("teacher_probability", 0, values.shape[1:], "float32")
-        column = Rows(values, (span,), 1 + starts_of(of.counts.retrieved)[:-1])
+        column = Rows(values, (span,), first_rows(of))
         scored = of.counts.reached(stage if split == "train" else Stage.RETRIEVED)
         columns[split] = dataclasses.replace(
             of,

@@ -31,8 +31,7 @@ from kd_ranker.serving.programs import (
     inputs_of_items,
     name_of,
 )
-from kd_ranker.sources.logs.encode import TRANSFORMS
-from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
+from kd_ranker.sources.logs.vocabulary import TRANSFORMS, VOCABULARIES_FOLDER
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _EXAMPLE_ITEMS = 32

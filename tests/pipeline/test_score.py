@@ -23,7 +23,7 @@ from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
-from kd_ranker.sources.logs.vocabulary import settled_by
+from kd_ranker.sources.logs.vocabulary import read_vocabulary
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -67,17 +67,10 @@ def make_world(folder: Path) -> World:
                 candidate.update(score=float("nan"), source="", duration=None, tags=[None])
     rows[-1].candidates = rows[-1].candidates[:1]
     log = write_log(folder / "log", rows, files=2, shuffle=1)
-    config = faulty_logs.config(log, folder / "datasets")
-    config.parallel.devices = 1
-    config.batch.requests, config.batch.candidates = 8, 12
+    config = faulty_logs.made_small(faulty_logs.config(log, folder / "datasets"), steps=6)
     config.teacher.batch.update(requests=8, candidates=12)
-    for train in (config.train, config.teacher.train):
-        train.update(steps=6, log_every=3, checkpoint_every=6, eval_every=0)
-    config.student.update(width=4, interests=2, hidden=(8,))
-    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
     config.teacher.source, config.teacher.stage = "live", "retrieved"
     config.teacher.workdir = str(folder / "teacher")
-    config.evaluation.requests = 8
     config.sweep.update(modes=("none",), seeds=(0, 1))
     config.funnel.policies = ("threshold",)
     api.prepare(config)
@@ -108,6 +101,19 @@ def config_for(world: World, workdir: str, log: Path, **changes: Any) -> ConfigD
     return config
 
 
+@pytest.fixture
+def score(world, tmp_path):
+    """A function that writes rows as a log and scores it by a run of the world."""
+
+    def score(workdir: str, rows: list[Row], **options: Any) -> tuple[Scores, list[str]]:
+        config = config_for(world, workdir, write_raw(tmp_path / "log", rows, **options))
+        folder = world.folder / workdir
+        scored, lines = scoring.score_unseen(config, folder, output=tmp_path / "out")
+        return scores_in(scored), lines
+
+    return score
+
+
 def scores_in(scored: scoring.Scored) -> Scores:
     """(request, item), both as in the log -> its probabilities and its value."""
     table = pa.concat_tables(pq.read_table(path) for path in scored.directory.rglob("*.parquet"))
@@ -117,11 +123,16 @@ def scores_in(scored: scoring.Scored) -> Scores:
     return {(request, item): numbers for request, item, *numbers, _ in rows}
 
 
+def ids_in(dataset: Any, name: str) -> dict[Any, int]:
+    """Value of the log -> its id."""
+    table = read_vocabulary(dataset.directory, name).to_pydict()
+    return dict(zip(table["value"], table["id"], strict=True))
+
+
 def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
     """Request as in the log -> the request of the dataset, and its items as in the log."""
     dataset = datasets.dataset_of(world.config)
-    table = pq.read_table(dataset.directory / "vocabularies/item.parquet").to_pydict()
-    items = dict(zip(table["id"], table["value"], strict=True))
+    items = {id_: value for value, id_ in ids_in(dataset, "item").items()}
     name = {row.of_request["time"]: row.of_request["request_id"] for row in world.rows}
     return {
         name[request.time]: (request, [items[item] for item in request.item_id.tolist()])
@@ -172,7 +183,7 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
     assert len(logged) == sum(len(row.candidates) for row in world.rows)
 
 
-def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path):
+def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path, score):
     """A server that knows the folder alone makes the inputs from the columns of the log."""
     workdir, folder = world.folder / "student", tmp_path / "export"
     api.export(workdir, folder, formats=("jax",))
@@ -194,12 +205,10 @@ def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_p
             of = [*answers["probability"][place, number], answers["value"][place, number]]
             found[row.of_request["request_id"], candidate["item_id"]] = of
     assert_close(found, served(world, *student_of(world, workdir), "blend"))
-    config = config_for(world, "student", write_raw(tmp_path / "log", world.tested))
-    scored, _ = scoring.score_unseen(config, workdir, output=tmp_path / "out")
-    assert_close(found, scores_in(scored))
+    assert_close(found, score("student", world.tested)[0])
 
 
-def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_path):
+def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, score):
     rows = copy.deepcopy(world.tested)
     users = {rows[0].of_request["user_id"], "user-1"}
     for row in rows:
@@ -208,23 +217,18 @@ def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_pat
         for candidate in row.candidates:
             if candidate["item_id"] == ITEM:
                 candidate["item_id"] = "new"
-    workdir = world.folder / "student"
-    config = config_for(world, "student", write_raw(tmp_path / "log", rows))
-    scored, lines = scoring.score_unseen(config, workdir, output=tmp_path / "out")
-    found = scores_in(scored)
+    found, lines = score("student", rows)
     # As if their own rows held what the reserved ones hold.
-    serve, parameters = student_of(world, workdir)
+    serve, parameters = student_of(world, world.folder / "student")
     dataset = datasets.dataset_of(world.config)
     tables = dict(parameters.tables)
     for name, values, size in (
         ("user", users, dataset.spec.num_users),
         ("item", {ITEM}, dataset.spec.num_items),
     ):
-        table = pq.read_table(dataset.directory / f"vocabularies/{name}.parquet").to_pydict()
-        ids = [id_ for value, id_ in zip(*table.values(), strict=True) if value in values]
+        ids = [ids_in(dataset, name)[value] for value in values]
         width = world.config.student.width
         of_reserved = tables[name][size, :width]
-        assert len(ids) == len(values)
         tables[name] = np.array(tables[name])
         tables[name][ids, :width] = of_reserved
     expected = served(world, serve, parameters.replace(tables=tables), "blend")
@@ -247,7 +251,7 @@ def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_pat
     ]
 
 
-def test_a_known_item_has_the_features_that_the_log_gives_it(world, tmp_path):
+def test_a_known_item_has_the_features_that_the_log_gives_it(world, score):
     rows = copy.deepcopy(world.tested)
     last = {of["item_id"]: of for row in rows for of in row.candidates}
     one, other = "item-5", "item-6"
@@ -256,18 +260,15 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, tmp_path):
         for candidate in row.candidates:
             if candidate["item_id"] == one:
                 candidate.update(features)
-    workdir = world.folder / "student"
-    config = config_for(world, "student", write_raw(tmp_path / "log", rows))
-    scored, _ = scoring.score_unseen(config, workdir, output=tmp_path / "out")
     dataset = datasets.dataset_of(world.config)
-    table = pq.read_table(dataset.directory / "vocabularies/item.parquet").to_pydict()
-    id_of = dict(zip(table["value"], table["id"], strict=True))
+    id_of = ids_in(dataset, "item")
     features, category = dataset.item_features.copy(), dataset.item_category.copy()
     for of in (features, category):
         assert of[id_of[one]].tolist() != of[id_of[other]].tolist()
         of[id_of[one]] = of[id_of[other]]
-    expected = served(world, *student_of(world, workdir), "blend", Items(features, category))
-    assert_close(scores_in(scored), expected)
+    student = student_of(world, world.folder / "student")
+    expected = served(world, *student, "blend", Items(features, category))
+    assert_close(score("student", rows)[0], expected)
 
 
 def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
@@ -275,38 +276,33 @@ def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
     rows = make_rows(2, requests=20, texts=True)
     rows[-1].of_request["user_id"] = "late"
     config = faulty_logs.config(write_log(tmp_path / "log", rows), tmp_path / "datasets")
-    directory = api.prepare(config).directory
+    api.prepare(config)
     layout = faulty_logs.layout(config)
-    spec = datasets.dataset_of(config).spec
-    settled = settled_by(layout, spec, directory)
     log, own = unseen.open_unseen(layout, layout)
-    (tmp_path / "read").mkdir()
-    items = datasets.dataset_of(config).items
-    unseen.read_unseen(log, own, settled, items, tmp_path / "read")
-    found = unseen.load_unseen(tmp_path / "read").counted
+    dataset = datasets.dataset_of(config)
+    new = unseen.read_unseen(log, own, layout, dataset, tmp_path / "read").counts["new"]
     in_train = rows[: 20 - round(0.4 * 20)]
     users = {row.of_request["user_id"] for row in in_train}
     known = {of["item_id"] for row in in_train for of in row.candidates}
     of_new = [len(row.candidates) for row in rows if row.of_request["user_id"] not in users]
-    assert found.new["user"] == sum(of_new) >= len(rows[-1].candidates)
+    assert new["user"] == sum(of_new) >= len(rows[-1].candidates)
     number = sum(of["item_id"] not in known for row in rows for of in row.candidates)
-    assert found.new["item"] == number > 0
+    assert new["item"] == number > 0
 
 
-def test_what_cannot_be_scored_is_absent_and_counted(world, tmp_path):
+def test_what_cannot_be_scored_is_absent_and_counted(world, score):
     rows = copy.deepcopy(world.tested)
     rows[0].of_request["user_id"] = None
     rows[1].candidates[1]["item_id"] = None
     rows[2].candidates.append(dict(rows[2].candidates[0]))
     lost = len(rows[0].candidates)
-    config = config_for(world, "teacher", write_raw(tmp_path / "log", rows))
-    scored, lines = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
+    found, lines = score("teacher", rows)
     expected = {
         (row.of_request["request_id"], of["item_id"]) for row in rows for of in row.candidates
     }
     absent = {(rows[0].of_request["request_id"], of["item_id"]) for of in rows[0].candidates}
     absent.add((rows[1].of_request["request_id"], None))
-    assert scores_in(scored).keys() == expected - absent
+    assert found.keys() == expected - absent
     assert lines[1].endswith(
         f"scored + {lost + 2} rejected (missing_user {lost}, missing_item 1, duplicate_item 1)"
     )
@@ -320,66 +316,53 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_that_was_killed_resumes(world, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
+    world, tmp_path, monkeypatch
+):
+    """Files are scored in their order, though pieces end elsewhere; a second run reads nothing."""
     monkeypatch.setattr(ordered, "PIECE", 40)
-    log = write_raw(tmp_path / "log", world.tested, files=2)
-    workdir = world.folder / "student"
-    config = config_for(world, "student", log)
+    log = write_raw(tmp_path / "log", world.tested, files=4)
+    part = log / "part-2.parquet"
+    pq.write_table(pq.read_table(part).slice(0, 0), part)  # and one has no request
+    config, workdir = config_for(world, "student", log), world.folder / "student"
     whole = contents(scoring.score_unseen(config, workdir, output=tmp_path / "whole")[0].directory)
-    written, write_part = [], scoring._write_part
+    names = [f"{number:05d}-part-{number}.parquet" for number in range(4)]
+    assert sorted(name for name in whole if name.endswith(".parquet")) == names
+    assert not pq.read_metadata(tmp_path / "whole" / names[2]).num_rows
+    written, table_of = [], scoring._Scorer._table
 
     class Killed(BaseException):
         pass
 
-    def dying(path, *arguments):
-        if len(written) == 2:
+    def dying(scorer, part):
+        written.append(part.path.name)
+        if part.path.name == killed_at:
             raise Killed
-        written.append(path.name)
-        write_part(path, *arguments)
+        return table_of(scorer, part)
 
-    output = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(scoring, "_write_part", dying)
-        with pytest.raises(Killed):
-            scoring.score_unseen(config, workdir, output=output)
-    assert not [*output.glob("*.parquet")]
-
-    def read_again(*arguments):
-        raise AssertionError("it reads the log again")
-
-    later = []
-    with monkeypatch.context() as patched:
-        patched.setattr(scoring.unseen, "read_unseen", read_again)
-        patched.setattr(
-            scoring, "_write_part", lambda *of: later.append(of[0].name) or write_part(*of)
-        )
+    monkeypatch.setattr(scoring._Scorer, "_table", dying)
+    output, killed_at = tmp_path / "out", names[1]
+    with pytest.raises(Killed):
         scoring.score_unseen(config, workdir, output=output)
-    assert written + later == [f"{n:06d}.parquet" for n in range(len(written + later))]
-    files = sorted(name for name in whole if name.endswith(".parquet"))
-    assert files == ["00000-part-0.parquet", "00001-part-1.parquet"]
-    assert len(later) > 1
+    (work,) = output.glob(".scoring-*")
+    assert not [*output.glob("*.parquet")]
+    assert (work / names[0]).read_bytes() == whole[names[0]]
+    written.clear()
+    killed_at = ""
+    first = scoring.score_unseen(config, workdir, output=output)
+    assert {*written} == {*names[1:]}
     assert contents(output) == whole
-
-
-def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypatch):
-    config = config_for(world, "teacher", write_raw(tmp_path / "log", world.tested))
-    workdir = world.folder / "teacher"
-    config.data.dir = str(world.folder / "datasets")
-    first = scoring.score_unseen(config, workdir)
-    assert first[0].directory.parent == world.folder / "datasets" / "scored"
-
-    def broken(*arguments):
-        raise AssertionError("it works again")
-
-    monkeypatch.setattr(scoring.unseen, "read_unseen", broken)
-    assert scoring.score_unseen(config, workdir) == first
+    killed_at = names[0]
+    assert scoring.score_unseen(config, workdir, output=output) == first
 
 
 def test_a_log_may_lack_the_time_and_call_its_columns_otherwise(world, tmp_path):
     log = write_raw(tmp_path / "log", world.tested)
     config = config_for(world, "teacher", log)
     workdir = world.folder / "teacher"
-    before, _ = scoring.score_unseen(config, workdir, output=tmp_path / "before")
+    config.data.dir = str(world.folder / "datasets")
+    before, _ = scoring.score_unseen(config, workdir)
+    assert before.directory.parent == world.folder / "datasets" / "scored"
     file = log / "part-0.parquet"
     table = pq.read_table(file).drop_columns(["time"])
     pq.write_table(table.rename_columns({"age": "years"}), file)
@@ -389,19 +372,17 @@ def test_a_log_may_lack_the_time_and_call_its_columns_otherwise(world, tmp_path)
     assert scores_in(before) == scores_in(after)
 
 
-def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_path):
+def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_path, score):
     workdir = world.folder / "sweep"
-    log = write_raw(tmp_path / "log", world.tested)
-    config = config_for(world, "sweep", log)
     table = results.read_csv(workdir / results.FILE)
     rows = table[(table["role"] == "student") & (table["split"] == "validation")]
     best = rows["member"][rows["passed_for_99"].astype(float).idxmin()]
-    _, lines = scoring.score_unseen(config, workdir, output=tmp_path / "out")
+    _, lines = score("sweep", world.tested)
     assert lines[0] == (
         f"ranker: member {best} of the sweep at {workdir} (the best of 2 on validation), by its "
         "probabilities 'user'"
     )
-
+    config = config_for(world, "sweep", tmp_path / "log")
     named, lines = scoring.score_unseen(config, workdir, "none-seed1", tmp_path / "named")
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
     (cohort,) = (workdir / "cohorts").iterdir()
@@ -437,29 +418,12 @@ def test_a_policy_marks_the_candidates_to_pass(world, tmp_path):
         scoring.score_unseen(config, workdir, output=tmp_path / "other", policy="threshold")
 
 
-def test_a_student_scores_where_its_teacher_is_gone(world, tmp_path):
-    log = write_raw(tmp_path / "log", world.tested)
-    config = config_for(world, "student", log)
+def test_a_student_scores_where_its_teacher_is_gone(world, score):
     (world.folder / "teacher").rename(world.folder / "elsewhere")
     try:
-        scoring.score_unseen(config, world.folder / "student", output=tmp_path / "out")
+        score("student", world.tested)
     finally:
         (world.folder / "elsewhere").rename(world.folder / "teacher")
-
-
-@pytest.mark.slow
-def test_a_student_that_learned_from_a_scored_copy_scores(world, tmp_path):
-    config = world.config.copy_and_resolve_references()
-    config.teacher.source = "logged"
-    api.log_teacher(config)
-    config.distill.mode = "shared"  # which has no choice of heads, whatever the config says
-    api.train(config, tmp_path / "student")
-    log = write_raw(tmp_path / "log", world.tested)
-    own = workdirs.read_config(tmp_path / "student")
-    own.data.path = str(log)
-    scored, _ = scoring.score_unseen(own, tmp_path / "student", output=tmp_path / "out")
-    found = scores_in(scored)
-    assert_close(found, served(world, *student_of(world, tmp_path / "student"), "user"))
 
 
 def fault_of(config: ConfigDict, workdir: Path, **options: Any) -> str:
@@ -467,6 +431,37 @@ def fault_of(config: ConfigDict, workdir: Path, **options: Any) -> str:
         scoring.score_unseen(config, workdir, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+OTHER_LOGS = {
+    "columns are gone": (
+        lambda table: table.drop_columns(["age", "tags"]),
+        "'age' (data.features.age), 'tags' (data.features.tags)",
+    ),
+    "a history of texts and other items": (
+        lambda table: with_column(table, "item_id", range(len(table))),
+        "a history holds item ids",
+    ),
+    "another type of values": (
+        lambda table: with_column(table, "country", range(len(table))),
+        "column 'country' (data.features.country) holds whole numbers, and in training it held "
+        "texts; give it the type that it had",
+    ),
+    # There is no vocabulary, and each value would get some row.
+    "another type of values that are hashed": (
+        lambda table: with_column(table, "spots", [[0, 1]] * len(table)),
+        "column 'spots' (data.features.spots) holds whole numbers, and in training it held texts; "
+        "give it the type that it had",
+    ),
+    "nothing to score": (
+        lambda table: with_column(table, "item_id", pa.nulls(len(table), pa.string())),
+        "not one row of the log can be used",
+    ),
+}
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path):
@@ -480,35 +475,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path):
     other = config.copy_and_resolve_references()
     other.data.features.age.kind = "category"
     assert "data.features.age; leave --config out" in fault_of(other, workdir, **out)
-    other = config.copy_and_resolve_references()
-    other.data.dir = str(tmp_path)
+    other = config_for(world, "sweep", log, **{"data.dir": str(tmp_path)})
     assert "no dataset at" in fault_of(other, workdir, **out)
-    # Of a column that is missing, or of another type.
     file = log / "part-0.parquet"
     table = pq.read_table(file)
-    pq.write_table(table.drop_columns(["age", "tags"]), file)
-    assert "'age' (data.features.age), 'tags' (data.features.tags)" in fault_of(
-        config, workdir, **out
-    )
-    column = pa.array(range(len(table)))
-    pq.write_table(table.drop_columns(["item_id"]).append_column("item_id", column), file)
-    assert "a history holds item ids" in fault_of(config, workdir, **out)
-    history = table.drop_columns(["country"]).append_column("country", column)
-    pq.write_table(history, file)
-    assert (
-        "column 'country' (data.features.country) holds whole numbers, and in training it held "
-        "texts" in fault_of(config, workdir, **out)
-    )
-    # Hashed, there is no vocabulary, and each value would get some row.
-    spots = pa.array([[0, 1]] * len(table))
-    pq.write_table(table.drop_columns(["spots"]).append_column("spots", spots), file)
-    assert fault_of(config, workdir, **out) == (
-        "column 'spots' (data.features.spots) holds whole numbers, and in training it held texts; "
-        "give it the type that it had"
-    )
-    pq.write_table(table.slice(0, 1).set_column(3, "item_id", pa.array([None], pa.string())), file)
-    assert "not one row of the log can be used" in fault_of(config, workdir, **out)
+    for change, message in OTHER_LOGS.values():
+        pq.write_table(change(table), file)
+        assert message in fault_of(config, workdir, **out)
     assert not (tmp_path / "out").exists()
+    simulated = cascade("small")
+    workdirs.write_config(tmp_path, "train", simulated, {"dataset": "d"})
+    assert "and one is of cascade; experiments.log_teacher" in fault_of(simulated, tmp_path)
 
 
 def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
@@ -525,7 +502,7 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     assert "give another folder with --out" in fault_of(other, world.folder / "student", output=out)
     # Nor is a finished log whose files have changed or are gone accepted as finished.
     description = (out / scoring.FILE).read_text()
-    (out / scoring.FILE).write_text(description.replace('"version": "', '"version": "1', 1))
+    (out / scoring.FILE).write_text(description.replace('"serve": "', '"serve": "1', 1))
     assert f"{out / scoring.FILE} has changed" in fault_of(config, workdir, output=out)
     (out / scoring.FILE).write_text(description)
     next(out.rglob("*.parquet")).unlink()
@@ -543,12 +520,6 @@ def test_a_run_that_is_not_finished_does_not_score(world, tmp_path):
     for step in (copied / "checkpoints").iterdir():
         shutil.rmtree(step)
     assert "stopped at step 0 of 6" in fault_of(config_for(world, "student", log), copied)
-
-
-def test_what_was_trained_on_no_log_scores_none(tmp_path):
-    config = cascade("small")
-    workdirs.write_config(tmp_path, "train", config, {"dataset": "d"})
-    assert "and one is of cascade; experiments.log_teacher" in fault_of(config, tmp_path)
 
 
 def test_the_command_needs_a_workdir_and_the_path_of_a_log(world, tmp_path):

@@ -1,4 +1,4 @@
-"""Scores of a dataset that was made of a log, and the parts of a dataset; see `test_commands`."""
+"""Scores of a dataset that was made of a log; see `test_commands` for others."""
 
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,15 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.evaluation.evaluate import Ranker, Served
-from kd_ranker.pipeline import datasets, scoring, trained
+from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.logs.vocabulary import read_vocabulary
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
 VERSION = "0123456789ab"
-
-
-@pytest.mark.parametrize("requests", [1, 1023, 1024, 1025, 1024 * 256, 1024 * 256 + 1, 10**8])
-def test_parts_cover_a_split_in_whole_batches_and_are_not_many(requests):
-    starts, stops = zip(*scoring.spans_of(requests, 16), strict=True)
-    assert (0, *stops) == (*starts, requests)
-    assert all(start % 16 == 0 for start in starts)
-    assert len(starts) <= 256
-    if requests <= 1024 * 256:
-        assert len(starts) == -(-requests // 1024)
 
 
 def stub_teacher(config: Any, dataset: Any) -> Finished:
@@ -101,7 +92,7 @@ def test_scores_of_a_log_join_its_rows_by_request_and_item(tmp_path, stubbed, by
         if isinstance(time := row.of_request["time"], int):
             name[time - (time - 1_000_000) % 60] = row.of_request["request_id"]
     dataset = datasets.dataset_of(config)
-    table = pq.read_table(dataset.directory / "vocabularies/item.parquet").to_pydict()
+    table = read_vocabulary(dataset.directory, "item").to_pydict()
     items = dict(zip(table["id"], table["value"], strict=True))
     expected = {}
     for split in SPLITS:

@@ -63,6 +63,18 @@ def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDic
     return result
 
 
+def made_small(of: ConfigDict, steps: int = 2) -> ConfigDict:
+    """The config, with small models and few steps on one device."""
+    of.parallel.devices = 1
+    of.batch.requests, of.batch.candidates = 8, 12
+    for train in (of.train, of.teacher.train):
+        train.update(steps=steps, log_every=2, checkpoint_every=steps, eval_every=0)
+    of.student.update(width=4, interests=2, hidden=(8,))
+    of.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
+    of.evaluation.requests = 8
+    return of
+
+
 def layout(of: ConfigDict) -> LogLayout:
     """The layout of a config of `config`."""
     return read_layout(of.data, of.tasks, of.funnel)

@@ -69,12 +69,15 @@ def _write(path: Path, batches: pa.RecordBatchReader, lengths: Sequence[int]) ->
                 rows = rows[length:]
 
 
-def read_piece(
-    folder: Path, piece: Piece, columns: Sequence[str] | None = None
-) -> tuple[pa.Table, pa.Table]:
-    """Return the requests and the candidates of a piece, of these the given columns."""
+def read_piece(folder: Path, piece: Piece) -> tuple[pa.Table, pa.Table]:
+    """Return the requests and the candidates of a piece."""
     requests, candidates = (_read(folder / f"{name}.arrow", piece) for name in _ORDERS)
-    return requests, candidates.select(columns) if columns else candidates
+    return requests, candidates
+
+
+def read_requests(folder: Path, piece: Piece) -> pa.Table:
+    """Return the `request` id and the number of the first `file` of each request of a piece."""
+    return _read(folder / "request.arrow", piece).select(["request", "file"])
 
 
 def _read(path: Path, piece: Piece) -> pa.Table:

@@ -6,13 +6,11 @@ import functools
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float64
 from ml_collections import ConfigDict
 
@@ -28,7 +26,7 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.leaks import find_leaks
-from kd_ranker.sources.logs.ordered import Piece, write_ordered
+from kd_ranker.sources.logs.ordered import Piece, read_piece, read_requests, write_ordered
 from kd_ranker.sources.logs.query import PREFIX, Query
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
 
@@ -36,35 +34,24 @@ from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, wri
 REFUSED = "refused_log"
 
 
-class PreparedLog(NamedTuple):
-    """A log, read up to the point where only requests remain to be written.
-
-    Attributes:
-      log: its files.
-      layout: of the log.
-      query: what made the tables of `log.sql`.
-      database: holds these.
-      counts: what was counted.
-      pieces: the pieces in which requests and candidates are in the database's folder.
-      earlier: the dataset that its files extend, if there is one.
-    """
+class _Tables(NamedTuple):
+    """A log in an engine, with the tables of `log.sql`."""
 
     log: Log
     layout: LogLayout
-    query: Query
-    database: Database
-    counts: Counts
-    pieces: list[Piece]
     earlier: Earlier | None
+    database: Database
+    query: Query
 
-    def shards(self, split: str) -> list[Piece]:
-        """The pieces of a split, in the order of time."""
-        return [piece for piece in self.pieces if piece.split == split]
+    def some_numbers(self, column: str) -> Float64[np.ndarray, "n"]:
+        """Some finite numbers of a column; none of one that holds something else."""
+        text = self.query.some_numbers(column)
+        numbers = self.database.fetch(text)["number"].to_numpy() if text else np.zeros(0)
+        return numbers[np.isfinite(numbers)]
 
-    def num_requests(self, split: str) -> int:
-        """The number of requests of a split."""
-        spans = (piece.requests for piece in self.shards(split))
-        return sum(stop - start for start, stop in spans)
+    def time_hint(self) -> str:
+        """A unit that the times may have, in words."""
+        return findings.time_hint(self.some_numbers(self.layout.columns["time"]), self.layout)
 
 
 def open_source(
@@ -99,9 +86,10 @@ def open_source(
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
-        known = earlier.settled.vocabularies if earlier else {}
-        database, query = stack.enter_context(open_engine(log, layout, work, known))
-        source = _source(_read(log, layout, database, query, earlier))
+        known = earlier.encoding if earlier else None
+        opened = open_tables(log, layout, work, known, known.vocabularies if known else ())
+        tables = _Tables(log, layout, earlier, *stack.enter_context(opened))
+        source = _source(tables)
         # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
 
@@ -127,19 +115,21 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_engine(
-    log: Log, layout: LogLayout, folder: Path, known: Mapping[str, pa.Table] = MappingProxyType({})
+def open_tables(
+    log: Log,
+    layout: LogLayout,
+    folder: Path,
+    known: Encoding | None = None,
+    names: Iterable[str] = (),
 ) -> Iterator[tuple[Database, Query]]:
-    """Open a log in the engine that the config names, and makes its query.
+    """Read a log into the tables of `log.sql`, in the engine that the config names.
 
-    Args:
-      log: the log.
-      layout: of the log.
-      folder: for tables that do not fit in memory.
-      known: vocabularies of a dataset, which become the tables `known_<name>`.
+    With the ids that are `known`, those of a dataset, new ones follow in the vocabularies `names`.
+    Tables that do not fit in memory go to `folder`.
 
     Raises:
-      UserError: a file is damaged, or the engine is not installed or does not start.
+      UserError: a file is damaged, the engine is not installed or does not start, or the log has
+        ids of another type than `known`.
     """
     with contextlib.ExitStack() as stack:
         if layout.engine == "duckdb":
@@ -160,56 +150,77 @@ def open_engine(
         types = {
             of.name.removeprefix(PREFIX): of.type for of in schema if of.name.startswith(PREFIX)
         }
-        for name, table in known.items():
-            database.put(f"known_{name}", table)
-        sizes = {f"known_{name}": len(table) for name, table in known.items()}
-        yield database, Query(layout, types, sizes)
+        tables = {f"known_{name}": known.vocabularies[name] for name in names} if known else {}
+        for name, table in tables.items():
+            database.put(name, table)
+        sizes = {name: len(table) for name, table in tables.items()}
+        query = Query(layout, types, sizes)
+        if known:
+            vocabulary.check_kinds(layout, query.types, known)
+        database.run(query.statements("log.sql"))
+        yield database, query
 
 
-def _read(
-    log: Log, layout: LogLayout, database: Database, query: Query, earlier: Earlier | None
-) -> PreparedLog:
-    """All passes except the last."""
-    if earlier:
-        vocabulary.check_types(layout, query.types, earlier.settled)
-    database.run(query.statements("log.sql"))
+def _source(tables: _Tables) -> Source:
+    log, layout, earlier, database, query = tables
     if earlier:
         append.check_requests(earlier, database)
-    _check_splits(layout, query, database)
-    counted = query.statements("report.sql")
-    database.run(counted)
-    names = re.findall(r'^CREATE TABLE ("[^"]+"|\w+)', "\n".join(counted), re.M)
-    tables = {
-        name.strip('"'): database.rows(f"SELECT * FROM {name}")
-        for name in names
-        if name != "sampled"
-    }
-    counts = Counts(count_rejected(database), tables, {})
-    if counts.candidates != counts.used + sum(counts.rejected.values()):
-        raise RuntimeError(f"{counts.candidates} candidates, {counts.used} used, {counts.rejected}")
-    pieces = []
-    if counts.used:
-        pieces = write_ordered(database)
-        counts = counts._replace(leaks=find_leaks(database, layout))
-    return PreparedLog(log, layout, query, database, counts, pieces, earlier)
+    _check_splits(tables)
+    counts = _count(tables)
+    pieces = write_ordered(database) if counts.used else []
+    report = _report(tables, counts)
+    kinds = vocabulary.kinds_of(layout, query.types)
+    if earlier:
+        append.extend_report(earlier, layout, report, database)
+        encoding = vocabulary.longer_encoding(earlier.encoding, database, layout, kinds)
+    else:
+        moments = {of.name: counts.moments(of.name) for of in layout.of_kind("dense")}
+        encoding = vocabulary.new_encoding(database, layout, moments, kinds)
+    items = database.fetch("SELECT * FROM item_fields ORDER BY id")
+    known = earlier.dataset.items if earlier else None
+    features, category = encode.item_matrix(encoding, items, known)
+
+    def block_of(piece: Piece) -> Block:
+        requests, candidates = read_piece(database.folder, piece)
+        before = earlier.requests if earlier else 0
+        return encode.encode_requests(
+            layout, encoding, requests, candidates, piece.split == "train", before
+        )
+
+    def shards(split: str) -> list[Callable[[], Block]]:
+        return [functools.partial(block_of, piece) for piece in pieces if piece.split == split]
+
+    def write_beside(directory: Path) -> None:
+        _write_report(tables, report, directory)
+        vocabulary.write(encoding, log.manifest, directory)
+        for split in SPLITS:
+            own = [read_requests(database.folder, of) for of in pieces if of.split == split]
+            if earlier:
+                own = append.all_requests(earlier, split, own, log.manifest)
+            vocabulary.write_requests(own, directory, split)
+
+    return Source(
+        spec=encoding.spec,
+        item_features=features,
+        requests=lambda split: (
+            request for shard in shards(split) for request in shard().requests()
+        ),
+        num_requests={of: report["splits"].get(of, {}).get("requests", 0) for of in SPLITS},
+        item_category=category,
+        shards=shards,
+        threads=layout.processes,
+        write_beside=write_beside,
+    )
 
 
-def _some_numbers(database: Database, query: Query, column: str) -> Float64[np.ndarray, "n"]:
-    """Some finite numbers of a column; none of one that holds something else."""
-    text = query.some_numbers(column)
-    numbers = database.fetch(text)["number"].to_numpy() if text else np.zeros(0)
-    return numbers[np.isfinite(numbers)]
-
-
-def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
+def _check_splits(tables: _Tables) -> None:
     """Raise UserError for times, or a column of splits, that cannot split the requests."""
+    layout, database = tables.layout, tables.database
     unsplit = "SELECT count(*) FROM requests CROSS JOIN cutoffs WHERE test IS NULL"
     if layout.split == "time" and database.number(unsplit):
-        numbers = _some_numbers(database, query, layout.columns["time"])
         raise UserError(
             f"data.split='time', but the requests of {layout.path} have less than three different "
-            "times, one a split; split by 'request' or 'user'"
-            f"{findings.time_hint(numbers, layout)}"
+            f"times, one a split; split by 'request' or 'user'{tables.time_hint()}"
         )
     count = "SELECT count(*) FROM bad_splits"
     if layout.split == "column" and (number := database.number(count)):
@@ -221,128 +232,77 @@ def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
         )
 
 
-def _source(read: PreparedLog) -> Source:
-    log, layout, database, earlier = read.log, read.layout, read.database, read.earlier
-    some_numbers = functools.partial(_some_numbers, database, read.query)
-    report = data_report.make_data_report(log, layout, read.counts, some_numbers)
-    found = findings.find(
-        report, lambda: findings.time_hint(some_numbers(layout.columns["time"]), layout)
-    )
+def _count(tables: _Tables) -> Counts:
+    """Count by the tables of `report.sql`."""
+    database, statements = tables.database, tables.query.statements("report.sql")
+    database.run(statements)
+    names = re.findall(r'^CREATE TABLE ("[^"]+"|\w+)', "\n".join(statements), re.M)
+    names.remove("sampled")
+    rows = {name.strip('"'): database.rows(f"SELECT * FROM {name}") for name in names}
+    counts = Counts(count_rejected(database), rows, {})
+    if counts.candidates != counts.used + sum(counts.rejected.values()):
+        raise RuntimeError(f"{counts.candidates} candidates, {counts.used} used, {counts.rejected}")
+    return counts._replace(leaks=find_leaks(database, tables.layout) if counts.used else {})
+
+
+def _report(tables: _Tables, counts: Counts) -> Report:
+    """Return the report on a log, and raise UserError for a log that makes no dataset."""
+    layout = tables.layout
+    report = data_report.make_data_report(tables.log, layout, counts, tables.some_numbers)
+    found = findings.find(report, tables.time_hint)
     report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
     for name, text in found:
         verdict = "Allowed" if name in layout.allow else "Refused"
         report["remarks"].append(f"{verdict}, {name}: {text}.")
-    if why := _unusable(read, report, found):
-        raise _refuse(read, report, why)
-    encoding, vocabularies = _encoding(read)
-    if earlier:
-        append.extend_report(earlier, report, database)
-    items = database.fetch("SELECT * FROM item_fields ORDER BY id")
-    if earlier:
-        matrices = vocabulary.with_items(layout, encoding, earlier.dataset.items, items)
-    else:
-        matrices = encode.item_matrix(layout, encoding, items)
-    before = earlier.requests if earlier else 0
-
-    def shards(split: str) -> list[Callable[[], Block]]:
-        return [
-            functools.partial(
-                encode.encode_requests, layout, encoding, database.folder, piece, before
-            )
-            for piece in read.shards(split)
-        ]
-
-    def write_beside(directory: Path) -> None:
-        _write_report(read, report, directory)
-        kinds = vocabulary.kinds_of(layout, read.query.types)
-        vocabulary.write(layout, encoding, vocabularies, kinds, log.manifest, directory)
-        for split in SPLITS:
-            requests = [
-                vocabulary.requests_of_piece(database.folder, of) for of in read.shards(split)
-            ]
-            if earlier:
-                requests = append.all_requests(earlier, split, requests, log.manifest)
-            vocabulary.write_requests(requests, directory, split)
-
-    return Source(
-        spec=encoding.spec,
-        item_features=matrices[0],
-        requests=lambda split: (
-            request for shard in shards(split) for request in shard().requests()
-        ),
-        num_requests={split: read.num_requests(split) for split in SPLITS},
-        item_category=matrices[1],
-        shards=shards,
-        threads=layout.processes,
-        write_beside=write_beside,
-    )
+    if why := _unusable(tables, counts, report, found):
+        directory = Path(layout.directory) / REFUSED
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        _write_report(tables, report, directory)
+        rejected = ", ".join(f"{name} {number:,}" for name, number in counts.rejected.items())
+        raise UserError(
+            f"{layout.path}: {why}{f'; rejected were: {rejected}' if rejected else ''}; see "
+            f"{directory / data_report.PAGE}"
+        )
+    return report
 
 
-def _encoding(read: PreparedLog) -> tuple[Encoding, dict[str, pa.Table]]:
-    """The encoding, and all vocabularies."""
-    layout = read.layout
-    moments = {of.name: read.counts.moments(of.name) for of in layout.of_kind("dense")}
-    if read.earlier:
-        append.check_scales(read.earlier, layout, moments)
-        return append.extend(read.earlier, layout, read.database)
-    return vocabulary.new_encoding(read.database, layout, moments)
-
-
-def _unusable(read: PreparedLog, report: Report, found: Sequence[Finding]) -> str:
+def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[Finding]) -> str:
     """A reason for making no dataset of a log, or ""."""
-    layout = read.layout
-    if not read.pieces:
+    layout = tables.layout
+    if not counts.used:
         times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
         return f"not one row of the log can be used{times}"
-    for split in SPLITS:
-        has_earlier = read.earlier is not None and split == "train"
-        if not read.num_requests(split) and not has_earlier:
-            shares = (
-                f"data.validation_share={layout.validation_share} and "
-                f"data.test_share={layout.test_share}"
-            )
-            column = f"column {layout.columns.get('split')!r}"
-            by = column if layout.split == "column" else shares
-            return f"no request is left for the split {split!r}, with {by}"
-    if bad := read.counts.row("propensities").get("bad"):
-        of = read.counts.row("propensities")
-        return (
-            f"data.columns.propensity: {bad:,} of {of['shown']:,} values of column "
-            f"{layout.columns['propensity']!r} on shown candidates are not in (0, 1], such as "
-            f"{of['least']:g}"
+    needed = SPLITS[1:] if tables.earlier else SPLITS
+    if missing := [split for split in needed if split not in report["splits"]]:
+        by = (
+            f"data.validation_share={layout.validation_share} and "
+            f"data.test_share={layout.test_share}"
         )
-    if layout.strict and (faults := _faults(report)):
-        return f"data.strict=True, and the log has faults: {faults}"
+        if layout.split == "column":
+            by = f"column {layout.columns['split']!r}"
+        return f"no request is left for the split {missing[0]!r}, with {by}"
+    propensities = counts.row("propensities")
+    if bad := propensities.get("bad"):
+        return (
+            f"data.columns.propensity: {bad:,} of {propensities['shown']:,} values of column "
+            f"{layout.columns['propensity']!r} on shown candidates are not in (0, 1], such as "
+            f"{propensities['least']:g}"
+        )
+    if layout.strict:
+        faults: dict[str, int] = {
+            "rejected candidates": report["candidates"]["rejected"],
+            "invalid values": sum(column["out_of_range"] for column in report["columns"]),
+            "candidates of another teacher version": report["teacher"]["other_version"],
+            "requests of several times": report["requests"]["several_times"],
+        }
+        if counted := ", ".join(f"{number:,} {what}" for what, number in faults.items() if number):
+            return f"data.strict=True, and the log has faults: {counted}"
     return findings.refusal(found, layout.allow)
 
 
-def _faults(report: Report) -> str:
-    """Faults that a strict reading refuses, in words, or ""."""
-    invalid = sum(column["out_of_range"] for column in report["columns"])
-    counted: tuple[tuple[Any, str], ...] = (
-        (report["candidates"]["rejected"], "rejected candidates"),
-        (invalid, "invalid values"),
-        (report["teacher"]["other_version"], "candidates of another teacher version"),
-        (report["requests"]["several_times"], "requests of several times"),
-    )
-    return ", ".join(f"{number:,} {what}" for number, what in counted if number)
-
-
-def _refuse(read: PreparedLog, report: Report, why: str) -> UserError:
-    """The error for a log that makes no dataset; its report is written all the same."""
-    directory = Path(read.layout.directory) / REFUSED
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    _write_report(read, report, directory)
-    rejected = ", ".join(f"{name} {number:,}" for name, number in read.counts.rejected.items())
-    return UserError(
-        f"{read.layout.path}: {why}{f'; rejected were: {rejected}' if rejected else ''}; see "
-        f"{directory / data_report.PAGE}"
-    )
-
-
-def _write_report(read: PreparedLog, report: Report, directory: Path) -> None:
+def _write_report(tables: _Tables, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
     data_report.write_data_report(report, directory)
-    folder = directory / REJECTED_FOLDER
-    write_rejected(read.database, read.log, read.layout, read.query.types, folder)
+    types, folder = tables.query.types, directory / REJECTED_FOLDER
+    write_rejected(tables.database, tables.log, tables.layout, types, folder)

@@ -4,7 +4,7 @@ Ids, vocabularies, means and deviations are those of the dataset. The log gives 
 candidates and the features of these; no column that is known only after a request is read.
 """
 
-import pickle
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,67 +12,51 @@ import pyarrow as pa
 
 from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
+from kd_ranker.requests.records import Dataset
+from kd_ranker.sources.logs import files, vocabulary
+from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, item_matrix
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.rejected import count_rejected
-from kd_ranker.sources.logs.source import open_engine
-from kd_ranker.sources.logs.vocabulary import Settled, check_types, with_items
-
-_READ = "read.pickle"
-
-
-class Counted(NamedTuple):
-    """Numbers of candidates of a log.
-
-    Attributes:
-      largest: the most candidates that a request has.
-      used: the number of candidates.
-      rejected: reason -> the number of rejected candidates.
-      new: `user` and `item` -> the number of candidates with one that no training request has.
-    """
-
-    largest: int
-    used: int
-    rejected: dict[str, int]
-    new: dict[str, int]
+from kd_ranker.sources.logs.source import open_tables
 
 
 class Unseen(NamedTuple):
-    """A log that was read; its rows are in a folder.
+    """A log that was read by the `encoding` of a dataset.
 
     Attributes:
-      pieces: the pieces of its requests and candidates.
-      counted: the numbers of its candidates.
-      encoding: the rules of the dataset.
+      folder: has its requests and candidates.
+      pieces: the pieces to read them in, in the order of the files of the log.
+      largest: the most candidates that a request has.
       items: features and category ids of the items of the dataset and of the log.
       item_names: the `value` and `id` of the items of the log, by id.
+      counts: of its candidates: `used`, `rejected` by reason, and by `user` and `item` the `new`
+        ones, of users and items that no training request has.
     """
 
+    folder: Path
     pieces: list[Piece]
-    counted: Counted
     encoding: Encoding
+    largest: int
     items: Items
     item_names: pa.Table
+    counts: dict[str, Any]
 
 
 def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
-    """Find a log to score and check that it has what rankers were trained on; footers only.
-
-    Args:
-      layout: of the log.
-      trained: of the one that the rankers' dataset was made of.
-
-    Returns:
-      The log, and the layout of the columns that are read.
+    """Find a log to score, and the layout of the columns that are read; footers only.
 
     Raises:
-      UserError: the layouts have other features or tasks, or the log lacks a column, or one is of
-        another type than its use admits.
+      UserError: the layout has other features or tasks than that of training, or the log lacks a
+        column, or one is of another type than its use admits.
     """
-    _check_same(layout, trained)
+    here, there = _fields(layout), _fields(trained)
+    if differing := [key for key in here | there if here.get(key) != there.get(key)]:
+        raise UserError(
+            f"the config reads a log in another way than the dataset that was trained on: "
+            f"{', '.join(differing)}; leave --config out, which takes the config of training"
+        )
     time = layout.columns["time"]
     log = files.open_log(to_score := layout.to_score(has_time=False))
     if time in (*log.names, *log.given.column_names):
@@ -80,78 +64,57 @@ def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
     return log, to_score
 
 
-def _check_same(layout: LogLayout, trained: LogLayout) -> None:
-    """Refuse a layout of other features or tasks; each column may have another name."""
-
-    def of(layout: LogLayout) -> dict[str, object]:
-        fields = {
-            f"data.features.{feature.key}": vars(feature) | {"column": ""}
-            for feature in layout.features
-        }
-        return fields | {
-            "tasks": layout.tasks,
-            "data.history_length": layout.history_length,
-            "data.columns.user": "user" in layout.columns,
-        }
-
-    here, there = of(layout), of(trained)
-    if differing := [key for key in here | there if here.get(key) != there.get(key)]:
-        raise UserError(
-            f"the config reads a log in another way than the dataset that was trained on: "
-            f"{', '.join(differing)}; leave --config out, which takes the config of training"
-        )
+def _fields(layout: LogLayout) -> dict[str, object]:
+    """The keys that decide the fields of a request, whatever the names of columns."""
+    features = {
+        f"data.features.{feature.key}": vars(feature) | {"column": ""}
+        for feature in layout.features
+    }
+    return features | {
+        "tasks": layout.tasks,
+        "data.history_length": layout.history_length,
+        "data.columns.user": "user" in layout.columns,
+    }
 
 
 def read_unseen(
-    log: Log,
-    layout: LogLayout,
-    settled: Settled,
-    items: Items,
-    folder: Path,
-) -> None:
-    """Read a log into a folder that exists, for `load_unseen`.
+    log: Log, layout: LogLayout, trained: LogLayout, dataset: Dataset, folder: Path
+) -> Unseen:
+    """Read a log of `open_unseen` by the ids and scales of a dataset that was `trained` on.
 
-    Args:
-      log: the log.
-      layout: of the columns that are read, see `open_unseen`.
-      settled: the ids and scales to read it with.
-      items: features and category ids of the items of the dataset; those of items that are
-        candidates in the log take their places, and new ones follow.
-      folder: to write to.
+    The log gives new features to the items of the dataset that are candidates in it. New items get
+    the ids after those. `folder` must not contain anything else; what it contains is replaced.
 
     Raises:
       UserError: the log cannot be read, holds ids of another type than training, or none of its
-        rows can be used.
+        rows can be used; or files next to the dataset are gone.
     """
-    known = {of: settled.vocabularies[of] for of in (USER, ITEM)}
-    with open_engine(log, layout, folder, known) as (database, query):
-        check_types(layout, query.types, settled)
-        database.run(query.statements("log.sql"))
+    encoding = vocabulary.read_encoding(trained, dataset.spec, dataset.directory)
+    ids = vocabulary.read_report(dataset.directory)["ids"]
+    # Ids that training requests have come first.
+    first_new = {of: ids[f"{of}s"] - ids[f"{of}s_not_in_train"] for of in (USER, ITEM)}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open_tables(log, layout, folder, encoding, [USER, ITEM]) as (database, _):
         rejected = count_rejected(database)
         if not (used := database.number("SELECT count(*) FROM used")):
             raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
         pieces = write_ordered(database)
         logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
-        users = f"SELECT number FROM request_rows WHERE user_id >= {settled.trained[USER]}"
-        new_items = f"SELECT value AS item FROM items WHERE id >= {settled.trained[ITEM]}"
         new = "SELECT count(*) FROM used SEMI JOIN ({}) AS new USING ({})"
-        counted = Counted(
-            database.number(
-                "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
-            ),
-            used=used,
-            rejected=rejected,
-            new={
+        users = f"SELECT number FROM request_rows WHERE user_id >= {first_new[USER]}"
+        items = f"SELECT value AS item FROM items WHERE id >= {first_new[ITEM]}"
+        counts = {
+            "used": used,
+            "rejected": rejected,
+            "new": {
                 USER: database.number(new.format(users, "number")),
-                ITEM: database.number(new.format(new_items, "item")),
+                ITEM: database.number(new.format(items, "item")),
             },
+        }
+        largest = database.number(
+            "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
         )
-    matrices: Any = with_items(layout, settled.encoding, items, logged)
+    matrices: Any = item_matrix(encoding, logged, dataset.items)
     names = logged.select(["value", "id"])
-    found = Unseen(pieces, counted, settled.encoding, Items(*matrices), names)
-    (folder / _READ).write_bytes(pickle.dumps(found))
-
-
-def load_unseen(folder: Path) -> Unseen:
-    """Load what `read_unseen` has read into a folder."""
-    return pickle.loads((folder / _READ).read_bytes())
+    return Unseen(folder, pieces, encoding, largest, Items(*matrices), names, counts)

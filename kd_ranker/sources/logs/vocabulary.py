@@ -1,58 +1,86 @@
-"""The ids and scales of a dataset in the terms of its log, by which another log is read.
+"""The ids and scales of a dataset in the terms of its log: made, extended, written and read.
 
-The ids are of users, items, values and requests.
+Next to a dataset are
+
+    vocabularies/*.parquet         `value` and `id` of users, items and values of features
+    transforms.json                `Encoding.rules`
+    log_requests-SPLIT.parquet     the `request` id in the log and the number of the first `file` of
+                                   each request, in stored order
+    log.json                       `Log.manifest`
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd_ranker.batch import FeatureSpec, Items
+from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import starts_of
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
+from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
 from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.encode import (
-    ITEM,
-    TRANSFORMS,
-    USER,
-    Encoding,
-    encoding_of,
-    item_matrix,
-    spec_of,
-    transforms,
-)
-from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.ordered import Piece, read_piece
+from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
+from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.query import vocabulary_table
 
-VOCABULARIES_FOLDER = "vocabularies"
-# Beside a dataset: the files of its log, see `files.Log`.
-MANIFEST = "log.json"
+VOCABULARIES_FOLDER, TRANSFORMS, MANIFEST = "vocabularies", "transforms.json", "log.json"
+# The version that the probabilities get where every one counts.
+ANY_VERSION = "any"
 
 
-def find_vocabularies(
-    database: Database, layout: LogLayout, known: Mapping[str, int] = MappingProxyType({})
-) -> dict[str, pa.Table]:
-    """Return the `value` and `id` of `user`, `item` and each `feature:<name>`, by id.
+def new_encoding(
+    database: Database,
+    layout: LogLayout,
+    moments: Mapping[str, Mapping[str, float]],
+    kinds: Mapping[str, str],
+) -> Encoding:
+    """Return the encoding of a log of which no dataset was made before.
 
-    Ids of features are numbers from 1 here. Hashed features have none, nor do the rare, unknown and
-    missing values that share a feature's first category id.
-
-    Args:
-      database: with the tables of `log.sql`.
-      layout: of the log.
-      known: `user` and `item` -> the first new id; smaller ones are left out.
+    Dense features are scaled by their `moments` in training.
     """
-    tables = {"user": "users", "item": "items"}
+    found = _find(database, layout, {})
+    spec = _spec_of(layout, {name: len(table) for name, table in found.items()})
+    starts = zip(spec.categories, spec.category_starts, strict=True)
+    first = {f"feature:{of.name}": start for of, start in starts}
+    vocabularies = {name: _shifted(table, first.get(name, 0)) for name, table in found.items()}
+    return Encoding(spec, vocabularies, _rules_of(layout, moments, first, kinds))
+
+
+def longer_encoding(
+    known: Encoding, database: Database, layout: LogLayout, kinds: Mapping[str, str]
+) -> Encoding:
+    """Return the encoding of a dataset with the ids of new files after its own."""
+    found = _find(database, layout, {of: len(known.vocabularies[of]) for of in (USER, ITEM)})
+    vocabularies, last = {}, known.spec.num_categories
+    for name, before in known.vocabularies.items():
+        new = found[name]
+        if name not in (USER, ITEM):
+            new, last = _shifted(new, last - 1), last + len(new)
+        # An empty vocabulary does not know the type of its values.
+        schema = before.schema if len(before) else new.schema
+        vocabularies[name] = pa.concat_tables([before.cast(schema), new.cast(schema)])
+    spec = dataclasses.replace(
+        known.spec,
+        num_users=len(vocabularies[USER]),
+        num_items=len(vocabularies[ITEM]),
+        later_categories=known.spec.later_categories + last - known.spec.num_categories,
+    )
+    rules = {**known.rules, "kinds": {**kinds, **known.rules["kinds"]}}
+    return Encoding(spec, vocabularies, rules)
+
+
+def _find(database: Database, layout: LogLayout, known: Mapping[str, int]) -> dict[str, pa.Table]:
+    """The vocabularies of a log; of users and items only the ids from `known`.
+
+    Ids of features are numbers from 1 here. Rare, unknown and missing values have none.
+    """
+    tables = {USER: "users", ITEM: "items"}
     tables |= {f"feature:{of.name}": vocabulary_table(of) for of in layout.vocabularies}
     return {
         name: database.fetch(
@@ -62,202 +90,186 @@ def find_vocabularies(
     }
 
 
-def shifted(vocabulary: pa.Table, by: int) -> pa.Table:
-    """Return a vocabulary with larger ids."""
+def _shifted(vocabulary: pa.Table, by: int) -> pa.Table:
     ids = pc.add(vocabulary["id"], pa.scalar(by, pa.int32()))
     return vocabulary.set_column(1, "id", ids)
 
 
-def new_encoding(
-    database: Database, layout: LogLayout, moments: Mapping[str, Mapping[str, float]]
-) -> tuple[Encoding, dict[str, pa.Table]]:
-    """Return the encoding and the vocabularies of a log of which no dataset was made before.
+def _spec_of(layout: LogLayout, sizes: Mapping[str, int]) -> FeatureSpec:
+    """The sizes of a dataset from those of its vocabularies."""
+    categories = []
+    for feature in layout.of_kind("category", "bag"):
+        size = feature.size if feature.hashed else sizes[f"feature:{feature.name}"]
+        owner = "request" if feature.of_request else feature.of
+        categories.append(Category(feature.name, owner, size + 1, feature.length))
 
-    Args:
-      database: with the tables of `log.sql`.
-      layout: of the log.
-      moments: dense feature -> its moments in training.
-    """
-    found = find_vocabularies(database, layout)
-    spec = spec_of(layout, {name: len(table) for name, table in found.items()})
-    starts = zip((of.name for of in spec.categories), spec.category_starts, strict=True)
-    of_features = {f"feature:{name}": start for name, start in starts}
-    vocabularies = {name: shifted(of, of_features.get(name, 0)) for name, of in found.items()}
-    return encoding_of(layout, spec, vocabularies, moments), vocabularies
+    def width(owner: str) -> int:
+        return max(1, len(layout.of(owner, kind="dense")))
+
+    cheap = sum(feature.cheap for feature in layout.of("item", kind="dense"))
+    costly = len(layout.of("item", kind="dense")) - cheap
+    return FeatureSpec(
+        dataset="parquet",
+        tasks=layout.tasks,
+        num_users=sizes[USER],
+        num_items=sizes[ITEM],
+        user_features=width("user"),
+        context_features=width("context"),
+        candidate_features=width("candidate"),
+        item_features=max(1, cheap) + costly,
+        cheap_item_features=max(1, cheap),
+        history_length=layout.history_length,
+        history_features=width("event"),
+        teacher_version=(layout.teacher_version or ANY_VERSION) if layout.scored_tasks else "",
+        categories=tuple(categories),
+        teacher_signal=layout.teacher_signal,
+    )
 
 
-def write(
+def _rules_of(
     layout: LogLayout,
-    encoding: Encoding,
-    vocabularies: Mapping[str, pa.Table],
+    moments: Mapping[str, Mapping[str, float]],
+    first_ids: Mapping[str, int],
     kinds: Mapping[str, str],
-    manifest: Mapping[str, list],
-    directory: Path,
-) -> None:
-    """Write the files next to a dataset from which `settled_by` and `read_manifest` read.
+) -> dict[str, Any]:
+    """The way from raw columns to the fields of a request, see `Encoding.rules`.
 
-    `vocabularies/` has `user.parquet`, `item.parquet` and `feature-<name>.parquet`, with the
-    columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items); that of a
-    feature is its category id.
-
-    Args:
-      layout: of the log.
-      encoding: its rules.
-      vocabularies: all of them, by name.
-      kinds: see `Settled`.
-      manifest: see `files.Log`.
-      directory: of the dataset.
+    Servers follow it, by the formulas in the README of an export.
     """
-    folder = directory / VOCABULARIES_FOLDER
-    folder.mkdir()
-    for name, table in vocabularies.items():
-        pq.write_table(table, _path(folder, name))
-    rules = transforms(layout, encoding, kinds)
-    (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
+
+    def dense(features: Iterable[Feature]) -> list[dict[str, Any]]:
+        own = ("name", "column", "place", "length")
+        return [
+            {**{name: getattr(of, name) for name in own}, **_scale_of(of, moments[of.name])}
+            for of in features
+        ]
+
+    def categories(*owners: str) -> list[dict[str, Any]]:
+        entries = []
+        for of in layout.categories(*owners):
+            entry = {name: getattr(of, name) for name in ("name", "column", "kind", "length")}
+            entry["buckets"] = of.size if of.hashed else None
+            if of.hashed:
+                entry["values"] = kinds.get(f"data.features.{of.key}", "")
+            entries.append({**entry, "first_id": first_ids[f"feature:{of.name}"]})
+        return entries
+
+    history = layout.history
+    cheap_first = sorted(layout.of("item", kind="dense"), key=lambda feature: not feature.cheap)
+    return {
+        "dense": {
+            "user_features": dense(layout.of("user", kind="dense")),
+            "context": dense(layout.of("context", kind="dense")),
+            "candidate_features": dense(layout.of("candidate", kind="dense")),
+            "item_features": dense(cheap_first),
+        },
+        "categories": {
+            "request_category": categories("user", "context"),
+            "candidate_category": categories("candidate"),
+            "item_category": categories("item"),
+        },
+        "history": {
+            "name": history.name,
+            "column": history.column,
+            "length": layout.history_length,
+            "features": dense(layout.of("event")),
+        }
+        if history
+        else {},
+        "kinds": dict(kinds),
+    }
+
+
+def _scale_of(feature: Feature, moments: Mapping[str, float]) -> dict[str, float]:
+    """The number subtracted, the divisor, and the value for a missing one."""
+    # In 32 bits, so that the order in which the moments were added up leaves no trace.
+    mean, deviation = (float(np.float32(moments.get(of, 0.0))) for of in ("mean", "deviation"))
+    if not feature.standardise:
+        return {"mean": 0.0, "scale": 1.0, "missing": mean}
+    # By rounding, a column of one value may have a deviation just above 0.
+    constant = deviation <= 1e-6 * abs(mean) or deviation == 0
+    return {"mean": mean, "scale": 1.0 if constant else deviation, "missing": 0.0}
+
+
+def write(encoding: Encoding, manifest: Mapping[str, list], directory: Path) -> None:
+    """Write the encoding of a dataset and the manifest of its log next to the dataset."""
+    (directory / VOCABULARIES_FOLDER).mkdir()
+    for name, table in encoding.vocabularies.items():
+        pq.write_table(table, directory / _vocabulary_file(name))
+    (directory / TRANSFORMS).write_text(json.dumps(encoding.rules, indent=2))
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
+def read_encoding(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Encoding:
+    """Read the encoding of a dataset with these sizes; UserError if a file is gone."""
+    names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
+    vocabularies = {name: read_vocabulary(directory, name) for name in names}
+    return Encoding(spec, vocabularies, json.loads(_found(directory, TRANSFORMS).read_text()))
+
+
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
-    """The `value` and `id` of `user`, `item` or `feature:<name>`, by id, next to a dataset.
-
-    Raises:
-      UserError: it is missing.
-    """
-    return _read(directory, _path(directory / VOCABULARIES_FOLDER, name))
+    """Read `value` and `id` of `user`, `item` or `feature:<name>`; UserError if they are gone."""
+    return _read(directory, _vocabulary_file(name))
 
 
-def _read(directory: Path, path: Path) -> pa.Table:
-    # A path only would make pyarrow read a dataset of all its folder.
-    with pq.ParquetFile(_found(directory, path, "which has ids of the log")) as parquet:
-        return parquet.read()
+def _vocabulary_file(name: str) -> str:
+    file = "".join(c if f"a{c}".isidentifier() or c in ".-" else "-" for c in name)
+    return f"{VOCABULARIES_FOLDER}/{file}.parquet"
+
+
+def write_requests(requests: Iterable[pa.Table], directory: Path, split: str) -> None:
+    """Write `request` and `file` of the requests of a split next to a dataset."""
+    path = directory / f"log_requests-{split}.parquet"
+    pq.write_table(pa.concat_tables(requests), path, compression="zstd")
+
+
+def read_requests_of(directory: Path, split: str) -> pa.Table:
+    """Return the table that `write_requests` has written; UserError if it is gone."""
+    return _read(directory, f"log_requests-{split}.parquet")
 
 
 def read_manifest(directory: Path) -> dict[str, list]:
-    """Return the manifest of the log of a dataset, see `files.Log`; UserError if it is gone."""
-    holds = "the list of files that this dataset was made of"
-    return json.loads(_found(directory, directory / MANIFEST, holds).read_text())
+    """Return the manifest of the log of a dataset; UserError if it is gone."""
+    return json.loads(_found(directory, MANIFEST).read_text())
 
 
-def _found(directory: Path, path: Path, holds: str) -> Path:
+def read_report(directory: Path) -> Report:
+    """Return the data report of a dataset; UserError if it is gone."""
+    _found(directory, JSON_FILE)
+    return read_data_report(directory) or {}
+
+
+def _read(directory: Path, file: str) -> pa.Table:
+    # A path only would make pyarrow read a dataset of all its folder.
+    with pq.ParquetFile(_found(directory, file)) as parquet:
+        return parquet.read()
+
+
+def _found(directory: Path, file: str) -> Path:
     """Return the path of a file next to a dataset, and raise UserError if it is gone."""
-    if path.exists():
+    if (path := directory / file).exists():
         return path
     raise UserError(
-        f"{path}, {holds}, is gone; restore it, or remove {directory} and make it again with: "
+        f"{path} is gone; restore it, or remove {directory} and make it again with: "
         "python -m experiments.prepare_data"
     )
 
 
-def _path(folder: Path, name: str) -> Path:
-    file = "".join(c if f"a{c}".isidentifier() or c in ".-" else "-" for c in name)
-    return folder / f"{file}.parquet"
-
-
-def requests_of_piece(folder: Path, piece: Piece) -> pa.Table:
-    """Return the `request` id in the log and the number of the first `file` of each request."""
-    requests, candidates = read_piece(folder, piece, ["number", "file"])
-    numbers = np.bincount(candidates["number"].to_numpy() - piece.requests[0])
-    file = np.minimum.reduceat(candidates["file"].to_numpy(), starts_of(numbers)[:-1])
-    return pa.table({"request": requests["request"], "file": pa.array(file, pa.int32())})
-
-
-def write_requests(requests: Iterable[pa.Table], directory: Path, split: str) -> None:
-    """Write tables of `requests_of_piece` of a split next to its dataset, in stored order."""
-    table = pa.concat_tables(requests)
-    pq.write_table(table, directory / _requests_file(split), compression="zstd")
-
-
-def read_requests_of(directory: Path, split: str) -> pa.Table:
-    """Return what `write_requests` has written for a dataset; UserError if it is gone."""
-    return _read(directory, directory / _requests_file(split))
-
-
-def _requests_file(split: str) -> str:
-    return f"log_requests-{split}.parquet"
-
-
-class Settled(NamedTuple):
-    """The ids, vocabularies and scales of a dataset, by which another log is read.
-
-    Attributes:
-      encoding: the rules by which values become ids and features.
-      vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
-      moments: feature -> its entry in the data report, with the moments in training if it is dense.
-      kinds: key of the config that names a column of ids or categories -> `files.kind_of` its
-        values, where known.
-      trained: how many of the first ids of `user` and of `item` training requests have.
-    """
-
-    encoding: Encoding
-    vocabularies: Mapping[str, pa.Table]
-    moments: Mapping[str, Mapping[str, Any]]
-    kinds: Mapping[str, str]
-    trained: Mapping[str, int]
-
-
-def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled:
-    """Read the ids, vocabularies and scales of the dataset in `directory`.
-
-    Args:
-      layout: of its log.
-      spec: its sizes.
-      directory: its folder.
-
-    Raises:
-      UserError: files next to the dataset are gone.
-    """
-    _found(directory, directory / JSON_FILE, "which has the means and deviations of training")
-    report = read_data_report(directory) or {}
-    moments = {feature["name"]: feature for feature in report["features"]}
-    names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
-    vocabularies = {name: read_vocabulary(directory, name) for name in names}
-    encoding = encoding_of(layout, spec, vocabularies, moments)
-    ids = report["ids"]
-    trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
-    path = directory / TRANSFORMS
-    kinds = json.loads(path.read_text()).get("kinds", {}) if path.exists() else {}
-    return Settled(encoding, vocabularies, moments, kinds, trained)
-
-
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:
-    """Return `Settled.kinds` of a log; requests keep their own ids."""
+    """Return the `kinds` of a log, see `Encoding.rules`; requests keep their own ids."""
     wanted = [of for of in files.wanted_columns(layout) if of.use == "id"]
-    kinds = {
-        of.key: files.kind_of(types[of.column]) for of in wanted if of.key != "data.columns.request"
-    }
+    kinds = {of.key: files.kind_of(types[of.column]) for of in wanted}
+    del kinds["data.columns.request"]
     return {key: kind for key, kind in kinds.items() if kind}
 
 
-def check_types(layout: LogLayout, types: Mapping[str, pa.DataType], settled: Settled) -> None:
+def check_kinds(layout: LogLayout, types: Mapping[str, pa.DataType], known: Encoding) -> None:
     """Refuse texts where training had whole numbers, and the reverse: none would match."""
     column_of = {of.key: of.column for of in files.wanted_columns(layout)}
     for key, here in kinds_of(layout, types).items():
-        there = settled.kinds.get(key, here)
+        there = known.rules["kinds"].get(key, here)
         if here != there:
             raise UserError(
                 f"column {column_of[key]!r} ({key}) holds {here}, and in training it held "
                 f"{there}; give it the type that it had"
             )
-
-
-def with_items(
-    layout: LogLayout, encoding: Encoding, items: Items, table: pa.Table
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features and category ids of the items of a dataset and of a log.
-
-    Args:
-      layout: of the log.
-      encoding: its rules.
-      items: those of the dataset.
-      table: the fields of the items of the log; their values take the places of known ones.
-    """
-    places = table["id"].to_numpy()
-    matrices = []
-    known_items = (np.asarray(items.features), np.asarray(items.category))
-    for known, logged in zip(known_items, item_matrix(layout, encoding, table), strict=True):
-        whole = np.zeros((max(len(known), places.max() + 1), known.shape[1]), known.dtype)
-        whole[: len(known)] = known
-        whole[places] = logged
-        matrices.append(whole)
-    features, category = matrices
-    return features, category

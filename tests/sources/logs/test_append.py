@@ -15,12 +15,11 @@ from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.warm import warm_start
-from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
 from tests.sources import faulty_logs
-from tests.sources.faulty_logs import make_rows, write_log
+from tests.sources.faulty_logs import made_small, make_rows, write_log
 
 DAYS = (0, 30, 45, 60)
 # Some names sort before those of the day before.
@@ -192,26 +191,34 @@ def day_one(tmp_path_factory):
 def second(day_one, tmp_path):
     """A function that adds a file, and extends the dataset; the log is as before after it."""
     log = day_one / "log"
+    stat = (log / "day-0.parquet").stat()
 
-    def extend(rows=(), change=lambda path: None, **changes):
+    def extend(rows=None, change=lambda path: None, **changes):
+        rows = make_days()[1] if rows is None else rows
         if rows:
             add_file(log, "day-1", rows)
             change(log / "day-1.parquet")
-        extends = changes.pop("extends", day_one / "before")
-        config = config_of(changes.pop("path", log), tmp_path / "after", extends, **changes)
+        config = config_of(log, tmp_path / "after", day_one / "before", **changes)
         api.prepare(config)
         return datasets.dataset_of(config)
 
     yield extend
     (log / "day-1.parquet").unlink(missing_ok=True)
     (written := log.with_name("day-1-written")).exists() and written.rmdir()
+    if (log / "_aside").exists():
+        (log / "_aside").rename(log / "day-0.parquet")
+    os.utime(log / "day-0.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_ids_scales_and_files_of_before_stay(second, day_one):
     before = datasets.dataset_of(config_of(day_one / "log", day_one / "before"))
     content = {path: path.read_bytes() for path in before.directory.rglob("*") if path.is_file()}
-    after = second(make_days()[1])
+    after = second()
     assert content == {path: path.read_bytes() for path in content}
+    with pytest.raises(
+        UserError, match=rf"1 file new; --config.data.extends={day_one}/before adds"
+    ):
+        api.prepare(config_of(day_one / "log", day_one / "before"))
     for name in ("user", "item", "feature:country", "feature:author"):
         one, other = (names(of.directory, name) for of in (before, after))
         assert one.items() <= other.items()
@@ -253,9 +260,9 @@ def early():
 
 
 REFUSED = {
-    "a column is gone": (dict(rows=make_days()[1], change=rename), "has no column 'age'"),
+    "a column is gone": (dict(change=rename), "has no column 'age'"),
     "ids of another type": (
-        dict(rows=make_days()[1], change=write_texts),
+        dict(change=write_texts),
         r"column 'user_id' .* holds texts, and in training it held whole numbers",
     ),
     "a request of before": (
@@ -266,7 +273,15 @@ REFUSED = {
         dict(rows=[*make_days()[1], early()]),
         "1 requests of the new files are earlier than 1970-01-12T14:15:40, .* in the order of time",
     ),
-    "no new file": (dict(), "has no file that .* lacks"),
+    "no new file": (dict(rows=()), "has no file that .* lacks"),
+    "an older file is gone": (
+        dict(change=lambda path: path.with_name("day-0.parquet").rename(path.with_name("_aside"))),
+        "1 file gone.*only new files .* leave data.extends out",
+    ),
+    "an older file is rewritten": (
+        dict(change=lambda path: os.utime(path.with_name("day-0.parquet"), ns=(0, 0))),
+        "1 file rewritten.*only new files .* leave data.extends out",
+    ),
     "another config": (dict(test_share=0.17), "holds no dataset of this config, with data.path as"),
     "another split": (dict(split="user"), "data.extends needs data.split='time', and it is 'user'"),
     "Spark": (dict(engine="spark"), "takes Parquet files at data.path, and data.engine='duckdb'"),
@@ -291,64 +306,16 @@ def test_a_feature_that_varies_for_the_first_time_has_no_scale(tmp_path):
         api.prepare(config_of(log, tmp_path / "after", tmp_path / "before"))
 
 
-@pytest.mark.parametrize("how", ["gone", "rewritten"])
-def test_an_older_file_that_has_changed_is_refused(tmp_path, how):
-    log, days = tmp_path / "log", make_days()
-    add_file(log, "day-0", days[0])
-    add_file(log, "day-1", days[1])
-    api.prepare(config_of(log, tmp_path / "before"))
-    add_file(log, "day-2", days[2])
-    if how == "gone":
-        (log / "day-0.parquet").unlink()
-    else:
-        os.utime(log / "day-0.parquet", ns=(0, 0))
-    with pytest.raises(UserError, match=f"1 file {how}.*only new files .* leave data.extends out"):
-        api.prepare(config_of(log, tmp_path / "after", tmp_path / "before"))
-
-
-def test_a_build_that_is_interrupted_leaves_no_dataset_and_that_of_before(
-    second, day_one, monkeypatch
-):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = datasets.dataset_of(config_of(day_one / "log", day_one / "before"))
-    content = {path: path.read_bytes() for path in before.directory.rglob("*") if path.is_file()}
-    with monkeypatch.context() as patched:
-        patched.setattr(storage, "write_index", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            second(make_days()[1])
-    assert content == {path: path.read_bytes() for path in content}
-    storage.check_whole(before.directory, "", thorough=True)
-    assert len(second().columns["test"]) == 4
-    with pytest.raises(
-        UserError, match=rf"1 file new; --config.data.extends={day_one}/before adds"
-    ):
-        api.prepare(config_of(day_one / "log", day_one / "before"))
-
-
-def make_small(config):
-    config.parallel.devices = 1
-    config.batch.requests, config.batch.candidates = 8, 12
-    config.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
-    config.teacher.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
-    config.student.update(width=4, interests=2, hidden=(8,))
-    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
-    config.evaluation.requests = 8
-    config.distill.mode = "aux"
-    return config
-
-
 def parameters_of(workdir):
     return jax.tree.map(np.asarray, trained.open_finished(workdir).parameters)
 
 
 def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_path):
-    before = make_small(config_of(day_one / "log", day_one / "before"))
+    before = made_small(config_of(day_one / "log", day_one / "before"))
     api.train(before, tmp_path / "monday")
     old = parameters_of(tmp_path / "monday")
-    after = second(make_days()[1])
-    config = make_small(config_of(day_one / "log", tmp_path / "after"))
+    after = second()
+    config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.train.warm_start, config.seed = str(tmp_path / "monday"), 7
     job = Opened(config).job({"": config})
     fresh = tuple(group.init() for group in job.groups)
@@ -384,7 +351,7 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_
     config.student.width = 8
     with pytest.raises(UserError, match=r"monday has a model of other sizes, or rows of another"):
         api.train(config, tmp_path / "wide")
-    other = make_small(config_of(day_one / "log", tmp_path / "other"))
+    other = made_small(config_of(day_one / "log", tmp_path / "other"))
     api.prepare(other)
     other.train.warm_start = str(tmp_path / "monday")
     with pytest.raises(UserError, match=r"monday was trained on parquet-.*, and its ids are not"):
@@ -392,12 +359,12 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_
 
 
 def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
-    before = make_small(config_of(day_one / "log", day_one / "before"))
+    before = made_small(config_of(day_one / "log", day_one / "before"))
     api.train_teacher(before, tmp_path / "monday")
     dataset = datasets.dataset_of(before)
     old, _ = trained.restored_teacher(before, dataset, tmp_path / "monday")
-    second(make_days()[1])
-    config = make_small(config_of(day_one / "log", tmp_path / "after"))
+    second()
+    config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
     job = Opened(config).job({})
     (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))

@@ -20,14 +20,7 @@ RUNS = ("train_teacher", "train", "sweep")
 
 
 def make_config(log, folder):
-    config = faulty_logs.config(log, folder)
-    config.parallel.devices = 1
-    config.batch.requests, config.batch.candidates = 8, 12
-    config.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
-    config.student.update(width=4, interests=2, hidden=(8,))
-    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
-    config.teacher.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
-    config.evaluation.requests = 8
+    config = faulty_logs.made_small(faulty_logs.config(log, folder))
     config.distill.mode = "aux"
     config.sweep.update(modes=("none",), seeds=(0,))
     return config
@@ -113,7 +106,7 @@ def test_runs_on_a_dataset_whose_list_of_files_is_gone_name_it(world, made):
     manifest = datasets.dataset_of(world).directory / "log.json"
     manifest.unlink()
     told = fault_of(api.train, world, made / "train")
-    assert told.startswith(f"{manifest}, the list of files that this dataset was made of, is gone")
+    assert told.startswith(f"{manifest} is gone; restore it, or remove ")
 
 
 def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made, tmp_path):

@@ -16,7 +16,8 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
                 "0 AS position FROM range(500_000) AS each(n)",
                 "CREATE VIEW candidate_fields AS FROM used",
                 "CREATE VIEW request_fields AS "
-                "SELECT DISTINCT number, range(number % 3) AS ids FROM used",
+                "SELECT DISTINCT number, number AS request, 0 AS file, range(number % 3) AS ids "
+                "FROM used",
             ]
         )
         pieces = ordered.write_ordered(database)
@@ -32,5 +33,5 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
         assert numbers == list(range(*piece.requests))
         assert {*candidates["number"].to_pylist()} == {*numbers}
         assert {ordered.SPLITS[number // 250] for number in numbers} == {piece.split}
-    (_, items) = ordered.read_piece(tmp_path, pieces[3], ["item"])
-    assert items.equals(read[3][1].select(["item"]))
+    only = ordered.read_requests(tmp_path, pieces[3])
+    assert only.equals(read[3][0].select(["request", "file"]))

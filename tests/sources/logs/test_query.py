@@ -8,7 +8,6 @@ import uuid
 
 import duckdb
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.sources.logs import files, query
-from kd_ranker.sources.logs.encode import _places
+from kd_ranker.sources.logs.encode import Encoding
 from tests.sources import faulty_logs
 
 NAN = float("nan")
@@ -137,12 +136,19 @@ def test_codes_of_texts_and_numbers(values):
     assert codes(pa.array([True, False])) == [3, 0]
 
 
-def test_values_are_found_among_those_that_are_known():
-    known = pd.Index(["b", "a"])
-    assert _places(known, pa.array(["a", "c", None, "b"])).tolist() == [1, -1, -1, 0]
-    assert _places(known, pa.array([], pa.string())).tolist() == []
-    large = pd.Index(np.array([2**64 - 1, 5], np.uint64))
-    assert _places(large, pa.array([5, None, 2**64 - 1], pa.uint64())).tolist() == [1, -1, 0]
+@pytest.mark.parametrize("known", [["b", "a"], pa.array([2**64 - 1, 5], pa.uint64())])
+def test_values_have_the_ids_of_a_vocabulary(known):
+    table = pa.table({"value": known, "id": pa.array([7, 8], pa.int32())})
+    encoding = Encoding(None, {"feature:x": table}, {})  # type: ignore[arg-type]
+    (one, other), type_ = known, table["value"].type
+    assert encoding.ids_of("feature:x", pa.array([other, None, one], type_), 6).tolist() == [
+        8,
+        6,
+        7,
+    ]
+    assert encoding.ids_of("feature:x", pa.array([], type_), 6).tolist() == []
+    unknown = pa.array(["c"]) if pa.types.is_string(type_) else pa.array([6], type_)
+    assert encoding.ids_of("feature:x", unknown, 6).tolist() == [6]
 
 
 def query_of(by_request=False, **changes) -> query.Query:

@@ -19,14 +19,7 @@ from tests.sources.faulty_logs import make_rows, write_log
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("log")
     log = write_log(folder / "log", make_rows(0, requests=60, faults=0.02, texts=True))
-    config = faulty_logs.config(log, folder / "datasets")
-    config.parallel.devices = 1
-    config.batch.requests, config.batch.candidates = 8, 12
-    config.train.update(steps=6, log_every=3, checkpoint_every=6, eval_every=0)
-    config.student.update(width=4, interests=2, hidden=(8,))
-    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
-    config.evaluation.requests = 8
-    return config
+    return faulty_logs.made_small(faulty_logs.config(log, folder / "datasets"), steps=6)
 
 
 def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_path):

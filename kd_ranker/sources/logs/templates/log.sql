@@ -121,8 +121,10 @@ CREATE TABLE cutoffs AS
             THEN time END))) AS validation, max(test) AS test
         FROM seconds CROSS JOIN sizes CROSS JOIN tests WHERE sizes.seconds > 2;
 {% endif %}
+-- Requests are numbered in the order of time, by days. A log to score keeps the order of its files.
 CREATE TABLE requests AS
-    WITH timed AS (SELECT owners.*, times.time, times.time // 86400 AS day,
+    WITH timed AS (SELECT owners.*, times.time,
+        {{ "times.time // 86400" if layout.split else "first // " ~ rows_of_a_file }} AS part,
     {% if layout.split == "time" %}
         CASE WHEN times.time >= cutoffs.test THEN 2 WHEN times.time >= cutoffs.validation THEN 1
              ELSE 0 END::TINYINT AS split
@@ -141,7 +143,7 @@ CREATE TABLE requests AS
         2::TINYINT AS split FROM owners JOIN times USING (request))
     {% endif %},
     numbered AS (
-{{ numbered("timed", "split, day", "split, day", "time, request") }})
+{{ numbered("timed", "split, part", "split, part", "time, request") }})
     SELECT request, usr, users, split, time, first_time <> time OR last_time <> time AS moved,
         first // {{ rows_of_a_file }} AS file, first % {{ rows_of_a_file }} AS "row", ordinal - 1 AS number
         FROM numbered;
@@ -264,9 +266,9 @@ CREATE TABLE {{ vocabulary(feature) }} AS
 
 -- 6. The fields to encode; `ordered.py` sorts them.
 CREATE VIEW item_fields AS SELECT value, id{{ and_features(layout.of("item")) }} FROM items;
-CREATE VIEW request_fields AS SELECT request, number, time, user_id
+CREATE VIEW request_fields AS SELECT request, file::INT AS file, number, time, user_id
     {{ and_features(layout.of("user", "context", "event")) }} FROM request_rows;
-CREATE VIEW candidate_fields AS SELECT number, file, "row", place, stage, position, item, id AS item_id,
+CREATE VIEW candidate_fields AS SELECT number, stage, position, item, id AS item_id,
     label_weight, teacher_weight
     {% for task in layout.tasks %}, "label:{{ task }}"{% endfor %}
     {% for task in layout.scored_tasks %}, "teacher:{{ task }}"{% endfor %}
