@@ -142,7 +142,7 @@ def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
 
 def student_of(world: World, workdir: Path, member: str = ""):
     config = workdirs.read_config(workdir)
-    (group,), _ = runs.trained_students(Opened(config).job({"": config}), workdir)
+    (group,), _ = runs.trained_rankers(Opened(config).job({"": config}), workdir)
     return group.ranker.serve, select_member(group.ranker.parameters, 0)
 
 
@@ -387,7 +387,7 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
     (cohort,) = (workdir / "cohorts").iterdir()
     members = sweep_members(workdirs.read_config(workdir))
-    groups, _ = runs.trained_students(Opened(world.config).job(members), cohort)
+    groups, _ = runs.trained_rankers(Opened(world.config).job(members), cohort)
     (own,) = (of for group in groups if (of := group.only(("none-seed1",))).names)
     expected = served(world, own.ranker.serve, select_member(own.ranker.parameters, 0), "user")
     assert_close(scores_in(named), expected)
