@@ -327,38 +327,30 @@ def _table(
 def read_requests(folder: Path) -> Kept:
     """The files of `request_files` in a folder, as they were written."""
     single, curves = (_rankers(folder / file) for file in (REQUESTS_FILE, REQUEST_CURVES_FILE))
-    ks = next(iter(curves.values()))["k"]
-    ks = ks[: np.unique(ks).size]
+    ks = next(iter(curves.values()))["k"].unique()
     each = {
-        who: Each(_arrays(columns, ()), _arrays(curves[who], (len(ks),)))
-        for who, columns in single.items()
+        who: Each(_arrays(rows, ()), _arrays(curves[who], (len(ks),)))
+        for who, rows in single.items()
     }
-    return Kept(ks, each)
+    return Kept(np.asarray(ks), each)
 
 
-def _rankers(path: Path) -> dict[Who, dict[str, np.ndarray]]:
-    """Return the columns of each ranker, in the order of the file."""
+def _rankers(path: Path) -> dict[Who, pd.DataFrame]:
+    """Return the rows of each ranker, in the order of the file."""
     table = pq.read_table(path, read_dictionary=["member", "serve"]).to_pandas()
     of_rankers = table.groupby(["member", "serve"], sort=False, observed=True)
-    return {
-        (str(member), str(serve)): {
-            str(name): of.to_numpy() for name, of in rows.drop(columns=["member", "serve"]).items()
-        }
-        for (member, serve), rows in of_rankers
-    }
+    return {(str(member), str(serve)): rows for (member, serve), rows in of_rankers}
 
 
-def _arrays(columns: Mapping[str, np.ndarray], over: tuple[int, ...]) -> Sums:
-    """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T].
-
-    The name of a policy is part of the name of a sum.
-    """
+def _arrays(rows: pd.DataFrame, over: tuple[int, ...]) -> Sums:
+    """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T]."""
     sums: Sums = {}
-    for column, values in columns.items():
-        name, task = column, ""
-        if not column.startswith("policy_"):
-            name, _, task = column.partition("/")
-        if name not in ("request", "k"):
-            shaped = values.reshape(-1, *over, *([1] if task else []))
+    for column, values in rows.items():
+        name, task = str(column), ""
+        # The name of a policy is part of the name of a sum.
+        if not name.startswith("policy_"):
+            name, _, task = name.partition("/")
+        if name not in ("member", "serve", "request", "k"):
+            shaped = values.to_numpy().reshape(-1, *over, *([1] if task else []))
             sums[name] = np.concatenate([sums[name], shaped], -1) if name in sums else shaped
     return sums

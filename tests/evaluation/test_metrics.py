@@ -287,6 +287,10 @@ def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
     assert empty_of(of_order) == against_teacher
     assert of_order == pytest.approx(row | dict.fromkeys(against_teacher, np.nan), nan_ok=True)
     assert empty_of(case.teacher_row([SHOWN], "rank")) == against_teacher | of_probabilities
+    # A reference that only orders lacks the same, under a teacher of probabilities.
+    sums = case.sums(), case.teacher_sums()
+    of_list = metrics.summarise(*sums, TASKS, ReportAt([SHOWN], TARGETS), only_order=True)
+    assert empty_of(of_list) == against_teacher | of_probabilities
 
 
 def test_unknown_inputs_give_nan() -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from kd_ranker.batch import EvaluationBatch
 from kd_ranker.evaluation.evaluate import Plan, evaluate
-from kd_ranker.evaluation.metrics import ReportAt, summarise
 from kd_ranker.evaluation.references import (
     LISTS,
     NO_PROBABILITIES,
@@ -23,7 +22,7 @@ from kd_ranker.evaluation.references import (
 )
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
-from kd_ranker.training.state import select_member, stack_members
+from kd_ranker.training.state import stack_members
 from tests.random_batches import SPEC, random_batch, random_items
 from tests.requests.random_requests import random_source
 
@@ -211,17 +210,6 @@ def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
         found, same = sums[name]["survival"], of_backwards[name]["survival"]
         np.testing.assert_allclose(found, same, rtol=1e-5)
         assert np.array_equal(*found) == (name != "random")
-
-
-def test_an_order_has_no_measures_of_probabilities():
-    teacher, sums = measured([evaluation_batch(1)])
-    given = select_member(sums["popularity"], 0), teacher, SPEC.tasks, ReportAt((2,), (0.99,))
-    row, of_order = summarise(*given), summarise(*given, only_order=True)
-    lost = {name for name, of in row.items() if np.isfinite(of) and np.isnan(of_order[name])}
-    assert of_order == pytest.approx(row | dict.fromkeys(lost, np.nan), nan_ok=True)
-    names = {"user_bce", "user_calibration", "teacher_bce", "teacher_kl", "teacher_kl_shown"}
-    names |= {"alignment_ratio", "alignment_ratio_bce", "top_calibration"}
-    assert {name.split("/")[0] for name in lost} == names
 
 
 @pytest.mark.parametrize(("items", "size", "noise"), [(50, 20, 2.0), (50, 2, 0.0), (3, 3, 0.0)])

@@ -55,27 +55,24 @@ def test_the_heads_that_a_serving_choice_reads(mode: str, serve: str, heads: int
     assert saving.heads_read(served, MODES[mode].heads_per_task * 3) == heads
 
 
-def test_a_final_ranker_in_front_of_itself_costs_its_own_cost() -> None:
-    costs = saving.Costs(student=1.0, student_request=7.0, teacher=20.0, teacher_request=30.0)
-
-    def cost_of(role: str) -> float:
-        flops, own = saving.student_cost({"role": role, "flops_per_candidate": 500.0}, costs)
-        return saving.funnel_cost(100, 10, flops, 500.0, own)
-
-    assert cost_of("student") == 7 + 30 + 100 * 1 + 10 * 20
-    assert cost_of("teacher") == 30 + 100 * 20 + 10 * 20
-    assert cost_of("reference") == 30 + 10 * 20
-
-
 def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     config = defaults.get_config("cascade")
     assert saving.costs_of(config) == saving.FLOPS
     # In microseconds: 2000 · 0.2 + 200 · 4, and 30 + 50 a request.
     config.costs.update(teacher={"candidate": 4.0, "request": 50.0})
     config.costs.update(student={"candidate": 0.2, "request": 30.0})
-    assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == 1280
+    costs = saving.costs_of(config)
+
+    def cost_of(role: str) -> float:
+        flops, own = saving.student_cost({"role": role, "flops_per_candidate": 100.0}, costs)
+        return saving.funnel_cost(2000, 200, flops, 100.0, own)
+
+    assert cost_of("student") == 1280
+    # A reference costs nothing, and a final ranker in front of itself what it costs.
+    assert cost_of("reference") == 50 + 200 * 4
+    assert cost_of("teacher") == 50 + 2000 * 4 + 200 * 4
     # The teacher scores all 2000, without a student.
-    assert saving.whole_cost(2000, 100.0, saving.costs_of(config)) == 8050
+    assert saving.whole_cost(2000, 100.0, costs) == 8050
     # Without a cost of the student, it is its FLOPs' share of the teacher's: 5% of 4.
     config.costs.student.candidate = 0.0
     assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == pytest.approx(1280)
