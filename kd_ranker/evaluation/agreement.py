@@ -166,14 +166,9 @@ def teacher_tau(
     their values (an evaluation batch has a fixed random permutation). Up to `NEIGHBOURS` + 1 known
     candidates those are all pairs. The measure with its ties is Kendall's (Biometrika 1945).
 
-    Args:
-      student_value: what the student sorts by; NaN on a known candidate makes the request NaN.
-      teacher_value: what the teacher sorts by; NaN where it is not known.
-      candidate_mask: False on padding.
-
-    Returns:
-      A number in [-1, 1], 0 where the student ties all pairs and where the request does not
-      count; and False where the teacher ties all pairs.
+    The teacher's value is NaN where it is not known; a student's NaN on a known candidate makes the
+    request NaN. The result is in [-1, 1], and 0 where the student ties all pairs. A request in
+    which the teacher ties all pairs does not count, and is 0 too.
     """
     known = candidate_mask & ~jnp.isnan(teacher_value)
     known_first = jnp.argsort(~known, axis=1, stable=True)

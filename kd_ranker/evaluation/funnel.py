@@ -54,10 +54,8 @@ def value(
 ) -> Float[Array, "*shape"]:
     """The sum that a ranker sorts by: Σ over tasks of weight · probability, weights ≥ 0.
 
-    A task of weight 0 may hold anything, NaN included.
-
-    A product and a sum, not a matrix product: accelerators may round the inputs of the latter to
-    fewer bits, which would make ties out of candidates that differ.
+    A task of weight 0 may hold anything, NaN included. It is no matrix product: accelerators may
+    round the inputs of that to fewer bits, which would make ties of candidates that differ.
     """
     xp = probability.__array_namespace__()
     return xp.where(value_weights > 0, probability * value_weights, 0.0).sum(axis=-1)
@@ -225,15 +223,11 @@ def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
 def passed_for(
     curve: Float[np.ndarray, "K *more"], ks: Int[np.ndarray, "K"], target: float
 ) -> Float[np.ndarray, "*more"]:
-    """Return the smallest k at which a curve is at least a share of its last entry.
+    """Return the smallest k at which a curve is at least a share, in (0, 1], of its last entry.
 
-    Between two values of k the curve is interpolated linearly, and k is rounded up: on a grid of
-    all k the result is exact. NaN where no k reaches the share, or the last entry is 0.
-
-    Args:
-      curve: summed over requests; its last entry is the total to capture.
-      ks: the values of k, increasing.
-      target: a share, in (0, 1].
+    The curve is summed over requests at increasing values of k. Between two of them it is
+    interpolated linearly, and k is rounded up: on a grid of all k the result is exact. NaN where no
+    k reaches the share, or the last entry is 0.
 
     >>> passed_for(np.array([5.0, 7.0, 8.0]), np.array([10, 20, 40]), 0.92)  # 7.36: 20 + 0.36 · 20
     array(28.)
