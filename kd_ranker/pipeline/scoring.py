@@ -65,10 +65,14 @@ _BATCHES = 64
 
 
 class Scored(NamedTuple):
-    """The folder of the scores of a ranker, in Parquet files, and the names of their columns."""
+    """The folder of the scores of a ranker, in Parquet files."""
 
     directory: Path
-    columns: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of all files."""
+        return tuple(pq.read_schema(next(self.directory.glob("*.parquet"))).names)
 
     def __str__(self) -> str:
         return f"scores: {self.directory}\ntheir columns: {', '.join(self.columns)}"
@@ -89,7 +93,7 @@ class _Part(NamedTuple):
 
 
 class _Scorer(NamedTuple):
-    """A ranker, and what it scores with: `candidates` is the largest number of a request.
+    """A ranker, with items and sizes; `candidates` is the largest number that a request has.
 
     `item_names` has the `value` and `id` of each item, by id; None if ids have no other names.
     """
@@ -115,19 +119,23 @@ class _Scorer(NamedTuple):
         """Return the scores of a part, a row per candidate."""
         probability = np.concatenate([*self._probabilities(part)])
         part.keep(probability)
-        value = funnel.value(probability, np.array(self.config.value_weights, np.float32))
+        # Of NumPy: JAX would compile a program for each number of candidates.
+        weights = np.array(self.config.value_weights, np.float32)
+        value: Any = funnel.value(probability, weights)  # type: ignore[arg-type]
         candidates = part.columns.candidates.fields(part.numbers, part.scored)
         item = pa.array(np.asarray(candidates["item_id"]))
         if self.item_names is not None:
             places = np.searchsorted(self.item_names["id"].to_numpy(), item.to_numpy())
             item = self.item_names["value"].combine_chunks().take(pa.array(places))
         request = part.request.take(pa.array(np.repeat(np.arange(len(part.numbers)), part.scored)))
-        arrays = [request, item, *(pa.array(of) for of in (*probability.T, value))]
+        columns = {"request": request, "item": item}
+        for task, of_task in zip(self.ranker.dataset.spec.tasks, probability.T, strict=True):
+            columns[f"probability_{task}"] = pa.array(of_task)
+        columns["value"] = pa.array(value)
         if self.ranker.policy:
             is_scored = np.arange(self.candidates) < part.scored[:, None]
-            arrays.append(pa.array(_passed(self.ranker.policy, value, is_scored)))
-        arrays.append(pa.repeat(self.ranker.version, len(item)))
-        return pa.table(dict(zip(_columns_of(self.ranker), arrays, strict=True)))
+            columns["passed"] = pa.array(_passed(self.ranker.policy, value, is_scored))
+        return pa.table({**columns, "version": pa.repeat(self.ranker.version, len(item))})
 
     def _probabilities(self, part: _Part) -> Iterator[Float32[np.ndarray, "scored T"]]:
         """Yield those of the scored candidates, batch by batch; the first has no candidates."""
@@ -153,13 +161,6 @@ def _passed(
     k = np.asarray(policy.passed(jnp.asarray(values), jnp.asarray(is_scored)))
     places = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1)
     return (places < k[:, None])[is_scored]
-
-
-def _columns_of(ranker: Finished) -> list[str]:
-    """Return the names of the columns of scores."""
-    probabilities = [f"probability_{task}" for task in ranker.dataset.spec.tasks]
-    passed = ["passed"] if ranker.policy else []
-    return ["request", "item", *probabilities, "value", *passed, "version"]
 
 
 def _paths_like(files: Iterable[str], work: Path) -> list[Path]:
@@ -194,7 +195,7 @@ def score_dataset(config: ConfigDict) -> Scored:
             size = _BATCHES * config.evaluation.requests
             scorer.write(_parts_of_dataset(dataset, TEACHER_STAGES[stage], size, work))
             _describe(work, ranker, None)
-    return Scored(output, tuple(_columns_of(ranker)))
+    return Scored(output)
 
 
 def _parts_of_dataset(dataset: Dataset, stage: Stage, size: int, work: Path) -> Iterator[_Part]:
@@ -283,7 +284,7 @@ def score_unseen(
             _describe(work, ranker, read.counts)
     counts = read_json(output / FILE, _remedy(output))["counts"]
     lines = [trained.ranker_line(ranker), *_lines(counts)]
-    return Scored(output, tuple(_columns_of(ranker))), lines
+    return Scored(output), lines
 
 
 def _open_log(

@@ -6,7 +6,6 @@ initialized. The step, the schedule and the optimizer of dense parameters start 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -28,15 +27,17 @@ def warm_start(job: Job) -> Begin | None:
     The function raises UserError: there is no such run or it is not finished, it was trained on
     other ids, or its model has other sizes.
     """
-    return functools.partial(_begin, job) if job.trainee.train.warm_start else None
 
+    def begin(states: States) -> States:
+        model, start = _open(job)
+        return tuple(
+            dataclasses.replace(
+                state, parameters=_grown(job, model, start, group, state.parameters)
+            )
+            for group, state in zip(job.groups, states, strict=True)
+        )
 
-def _begin(job: Job, states: States) -> States:
-    model, start = _open(job)
-    return tuple(
-        dataclasses.replace(state, parameters=_grown(job, model, start, group, state.parameters))
-        for group, state in zip(job.groups, states, strict=True)
-    )
+    return begin if job.trainee.train.warm_start else None
 
 
 def _open(job: Job) -> tuple[Model, Parameters]:

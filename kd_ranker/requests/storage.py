@@ -266,7 +266,7 @@ def _remedy(directory: Path, made_by: str) -> str:
 
 
 def open_column(folder: Path, split: str, columns: Columns, spec: FeatureSpec) -> np.memmap:
-    """Open the column of a split to write to it; without a file, it is new and NaN everywhere.
+    """Open a teacher's probabilities for a split to write to; new ones are NaN everywhere.
 
     Args:
       folder: of the column.

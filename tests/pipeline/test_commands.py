@@ -220,21 +220,22 @@ def apart(world, tmp_path, monkeypatch):
     return config
 
 
-def files_in(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def columns_in(directory):
-    return {path.name: path.read_bytes() for path in directory.glob("teacher-*.npy")}
-
-
-def test_columns_do_not_depend_on_parts(apart, monkeypatch):
+def test_columns_do_not_depend_on_parts_or_value_weights(apart, monkeypatch):
     directory = api.log_teacher(apart).directory
-    columns = columns_in(directory)
-    assert len(columns) == 3
+    before = files_of(directory)
     shutil.rmtree(directory)
     monkeypatch.setattr(scoring, "_BATCHES", 64)
-    assert columns_in(api.log_teacher(apart).directory) == columns
+    apart.value_weights = tuple(2 * weight for weight in apart.value_weights)
+    assert api.log_teacher(apart).directory == directory
+    after = files_of(directory)
+    columns = {name for name in before if name.startswith("teacher-")}
+    assert len(columns) == 3
+    assert {name for name in after if after[name] == before[name]} == {*columns, scoring.FILE}
+    # Scores of other value weights are replaced.
+    apart.value_weights = tuple(3 * weight for weight in apart.value_weights)
+    assert api.log_teacher(apart).directory == directory
+    again = files_of(directory)
+    assert {name for name in again if again[name] == after[name]} == {*columns, scoring.FILE}
 
 
 def test_finished_scores_are_left_alone_and_checked(apart, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from kd_ranker import api, manifest
+from kd_ranker import api
 from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
@@ -23,7 +22,7 @@ from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
-from kd_ranker.sources.logs.vocabulary import read_vocabulary
+from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -55,7 +54,9 @@ class World(NamedTuple):
         return self.rows[-TESTED:]
 
 
-def make_world(folder: Path) -> World:
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score")
     rows = make_rows(0, requests=REQUESTS, texts=True)
     generator = np.random.default_rng(1)
     for row in rows:
@@ -79,11 +80,6 @@ def make_world(folder: Path) -> World:
     api.train(config, folder / "student")
     api.sweep(config, folder / "sweep")
     return World(folder, rows, config)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("score"))
 
 
 def write_raw(folder: Path, rows: list[Row], by_request: bool = False, **options: Any) -> Path:
@@ -129,18 +125,7 @@ def ids_in(dataset: Any, name: str) -> dict[Any, int]:
     return dict(zip(table["value"], table["id"], strict=True))
 
 
-def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
-    """Request as in the log -> the request of the dataset, and its items as in the log."""
-    dataset = datasets.dataset_of(world.config)
-    items = {id_: value for value, id_ in ids_in(dataset, "item").items()}
-    name = {row.of_request["time"]: row.of_request["request_id"] for row in world.rows}
-    return {
-        name[request.time]: (request, [items[item] for item in request.item_id.tolist()])
-        for request in read_requests(dataset, "test")
-    }
-
-
-def student_of(world: World, workdir: Path, member: str = ""):
+def student_of(workdir: Path):
     config = workdirs.read_config(workdir)
     (group,), _ = runs.trained_rankers(Opened(config).job({"": config}), workdir)
     return group.ranker.serve, select_member(group.ranker.parameters, 0)
@@ -149,9 +134,11 @@ def student_of(world: World, workdir: Path, member: str = ""):
 def served(world: World, serve: Any, parameters: Any, name: str, items: Any = None) -> Scores:
     """What a ranker says of the test requests as the dataset has them, one by one."""
     dataset = datasets.dataset_of(world.config)
-    known = items or dataset.items
-    scores = {}
-    for id_, (request, names) in requests_of_test(world).items():
+    known, scores = items or dataset.items, {}
+    name_of = {id_: value for value, id_ in ids_in(dataset, "item").items()}
+    ids = read_requests_of(dataset.directory, "test")["request"].to_pylist()
+    for id_, request in zip(ids, read_requests(dataset, "test"), strict=True):
+        names = [name_of[item] for item in request.item_id.tolist()]
         fields = full_fields(columns_of([request], dataset.spec), len(names))
         batch = CandidateBatch(**fields)
         (probability,) = np.asarray(serve(parameters, batch, known).probability[name])
@@ -204,7 +191,7 @@ def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_p
         for number, candidate in enumerate(row.candidates):
             of = [*answers["probability"][place, number], answers["value"][place, number]]
             found[row.of_request["request_id"], candidate["item_id"]] = of
-    assert_close(found, served(world, *student_of(world, workdir), "blend"))
+    assert_close(found, served(world, *student_of(workdir), "blend"))
     assert_close(found, score("student", world.tested)[0])
 
 
@@ -219,7 +206,7 @@ def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, score):
                 candidate["item_id"] = "new"
     found, lines = score("student", rows)
     # As if their own rows held what the reserved ones hold.
-    serve, parameters = student_of(world, world.folder / "student")
+    serve, parameters = student_of(world.folder / "student")
     dataset = datasets.dataset_of(world.config)
     tables = dict(parameters.tables)
     for name, values, size in (
@@ -266,7 +253,7 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, score):
     for of in (features, category):
         assert of[id_of[one]].tolist() != of[id_of[other]].tolist()
         of[id_of[one]] = of[id_of[other]]
-    student = student_of(world, world.folder / "student")
+    student = student_of(world.folder / "student")
     expected = served(world, *student, "blend", Items(features, category))
     assert_close(score("student", rows)[0], expected)
 
@@ -507,19 +494,6 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     (out / scoring.FILE).write_text(description)
     next(out.rglob("*.parquet")).unlink()
     assert ".parquet is missing; remove the folder" in fault_of(config, workdir, output=out)
-
-
-def test_a_run_that_is_not_finished_does_not_score(world, tmp_path):
-    log = write_raw(tmp_path / "log", world.tested)
-    copied = tmp_path / "sweep"
-    shutil.copytree(world.folder / "sweep", copied)
-    (copied / manifest.FILE).unlink()
-    assert "is not finished" in fault_of(config_for(world, "sweep", log), copied)
-    copied = tmp_path / "student"
-    shutil.copytree(world.folder / "student", copied)
-    for step in (copied / "checkpoints").iterdir():
-        shutil.rmtree(step)
-    assert "stopped at step 0 of 6" in fault_of(config_for(world, "student", log), copied)
 
 
 def test_the_command_needs_a_workdir_and_the_path_of_a_log(world, tmp_path):

@@ -24,6 +24,10 @@ def hash_of(value):
     return splitmix64(value & MASK)
 
 
+def allclose(one, other):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def there(values):
     return [value for value in values or [] if value not in (None, "")]
 
@@ -76,6 +80,8 @@ class Server:
         of = self.told["history"]
         items = there(raw[of["column"]])
         rows = np.zeros((len(items), len(of["features"])))
+        if not of["features"]:
+            rows = np.ones((len(items), 1))
         for column, each in enumerate(of["features"]):
             values = raw[each["column"]] or []
             if len(values) == len(items):
@@ -85,6 +91,27 @@ class Server:
                 rows[:, column] = np.nan_to_num(np.array(of_place, float))
         known = [item in self.ids["item"] for item in items]
         return rows[-of["length"] :][known[-of["length"] :]]
+
+    def check(self, request, raw, candidates):
+        """Compares a stored request with a row of the log and its candidates."""
+        assert request.user_id == self.ids["user"][raw["user_id"]]
+        allclose(request.user_features, self.dense("user_features", raw))
+        allclose(request.context, self.dense("context", raw))
+        assert request.request_category.tolist() == self.categories("request_category", raw)
+        assert request.history_id.tolist() == self.history(raw)
+        allclose(request.history_features, self.events(raw))
+        of_item = {self.ids["item"].get(of["item_id"]): of for of in candidates}
+        assert {*request.item_id.tolist()} == {*of_item}
+        for place, item in enumerate(request.item_id.tolist()):
+            dense = self.dense("candidate_features", of_item[item])
+            allclose(request.candidate_features[place], dense)
+            categories = self.categories("candidate_category", of_item[item])
+            assert request.candidate_category[place].tolist() == categories
+
+    def check_item(self, features, category, candidate):
+        """Compares the stored fields of an item with a candidate."""
+        allclose(features, self.dense("item_features", candidate))
+        assert category.tolist() == self.categories("item_category", candidate)
 
     def fields(self, rows):
         """The inputs of an export's programs for (request, its candidates), filled up with 0."""

@@ -54,24 +54,9 @@ def test_a_server_makes_the_fields_that_models_were_trained_on(tmp_path, texts):
     assert bad["data.features.short"] == report["candidates"]["in_the_log"]
     server = Server(tmp_path / "beside")
     by_time = {row.of_request["time"]: row for row in rows}
-    met = 0
     for request in requests["train"] + requests["validation"] + requests["test"]:
-        raw, candidates = by_time[request.time].of_request, by_time[request.time].candidates
-        of_item = {server.ids["item"].get(each["item_id"]): each for each in candidates}
-        np.testing.assert_allclose(request.user_features, server.dense("user_features", raw))
-        np.testing.assert_allclose(request.context, server.dense("context", raw))
-        assert request.request_category.tolist() == server.categories("request_category", raw)
-        assert request.history_id.tolist() == server.history(raw)
-        np.testing.assert_allclose(request.history_features, server.events(raw))
-        assert request.user_id == server.ids["user"][raw["user_id"]]
-        for place, item in enumerate(request.item_id.tolist()):
-            own, met = of_item[item], met + 1
-            expected = server.dense("candidate_features", own)
-            np.testing.assert_allclose(request.candidate_features[place], expected, rtol=1e-6)
-            expected = server.dense("item_features", own)
-            np.testing.assert_allclose(source.item_features[item], expected, rtol=1e-6)
-            expected = server.categories("candidate_category", own)
-            assert request.candidate_category[place].tolist() == expected
-            expected = server.categories("item_category", own)
-            assert source.item_category[item].tolist() == expected
-    assert met > 200
+        row = by_time[request.time]
+        server.check(request, row.of_request, row.candidates)
+        for candidate in row.candidates:
+            item = server.ids["item"][candidate["item_id"]]
+            server.check_item(source.item_features[item], source.item_category[item], candidate)
