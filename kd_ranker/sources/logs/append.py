@@ -27,7 +27,7 @@ _REMEDY = "or make a dataset of the whole log: leave data.extends out"
 
 
 class Earlier(NamedTuple):
-    """A dataset that was made of the older files of a log, and what is next to it."""
+    """A dataset that was made of the older files of a log, and the files next to it."""
 
     dataset: Dataset
     encoding: Encoding
