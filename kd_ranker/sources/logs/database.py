@@ -64,30 +64,25 @@ class Database:
         columns of the log with `PREFIX` before their names.
         """
         names = ", ".join(f"{quoted(of)} AS {logged(of)}" for of in log.names)
+        given = {PREFIX + name: log.given[name] for name in log.given.column_names}
+        join = "JOIN given USING (file)" if given else ""
         if log.sql:
             register_stores(self.connection, log.sql)
             # A row keeps its number, so the SELECT runs once and in the order of its files.
-            with log_errors(log.url):
-                self.connection.execute("SET preserve_insertion_order = true")
-                self.connection.execute(f"""
-                    CREATE TABLE log AS
-                    SELECT 0::BIGINT AS file, row_number() OVER () - 1 AS "row", {names}
-                    FROM (\n{log.sql}\n)""")
-                self.connection.execute("SET preserve_insertion_order = false")
+            kind, file, row, rows = "TABLE", "0", "row_number() OVER () - 1", f"(\n{log.sql}\n)"
         else:
-            given = {PREFIX + name: log.given[name] for name in log.given.column_names}
             self.put("given", pa.table({"file": range(len(log.files)), **given}))
             # A name is a pattern to DuckDB.
             paths = [literal(re.sub(r"[*?\[]", r"[\g<0>]", path)) for path in self._paths(log)]
-            self.run(
-                [
-                    f"""
-                CREATE VIEW log AS
-                FROM (SELECT file_index::BIGINT AS file, file_row_number AS "row", {names}
-                    FROM read_parquet([{", ".join(paths)}], union_by_name = true,
-                        hive_partitioning = false)) {"JOIN given USING (file)" if given else ""}"""
-                ]
-            )
+            options = "union_by_name = true, hive_partitioning = false"
+            rows = f"read_parquet([{', '.join(paths)}], {options})"
+            kind, file, row = "VIEW", "file_index", "file_row_number"
+        with log_errors(log.url):
+            self.connection.execute(f"SET preserve_insertion_order = {kind == 'TABLE'}")
+            self.connection.execute(f"""
+                CREATE {kind} log AS FROM (
+                    SELECT {file}::BIGINT AS file, {row} AS "row", {names} FROM {rows}) {join}""")
+            self.connection.execute("SET preserve_insertion_order = false")
         return self.fetch("FROM log LIMIT 0").schema
 
     def _paths(self, log: Log) -> list[str]:

@@ -154,21 +154,20 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
     files, item = list(itertools.compress(manifest, is_new)), layout.columns["item"]
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
         footers = list(pool.map(lambda file: _footer(system, file, item), files))
-    names = sorted({name for footer in footers for name in footer.schema.names})
+    schemas, rows, candidates = zip(*footers, strict=True)
+    names = sorted({name for schema in schemas for name in schema.names})
     # A column in a file takes precedence over the names of folders.
     of_all = given_by_folders(manifest)
     given = {name: of.filter(is_new) for name, of in of_all.items() if name not in names}
     of_folders = [pa.field(name, of.type) for name, of in given.items()]
-    schemas = {
-        file: pa.schema([*footer.schema, *of_folders])
-        for file, footer in zip(files, footers, strict=True)
+    columns = {
+        file: pa.schema([*schema, *of_folders]) for file, schema in zip(files, schemas, strict=True)
     }
-    _check_columns(layout, schemas, [*names, *given])
-    if not any(footer.rows for footer in footers):
+    _check_columns(layout, columns, [*names, *given])
+    if not any(rows):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
-    candidates = sum(footer.candidates for footer in footers)
     url = split_path(layout.path)[0]
-    return Log(url, tuple(files), manifest, candidates, tuple(names), pa.table(given))
+    return Log(url, tuple(files), manifest, sum(candidates), tuple(names), pa.table(given))
 
 
 def _open_select(layout: LogLayout) -> Log:
@@ -345,16 +344,11 @@ def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-class _Footer(NamedTuple):
-    """The columns of a file, the number of its rows, and about that of its candidates."""
+def _footer(system: Any, file: str, item: str) -> tuple[pa.Schema, int, int]:
+    """Return the columns of a file, the number of its rows, and about that of its candidates.
 
-    schema: pa.Schema
-    rows: int
-    candidates: int
-
-
-def _footer(system: Any, file: str, item: str) -> _Footer:
-    """Read the footer of a file; its candidates have a value each in the column `item`."""
+    These have a value each in the column `item`.
+    """
     with _opened(system, file) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
     # A list counts as many values as it has, and an empty one counts 1.
@@ -362,7 +356,7 @@ def _footer(system: Any, file: str, item: str) -> _Footer:
     places = [place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}.")]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return _Footer(schema, metadata.num_rows, candidates or metadata.num_rows)
+    return schema, metadata.num_rows, candidates or metadata.num_rows
 
 
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:

@@ -121,26 +121,23 @@ class LogLayout:
     history_length: int
 
     def of(self, *owners: str, kind: str = "") -> list[Feature]:
-        """The features of some owners, of all kinds or of one."""
-        return [of for of in self.features if of.of in owners and kind in ("", of.kind)]
-
-    def of_kind(self, *kinds: str) -> list[Feature]:
-        """The features of some kinds."""
-        return [of for of in self.features if of.kind in kinds]
+        """The features of some owners or of all, and of one kind or of all."""
+        owned = [of for of in self.features if not owners or of.of in owners]
+        return [of for of in owned if kind in ("", of.kind)]
 
     def categories(self, *owners: str) -> list[Feature]:
-        """The categorical features of some owners: single values and bags."""
+        """The categorical features of some owners or of all: single values and bags."""
         return [of for of in self.of(*owners) if of.kind in ("category", "bag")]
 
     @property
     def vocabularies(self) -> list[Feature]:
         """The categorical features with values in a vocabulary, not hashed."""
-        return [of for of in self.categories(*OWNERS) if not of.hashed]
+        return [of for of in self.categories() if not of.hashed]
 
     @property
     def history(self) -> Feature | None:
         """The history, if the log has one."""
-        return next(iter(self.of_kind("history")), None)
+        return next(iter(self.of(kind="history")), None)
 
     def to_score(self, has_time: bool) -> "LogLayout":
         """The layout of a log to score: ids and features, and the time if it has one."""

@@ -48,12 +48,7 @@ def write_rejected(
     log. If a row is a request and only some of its candidates are rejected, each of these has a row
     with only its values in the lists.
 
-    Args:
-      database: holds the table `rejected`.
-      log: the log.
-      layout: of the log.
-      types: column of the log -> its type.
-      folder: the folder to write to; it is made if any row was rejected.
+    The folder is made if any row was rejected. `types` are those of the columns of the log.
     """
     listed = {wanted.column for wanted in wanted_columns(layout) if wanted.per_candidate}
     columns = []

@@ -174,7 +174,7 @@ def _source(tables: _Tables) -> Source:
         append.extend_report(earlier, layout, report, database)
         encoding = vocabulary.longer_encoding(earlier.encoding, database, layout, kinds)
     else:
-        moments = {of.name: counts.moments(of.name) for of in layout.of_kind("dense")}
+        moments = {of.name: counts.moments(of.name) for of in layout.of(kind="dense")}
         encoding = vocabulary.new_encoding(database, layout, moments, kinds)
     items = database.fetch("SELECT * FROM item_fields ORDER BY id")
     known = earlier.dataset.items if earlier else None

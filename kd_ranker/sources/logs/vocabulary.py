@@ -98,7 +98,7 @@ def _shifted(vocabulary: pa.Table, by: int) -> pa.Table:
 def _spec_of(layout: LogLayout, sizes: Mapping[str, int]) -> FeatureSpec:
     """The sizes of a dataset from those of its vocabularies."""
     categories = []
-    for feature in layout.of_kind("category", "bag"):
+    for feature in layout.categories():
         size = feature.size if feature.hashed else sizes[f"feature:{feature.name}"]
         owner = "request" if feature.of_request else feature.of
         categories.append(Category(feature.name, owner, size + 1, feature.length))

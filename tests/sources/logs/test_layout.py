@@ -24,6 +24,8 @@ def config_with(**changes):
     ("changes", "message"),
     [
         ({"path": ""}, "data.path is empty; give a Parquet file, a directory or a glob"),
+        ({"sql": "SELECT 1"}, "data.path and data.sql are both set"),
+        ({"path": "a.csv", "engine": "spark"}, "data.engine='duckdb', and it is 'spark'"),
         ({"columns__item": ""}, "data.columns.item is empty; name the column"),
         ({"columns__user": "", "split": "user"}, "data.split='user' needs data.columns.user; nam"),
         ({"split": "column"}, "data.split='column' needs data.columns.split; name its c"),

@@ -688,7 +688,7 @@ def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
         faulty_logs.open_source(faulty_logs.config(log, tmp_path))
 
 
-def test_columns_may_have_the_names_that_are_used_here(tmp_path):
+def test_columns_may_have_the_names_that_are_used_here_and_files_those_of_patterns(tmp_path):
     rows = make_rows(3, faults=0.05)
     plain = write_log(tmp_path / "plain", rows, files=2)
     expected = read(faulty_logs.config(plain, tmp_path), tmp_path / "of plain")
@@ -698,18 +698,10 @@ def test_columns_may_have_the_names_that_are_used_here(tmp_path):
         for name in ("FILE", "reason", "entries", "each", "request", "number"):
             table = table.append_column(name, pa.array([7] * len(table)))
         pq.write_table(table, path)
+    (log / "part-0.parquet").rename(log / "p1.parquet")
+    (log / "part-1.parquet").rename(log / "p[1].parquet")
     config = faulty_logs.config(log, tmp_path)
     config.data.columns.position, config.data.features.age.column = "place", "row"
     found = read(config, tmp_path / "of log")
     assert same(found.requests, expected.requests)
     assert found.counts == expected.counts
-
-
-def test_a_name_of_a_file_is_no_pattern(tmp_path):
-    log = write_log(tmp_path / "log", make_rows(3))
-    (log / "part-0.parquet").rename(log / "p[1].parquet")
-    write_log(tmp_path / "more", make_rows(4))
-    (tmp_path / "more" / "part-0.parquet").rename(log / "p1.parquet")
-    report = read(faulty_logs.config(log, tmp_path), tmp_path / "beside").report
-    number = sum(pq.read_metadata(path).num_rows for path in log.iterdir())
-    assert report["candidates"]["in_the_log"] == number

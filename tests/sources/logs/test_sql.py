@@ -87,15 +87,6 @@ def test_a_select_that_makes_no_log_is_one_line(tmp_path, log, sql, message):
     assert message in fault_of(open_source, config)
 
 
-def test_a_log_is_named_once(tmp_path, log):
-    config = faulty_logs.config(log, tmp_path, sql="SELECT 1")
-    with pytest.raises(UserError, match=r"data.path and data.sql are both set"):
-        open_source(config)
-    config = faulty_logs.config("", tmp_path, sql="SELECT 1", engine="spark")
-    with pytest.raises(UserError, match=r"text files need data.engine='duckdb', and it is 'spark'"):
-        open_source(config)
-
-
 def test_a_select_whose_files_have_changed_is_not_the_log_before(tmp_path, log):
     items = tmp_path / "items.csv"
     sql = f"SELECT log.* FROM '{log}/*.parquet' AS log JOIN read_csv('{items}') USING (item_id)"
