@@ -135,9 +135,8 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
         raise UserError("data.path is empty; give a Parquet file, a directory or a glob of them")
     try:
         if sql := sql_of(ConfigDict({"path": path, "sql": ""})):
-            table = (
-                duckdb.connect().sql(f"SELECT * FROM ({sql}) LIMIT {_MOST_ROWS}").to_arrow_table()
-            )
+            found = duckdb.connect().sql(f"SELECT * FROM ({sql}) LIMIT {_MOST_ROWS}")
+            table = found.to_arrow_table()
             rows = table.num_rows
         else:
             table, rows = _read_parquet(path)
@@ -189,9 +188,7 @@ class Log:
         self.con.register("files", table)
         types = {of: type_ for of, type_, *_ in self.con.execute("DESCRIBE files").fetchall()}
         family, self.layout = self._lists_of_candidates(types)
-        rows = [
-            f"unnest({quoted(of)}) {quoted(of)}" if of in family else quoted(of) for of in types
-        ]
+        rows = [f"{'unnest' * (of in family)}({quoted(of)}) {quoted(of)}" for of in types]
         types |= {of: types[of].removesuffix("[]") for of in family}
         values = [f"{_plain(quoted(of), type_)} {quoted(of)}" for of, type_ in types.items()]
         self.con.execute(
@@ -240,21 +237,20 @@ class Log:
             equal = [f"bool_and(len({quoted(of)}) = len({quoted(anchor)}))" for of in lists]
             are_equal = zip(lists, self.row(*equal, source="files"), strict=True)
             family = [of for of, is_equal in are_equal if is_equal]
-            return family, Guess(
-                "request", f"{len(family)} columns hold lists as long as {anchor!r}"
-            )
+            why = f"{len(family)} columns hold lists as long as {anchor!r}"
+            return family, Guess("request", why)
         ids = [f"count(DISTINCT {quoted(of)}) = count(*)" for of in types if names[of] == "request"]
         is_unique = lists and any(self.row("0", *ids, source="files"))
-        doubt = "no column is called like the item, or the items, of a row" * bool(
-            not given and lists
-        )
+        unknown = "no column is called like the item, or the items, of a row"
+        doubt = "" if given or not lists else unknown
         return [], Guess(given or ("request" if is_unique else "candidate"), "", doubt)
 
     def summary(self, where: str = "true") -> pd.DataFrame:
-        """Return DuckDB's summary of each column, with the share of its values that are known."""
+        """Return DuckDB's summary of each column, the share that is known, and that of ones."""
         rows = f"SELECT * EXCLUDE {_ROW} FROM candidates WHERE {where}"
         t = self.con.execute(f"SUMMARIZE {rows}").df().set_index("column_name")
         t["known"] = 1 - t.null_percentage.astype(float).fillna(100) / 100
+        t["ones"] = pd.to_numeric(t.avg, errors="coerce").fillna(0)  # of a column of 0 and 1
         return t
 
     def _facts(self) -> pd.DataFrame:
@@ -303,11 +299,8 @@ class Log:
         """Set in the facts what is known, and 1, of shown candidates and of all others."""
         t, shown = self.facts, self.shown or "true"
         for suffix, where in (("in", shown), ("out", f"NOT ({shown})")):
-            summary = self.summary(where)
-            t[f"known_{suffix}"] = summary.known
-            t[f"ones_{suffix}"] = pd.to_numeric(
-                summary.avg.where(t.binary), errors="coerce"
-            ).fillna(0)
+            of = self.summary(where)
+            t[f"known_{suffix}"], t[f"ones_{suffix}"] = of.known, of.ones
         t["only_shown"] = (t.known_out <= 0.01) & (t.known_in >= 0.5) & bool(self.shown)
         # Without a stage, a candidate with a position counts as shown.
         t["placed"] = t.only_shown | (not self.shown)

@@ -125,18 +125,22 @@ def write_small_log(folder, **columns):
     return folder
 
 
+def read_source(config, folder):
+    """The data report of a log."""
+    source = faulty_logs.open_source(config)
+    source.write_beside(folder)
+    source.close()
+    return json.loads((folder / "data_report.json").read_text())
+
+
 def read(log, folder, allow, **data):
     """The report of a log, or the line that refuses it and the report of that."""
     config = faulty_logs.config(log, folder, allow=allow, **data)
     try:
-        source = faulty_logs.open_source(config)
+        folder.mkdir()
+        return "", read_source(config, folder)
     except UserError as error:
         return str(error), json.loads((folder / REFUSED / "data_report.json").read_text())
-    beside = folder / "beside"
-    beside.mkdir()
-    source.write_beside(beside)
-    source.close()
-    return "", json.loads((beside / "data_report.json").read_text())
 
 
 def test_a_small_log_is_refused_and_what_is_allowed_is_a_remark(tmp_path):
