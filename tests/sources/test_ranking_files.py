@@ -179,21 +179,14 @@ def test_trec_rows_are_those_of_pandas(lists, tmp_path):
 
 
 def test_trec_files_of_splits_become_a_dataset(tmp_path):
-    generator = np.random.default_rng(1)
-    qrels = []
-    for word, queries in zip(
-        WORDS.values(), (range(30), range(30, 40), range(40, 50)), strict=True
-    ):
+    order = np.random.default_rng(1).permutation
+    for word, queries in dict(train=range(30), vali=range(30, 40), test=range(40, 50)).items():
         (tmp_path / word).mkdir()
         for run in ("first", "final"):
-            lines = []
-            for query in queries:
-                for rank, document in enumerate(generator.permutation(12), 1):
-                    lines.append(f"{query} Q0 d{document} {rank} {1 / rank} {run}")
+            ranked = [(query, *of) for query in queries for of in enumerate(order(12), 1)]
+            lines = [f"{query} Q0 d{of} {rank} {1 / rank} {run}" for query, rank, of in ranked]
             (tmp_path / word / f"{run}.run").write_text("\n".join(lines))
-        qrels += [
-            f"{query} 0 d{query % 12} 2\n{query} 0 d{(query + 1) % 12} 0" for query in queries
-        ]
+    qrels = [f"{query} 0 d{(query + of) % 12} {2 - 2 * of}" for query in range(50) for of in (0, 1)]
     (tmp_path / "qrels.txt").write_text("\n".join(qrels))
     runs = dict(first="{split}/first.run", final="{split}/final.run")
     config = trec_config(tmp_path, runs, final="final")
