@@ -61,9 +61,10 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     )
     with connect(data, folder) as con:
         con.execute(f"""
-            CREATE TABLE users AS FROM {users} ORDER BY md5(concat_ws(' ', {data.seed}, user_id))
+            CREATE TABLE users AS {_last_of_each("user_id", users)}
+                ORDER BY md5(concat_ws(' ', {data.seed}, user_id))
                 {f"LIMIT {data.max_users}" if data.max_users else ""};
-            CREATE VIEW videos AS FROM {videos};
+            CREATE TABLE videos AS {_last_of_each("video_id", videos)};
             CREATE TABLE log AS SELECT row_number() OVER () AS n, *,
                 {" OR ".join(ACTIONS)} AS engaged FROM (
                 SELECT user_id::INT AS user, video_id::INT AS video, time_ms::BIGINT // 1000 AS
@@ -74,6 +75,12 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         con.execute(_requests(data) + _candidates(data))
         con.execute(_counts("user", ACTIONS) + _counts("video", CANDIDATE_ACTIONS))
         con.sql(_rows()).write_parquet(str(folder / "log.parquet"), compression="zstd")
+
+
+def _last_of_each(key: str, file: str) -> str:
+    """SQL for the last row of each key."""
+    return f"""SELECT * EXCLUDE line FROM (SELECT *, row_number() OVER () AS line FROM {file})
+        QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY line DESC) = 1"""
 
 
 def _requests(data: ConfigDict) -> str:

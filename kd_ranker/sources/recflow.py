@@ -191,18 +191,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_events(path: Path, request_ids: Int64[np.ndarray, "n"]) -> pa.Table:
-    """Read the views before some requests.
-
-    Args:
-      path: a pickle of request id -> its views, as an array with a row per view.
-      request_ids: the requests to read; those without views are left out.
+    """Read the views before some requests from a pickle of request id -> [views, 10].
 
     Returns:
       A row per view: `request_id`, `video_id`, `duration` (ms), `viewed` (ms since 1970),
-      `playing_time` (ms) and `place` in the file.
+      `playing_time` (ms) and `place` in the file. Requests without views have none.
 
     Raises:
-      UserError: the file of sequences is damaged or holds something else.
+      UserError: the file is damaged or holds something else.
     """
     try:
         with path.open("rb") as file:

@@ -95,26 +95,6 @@ def random_request(
     return rows
 
 
-def graded_request(generator: np.random.Generator, request_id: int, time: int) -> list[Row]:
-    """Rows as the log has them of the first weeks: some ten of each flag, and what was shown.
-
-    A video may have rows of two flags, and one that was shown alone has none of them.
-    """
-    flags = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg")
-    numbers = (10, 10, int(generator.integers(10, 13)), int(generator.integers(8, 11)))
-    videos = 1000 + 7 * generator.choice(60, sum(numbers) + 1, replace=False)
-    of_request = {"request_id": request_id, "request_timestamp": time, "user_id": 100}
-    rows = []
-    for flag in np.repeat(flags, numbers):
-        row = random_row(generator, int(videos[len(rows)])) | of_request | {flag: 1}
-        row |= {"rank_index": 1 + len(rows)} if flag == "rank_pos" else {}
-        rows.append(row)
-    for row in (rows[1], rows[4], rows[12]):
-        row |= {"realshow": 1, "effective_view": int(generator.integers(2))}
-    alone = random_row(generator, int(videos[-1])) | of_request | {"realshow": 1}
-    return [*rows, alone, rows[3] | {"rank_pos": 0, "coarse_neg": 1}]
-
-
 def random_sequence(generator: np.random.Generator, time: int, videos: int = 80) -> np.ndarray:
     """Effective views before `time`, padded at the front as the published ones are."""
     sequence = np.zeros((SEQUENCE_LENGTH, 10), np.int64)

@@ -1,7 +1,6 @@
 """MovieLens as a log: hand-worked files of each layout, and what no request may know."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,27 +13,14 @@ from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.movielens import DAY, block_starts, find_files, write
 from kd_ranker.sources.registry import SOURCES
 
-
-class Movie(NamedTuple):
-    number: int
-    title: str
-    genres: tuple[str, ...]
-
-
-class User(NamedTuple):
-    number: int
-    gender: str
-    age: int
-    occupation: int
-
-
+# Number, title, genres; number, gender, age, occupation.
 MOVIES = [
-    Movie(12, "Émile: Part II (1995)", ("Drama",)),
-    Movie(2, "Heat (1980)", ("Action", "Children's")),
-    Movie(9, "Without a year", ("Drama",)),
-    Movie(5, "Late (2000)", ()),
+    (12, "Émile: Part II (1995)", ("Drama",)),
+    (2, "Heat (1980)", ("Action", "Children's")),
+    (9, "Without a year", ("Drama",)),
+    (5, "Late (2000)", ()),
 ]
-USERS = [User(7, "F", 25, 4), User(3, "M", 35, 0)]
+USERS = [(7, "F", 25, 4), (3, "M", 35, 0)]
 # User, film, stars, seconds: user 7 makes requests of films 12 and 2, and of 9.
 RATINGS = [(7, 9, 5, 3 * DAY), (3, 12, 4, 500), (7, 12, 3, DAY), (7, 2, 4, DAY)]
 
@@ -157,7 +143,7 @@ def random_files(folder, keep=lambda rating: True):
     time = generator.integers(1_000_000, 1_000_300, 300) // 3
     ratings = zip(*(of.tolist() for of in (user, film, stars, time)), strict=True)
     genres = (("Action",), ("Action", "Drama"), ("Western",))
-    movies = [Movie(3 * of + 1, f"Film {of} ({1950 + of})", genres[of % 3]) for of in range(40)]
+    movies = [(3 * of + 1, f"Film {of} ({1950 + of})", genres[of % 3]) for of in range(40)]
     return write_32m(folder, filter(keep, ratings), movies)
 
 

@@ -53,47 +53,39 @@ def letor_config(folder, variant="mq2008_scores", **changes):
 
 
 def rows_of(config, folder):
-    """The log as pandas reads it, a row per query with lists."""
+    """The log as pandas reads it, a row per document."""
     converter = SOURCES[config.data.name].open_source.args[0]
     folder.mkdir(exist_ok=True)
     converter.write(config.data, converter.find_files(config.data), folder)
-    rows = pq.read_table(folder / "log.parquet").to_pandas()
-    assert (rows.groupby("request")["time"].nunique() == 1).all()
-    lists = {
-        query: {name: of[name].to_numpy() for name in of}
-        | {"split": of.get("split", rows["request"]).iloc[0]}
-        for query, of in rows.groupby("request", sort=False)
-    }
-    return pd.DataFrame.from_dict(lists, orient="index")
+    return pq.read_table(folder / "log.parquet").to_pandas()
 
 
 def test_letor_rows_are_those_of_scikit_learn(fold, tmp_path):
     rows = rows_of(letor_config(fold), tmp_path / "log")
+    assert (
+        rows["time"].diff().dropna().tolist()
+        == rows["request"].ne(rows["request"].shift())[1:].astype(int).tolist()
+    )
     for split, word in WORDS.items():
         features, grades, queries = load_svmlight_file(
             str(fold / f"{word}.txt"), n_features=WIDTH, query_id=True, zero_based=False
         )
-        scores = np.loadtxt(fold / f"{word}.scores")
         of_split = rows[rows["split"] == split]
-        assert of_split.index.tolist() == [str(query) for query in dict.fromkeys(queries)]
-        assert np.repeat(of_split.index, of_split["item"].map(len)).astype(int).tolist() == [
-            *queries
-        ]
-        read = np.stack(np.concatenate(of_split["features"].tolist()))
+        read = np.stack(of_split["features"])
         np.testing.assert_array_equal(read, features.toarray().astype(np.float32))
+        scores = np.loadtxt(fold / f"{word}.scores")
+        ranks = of_split.groupby("request")["final_score"].rank("first", ascending=False)
         for column, expected in (
+            ("request", queries.astype(str)),
             ("grade", grades),
             ("grade_1", grades >= 1),
             ("grade_2", grades >= 2),
             ("final_score", scores.astype(np.float32)),
+            ("final_rank", ranks),
         ):
-            np.testing.assert_array_equal(np.concatenate(of_split[column].tolist()), expected)
-        for of in of_split.itertuples():
-            np.testing.assert_array_equal(
-                np.diff(of.final_score[np.argsort(of.final_rank)]) <= 0, True
-            )
-    assert rows.loc["11", "item"][0] == "GX011-00-1234"
-    assert {*np.concatenate(rows["stage"].tolist())} == {"shown"}
+            np.testing.assert_array_equal(of_split[column], expected)
+    assert rows["item"][0] == "GX011-00-1234"
+    assert {*rows["stage"]} == {"shown"}
 
 
 def test_a_document_without_a_name_is_numbered_and_zeros_may_be_omitted(tmp_path):
@@ -101,10 +93,11 @@ def test_a_document_without_a_name_is_numbered_and_zeros_may_be_omitted(tmp_path
         (tmp_path / f"{word}.scores").write_text("0.1\n0.1000000000001\n")
         (tmp_path / f"{word}.txt").write_text(f"2 qid:{word} 2:0.5\n\n0 qid:{word} 1:1 5:-2e-1 #\n")
     config = letor_config(tmp_path, sparse=True)
-    (first,) = rows_of(config, tmp_path / "log").loc[["vali"]].itertuples()
-    assert first.item.tolist() == ["vali-0", "vali-1"]
-    assert first.final_rank.tolist() == [2, 1]  # of scores that are equal in 32 bits
-    np.testing.assert_allclose(np.stack(first.features), [[0, 0.5, 0, 0, 0], [1, 0, 0, 0, -0.2]])
+    rows = rows_of(config, tmp_path / "log")
+    first = rows[rows["request"] == "vali"]
+    assert first["item"].tolist() == ["vali-0", "vali-1"]
+    assert first["final_rank"].tolist() == [2, 1]  # of scores that are equal in 32 bits
+    np.testing.assert_allclose(np.stack(first["features"]), [[0, 0.5, 0, 0, 0], [1, 0, 0, 0, -0.2]])
 
 
 @pytest.mark.parametrize("signal", ["rank", "score", ""])
@@ -157,53 +150,43 @@ def trec_config(folder, runs=None, **changes):
 
 def test_trec_rows_are_those_of_pandas(lists, tmp_path):
     rows = rows_of(trec_config(lists), tmp_path / "log")
-    assert rows.index.tolist() == ["7", "5"]  # in the order of the qrels
     names = ["query", "q0", "document", "rank", "score", "tag"]
-    qrels = pd.read_csv(
-        lists / "qrels.txt", sep=r"\s+", names=["query", "zero", "document", "grade"]
-    ).set_index(["query", "document"])
-    for query, row in rows.iterrows():
-        found = {}
-        for run in ("bm25", "dense", "gpt"):
-            read = pd.read_csv(lists / f"{run}.run", sep=r"\s+", names=names)
-            read = read[read["query"] == int(query)].sort_values(
-                ["score", "rank"], ascending=[False, True]
-            )
-            for place, (document, score) in enumerate(
-                zip(read["document"], read["score"], strict=True), 1
-            ):
-                found.setdefault(document, {})[run] = (place, score)
-        assert row["item"].tolist() == [*found]
-        for place, (document, of) in enumerate(found.items()):
-            for run in ("bm25", "dense", "gpt"):
-                expected = of.get(run, (np.nan, np.nan))
-                actual = [row[f"{run}_{column}"][place] for column in ("rank", "score")]
-                np.testing.assert_allclose(actual, expected)
-            key = (int(query), document)
-            grade = qrels["grade"].get(key, np.nan)
-            np.testing.assert_array_equal(row["grade"][place], grade)
-            wanted = np.nan if np.isnan(grade) else grade >= 2
-            np.testing.assert_array_equal(row["grade_2"][place], wanted)
-            stage = "passed" if "gpt" in of else "retrieved"
-            assert row["stage"][place] == (stage if np.isnan(grade) else "shown")
+    runs = {
+        run: pd.read_csv(lists / f"{run}.run", sep=r"\s+", names=names, dtype={"query": str})
+        for run in ("bm25", "dense", "gpt")
+    }
+    expected = {}
+    for run, table in runs.items():
+        table = table.sort_values(["score", "rank"], ascending=[False, True])
+        table["place"] = table.groupby("query").cumcount() + 1
+        for of in table.itertuples():
+            found = expected.setdefault((of.query, of.document), {})
+            found |= {f"{run}_score": of.score, f"{run}_rank": of.place}
+    qrels = pd.read_csv(lists / "qrels.txt", sep=r"\s+", names=["query", "", "document", "grade"])
+    grades = {(str(of.query), of.document): of.grade for of in qrels.itertuples()}
+    for key, found in expected.items():
+        found["grade"] = grade = grades.get(key, np.nan)
+        found["grade_2"] = np.nan if np.isnan(grade) else grade >= 2
+        found["stage"] = "passed" if "gpt_rank" in found else "retrieved"
+        found["stage"] = found["stage"] if np.isnan(grade) else "shown"
+    wanted = pd.DataFrame.from_dict(expected, orient="index")
+    # In the order of the qrels; 9 has no grades, and no graded document of 8 is in a run.
+    wanted = pd.concat([wanted.loc[[query]] for query in ("7", "5")])
+    assert [*zip(rows["request"], rows["item"], strict=True)] == [*wanted.index]
+    assert rows["stage"].tolist() == wanted.pop("stage").tolist()
+    found = rows[[*wanted]].to_numpy(float)
+    np.testing.assert_allclose(found, wanted.to_numpy(float))
 
 
 def test_trec_files_of_splits_become_a_dataset(tmp_path):
-    generator = np.random.default_rng(1)
-    qrels = []
-    for word, queries in zip(
-        WORDS.values(), (range(30), range(30, 40), range(40, 50)), strict=True
-    ):
+    order = np.random.default_rng(1).permutation
+    for word, queries in dict(train=range(30), vali=range(30, 40), test=range(40, 50)).items():
         (tmp_path / word).mkdir()
         for run in ("first", "final"):
-            lines = []
-            for query in queries:
-                for rank, document in enumerate(generator.permutation(12), 1):
-                    lines.append(f"{query} Q0 d{document} {rank} {1 / rank} {run}")
+            ranked = [(query, *of) for query in queries for of in enumerate(order(12), 1)]
+            lines = [f"{query} Q0 d{of} {rank} {1 / rank} {run}" for query, rank, of in ranked]
             (tmp_path / word / f"{run}.run").write_text("\n".join(lines))
-        qrels += [
-            f"{query} 0 d{query % 12} 2\n{query} 0 d{(query + 1) % 12} 0" for query in queries
-        ]
+    qrels = [f"{query} 0 d{(query + of) % 12} {2 - 2 * of}" for query in range(50) for of in (0, 1)]
     (tmp_path / "qrels.txt").write_text("\n".join(qrels))
     runs = dict(first="{split}/first.run", final="{split}/final.run")
     config = trec_config(tmp_path, runs, final="final")
@@ -218,7 +201,8 @@ def test_a_query_is_in_the_run_of_one_split(lists, tmp_path, caplog):
         (lists / f"{word}.run").write_text(f"9 Q0 a 1 1 x\n{place} 1 1 x\n")
     config = trec_config(lists, dict(first="{split}.run"), final="")
     rows = rows_of(config, tmp_path / "log")
-    assert rows["split"].to_dict() == {"7": "train", "5": "validation", "8": "test"}
+    splits = dict(zip(rows["request"], rows["split"], strict=True))
+    assert splits == {"7": "train", "5": "validation", "8": "test"}
     assert caplog.text.count("left out 1 queries") == caplog.text.count("left out") == 1
     (lists / "vali.run").write_text("7 Q0 a 1 1 x\n")
     config.data.teacher, config.data.columns, config.data.features = {}, {}, {}

@@ -1,6 +1,5 @@
 """RecFlow as a log: its rows, from those of the files, and from there to a student's results."""
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tests.sources.recflow_files import (
     NOON,
     SEQUENCE_LENGTH,
     Row,
-    graded_request,
     random_request,
     random_row,
     write_random,
@@ -126,47 +124,68 @@ def test_a_request_worked_by_hand(tmp_path):
 
 
 def messy_request(generator: np.random.Generator, request_id: int, time: int) -> list[Row]:
-    """Flags and indices in all combinations, and some videos with two rows."""
+    """Flags and indices in all combinations or no flag at all, and some videos with two rows."""
     rows = random_request(generator, request_id, time)
     for row in rows:
         row |= {name: int(generator.integers(2)) for name in (*RANKED, "realshow", "rank_pos")}
     rows += [row | {"realshow": 0, "rank_neg": 0} for row in rows[:3]]
     for row, index in zip(rows, generator.permutation(len(rows)), strict=True):
         row["rank_index"] = int(index) - 4
+        if request_id % 7 == 3:
+            row |= dict.fromkeys((*RANKED, "realshow", "coarse_neg", "prerank_neg"), 0)
     return rows
 
 
-def expected_row(rows: list[Row], sequence: np.ndarray) -> dict:
-    time, first = rows[0]["request_timestamp"], rows[0]
+def grade_of(row: Row, of_each: int) -> int | None:
+    """The place of a row's stage, the furthest first; None for one that is left out."""
+    if of_each:
+        flags = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg")
+        return next((place for place, flag in enumerate(flags) if row[flag]), None)
+    return 0 if row["realshow"] else 1 if any(row[name] for name in RANKED) else 2
 
-    def stage(row):
-        return 3 if row["realshow"] else 2 if any(row[name] for name in RANKED) else 1
+
+def expected_row(rows: list[Row], sequence: np.ndarray, of_each: int) -> dict:
+    time, first = rows[0]["request_timestamp"], rows[0]
+    graded = [row | {"grade": grade_of(row, of_each)} for row in rows]
+    stages = ("shown", "passed", "retrieved", "retrieved")
 
     def worth(row):
-        return stage(row), row["rank_index"] >= 0, -row["rank_index"]
+        return row["grade"], row["rank_index"] % 99, -row["realshow"]  # -1 comes last
 
-    videos = {row["video_id"] for row in rows}
-    kept = [max((r for r in rows if r["video_id"] == of), key=worth) for of in sorted(videos)]
-    scored = [row for row in kept if stage(row) > 1 and row["rank_index"] >= 0]
+    kept: dict[int, Row] = {}
+    for row in sorted((of for of in graded if of["grade"] is not None), key=worth):
+        kept.setdefault(row["video_id"], row)
+    scored = [row for row in kept.values() if row["grade"] < 2 and row["rank_index"] >= 0]
     best = min([row["rank_index"] for row in scored if row["rank_pos"]], default=np.inf)
+    for row in kept.values():
+        has_position = row in scored and (row["rank_pos"] or row["rank_index"] > best)
+        row["position"] = row["rank_index"] if has_position else None
+    if of_each:
+        for grade in range(4):
+            of_grade = [row for row in kept.values() if row["grade"] == grade]
+            of_grade.sort(
+                key=lambda row: (row["position"] is None, row["position"], row["video_id"])
+            )
+            for row in of_grade[of_each:]:
+                del kept[row["video_id"]]
+    rows = [kept[video] for video in sorted(kept)]
+    known = [row["realshow"] and row["grade"] == 0 for row in rows]
     events = [event for event in sequence.tolist() if 0 < event[7] < time]
     events.sort(key=lambda event: event[7])
     return {
         "user": first["user_id"],
         "time": time,
         **{name: first[name] for name in OF_REQUEST},
-        "item": [row["video_id"] for row in kept],
-        "stage": [("retrieved", "passed", "shown")[stage(row) - 1] for row in kept],
-        "position": [
-            row["rank_index"]
-            if row in scored and (row["rank_pos"] or row["rank_index"] > best)
-            else None
-            for row in kept
-        ],
-        **{of: [row[of] if row["realshow"] else None for row in kept] for of in LABELS},
-        **{name: [row[name] for row in kept] for name in OF_ITEM},
-        "duration": [np.log1p(row["duration"] / 1000) for row in kept],
-        "days_old": [np.log1p((time / 1000 - row["upload_timestamp"]) / DAY) for row in kept],
+        "item": [row["video_id"] for row in rows],
+        "stage": [stages[row["grade"]] for row in rows],
+        "position": [row["position"] for row in rows],
+        **{
+            name: [row[name] if label else None for row, label in zip(rows, known, strict=True)]
+            for name in LABELS
+        },
+        **{name: [row[name] for row in rows] for name in OF_ITEM},
+        "duration": [np.log1p(row["duration"] / 1000) for row in rows],
+        "days_old": [np.log1p((time / 1000 - row["upload_timestamp"]) / DAY) for row in rows],
         "history": [event[0] for event in events],
         "history_age": [np.log1p((time - event[7]) / DAY / 1000) for event in events],
         "history_duration": [np.log1p(event[6] / 1000) for event in events],
@@ -176,46 +195,43 @@ def expected_row(rows: list[Row], sequence: np.ndarray) -> dict:
     }
 
 
-@pytest.mark.parametrize("request_rows", [random_request, messy_request])
-def test_every_row_of_the_log_follows_from_the_files(tmp_path, request_rows):
+@pytest.mark.parametrize(
+    ("request_rows", "of_each"), [(random_request, 0), (messy_request, 0), (messy_request, 2)]
+)
+def test_every_row_of_the_log_follows_from_the_files(tmp_path, request_rows, of_each):
     written = write_random(tmp_path / "RecFlow", request_rows=request_rows)
-    for day, (_, sequences) in written.items():
+    for day, (rows, sequences) in written.items():
         without = min(sequences)
         kept = {key: of for key, of in sequences.items() if key != without}
         write_sequences(tmp_path / "RecFlow", day, kept)
         sequences[without] = np.zeros((1, 10), np.int64)
-    found = rows_of(tmp_path)
-    latest = (0, 0)
+        if request_rows == messy_request:  # floats, truths, missing values, a blank in a name
+            index = np.array([row["rank_index"] for row in rows])
+            two = np.array([row["category_level_two"] for row in rows])
+            write_stages(
+                tmp_path / "RecFlow", day, rows, 11, category_level_two=None,
+                rank_index=np.where(index < 0, np.nan, index),
+                like=[bool(row["like"]) for row in rows],
+                rerank_pos=[row["rerank_pos"] or None for row in rows],
+                **{" category_level_two": two.astype(np.int16)},
+            )  # fmt: skip
+    found = rows_of(tmp_path, of_each_stage=of_each)
+    times = [(row["time"], row["request"]) for row in found.values()]
+    assert times == sorted(times)
     for split, days in DAYS_OF.items():
         for rows, sequences in map(written.get, days):
             for request, sequence in sequences.items():
-                row = found[request]
                 own = [of for of in rows if of["request_id"] == request]
+                if all(grade_of(row, of_each) is None for row in own):
+                    continue
+                row = found.pop(request)
                 assert row["split"] == split
-                for name, expected in expected_row(own, sequence).items():
+                for name, expected in expected_row(own, sequence, of_each).items():
                     if name in FLOATS and expected is not None:
                         np.testing.assert_allclose(row[name], expected, rtol=1e-6)
                     else:
                         assert row[name] == expected, name
-    assert len(found) == 12 * len(DAYS)
-    for row in found.values():
-        assert latest < (row["time"], row["request"])
-        latest = row["time"], row["request"]
-
-
-def test_floats_nulls_and_blanks_in_names_are_read(tmp_path):
-    written = write_random(tmp_path / "RecFlow")
-    plain = rows_of(tmp_path)
-    for day, (rows, _) in written.items():
-        index = np.array([row["rank_index"] for row in rows])
-        two = np.array([row["category_level_two"] for row in rows])
-        write_stages(
-            tmp_path / "RecFlow", day, rows, 11, rank_index=np.where(index < 0, np.nan, index),
-            category_level_two=None, like=[bool(row["like"]) for row in rows],
-            rerank_pos=[row["rerank_pos"] or None for row in rows],
-            **{" category_level_two": two.astype(np.int16)},
-        )  # fmt: skip
-    assert rows_of(tmp_path) == plain
+    assert not found
 
 
 def test_a_draw_takes_whole_requests(tmp_path):
@@ -266,62 +282,14 @@ def test_faults_of_files_are_named(tmp_path):
     assert re.search("all_stage cannot be read: .*rank_index", fault_of(root))
     write_stages(folder, DAYS[0], rows, like=["yes"] * len(rows))
     assert "Could not convert string 'yes' to DOUBLE" in fault_of(root)
-    path = write_stages(folder, DAYS[0], [])
+    without = [row | dict.fromkeys(RANKED, 0) for row in rows if not row["rank_pos"]]
+    path = write_stages(
+        folder, DAYS[0], [of | {"coarse_neg": 0, "prerank_neg": 0} for of in without]
+    )
+    assert f"{path} has no row with rank_pos = 1 or" in fault_of(root, of_each_stage=2)
+    write_stages(folder, DAYS[0], [])
     assert f"{path} has no row with realshow = 1 or" in fault_of(root)
     path.write_text("no feather")
     assert re.search("cannot be read: .*Could not open IPC input source", fault_of(root))
     path.unlink()
     assert f"{path} does not exist; set data.path" in fault_of(root)
-
-
-# The protocol of LCRON: some of each stage, by the flags alone.
-
-
-def grades_by_hand(rows: list[Row]) -> dict[str, list[Row]]:
-    """The first ten rows of each flag, of videos that have no row of a flag above."""
-    taken, grades = set(), {}
-    for flag in ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg"):
-        of_flag = [row for row in rows if row[flag] and row["video_id"] not in taken]
-        of_flag.sort(key=lambda row: row["rank_index" if flag == "rank_pos" else "video_id"])
-        taken |= {row["video_id"] for row in of_flag}
-        grades[flag] = of_flag[:10]
-    return grades
-
-
-def test_a_request_has_ten_of_each_stage_by_the_flags_alone(tmp_path):
-    written = write_random(tmp_path / "RecFlow", 8, chunk=50, request_rows=graded_request)
-    config = config_of(tmp_path, "lcron")
-    source = SOURCES["recflow"].open_source(config.data, config.tasks, config.funnel)
-    with contextlib.closing(source):
-        requests = list(source.requests("test"))
-    assert len(requests) == 8
-    for request in requests:
-        grades = grades_by_hand(
-            [of for of in written[DAYS[3]][0] if of["request_id"] == request.request_id]
-        )
-        assert [len(of_flag) for of_flag in grades.values()][:3] == [10, 10, 10]
-        assert len(request.item_id) == sum(map(len, grades.values()))
-        assert request.num_passed == 20
-        # Those at the top are what a student is to find. Labels are of what users have seen of it.
-        top = grades["rank_pos"]
-        assert request.user_label[:, 0].tolist() == [row["effective_view"] for row in top]
-        assert request.label_weight.tolist() == [row["realshow"] for row in top]
-        expected = [*1 / (2 + np.arange(10)), *[np.nan] * 10]
-        np.testing.assert_allclose(request.teacher_probability[:, 0], expected, rtol=1e-6)
-
-
-def test_a_request_without_any_of_the_flags_is_none(tmp_path):
-    flags = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg")
-    rows = [row | dict.fromkeys(flags, 0) for row in worked_rows()]
-    write_worked(tmp_path)
-    folder = tmp_path / "RecFlow"
-    write_stages(folder, DAYS[0], rows + [row | {"request_id": 4} for row in worked_rows()])
-    write_sequences(folder, DAYS[0], {4: np.zeros((SEQUENCE_LENGTH, 10), np.int64)})
-    found = rows_of(tmp_path, of_each_stage=2)
-    assert list(found) == [4, 6, 7, 8]
-    assert found[4]["item"] == [10, 20, 30, 40, 50, 70]
-    p, s, r = "passed", "shown", "retrieved"
-    assert found[4]["stage"] == [s, p, r, r, s, p]
-    assert rows_of(tmp_path, of_each_stage=1)[4]["item"] == [10, 20, 30, 40]
-    write_stages(folder, DAYS[0], rows)
-    assert "has no row with rank_pos = 1 or" in fault_of(tmp_path, of_each_stage=2)
