@@ -129,7 +129,8 @@ class Prepared(NamedTuple):
         report = [f"data report: {page}"] if page.exists() else []
         return "\n".join([f"dataset: {self.directory}", *report, *self.lines])
 
-    _repr_html_ = _as_html
+    def _repr_html_(self) -> str:
+        return _as_html(self)
 
 
 class Trained(NamedTuple):
@@ -149,7 +150,8 @@ class Trained(NamedTuple):
             text = tables.results_text(folder, passed)
         return text.replace(str(folder), str(self.workdir))
 
-    _repr_html_ = _as_html
+    def _repr_html_(self) -> str:
+        return _as_html(self)
 
 
 class Report(NamedTuple):
