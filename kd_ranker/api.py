@@ -40,15 +40,10 @@ Show = Callable[[str], None]
 
 
 class Dataset(NamedTuple):
-    """A dataset of requests that a program has in memory.
-
-    Attributes:
-      directory: its folder.
-      config: a config for it, to change and to `prepare`.
-    """
+    """A dataset of requests that a program has in memory."""
 
     directory: Path
-    config: ConfigDict
+    config: ConfigDict  # a config for it, to change and to `prepare`
 
     @classmethod
     def from_log(cls, table: Any, config: ConfigDict, directory: Folder = "datasets") -> "Dataset":
@@ -118,19 +113,15 @@ class Dataset(NamedTuple):
         return cls(path, own)
 
 
-def _as_html(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+def _as_html(shown: object) -> str:
+    return f"<pre>{html.escape(str(shown))}</pre>"
 
 
 class Prepared(NamedTuple):
-    """A dataset on disk.
-
-    Attributes:
-      directory: its folder.
-      lines: an own log's candidates, used and rejected, and remarks; epochs of training.
-    """
+    """A dataset on disk."""
 
     directory: Path
+    # An own log's candidates, used and rejected, and remarks; epochs of training.
     lines: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -139,17 +130,13 @@ class Prepared(NamedTuple):
         return "\n".join([f"dataset: {self.directory}", *report, *self.lines])
 
     def _repr_html_(self) -> str:
-        return _as_html(str(self))
+        return _as_html(self)
 
 
 class Trained(NamedTuple):
-    """The rankers that a run has trained: a teacher, a student, or the students of a sweep.
+    """The rankers that a run has trained: a teacher, a student, or the students of a sweep."""
 
-    Attributes:
-      workdir: the folder of the run, or its URL.
-    """
-
-    workdir: Place
+    workdir: Place  # a folder, or a URL
 
     @property
     def results(self) -> pd.DataFrame:
@@ -164,23 +151,15 @@ class Trained(NamedTuple):
         return text.replace(str(folder), str(self.workdir))
 
     def _repr_html_(self) -> str:
-        return _as_html(str(self))
+        return _as_html(self)
 
 
 class Report(NamedTuple):
-    """A report on disk, which a notebook shows.
+    """A report on disk, which a notebook shows; that of `run` names the rankers, too."""
 
-    Attributes:
-      answers: one sentence per dataset on the savings of distillation.
-      page: its page, with all figures and tables.
-      teacher: the teacher that `run` has trained or used; None elsewhere, and where the students
-        learn from the dataset's own log.
-      students: the sweep that `run` has trained; None elsewhere.
-    """
-
-    answers: tuple[str, ...]
-    page: Place
-    teacher: Trained | None = None
+    answers: tuple[str, ...]  # one sentence per dataset on the savings of distillation
+    page: Place  # with all figures and tables
+    teacher: Trained | None = None  # None where the students learn from the dataset's own log
     students: Trained | None = None
 
     def __str__(self) -> str:

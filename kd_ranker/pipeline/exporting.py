@@ -1,5 +1,6 @@
 """Exports of the ranker of a finished run: its programs, example requests and description."""
 
+import contextlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -35,17 +36,7 @@ def _check_formats(finished: Finished, formats: Sequence[str]) -> None:
 
 
 def export_ranker(finished: Finished, workdir: Path, folder: Path, formats: Sequence[str]) -> None:
-    """Write a ranker as a folder for a server.
-
-    Args:
-      finished: the ranker.
-      workdir: of its run.
-      folder: the folder to write, which must not exist.
-      formats: of its programs.
-
-    Raises:
-      UserError: the ranker cannot be exported so.
-    """
+    """Write the ranker of a run as a new folder for a server, see `api.export`."""
     _check_formats(finished, formats)
     of = Servable(
         model=finished.model,
@@ -75,7 +66,10 @@ def _example(finished: Finished) -> CandidateBatch:
 
 def _about(finished: Finished, workdir: Path, exported: Exported) -> dict[str, Any]:
     """The part of an export's description that is about the ranker."""
-    packages = ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime")
+    versions = {}
+    for name in ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "role": finished.role,
         "member": finished.member,
@@ -83,17 +77,10 @@ def _about(finished: Finished, workdir: Path, exported: Exported) -> dict[str, A
         "serve": finished.serve,
         "dataset": finished.dataset.identity["dataset"],
         "run": dict(finished.made_of),
-        "versions": {name: _version(name) for name in packages if _version(name)},
+        "versions": versions,
         "results": _results(finished, workdir),
         "difference": _difference(finished, exported),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _results(finished: Finished, workdir: Path) -> dict[str, dict[str, float]]:

@@ -127,8 +127,9 @@ def measure(
         return {"flops_per_candidate": flops, "cost_ratio": flops / flops_of_teacher}
 
     # A teacher from elsewhere has neither a seed nor a step.
-    of = _teacher_config(job)
-    seed, step = (of.seed, of.teacher.train.steps) if of else (None, None)
+    known = not job.members or job.teacher is not None
+    of = job.teacher.config if job.teacher else job.config
+    seed, step = (of.seed, of.teacher.train.steps) if known else (None, None)
     row = named("teacher", results.TEACHER) | {"seed": seed, "step": step}
     add(row | cost(flops_of_teacher), of_teacher, None)
     for group, of_group in zip(students, of_groups, strict=False):
@@ -145,13 +146,6 @@ def measure(
     for name in referred:
         add(named("reference", name) | {"seed": seed}, of_groups[-1][0][name], of_teacher)
     return measured
-
-
-def _teacher_config(job: Job) -> ConfigDict | None:
-    """The config of a job's teacher; None where logs replace it."""
-    if job.members:
-        return job.teacher.config if job.teacher else None
-    return job.config
 
 
 def _summed(

@@ -61,7 +61,7 @@ def test_results_show_themselves_as_text_and_within_a_notebook(world, students, 
     prepared = kd.prepare(world.config())
     assert str(prepared).startswith(f"dataset: {prepared.directory}")
     assert any(line.startswith("epochs: ") for line in prepared.lines)
-    with sweeps.without_pictures(with_panels=True):
+    with sweeps.without_pictures(with_charts=True):
         report = kd.report(students, output=tmp_path)
     assert report.page.parent == tmp_path
     assert report.answers[0] in str(report)
