@@ -120,10 +120,7 @@ PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
     ),
     "train_teacher": lambda config: {},
 }
-"""The students that a program trains, by the command that runs it: none train a teacher.
-
-`sweep` has its first cohort.
-"""
+"""The students that a program trains, by its command: of a sweep its first cohort."""
 
 
 def _lower(
@@ -137,16 +134,14 @@ def _lower(
     take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))
     same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
-    shapes = jax.eval_shape(lambda: (packed, same_on_all))
-    lowered = take.lower(states, run.devices.shard(shapes[0]), shapes[1], run.frozen)
+    batches, same = jax.eval_shape(lambda: (packed, same_on_all))
+    lowered = take.lower(states, run.devices.shard(batches), same, run.frozen)
     return lowered, (states, run.frozen)
 
 
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
-    """Return the bytes of one device's tables, and the entries of arrays not to be copied.
-
-    Those are tables, one member's table, and other arrays with an entry per item or row of a table.
-    """
+    """Return the bytes of one device's tables, and the entries of arrays not to be copied."""
+    # Those are tables, one member's table, and others with an entry per item or row of a table.
     tables, others = list[Any](), list[Any]()
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -162,11 +157,7 @@ def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
 def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: Topology) -> Finding:
     """Compile one of `PROGRAMS` for the first `parallel.devices` of a topology.
 
-    Args:
-      name: of the program.
-      config: of the experiment.
-      sample: the result of `sample_of` its dataset.
-      topology: the devices.
+    `sample` is the result of `sample_of`.
 
     Raises:
       UserError: there is no such program, or the devices cannot share its batches.
@@ -197,7 +188,7 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
-    """Format findings as a table of `tabulate`, one line each."""
+    """Format findings as a table, in a style of `tabulate`."""
     return tabulate(map(line_of, findings), headers="keys", tablefmt=style, disable_numparse=True)
 
 

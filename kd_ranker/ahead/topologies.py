@@ -58,8 +58,6 @@ dnn_version_info { major: 9 minor: 1 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-_PACKAGES_OF_H100 = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
-
 # Libtpu reads these when it is loaded: there is no metadata server, and no TPU to lock.
 _NO_TPU_HOST = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -88,7 +86,8 @@ def names() -> list[str]:
 
 def missing_packages(topology: str) -> str:
     """Return the packages that a topology's compiler needs and that are not installed."""
-    needed = _PACKAGES_OF_H100 if topology.startswith("h100") else ("libtpu",)
+    of_cuda = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    needed = of_cuda if topology.startswith("h100") else ("libtpu",)
     return ", ".join(name for name in needed if not [*metadata.distributions(name=name)])
 
 

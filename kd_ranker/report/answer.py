@@ -34,8 +34,7 @@ _EFFECT = 0.002
 class Answer(NamedTuple):
     """The answer in a few sentences, and the lines that qualify it.
 
-    The caveats are the comparisons behind it, and the coverage of its intervals. The warning is on
-    faults of the data that were allowed, or "".
+    The warning is on faults of the data that were allowed, or "".
     """
 
     sentence: str
@@ -66,7 +65,14 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     caveats = []
     if chosen is not None and without is not None:
         gap = estimates.gap(chosen, without, CRITERION)
-        facts |= _of_rankers(study, estimates, chosen) | _of_sizes(study)
+        settings = study.tested.drop_duplicates("setting")
+        plain = settings.loc[~settings["needs_scores"], "setting"]
+        of_sizes = {
+            "all": cheapest(study, [*settings["setting"]]),
+            "without": cheapest(study, [*plain]),
+        }
+        facts |= {"sizes": best_of_sizes(study)["size"].nunique(), "cheapest": of_sizes}
+        facts |= _of_rankers(study, estimates, chosen)
         facts |= _of_saving(study, estimates, chosen, without, gap)
         facts |= _of_users(study, estimates, (chosen, without), gap)
         caveats = _caveats(study, gap)
@@ -139,20 +145,8 @@ def _of_users(
     }
 
 
-def _of_sizes(study: Study) -> dict[str, Any]:
-    """Return the cheapest funnel of all sizes of students, and of those without scores."""
-    settings = study.tested.drop_duplicates("setting")
-    plain = settings.loc[~settings["needs_scores"], "setting"]
-    return {
-        "sizes": best_of_sizes(study)["size"].nunique(),
-        "cheapest": {
-            "all": cheapest(study, list(settings["setting"])),
-            "without": cheapest(study, list(plain)),
-        },
-    }
-
-
 def _caveats(study: Study, gap: Interval) -> list[str]:
+    """Return the comparisons behind the answer, and the coverage of its intervals."""
     covered = {
         "both": f"the test requests and {gap.n} repeats",
         "requests": "the test requests, and not the seeds, since there is only one",

@@ -16,6 +16,8 @@ import vl_convert
 
 from kd_ranker.evaluation.metrics import TARGET, title_of
 
+Chart = alt.LayerChart | alt.FacetChart
+
 FORMATS = ("svg", "pdf", "png")
 # The mode of rankers without a model.
 REFERENCE = "reference"
@@ -96,7 +98,7 @@ class Figure(NamedTuple):
     caption: str
     data: pd.DataFrame
     absent: str
-    draw: Callable[[pd.DataFrame], alt.LayerChart]
+    draw: Callable[[pd.DataFrame], Chart]
     height: int
     marked: bool
 
@@ -127,9 +129,7 @@ def page_chart(figure: Figure) -> str:
     return json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
 
 
-def _chart(
-    figure: Figure, legend_width: int, width: Any, height: float, **theme: str
-) -> alt.LayerChart:
+def _chart(figure: Figure, legend_width: int, width: Any, height: float, **theme: str) -> Chart:
     # About the width of the longest name, with its symbol and the number of a crossing.
     entry = 6 * int(figure.data["line"].str.len().max()) + 90
     legend = _THEME["legend"] | {
@@ -222,9 +222,7 @@ def _look(data: pd.DataFrame, marked: bool) -> dict[str, Any]:
     return {"color": color, "shape": shape, "strokeDash": dash}
 
 
-def _layered(
-    data: pd.DataFrame, look: dict[str, Any], layers: Sequence[alt.Chart]
-) -> alt.LayerChart:
+def _layered(data: pd.DataFrame, look: dict[str, Any], layers: Sequence[alt.Chart]) -> Chart:
     """Return layers over a table, from the back to the front, with a legend of their lines."""
     # This layer draws nothing: it holds the legend, and receives clicks on it.
     key = alt.Chart().mark_point(size=0, filled=True, opacity=1).encode(**look)
@@ -261,7 +259,7 @@ def _rule(y: _Axis, value: float) -> alt.Chart:
     )
 
 
-def waterfall(data: pd.DataFrame) -> alt.LayerChart:
+def waterfall(data: pd.DataFrame) -> Chart:
     """Draw a bar per step, with its interval and its number."""
     end = data[["mean", "high"]].max(axis=1)
     # The longest bar leaves room for its number.
@@ -281,7 +279,7 @@ def waterfall(data: pd.DataFrame) -> alt.LayerChart:
 
 def _points(
     data: pd.DataFrame, x: _Axis, y: _Axis, back: Sequence[alt.Chart], order: str = ""
-) -> alt.LayerChart:
+) -> Chart:
     """Return a mark per row over the layers `back`, with a bar per interval.
 
     The ends of the interval of an axis are the columns `_low` and `_high` of its field. Lines
@@ -307,7 +305,7 @@ def _points(
     return _layered(data, look, layers)
 
 
-def pareto(data: pd.DataFrame) -> alt.LayerChart:
+def pareto(data: pd.DataFrame) -> Chart:
     """Draw the loss against the teacher over that against users, a line per way."""
     x, y = (
         _Axis(of, f"{title_of(of)}, mean over tasks (nats)") for of in ("user_bce", "teacher_bce")
@@ -315,7 +313,7 @@ def pareto(data: pd.DataFrame) -> alt.LayerChart:
     return _points(data, x, y, (), "weight")
 
 
-def plane(data: pd.DataFrame) -> alt.LayerChart:
+def plane(data: pd.DataFrame) -> Chart:
     """Draw the change for users over the saving, with a line at −`margin`."""
     x = _Axis("saving", "saving", format="~%", scale={"zero": True})
     y = _Axis("users", "change for users", format="+.2~%", scale={"zero": True})
@@ -325,7 +323,7 @@ def plane(data: pd.DataFrame) -> alt.LayerChart:
 def _curves(
     data: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
     crossing: tuple[str, str] = ("", ""),
-) -> alt.LayerChart:  # fmt: skip
+) -> Chart:  # fmt: skip
     """Return a line with a band per ranker.
 
     Args:
@@ -372,7 +370,7 @@ def _window(
     return (float(near["k"].min()), float(near["k"].max())), (low, top + 0.05 * (top - low))
 
 
-def over_k(data: pd.DataFrame, measure: str, whole: bool = False, **more: Any) -> alt.LayerChart:
+def over_k(data: pd.DataFrame, measure: str, whole: bool = False, **more: Any) -> Chart:
     """Draw a measure over k, from 0 if `whole`; `more` are of `_curves`."""
     ks, values = _window(data, whole)
     at = {"values": ticks(1, ks[1]), "labelOverlap": True}
@@ -380,7 +378,7 @@ def over_k(data: pd.DataFrame, measure: str, whole: bool = False, **more: Any) -
     return _curves(data, x, _Axis("mean", f"{measure.replace('_', ' ')} at k", values), **more)
 
 
-def frontier(data: pd.DataFrame) -> alt.LayerChart:
+def frontier(data: pd.DataFrame) -> Chart:
     """Draw the value captured over the cost of the funnel."""
     _, values = _window(data)
     students = data[data["mode"] != REFERENCE]
@@ -392,7 +390,7 @@ def frontier(data: pd.DataFrame) -> alt.LayerChart:
     return _curves(data, x, y, TARGET, ("cost_for_99", ".1%"))
 
 
-def saving(data: pd.DataFrame) -> alt.LayerChart:
+def saving(data: pd.DataFrame) -> Chart:
     """Draw the saving over the share of the final value to keep."""
     ends = data[["mean", "low", "high"]]
     # No saving exceeds 1, and below -1 the funnel costs more than twice as much.

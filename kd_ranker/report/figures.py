@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
@@ -16,7 +15,7 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, by_repeat, of_split
 from kd_ranker.report import charts
-from kd_ranker.report.charts import REFERENCE, Figure
+from kd_ranker.report.charts import REFERENCE, Chart, Figure
 from kd_ranker.report.choices import best_of_sizes, best_with_scores, knows_truth, users_at_target
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, interval
@@ -44,7 +43,7 @@ class Entry(NamedTuple):
     """
 
     data: Callable[[Study, Estimates], pd.DataFrame]
-    draw: Callable[[pd.DataFrame], alt.LayerChart]
+    draw: Callable[[pd.DataFrame], Chart]
     title: str
     caption: str
     empty: str = "the test requests of the best settings are not known"

@@ -156,7 +156,13 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     configs = {str(workdir): read_config(workdir) for workdir in workdirs}
     _check_alike(configs)
     first = next(iter(configs.values()))
-    joined = _read(workdirs)
+    tables = [
+        results.read_csv(workdir / results.FILE).assign(source=source)
+        for source, workdir in enumerate(workdirs)
+    ]
+    joined = pd.concat(tables, ignore_index=True)
+    # The member of a single run has no name.
+    joined["member"] = joined["member"].astype(object).fillna("")
     rows = _labelled(joined, list(first.tasks))
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
@@ -176,6 +182,8 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     ranked = with_savings(pd.concat([healthy, references]), against, teacher_flops, costs)
     healthy, references = (ranked[ranked["role"] == of] for of in ("student", "reference"))
     tested = of_split(healthy, "test")
+    reports = filter(None, map(read_data_report, workdirs))
+    faults = (of for report in reports for of in report["allowed"])
     return Study(
         dataset=dataset,
         config=first,
@@ -192,7 +200,8 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         margin=float(first.report.margin),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
-        allowed=_allowed(workdirs),
+        # Those that `data.allow` accepted.
+        allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
         configs={name: as_json(config) for name, config in configs.items()},
         environments={str(workdir): read_environment(workdir) for workdir in workdirs},
         kept=[
@@ -202,23 +211,6 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
             if (folder / results.REQUESTS_FILE).exists()
         ],
     )
-
-
-def _allowed(workdirs: Sequence[Path]) -> list[str]:
-    """Return the faults of the log that `data.allow` accepted."""
-    reports = filter(None, map(read_data_report, workdirs))
-    found = (f"{of['name']}: {of['text']}" for report in reports for of in report["allowed"])
-    return list(dict.fromkeys(found))
-
-
-def _read(workdirs: Sequence[Path]) -> pd.DataFrame:
-    """Return the results of all sweeps with `source`; `member` is "" in a single run."""
-    tables = [
-        results.read_csv(workdir / results.FILE).assign(source=source)
-        for source, workdir in enumerate(workdirs)
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    return table.assign(member=table["member"].astype(object).fillna(""))
 
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
@@ -239,7 +231,11 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
 
 
 def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
-    """Return the rows with `setting`, `way`, `repeat`, `plain`, and the means over tasks."""
+    """Return the rows with their labels, see `Study`, in the order of tables.
+
+    That is by mode, plain mode `none` first, serving choice, keys, and repeat. Modes and serving
+    choices are in the order in which they first occur.
+    """
     # A sweep's teachers and references count for its own students, and once per repeat.
     rows = pd.concat([results.in_each_repeat(of) for _, of in rows.groupby("source")])
     once = ["split", "role", "member", "serve", *REPEAT]
@@ -249,47 +245,34 @@ def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
             columns = result_columns(metric, tasks, ReportAt())
             # A task that the teacher lacks has no number.
             rows[metric.name] = rows.reindex(columns=columns).mean(axis=1)
-    rows = _ordered(rows.assign(needs_scores=needs_scores(rows)))
-    students = rows[rows["role"] == "student"]
-    varying = _varying(students)
-    ways = results.ways(students)
-    named = [column for column in varying if column in ways]
-    choices = students.groupby("mode")["serve"].nunique()
-    of_students = rows["role"] == "student"
-    rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
-    rows.loc[of_students, "way"] = [
-        ", ".join([str(row["mode"]), *named_values(row, named)]) for _, row in ways.iterrows()
-    ]
-    rows.loc[of_students, "setting"] = [
-        _label(row, varying, choices[row["mode"]] > 1) for _, row in students.iterrows()
-    ]
-    repeats = rows[list(REPEAT)].itertuples(index=False, name=None)
-    return rows.assign(repeat=["/".join(f"{seed:g}" for seed in of) for of in repeats])
-
-
-def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
-    parts = [f"{row['mode']} ({row['serve']})" if serves else str(row["mode"])]
-    if pd.notna(row["distill_loss"]):
-        parts.append(f"weight {row['distill_weight']:g}")
-    return ", ".join([*parts, *named_values(row, varying)])
-
-
-def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows by mode, plain mode `none` first, serving choice, keys, and repeat.
-
-    Modes and serving choices are in the order in which they first occur.
-    """
 
     def places(column: pd.Series) -> pd.Series:
-        if column.name not in ("mode", "serve"):
-            return column
-        return column.map({value: place for place, value in enumerate(column.unique())})
+        by_name = column.name in ("mode", "serve")
+        return pd.Series(pd.factorize(column)[0], column.index) if by_name else column
 
-    variants = (rows["mode"] == "none") & (rows[list(PLAIN)] != pd.Series(PLAIN)).any(axis=1)
-    rows = rows.assign(plain=~variants, variant=variants)
+    plain = (rows["mode"] != "none") | (rows[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1)
+    rows = rows.assign(needs_scores=needs_scores(rows), plain=plain, variant=~plain)
     keys = ["mode", "variant", *results.setting_columns(rows)[1:], *REPEAT]
     rows = rows.sort_values(keys, key=places, kind="stable", na_position="first")
-    return rows.drop(columns="variant").reset_index(drop=True)
+    rows = rows.drop(columns="variant").reset_index(drop=True)
+    of_students = rows["role"] == "student"
+    students = rows[of_students]
+    varying, ways = _varying(students), results.ways(students)
+    choices = students.groupby("mode")["serve"].nunique()
+
+    def setting(row: pd.Series) -> str:
+        mode = f"{row['mode']} ({row['serve']})" if choices[row["mode"]] > 1 else str(row["mode"])
+        weight = [] if pd.isna(row["distill_loss"]) else [f"weight {row['distill_weight']:g}"]
+        return ", ".join([mode, *weight, *named_values(row, varying)])
+
+    def way(row: pd.Series) -> str:
+        return ", ".join([row["mode"], *named_values(row, [of for of in varying if of in ways])])
+
+    rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
+    rows.loc[of_students, "setting"] = [setting(row) for _, row in students.iterrows()]
+    rows.loc[of_students, "way"] = [way(row) for _, row in ways.iterrows()]
+    repeats = rows[list(REPEAT)].itertuples(index=False, name=None)
+    return rows.assign(repeat=["/".join(f"{seed:g}" for seed in of) for of in repeats])
 
 
 def _varying(students: pd.DataFrame) -> list[str]:

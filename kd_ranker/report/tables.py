@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import (
@@ -135,8 +136,8 @@ def _with_error(known: pd.Series) -> str:
         return ""
     digits = 0 if known.abs().max() >= 10 else 3
     # Adding 0 turns the -0 of a tiny negative number into 0.
-    mean = f"{round(known.mean(), digits) + 0.0:.{digits}f}"
-    return mean if len(known) < 2 else f"{mean}±{known.sem():.{digits}f}"
+    mean = f"{round(float(known.mean()), digits) + 0.0:.{digits}f}"
+    return mean if len(known) < 2 else f"{mean}±{stats.sem(known.to_numpy(float)):.{digits}f}"
 
 
 def important_columns(study: Study) -> list[str]:

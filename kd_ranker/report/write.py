@@ -47,12 +47,11 @@ def write_report(
       The answer to each dataset, and a line on faults of its data that were allowed.
     """
     estimates = [Estimates(study) for study in read_studies(workdirs)]
-    verdicts = [claims(of.study, of) for of in estimates]
+    tested = [claims(of.study, of) for of in estimates]
     sections = [
-        _write_study(of.study, of, tested, output)
-        for of, tested in zip(estimates, verdicts, strict=True)
+        _write_study(of, lines, output) for of, lines in zip(estimates, tested, strict=True)
     ]
-    _write_csv(output / TABLES / "claims.csv", pd.concat(verdicts))
+    _write_csv(output / TABLES / "claims.csv", pd.concat(tested))
     texts = [section.claims.markdown() for section in sections]
     write_atomically(output / TABLES / "claims.md", "\n".join(texts))
     html = page(sections)
@@ -62,8 +61,8 @@ def write_report(
     return [section.answer.text for section in sections]
 
 
-def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
-    name = study.file_name
+def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
+    study, name = estimates.study, estimates.study.file_name
     numbers = tables.comparison(study, estimates)
     written = {
         name: tables.main_table(study, estimates, numbers),

@@ -32,10 +32,10 @@ def test_a_program_is_compiled_for_shapes_alone(tmp_path, mapping):
     # With Adam, 5 numbers, their 10 slots and the count; a row more for what is unknown, in eights.
     assert found.tables == 4 * 16 * (1008 + 50_008)
     assert found.fits
-    assert found.compiled.arguments > found.tables
+    assert found.compiled.total > found.tables
     assert 0 < found.compiled.exchanged < found.tables
-    half = config_of(tmp_path, **{"batch.requests": config.batch.requests // 2})
-    half.student.width = 5
+    share = {"batch.requests": config.batch.requests // 2, "student.width": 5}
+    half = config_of(tmp_path, **share)
     alone = programs.compile_program("train", half, sample, host(1))
     assert alone.flops == found.flops  # of a device's share
     assert not programs.compile_program("train", half, sample, host(1, memory=10**6)).fits

@@ -235,16 +235,6 @@ def test_the_first_sentence_names_a_simple_order_that_does_as_well(tmp_path, nam
     assert given.sentence.startswith(f"d: {first}")
 
 
-def test_the_best_simple_order_is_named_and_one_repeat_compares_means(tmp_path):
-    both = [reference_row("random", 290), reference_row("top_rate", 280)]
-    one = students({"none": [400], "shared": [285]})
-    assert of_rows(tmp_path, [*one, *both]).sentence.startswith(
-        "d: A list of items without a user, “top_rate”, does as well as the best student: it needs "
-        "280 candidates"
-    )
-    assert of_rows(tmp_path, [*one, both[0]]).sentence.startswith("d: For 99%")
-
-
 @pytest.mark.parametrize(
     ("teacher", "none", "than"),
     [
@@ -273,12 +263,6 @@ def test_a_final_ranker_that_predicts_users_badly(tmp_path, teacher, none, than)
     assert "3 teachers" in given.caveats[1]
 
 
-def test_without_a_teacher_nothing_is_said_of_compute(tmp_path):
-    given = of_rows(tmp_path, students(STUDENTS), teacher=False)
-    assert "100 fewer" in given.sentence
-    assert "compute" not in given.sentence
-
-
 @pytest.mark.parametrize(
     ("seeds", "covers", "last"),
     [
@@ -294,7 +278,7 @@ def test_intervals_cover_the_requests_that_were_kept(tmp_path, seeds, covers, la
     given = answer(estimates.study, estimates)
     assert f"Intervals cover {covers}" in given.caveats[1]
     assert given.sentence.endswith(last)
-    # In units of one's own.
+    # In the units of the config.
     assert "of the funnel's cost (" in given.sentence
 
 

@@ -155,16 +155,13 @@ def test_the_legend_names_every_line_with_the_number_of_its_crossing(drawn, file
     a_list = data[data["mode"] == charts.REFERENCE].assign(line="show_rate", setting="show_rate")
     figure = drawn["survival"]._replace(data=pd.concat([data, a_list]))
     assert list(look_of(figure)) == ["none", "aux", "shared", "incumbent", "show_rate"]
+    texts = set(texts_of(files, "saving"))
+    assert {"95", "99", "99.9"} <= texts
+    assert any(re.fullmatch(r"\d+%", text) for text in texts)
     # Both are gray, so that only the dash differs.
     for channel, looks in (("color", 1), ("strokeDash", 2)):
         found = look_of(figure, channel)
         assert len({str(found["incumbent"]), str(found["show_rate"])}) == looks
-
-
-def test_targets_and_savings_are_in_percent(files):
-    texts = set(texts_of(files, "saving"))
-    assert {"95", "99", "99.9"} <= texts
-    assert any(re.fullmatch(r"\d+%", text) for text in texts)
 
 
 def test_the_waterfall_has_one_bar_per_step_with_its_number(drawn, files):

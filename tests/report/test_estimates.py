@@ -246,16 +246,17 @@ def test_a_live_test_planned_by_hand(tmp_path, survival, interleaved):
 
 
 def test_a_live_test_that_cannot_be_planned(tmp_path):
-    pair = ("shared, weight 1", "none", 0.5)
     labels = [0, 1, 1, 2]
-    study = live_study(tmp_path / "a", (0.9, 0.8), labels)
-    assert Estimates(study._replace(kept=[])).live_test(*pair) is None
-    # The teacher's row has labels only of what it has scored.
-    only = live_study(tmp_path / "b", (0.9, 0.8), labels, member="teacher")
-    assert Estimates(only).live_test(*pair) is None
-    # No label is positive; no list differs.
-    assert Estimates(live_study(tmp_path / "c", (0.9, 0.8), [0] * 4)).live_test(*pair) is None
-    assert Estimates(live_study(tmp_path / "d", (1.0, 1.0), labels)).live_test(*pair) is None
+    known = live_study(tmp_path / "a", (0.9, 0.8), labels)
+    unknown = {
+        "no requests": known._replace(kept=[]),
+        # The teacher's row has labels only of items that it has scored.
+        "only the teacher": live_study(tmp_path / "b", (0.9, 0.8), labels, member="teacher"),
+        "no positive label": live_study(tmp_path / "c", (0.9, 0.8), [0] * 4),
+        "equal lists": live_study(tmp_path / "d", (1.0, 1.0), labels),
+    }
+    for name, study in unknown.items():
+        assert Estimates(study).live_test("shared, weight 1", "none", 0.5) is None, name
 
 
 def test_what_is_not_measured_on_requests_varies_over_repeats_alone(made):

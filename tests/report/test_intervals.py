@@ -160,12 +160,6 @@ def test_nominal_95_percent_intervals_are_neither_narrow_nor_wide(repeats, most,
     assert 95 <= round(100 * coverage(repeats, *parts)) <= most
 
 
-def test_one_repeat_covers_its_requests_only():
-    assert coverage(1, 0, 0) == pytest.approx(0.95, abs=0.005)
-    # The standard error is too small by √6: 1.96 / √6 = 0.80.
-    assert coverage(1, 5, 0) == pytest.approx(1 - 2 * stats.norm.sf(0.80), abs=0.01)
-
-
 def test_the_script_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coverage.py", "--studies=2", "--requests=30"])
     runpy.run_path("scripts/coverage.py", run_name="__main__")

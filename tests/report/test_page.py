@@ -53,14 +53,12 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert not any("http" in (attributes.get("style") or "") for _, attributes in elements)
 
 
-def test_vega_is_there_once(page):
+def test_every_dataset_has_its_answer_figures_claims_and_config(page):
     text = page.read_text()
+    # Vega is there once.
     assert text.count("window.vegaEmbed") == 1
     assert len(text) < 2_000_000
-
-
-def test_every_dataset_has_its_answer_figures_claims_and_config(page):
-    elements = Elements(page.read_text()).found
+    elements = Elements(text).found
     classes = [attributes.get("class") for _, attributes in elements]
     assert classes.count("sentence") == 2
     assert classes.count("chart") == 2 * FIGURES
@@ -182,11 +180,8 @@ def test_a_click_on_a_columns_title_sorts_and_a_second_reverses_it(loaded):
     header, texts = click_on_title(loaded, "passed for 99%", press=Keys.ENTER)
     assert [float(text) for text in texts] == ascending[::-1]
     assert header.get_attribute("aria-sort") == "descending"
-
-
-def test_empty_cells_stay_last(loaded):
     for _ in range(2):
-        # The teacher, four references and mode none have no weight.
+        # The teacher, four references and mode none have no weight; empty cells stay last.
         _, weights = click_on_title(loaded, "weight")
         assert weights == ["10", "10", *[""] * 6]
 

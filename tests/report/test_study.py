@@ -31,21 +31,16 @@ def test_members_settings_and_repeats(tmp_path):
     assert all(sorted(of) == sorted(sweeps.REFERENCES) for _, of in references)
     assert (study.references["setting"] == study.references["member"]).all()
     assert study.varying == []
-
-
-def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
+    # Only chosen settings are read on test: their requests, and those of teacher and references.
     written = results.read_csv(tmp_path / results.FILE)
     on_test = written[(written["role"] == "student") & (written["split"] == "test")]
     assert set(study.tested["setting"]) == set(study.chosen.values())
     assert len(study.tested) == len(on_test) == 3 * 3
-    assert set(study.tested["split"]) == {"test"}
-    assert set(study.teachers["split"]) == {"test"}
-    # Each request, of the teacher and of those.
+    assert set(study.tested["split"]) == set(study.teachers["split"]) == {"test"}
     ((_, of_requests),) = study.kept
-    whose = set(zip(on_test["member"], on_test["serve"], strict=True))
+    chosen = set(zip(on_test["member"], on_test["serve"], strict=True))
     others = {(name, "user") for name in ("teacher", *sweeps.REFERENCES)}
-    assert set(of_requests.each) == whose | others
+    assert set(of_requests.each) == chosen | others
 
 
 def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_path):
@@ -152,28 +147,22 @@ def test_savings_are_against_the_best_of_each_kind_that_was_read_on_test(tmp_pat
         np.testing.assert_allclose(joined[f"{column}_x"], joined[f"{column}_y"])
 
 
-def titled(workdir, title, **options):
-    """A sweep of an own log, which may have a title."""
-    sweeps.write_sweep(workdir, dataset="parquet", **options)
-    config = json.loads((workdir / "config.json").read_text())
-    config["data"]["title"] = title
-    (workdir / "config.json").write_text(json.dumps(config))
-    return workdir
-
-
 def test_own_logs_go_by_their_titles(tmp_path):
-    names = {"a": "May: feed", "b": "", "c": "June / feed", "d": "May: feed"}
-    workdirs = [
-        titled(tmp_path / folder, title, seeds=(number,))
-        for number, (folder, title) in enumerate(names.items())
-    ]
+    def titled(folder, title, seed=0):
+        workdir = sweeps.write_sweep(tmp_path / folder, "parquet", seeds=(seed,))
+        config = json.loads((workdir / "config.json").read_text())
+        config["data"]["title"] = title
+        (workdir / "config.json").write_text(json.dumps(config))
+        return workdir
+
+    titles = ("May: feed", "", "June / feed", "May: feed")
+    workdirs = [titled(str(seed), title, seed) for seed, title in enumerate(titles)]
     studies = read_studies(workdirs)
     assert [study.dataset for study in studies] == ["May: feed", "parquet", "June / feed"]
     assert [study.rows["repeat"].nunique() for study in studies] == [2, 1, 1]
     for other in ("June   feed", "claims"):
-        clash = titled(tmp_path / other.strip(), other)
         with pytest.raises(UserError, match="two tables would both be called"):
-            read_studies([*workdirs, clash])
+            read_studies([*workdirs, titled(other, other)])
 
 
 def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
