@@ -45,7 +45,7 @@ from kd_ranker.requests.records import Dataset, write_index
 from kd_ranker.requests.request import SPLITS, Block, Source, blocks_of, starts_of
 from kd_ranker.requests.row_files import Flat
 
-FORMAT_VERSION = "2.0.0"
+FORMAT_VERSION = "2.1.0"
 SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
