@@ -95,7 +95,7 @@ def test_a_fingerprint_is_of_the_content_of_the_named_files(folder, tmp_path_fac
 
 @pytest.fixture
 def dataset(tmp_path):
-    return storage.build(random_source(), "small", str(tmp_path))
+    return storage.build(random_source, "small", str(tmp_path))
 
 
 def fault_of_dataset(directory, name="small"):

@@ -1,6 +1,6 @@
 """Datasets on disk: build and open the dataset of a config, and describe it on the terminal."""
 
-import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -82,18 +82,16 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
     directory = storage.directory_of(name, config.data.dir)
     entry, before = SOURCES[config.data.name], config.data.get("extends", "")
     if not directory.exists():
-        # Claim the folder before the raw files are read, which may take long.
-        with storage.building(name, config.data.dir):
-            if before and not storage.directory_of(name, before).exists():
-                raise UserError(
-                    f"data.extends={before} holds no dataset of this config, with data.path as "
-                    "written; name the data.dir of the dataset before, or leave data.extends out "
-                    "to read the whole log"
-                )
-            extended = [storage.open_dataset(name, before, PREPARE_DATA)] if before else []
-            source = entry.open_source(config.data, config.tasks, config.funnel, *extended)
-            with contextlib.closing(source):
-                storage.write(source, directory, *extended)
+        if before and not storage.directory_of(name, before).exists():
+            raise UserError(
+                f"data.extends={before} holds no dataset of this config, with data.path as "
+                "written; name the data.dir of the dataset before, or leave data.extends out "
+                "to read the whole log"
+            )
+        extended = [storage.open_dataset(name, before, PREPARE_DATA)] if before else []
+        opened = (config.data, config.tasks, config.funnel, *extended)
+        open_source = functools.partial(entry.open_source, *opened)
+        storage.build(open_source, name, config.data.dir, *extended)
     else:
         storage.check_whole(directory, PREPARE_DATA, thorough)
         entry.check_unchanged(config.data, directory)

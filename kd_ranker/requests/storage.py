@@ -27,7 +27,7 @@ import itertools
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,78 +61,64 @@ def directory_of(name: str, data_dir: str) -> Path:
     return Path(data_dir) / _NAME / name / FORMAT_VERSION
 
 
-def build(source: Source, name: str, data_dir: str) -> Path:
-    """Write a source to disk unless it exists already, close it, and return its folder.
+def build(
+    open_source: Callable[[], Source], name: str, data_dir: str, earlier: Dataset | None = None
+) -> Path:
+    """Write a source to disk unless the dataset exists already, and return its folder.
+
+    The folder is claimed before the source is opened. The leftovers of a build that was killed are
+    removed.
+
+    Args:
+      open_source: returns the source, which is closed at the end.
+      name: of the dataset.
+      data_dir: `config.data.dir`.
+      earlier: a dataset of requests that come before these and become training requests; its ids
+        are valid in the source.
 
     Raises:
       UserError: the source is at fault, or another process builds the same dataset.
     """
     directory = directory_of(name, data_dir)
-    with contextlib.closing(source):
-        if not directory.exists():
-            with building(name, data_dir):
-                write(source, directory)
-    return directory
-
-
-@contextlib.contextmanager
-def building(name: str, data_dir: str) -> Iterator[Path]:
-    """Keep other processes from building a dataset, and yield its folder.
-
-    The leftovers of a build that was killed are removed.
-
-    Raises:
-      UserError: another process builds it.
-    """
-    directory = directory_of(name, data_dir)
+    if directory.exists():
+        return directory
+    unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
     with hold(directory.parent):
         for leftover in directory.parent.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
-        yield directory
+        with contextlib.closing(open_source()) as source:
+            _check(source, earlier)
+            unfinished.mkdir()
+            try:
+                _write(source, unfinished, name, earlier)
+                unfinished.rename(directory)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return directory
 
 
-def write(source: Source, directory: Path, earlier: Dataset | None = None) -> None:
-    """Write a source to a folder of `building`, unless the folder exists already.
-
-    Args:
-      source: the source.
-      directory: the folder.
-      earlier: a dataset of requests that come before these and become training requests; its ids
-        are valid in the source.
-
-    Raises:
-      UserError: the source is at fault.
-    """
-    if directory.exists():
-        return
-    _check(source, earlier)
-    unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
-    unfinished.mkdir()
-    try:
-        (unfinished / SPEC_FILE).write_text(source.spec.to_json())
-        np.save(unfinished / _ITEMS_FILE, source.item_features)
-        none = np.zeros((source.spec.num_items, 0), np.int32)
-        category = none if source.item_category is None else source.item_category
-        np.save(unfinished / _CATEGORY_FILE, category)
-        known = _link_earlier(earlier, unfinished) if earlier else {}
-        numbers = {
-            split: _write_requests(source, split, unfinished, earlier if split == "train" else None)
-            for split in SPLITS
-        }
-        write_index(unfinished, source.spec, numbers, FORMAT_VERSION)
-        needed = {*unfinished.rglob("*")}
-        if source.write_beside:
-            source.write_beside(unfinished)
-        removable = [path for path in unfinished.rglob("*") if path not in needed]
-        manifest.write(
-            unfinished,
-            {"dataset": directory.parent.name},
-            removable=[path.relative_to(unfinished).as_posix() for path in removable],
-            known=known,
-        )
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> None:
+    (folder / SPEC_FILE).write_text(source.spec.to_json())
+    np.save(folder / _ITEMS_FILE, source.item_features)
+    none = np.zeros((source.spec.num_items, 0), np.int32)
+    category = none if source.item_category is None else source.item_category
+    np.save(folder / _CATEGORY_FILE, category)
+    known = _link_earlier(earlier, folder) if earlier else {}
+    numbers = {
+        split: _write_requests(source, split, folder, earlier if split == "train" else None)
+        for split in SPLITS
+    }
+    write_index(folder, source.spec, numbers, FORMAT_VERSION)
+    needed = {*folder.rglob("*")}
+    if source.write_beside:
+        source.write_beside(folder)
+    removable = [path for path in folder.rglob("*") if path not in needed]
+    manifest.write(
+        folder,
+        {"dataset": name},
+        removable=[path.relative_to(folder).as_posix() for path in removable],
+        known=known,
+    )
 
 
 def _check(source: Source, earlier: Dataset | None) -> None:

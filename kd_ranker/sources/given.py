@@ -106,7 +106,7 @@ def keep(
         requests=lambda split: iter(requests[split]),
         num_requests={split: len(of_split) for split, of_split in requests.items()},
     )
-    path = storage.build(source, f"given-{_digest(source)}", data.dir)
+    path = storage.build(lambda: source, f"given-{_digest(source)}", data.dir)
     data.path, data.labels = str(path), ConfigDict({task: task for task in spec.tasks})
     return path, spec.tasks, funnel_of(itertools.chain(*requests.values()))
 

@@ -14,7 +14,7 @@ from tests.requests.random_requests import random_request, random_source
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("data"))
-    storage.build(random_source(), "small", directory)
+    storage.build(random_source, "small", directory)
     return storage.open_dataset("small", directory, made_by="")
 
 
@@ -54,7 +54,7 @@ def test_each_split_is_read_by_its_name_and_its_requests_may_differ_in_size(tmp_
 
     number = {split: len(sizes[split]) for split in SPLITS}
     source = dataclasses.replace(random_source(), requests=requests, num_requests=number)
-    storage.build(source, "ragged", str(tmp_path))
+    storage.build(lambda: source, "ragged", str(tmp_path))
     ragged = storage.open_dataset("ragged", str(tmp_path), made_by="")
     for split in SPLITS:
         read = list(evaluation_batches(ragged, split, requests=2, candidates=20))

@@ -62,7 +62,7 @@ def ragged_source(beyond_passed=True):
 @pytest.fixture(scope="module", params=[True, False], ids=["all scored", "passed scored"])
 def dataset(tmp_path_factory, request):
     directory = str(tmp_path_factory.mktemp("data"))
-    storage.build(ragged_source(request.param), "ragged", directory)
+    storage.build(lambda: ragged_source(request.param), "ragged", directory)
     return storage.open_dataset("ragged", directory, made_by="")
 
 

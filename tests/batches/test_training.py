@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -27,7 +28,7 @@ from tests.requests.random_requests import random_source
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("data"))
-    storage.build(random_source(), "small", directory)
+    storage.build(random_source, "small", directory)
     return storage.open_dataset("small", directory, made_by="")
 
 
@@ -193,7 +194,7 @@ def test_training_never_sees_facts_for_the_evaluation(tmp_path):
 
     drawn = []
     for value in (0.1, 0.9):
-        storage.build(with_truth(value), f"truth{value}", str(tmp_path))
+        storage.build(functools.partial(with_truth, value), f"truth{value}", str(tmp_path))
         opened = storage.open_dataset(f"truth{value}", str(tmp_path), made_by="")
         assert all(
             (request.true_probability == np.float32(value)).all()

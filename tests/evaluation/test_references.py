@@ -37,7 +37,8 @@ def built(tmp_path, change, source=None):
         for request in source.requests(split):
             yield dataclasses.replace(request, **change(request, split))
 
-    storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
+    changed = dataclasses.replace(source, requests=requests)
+    storage.build(lambda: changed, "some", str(tmp_path))
     return storage.open_dataset("some", str(tmp_path), made_by="")
 
 

@@ -56,7 +56,7 @@ def source(request):
 @pytest.fixture(scope="module")
 def dataset(source, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("data"))
-    storage.build(source, "rows", folder)
+    storage.build(lambda: source, "rows", folder)
     return storage.open_dataset("rows", folder, made_by="some command")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
-from kd_ranker.requests import storage
+from kd_ranker.requests import lock, storage
 from kd_ranker.requests.request import SPLITS, block_of
 from tests import small
 from tests.requests.random_requests import random_source
@@ -29,7 +29,7 @@ def changed(source, change, **spec):
 def fault_of(source, folder):
     """The error of a build, which leaves nothing."""
     with pytest.raises(UserError) as caught:
-        storage.build(source, "bad", str(folder))
+        storage.build(lambda: source, "bad", str(folder))
     assert not storage.directory_of("bad", str(folder)).exists()
     return str(caught.value)
 
@@ -79,15 +79,15 @@ def test_features_without_a_column_are_refused_before_anything_is_written(tmp_pa
 
 
 def test_building_again_leaves_the_dataset_alone(tmp_path):
-    directory = storage.build(random_source(), "small", str(tmp_path))
+    directory = storage.build(random_source, "small", str(tmp_path))
     before = {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
-    storage.build(random_source(train=3), "small", str(tmp_path))
+    storage.build(lambda: random_source(train=3), "small", str(tmp_path))
     assert before == {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
 
 
 def test_the_identity_of_a_dataset_follows_its_content(tmp_path):
     def identity(folder, source):
-        storage.build(source, "small", str(tmp_path / folder))
+        storage.build(lambda: source, "small", str(tmp_path / folder))
         return storage.open_dataset("small", str(tmp_path / folder), "some command").identity
 
     def other_label(request):
@@ -129,21 +129,21 @@ def bytes_of(directory):
 
 @pytest.mark.parametrize(("size", "threads"), [(1, 1), (1, 3), (4, 2), (100, 1)])
 def test_shards_make_the_files_of_one_pass(tmp_path, size, threads):
-    whole = bytes_of(storage.build(random_source(), "small", str(tmp_path / "whole")))
+    whole = bytes_of(storage.build(random_source, "small", str(tmp_path / "whole")))
     source, read = in_shards(size, threads)
-    assert bytes_of(storage.build(source, "small", str(tmp_path))) == whole
+    assert bytes_of(storage.build(lambda: source, "small", str(tmp_path))) == whole
     assert len(read) == sum(-(-number // size) for number in source.num_requests.values())
 
 
 def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path):
     source, read = in_shards(4, 1)
-    with storage.building("small", str(tmp_path)):
+    with lock.hold(storage.directory_of("small", str(tmp_path)).parent):
         with pytest.raises(UserError, match=r"small is held by process .*; wait for its end"):
-            storage.build(source, "small", str(tmp_path))
+            storage.build(lambda: source, "small", str(tmp_path))
         assert not read
         # Another dataset is none of its business.
-        storage.build(random_source(), "other", str(tmp_path))
-    storage.build(source, "small", str(tmp_path))
+        storage.build(random_source, "other", str(tmp_path))
+    storage.build(lambda: source, "small", str(tmp_path))
     assert len(read) == 6
 
 
@@ -155,7 +155,7 @@ from tests.requests.random_requests import random_source
 
 if sys.argv[2] == "dies":
     storage.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-storage.build(random_source(), "small", sys.argv[1])
+storage.build(random_source, "small", sys.argv[1])
 assert "tensorflow" not in sys.modules
 """
 
@@ -163,7 +163,7 @@ assert "tensorflow" not in sys.modules
 def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path):
     assert small.run("-c", _BUILDING, str(tmp_path / "there"), "").returncode == 0
     there = bytes_of(storage.directory_of("small", str(tmp_path / "there")))
-    assert bytes_of(storage.build(random_source(), "small", str(tmp_path / "here"))) == there
+    assert bytes_of(storage.build(random_source, "small", str(tmp_path / "here"))) == there
     # Sizes, items, manifest and what describes the index; rows, counts and index of each split.
     assert len(there) == 6 + 3 * 3
 
@@ -174,7 +174,7 @@ def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path):
     left = sorted(path.name for path in parent.iterdir())
     assert left == [".lock", ".lock-holder", f".unfinished-{storage.FORMAT_VERSION}"]
     assert (parent / left[2] / "rows-train.bin").exists()
-    directory = storage.build(random_source(), "small", str(tmp_path))
+    directory = storage.build(random_source, "small", str(tmp_path))
     assert [path.name for path in parent.iterdir()] == [directory.name]
     storage.open_dataset("small", str(tmp_path), "some command")
 
@@ -192,6 +192,7 @@ def full(directory):
     ],
 )  # fmt: skip
 def test_a_build_that_fails_leaves_nothing(tmp_path, change, error, message):
+    source = dataclasses.replace(random_source(), **change)
     with pytest.raises(error, match=message):
-        storage.build(dataclasses.replace(random_source(), **change), "small", str(tmp_path))
+        storage.build(lambda: source, "small", str(tmp_path))
     assert not [*tmp_path.iterdir()]
