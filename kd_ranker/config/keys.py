@@ -363,7 +363,10 @@ _LOG = _of_source(
 
 # A public dataset is converted to a log, and the converter knows its rows.
 _OWN = ("data.infer", "data.extends", "data.sql", "data.rows", "data.stages")
-_CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN}
+_CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN} | _of_source(
+    Key("split", "column", "what decides the split of a request; column: the converter of the "
+        "files, or a hash of the request where these have no splits", layout.SPLIT_BY),
+)  # fmt: skip
 
 _RATINGS = _CONVERTED | _of_source(
     Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),

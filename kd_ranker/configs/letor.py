@@ -24,7 +24,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tasks = tuple(f"grade_{least}" for least in config.data.grades)
     # The sum of these over the labels that hold is 2 ** grade - 1, the gain of nDCG.
     config.value_weights = tuple(2.0 ** (least - 1) for least in config.data.grades)
-    config.data.split = "request"  # where names of files have no {split}
     config.data.labels = ConfigDict({task: task for task in config.tasks})
     config.data.features = ConfigDict(dict(features=feature("candidate", "dense")))
     config.data.features.features.length = config.data.get_ref("num_features")

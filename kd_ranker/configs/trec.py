@@ -16,7 +16,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.final = "final"
     config.data.columns = ConfigDict(dict(incumbent="first_rank"))
     config.data.incumbent_signal = "rank"
-    config.data.split = "request"
     config.data.labels = ConfigDict(dict(grade_2="grade_2"))
     config.data.teacher = ConfigDict(dict(grade_2="final_rank"))
     config.data.teacher_signal = "rank"

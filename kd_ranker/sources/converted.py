@@ -87,7 +87,8 @@ def _own(data: ConfigDict, folder: Path) -> ConfigDict:
         own.path, own.sql, own.rows = str(folder), "", "request" if by_request else "candidate"
         own.columns = ConfigDict(named | data.columns.to_dict())
         own.stages = ConfigDict({stage: stage for stage in STAGES})
-        own.split = "column" if "split" in named else data.split
+        if own.split == "column" and "split" not in named:
+            own.split = "request"
     return own
 
 

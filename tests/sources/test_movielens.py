@@ -218,7 +218,10 @@ def test_the_log_is_made_once_and_opened_as_any_other(tmp_path):
     source.close()
     (log,) = (tmp_path / "data" / "logs").glob("movielens*")
     made = (log / "log.parquet").stat().st_mtime_ns
-    entry.open_source(config.data, ("watch",), config.funnel).close()
+    config.data.split = "request"  # what is set counts
+    other = entry.open_source(config.data, ("watch",), config.funnel)
+    assert other.num_requests != source.num_requests
+    other.close()
     assert (log / "log.parquet").stat().st_mtime_ns == made
     entry.check_unchanged(config.data, tmp_path / "beside")
     (folder / "ratings.csv").write_text((folder / "ratings.csv").read_text() + "1,1,5,9999999\n")
