@@ -33,7 +33,7 @@ def config_file(tmp_path, text):
         (["--config=configs"], "there is no file configs"),
         (["--config", "configs/nope.py:small", "--config.seed=3"], "no file configs/nope.py"),
         (["--config=configs/cascade.py:huge"], "no variant :huge; the variants are: :items"),
-        (["--config=configs/movielens.py:small"], "no variant :small; the variants are: none"),
+        (["--config=configs/trec.py:small"], "no variant :small; the variants are: none"),
         ([CONFIG, "--config.train.step=3"], "'train.step' does not exist; did you mean 'train.ste"),
         ([CONFIG, "--config.bogus", "3"], "config key 'bogus' does not exist; docs/config.md"),
         ([CONFIG, "--noconfig.distill.afine"], "did you mean 'distill.affine'?"),
