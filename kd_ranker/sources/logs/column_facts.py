@@ -281,11 +281,11 @@ class Log:
     def set_constant(self, owner: str, key: str, source: str = "candidates") -> None:
         """Set in the facts which columns are constant within an owner, by Cohen's kappa.
 
-        The agreement of successive values of an owner is compared with that of values in random
-        order.
+        The agreement of two values of an owner is compared with that of any two. Pairs are random:
+        in a log in the order of the funnel, successive stages agree.
         """
         q, found = [quoted(name) for name in self.facts.index], []
-        for window in (f"PARTITION BY {key} ORDER BY {_ROW}", "ORDER BY hash(rowid)"):
+        for window in (f"PARTITION BY {key} ORDER BY hash(rowid)", "ORDER BY hash(rowid)"):
             same = [f"({of} = lag({of} IGNORE NULLS) OVER w)::INT s{i}" for i, of in enumerate(q)]
             rows = f"FROM {source} WHERE {key} IS NOT NULL WINDOW w AS ({window})"
             counts = [f"[count(s{i}), coalesce(avg(s{i}), 1)]" for i in range(len(q))]

@@ -363,6 +363,24 @@ def test_positions_of_a_teacher_are_named(columns, tmp_path):
     assert "final_rank" not in features_of(config)
 
 
+def test_the_stage_of_a_log_in_the_order_of_the_funnel(tmp_path):
+    requests, size, rng = 100, 100, np.random.default_rng(0)
+    request = np.repeat(np.arange(requests), size)
+    shown = np.tile(np.arange(size) < 10, requests)
+    frame = pd.DataFrame(
+        dict(
+            request_id=request,
+            user_id=request % 30,
+            item_id=rng.permuted(np.tile(np.arange(500), (requests, 1)), axis=1)[:, :size].ravel(),
+            time=1_700_000_000 + 60 * request,
+            stage=np.tile(np.repeat(["shown", "passed", "retrieved"], [10, 40, 50]), requests),
+            click=np.where(shown, rng.integers(0, 2, len(request)), np.nan),
+        )
+    )
+    _, config = infer(tmp_path, frame)
+    assert config.data.columns.stage == "stage"
+
+
 def test_a_log_of_only_shown_candidates(columns, tmp_path):
     gone = ("stage", "position", "label_weight")
     kept = {of: x for of, x in columns.items() if of not in (*gone, "followed")}
