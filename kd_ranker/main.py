@@ -339,7 +339,7 @@ def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     named |= {key: schema.value_of(config, key) for key in given.keys}
     written = api.infer(config.data.path, given.workdir, named)
     commands = (f"    {command}" for command in written.next_commands)
-    checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
+    checks = f"edit it, first of all what follows CHECK ({written.num_checks} times); then"
     return "\n".join([f"config: {written.path}", checks, *commands])
 
 

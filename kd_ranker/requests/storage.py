@@ -211,7 +211,9 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
     """
     directory = directory_of(name, data_dir)
     if not directory.exists():
-        raise UserError(f"no dataset at {directory}; make it with: {made_by}")
+        versions = ", ".join(sorted(path.name for path in directory.parent.glob("[0-9]*")))
+        older = f", only one of another format ({versions})" if versions else ""
+        raise UserError(f"no dataset at {directory}{older}; make it with: {made_by}")
     check_whole(directory, made_by)
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     earlier = directory / _EARLIER_FILE

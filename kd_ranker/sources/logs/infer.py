@@ -368,5 +368,5 @@ def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> Firs
     file.write_text(text)
     commands = [f"python -m experiments.prepare_data --config={file}"]
     step = "train" if 'config.teacher.source = "logged"' in text else "train_teacher"
-    commands.append(f"python -m experiments.{step} --config={file} --workdir=runs/{name}/{step}")
+    commands.append(f"python -m experiments.{step} --config={file} --workdir=runs/{name}-{step}")
     return FirstConfig(file, text.count(CHECK), tuple(commands))

@@ -106,7 +106,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
     before = vocabulary.read_manifest(directory)
     if how := files.manifest_differences(before, now):
         if before.items() <= now.items():
-            how += f"; --config.data.extends={data.dir} adds new files"
+            how += f"; with another data.dir, --config.data.extends={data.dir} adds new files"
         raise UserError(
             f"the log at {data.path or files.SQL} has changed since {directory} was made of it "
             f"({how}); give another data.dir to make a dataset of it as it is now, or restore its "
