@@ -5,8 +5,8 @@ except the waterfall, `plain` (False for variants of mode `none`, which have oth
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, by_repeat, of_split
 from kd_ranker.report import charts
-from kd_ranker.report.charts import REFERENCE, Chart, Figure
+from kd_ranker.report.charts import REFERENCE, Entry, Figure
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import Study
@@ -27,30 +27,6 @@ _LINE = ("mode", "plain", "serve", "line", "setting")
 _ENDS = ("mean", "low", "high")
 
 
-class Entry(NamedTuple):
-    """A figure that a report may have.
-
-    Attributes:
-      data: makes its table.
-      draw: from its table to its chart.
-      title: its content.
-      caption: how to read it; with places for the baseline and other words of the study.
-      empty: why its table may be empty.
-      shown: whether a study has this figure.
-      height: of its plot in a file, in pixels.
-      marked: whether its lines have marks.
-    """
-
-    data: Callable[[Study, Estimates], pd.DataFrame]
-    draw: Callable[[pd.DataFrame], Chart]
-    title: str
-    caption: str
-    empty: str = "the test requests of the best settings are not known"
-    shown: Callable[[Study], bool] = lambda study: True
-    height: int = 270
-    marked: bool = False
-
-
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """Return the figures of a study in their order."""
     return [figure(name, study, estimates) for name, of in ENTRIES.items() if of.shown(study)]
@@ -59,16 +35,13 @@ def figures(study: Study, estimates: Estimates) -> list[Figure]:
 def figure(name: str, study: Study, estimates: Estimates) -> Figure:
     """Return one figure; `name` is a key of `ENTRIES`."""
     entry = ENTRIES[name]
-    data = entry.data(study, estimates)
     caption = entry.caption.format(
         baseline=study.baseline,
         unit=study.costs.unit,
         margin=f"{100 * study.margin:g}%",
         sizes=" of each size" if study.best_of_sizes["size"].nunique() > 1 else "",
     )
-    absent = entry.empty if data.empty else ""
-    drawn = entry.draw, entry.height, entry.marked
-    return Figure(name, entry.title, caption, data, absent, *drawn)
+    return Figure(name, entry, caption, entry.data(study, estimates))
 
 
 def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
