@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation.references import LISTS, NO_RANKERS
-from kd_ranker.report.choices import COVERED
-from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.estimates import COVERED, Estimates
 from kd_ranker.report.study import read_studies
 
 KS = (100, 200)

@@ -22,7 +22,6 @@ from kd_ranker import api
 from kd_ranker.evaluation.references import LISTS, NEED_SCORES
 from kd_ranker.evaluation.saving import CRITERION, best
 from kd_ranker.main import read_config
-from kd_ranker.report.choices import best_with_scores
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import read_studies
@@ -65,7 +64,7 @@ def _needs(config: ConfigDict, workdir: Path) -> list[float]:
     (study,) = read_studies([Path(str(made.students.workdir))])
     estimates = Estimates(study)
     lists = best(study.references, [name for name in LISTS if name not in NEED_SCORES])
-    settings = (study.incumbent, study.plain, lists, study.baseline, best_with_scores(study))
+    settings = (study.incumbent, study.plain, lists, study.baseline, study.best_with_scores)
     return [estimates.of(str(setting), CRITERION).mean for setting in settings]
 
 

@@ -35,18 +35,13 @@ class Curves(NamedTuple):
     ks: Int[np.ndarray, "K"]  # to choose among
     score: Float[np.ndarray, "R K"]  # see `Score`
     captured: Float[np.ndarray, "R K"]  # teacher value of the items shown, never decreasing
-    candidates: Float[np.ndarray, "R"]  # number retrieved
+    scored: Float[np.ndarray, "R K"]  # candidates of the teacher: k, at most those of the request
 
     @property
     def lost(self) -> Float64[np.ndarray, "R K"]:
         """The value lost at each k, against passing all, over the mean value of a request."""
         total = self.captured[:, -1:].astype(np.float64)
         return np.maximum(total - self.captured, 0) / total.mean()
-
-    @property
-    def scored(self) -> Float64[np.ndarray, "R K"]:
-        """The candidates that the teacher scores at each k: all of a request with fewer."""
-        return np.minimum(self.ks, self.candidates[:, None]).astype(np.float64)
 
     @property
     def have_value(self) -> bool:
@@ -223,7 +218,7 @@ def sums(
       value to keep.
     """
     test = _curves(tested, ks)
-    requests = np.arange(len(test.candidates))
+    requests = np.arange(len(test.scored))
     choices: dict[str, Choice] = {}
     if fitted and test.have_value:
         choices = {name: fitted[name].choose(test.score) for name in policies}
@@ -267,8 +262,8 @@ def _with_arrays(of: dict[str, Any]) -> dict[str, Any]:
 
 
 def _curves(curves: Sums, ks: Sequence[int]) -> Curves:
-    score, captured = (np.asarray(curves[name], np.float64) for name in ("score", "value_captured"))
-    return Curves(np.asarray(ks), score, captured, np.asarray(curves["scored"])[:, -1])
+    names = "score", "value_captured", "scored"
+    return Curves(np.asarray(ks), *(np.asarray(curves[name], np.float64) for name in names))
 
 
 _FOLDS, _MOST_REQUESTS = 5, 20_000

@@ -10,17 +10,6 @@ from kd_ranker.evaluation.metrics import TARGET, title_of
 from kd_ranker.evaluation.references import LISTS
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS
-from kd_ranker.report.choices import (
-    best_of_sizes,
-    best_with_scores,
-    cheapest,
-    coverage,
-    knows_truth,
-    users_at_target,
-    users_change,
-    users_measure,
-    why_unlabelled,
-)
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
@@ -54,7 +43,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     difference in `passed_for_99` is below 0. The change for users follows, since the final
     value is only the final ranker's opinion.
     """
-    chosen, without = best_with_scores(study), study.baseline
+    chosen, without = study.best_with_scores, study.baseline
     facts: dict[str, Any] = {
         "study": study, "chosen": chosen, "without": without, "criterion": CRITERION,
         "target": f"{100 * TARGET:g}%", "effect": _EFFECT, "lists": LISTS, "of": estimates.of,
@@ -68,10 +57,10 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         settings = study.tested.drop_duplicates("setting")
         plain = settings.loc[~settings["needs_scores"], "setting"]
         of_sizes = {
-            "all": cheapest(study, [*settings["setting"]]),
-            "without": cheapest(study, [*plain]),
+            "all": study.cheapest([*settings["setting"]]),
+            "without": study.cheapest([*plain]),
         }
-        facts |= {"sizes": best_of_sizes(study)["size"].nunique(), "cheapest": of_sizes}
+        facts |= {"sizes": study.best_of_sizes["size"].nunique(), "cheapest": of_sizes}
         facts |= _of_rankers(study, estimates, chosen)
         facts |= _of_saving(study, estimates, chosen, without, gap)
         facts |= _of_users(study, estimates, (chosen, without), gap)
@@ -129,17 +118,17 @@ def _of_users(
     study: Study, estimates: Estimates, pair: tuple[str, str], gap: Interval
 ) -> dict[str, Any]:
     """Return the change for users; `paid` is that on validation if they may pay for the saving."""
-    truth, paid = knows_truth(study), users_change(study, pair[0])
+    truth, paid = study.knows_truth, study.users_change(pair[0])
     if not gap.high < 0 or paid is None or paid.low > -study.margin:
         paid = None
-    measures = [users_measure(study), *users_at_target(study)]
+    measures = [study.users_measure, *study.users_at_target]
     live = None if truth else estimates.live_test(*pair, _EFFECT)
     return {
         "truth": truth,
         "users": {measure: estimates.gap(*pair, measure) for measure in measures},
         "paid": paid,
-        "unlabelled": why_unlabelled(study, estimates, pair),
-        "covered": coverage(study, estimates, pair),
+        "unlabelled": estimates.why_unlabelled(pair),
+        "covered": estimates.coverage(pair),
         # Two digits: the plan is rough.
         "live": live and [f"{float(f'{requests:.2g}'):,.0f}" for requests in live],
     }

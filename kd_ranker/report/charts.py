@@ -15,6 +15,8 @@ import pandas as pd
 import vl_convert
 
 from kd_ranker.evaluation.metrics import TARGET, title_of
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.study import Study
 
 Chart = alt.LayerChart | alt.FacetChart
 
@@ -79,33 +81,45 @@ _THEME: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Figure(NamedTuple):
-    """A figure of a report.
+class Entry(NamedTuple):
+    """A figure that a report may have.
 
     Attributes:
-      name: of its files.
-      title: its content.
-      caption: how to read it.
-      data: its table; empty if it is left out.
-      absent: why it is left out; "" if it is not.
+      data: makes its table.
       draw: from its table to its chart.
+      title: its content.
+      caption: how to read it; with places for the baseline and other words of the study.
+      empty: why its table may be empty.
+      shown: whether a study has this figure.
       height: of its plot in a file, in pixels.
       marked: whether its lines have marks.
     """
 
-    name: str
+    data: Callable[[Study, Estimates], pd.DataFrame]
+    draw: Callable[[pd.DataFrame], Chart]
     title: str
     caption: str
+    empty: str = "the test requests of the best settings are not known"
+    shown: Callable[[Study], bool] = lambda study: True
+    height: int = 270
+    marked: bool = False
+
+
+class Figure(NamedTuple):
+    """A figure of a study: its entry by name, the caption with the words of the study, the table.
+
+    A figure with an empty table is left out.
+    """
+
+    name: str
+    entry: Entry
+    caption: str
     data: pd.DataFrame
-    absent: str
-    draw: Callable[[pd.DataFrame], Chart]
-    height: int
-    marked: bool
 
 
 def files(figure: Figure) -> dict[str, bytes]:
     """Return the files of a figure with data by format, a paper's column wide."""
-    chart = _chart(figure, _COLUMN, width=_COLUMN, height=figure.height, background="white")
+    chart = _chart(figure, _COLUMN, width=_COLUMN, height=figure.entry.height, background="white")
     svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).to_dict())
     (size, *ends), *_ = re.findall(r'(width="([\d.]+)" height="([\d.]+)")', svg)
 
@@ -123,7 +137,7 @@ def files(figure: Figure) -> dict[str, bytes]:
 
 def page_chart(figure: Figure) -> str:
     """Return the chart of a figure with data as JSON, as wide as its place on the page."""
-    height = _PAGE_HEIGHT * figure.height
+    height = _PAGE_HEIGHT * figure.entry.height
     chart = _chart(figure, _NARROW, width="container", height=height).add_params(_CHOSEN)
     # A "<" in a name must not end the script element that holds the JSON.
     return json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
@@ -135,11 +149,11 @@ def _chart(figure: Figure, legend_width: int, width: Any, height: float, **theme
     legend = _THEME["legend"] | {
         # Legends do not wrap by themselves.
         "columns": max(1, legend_width // entry),
-        "symbolSize": 50 if figure.marked else 300,
-        "rowPadding": 2 * figure.marked,
+        "symbolSize": 50 if figure.entry.marked else 300,
+        "rowPadding": 2 * figure.entry.marked,
     }
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    chart = figure.draw(figure.data).properties(width=width, height=height, autosize=fit)
+    chart = figure.entry.draw(figure.data).properties(width=width, height=height, autosize=fit)
     return chart.configure(**(_THEME | {"legend": legend} | theme))
 
 

@@ -23,7 +23,6 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import NEED_SCORES
 from kd_ranker.evaluation.results import TEACHER, setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, best, by_repeat, of_split
-from kd_ranker.report.choices import knows_truth, users_at_target, users_measure, why_unlabelled
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import Study
@@ -114,7 +113,7 @@ def _of_modes(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(b), (d), (e), (f) The changes that the best setting of each mode with scores makes."""
     goal = f"{100 * TARGET:g}% of the final value"
     # An estimate from labels has a sign and no size, so no loss of users is surely small.
-    margin = study.margin if knows_truth(study) else 0.0
+    margin = study.margin if study.knows_truth else 0.0
     users = "With mode {mode} fewer need passing and users have no less"
     changes = [
         _Change("b", "Mode {mode} brings the order nearer to the teacher's", "teacher_tau",
@@ -133,7 +132,7 @@ def _of_modes(study: Study, estimates: Estimates) -> Iterator[Line]:
         for mode, chosen in modes.items():
             yield _changed(study, estimates, change, mode, chosen)
     for mode, chosen in modes.items():
-        for measure in (users_measure(study), *users_at_target(study)):
+        for measure in (study.users_measure, *study.users_at_target):
             change = _Change("f", users, measure, "above", -margin, of_users=True)
             yield _changed(study, estimates, change, mode, chosen)
 
@@ -165,7 +164,7 @@ def _changed(
         remark = "there is no measured ranker without scores"
     elif chosen is None:
         remark = f"there is no measured student of mode {mode} that learns from scores"
-    elif claim.of_users and (why := why_unlabelled(study, estimates, [chosen, rival])):
+    elif claim.of_users and (why := estimates.why_unlabelled([chosen, rival])):
         remark = f"the log cannot show it: {why}"
     if remark or rival is None or chosen is None:
         return _line(claim.claim, statement, claim.measure, remark=remark)

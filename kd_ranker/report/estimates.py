@@ -8,7 +8,7 @@ count of FLOPs), and studies without the requests' own numbers, have intervals o
 import contextlib
 import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ from kd_ranker.report.intervals import (
 from kd_ranker.report.study import Study
 
 DRAWS = 500
+# The least coverage at which labels of a log show the sign of the change for users. No two students
+# with less were compared with the truth (docs/report.md).
+COVERED = 0.35
 _NOWHERE = Measured((), np.zeros((1, 0)), 0)
 
 # The numbers of a ranker on the test requests, and then on each draw of them: [1+B] by column of
@@ -162,6 +165,31 @@ class Estimates:
         credit = 2 * shown * missed * (variance / shown + (mean / shown) ** 2)
         change = effect * mean
         return RequestsNeeded(number_needed(4 * variance, change), number_needed(credit, change))
+
+    def coverage(self, settings: Sequence[str]) -> float:
+        """Return the least coverage of settings at `funnel.passed`, in [0, 1].
+
+        1 where the truth is known. NaN for the incumbent without a truth: among the candidates that
+        it has passed itself, its scores differ little, so its covered value is far too low.
+        """
+        if self.study.knows_truth:
+            return 1.0
+        if self.study.incumbent in settings:
+            return float("nan")
+        column = f"coverage@{self.study.passed}"
+        return float(np.min([self.of(setting, column).mean for setting in settings]))
+
+    def why_unlabelled(self, settings: Sequence[str]) -> str:
+        """Return why a log's labels cannot show the change for users between settings, else ""."""
+        share = self.coverage(settings)
+        if share >= COVERED:
+            return ""
+        if self.study.incumbent in settings:
+            return "candidates that today's early ranker left out have no labels"
+        if np.isnan(share):
+            return "the share of the items that it could have labels of is not known"
+        seen = f"{100 * share:.0f}% of the items that these funnels would show"
+        return f"it could have labels of only {seen}"
 
     def _whole(self, candidates: Any) -> Any:
         return whole_cost(candidates, self._teacher_flops, self.study.costs)

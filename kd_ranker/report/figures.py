@@ -5,8 +5,8 @@ except the waterfall, `plain` (False for variants of mode `none`, which have oth
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,7 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, by_repeat, of_split
 from kd_ranker.report import charts
-from kd_ranker.report.charts import REFERENCE, Chart, Figure
-from kd_ranker.report.choices import best_of_sizes, best_with_scores, knows_truth, users_at_target
+from kd_ranker.report.charts import REFERENCE, Entry, Figure
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import Study
@@ -28,30 +27,6 @@ _LINE = ("mode", "plain", "serve", "line", "setting")
 _ENDS = ("mean", "low", "high")
 
 
-class Entry(NamedTuple):
-    """A figure that a report may have.
-
-    Attributes:
-      data: makes its table.
-      draw: from its table to its chart.
-      title: its content.
-      caption: how to read it; with places for the baseline and other words of the study.
-      empty: why its table may be empty.
-      shown: whether a study has this figure.
-      height: of its plot in a file, in pixels.
-      marked: whether its lines have marks.
-    """
-
-    data: Callable[[Study, Estimates], pd.DataFrame]
-    draw: Callable[[pd.DataFrame], Chart]
-    title: str
-    caption: str
-    empty: str = "the test requests of the best settings are not known"
-    shown: Callable[[Study], bool] = lambda study: True
-    height: int = 270
-    marked: bool = False
-
-
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """Return the figures of a study in their order."""
     return [figure(name, study, estimates) for name, of in ENTRIES.items() if of.shown(study)]
@@ -60,16 +35,13 @@ def figures(study: Study, estimates: Estimates) -> list[Figure]:
 def figure(name: str, study: Study, estimates: Estimates) -> Figure:
     """Return one figure; `name` is a key of `ENTRIES`."""
     entry = ENTRIES[name]
-    data = entry.data(study, estimates)
     caption = entry.caption.format(
         baseline=study.baseline,
         unit=study.costs.unit,
         margin=f"{100 * study.margin:g}%",
-        sizes=" of each size" if best_of_sizes(study)["size"].nunique() > 1 else "",
+        sizes=" of each size" if study.best_of_sizes["size"].nunique() > 1 else "",
     )
-    absent = entry.empty if data.empty else ""
-    drawn = entry.draw, entry.height, entry.marked
-    return Figure(name, entry.title, caption, data, absent, *drawn)
+    return Figure(name, entry, caption, entry.data(study, estimates))
 
 
 def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -78,7 +50,7 @@ def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
         "today's early ranker": (REFERENCE, study.incumbent),
         "mode none": ("none", study.plain),
         "best without scores": (REFERENCE, study.baseline),
-        "best with scores": ("aux", best_with_scores(study)),
+        "best with scores": ("aux", study.best_with_scores),
     }
     lines = (
         {"mode": mode, "line": step, "setting": setting}
@@ -98,7 +70,7 @@ def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
         line
         | _ends("saving", estimates.of(line["setting"], SAVINGS[0]))
         | _ends("users", estimates.gap(line["setting"], str(study.baseline), measure))
-        for measure in users_at_target(study)[:1]
+        for measure in study.users_at_target[:1]
         for line in _compared(study)
     )
     data = _table([*_LINE, *_ends("saving"), *_ends("users")], lines)
@@ -112,7 +84,7 @@ def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
     request, over that of only the final ranker on all candidates), and `cost_for_99`, which is
     constant along a line.
     """
-    rows = _with_references(study, best_of_sizes(study))
+    rows = _with_references(study, study.best_of_sizes)
     data = _curves(rows, estimates, "value_captured", ("size",))
     data = data.assign(cost=np.nan, cost_for_99=np.nan)
     for setting, places in data.groupby("setting").groups.items():
@@ -267,7 +239,7 @@ ENTRIES = {
         "The same items, valued by the true probabilities: the share of the value if all retrieved "
         "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
         "that the final ranker overrates. Bands are 95% intervals." + _GRAY,
-        shown=knows_truth,
+        shown=lambda study: study.knows_truth,
     ),
     "covered_user_value": Entry(
         functools.partial(_over_k, measure="covered_user_value"),
@@ -276,7 +248,7 @@ ENTRIES = {
         "Of a funnel of the candidates that the logged funnel passed: the value of the user labels "
         "of the items that are shown, as a share of that if all of these are passed, on the test "
         "split. Differences have a sign and no size. Bands are 95% intervals.",
-        shown=lambda study: not knows_truth(study),
+        shown=lambda study: not study.knows_truth,
     ),
     "saving": Entry(
         _saving,

@@ -1,4 +1,4 @@
-"""Read the files of sweeps and join them to one study per dataset."""
+"""Read the files of sweeps, join them to one study per dataset, and choose what it describes."""
 
 import json
 import re
@@ -12,18 +12,22 @@ from ml_collections import ConfigDict
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
+from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT, Kept, check_whole, read_requests
 from kd_ranker.evaluation.saving import (
     PLAIN,
     Costs,
     baselines,
+    best,
+    best_of,
     best_of_ways,
+    by_repeat,
     costs_of,
     needs_scores,
     of_split,
     with_savings,
 )
+from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sweep.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
@@ -110,6 +114,85 @@ class Study(NamedTuple):
     def file_name(self) -> str:
         """Its name in the names of files, and of places in the page."""
         return re.sub(r"[^\w.-]", "_", self.dataset)
+
+    @property
+    def knows_truth(self) -> bool:
+        """True if the true value of the shown items was measured."""
+        true_value = f"true_value_captured@{self.passed}"
+        return true_value in self.tested and bool(self.tested[true_value].notna().any())
+
+    @property
+    def users_measure(self) -> str:
+        """The column that measures the value for users if `funnel.passed` are passed.
+
+        The true value where it is known; else the value of user labels that a funnel keeps of the
+        candidates that the logged funnel passed, which can have labels.
+        """
+        name = "true_value_captured" if self.knows_truth else "covered_user_value"
+        return f"{name}@{self.passed}"
+
+    @property
+    def users_at_target(self) -> list[str]:
+        """The columns of the same if each funnel passes as many as it needs for `TARGET`.
+
+        Empty without a truth: labels of a log cannot compare funnels that pass different numbers.
+        """
+        if not self.knows_truth:
+            return []
+        return result_columns(METRICS["true_value_for"], (), ReportAt((), (TARGET,)))
+
+    @property
+    def best_with_scores(self) -> str | None:
+        """The cheapest setting that learns from the final ranker's scores, by validation.
+
+        Settings that keep users are preferred. Without any, all settings are considered. None if
+        none is measured.
+        """
+        settings = [*self.tested.loc[self.tested["needs_scores"], "setting"].unique()]
+        kept = [setting for setting in settings if self.keeps_users(setting)] or settings
+        return self.cheapest(kept) or best(self.rows, kept)
+
+    def keeps_users(self, setting: str) -> bool:
+        """Return True if the interval of `users_change` is above −`margin`, or unknown."""
+        change = self.users_change(setting)
+        return change is None or change.low > -self.margin
+
+    def users_change(self, setting: str) -> Interval | None:
+        """Return the change for users against the best ranker without scores, on validation.
+
+        The paired difference in the measure of `users_at_target`, with a 95% interval over repeats.
+        None if the truth is not known, or no ranker without scores is measured.
+        """
+        measures = self.users_at_target
+        if self.baseline is None or not measures:
+            return None
+        rows = of_split(pd.concat([self.rows, self.references]), "validation")
+        table = by_repeat(rows[rows["setting"].isin([setting, self.baseline])], measures[0])
+        return interval((table[setting] - table[self.baseline]).to_numpy())
+
+    @property
+    def best_of_sizes(self) -> pd.DataFrame:
+        """The best settings of each size of the student, without scores and with them.
+
+        Chosen on validation: one row per setting of those on test, and `size`, the values of
+        `student.*` that a sweep has varied; "" if it has not.
+        """
+        columns = [column for column in self.varying if column.startswith("student.")]
+        settings = self.tested.drop_duplicates("setting")
+        sizes = [", ".join(named_values(row, columns)) for _, row in settings.iterrows()]
+        settings = settings.assign(size=sizes)
+        chosen = {
+            best(self.rows, list(of["setting"]))
+            for _, of in settings.groupby(["size", "needs_scores"], sort=False)
+        }
+        return settings[settings["setting"].isin(chosen)]
+
+    def cheapest(self, settings: list[str]) -> str | None:
+        """Return the setting of the cheapest funnel at `saving.CRITERION`, on validation.
+
+        None if none is measured, or the teacher's cost is unknown.
+        """
+        return best_of(by_repeat(of_split(self.rows, "validation"), "funnel_cost")[settings])
 
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:

@@ -19,7 +19,6 @@ from kd_ranker.evaluation.metrics import (
 )
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
-from kd_ranker.report.choices import knows_truth, users_at_target, users_measure
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import NAMED, Study, key_title, value_text
@@ -285,7 +284,7 @@ def policy_table(study: Study, estimates: Estimates) -> Table | None:
     policies = estimates.policies
     if not policies:
         return None
-    user = "true_value_by" if knows_truth(study) else "covered_user_value_by"
+    user = "true_value_by" if study.knows_truth else "covered_user_value_by"
     columns = {
         "candidates scored": "scored_by",
         "value kept": "value_by",
@@ -317,7 +316,7 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
     """
     if not len(study.teachers):
         return None
-    users = users_at_target(study)
+    users = study.users_at_target
     of_teacher = float(study.teachers["flops_per_candidate"].mean())
     lines = [("only the teacher", "", f"{of_teacher:,.0f}", "100%", *("" for _ in users))]
     for row in study.tested.drop_duplicates("setting").to_dict("records"):
@@ -358,7 +357,7 @@ def tuning_table(study: Study) -> Table:
     cells[""] = np.where(chosen, "chosen", "")
     groups = rows.groupby("setting", sort=False)
     cells["repeats"] = groups.size().astype(str).to_numpy()
-    for measure in (CRITERION, f"value_captured@{study.passed}", users_measure(study)):
+    for measure in (CRITERION, f"value_captured@{study.passed}", study.users_measure):
         cells[title_of(measure)] = [
             mean_text(interval(values.to_numpy(float)), _digits(measure))
             for _, values in groups[measure]

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from kd_ranker.report.answer import answer
-from kd_ranker.report.choices import best_with_scores
 from kd_ranker.report.estimates import Estimates
 from tests.report import sweeps
 from tests.report.sweeps import reference_row
@@ -328,7 +327,7 @@ def test_labels_of_the_log_have_a_sign_and_no_size(tmp_path, shared, coverage, i
 def test_a_log_without_a_truth_has_the_plan_of_a_live_test(tmp_path):
     estimates = sweeps.estimates_of(tmp_path, true_values=False)
     study = estimates.study
-    needed = estimates.live_test(best_with_scores(study), study.baseline, 0.002)
+    needed = estimates.live_test(study.best_with_scores, study.baseline, 0.002)
     plan = re.search(
         r"\(a sign, not a size\)\. To see a change of 0.2%, an A/B test needs about ([\d,]+) "
         r"requests, an interleaved test at most ([\d,]+)\.$",

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from kd_ranker.report import charts, figures
-from kd_ranker.report.choices import best_of_sizes, best_with_scores, cheapest
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
@@ -59,7 +58,7 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
     data = drawn("waterfall", estimates).data
     steps = {
         "today's early ranker": "incumbent", "mode none": "none", "best without scores": "none",
-        "best with scores": best_with_scores(estimates.study),
+        "best with scores": estimates.study.best_with_scores,
     }  # fmt: skip
     assert dict(zip(data["line"], data["setting"], strict=True)) == steps
     for line in data.to_dict("records"):
@@ -83,9 +82,8 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
 
 
 def test_without_the_truth_there_is_no_plane(tmp_path):
-    figure = drawn("plane", sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,)))
-    assert figure.data.empty
-    assert figure.absent == "the change for users is not known"
+    estimates = sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,))
+    assert drawn("plane", estimates).data.empty
 
 
 def test_the_frontier_has_the_best_with_and_without_distillation_at_their_cost(estimates):
@@ -113,13 +111,13 @@ def test_the_frontier_has_a_pair_a_size_of_the_student(tmp_path):
         )
     ]  # fmt: skip
     study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
-    chosen = best_of_sizes(study)
+    chosen = study.best_of_sizes
     assert dict(zip(chosen["way"], chosen["size"], strict=True)) == {
         "none, width 8": "width 8", "none, width 32": "width 32",
         "shared, loss bce, width 8": "width 8", "shared, loss topk, width 32": "width 32",
     }  # fmt: skip
     # 2000 · 8 + 120 · 200 FLOPs are less than 2000 · 32 + 90 · 200.
-    assert cheapest(study, list(chosen["setting"])) == "shared, weight 1, loss bce, width 8"
+    assert study.cheapest(list(chosen["setting"])) == "shared, weight 1, loss bce, width 8"
 
 
 def test_the_saving_is_that_of_each_target(estimates):
