@@ -13,7 +13,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.serving import programs, write
+from kd_ranker.serving import programs
 from tests.random_batches import (
     SPECS,
     STUDENT,
@@ -87,12 +87,12 @@ def run_all(exported, arrays, open_program):
 
 def as_jax(program):
     """What `jax.export.deserialize` makes of its bytes."""
-    return export.deserialize(bytearray(write.to_jax(program))).call
+    return export.deserialize(bytearray(programs.to_jax(program))).call
 
 
 def as_onnx(program):
     onnxruntime = pytest.importorskip("onnxruntime", reason="see scripts/test_onnx.sh")
-    session = onnxruntime.InferenceSession(write.to_onnx(program))
+    session = onnxruntime.InferenceSession(programs.to_onnx(program))
 
     def run(arrays):
         results = session.run(list(program.outputs), arrays)
@@ -195,7 +195,7 @@ def test_what_onnx_lacks_is_named():
     described = programs.typed(("requests", 3), np.float32)
     program = programs.Program("user", lacking, {"x": described}, {"y": described})
     with pytest.raises(UserError, match=r"program 'user' cannot .* 'pure_callback'; use only"):
-        write.to_onnx(program)
+        programs.to_onnx(program)
 
 
 def test_without_the_converter_its_extra_is_named(monkeypatch):
@@ -203,7 +203,7 @@ def test_without_the_converter_its_extra_is_named(monkeypatch):
     described = programs.typed(("requests",), np.float32)
     program = programs.Program("user", dict, {"x": described}, {"x": described})
     with pytest.raises(UserError, match="ONNX needs the extra `onnx`"):
-        write.to_onnx(program)
+        programs.to_onnx(program)
 
 
 def test_the_converter_leaves_jax_as_it_was():
@@ -213,7 +213,7 @@ def test_the_converter_leaves_jax_as_it_was():
     batch = batch_of(trained)
     before = expected(trained, batch)
     (program,) = programs.make_programs(trained).programs
-    write.to_onnx(program)
+    programs.to_onnx(program)
     jax.clear_caches()
     assert (expected(trained, batch) == before).all()
     assert not jax.config.jax_enable_x64
