@@ -29,9 +29,9 @@ from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check
 from kd_ranker.serving.programs import (
     FORMATS,
+    Exported,
     Program,
     Servable,
-    call,
     fields_of,
     inputs_of_items,
     make_programs,
@@ -111,8 +111,8 @@ def write_export(
     Raises:
       UserError: a format lacks an operation; nothing is written then.
     """
-    programs, tables = make_programs(trained)
-    example = _example(programs, tables, trained, batch)
+    exported = make_programs(trained)
+    example = _example(exported, trained, batch)
     candidates = batch.item_id.shape[1]
     described = {
         **about,
@@ -121,15 +121,15 @@ def write_export(
         "value_weights": list(trained.value_weights),
         "policy": trained.policy.name if trained.policy else "",
         "programs": {
-            program.name: {
+            name: {
                 "inputs": _types(program.inputs),
                 "outputs": _types(program.outputs),
                 "flops": _flops(program, candidates),
             }
-            for program in programs
+            for name, program in exported.programs.items()
         },
         "flops_of": {"requests": 1, "candidates": candidates, "items": 1},
-        "tables": _types(tables),
+        "tables": _types(exported.tables),
         "hashed_tables": [
             name_of(name) for name, of in trained.model.embedding.tables.items() if of.hashed
         ],
@@ -139,9 +139,9 @@ def write_export(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        for program, name in itertools.product(programs, about["formats"]):
+        for program, name in itertools.product(exported.programs.values(), about["formats"]):
             (temporary / f"{program.name}.{name}").write_bytes(FORMATS[name](program))
-        contiguous = {name: np.ascontiguousarray(of) for name, of in tables.items()}
+        contiguous = {name: np.ascontiguousarray(of) for name, of in exported.tables.items()}
         save_file(contiguous, temporary / "tables.safetensors")
         np.savez(temporary / "example.npz", **example)
         shutil.copy(check.__file__, temporary / "check.py")
@@ -159,22 +159,17 @@ def write_export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _example(
-    programs: Sequence[Program],
-    tables: Mapping[str, np.ndarray],
-    trained: Servable,
-    batch: CandidateBatch,
-) -> dict[str, Any]:
+def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
     """Return inputs of requests and of items under `in.`, and their results under `out.`."""
-    needed = {name for program in programs for name in program.inputs}
+    programs, tables = exported
+    needed = {name for program in programs.values() for name in program.inputs}
     inputs = {name: np.asarray(of) for name, of in fields_of(batch).items() if name in needed}
-    found = jax.jit(lambda arrays: call(programs, arrays))({**inputs, **tables})
-    for program in programs:
-        if program.name == "item":
-            ids = np.arange(min(_ITEMS, trained.spec.num_items), dtype=np.int32)
-            items = inputs_of_items(trained, ids)
-            found |= jax.jit(program.function)({**tables, **items})
-            inputs |= {f"item.{name}": array for name, array in items.items()}
+    found = jax.jit(lambda arrays: check.rank(programs, arrays))(inputs | tables)
+    if "item" in programs:
+        ids = np.arange(min(_ITEMS, trained.spec.num_items), dtype=np.int32)
+        items = inputs_of_items(trained, ids)
+        found |= jax.jit(programs["item"])(tables | items)
+        inputs |= {f"item.{name}": array for name, array in items.items()}
     named = {f"in.{name}": array for name, array in inputs.items()}
     return named | {f"out.{name}": np.asarray(array) for name, array in found.items()}
 

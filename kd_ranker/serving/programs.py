@@ -59,16 +59,22 @@ def typed(shape: Sequence[int | str], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-class Program(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
     """One program of an export: a function of named arrays, and their types.
 
-    Its name is the stem of its files. The function takes exactly the inputs.
+    Its name is the stem of its files. The function takes exactly the inputs. A call ignores other
+    arrays, as do the programs that `check.open_programs` reads.
     """
 
     name: str
     function: Callable[[Arrays], dict[str, Any]]
     inputs: Types
     outputs: Types
+
+    def __call__(self, arrays: Arrays) -> dict[str, Any]:
+        """Return the outputs by name."""
+        return self.function({name: arrays[name] for name in self.inputs})
 
 
 class Servable(NamedTuple):
@@ -100,9 +106,9 @@ class Servable(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """A ranker as programs, in the order of execution on a server, and the tables they read."""
+    """A ranker as programs by name, in the order of execution, and the tables they read."""
 
-    programs: list[Program]
+    programs: dict[str, Program]
     tables: Tables
 
 
@@ -127,7 +133,8 @@ def make_programs(trained: Servable) -> Exported:
         score = functools.partial(_score, trained, tuple(user.outputs))
         programs = [user, item, _program("score", score, offered)]
     read = {name for program in programs for name in program.inputs}
-    return Exported(programs, {name: table for name, table in held.items() if name in read})
+    named = {program.name: program for program in programs}
+    return Exported(named, {name: table for name, table in held.items() if name in read})
 
 
 def name_of(table: str) -> str:
@@ -155,15 +162,6 @@ def fields_of(batch: CandidateBatch) -> dict[str, Any]:
     """Return the fields of requests that programs may take, by name."""
     fields = {field.name: getattr(batch, field.name) for field in IN_BATCH}
     return fields | {"candidate_mask": batch.candidate_mask}
-
-
-def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
-    """Run all programs of a request; `arrays` contains its fields and the tables."""
-    known = dict(arrays)
-    for program in programs:
-        if program.name != "item":
-            known |= program.function({name: known[name] for name in program.inputs})
-    return {name: known[name] for name in programs[-1].outputs}
 
 
 class _Recorded(dict[str, Any]):

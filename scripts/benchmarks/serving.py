@@ -189,7 +189,7 @@ def as_onnx(program: Any) -> Callable[[dict], dict]:
 
 def in_turn(exported: Exported, opened: Callable, arrays: dict[str, Any]) -> Callable[[], Any]:
     """`user`, then `score`, as a server calls them."""
-    user, _, score = exported.programs
+    user, _, score = exported.programs.values()
     run_user, run_score = opened(user), opened(score)
 
     def call() -> Any:
