@@ -28,7 +28,7 @@ from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.serving.write import FORMATS
+from kd_ranker.serving.programs import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config

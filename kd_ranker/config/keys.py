@@ -369,7 +369,8 @@ _CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN} | _of
 )  # fmt: skip
 
 _RATINGS = _CONVERTED | _of_source(
-    Key("ratings_per_request", 8, "the least ratings of a request, of the last one of a user half of it", POSITIVE),
+    Key("ratings_per_request", 8,
+        "the least ratings of a request, of the last one of a user half of it", POSITIVE),
     Key("validation_share", 0.1,
         "share of each user's ratings, those before the test ones, for the validation",
         INSIDE_ONE),

@@ -118,21 +118,6 @@ def _of_items(
     return jnp.where(known_row, row * known_row.astype(known.dtype), missing)
 
 
-def _every_request(batch: CandidateBatch, items: Items) -> Bool[Array, "R"]:
-    del items
-    return jnp.full(batch.user_id.shape, True)
-
-
-def _every_candidate(batch: CandidateBatch, items: Items) -> Bool[Array, "R N"]:
-    del items
-    return batch.candidate_mask
-
-
-def _every_event(batch: CandidateBatch, items: Items) -> Bool[Array, "R H"]:
-    del items
-    return batch.history_mask
-
-
 def _categories(
     ids: Callable[[CandidateBatch, Items], Int[Array, "... L"]],
     mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]],
@@ -146,24 +131,35 @@ def _categories(
 
 
 LOOKUPS = {
-    "user": Lookup("user", lambda batch, items: batch.user_id, _every_request),
-    "item": Lookup("item", lambda batch, items: batch.item_id, _every_candidate),
-    "request_category": _categories(lambda batch, items: batch.request_category, _every_request),
+    "user": Lookup(
+        "user",
+        lambda batch, items: batch.user_id,
+        lambda batch, items: jnp.full(batch.user_id.shape, True),
+    ),
+    "item": Lookup(
+        "item", lambda batch, items: batch.item_id, lambda batch, items: batch.candidate_mask
+    ),
+    "request_category": _categories(
+        lambda batch, items: batch.request_category,
+        lambda batch, items: jnp.full(batch.user_id.shape, True),
+    ),
     "candidate_category": _categories(
-        lambda batch, items: batch.candidate_category, _every_candidate
+        lambda batch, items: batch.candidate_category, lambda batch, items: batch.candidate_mask
     ),
     "item_category": _categories(
         lambda batch, items: categories_of_items(items.category, batch.item_id, items.deal),
-        _every_candidate,
+        lambda batch, items: batch.candidate_mask,
     ),
 }
 """The lookups that every ranker can afford: the first two in a dataset without categories."""
 
 HISTORY_LOOKUPS = {
-    "history": Lookup("item", lambda batch, items: batch.history_id, _every_event),
+    "history": Lookup(
+        "item", lambda batch, items: batch.history_id, lambda batch, items: batch.history_mask
+    ),
     "history_category": _categories(
         lambda batch, items: categories_of_items(items.category, batch.history_id, items.deal),
-        _every_event,
+        lambda batch, items: batch.history_mask,
     ),
 }
 """The items of the user's history, from the tables of the candidates."""
@@ -212,48 +208,45 @@ def plus_category_means(
     return row + jnp.sum(shares[..., None] * rows, axis=-2)
 
 
+def item_rows(
+    rows: Rows, lookup: str, item_id: Int[Array, "..."], items: Items, spec: FeatureSpec
+) -> Float[Array, "... D"]:
+    """Return the embedding part of items: item row + Σ_f mean row of their categorical feature f.
+
+    Args:
+      rows: the gathered rows.
+      lookup: the lookup of the ids: "item" for candidates, "history" for events.
+      item_id: the ids.
+      items: the items of the dataset.
+      spec: the sizes of the features.
+    """
+    row = rows[lookup]
+    if lengths := spec.category_lengths("item"):
+        category = categories_of_items(items.category, item_id, items.deal)
+        row = plus_category_means(row, rows[f"{lookup}_category"], category, lengths)
+    return row
+
+
 def candidate_rows(
     batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
 ) -> Float[Array, "R N D"]:
-    """Return the embedding part of each candidate: item row + Σ_f mean row of feature f.
-
-    f runs over the categorical features of the item and those of the candidate itself.
-    """
-    row = rows["item"]
-    if of_item := spec.category_lengths("item"):
-        category = categories_of_items(items.category, batch.item_id, items.deal)
-        row = plus_category_means(row, rows["item_category"], category, of_item)
+    """Return `item_rows` of each candidate plus the mean rows of the candidate's categories."""
+    row = item_rows(rows, "item", batch.item_id, items, spec)
     if own := spec.category_lengths("candidate"):
         category = batch.candidate_category
         row = plus_category_means(row, rows["candidate_category"], category, own)
     return row
 
 
-def event_rows(
-    batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
-) -> Float[Array, "R H D"]:
-    """Return the embedding part of each event of the history: item row + Σ_f mean row of feature f.
-
-    f runs over the categorical features of the item.
-    """
-    row = rows["history"]
-    if of_item := spec.category_lengths("item"):
-        category = categories_of_items(items.category, batch.history_id, items.deal)
-        row = plus_category_means(row, rows["history_category"], category, of_item)
-    return row
-
-
-def candidate_inputs(
-    batch: CandidateBatch, items: Items, columns: int
+def item_inputs(
+    items: Items, item_id: Int[Array, "R N"], own: Float[Array, "R N X"], columns: int
 ) -> Float[Array, "R N columns+X"]:
-    """Return the other inputs of each candidate: features of its item and of the candidate itself.
+    """Return the other inputs of candidates or events: features of the item, and their own.
 
     The item contributes its first `columns` features, those that a ranker can afford.
     """
-    features = batch.candidate_features
-    dtype = features.dtype
-    own = features_of_items(items.features, batch.item_id, columns, dtype, items.deal)
-    return jnp.concatenate([own, features], axis=-1)
+    of_item = features_of_items(items.features, item_id, columns, own.dtype, items.deal)
+    return jnp.concatenate([of_item, own], axis=-1)
 
 
 def user_inputs(
@@ -275,7 +268,7 @@ class HistoryMean(nnx.Module):
 
         h = Σ_e mask_e (row_e + W x_e) / Σ_e mask_e         [R, D]
 
-    row_e is that of `event_rows`; x_e contains the cheap features of the event's item and the
+    row_e is that of `item_rows`; x_e contains the cheap features of the event's item and the
     features of the event. An empty history gives 0. All events have equal weights for all
     candidates, as in Covington, Adams and Sargin (RecSys 2016, section 3.2).
     """
@@ -288,10 +281,8 @@ class HistoryMean(nnx.Module):
 
     def __call__(self, batch: CandidateBatch, rows: Rows, items: Items) -> Float[Array, "R D"]:
         """Return the mean of each request's history."""
-        of_event = batch.history_features
-        cheap = self.spec.cheap_item_features
-        dtype = of_event.dtype
-        own = features_of_items(items.features, batch.history_id, cheap, dtype, items.deal)
+        events, spec = batch.history_id, self.spec
+        features = item_inputs(items, events, batch.history_features, spec.cheap_item_features)
         mask = batch.history_mask[..., None]
         number = jnp.maximum(jnp.sum(mask, axis=1), 1)
 
@@ -299,8 +290,8 @@ class HistoryMean(nnx.Module):
             return jnp.sum(values * mask, axis=1) / number
 
         # W is linear, so it multiplies the mean of the events and not each of them.
-        features = mean(jnp.concatenate([own, of_event], axis=-1))
-        return mean(event_rows(batch, rows, items, self.spec)) + self.features(features)
+        features = mean(features)
+        return mean(item_rows(rows, "history", events, items, spec)) + self.features(features)
 
 
 def user_width(spec: FeatureSpec, width: int) -> int:

@@ -21,8 +21,8 @@ from kd_ranker.models.layers import (
     HistoryMean,
     ItemEncoder,
     MultiLayerPerceptron,
-    candidate_inputs,
     candidate_rows,
+    item_inputs,
     user_inputs,
     user_width,
     weights_of,
@@ -94,7 +94,9 @@ class _Towers(nnx.Module):
         products = self.item.products(
             users["queries"],
             candidate_rows(batch, rows, items, self.spec),
-            candidate_inputs(batch, items, self.spec.cheap_item_features),
+            item_inputs(
+                items, batch.item_id, batch.candidate_features, self.spec.cheap_item_features
+            ),
         )
         return self.logits(users, products)
 

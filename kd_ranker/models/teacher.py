@@ -12,10 +12,9 @@ from kd_ranker.models.layers import (
     HISTORY_LOOKUPS,
     LOOKUPS,
     ItemEncoder,
-    candidate_inputs,
     candidate_rows,
-    event_rows,
-    features_of_items,
+    item_inputs,
+    item_rows,
     user_inputs,
     user_width,
 )
@@ -131,13 +130,10 @@ class FinalRanker(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """Return the logits of every candidate."""
-        of_event = batch.history_features
-        every = self.spec.item_features
-        dtype = of_event.dtype
-        own = features_of_items(items.features, batch.history_id, every, dtype, items.deal)
-        event_inputs = jnp.concatenate([own, of_event], axis=-1)
-        events = self.event(event_rows(batch, rows, items, self.spec), event_inputs)
-        inputs = candidate_inputs(batch, items, every)
+        spec, every = self.spec, self.spec.item_features
+        inputs = item_inputs(items, batch.history_id, batch.history_features, every)
+        events = self.event(item_rows(rows, "history", batch.history_id, items, spec), inputs)
+        inputs = item_inputs(items, batch.item_id, batch.candidate_features, every)
         item = self.item(candidate_rows(batch, rows, items, self.spec), inputs)
         attended, matches = self.attention(events, item, batch.history_mask)
 

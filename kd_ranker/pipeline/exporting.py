@@ -1,7 +1,11 @@
-"""Exports of the ranker of a finished run: its programs, example requests and description."""
+"""The folder of an export: programs in their formats, tables, a description, and an example."""
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,78 +13,73 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import save_file
 
+from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of
-from kd_ranker.models.model import COMPUTE_DTYPES
+from kd_ranker.evaluation.saving import flops
+from kd_ranker.models.model import COMPUTE_DTYPES, score
 from kd_ranker.pipeline.trained import Finished
-from kd_ranker.serving.programs import Exported, Servable, call, fields_of, make_programs
-from kd_ranker.serving.write import write_export
+from kd_ranker.requests.templates import templates_of
+from kd_ranker.serving import check
+from kd_ranker.serving.programs import (
+    FORMATS,
+    Exported,
+    Program,
+    Servable,
+    fields_of,
+    inputs_of_items,
+    make_programs,
+    name_of,
+)
+from kd_ranker.sources.logs.vocabulary import TRANSFORMS, VOCABULARIES_FOLDER
 
-_EXAMPLE_REQUESTS = 4
+_REQUESTS, _ITEMS = 4, 32  # of the example
 
 
-def _check_formats(finished: Finished, formats: Sequence[str]) -> None:
-    """Raise UserError for formats that the ranker cannot be exported in."""
+def export_ranker(finished: Finished, workdir: Path, folder: Path, formats: Sequence[str]) -> None:
+    """Write the ranker of a run as a new folder for a server, see `api.export`."""
+    config, dataset, is_student = finished.config, finished.dataset, finished.role == "student"
     if "onnx" in formats and finished.policy:
         raise UserError("--policy: k is exported for JAX only; use --formats=jax")
-    computes = finished.config[finished.role].compute_dtype
+    computes = config[finished.role].compute_dtype
     if "onnx" in formats and COMPUTE_DTYPES[computes].dtype != jnp.float32:
         raise UserError(
             f"{finished.role}.compute_dtype={computes!r}: the converter to ONNX lacks {computes}; "
             "use --formats=jax"
         )
-
-
-def export_ranker(finished: Finished, workdir: Path, folder: Path, formats: Sequence[str]) -> None:
-    """Write the ranker of a run as a new folder for a server, see `api.export`."""
-    _check_formats(finished, formats)
-    of = Servable(
+    trained = Servable(
         model=finished.model,
         parameters=finished.parameters,
-        spec=finished.dataset.spec,
-        items=finished.dataset.items,
+        spec=dataset.spec,
+        items=dataset.items,
         probability=finished.mode.serve[finished.serve],
-        value_weights=tuple(finished.config.value_weights),
+        value_weights=tuple(config.value_weights),
         policy=finished.policy,
     )
-    exported = make_programs(of)
-    about = _about(finished, workdir, exported) | {"formats": list(formats)}
-    write_export(exported, of, _example(finished), about, finished.dataset.directory, folder)
-
-
-def _example(finished: Finished) -> CandidateBatch:
-    """A few requests of the test split, with all their candidates."""
-    batches = evaluation_batches(
-        finished.dataset,
-        "test",
-        requests=_EXAMPLE_REQUESTS,
-        candidates=finished.config.funnel.retrieved,
-        limit=_EXAMPLE_REQUESTS,
-    )
-    return next(iter(batches)).batch
-
-
-def _about(finished: Finished, workdir: Path, exported: Exported) -> dict[str, Any]:
-    """The part of an export's description that is about the ranker."""
+    sizes = {"requests": _REQUESTS, "candidates": config.funnel.retrieved}
+    example = next(iter(evaluation_batches(dataset, "test", **sizes, limit=_REQUESTS))).batch
     versions = {}
     for name in ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {
+    about = {
         "role": finished.role,
         "member": finished.member,
-        "mode": finished.config.distill.mode if finished.role == "student" else "",
+        "mode": config.distill.mode if is_student else "",
         "serve": finished.serve,
-        "dataset": finished.dataset.identity["dataset"],
+        "dataset": dataset.identity["dataset"],
         "run": dict(finished.made_of),
         "versions": versions,
         "results": _results(finished, workdir),
-        "difference": _difference(finished, exported),
+        "formats": list(formats),
     }
+    write_export(trained, example, about, dataset.directory, folder)
 
 
 def _results(finished: Finished, workdir: Path) -> dict[str, dict[str, float]]:
@@ -96,11 +95,113 @@ def _results(finished: Finished, workdir: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _difference(finished: Finished, exported: Exported) -> float:
-    """The largest difference of the example's probabilities to those that were evaluated."""
-    batch = _example(finished)
-    arrays = fields_of(batch) | exported.tables
-    measured = finished.ranker.serve(finished.parameters, batch, finished.dataset.items)
-    served = jax.jit(lambda given: call(exported.programs, given)["probability"])(arrays)
-    differences = np.abs(np.asarray(measured.probability[finished.serve] - served))
+def write_export(
+    trained: Servable, batch: CandidateBatch, about: Mapping[str, Any], dataset: Path, folder: Path
+) -> None:
+    """Write the folder of an export atomically.
+
+    Args:
+      trained: the ranker.
+      batch: the requests of the example.
+      about: more entries of `export.json`: `formats`, some of `FORMATS`; `run`, the fingerprints of
+        the ranker; and others for the README.
+      dataset: the folder with the vocabularies and transforms of a log; it may be absent.
+      folder: the folder to write, which must not exist.
+
+    Raises:
+      UserError: a format lacks an operation; nothing is written then.
+    """
+    exported = make_programs(trained)
+    example = _example(exported, trained, batch)
+    candidates = batch.item_id.shape[1]
+    described = {
+        **about,
+        "difference": _difference(trained, batch, example["out.probability"]),
+        "tasks": list(trained.spec.tasks),
+        "value_weights": list(trained.value_weights),
+        "policy": trained.policy.name if trained.policy else "",
+        "programs": {
+            name: {
+                "inputs": _types(program.inputs),
+                "outputs": _types(program.outputs),
+                "flops": _flops(program, candidates),
+            }
+            for name, program in exported.programs.items()
+        },
+        "flops_of": {"requests": 1, "candidates": candidates, "items": 1},
+        "tables": _types(exported.tables),
+        "hashed_tables": [
+            name_of(name) for name, of in trained.model.embedding.tables.items() if of.hashed
+        ],
+        "features": json.loads(trained.spec.to_json()),
+    }
+    measures = dict.fromkeys(name for of in about["results"].values() for name in of)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        for program, name in itertools.product(exported.programs.values(), about["formats"]):
+            (temporary / f"{program.name}.{name}").write_bytes(FORMATS[name](program))
+        contiguous = {name: np.ascontiguousarray(of) for name, of in exported.tables.items()}
+        save_file(contiguous, temporary / "tables.safetensors")
+        np.savez(temporary / "example.npz", **example)
+        shutil.copy(check.__file__, temporary / "check.py")
+        for name in (VOCABULARIES_FOLDER, TRANSFORMS):
+            described[name.removesuffix(".json")] = (dataset / name).exists()
+            if (dataset / name).exists():
+                copy = shutil.copytree if (dataset / name).is_dir() else shutil.copy
+                copy(dataset / name, temporary / name)
+        (temporary / "export.json").write_text(json.dumps(described, indent=2))
+        readme = templates_of("kd_ranker.serving").get_template("README.md")
+        (temporary / "README.md").write_text(readme.render(described, measures=list(measures)))
+        manifest.write(temporary, about["run"])
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
+    """Return inputs of requests and of items under `in.`, and their results under `out.`."""
+    programs, tables = exported
+    needed = {name for program in programs.values() for name in program.inputs}
+    inputs = {name: np.asarray(of) for name, of in fields_of(batch).items() if name in needed}
+    found = jax.jit(lambda arrays: check.rank(programs, arrays))(inputs | tables)
+    if "item" in programs:
+        ids = np.arange(min(_ITEMS, trained.spec.num_items), dtype=np.int32)
+        items = inputs_of_items(trained, ids)
+        found |= jax.jit(programs["item"])(tables | items)
+        inputs |= {f"item.{name}": array for name, array in items.items()}
+    named = {f"in.{name}": array for name, array in inputs.items()}
+    return named | {f"out.{name}": np.asarray(array) for name, array in found.items()}
+
+
+def _difference(
+    trained: Servable, batch: CandidateBatch, served: Float[np.ndarray, "R N T"]
+) -> float:
+    """The largest difference of probabilities from those of the ranker as it is evaluated."""
+    evaluate = jax.jit(lambda *arrays: trained.probability(score(trained.model, *arrays)))
+    evaluated = evaluate(trained.parameters, batch, trained.items)
+    differences = np.abs(np.asarray(evaluated) - served)
     return float(differences[np.asarray(batch.candidate_mask)].max())
+
+
+def _types(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {
+            "shape": [size if isinstance(size, int) else str(size) for size in of.shape],
+            "dtype": of.dtype.name,
+        }
+        for name, of in described.items()
+    }
+
+
+def _flops(program: Program, candidates: int) -> float:
+    """Return the FLOPs of one call: of one request with n candidates, or of one item."""
+    sizes = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
+    inputs = {
+        name: jax.ShapeDtypeStruct(
+            [of if isinstance(of, int) else sizes[str(of)] for of in described.shape],
+            described.dtype,
+        )
+        for name, described in program.inputs.items()
+    }
+    return flops(program.function, inputs)

@@ -1,4 +1,4 @@
-"""A trained ranker as programs: functions of named arrays, which `write` writes to files.
+"""A trained ranker as programs: functions of named arrays, and the formats of their files.
 
 A program takes its inputs by name: fields of a request, as in `batch.FIELDS`, results of the
 program before it, and tables. Tables are separate files next to the programs, so they can be large,
@@ -13,9 +13,12 @@ A student with separate parts (`models.student.InParts`) becomes three programs:
 Any other ranker becomes one program, `rank`, of the whole request.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +32,7 @@ from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
 from kd_ranker.distillation.modes import ToProbability
 from kd_ranker.embedding.lookup import EmbeddingSpec, Rows, gather_rows, rows_of_ids
 from kd_ranker.embedding.lookup import Tables as TrainedTables
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation.funnel import value
 from kd_ranker.evaluation.policy import Policy
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
@@ -36,6 +40,9 @@ from kd_ranker.models.model import Model, Parameters, apply_model, apply_part
 from kd_ranker.models.student import InParts
 
 ITEM_EMBEDDING = "item_embedding"
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""The platforms that a program for `jax.export` runs on."""
+
 _BLOCK = 1 << 16  # items that are embedded at a time
 
 Arrays = Mapping[str, Any]
@@ -52,16 +59,22 @@ def typed(shape: Sequence[int | str], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-class Program(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
     """One program of an export: a function of named arrays, and their types.
 
-    Its name is the stem of its files. The function takes exactly the inputs.
+    Its name is the stem of its files. The function takes exactly the inputs. A call ignores other
+    arrays, as do the programs that `check.open_programs` reads.
     """
 
     name: str
     function: Callable[[Arrays], dict[str, Any]]
     inputs: Types
     outputs: Types
+
+    def __call__(self, arrays: Arrays) -> dict[str, Any]:
+        """Return the outputs by name."""
+        return self.function({name: arrays[name] for name in self.inputs})
 
 
 class Servable(NamedTuple):
@@ -93,9 +106,9 @@ class Servable(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """A ranker as programs, in the order of execution on a server, and the tables they read."""
+    """A ranker as programs by name, in the order of execution, and the tables they read."""
 
-    programs: list[Program]
+    programs: dict[str, Program]
     tables: Tables
 
 
@@ -120,7 +133,8 @@ def make_programs(trained: Servable) -> Exported:
         score = functools.partial(_score, trained, tuple(user.outputs))
         programs = [user, item, _program("score", score, offered)]
     read = {name for program in programs for name in program.inputs}
-    return Exported(programs, {name: table for name, table in held.items() if name in read})
+    named = {program.name: program for program in programs}
+    return Exported(named, {name: table for name, table in held.items() if name in read})
 
 
 def name_of(table: str) -> str:
@@ -148,15 +162,6 @@ def fields_of(batch: CandidateBatch) -> dict[str, Any]:
     """Return the fields of requests that programs may take, by name."""
     fields = {field.name: getattr(batch, field.name) for field in IN_BATCH}
     return fields | {"candidate_mask": batch.candidate_mask}
-
-
-def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
-    """Run all programs of a request; `arrays` contains its fields and the tables."""
-    known = dict(arrays)
-    for program in programs:
-        if program.name != "item":
-            known |= program.function({name: known[name] for name in program.inputs})
-    return {name: known[name] for name in programs[-1].outputs}
 
 
 class _Recorded(dict[str, Any]):
@@ -373,3 +378,63 @@ def _score(trained: Servable, of_user: Sequence[str], arrays: Arrays) -> dict[st
     features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
     users = {name: arrays[name] for name in of_user}
     return _answer(trained, _part(trained, logits, users, row, features), arrays)
+
+
+def to_jax(program: Program) -> bytes:
+    """Return the program for `jax.export.deserialize`: StableHLO, for each of `PLATFORMS`."""
+    exported = export.export(jax.jit(program.function), platforms=PLATFORMS)
+    return bytes(exported(program.inputs).serialize())
+
+
+def to_onnx(program: Program) -> bytes:
+    """Return the program as an ONNX model, with the names of inputs and outputs.
+
+    Raises:
+      UserError: jax2onnx is not installed, or ONNX lacks an operation of the program.
+    """
+    try:
+        with _quiet():
+            import jax2onnx
+    except ImportError as error:
+        raise UserError(
+            "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only --formats=jax"
+        ) from error
+    names, outputs = list(program.inputs), list(program.outputs)
+
+    def positional(*arrays: Any) -> Any:
+        results = program.function(dict(zip(names, arrays, strict=True)))
+        return tuple(results[name] for name in outputs)
+
+    try:
+        with _quiet():
+            model = jax2onnx.to_onnx(
+                positional,
+                list(program.inputs.values()),
+                model_name=program.name,
+                input_names=names,
+                output_names=outputs,
+            )
+    # The converter of an operation may raise any exception.
+    except Exception as error:
+        raise UserError(
+            f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
+            "--formats=jax"
+        ) from error
+    return model.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the converter's logs and warnings on other packages and its intermediate results."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+FORMATS: dict[str, Callable[[Program], bytes]] = {"jax": to_jax, "onnx": to_onnx}
+"""The functions that write a program, by the suffix of the files."""

@@ -19,7 +19,7 @@ from kd_ranker.batch import CandidateBatch
 from kd_ranker.batches import cutting
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.pipeline.datasets import dataset_of
-from kd_ranker.serving import programs
+from kd_ranker.serving import check, programs
 from kd_ranker.sources import filmsearch, sentences
 from kd_ranker.training import recipes
 from scripts.benchmarks import measuring
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     )
     arrays = jax.device_put(programs.fields_of(CandidateBatch(**fields)) | exported.tables)
-    parts = jax.jit(lambda given: programs.call(exported.programs, given)["value"])
+    parts = jax.jit(lambda given: check.rank(exported.programs, given)["value"])
 
     collection = filmsearch.read(Path(arguments.data))
     films, queries = filmsearch.vectors_of(collection, Path(arguments.data_dir) / "logs")

@@ -26,9 +26,9 @@ from kd_ranker.configs import cascade
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.evaluate import make_serve
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.serving import check, write
-from kd_ranker.serving.programs import Exported, Servable, make_programs
-from kd_ranker.serving.write import write_export
+from kd_ranker.pipeline.exporting import write_export
+from kd_ranker.serving import check
+from kd_ranker.serving.programs import Exported, Servable, make_programs, to_jax, to_onnx
 from kd_ranker.sources.cascade import open_source
 from kd_ranker.training import recipes
 from scripts.benchmarks.scoring import CALLS, percentiles
@@ -45,7 +45,6 @@ ABOUT = {
     "run": {},
     "versions": {},
     "results": {},
-    "difference": 0.0,
     "formats": ["onnx"],
 }
 
@@ -110,10 +109,9 @@ def load(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
     """Seconds until an export is open, and until it has answered its first request."""
     batch, items = request(spec, config.funnel.retrieved)
     of = servable(trained(*recipes.student_model(config, spec)), spec, items)
-    exported = make_programs(of)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
-        write_export(exported, of, batch, ABOUT, Path(scratch), folder)
+        write_export(of, batch, ABOUT, Path(scratch), folder)
         fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
         start = time.perf_counter()
         programs, held = check.open_programs(folder, "onnx"), check.read_tables(folder)
@@ -177,21 +175,21 @@ def own_scoring(
 
 def as_jax(program: Any) -> Callable[[dict], dict]:
     """A program that was written down and read again."""
-    return jax.jit(export.deserialize(bytearray(write.to_jax(program))).call)
+    return jax.jit(export.deserialize(bytearray(to_jax(program))).call)
 
 
 def as_onnx(program: Any) -> Callable[[dict], dict]:
     """The same in ONNX Runtime, on one thread: so little work is not worth waking another for."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(write.to_onnx(program), options)
+    session = onnxruntime.InferenceSession(to_onnx(program), options)
     names = list(program.outputs)
     return lambda arrays: dict(zip(names, session.run(names, arrays), strict=True))
 
 
 def in_turn(exported: Exported, opened: Callable, arrays: dict[str, Any]) -> Callable[[], Any]:
     """`user`, then `score`, as a server calls them."""
-    user, _, score = exported.programs
+    user, _, score = exported.programs.values()
     run_user, run_score = opened(user), opened(score)
 
     def call() -> Any:

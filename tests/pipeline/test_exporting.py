@@ -19,12 +19,24 @@ from kd_ranker.pipeline import datasets, exporting, runs
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.trained import load_teacher, open_finished
-from kd_ranker.serving import write
+from kd_ranker.serving import check, programs
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.serving.test_programs import batch_of, trained_ranker
 
 SERVE = "blend"
+ABOUT = {
+    "role": "student",
+    "member": "shared-seed0",
+    "mode": "shared",
+    "serve": "user",
+    "dataset": "log/123",
+    "run": {"config": "456"},
+    "versions": {"jax": "1"},
+    "results": {"validation": {"regret": 0.5}, "test": {"regret": 0.25, "survival@3": 1.0}},
+    "formats": ["jax"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def trained(world):
 
 def written(folder, workdir, **options):
     """An export in all formats that can be written here."""
-    there = tuple(write.FORMATS)
+    there = tuple(programs.FORMATS)
     try:
         import jax2onnx  # noqa: F401
     except ImportError:
@@ -174,7 +186,7 @@ def fields_in(batch):
     return {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
 
 
-@pytest.mark.parametrize("runtime", write.FORMATS)
+@pytest.mark.parametrize("runtime", programs.FORMATS)
 def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, runtime):
     ranker, dataset, config = the_student(trained)
     batch, expected = evaluated(ranker, SERVE, dataset, config)
@@ -183,7 +195,7 @@ def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, ru
     assert_same(answers, batch, expected, config.value_weights)
 
 
-@pytest.mark.parametrize("runtime", write.FORMATS)
+@pytest.mark.parametrize("runtime", programs.FORMATS)
 def test_a_teacher_is_served_as_it_was_evaluated(world, exported_teacher, tmp_path, runtime):
     config = world.config()
     dataset = datasets.dataset_of(config)
@@ -286,6 +298,40 @@ def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monk
     def fail(program):
         raise UserError("no such operation")
 
-    monkeypatch.setitem(write.FORMATS, "jax", fail)
+    monkeypatch.setitem(programs.FORMATS, "jax", fail)
     finds_fault("no such operation", trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of_a_log", [True, False])
+def test_the_readme_describes_the_folder(tmp_path, of_a_log):
+    beside = tmp_path / "dataset"
+    beside.mkdir()
+    if of_a_log:
+        (beside / "vocabularies").mkdir()
+        (beside / "vocabularies" / "user.parquet").write_bytes(b"ids")
+        (beside / "transforms.json").write_text("{}")
+    folder = tmp_path / "out"
+    trained = trained_ranker("multi_interest", {"history": "mean", "user_rows": 7}, "categories")
+    exporting.write_export(trained, batch_of(trained), ABOUT, beside, folder)
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# A student: shared-seed0\n")
+    assert "1.0 · watch + 2.0 · like + 4.0 · share" in text
+    assert "`user_table`: any id has a row, which the programs find by a hash" in text
+    # The category ids of a feature start behind those of the ones before it.
+    assert "| reasons | candidate | 16 | 5 | 3 |" in text
+    assert "| regret | 0.5 | 0.25 |" in text
+    assert "| survival@3 |  | 1 |" in text
+    assert ("`vocabularies/`" in text) == of_a_log == (folder / "vocabularies").exists()
+    assert (
+        ("`transforms.json` describes" in text) == of_a_log == (folder / "transforms.json").exists()
+    )
+    assert "None" not in text
+    # No paragraph or table runs into another.
+    assert "\n\n\n\n" not in text
+    described = json.loads((folder / "export.json").read_text())
+    assert described["programs"]["score"]["inputs"]["item_embedding"]["shape"] == ["rows", 8]
+    assert max(check.largest_differences(folder, "jax").values()) <= check.TOLERANCE
+    assert 0 <= described["difference"] < 1e-5
+    manifest.check(folder, "", ABOUT["run"])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

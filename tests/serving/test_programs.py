@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.serving import programs, write
+from kd_ranker.serving import check, programs
 from tests.random_batches import (
     SPECS,
     STUDENT,
@@ -76,23 +77,19 @@ def expected(trained, batch):
     return np.asarray(jax.jit(answer)(trained.parameters, batch, trained.items))
 
 
-def run_all(exported, arrays, open_program):
-    known = dict(arrays) | exported.tables
-    for program in exported.programs:
-        if program.name != "item":
-            run = open_program(program)
-            known |= run({name: known[name] for name in program.inputs})
-    return np.asarray(known["probability"]), np.asarray(known["value"])
+def opened(exported, open_program):
+    """The programs, each opened once, as a server does."""
+    return {name: replace(of, function=open_program(of)) for name, of in exported.programs.items()}
 
 
 def as_jax(program):
     """What `jax.export.deserialize` makes of its bytes."""
-    return export.deserialize(bytearray(write.to_jax(program))).call
+    return export.deserialize(bytearray(programs.to_jax(program))).call
 
 
 def as_onnx(program):
     onnxruntime = pytest.importorskip("onnxruntime", reason="see scripts/test_onnx.sh")
-    session = onnxruntime.InferenceSession(write.to_onnx(program))
+    session = onnxruntime.InferenceSession(programs.to_onnx(program))
 
     def run(arrays):
         results = session.run(list(program.outputs), arrays)
@@ -111,15 +108,14 @@ def test_programs_give_the_probabilities_of_the_ranker(case, open_program):
         pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
     trained = trained_ranker(*case)
     exported = programs.make_programs(trained)
-    names = [program.name for program in exported.programs]
-    assert names == (["user", "item", "score"] if case[0] in STUDENTS else ["rank"])
-    # Once for all, as a server opens them once.
-    opened = {program.name: open_program(program) for program in exported.programs}
+    read = opened(exported, open_program)
+    assert list(read) == (["user", "item", "score"] if case[0] in STUDENTS else ["rank"])
     for requests, candidates in ((3, 20), (1, 1), (2, 7)):
         batch = batch_of(trained, requests, candidates, beyond=candidates > 1)
-        found, value = run_all(exported, arrays_of(batch), lambda of: opened[of.name])
-        np.testing.assert_allclose(found, expected(trained, batch), atol=1e-6)
-        np.testing.assert_allclose(value, found @ np.array(WEIGHTS), rtol=1e-5)
+        found = check.rank(read, arrays_of(batch) | exported.tables)
+        probability = np.asarray(found["probability"])
+        np.testing.assert_allclose(probability, expected(trained, batch), atol=1e-6)
+        np.testing.assert_allclose(found["value"], probability @ np.array(WEIGHTS), rtol=1e-5)
 
 
 def test_a_student_without_parts_is_exported_whole():
@@ -132,12 +128,12 @@ def test_a_student_without_parts_is_exported_whole():
     trained = trained_ranker("multi_interest", {}, "categories")
     model, parameters = make_model(Whole, 6, STUDENT, 0, trained.spec)
     whole = programs.make_programs(trained._replace(model=model, parameters=parameters))
-    assert [program.name for program in whole.programs] == ["rank"]
+    assert list(whole.programs) == ["rank"]
 
 
 def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_nothing():
     trained = trained_ranker("multi_interest", {"history": "mean"}, "categories")
-    user, item, score = programs.make_programs(trained).programs
+    user, item, score = programs.make_programs(trained).programs.values()
     assert {name for name, of in user.inputs.items() if "candidates" in map(str, of.shape)} == set()
     of_item = [of for name, of in item.inputs.items() if "table" not in name]
     assert {str(of.shape[0]) for of in of_item} == {"items"}
@@ -148,7 +144,7 @@ def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_
 
 def test_a_student_without_history_takes_none():
     trained = trained_ranker("two_tower", {}, "categories")
-    user = programs.make_programs(trained).programs[0]
+    user = programs.make_programs(trained).programs["user"]
     assert not [name for name in user.inputs if name.startswith(("history", "item"))]
 
 
@@ -157,23 +153,18 @@ def test_a_new_item_has_the_embedding_of_its_program(open_program):
     """Its row goes before the last one, which stays that of unknown items."""
     trained = trained_ranker("multi_interest", {}, "categories")
     exported = programs.make_programs(trained)
-    _, item, score = exported.programs
-    held = exported.tables
+    read, held = opened(exported, open_program), exported.tables
     known = programs.inputs_of_items(trained, np.array([4, 9], np.int32))
-    embedding = np.asarray(
-        open_program(item)(known | {n: held[n] for n in item.inputs if n in held})["item_embedding"]
-    )
+    embedding = np.asarray(read["item"](known | held)["item_embedding"])
     np.testing.assert_allclose(embedding, held["item_embedding"][[4, 9]], atol=1e-6)
     batch = batch_of(trained, beyond=False)
     batch.item_id[0, :2] = 4, 70  # the latter is unknown
     same = batch.replace(item_id=batch.item_id.copy())
     same.item_id[0, 0] = 50  # the first new one
     grown = np.insert(held["item_embedding"], 50, embedding[0], axis=0)
-    now = exported._replace(tables=held | {"item_embedding": grown})
-    opened = {of.name: open_program(of) for of in (exported.programs[0], score)}
-    before, _ = run_all(exported, arrays_of(batch), lambda of: opened[of.name])
-    after, _ = run_all(now, arrays_of(same), lambda of: opened[of.name])
-    np.testing.assert_allclose(before, after, atol=1e-6)
+    before = check.rank(read, arrays_of(batch) | held)
+    after = check.rank(read, arrays_of(same) | held | {"item_embedding": grown})
+    np.testing.assert_allclose(before["probability"], after["probability"], atol=1e-6)
 
 
 def test_an_untrained_row_and_the_last_one_are_the_reserved_row():
@@ -195,7 +186,7 @@ def test_what_onnx_lacks_is_named():
     described = programs.typed(("requests", 3), np.float32)
     program = programs.Program("user", lacking, {"x": described}, {"y": described})
     with pytest.raises(UserError, match=r"program 'user' cannot .* 'pure_callback'; use only"):
-        write.to_onnx(program)
+        programs.to_onnx(program)
 
 
 def test_without_the_converter_its_extra_is_named(monkeypatch):
@@ -203,7 +194,7 @@ def test_without_the_converter_its_extra_is_named(monkeypatch):
     described = programs.typed(("requests",), np.float32)
     program = programs.Program("user", dict, {"x": described}, {"x": described})
     with pytest.raises(UserError, match="ONNX needs the extra `onnx`"):
-        write.to_onnx(program)
+        programs.to_onnx(program)
 
 
 def test_the_converter_leaves_jax_as_it_was():
@@ -212,8 +203,8 @@ def test_the_converter_leaves_jax_as_it_was():
     trained = trained_ranker("final_ranker", {}, "categories")
     batch = batch_of(trained)
     before = expected(trained, batch)
-    (program,) = programs.make_programs(trained).programs
-    write.to_onnx(program)
+    (program,) = programs.make_programs(trained).programs.values()
+    programs.to_onnx(program)
     jax.clear_caches()
     assert (expected(trained, batch) == before).all()
     assert not jax.config.jax_enable_x64

@@ -15,13 +15,12 @@ from safetensors.numpy import save_file
 
 from kd_ranker import api
 from kd_ranker.batch import IN_BATCH
-from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline import datasets, exporting
 from kd_ranker.pipeline.trained import load_teacher
-from kd_ranker.serving import check, programs, write
+from kd_ranker.serving import check
 from tests import small
-from tests.pipeline.test_exporting import evaluated, the_student
+from tests.pipeline.test_exporting import ABOUT, evaluated, the_student
 from tests.serving.test_programs import batch_of, trained_ranker
-from tests.serving.test_write import ABOUT
 
 for _name in ("fastapi", "httpx", "jax2onnx", "onnxruntime", "uvicorn"):
     pytest.importorskip(_name, reason="see scripts/test_onnx.sh")
@@ -157,11 +156,10 @@ def test_a_teacher_is_served_as_it_was_evaluated(world, tmp_path):
 def test_unknown_ids_histories_and_categories_are_served_as_in_the_example(tmp_path, user_rows):
     changes = {"history": "mean", "user_rows": user_rows}
     trained = trained_ranker("multi_interest", changes, "categories")
-    exported = programs.make_programs(trained)
     batch = batch_of(trained, beyond=False)
     batch.user_id[0], batch.item_id[0, 0], batch.history_id[0, 0] = -1, -1, -1
     about = ABOUT | {"formats": ["onnx"]}
-    write.write_export(exported, trained, batch, about, tmp_path, tmp_path / "out")
+    exporting.write_export(trained, batch, about, tmp_path, tmp_path / "out")
     arrays, (probability, value) = example_of(tmp_path / "out")
     assert {"history_mask", "request_category", "candidate_category"} <= set(arrays)
     requests = requests_of(arrays, np.ones_like(batch.item_id, bool))

@@ -6,15 +6,15 @@
 import jax
 import pytest
 
-from kd_ranker.ahead import hlo, programs, topologies
+from kd_ranker import ahead
 from kd_ranker.configs import cascade
 from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError
 from tests import small
 
 
-def host(devices: int, memory: int = 10**9) -> topologies.Topology:
-    return topologies.Topology("host", memory, tuple(jax.devices("cpu")[:devices]), {})
+def host(devices: int, memory: int = 10**9) -> ahead.Topology:
+    return ahead.Topology("host", memory, tuple(jax.devices("cpu")[:devices]), {})
 
 
 def config_of(tmp_path, **changes):
@@ -27,8 +27,8 @@ def config_of(tmp_path, **changes):
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
 def test_a_program_is_compiled_for_shapes_alone(tmp_path, mapping):
     config = config_of(tmp_path, **{"parallel.mapping": mapping, "student.width": 5})
-    sample = programs.sample_of(config, users=1000, items=50_000)
-    found = programs.compile_program("train", config, sample, host(2))
+    sample = ahead.sample_of(config, users=1000, items=50_000)
+    found = ahead.compile_program("train", config, sample, host(2))
     # With Adam, 5 numbers, their 10 slots and the count; a row more for what is unknown, in eights.
     assert found.tables == 4 * 16 * (1008 + 50_008)
     assert found.fits
@@ -36,9 +36,9 @@ def test_a_program_is_compiled_for_shapes_alone(tmp_path, mapping):
     assert 0 < found.compiled.exchanged < found.tables
     share = {"batch.requests": config.batch.requests // 2, "student.width": 5}
     half = config_of(tmp_path, **share)
-    alone = programs.compile_program("train", half, sample, host(1))
+    alone = ahead.compile_program("train", half, sample, host(1))
     assert alone.flops == found.flops  # of a device's share
-    assert not programs.compile_program("train", half, sample, host(1, memory=10**6)).fits
+    assert not ahead.compile_program("train", half, sample, host(1, memory=10**6)).fits
 
 
 @pytest.mark.parametrize("program", ["train", "sweep"])
@@ -46,8 +46,8 @@ def test_a_live_teacher_has_the_shapes_of_its_config(tmp_path, program):
     found = {}
     for source in ("logged", "live"):
         config = config_of(tmp_path, **{"teacher.source": source, "sweep.modes": ("shared",)})
-        sample = programs.sample_of(config, users=1000, items=50_000)
-        found[source] = programs.compile_program(program, config, sample, host(2))
+        sample = ahead.sample_of(config, users=1000, items=50_000)
+        found[source] = ahead.compile_program(program, config, sample, host(2))
     # A student's rows hold 32 numbers, their 64 slots and the count; the teacher needs no slots.
     rows = {"logged": 97, "live": 97 + 33}
     assert {source: of.tables // (4 * 51_016) for source, of in found.items()} == rows
@@ -58,8 +58,8 @@ def test_sharded_tables_take_a_share_of_the_memory(tmp_path):
     found = {}
     for tables in ("replicated", "sharded"):
         config = config_of(tmp_path, **{"parallel.tables": tables, "parallel.mapping": "shard_map"})
-        sample = programs.sample_of(config, items=100_000)
-        found[tables] = programs.compile_program("train", config, sample, host(4))
+        sample = ahead.sample_of(config, items=100_000)
+        found[tables] = ahead.compile_program("train", config, sample, host(4))
     whole, share = found["replicated"], found["sharded"]
     assert share.tables < 0.26 * whole.tables
     # Of what the compiler counts, nothing but a share is the table's: none is copied.
@@ -79,16 +79,16 @@ def test_what_does_not_exist_is_named_with_what_does():
 
 def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
     config = config_of(tmp_path, **{"batch.requests": 6})
-    sample = programs.sample_of(config)
+    sample = ahead.sample_of(config)
     with pytest.raises(UserError, match=r"batch.requests=6 cannot be shared by 4 devices"):
-        programs.compile_program("train", config, sample, host(4))
+        ahead.compile_program("train", config, sample, host(4))
 
 
 def test_a_dataset_that_is_not_there_is_asked_for(tmp_path):
     config = config_of(tmp_path)
     config.data.name = "movielens_1m"
     with pytest.raises(UserError, match="prepare_data"):
-        programs.sample_of(config)
+        ahead.sample_of(config)
 
 
 def test_cycles_count_as_often_as_a_loop_turns():
@@ -109,4 +109,4 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 }
 """
     text = text.replace("RARELY", RARELY)
-    assert hlo.cycles_of(text) == 16 * 10 + 7
+    assert ahead.cycles_of(text) == 16 * 10 + 7
