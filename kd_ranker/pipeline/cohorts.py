@@ -18,9 +18,9 @@ from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
-from kd_ranker.pipeline import cluster, datasets, runs
+from kd_ranker.pipeline import cluster, datasets, runs, trained
 from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import Rankers, measure, train_statistics, write_measured
+from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
 from kd_ranker.sweep.members import common
@@ -30,6 +30,7 @@ from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import on_first
 from kd_ranker.training.recipes import student_groups
+from kd_ranker.training.state import States
 
 
 def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
@@ -206,8 +207,7 @@ def _test_cohort(
         owner[policy.FILE] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
-    groups = [group.only(serves) for group in _restored(job, folder)] if serves else []
-    students = [group for group in groups if group.names]
+    students = _restored(job, folder) if serves else ()
     statistics, measured = None, []
     fitted: Mapping[Who, Each] = {}
     if with_references:
@@ -220,10 +220,10 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def _restored(job: Job, folder: Path) -> list[Rankers]:
+def _restored(job: Job, folder: Path) -> States:
     """The trained students of a cohort; those of a damaged checkpoint are trained again."""
-    trained, step = runs.trained_rankers(job, folder)
+    states, step = trained.restored(job.groups, folder, job.made_of)
     if step == job.config.train.steps:
-        return trained
+        return states
     with runs.progress_bar(folder.name, job.config.train.steps) as bar:
         return runs.fit(job, folder, bar)

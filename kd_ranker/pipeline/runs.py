@@ -1,6 +1,6 @@
 """Training runs: devices, batches and evaluations of a teacher, a student or a cohort."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,11 +11,10 @@ from tqdm import tqdm
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
-from kd_ranker.pipeline import datasets, trained
+from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import Job, Members, Opened
-from kd_ranker.pipeline.measure import Rankers, measure, train_statistics, write_measured
+from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, owned
 from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
@@ -32,7 +31,7 @@ from kd_ranker.training.mapping import (
 )
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES
-from kd_ranker.training.state import Frozen, LiveTeacher, States, steps_of_members
+from kd_ranker.training.state import Frozen, LiveTeacher, States
 
 # Choices are made on the first; the second is read for the report.
 _MEASURED_SPLITS = ("validation", "test")
@@ -56,9 +55,9 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
         if members:
             datasets.keep_data_report(job.opened.dataset, folder)
         with progress_bar(folder.name, job.trainee.train.steps) as bar:
-            rankers = fit(job, folder, bar)
+            states = fit(job, folder, bar)
         statistics = None if members else train_statistics(job)
-        measured = (measure(job, of, rankers, statistics=statistics) for of in _MEASURED_SPLITS)
+        measured = (measure(job, of, states, statistics=statistics) for of in _MEASURED_SPLITS)
         write_measured(job, folder, job.made_of, *measured)
 
 
@@ -68,17 +67,17 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit(job: Job, workdir: Path, bar: tqdm) -> list[Rankers]:
-    """Train the rankers of a job in one program on the same batches.
+def fit(job: Job, workdir: Path, bar: tqdm) -> States:
+    """Train the rankers of a job in one program on the same batches; return their states.
 
     `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
     most. Memory that a device lacks becomes one line.
     """
-    rankers, train = _rankers_of(job), job.trainee.train
+    train = job.trainee.train
 
     def progress(states: States) -> dict[str, float]:
         limit = train.eval_limit
-        measured = measure(job, "validation", rankers(states), limit=limit, costs=False)
+        measured = measure(job, "validation", states, limit=limit, costs=False)
         serves = {name: of.distill.serve for name, of in job.members.items()}
         return {
             scalar_name(f"eval/{column}", name if job.members else ""): value
@@ -93,35 +92,7 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> list[Rankers]:
         check_same("dataset", str(job.dataset.identity))
         check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
         made_of, begin = job.made_of, warm_start(job)
-        states = fit_run(prepare_run(job), train, workdir, made_of, progress, bar, begin)
-        return rankers(states)
-
-
-def _rankers_of(job: Job) -> Callable[[States], list[Rankers]]:
-    """Return the function from the states of a job's groups to their trained rankers."""
-    serves = [make_serve(group.recipe.model, group.recipe.mode) for group in job.groups]
-
-    def rankers(states: States) -> list[Rankers]:
-        return [
-            Rankers(
-                names=group.names,
-                ranker=Ranker(serve, state.parameters),
-                steps=tuple(np.asarray(steps_of_members(state, group.numbers)).tolist()),
-                non_finite_step=tuple(np.asarray(state.non_finite_step).tolist()),
-            )
-            for group, serve, state in zip(job.groups, serves, states, strict=True)
-        ]
-
-    return rankers
-
-
-def trained_rankers(job: Job, workdir: Path) -> tuple[list[Rankers], int]:
-    """Restore the rankers that `fit` has trained in a folder, and the last step of any.
-
-    The newest checkpoint that can be read counts; without any, the result is ([], 0).
-    """
-    states, step = trained.restored(job.groups, workdir, job.made_of)
-    return (_rankers_of(job)(states) if step else []), step
+        return fit_run(prepare_run(job), train, workdir, made_of, progress, bar, begin)
 
 
 def prepare_run(

@@ -19,7 +19,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
-from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring
+from kd_ranker.pipeline import cohorts, datasets, measure, scoring
 from kd_ranker.pipeline import trained as finished
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.report.estimates import Estimates
@@ -88,9 +88,10 @@ def job_of(config):
 
 def student_parameters(workdir):
     config = workdirs.read_config(workdir)
-    ((group,), step) = runs.trained_rankers(Opened(config).job({"": config}), workdir)
+    job = Opened(config).job({"": config})
+    (state,), step = finished.restored(job.groups, workdir, job.made_of)
     assert step == config.train.steps
-    return select_member(group.ranker.parameters, 0)
+    return select_member(state.parameters, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -291,10 +292,10 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     tested = rows_of(swept, "test").set_index(["member", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
     job = Opened(config).job(sweep_members(config))
-    students, step = runs.trained_rankers(job, swept / "cohorts" / "0")
+    states, step = finished.restored(job.groups, swept / "cohorts" / "0", job.made_of)
     assert step == config.train.steps
     # All serving choices, in a pass without references.
-    every = measure.measure(job, "test", students)
+    every = measure.measure(job, "test", states)
     kept_of_sweep = results.read_requests(swept / "cohorts" / "0" / "test").each
     for row in every.rows:
         who = row["member"], row["serve"]

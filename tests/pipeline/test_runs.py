@@ -9,8 +9,8 @@ def trained(members, workdir):
     """The rows of members that train in one program, by name, and the lines of `metrics.jsonl`."""
     job = Opened(next(iter(members.values()))).job(members)
     with runs.progress_bar("", 20) as bar:
-        students = runs.fit(job, workdir, bar)
-    measured = measure(job, "test", students)
+        states = runs.fit(job, workdir, bar)
+    measured = measure(job, "test", states)
     rows = {name: [row for row in measured.rows if row["member"] == name] for name in members}
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return rows, [json.loads(line) for line in lines]
