@@ -10,7 +10,6 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
@@ -23,13 +22,11 @@ from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
-from kd_ranker.sweep.members import common
 from kd_ranker.sweep.memory import check_memory, cohort_size
 from kd_ranker.sweep.sweep import TEST, Sweep, open_sweep, read_plan
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import on_first
-from kd_ranker.training.recipes import student_groups
 from kd_ranker.training.state import States
 
 
@@ -49,7 +46,7 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
         if not _train_all(config, folder):
             show(f"the sweep in {workdir} is complete; there is nothing to do")
         if part == PLAN:
-            cohorts = len(read_plan(folder)[1])
+            cohorts = len(read_plan(folder))
             show(f"cohorts: {cohorts}")
             show(f"numbers: 0-{cohorts - 1}")
 
@@ -85,8 +82,6 @@ def train_cohort(workdir: Path, number: int) -> None:
 def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
     """Train one cohort; its folder is held already."""
     job = opened.job(sweep.cohorts[number])
-    sweep.check_teacher(number, job.teacher_version)
-    checks.check_teacher_signals(job.dataset, job.members.values())
     with runs.progress_bar(sweep.workdir.name, job.config.train.steps) as bar:
         _train_cohort(job, sweep.folders[number], bar)
 
@@ -119,10 +114,8 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
     checks.check_labels(read)
     # By the memory that is free: of several processes, one decides.
     size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
-    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
-    if not sweep.plan:
-        workdirs.write_config(workdir, "sweep", config, dataset.identity)
-    sweep = sweep.planned(size, lambda member: opened.job({"": member}).teacher_version)
+    sweep = sweep.planned(size)
+    # Last, so that an extension counts once its cohorts are known.
     workdirs.write_config(workdir, "sweep", config, dataset.identity)
     if part == PLAN:
         return True
@@ -131,7 +124,7 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
         for folder in sweep.folders:
             on_first(functools.partial(held.enter_context, hold(folder)))
         if part != JOIN:
-            _train_cohorts(config, sweep, opened, read.spec)
+            _train_cohorts(config, sweep, opened)
         elif untrained := _untrained(sweep, opened):
             raise UserError(
                 f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
@@ -142,11 +135,13 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
     return True
 
 
-def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened, spec: FeatureSpec) -> None:
+def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened) -> None:
     """Train the cohorts one after the other, or first on a cluster, as one task each."""
-    shared = [common(cohort) for cohort in sweep.cohorts]
-    for cohort, each in zip(sweep.cohorts, shared, strict=True):
-        check_memory(each, student_groups(cohort, spec), each.batch, spec)
+    steps = 0
+    # All are checked before the first one trains.
+    for job in map(opened.job, sweep.cohorts):
+        check_memory(job.config, job.groups, job.config.batch, job.dataset.spec)
+        steps += job.config.train.steps
     if config.launcher == "ray":
         if len(sweep.plan) == 1:
             logging.warning(
@@ -155,7 +150,7 @@ def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened, spec: Featu
             )
         calls = [(sweep.workdir, number) for number in _untrained(sweep, opened)]
         cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
-    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
+    with runs.progress_bar(sweep.workdir.name, steps) as bar:
         for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
             _train_cohort(opened.job(cohort), folder, bar)
 
@@ -184,13 +179,13 @@ def _test_and_join(sweep: Sweep, opened: Opened) -> None:
     chosen = results.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
     referred: set[str] = set()
-    for index, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
+    for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
         if folder in tested:
-            # Once per teacher, which is a final ranker of the references, too.
-            with_references = sweep.teachers[index] not in referred
-            referred.add(sweep.teachers[index])
+            job = opened.job(cohort)
             serves = {name: chosen[name] for name in cohort if name in chosen}
-            _test_cohort(opened.job(cohort), folder, serves, with_references)
+            # Once per teacher, which is a final ranker of the references, too.
+            _test_cohort(job, folder, serves, job.teacher_version not in referred)
+            referred.add(job.teacher_version)
     sweep.join(tested)
 
 

@@ -9,7 +9,7 @@ continues with it, even on another machine, and an extended sweep adds to it.
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -42,14 +42,12 @@ class Sweep:
       members: the configs of all its members, by name.
       plan: the names of each cohort's members, in the order of training; incomplete if the sweep
         has not started or will be extended.
-      teachers: the version of the teacher of each cohort of the plan.
       dataset: the fingerprint of its dataset.
     """
 
     workdir: Path
     members: Mapping[str, ConfigDict]
     plan: Sequence[Sequence[str]]
-    teachers: Sequence[str]
     dataset: MadeOf
 
     @property
@@ -78,22 +76,14 @@ class Sweep:
         tested = self.with_any(results.chosen(self.validation()))
         return all(is_whole(folder / TEST) for folder in tested)
 
-    def planned(self, size: CohortSize, version: Callable[[ConfigDict], str]) -> "Sweep":
+    def planned(self, size: CohortSize) -> "Sweep":
         """Assign every member to a cohort of at most this size, and write the plan to the workdir.
 
-        Existing cohorts do not change. `version` maps a member to that of its teacher, "" for the
-        dataset's own logs.
-
-        Raises:
-          UserError: a cohort was begun with another teacher.
+        Existing cohorts do not change.
         """
         plan = [*self.plan, *_new_cohorts(self._unplaced(), size)]
-        teachers = [version(self.members[names[0]]) for names in plan]
-        for number in range(len(self.plan)):
-            self.check_teacher(number, teachers[number])
-        content = json.dumps({"teachers": teachers, "cohorts": plan}, indent=2)
-        write_atomically(self.workdir / FILE, content)
-        return dataclasses.replace(self, plan=plan, teachers=teachers)
+        write_atomically(self.workdir / FILE, json.dumps({"cohorts": plan}, indent=2))
+        return dataclasses.replace(self, plan=plan)
 
     def check_planned(self) -> None:
         """Raise UserError unless all members have a place in a cohort."""
@@ -102,14 +92,6 @@ class Sweep:
                 f"{self.workdir} has no cohort for {len(unplaced)} of the sweep's "
                 f"{len(self.members)} members; settle the cohorts by the same command with "
                 "--config.sweep.part=plan"
-            )
-
-    def check_teacher(self, number: int, version: str) -> None:
-        """Raise UserError if a cohort was begun with another teacher than this version."""
-        if (begun := self.teachers[number]) != version:
-            raise UserError(
-                f"{self.workdir} holds a sweep under the teacher {begun or 'of the logs'}, "
-                f"and now it is {version or 'that of the logs'}; use another --workdir"
             )
 
     def with_any(self, names: Collection[str]) -> list[Path]:
@@ -154,23 +136,22 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
         name.
     """
     members = sweep_members(config)
-    teachers, plan = read_plan(workdir)
+    plan = read_plan(workdir)
     missing = [name for name in itertools.chain.from_iterable(plan) if name not in members]
     if missing:
         raise UserError(
             f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
             "sweep.extend adds members, so name those that are there as well"
         )
-    return Sweep(workdir, members, plan, teachers, dataset)
+    return Sweep(workdir, members, plan, dataset)
 
 
-def read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
-    """The teachers' versions and the cohorts of a sweep; empty if it has not started."""
+def read_plan(workdir: Path) -> list[list[str]]:
+    """The names of the members of each cohort of a sweep; empty if it has not started."""
     path = workdir / FILE
     if not path.exists():
-        return [], []
-    plan = read_json(path, "restore the original file, or use another --workdir")
-    return plan["teachers"], plan["cohorts"]
+        return []
+    return read_json(path, "restore the original file, or use another --workdir")["cohorts"]
 
 
 def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:

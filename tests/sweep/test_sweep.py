@@ -1,13 +1,11 @@
 import collections
 import dataclasses
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_ranker.config import schema
 from kd_ranker.configs import cascade
-from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.sweep.members import common, sweep_members
 from kd_ranker.sweep.memory import CohortSize
@@ -24,9 +22,9 @@ def config_of(data_seeds=(), **sweep):
     return config
 
 
-def planned(folder, size, config, teacher=lambda member: ""):
+def planned(folder, size, config):
     size = CohortSize(size) if isinstance(size, int) else size
-    return open_sweep(config, folder, DATASET).planned(size, teacher)
+    return open_sweep(config, folder, DATASET).planned(size)
 
 
 @given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
@@ -85,24 +83,22 @@ def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
     assert after.plan[len(before.plan) :] == [["aux-weight3.0-seed0", "shared-weight3.0-seed0"]]
 
 
-def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
+def test_a_plan_is_read_as_it_was_written(tmp_path):
     fresh = open_sweep(config_of(), tmp_path, DATASET)
-    assert (fresh.plan, fresh.teachers, fresh.is_complete()) == ([], [], False)
-    started = planned(tmp_path, 2, config_of(), lambda member: "first")
+    assert (fresh.plan, fresh.is_complete()) == ([], False)
+    started = planned(tmp_path, 2, config_of())
     read = open_sweep(config_of(), tmp_path, DATASET)
     assert dataclasses.replace(read, members={}) == dataclasses.replace(started, members={})
-    assert planned(tmp_path, 5, config_of(), lambda member: "first").plan == started.plan
-    with pytest.raises(UserError, match="under the teacher first, and now it is second"):
-        planned(tmp_path, 2, config_of(), lambda member: "second")
+    assert planned(tmp_path, 5, config_of()).plan == started.plan
 
 
 def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
     config = config_of(seeds=(0, 7), whole_repeats=True)
     config.teacher.workdir = "runs/teacher"
-    sweep = planned(tmp_path, 9, config, lambda member: member.teacher.workdir)
-    assert sweep.teachers == ["runs/teacher/seed0", "runs/teacher/seed7"]
+    sweep = planned(tmp_path, 9, config)
     for seed, cohort in zip((0, 7), sweep.cohorts, strict=True):
         assert len(cohort) == 3
+        assert {of.teacher.workdir for of in cohort.values()} == {f"runs/teacher/seed{seed}"}
         assert {member.seed for member in cohort.values()} == {seed}
         assert common(cohort).batch.seed == common(cohort).teacher.batch.seed == seed
 
