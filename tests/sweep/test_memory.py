@@ -16,7 +16,7 @@ from kd_ranker.config.key import Bound
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.sweep import memory
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep.sweep import sweep_members
 from kd_ranker.training import recipes
 from tests.random_batches import SPEC
 

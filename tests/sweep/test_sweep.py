@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from kd_ranker.config import schema
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
-from kd_ranker.sweep.members import common, sweep_members
 from kd_ranker.sweep.memory import CohortSize
-from kd_ranker.sweep.sweep import open_sweep
+from kd_ranker.sweep.sweep import common, open_sweep, sweep_members
 from kd_ranker.training.recipes import shared_part
 
 DATASET = {"dataset": "small/0123456789ab"}

@@ -14,7 +14,7 @@ from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.job import Opened
-from kd_ranker.pipeline.warm import warm_start
+from kd_ranker.pipeline.runs import warm_start
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
