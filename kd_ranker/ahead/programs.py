@@ -25,13 +25,13 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
-from kd_ranker.pipeline.job import Members, Opened
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.trained import Finished, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.sweep import sweep_members
+from kd_ranker.sweep.sweep import Members, sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.loop import abstract_states
 from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of

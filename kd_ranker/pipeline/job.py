@@ -6,7 +6,6 @@ config and values from that. The dataset and the teacher are opened at first use
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -19,11 +18,9 @@ from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep.sweep import common
+from kd_ranker.sweep.sweep import Members, common
 from kd_ranker.training import recipes
 from kd_ranker.training.recipes import Group
-
-Members = Mapping[str, ConfigDict]  # configs by name, in the order of training
 
 
 class Opened:

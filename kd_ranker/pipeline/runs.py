@@ -17,10 +17,11 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.job import Job, Members, Opened
+from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, fetched, owned, place_of
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
+from kd_ranker.sweep.sweep import Members
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Begin, Run, make_run, scalar_name
@@ -54,7 +55,8 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
             checks.check_teacher_log(config, job.dataset)
         checks.check_labels(job.dataset)
         free = schema.without_influence("student" if members else "teacher")
-        workdirs.claim(folder, command, config, job.dataset.identity, without=free)
+        workdirs.check(folder, command, config, job.dataset.identity, without=free)
+        workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
             datasets.keep_data_report(job.opened.dataset, folder)
         with progress_bar(folder.name, job.trainee.train.steps) as bar:

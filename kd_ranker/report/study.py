@@ -215,7 +215,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
     free = [*schema.may_differ(), *schema.without_influence("report")]
-    flat = {name: values_by_key(as_json(config), free) for name, config in configs.items()}
+    flat = {name: values_by_key(config, free) for name, config in configs.items()}
     (first, here), *others = flat.items()
     for other, there in others:
         differing = [

@@ -33,7 +33,7 @@ from kd_ranker.training.workdir import read_json, write_atomically
 FILE, FOLDER = "cohorts.json", "cohorts"
 TEST = "test"  # the subfolder of a cohort with the test tables of its chosen members
 
-Cohort = Mapping[str, ConfigDict]  # members by name
+Members = Mapping[str, ConfigDict]  # configs by name, in the order of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Sweep:
     """
 
     workdir: Path
-    members: Mapping[str, ConfigDict]
+    members: Members
     plan: Sequence[Sequence[str]]
     dataset: MadeOf
 
     @property
-    def cohorts(self) -> list[Cohort]:
+    def cohorts(self) -> list[Members]:
         """The members of each cohort."""
         return [{name: self.members[name] for name in names} for names in self.plan]
 
@@ -113,7 +113,7 @@ class Sweep:
         """The rows of all members on validation."""
         return results.read_joined(self.folders)
 
-    def _unplaced(self) -> Cohort:
+    def _unplaced(self) -> Members:
         placed = set(itertools.chain.from_iterable(self.plan))
         return {name: member for name, member in self.members.items() if name not in placed}
 
@@ -157,7 +157,7 @@ def read_plan(workdir: Path) -> list[list[str]]:
     return read_json(path, "restore the original file, or use another --workdir")["cohorts"]
 
 
-def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:
+def _new_cohorts(members: Members, size: CohortSize) -> list[list[str]]:
     """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
     of_batches = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
     sharing: dict[str, dict[str, ConfigDict]] = {}
@@ -174,7 +174,7 @@ def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:
     return cohorts
 
 
-def _blocks(members: Cohort, size: int) -> list[list[str]]:
+def _blocks(members: Members, size: int) -> list[list[str]]:
     """The members in blocks of at most `size`, each from one group that one program can train."""
     if size == 1:
         return [[name] for name in members]
@@ -293,7 +293,7 @@ def _text(key: Key, value: Any) -> str:
     return f"{key.short}{value}" if isinstance(value, str) else f"{key.short}{value!r}"
 
 
-def common(members: Mapping[str, ConfigDict]) -> ConfigDict:
+def common(members: Members) -> ConfigDict:
     """The config that the members of a cohort have in common.
 
     It lacks the keys in which they may differ, so that no code uses one member's value for all. Its

@@ -76,7 +76,7 @@ def test_a_config_survives_the_file_that_a_workdir_keeps(tmp_path):
     from kd_ranker.training import workdir
 
     config = config_with()
-    workdir.claim(tmp_path, "train", config, {"dataset": "d"})
+    workdir.write_config(tmp_path, "train", config, {"dataset": "d"})
     assert layout_of(workdir.read_config(tmp_path)) == layout_of(config)
 
 
