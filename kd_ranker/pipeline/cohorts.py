@@ -18,7 +18,7 @@ from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.pipeline import cluster, datasets, runs, trained
-from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.job import Job, open_job
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
@@ -53,7 +53,7 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
 
 def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
     """Train one cohort of a planned sweep, holding only its folder; return how many there are."""
-    sweep, opened = _open(config, workdir)
+    sweep, job = _open(config, workdir)
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
@@ -61,7 +61,7 @@ def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
             f"numbered from 0 to {len(sweep.plan) - 1}"
         )
     with owned(sweep.folders[number]):
-        _train_planned(sweep, opened, number)
+        _train_planned(sweep, job, number)
     return len(sweep.plan)
 
 
@@ -72,44 +72,44 @@ def train_cohort(workdir: Path, number: int) -> None:
     """
     config = workdirs.read_config(workdir)
     try:
-        opened = Opened(config)
-        sweep = open_sweep(config, workdir, opened.dataset.identity)
-        _train_planned(sweep, opened, number)
+        job = open_job(config)
+        sweep = open_sweep(config, workdir, job.built.identity)
+        _train_planned(sweep, job, number)
     except UserError as error:
         raise UserError(f"cohort {number}: {error}") from error
 
 
-def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
+def _train_planned(sweep: Sweep, job: Job, number: int) -> None:
     """Train one cohort; its folder is held already."""
-    job = opened.job(sweep.cohorts[number])
+    job = job.of(sweep.cohorts[number])
     with runs.progress_bar(sweep.workdir.name, job.config.train.steps) as bar:
         _train_cohort(job, sweep.folders[number], bar)
 
 
-def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Opened]:
+def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Job]:
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
-    opened = Opened(config, unchanged=True)
-    dataset, free = opened.dataset.identity, schema.without_influence("report")
+    job = open_job(config, unchanged=True)
+    dataset, free = job.built.identity, schema.without_influence("report")
     if not config.sweep.extend:
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
     # These change no more than how it is tested, joined and reported.
     free += ["costs", "report", "funnel.policies"]
     workdirs.check(workdir, "sweep", config, dataset, without=free)
-    return open_sweep(config, workdir, dataset), opened
+    return open_sweep(config, workdir, dataset), job
 
 
 def _train_all(config: ConfigDict, workdir: Path) -> bool:
     """Do what is left of a sweep; return False if it is complete."""
-    sweep, opened = _open(config, workdir)
-    dataset, part = opened.dataset, config.sweep.part
+    sweep, job = _open(config, workdir)
+    dataset, part = job.built, config.sweep.part
     if part == JOIN:
         sweep.check_planned()
     datasets.keep_data_report(dataset, workdir)
     if sweep.is_complete():
         return False
     name, first = next(iter(sweep.members.items()))
-    read = opened.job({name: first}).dataset
+    read = job.of({name: first}).dataset
     checks.check_teacher_signals(read, sweep.members.values())
     checks.check_labels(read)
     # By the memory that is free: of several processes, one decides.
@@ -124,44 +124,44 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
         for folder in sweep.folders:
             on_first(functools.partial(held.enter_context, hold(folder)))
         if part != JOIN:
-            _train_cohorts(config, sweep, opened)
-        elif untrained := _untrained(sweep, opened):
+            _train_cohorts(config, sweep, job)
+        elif untrained := _untrained(sweep, job):
             raise UserError(
                 f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
                 f"{', '.join(map(str, untrained))}; train each by its number, as "
                 f"sweep.part={untrained[0]}"
             )
-        _test_and_join(sweep, opened)
+        _test_and_join(sweep, job)
     return True
 
 
-def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened) -> None:
+def _train_cohorts(config: ConfigDict, sweep: Sweep, job: Job) -> None:
     """Train the cohorts one after the other, or first on a cluster, as one task each."""
     steps = 0
     # All are checked before the first one trains.
-    for job in map(opened.job, sweep.cohorts):
-        check_memory(job.config, job.groups, job.config.batch, job.dataset.spec)
-        steps += job.config.train.steps
+    for each in map(job.of, sweep.cohorts):
+        check_memory(each.config, each.groups, each.config.batch, each.dataset.spec)
+        steps += each.config.train.steps
     if config.launcher == "ray":
         if len(sweep.plan) == 1:
             logging.warning(
                 "the sweep is one cohort, so one task; set sweep.group_size to the members of a "
                 "cohort"
             )
-        calls = [(sweep.workdir, number) for number in _untrained(sweep, opened)]
+        calls = [(sweep.workdir, number) for number in _untrained(sweep, job)]
         cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
     with runs.progress_bar(sweep.workdir.name, steps) as bar:
         for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
-            _train_cohort(opened.job(cohort), folder, bar)
+            _train_cohort(job.of(cohort), folder, bar)
 
 
-def _untrained(sweep: Sweep, opened: Opened) -> list[int]:
+def _untrained(sweep: Sweep, job: Job) -> list[int]:
     """The numbers of the cohorts that are not trained and measured on validation."""
     cohorts = enumerate(zip(sweep.cohorts, sweep.folders, strict=True))
     return [
         number
         for number, (cohort, folder) in cohorts
-        if not is_measured(folder, opened.job(cohort).made_of)
+        if not is_measured(folder, job.of(cohort).made_of)
     ]
 
 
@@ -174,14 +174,14 @@ def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     write_measured(job, folder, job.made_of, measured)
 
 
-def _test_and_join(sweep: Sweep, opened: Opened) -> None:
+def _test_and_join(sweep: Sweep, job: Job) -> None:
     """Measure on test what validation chose, and write the tables of the whole sweep."""
     chosen = results.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
     referred: set[str] = set()
     for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
         if folder in tested:
-            job = opened.job(cohort)
+            job = job.of(cohort)
             serves = {name: chosen[name] for name in cohort if name in chosen}
             # Once per teacher, which is a final ranker of the references, too.
             _test_cohort(job, folder, serves, job.teacher_version not in referred)

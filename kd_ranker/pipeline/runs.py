@@ -17,7 +17,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.job import Job, open_job
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, fetched, owned, place_of
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
@@ -47,7 +47,7 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
     The results of a teacher hold the references as well: they show how much a final ranker leaves
     to gain, next to the oracle if known.
     """
-    job = Opened(config, unchanged=True).job(members)
+    job = open_job(config, members, unchanged=True)
     with owned(place) as folder:
         if members:
             checks.check_teacher_signals(job.dataset, members.values())
@@ -58,7 +58,7 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
         workdirs.check(folder, command, config, job.dataset.identity, without=free)
         workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
-            datasets.keep_data_report(job.opened.dataset, folder)
+            datasets.keep_data_report(job.built, folder)
         with progress_bar(folder.name, job.trainee.train.steps) as bar:
             states = fit(job, folder, bar)
         statistics = None if members else train_statistics(job)
@@ -181,7 +181,7 @@ def _model_to_start_from(job: Job) -> tuple[Model, Parameters]:
         role = "student" if job.members else "teacher"
         if ranker.role != role:
             raise UserError(f"train.warm_start={workdir} is of a {ranker.role}, not of a {role}")
-        dataset, before = job.opened.dataset, ranker.dataset.identity["dataset"]
+        dataset, before = job.built, ranker.dataset.identity["dataset"]
         if before not in (*dataset.earlier, dataset.identity["dataset"]):
             raise UserError(
                 f"train.warm_start={workdir} was trained on {before}, and its ids are not those of "

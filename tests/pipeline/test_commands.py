@@ -21,7 +21,7 @@ from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.pipeline import cohorts, datasets, measure, scoring
 from kd_ranker.pipeline import trained as finished
-from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.job import Job, open_job
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.lock import hold
@@ -83,12 +83,12 @@ def same_tables(one, other, *more):
 
 def job_of(config):
     """The job of the config's teacher."""
-    return Opened(config).job({})
+    return open_job(config)
 
 
 def student_parameters(workdir):
     config = workdirs.read_config(workdir)
-    job = Opened(config).job({"": config})
+    job = open_job(config, {"": config})
     (state,), step = finished.restored(job.groups, workdir, job.made_of)
     assert step == config.train.steps
     return select_member(state.parameters, 0)
@@ -291,7 +291,7 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     config = world.config(**SWEEP)
     tested = rows_of(swept, "test").set_index(["member", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
-    job = Opened(config).job(sweep_members(config))
+    job = open_job(config, sweep_members(config))
     states, step = finished.restored(job.groups, swept / "cohorts" / "0", job.made_of)
     assert step == config.train.steps
     # All serving choices, in a pass without references.
@@ -855,7 +855,7 @@ def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_
 def test_costs_are_those_of_the_teacher_that_was_trained(world):
     """Not of one that the student's own flags would describe."""
     config = world.config(teacher__width=64)
-    flops = measure.teacher_flops(Opened(config).job({"": config}))
+    flops = measure.teacher_flops(open_job(config, {"": config}))
     assert flops == measure.teacher_flops(job_of(world.config()))
     assert flops != measure.teacher_flops(job_of(config))
 

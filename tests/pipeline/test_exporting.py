@@ -18,7 +18,7 @@ from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import datasets, exporting
 from kd_ranker.pipeline.cluster import register
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.job import open_job
 from kd_ranker.pipeline.trained import load_teacher, open_finished, restored
 from kd_ranker.serving import write
 from kd_ranker.training import workdir as workdirs
@@ -153,7 +153,7 @@ def evaluated(ranker, name, dataset, config):
 
 def the_student(workdir):
     config = workdirs.read_config(workdir)
-    job = Opened(config).job({"": config})
+    job = open_job(config, {"": config})
     (state,), _ = restored(job.groups, workdir, job.made_of)
     recipe = job.groups[0].recipe
     parameters = select_member(state.parameters, 0)

@@ -1,13 +1,13 @@
 import json
 
 from kd_ranker.pipeline import runs
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.job import open_job
 from kd_ranker.pipeline.measure import measure
 
 
 def trained(members, workdir):
     """The rows of members that train in one program, by name, and the lines of `metrics.jsonl`."""
-    job = Opened(next(iter(members.values()))).job(members)
+    job = open_job(next(iter(members.values())), members)
     with runs.progress_bar("", 20) as bar:
         states = runs.fit(job, workdir, bar)
     measured = measure(job, "test", states)

@@ -18,7 +18,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import make_serve
 from kd_ranker.pipeline import datasets, scoring
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.job import open_job
 from kd_ranker.pipeline.trained import restored
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
@@ -129,7 +129,7 @@ def ids_in(dataset: Any, name: str) -> dict[Any, int]:
 
 def student_of(workdir: Path):
     config = workdirs.read_config(workdir)
-    return serve_and_parameters(Opened(config).job({"": config}), workdir)
+    return serve_and_parameters(open_job(config, {"": config}), workdir)
 
 
 def serve_and_parameters(job, workdir: Path, name: str = ""):
@@ -383,7 +383,7 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
     (cohort,) = (workdir / "cohorts").iterdir()
     members = sweep_members(workdirs.read_config(workdir))
-    own = serve_and_parameters(Opened(world.config).job(members), cohort, "none-seed1")
+    own = serve_and_parameters(open_job(world.config, members), cohort, "none-seed1")
     expected = served(world, *own, "user")
     assert_close(scores_in(named), expected)
 
