@@ -1,7 +1,7 @@
 import pytest
 
 from kd_ranker.config import checks
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError
 from tests.faults import fault_of
