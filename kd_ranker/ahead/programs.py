@@ -31,7 +31,7 @@ from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.sweep import Members, sweep_members
+from kd_ranker.sweep import Members, sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.loop import abstract_states
 from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of

@@ -22,8 +22,7 @@ from kd_ranker.pipeline.job import Job, open_job
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
-from kd_ranker.sweep.memory import check_memory, cohort_size
-from kd_ranker.sweep.sweep import TEST, Sweep, open_sweep, read_plan
+from kd_ranker.sweep import TEST, Sweep, check_memory, cohort_size, open_sweep, read_plan
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import on_first

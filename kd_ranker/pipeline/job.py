@@ -18,7 +18,7 @@ from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep.sweep import Members, common
+from kd_ranker.sweep import Members, common
 from kd_ranker.training import recipes
 from kd_ranker.training.recipes import Group
 

@@ -20,8 +20,7 @@ from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.job import Job, open_job
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, fetched, owned, place_of
-from kd_ranker.sweep.memory import check_memory, exhaustion_reported
-from kd_ranker.sweep.sweep import Members
+from kd_ranker.sweep import Members, check_memory, exhaustion_reported
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Begin, Run, make_run, scalar_name

@@ -25,7 +25,7 @@ from kd_ranker.evaluation.saving import (
     with_savings,
 )
 from kd_ranker.sources.logs.data_report import read_data_report
-from kd_ranker.sweep.sweep import FOLDER, TEST
+from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
     as_json,

@@ -26,7 +26,7 @@ from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
-from kd_ranker.sweep.sweep import sweep_members
+from kd_ranker.sweep import sweep_members
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member

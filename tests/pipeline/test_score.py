@@ -25,7 +25,7 @@ from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
-from kd_ranker.sweep.sweep import sweep_members
+from kd_ranker.sweep import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small

@@ -14,8 +14,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.distillation import losses
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.sweep.memory import CohortSize
-from kd_ranker.sweep.sweep import common, open_sweep, repeats, sweep_members
+from kd_ranker.sweep import CohortSize, common, open_sweep, repeats, sweep_members
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.recipes import shared_part
