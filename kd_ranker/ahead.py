@@ -30,13 +30,13 @@ from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
-from kd_ranker.pipeline.job import Members, Opened
+from kd_ranker.pipeline.job import Job
 from kd_ranker.pipeline.trained import Finished, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep import Members, sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.loop import abstract_states
 from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of
@@ -310,26 +310,26 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     )
 
 
-class _Shapes(Opened):
-    """A sample in place of a dataset, and shapes in place of the parameters of a teacher."""
+def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str) -> Job:
+    """The job of a program on a sample, with shapes in place of the parameters of a teacher.
 
-    def __init__(self, config: ConfigDict, sample: Dataset, platform: str):
-        super().__init__(config)
-        self.dataset, self._platform = sample, platform
-
-    def under(self, config: ConfigDict) -> tuple[Finished | None, Dataset]:
-        """The teacher of `teacher.workdir` if that exists, else of `config`; and the sample."""
-        if config.teacher.source != "live":
-            return None, self.dataset
+    The teacher is that of `teacher.workdir` if that exists, else of `config`.
+    """
+    job, members = Job(config, {}, sample), PROGRAMS[name](config)
+    if not members:
+        return job
+    finished = None
+    if config.teacher.source == "live":
         folder = Path(config.teacher.workdir)
         exists = config.teacher.workdir and (folder / workdir.CONFIG_FILE).exists()
-        trained = workdir.read_config(folder) if exists else self._config
-        group = recipes.teacher_group(trained, self.dataset.spec)
+        trained = workdir.read_config(folder) if exists else config
+        group = recipes.teacher_group(trained, sample.spec)
         model, (state,) = group.recipe.model, abstract_states([group])
-        learned = jax.eval_shape(lambda of: served(model, of, self._platform), state.parameters)
+        learned = jax.eval_shape(lambda of: served(model, of, platform), state.parameters)
         ranker = Ranker(make_serve(model, MODES["none"]), learned)
-        finished = Finished("", "teacher", "", trained, "user", model, ranker, "", self.dataset, {})
-        return finished, self.dataset
+        finished = Finished("", "teacher", "", trained, "user", model, ranker, "", sample, {})
+    job.last_teacher[next(iter(members.values())).teacher.workdir] = finished, sample
+    return job.of(members)
 
 
 PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
@@ -346,7 +346,7 @@ def _lower(
     name: str, config: ConfigDict, sample: Dataset, devices: Sequence[jax.Device]
 ) -> tuple[jax.stages.Lowered, Any]:
     """Lower the steps of a program; also return its abstract states and frozen arrays, placed."""
-    job = _Shapes(config, sample, devices[0].platform).job(PROGRAMS[name](config))
+    job = _job_of_shapes(name, config, sample, devices[0].platform)
     run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     packed, _ = run.batches.take(1)
     one: Any = jnp.int32(0)

@@ -32,7 +32,7 @@ from kd_ranker.serving.programs import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
-from kd_ranker.sweep.members import repeats, sweep_members
+from kd_ranker.sweep import repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]

@@ -340,7 +340,7 @@ _LOG = _of_source(
         "content of the incumbent's column: scores, higher first, or positions, smallest first",
         layout.INCUMBENT_SIGNALS),
     Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
-    Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.features.feature`"),
+    Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.defaults.feature`"),
     Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
     Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),

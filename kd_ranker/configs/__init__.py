@@ -4,7 +4,7 @@
 functions have the names of their files. Import a file by its full module name.
 """
 
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.configs import sweeps
 from kd_ranker.configs.cascade import get_config as cascade
 from kd_ranker.configs.ebnerd import get_config as ebnerd

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config.features import feature, features
+from kd_ranker.config.defaults import feature, features
 from kd_ranker.configs.parquet import get_config as parquet
 
 

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 
 # Variant -> features of a document, and the highest grade.
 _SETS = {"mq2008": (46, 2), "mslr": (136, 4), "istella": (220, 4)}

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature, features
+from kd_ranker.config.defaults import feature, features
 from kd_ranker.sources.movielens import stars_of
 
 

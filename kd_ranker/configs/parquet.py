@@ -7,7 +7,7 @@ name are not read.
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -5,7 +5,7 @@ import datetime
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import feature, features
+from kd_ranker.config.defaults import feature, features
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.features import features
+from kd_ranker.config.defaults import features
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -10,7 +10,6 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
@@ -18,18 +17,16 @@ from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
-from kd_ranker.pipeline import cluster, datasets, runs
-from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import Rankers, measure, train_statistics, write_measured
+from kd_ranker.pipeline import cluster, datasets, runs, trained
+from kd_ranker.pipeline.job import Job, open_job
+from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
-from kd_ranker.sweep.members import common
-from kd_ranker.sweep.memory import check_memory, cohort_size
-from kd_ranker.sweep.sweep import TEST, Sweep, open_sweep, read_plan
+from kd_ranker.sweep import TEST, Sweep, check_memory, cohort_size, open_sweep, read_plan
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import on_first
-from kd_ranker.training.recipes import student_groups
+from kd_ranker.training.state import States
 
 
 def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
@@ -48,14 +45,14 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
         if not _train_all(config, folder):
             show(f"the sweep in {workdir} is complete; there is nothing to do")
         if part == PLAN:
-            cohorts = len(read_plan(folder)[1])
+            cohorts = len(read_plan(folder))
             show(f"cohorts: {cohorts}")
             show(f"numbers: 0-{cohorts - 1}")
 
 
 def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
     """Train one cohort of a planned sweep, holding only its folder; return how many there are."""
-    sweep, opened = _open(config, workdir)
+    sweep, job = _open(config, workdir)
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
@@ -63,7 +60,7 @@ def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
             f"numbered from 0 to {len(sweep.plan) - 1}"
         )
     with owned(sweep.folders[number]):
-        _train_planned(sweep, opened, number)
+        _train_planned(sweep, job, number)
     return len(sweep.plan)
 
 
@@ -74,54 +71,50 @@ def train_cohort(workdir: Path, number: int) -> None:
     """
     config = workdirs.read_config(workdir)
     try:
-        opened = Opened(config)
-        sweep = open_sweep(config, workdir, opened.dataset.identity)
-        _train_planned(sweep, opened, number)
+        job = open_job(config)
+        sweep = open_sweep(config, workdir, job.built.identity)
+        _train_planned(sweep, job, number)
     except UserError as error:
         raise UserError(f"cohort {number}: {error}") from error
 
 
-def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
+def _train_planned(sweep: Sweep, job: Job, number: int) -> None:
     """Train one cohort; its folder is held already."""
-    job = opened.job(sweep.cohorts[number])
-    sweep.check_teacher(number, job.teacher_version)
-    checks.check_teacher_signals(job.dataset, job.members.values())
+    job = job.of(sweep.cohorts[number])
     with runs.progress_bar(sweep.workdir.name, job.config.train.steps) as bar:
         _train_cohort(job, sweep.folders[number], bar)
 
 
-def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Opened]:
+def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Job]:
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
-    opened = Opened(config, unchanged=True)
-    dataset, free = opened.dataset.identity, schema.without_influence("report")
+    job = open_job(config, unchanged=True)
+    dataset, free = job.built.identity, schema.without_influence("report")
     if not config.sweep.extend:
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
     # These change no more than how it is tested, joined and reported.
     free += ["costs", "report", "funnel.policies"]
     workdirs.check(workdir, "sweep", config, dataset, without=free)
-    return open_sweep(config, workdir, dataset), opened
+    return open_sweep(config, workdir, dataset), job
 
 
 def _train_all(config: ConfigDict, workdir: Path) -> bool:
     """Do what is left of a sweep; return False if it is complete."""
-    sweep, opened = _open(config, workdir)
-    dataset, part = opened.dataset, config.sweep.part
+    sweep, job = _open(config, workdir)
+    dataset, part = job.built, config.sweep.part
     if part == JOIN:
         sweep.check_planned()
     datasets.keep_data_report(dataset, workdir)
     if sweep.is_complete():
         return False
     name, first = next(iter(sweep.members.items()))
-    read = opened.job({name: first}).dataset
+    read = job.of({name: first}).dataset
     checks.check_teacher_signals(read, sweep.members.values())
     checks.check_labels(read)
     # By the memory that is free: of several processes, one decides.
     size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
-    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
-    if not sweep.plan:
-        workdirs.write_config(workdir, "sweep", config, dataset.identity)
-    sweep = sweep.planned(size, lambda member: opened.job({"": member}).teacher_version)
+    sweep = sweep.planned(size)
+    # Last, so that an extension counts once its cohorts are known.
     workdirs.write_config(workdir, "sweep", config, dataset.identity)
     if part == PLAN:
         return True
@@ -130,42 +123,44 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
         for folder in sweep.folders:
             on_first(functools.partial(held.enter_context, hold(folder)))
         if part != JOIN:
-            _train_cohorts(config, sweep, opened, read.spec)
-        elif untrained := _untrained(sweep, opened):
+            _train_cohorts(config, sweep, job)
+        elif untrained := _untrained(sweep, job):
             raise UserError(
                 f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
                 f"{', '.join(map(str, untrained))}; train each by its number, as "
                 f"sweep.part={untrained[0]}"
             )
-        _test_and_join(sweep, opened)
+        _test_and_join(sweep, job)
     return True
 
 
-def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened, spec: FeatureSpec) -> None:
+def _train_cohorts(config: ConfigDict, sweep: Sweep, job: Job) -> None:
     """Train the cohorts one after the other, or first on a cluster, as one task each."""
-    shared = [common(cohort) for cohort in sweep.cohorts]
-    for cohort, each in zip(sweep.cohorts, shared, strict=True):
-        check_memory(each, student_groups(cohort, spec), each.batch, spec)
+    steps = 0
+    # All are checked before the first one trains.
+    for each in map(job.of, sweep.cohorts):
+        check_memory(each.config, each.groups, each.config.batch, each.dataset.spec)
+        steps += each.config.train.steps
     if config.launcher == "ray":
         if len(sweep.plan) == 1:
             logging.warning(
                 "the sweep is one cohort, so one task; set sweep.group_size to the members of a "
                 "cohort"
             )
-        calls = [(sweep.workdir, number) for number in _untrained(sweep, opened)]
+        calls = [(sweep.workdir, number) for number in _untrained(sweep, job)]
         cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
-    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
+    with runs.progress_bar(sweep.workdir.name, steps) as bar:
         for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
-            _train_cohort(opened.job(cohort), folder, bar)
+            _train_cohort(job.of(cohort), folder, bar)
 
 
-def _untrained(sweep: Sweep, opened: Opened) -> list[int]:
+def _untrained(sweep: Sweep, job: Job) -> list[int]:
     """The numbers of the cohorts that are not trained and measured on validation."""
     cohorts = enumerate(zip(sweep.cohorts, sweep.folders, strict=True))
     return [
         number
         for number, (cohort, folder) in cohorts
-        if not is_measured(folder, opened.job(cohort).made_of)
+        if not is_measured(folder, job.of(cohort).made_of)
     ]
 
 
@@ -178,18 +173,18 @@ def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     write_measured(job, folder, job.made_of, measured)
 
 
-def _test_and_join(sweep: Sweep, opened: Opened) -> None:
+def _test_and_join(sweep: Sweep, job: Job) -> None:
     """Measure on test what validation chose, and write the tables of the whole sweep."""
     chosen = results.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
     referred: set[str] = set()
-    for index, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
+    for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
         if folder in tested:
-            # Once per teacher, which is a final ranker of the references, too.
-            with_references = sweep.teachers[index] not in referred
-            referred.add(sweep.teachers[index])
+            job = job.of(cohort)
             serves = {name: chosen[name] for name in cohort if name in chosen}
-            _test_cohort(opened.job(cohort), folder, serves, with_references)
+            # Once per teacher, which is a final ranker of the references, too.
+            _test_cohort(job, folder, serves, job.teacher_version not in referred)
+            referred.add(job.teacher_version)
     sweep.join(tested)
 
 
@@ -206,8 +201,7 @@ def _test_cohort(
         owner[policy.FILE] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
-    groups = [group.only(serves) for group in _restored(job, folder)] if serves else []
-    students = [group for group in groups if group.names]
+    students = _restored(job, folder) if serves else ()
     statistics, measured = None, []
     fitted: Mapping[Who, Each] = {}
     if with_references:
@@ -220,10 +214,10 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def _restored(job: Job, folder: Path) -> list[Rankers]:
+def _restored(job: Job, folder: Path) -> States:
     """The trained students of a cohort; those of a damaged checkpoint are trained again."""
-    trained, step = runs.trained_rankers(job, folder)
+    states, step = trained.restored(job.groups, folder, job.made_of)
     if step == job.config.train.steps:
-        return trained
+        return states
     with runs.progress_bar(folder.name, job.config.train.steps) as bar:
         return runs.fit(job, folder, bar)

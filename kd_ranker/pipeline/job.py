@@ -1,12 +1,11 @@
 """The job of a command: rankers that train together, their dataset, their teacher, their settings.
 
 A command makes it once from a config. The functions that train and measure take it instead of a
-config and values from that. The dataset and the teacher are opened at first use and stay open.
+config and values from that. The teacher is opened at first use and stays open.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -19,56 +18,9 @@ from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline import datasets, trained
 from kd_ranker.pipeline.trained import Finished
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep.members import common
+from kd_ranker.sweep import Members, common
 from kd_ranker.training import recipes
 from kd_ranker.training.recipes import Group
-
-Members = Mapping[str, ConfigDict]  # configs by name, in the order of training
-
-
-class Opened:
-    """The dataset of a config and the last teacher of its students; each is opened at first use."""
-
-    def __init__(self, config: ConfigDict, unchanged: bool = False):
-        """Open nothing yet; `unchanged` makes raw files that have changed an error."""
-        self._config, self._unchanged = config, unchanged
-        self._of_teacher: dict[str, tuple[Finished | None, Dataset]] = {}
-
-    @functools.cached_property
-    def dataset(self) -> Dataset:
-        """The dataset as it was built; UserError if it was not, or its raw files have changed."""
-        opens = datasets.current_dataset if self._unchanged else datasets.dataset_of
-        return opens(self._config)
-
-    def under(self, config: ConfigDict) -> tuple[Finished | None, Dataset]:
-        """The teacher of students with this config, and the dataset that they learn from.
-
-        With `teacher.source = "logged"` the probabilities come with the dataset: from the teacher
-        in `teacher.workdir`, or, if that is empty, from the dataset's own logs, and then the
-        teacher is None. Only the last teacher stays open, so jobs of one teacher should follow each
-        other.
-
-        Raises:
-          UserError: the teacher or its scores are missing, or the dataset holds no probabilities.
-        """
-        workdir, live = config.teacher.workdir, config.teacher.source == "live"
-        if workdir not in self._of_teacher:
-            teacher, dataset = None, self.dataset
-            if live or workdir:
-                teacher = trained.load_teacher(config, dataset)
-                if not live:
-                    dataset = datasets.dataset_under(config, dataset, teacher.version)
-            elif not dataset.spec.teacher_version:
-                raise UserError(
-                    f"{config.data.name} holds no teacher probabilities; name a teacher in "
-                    f"teacher.workdir and make them with: {datasets.LOG_TEACHER}"
-                )
-            self._of_teacher = {workdir: (teacher, dataset)}
-        return self._of_teacher[workdir]
-
-    def job(self, members: Members) -> "Job":
-        """The job of students that share their batches and their teacher; of none, a teacher's."""
-        return Job(common(members) if members else self._config, members, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,25 +30,56 @@ class Job:
     Attributes:
       config: what its members have in common.
       members: the configs of the students; none in the job of a teacher.
-      opened: the dataset as it was built, and its last teacher; the jobs of a sweep share it.
+      built: the dataset as it was built.
+      last_teacher: the teacher that was opened last, and the dataset with its scores, by its
+        workdir. The jobs of a sweep share it, so those of one teacher should follow each other.
     """
 
     config: ConfigDict
     members: Members
-    opened: Opened
+    built: Dataset
+    last_teacher: dict[str, tuple[Finished | None, Dataset]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def of(self, members: Members) -> "Job":
+        """The job of other students on the same dataset, which share batches and a teacher."""
+        return dataclasses.replace(self, config=common(members), members=members)
 
     @functools.cached_property
     def _read(self) -> tuple[Finished | None, Dataset]:
-        return self.opened.under(self.config) if self.members else (None, self.opened.dataset)
+        config, dataset, teacher = self.config, self.built, None
+        workdir, live = config.teacher.workdir, config.teacher.source == "live"
+        if self.members and workdir not in self.last_teacher:
+            if live or workdir:
+                teacher = trained.load_teacher(config, dataset)
+                if not live:
+                    dataset = datasets.dataset_under(config, dataset, teacher.version)
+            elif not dataset.spec.teacher_version:
+                raise UserError(
+                    f"{config.data.name} holds no teacher probabilities; name a teacher in "
+                    f"teacher.workdir and make them with: {datasets.LOG_TEACHER}"
+                )
+            self.last_teacher.clear()
+            self.last_teacher[workdir] = teacher, dataset
+        return self.last_teacher[workdir] if self.members else (None, dataset)
 
     @property
     def teacher(self) -> Finished | None:
-        """The final ranker of the students; None where the dataset's logs replace it."""
+        """The final ranker of the students; None where the dataset's logs replace it.
+
+        Raises:
+          UserError: it is missing, or with `teacher.source = "logged"` its scores are, or without a
+            `teacher.workdir` the dataset holds no probabilities.
+        """
         return self._read[0]
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset that its members learn from, with the scores of a logged teacher."""
+        """The dataset that its members learn from, with the scores of a logged teacher.
+
+        It raises the same errors as `teacher`.
+        """
         return self._read[1]
 
     @property
@@ -118,7 +101,7 @@ class Job:
     def groups(self) -> list[Group]:
         """The groups that one program trains."""
         # Without the teacher, which a trained student does not need.
-        spec = self.opened.dataset.spec
+        spec = self.built.spec
         if self.members:
             return recipes.student_groups(self.members, spec)
         return [recipes.teacher_group(self.config, spec)]
@@ -148,3 +131,15 @@ class Job:
     def kept_ks(self) -> list[int]:
         """The k at which the curves of each request are kept, and among which policies choose."""
         return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)
+
+
+def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool = False) -> Job:
+    """Open the dataset of students that train together, or without members of their teacher.
+
+    `unchanged` makes raw files that have changed an error.
+
+    Raises:
+      UserError: the dataset was not built, or its raw files have changed.
+    """
+    opens = datasets.current_dataset if unchanged else datasets.dataset_of
+    return Job(common(members) if members else config, members or {}, opens(config))

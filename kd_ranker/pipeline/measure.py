@@ -1,7 +1,8 @@
 """Measuring trained rankers: from their parameters to the rows of a run's tables."""
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,36 +26,9 @@ from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
 from kd_ranker.training.mapping import first_devices, own_devices
-from kd_ranker.training.state import select_member
+from kd_ranker.training.state import States, select_member, steps_of_members
 
 _NOT_COUNTED = float("nan")
-
-
-class Rankers(NamedTuple):
-    """A trained group of rankers.
-
-    Attributes:
-      names: one per member; "" for a teacher.
-      ranker: its parameters are stacked.
-      steps: the last step of each member.
-      non_finite_step: for each member 0, or the step at which its loss stopped being finite.
-    """
-
-    names: tuple[str, ...]
-    ranker: Ranker
-    steps: tuple[int, ...]
-    non_finite_step: tuple[int, ...]
-
-    def only(self, names: Collection[str]) -> "Rankers":
-        """The members with one of these names, in their order here, if any."""
-        at = [place for place, name in enumerate(self.names) if name in names]
-        parameters = jax.tree.map(lambda leaf: leaf[np.array(at, int)], self.ranker.parameters)
-        return Rankers(
-            tuple(self.names[place] for place in at),
-            self.ranker._replace(parameters=parameters),
-            tuple(self.steps[place] for place in at),
-            tuple(self.non_finite_step[place] for place in at),
-        )
 
 
 class Measured(NamedTuple):
@@ -77,7 +51,7 @@ def train_statistics(job: Job) -> Statistics:
 def measure(
     job: Job,
     split: str,
-    trained: Sequence[Rankers] = (),
+    states: States = (),
     *,
     serves: Mapping[str, Collection[str]] | None = None,
     statistics: Statistics | None = None,
@@ -86,27 +60,28 @@ def measure(
     limit: int = 0,
     costs: bool = True,
 ) -> Measured:
-    """Measure the teacher, then the students by member and serving choice, in one pass.
+    """Measure the teacher, then the trained students by member and serving choice, in one pass.
 
     Args:
       job: the job of the students, or of the teacher.
       split: the requests to read, "validation" or "test".
-      trained: the trained groups of the job's members, if any, or of a teacher's job the teacher.
-      serves: the serving choices of each member; None takes all.
+      states: the trained states of the job's groups; () measures only the teacher of students.
+      serves: the serving choices of each member to measure; None takes all of all members.
       statistics: those that references use, which are then measured as well.
       fitted: the contribution of each validation request, for the policies of `report_at`.
       keep: whether to keep the contribution of each request; None keeps those of the test split.
       limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
       costs: whether to count FLOPs. An evaluation during training omits them, and the bar.
     """
-    students, teacher = trained, job.live_teacher and job.live_teacher.ranker
+    teacher = job.live_teacher and job.live_teacher.ranker
     if not job.members:
-        ((_, own, _, _),), students = trained, ()
-        teacher = own._replace(parameters=select_member(own.parameters, 0))
-    groups = [
-        group.ranker._replace(serves=[serves[name] for name in group.names] if serves else None)
-        for group in students
-    ]
+        (group,), (state,), states = job.groups, states, ()
+        own = select_member(state.parameters, 0)
+        teacher = Ranker(make_serve(group.recipe.model, group.recipe.mode), own)
+    if serves is None:
+        serves = {name: MODES[of.distill.mode].serve for name, of in job.members.items()}
+    students = [*_students(job, states, serves)] if states else []
+    groups = [ranker for ranker, _ in students]
     referred: tuple[str, ...] = ()
     if statistics is not None:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
@@ -132,20 +107,42 @@ def measure(
     seed, step = (of.seed, of.teacher.train.steps) if known else (None, None)
     row = named("teacher", results.TEACHER) | {"seed": seed, "step": step}
     add(row | cost(flops_of_teacher), of_teacher, None)
-    for group, of_group in zip(students, of_groups, strict=False):
-        first = job.members[group.names[0]]
-        flops = _student_flops(first, job.dataset.spec) if costs else {}
-        for index, name in enumerate(group.names):
-            for serve in serves[name] if serves else MODES[first.distill.mode].serve:
+    for (_, members), of_group in zip(students, of_groups, strict=False):
+        flops = _student_flops(job.members[members[0].name], job.dataset.spec) if costs else {}
+        for (name, last_step, non_finite_step), of_member in zip(members, of_group, strict=True):
+            for serve in serves[name]:
                 row = named("student", name, serve) | cost(flops.get(serve, _NOT_COUNTED))
-                row |= results.made_of(job.members[name]) | {"step": group.steps[index]}
-                if non_finite_step := group.non_finite_step[index]:
+                row |= results.made_of(job.members[name]) | {"step": last_step}
+                if non_finite_step:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                 else:
-                    add(row, of_group[index][serve], of_teacher)
+                    add(row, of_member[serve], of_teacher)
     for name in referred:
         add(named("reference", name) | {"seed": seed}, of_groups[-1][0][name], of_teacher)
     return measured
+
+
+class _Student(NamedTuple):
+    name: str
+    last_step: int
+    non_finite_step: int  # 0 if its loss stayed finite
+
+
+def _students(
+    job: Job, states: States, serves: Mapping[str, Collection[str]]
+) -> Iterator[tuple[Ranker, list[_Student]]]:
+    """Of each trained group, the members with serving choices, if any, and a ranker of these."""
+    for group, state in zip(job.groups, states, strict=True):
+        steps = np.asarray(steps_of_members(state, group.numbers))
+        non_finite = np.asarray(state.non_finite_step)
+        at = [place for place, name in enumerate(group.names) if name in serves]
+        students = [_Student(group.names[of], int(steps[of]), int(non_finite[of])) for of in at]
+        parameters = state.parameters
+        if len(at) < len(group.names):
+            parameters = jax.tree.map(operator.itemgetter(np.array(at, int)), parameters)
+        serve = make_serve(group.recipe.model, group.recipe.mode)
+        if students:
+            yield Ranker(serve, parameters, serves=[serves[of.name] for of in students]), students
 
 
 def _summed(

@@ -1,7 +1,9 @@
-"""Training runs: devices, batches and evaluations of a teacher, a student or a cohort."""
+"""Training runs: start, devices, batches and evaluations of a teacher, a student or a cohort."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,18 +12,18 @@ from tqdm import tqdm
 
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
+from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.job import Job, Members, Opened
-from kd_ranker.pipeline.measure import Rankers, measure, train_statistics, write_measured
-from kd_ranker.pipeline.remote import Place, owned
-from kd_ranker.pipeline.warm import warm_start
-from kd_ranker.sweep.memory import check_memory, exhaustion_reported
+from kd_ranker.pipeline.job import Job, open_job
+from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
+from kd_ranker.pipeline.remote import Place, fetched, owned, place_of
+from kd_ranker.sweep import Members, check_memory, exhaustion_reported
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.loop import Run, make_run, scalar_name
+from kd_ranker.training.loop import Begin, Run, make_run, scalar_name
 from kd_ranker.training.loop import fit as fit_run
 from kd_ranker.training.mapping import (
     MAPPINGS,
@@ -31,8 +33,8 @@ from kd_ranker.training.mapping import (
     own_devices,
 )
 from kd_ranker.training.processes import check_same, is_first
-from kd_ranker.training.recipes import TEACHER_STAGES
-from kd_ranker.training.state import Frozen, LiveTeacher, States, steps_of_members
+from kd_ranker.training.recipes import TEACHER_STAGES, Group
+from kd_ranker.training.state import Frozen, LiveTeacher, States, select_member
 
 # Choices are made on the first; the second is read for the report.
 _MEASURED_SPLITS = ("validation", "test")
@@ -44,7 +46,7 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
     The results of a teacher hold the references as well: they show how much a final ranker leaves
     to gain, next to the oracle if known.
     """
-    job = Opened(config, unchanged=True).job(members)
+    job = open_job(config, members, unchanged=True)
     with owned(place) as folder:
         if members:
             checks.check_teacher_signals(job.dataset, members.values())
@@ -52,13 +54,14 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
             checks.check_teacher_log(config, job.dataset)
         checks.check_labels(job.dataset)
         free = schema.without_influence("student" if members else "teacher")
-        workdirs.claim(folder, command, config, job.dataset.identity, without=free)
+        workdirs.check(folder, command, config, job.dataset.identity, without=free)
+        workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
-            datasets.keep_data_report(job.opened.dataset, folder)
+            datasets.keep_data_report(job.built, folder)
         with progress_bar(folder.name, job.trainee.train.steps) as bar:
-            rankers = fit(job, folder, bar)
+            states = fit(job, folder, bar)
         statistics = None if members else train_statistics(job)
-        measured = (measure(job, of, rankers, statistics=statistics) for of in _MEASURED_SPLITS)
+        measured = (measure(job, of, states, statistics=statistics) for of in _MEASURED_SPLITS)
         write_measured(job, folder, job.made_of, *measured)
 
 
@@ -68,17 +71,17 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit(job: Job, workdir: Path, bar: tqdm) -> list[Rankers]:
-    """Train the rankers of a job in one program on the same batches.
+def fit(job: Job, workdir: Path, bar: tqdm) -> States:
+    """Train the rankers of a job in one program on the same batches; return their states.
 
     `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
     most. Memory that a device lacks becomes one line.
     """
-    rankers, train = _rankers_of(job), job.trainee.train
+    train = job.trainee.train
 
     def progress(states: States) -> dict[str, float]:
         limit = train.eval_limit
-        measured = measure(job, "validation", rankers(states), limit=limit, costs=False)
+        measured = measure(job, "validation", states, limit=limit, costs=False)
         serves = {name: of.distill.serve for name, of in job.members.items()}
         return {
             scalar_name(f"eval/{column}", name if job.members else ""): value
@@ -93,35 +96,7 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> list[Rankers]:
         check_same("dataset", str(job.dataset.identity))
         check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
         made_of, begin = job.made_of, warm_start(job)
-        states = fit_run(prepare_run(job), train, workdir, made_of, progress, bar, begin)
-        return rankers(states)
-
-
-def _rankers_of(job: Job) -> Callable[[States], list[Rankers]]:
-    """Return the function from the states of a job's groups to their trained rankers."""
-    serves = [make_serve(group.recipe.model, group.recipe.mode) for group in job.groups]
-
-    def rankers(states: States) -> list[Rankers]:
-        return [
-            Rankers(
-                names=group.names,
-                ranker=Ranker(serve, state.parameters),
-                steps=tuple(np.asarray(steps_of_members(state, group.numbers)).tolist()),
-                non_finite_step=tuple(np.asarray(state.non_finite_step).tolist()),
-            )
-            for group, serve, state in zip(job.groups, serves, states, strict=True)
-        ]
-
-    return rankers
-
-
-def trained_rankers(job: Job, workdir: Path) -> tuple[list[Rankers], int]:
-    """Restore the rankers that `fit` has trained in a folder, and the last step of any.
-
-    The newest checkpoint that can be read counts; without any, the result is ([], 0).
-    """
-    states, step = trained.restored(job.groups, workdir, job.made_of)
-    return (_rankers_of(job)(states) if step else []), step
+        return fit_run(prepare_run(job), train, workdir, made_of, progress, bar, begin)
 
 
 def prepare_run(
@@ -168,3 +143,86 @@ def _device_map(job: Job, devices: Sequence[jax.Device]) -> DeviceMap:
     else:
         members = members_axis(len(devices), sizes, job.trainee.batch.requests)
     return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
+
+
+def warm_start(job: Job) -> Begin | None:
+    """Return a function that starts initial states from `train.warm_start`; None if that is "".
+
+    The dataset is that of the earlier run, or one that extends it (`data.extends`), so known ids
+    keep their rows. The parameters are those of that run, with the slots of embedding rows. Rows of
+    new ids are as initialized. The step, the schedule and the optimizer of dense parameters start
+    from zero.
+
+    The function raises UserError: there is no such run or it is not finished, it was trained on
+    other ids, or its model has other sizes.
+    """
+
+    def begin(states: States) -> States:
+        model, start = _model_to_start_from(job)
+        return tuple(
+            dataclasses.replace(
+                state, parameters=_grown(job, model, start, group, state.parameters)
+            )
+            for group, state in zip(job.groups, states, strict=True)
+        )
+
+    return begin if job.trainee.train.warm_start else None
+
+
+def _model_to_start_from(job: Job) -> tuple[Model, Parameters]:
+    """Return the model to start from, and its parameters on the host."""
+    workdir = job.trainee.train.warm_start
+    with fetched(place_of(workdir)) as folder:
+        try:
+            ranker = trained.open_finished(folder)
+        except UserError as error:
+            raise UserError(f"train.warm_start={workdir}: {error}") from error
+        role = "student" if job.members else "teacher"
+        if ranker.role != role:
+            raise UserError(f"train.warm_start={workdir} is of a {ranker.role}, not of a {role}")
+        dataset, before = job.built, ranker.dataset.identity["dataset"]
+        if before not in (*dataset.earlier, dataset.identity["dataset"]):
+            raise UserError(
+                f"train.warm_start={workdir} was trained on {before}, and its ids are not those of "
+                f"{dataset.directory}; name a run on that dataset, or on one that it extends"
+            )
+        parameters = ranker.parameters
+        if role == "teacher":  # which is served without slots
+            state, _ = trained.restored_teacher(ranker.config, ranker.dataset, folder)
+            parameters = select_member(state.parameters, 0)
+        return ranker.model, jax.tree.map(np.asarray, parameters)
+
+
+def _grown(
+    job: Job, model: Model, start: Parameters, group: Group, fresh: Parameters
+) -> Parameters:
+    """Return the parameters of a group's members, the same for each except in rows of new ids."""
+    old, new = model.embedding, group.recipe.model.embedding
+
+    def shapes(dense: Any, members: int) -> Any:
+        return jax.tree.structure(dense), [of.shape[members:] for of in jax.tree.leaves(dense)]
+
+    agree = shapes(start.dense, 0) == shapes(fresh.dense, 1)
+    agree &= {name: of.hashed for name, of in old.tables.items()} == {
+        name: of.hashed for name, of in new.tables.items()
+    }
+    if not agree or any(
+        start.tables[name].shape[1] != fresh.tables[name].shape[2]
+        or old.tables[name].size > of.size
+        or (of.hashed and old.tables[name].size != of.size)
+        for name, of in new.tables.items()
+    ):
+        raise UserError(
+            f"train.warm_start={job.trainee.train.warm_start} has a model of other sizes, or rows "
+            "of another optimizer, than the config; keep the keys of the model, distill.mode and "
+            "optimizer.table_name of that run"
+        )
+    tables: dict[str, Any] = {}
+    for name, rows in start.tables.items():
+        table = np.array(fresh.tables[name])
+        known = old.tables[name].size
+        table[:, :known] = rows[:known]
+        table[:, new.tables[name].size] = rows[known]  # that of ids without a row
+        tables[name] = table
+    dense = jax.tree.map(lambda of, like: np.broadcast_to(of, like.shape), start.dense, fresh.dense)
+    return Parameters(dense, tables)

@@ -24,7 +24,7 @@ from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.remote import Place, fetched, place_of
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, open_sweep
+from kd_ranker.sweep import TEST, Members, Sweep, open_sweep
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import abstract_states
@@ -288,7 +288,7 @@ def _policy(folder: Path, student: Finished, name: str) -> Policy:
 
 
 def _student(
-    title: str, serve: str, name: str, members: Cohort, dataset: Dataset, folder: Path
+    title: str, serve: str, name: str, members: Members, dataset: Dataset, folder: Path
 ) -> Finished:
     """The student `name` of those that were trained together in a folder."""
     config = members[name]

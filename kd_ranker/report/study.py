@@ -29,7 +29,7 @@ from kd_ranker.evaluation.saving import (
 )
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.sources.logs.data_report import read_data_report
-from kd_ranker.sweep.sweep import FOLDER, TEST
+from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
     as_json,
@@ -298,7 +298,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
     free = [*schema.may_differ(), *schema.without_influence("report")]
-    flat = {name: values_by_key(as_json(config), free) for name, config in configs.items()}
+    flat = {name: values_by_key(config, free) for name, config in configs.items()}
     (first, here), *others = flat.items()
     for other, there in others:
         differing = [

@@ -67,14 +67,14 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
-    """Return the values of a config as JSON by keys like `train.steps`.
+def values_by_key(config: ConfigDict, without: Sequence[str] = ()) -> dict[str, object]:
+    """Return the values of a config, as JSON has them, by keys like `train.steps`.
 
     `without` are keys, or sections, to leave out.
     """
     return {
         key: value
-        for key, value in flatten_dict(json.loads(text), sep=".").items()
+        for key, value in flatten_dict(json.loads(config.to_json()), sep=".").items()
         if not any(f"{key}.".startswith(f"{other}.") for other in without)
     }
 
@@ -91,21 +91,12 @@ def owner_of(workdir: Path) -> str | None:
     return read_environment(workdir).get("command")
 
 
-def claim(
-    workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
-) -> None:
-    """Claim `workdir` for this run: `check`, then `write_config`.
-
-    This replaces the config, which may differ in keys that affect only measurements.
-    """
-    check(workdir, command, config, dataset, without)
-    write_config(workdir, command, config, dataset)
-
-
 def check(
     workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
 ) -> None:
     """Check that `workdir` is free or contains a run of this command, config and dataset.
+
+    The run may then claim it by `write_config`.
 
     Args:
       workdir: the folder of the run.
@@ -123,7 +114,7 @@ def check(
     owner = owner_of(workdir)
     if owner not in (None, command):
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    there, here = (values_by_key(as_json(of), without) for of in (read_config(workdir), config))
+    there, here = (values_by_key(of, without) for of in (read_config(workdir), config))
     if differing := manifest.differences(there, here):
         raise UserError(
             f"{workdir} holds a run of another config; use another --workdir or set back: "

@@ -26,7 +26,7 @@ from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BLOCK, BatchIterator
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.job import open_job
 from kd_ranker.requests import row_files
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training.mapping import MAPPINGS
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config.data.dir = folder
         api.prepare(config)
-        dataset = Opened(config).job({"": config}).dataset
+        dataset = open_job(config, {"": config}).dataset
         few, many = (repeated(dataset, number, Path(folder)) for number in (FEW, MANY))
         iterators, starts = {}, {}
         for name, of in {"memory": few, "cached": few, "cold": many}.items():

@@ -23,7 +23,7 @@ from kd_ranker import api
 from kd_ranker.batches.cutting import Span, unpack
 from kd_ranker.batches.training import BLOCK
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.job import open_job
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, training_batches
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config.data.dir = folder
         api.prepare(config)
-        dataset = Opened(config).job({"": config}).dataset
+        dataset = open_job(config, {"": config}).dataset
         mapping = MAPPINGS["shard_map"](jax.devices()[:1])
         start = time.perf_counter()
         batches = iter(training_batches(config, dataset, devices=mapping, resident=True))

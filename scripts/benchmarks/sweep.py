@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.job import open_job
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, first_batch
 
@@ -75,7 +75,7 @@ def steps_and_floor(config: Any, members: int) -> dict[str, Any]:
     read and written, once each way. XLA counts the body of the loop that updates tables once, so
     the few operations in there are left out.
     """
-    job = Opened(config).job({"": config})
+    job = open_job(config, {"": config})
     teacher, dataset = job.teacher, job.dataset
     assert teacher is not None
     batch = first_batch(config, dataset)

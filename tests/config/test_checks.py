@@ -18,7 +18,7 @@ from kd_ranker.configs.sweeps import cascade as cascade_sweep
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep import sweep_members
 from tests.faults import fault_of
 
 

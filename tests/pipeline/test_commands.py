@@ -21,12 +21,12 @@ from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring
 from kd_ranker.pipeline import trained as finished
-from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.job import Job, open_job
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep import sweep_members
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -83,14 +83,15 @@ def same_tables(one, other, *more):
 
 def job_of(config):
     """The job of the config's teacher."""
-    return Opened(config).job({})
+    return open_job(config)
 
 
 def student_parameters(workdir):
     config = workdirs.read_config(workdir)
-    ((group,), step) = runs.trained_rankers(Opened(config).job({"": config}), workdir)
+    job = open_job(config, {"": config})
+    (state,), step = finished.restored(job.groups, workdir, job.made_of)
     assert step == config.train.steps
-    return select_member(group.ranker.parameters, 0)
+    return select_member(state.parameters, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -290,11 +291,11 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     config = world.config(**SWEEP)
     tested = rows_of(swept, "test").set_index(["member", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
-    job = Opened(config).job(sweep_members(config))
-    students, step = runs.trained_rankers(job, swept / "cohorts" / "0")
+    job = open_job(config, sweep_members(config))
+    states, step = finished.restored(job.groups, swept / "cohorts" / "0", job.made_of)
     assert step == config.train.steps
     # All serving choices, in a pass without references.
-    every = measure.measure(job, "test", students)
+    every = measure.measure(job, "test", states)
     kept_of_sweep = results.read_requests(swept / "cohorts" / "0" / "test").each
     for row in every.rows:
         who = row["member"], row["serve"]
@@ -548,10 +549,11 @@ def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path, monkeypatch):
         assert fault_of(part_of, world, tmp_path, "join").startswith(f"{tmp_path} is held by")
         assert part_of(world, tmp_path, "0")
     assert not list(tmp_path.rglob(".lock"))
-    # Nor is it trained under another teacher than was planned.
+    # Nor is it trained under another teacher than before.
     monkeypatch.setattr(Job, "teacher_version", "another")
     fault = fault_of(part_of, world, tmp_path, "0")
-    assert fault.endswith("and now it is another; use another --workdir")
+    assert "belongs to another run: teacher (" in fault
+    assert "there, another now); use another --workdir" in fault
     assert fault_of(cohorts.train_cohort, tmp_path, 0) == f"cohort 0: {fault}"
 
 
@@ -682,12 +684,6 @@ def change_members(workdir):
     path.write_text(path.read_text().replace("seed0", "seed1", 1))
 
 
-def change_teacher(workdir):
-    path = workdir / "cohorts.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"teachers": ["elsewhere"]}))
-    (workdir / results.FILE).unlink()
-
-
 def forget_config(workdir):
     for name in ("config.json", "environment.json"):
         (workdir / name).unlink()
@@ -703,7 +699,6 @@ def forget_config(workdir):
             "20 belongs to another run: config (",
         ),
         (change_members, {}, "20 belongs to another run: config ("),
-        (change_teacher, {}, "holds a sweep under the teacher elsewhere"),
         (forget_config, {"optimizer__warmup_steps": 3}, "20 belongs to another run: config ("),
     ],
 )
@@ -860,7 +855,7 @@ def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_
 def test_costs_are_those_of_the_teacher_that_was_trained(world):
     """Not of one that the student's own flags would describe."""
     config = world.config(teacher__width=64)
-    flops = measure.teacher_flops(Opened(config).job({"": config}))
+    flops = measure.teacher_flops(open_job(config, {"": config}))
     assert flops == measure.teacher_flops(job_of(world.config()))
     assert flops != measure.teacher_flops(job_of(config))
 
@@ -891,6 +886,24 @@ def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path, command, rat
     with pytest.raises(UserError, match=message):
         command(world.config(**changes, **of_teacher), tmp_path)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_member_that_is_not_finite_after_its_last_step_is_marked_with_that_step(world, tmp_path):
+    """The loss that would tell is one that it no longer trains on."""
+    short = {"train__steps": 1, "optimizer__learning_rate": 1e39}
+    same = {"distill__mode": "none", "optimizer__schedule": "constant", "train__log_every": 1}
+    members = {
+        "healthy": world.config(train__steps=3, **same),
+        "ill": world.config(**same | short),
+    }
+    job = open_job(members["healthy"], members)
+    with runs.progress_bar("", 20) as bar:
+        measured = measure.measure(job, "test", runs.fit(job, tmp_path, bar))
+    steps = {name: [] for name in ("teacher", *members)}
+    for row in measured.rows:
+        steps[row["member"]].append(row.get("non_finite_step"))
+    assert steps == {"teacher": [None], "healthy": [None], "ill": [1]}
+    assert [line["step"] for line in metrics(tmp_path) if "loss/ill" in line] == [1]
 
 
 def test_the_funnels_own_k_and_the_criterions_target_are_always_reported(world):

@@ -14,11 +14,12 @@ from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.student import STUDENTS
-from kd_ranker.pipeline import datasets, exporting, runs
+from kd_ranker.pipeline import datasets, exporting
 from kd_ranker.pipeline.cluster import register
-from kd_ranker.pipeline.job import Opened
-from kd_ranker.pipeline.trained import load_teacher, open_finished
+from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.trained import load_teacher, open_finished, restored
 from kd_ranker.serving import check, programs
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -164,9 +165,11 @@ def evaluated(ranker, name, dataset, config):
 
 def the_student(workdir):
     config = workdirs.read_config(workdir)
-    job = Opened(config).job({"": config})
-    (students,), _ = runs.trained_rankers(job, workdir)
-    ranker = students.ranker._replace(parameters=select_member(students.ranker.parameters, 0))
+    job = open_job(config, {"": config})
+    (state,), _ = restored(job.groups, workdir, job.made_of)
+    recipe = job.groups[0].recipe
+    parameters = select_member(state.parameters, 0)
+    ranker = Ranker(make_serve(recipe.model, recipe.mode), parameters)
     return ranker, job.dataset, config
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import kd_ranker as kd
 from kd_ranker.pipeline import cohorts
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep import sweep_members
 from tests.report import sweeps
 
 
@@ -28,7 +28,7 @@ def test_the_import_takes_little_along_and_names_are_functions_whatever_is_impor
     program = """
 import sys, kd_ranker as kd
 assert not {"jax", "pandas"} & {*sys.modules}
-import kd_ranker.sweep.members, kd_ranker.report.write
+import kd_ranker.sweep, kd_ranker.report.write
 assert callable(kd.sweep) and callable(kd.report), (kd.sweep, kd.report)
 from kd_ranker import configs
 assert kd.configs is configs

@@ -16,14 +16,16 @@ from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import datasets, runs, scoring
-from kd_ranker.pipeline.job import Opened
+from kd_ranker.evaluation.evaluate import make_serve
+from kd_ranker.pipeline import datasets, scoring
+from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.trained import restored
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
@@ -127,8 +129,15 @@ def ids_in(dataset: Any, name: str) -> dict[Any, int]:
 
 def student_of(workdir: Path):
     config = workdirs.read_config(workdir)
-    (group,), _ = runs.trained_rankers(Opened(config).job({"": config}), workdir)
-    return group.ranker.serve, select_member(group.ranker.parameters, 0)
+    return serve_and_parameters(open_job(config, {"": config}), workdir)
+
+
+def serve_and_parameters(job, workdir: Path, name: str = ""):
+    """What serves the student of this name, and its parameters in the newest checkpoint."""
+    states, _ = restored(job.groups, workdir, job.made_of)
+    ((group, state),) = (of for of in zip(job.groups, states, strict=True) if name in of[0].names)
+    parameters = select_member(state.parameters, group.names.index(name))
+    return make_serve(group.recipe.model, group.recipe.mode), parameters
 
 
 def served(world: World, serve: Any, parameters: Any, name: str, items: Any = None) -> Scores:
@@ -374,9 +383,8 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
     (cohort,) = (workdir / "cohorts").iterdir()
     members = sweep_members(workdirs.read_config(workdir))
-    groups, _ = runs.trained_rankers(Opened(world.config).job(members), cohort)
-    (own,) = (of for group in groups if (of := group.only(("none-seed1",))).names)
-    expected = served(world, own.ranker.serve, select_member(own.ranker.parameters, 0), "user")
+    own = serve_and_parameters(open_job(world.config, members), cohort, "none-seed1")
+    expected = served(world, *own, "user")
     assert_close(scores_in(named), expected)
 
 

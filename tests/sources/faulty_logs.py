@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.configs import parquet
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.logs.layout import ALLOWABLE, LogLayout, read_layout

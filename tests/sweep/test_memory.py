@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import itertools
 import math
 import os
@@ -15,10 +16,11 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.key import Bound
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.sweep import memory
-from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes
 from tests.random_batches import SPEC
+
+# An attribute of the package has this name too: the function.
+sweep = importlib.import_module("kd_ranker.sweep")
 
 
 def bytes_of(config, spec=SPEC):
@@ -31,16 +33,16 @@ def bytes_of(config, spec=SPEC):
 def test_a_cohort_is_what_the_config_says_or_as_many_as_fit_with_the_margin(monkeypatch):
     config = cascade("small")
     config.sweep.group_size = 3
-    assert memory.cohort_size(config, [config], SPEC) == (3, 1)
+    assert sweep.cohort_size(config, [config], SPEC) == (3, 1)
     config.sweep.group_size = 0
     config.parallel.devices = 1
     wide = config.copy_and_resolve_references()
     wide.student.width *= 2
-    one = memory._MARGIN * bytes_of(wide)
-    assert one > memory._MARGIN * bytes_of(config)
+    one = sweep._MARGIN * bytes_of(wide)
+    assert one > sweep._MARGIN * bytes_of(config)
     for free, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
-        monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
-        assert memory.cohort_size(config, [config, wide], SPEC) == (fit, 1)
+        monkeypatch.setattr(sweep, "free_memory", lambda _, free=free: free)
+        assert sweep.cohort_size(config, [config, wide], SPEC) == (fit, 1)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +61,10 @@ def test_a_cohort_has_as_many_members_as_fit_each_device_that_they_are_spread_ov
     monkeypatch, changes, spread
 ):
     config = cascade("small")
-    one = memory._MARGIN * bytes_of(config)
-    monkeypatch.setattr(memory, "free_memory", lambda _: 3.5 * one)
+    one = sweep._MARGIN * bytes_of(config)
+    monkeypatch.setattr(sweep, "free_memory", lambda _: 3.5 * one)
     config.parallel.update(changes)
-    blocks, members = memory.cohort_size(config, [config], SPEC)
+    blocks, members = sweep.cohort_size(config, [config], SPEC)
     assert members == spread
     # Of a device's share of the tables there is room for more.
     assert blocks > 3 if "tables" in changes else blocks == 3
@@ -74,30 +76,30 @@ def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(monkeypatch)
     for devices, tables in ((1, "replicated"), (2, "sharded")):
         config.parallel.update({"devices": devices, "tables": tables})
         needed = bytes_of(config) / devices
-        monkeypatch.setattr(memory, "free_memory", lambda _, needed=needed: needed + 1)
-        memory.check_memory(config, groups, config.batch, SPEC)
-        monkeypatch.setattr(memory, "free_memory", lambda _, needed=needed: needed - 1)
+        monkeypatch.setattr(sweep, "free_memory", lambda _, needed=needed: needed + 1)
+        sweep.check_memory(config, groups, config.batch, SPEC)
+        monkeypatch.setattr(sweep, "free_memory", lambda _, needed=needed: needed - 1)
         with pytest.raises(UserError, match="training needs at least"):
-            memory.check_memory(config, groups, config.batch, SPEC)
+            sweep.check_memory(config, groups, config.batch, SPEC)
 
 
 def test_a_device_that_is_full_is_reported_in_one_line():
-    with pytest.raises(UserError) as caught, memory.exhaustion_reported():
+    with pytest.raises(UserError) as caught, sweep.exhaustion_reported():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nAllocator")
     assert str(caught.value).startswith("a device has too little memory: RESOURCE_EXHAUSTED: Out")
     assert "lower sweep.group_size, batch.requests" in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.exhaustion_reported():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), sweep.exhaustion_reported():
         raise jax.errors.JaxRuntimeError("INTERNAL: another fault")
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():
     config = cascade("small")
     config.parallel.devices = 1
-    whole = memory.free_memory(config)
+    whole = sweep.free_memory(config)
     assert 10**6 < whole < 10**13
     config.parallel.devices = 4
-    assert memory.free_memory(config) < whole / 3
+    assert sweep.free_memory(config) < whole / 3
 
 
 def sizes(key):
@@ -136,11 +138,11 @@ def test_a_config_of_any_sizes_can_be_trained_or_is_one_line(data):
             num_items=config.data.num_items,
             history_length=config.data.history_length,
         )
-        members = itertools.islice(sweep_members(config).items(), 3)
+        members = itertools.islice(sweep.sweep_members(config).items(), 3)
         groups = recipes.student_groups(dict(members), spec)
-        memory.check_memory(config, groups, config.batch, spec)
+        sweep.check_memory(config, groups, config.batch, spec)
         teacher = [recipes.teacher_group(config, spec)]
-        memory.check_memory(config, teacher, config.teacher.batch, spec)
+        sweep.check_memory(config, teacher, config.teacher.batch, spec)
     except UserError as error:
         event(re.sub(r"[^a-z ]", "", str(error))[:30])
         assert "\n" not in str(error)  # noqa: PT017

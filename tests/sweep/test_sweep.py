@@ -1,39 +1,330 @@
 import collections
 import dataclasses
+import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_ranker.config import schema
+from kd_ranker.config import checks, schema
 from kd_ranker.configs import cascade
+from kd_ranker.distillation import losses
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.sweep.members import common, sweep_members
-from kd_ranker.sweep.memory import CohortSize
-from kd_ranker.sweep.sweep import open_sweep
+from kd_ranker.sweep import CohortSize, common, open_sweep, repeats, sweep_members
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.recipes import shared_part
+from kd_ranker.training.state import Frozen
+from kd_ranker.training.step import make_step
+from tests.faults import fault_of
+from tests.random_batches import SPEC, random_batch, random_items
 
 DATASET = {"dataset": "small/0123456789ab"}
 
 
-def config_of(data_seeds=(), **sweep):
+def config_of(axes=(), **sweep):
+    """A config with `sweep.NAME=value`, and axes by the names of their keys."""
     config = cascade("small")
     config.sweep.update(sweep)
-    config.sweep.axes.batch.seed = tuple(data_seeds)
+    for key, values in dict(axes).items():
+        section, _, last = f"sweep.axes.{key}".rpartition(".")
+        schema.value_of(config, section)[last] = values
     return config
 
 
-def planned(folder, size, config, teacher=lambda member: ""):
+def test_modes_times_weights_times_seeds_and_none_once_a_seed():
+    members = sweep_members(config_of(weights=(0.5, 2), seeds=(0, 7)))
+    assert list(members) == [
+        f"{member}-seed{seed}"
+        for seed in (0, 7)
+        for member in (
+            "none", "aux-weight0.5", "aux-weight2.0", "shared-weight0.5", "shared-weight2.0",
+        )
+    ]  # fmt: skip
+    member = members["aux-weight2.0-seed7"]
+    assert (member.distill.mode, member.distill.weight, member.seed) == ("aux", 2.0, 7)
+    assert members["none-seed0"].distill.weight == 0
+
+
+def test_data_seeds_repeat_the_whole_population():
+    members = sweep_members(config_of(modes=("none", "shared"), axes={"batch.seed": (0, 3)}))
+    assert list(members) == [
+        "none-seed0", "shared-weight1.0-seed0", "none-seed0-data3", "shared-weight1.0-seed0-data3",
+    ]  # fmt: skip
+    assert [member.batch.seed for member in members.values()] == [0, 0, 3, 3]
+
+
+def test_numbers_are_swept_and_the_tables_rate_keeps_its_ratio():
+    config = config_of(
+        modes=("none", "shared"),
+        axes={"distill.temperature": (1.0, 2.0), "optimizer.learning_rate": (0.01, 0.02)},
+    )
+    config.optimizer.learning_rate, config.optimizer.table_learning_rate = 0.01, 0.006
+    members = sweep_members(config)
+    assert list(members) == [
+        "none-seed0",
+        "none-rate0.02-seed0",
+        "shared-weight1.0-seed0",
+        "shared-weight1.0-temperature2.0-seed0",
+        "shared-weight1.0-rate0.02-seed0",
+        "shared-weight1.0-temperature2.0-rate0.02-seed0",
+    ]
+    member = members["shared-weight1.0-temperature2.0-rate0.02-seed0"]
+    assert member.distill.temperature == 2.0
+    assert member.optimizer.learning_rate == 0.02
+    assert member.optimizer.table_learning_rate == pytest.approx(0.012)
+    assert members["shared-weight1.0-seed0"].optimizer.table_learning_rate == 0.006
+
+
+AXES = {
+    "batch.seed": (0, 1),
+    "distill.temperature": (1.0, 4.0),
+    "student.width": (32, 16),
+    "student.hidden": ((64,), (64, 32)),
+    "train.steps": (20, 10),
+}
+
+
+def test_any_key_that_a_sweep_may_vary_is_an_axis():
+    config = config_of(modes=("none", "aux"))
+    for key in schema.sweepable():
+        if key.name in schema.NAMED_AXES:
+            continue
+        own = schema.value_of(config, key.name)
+        section, _, last = f"sweep.axes.{key.name}".rpartition(".")
+        values = (own, another(key, own))
+        schema.value_of(config, section)[last] = values
+        members = sweep_members(config)
+        checks.validate(config)
+        swept = {schema.value_of(member, key.name) for member in members.values()}
+        assert swept == set(values), key.name
+        # Mode none reads nothing of `distill`, so it stands once for all that is swept there.
+        none = 1 if key.of_distillation else 2
+        assert len(members) == none + 2, key.name
+        schema.value_of(config, section)[last] = ()
+
+
+def another(key, own):
+    """A second value of a key."""
+    if key.name == "distill.loss":
+        return "topk:stage"
+    if key.name == "distill.terms":
+        return ("ranknet", "softmax:stage")
+    if isinstance(own, bool):
+        return not own
+    if isinstance(own, str):
+        return next(name for name in key.allowed if name != own)
+    if isinstance(own, tuple):
+        return (*own, 8)
+    return (
+        own / 2
+        if isinstance(own, float) and own
+        else own + (16 if key.name.startswith("batch") else 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "suffixes"),
+    [
+        (
+            {"distill.term_weights": ((1.0, 0.3), (1.0, 1.0))},
+            ["-term_weights1.0x0.3", "-term_weights1.0x1.0"],
+        ),
+        (
+            {"distill.terms": (("softmax", "listmle:stage"), ("softmax",), ("bce", "topk:stage"))},
+            ["", "-termssoftmax", "-termsbce+topk:stage"],
+        ),
+    ],
+)
+def test_terms_and_their_weights_are_swept(axes, suffixes):
+    config = config_of(modes=("none", "aux"), axes=axes)
+    config.distill.terms = ("softmax", "listmle:stage")
+    checks.validate(config)
+    members = [f"aux-weight1.0{suffix}-seed0" for suffix in suffixes]
+    assert list(sweep_members(config)) == ["none-seed0", *members]
+
+
+def test_the_names_of_members_tell_every_two_apart():
+    shorts = [key.short for key in schema.sweepable()]
+    assert len(set(shorts) - {"name"}) == len(shorts) - shorts.count("name")
+    members = sweep_members(config_of(axes=AXES))
+    flat = [json.dumps(member.to_dict(), sort_keys=True) for member in members.values()]
+    assert len(set(flat)) == len(flat)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"weights": (1.0, 1)}, "sweep.weights=(1.0, 1) names a value twice"),
+        ({"whole_repeats": True, "axes": {"batch.seed": (0, 3)}}, "batch.seed has nothing to vary"),
+        (
+            {"axes": {"distill.temperature": (0.0,)}},
+            "sweep.axes.distill.temperature holds 0.0, which must be greater than 0",
+        ),
+        ({"axes": {"distill.loss": ("hinge",)}}, "sweep.axes.distill.loss='hinge' does not exist"),
+        ({"axes": {"student.width": (16.0,)}}, "holds 16.0; it takes whole numbers"),
+        ({"axes": {"student.hidden": (16,)}}, "holds 16; it takes tuples"),
+        ({"axes": {"student.hidden": ((16, 0),)}}, "holds 0, which must be greater than 0"),
+        ({"axes": {"distill.terms": ((1,),)}}, "sweep.axes.distill.terms holds 1; it takes names"),
+        ({"axes": {"distill.term_weights": ((-1.0,),)}}, "holds -1.0, which must not be negative"),
+        (
+            {"axes": {"distill.terms": (("topk:stage",),), "teacher.signal": ("logged", "stage")}},
+            "sweep.axes.teacher.signal changes nothing of a loss with its own signal",
+        ),
+        ({"axes": {"distill.affine": ("no",)}}, "holds 'no'; it takes truth values"),
+    ],
+)
+def test_bad_axes_are_one_line(sweep, message):
+    assert message in fault_of(checks.validate, config_of(**sweep))
+
+
+WAYS = (
+    "distill.mode=none",
+    "distill.mode=none train.unshown_weight=0.1,0.3",
+    "distill.mode=none train.user_loss=bce+softmax",
+    "distill.mode=aux distill.loss=topk:stage",
+    "distill.mode=aux,shared distill.loss=bce,topk",
+)
+
+
+def test_ways_are_the_union_of_their_products():
+    config = config_of(
+        ways=WAYS, seeds=(0, 1), weights=(0.5, 1.0), axes={"optimizer.learning_rate": (0.01, 0.02)}
+    )
+    config.optimizer.learning_rate = 0.01
+    checks.validate(config)
+    members = sweep_members(config)
+    first = [
+        name.removesuffix("-seed0")
+        for name, member in members.items()
+        if member.seed == 0 and member.optimizer.learning_rate == 0.01
+    ]
+    assert first == [
+        "none",
+        "none-unshown0.1",
+        "none-unshown0.3",
+        "none-user_lossbce+softmax",
+        "aux-topk:stage-weight0.5",
+        "aux-topk:stage-weight1.0",
+        *(
+            f"{mode}-{loss}weight{weight}"
+            for mode in ("aux", "shared")
+            for loss in ("", "topk-")
+            for weight in (0.5, 1.0)
+        ),
+    ]
+    assert len(members) == len(first) * 2 * 2
+    swept = {key.name for key in schema.axes(config)}
+    assert {"train.unshown_weight", "train.user_loss", "distill.loss"} <= swept
+    assert {"user_loss", "unshown_weight", "distill_loss"} <= {*results.KEYS, *results.OTHER_KEYS}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"weights": (1.0,)}, {"weights": (1.0, 3.0), "axes": AXES}),
+        ({"ways": WAYS[:1]}, {"ways": WAYS}),
+    ],
+)
+def test_a_sweep_that_grows_keeps_its_members(before, after):
+    before, after = (sweep_members(config_of(**of)) for of in (before, after))
+    assert [name for name in after if name in before] == list(before)
+    for name, member in before.items():
+        same, other = after[name].to_dict(), member.to_dict()
+        del same["sweep"], other["sweep"]
+        assert same == other
+
+
+def test_values_of_ways_have_the_types_of_their_keys():
+    text = (
+        "distill.mode=aux student.hidden=64,32x16 distill.terms=topk:stage+softmax "
+        "distill.affine=False train.steps=7 distill.weight=2 seed=3,4"
+    )
+    config = config_of(ways=(text,))
+    checks.validate(config)
+    members = list(sweep_members(config).values())
+    assert [member.student.hidden for member in members] == [(64,), (32, 16)] * 2
+    assert [member.seed for member in members] == [3, 3, 4, 4]
+    for member in members:
+        distill = member.distill
+        assert distill.terms == ("topk:stage", "softmax")
+        assert (distill.affine, member.train.steps, distill.weight) == (False, 7, 2.0)
+    config.sweep.whole_repeats = True
+    assert [repeat.seed for repeat in repeats(config)] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("distil.mode=none", "sweep.ways='distil.mode=none': no sweep varies 'distil.mode'"),
+        ("data.seed=1", "no sweep varies 'data.seed'"),
+        ("none", "write 'none' as KEY=VALUE,VALUE"),
+        ("train.steps=5 train.steps=6", "assigns train.steps twice"),
+        ("train.steps=5.0", "sweep.axes.train.steps holds '5.0'; it takes whole numbers"),
+        ("train.unshown_weight=-1", "sweep.axes.train.unshown_weight holds -1.0, which must not"),
+        ("distill.mode=all", "sweep.modes='all' does not exist"),
+        ("distill.affine=yes", "sweep.axes.distill.affine holds 'yes'; it takes truth values"),
+        ("student.hidden=8xa", "sweep.axes.student.hidden holds 'a'; it takes whole numbers"),
+    ],
+)
+def test_a_bad_way_is_one_line_that_quotes_it(way, message):
+    fault = fault_of(checks.validate, config_of(ways=("distill.mode=none", way)))
+    assert message in fault
+    assert fault.startswith(f"sweep.ways={way!r}")
+
+
+@pytest.mark.parametrize("sweep", [{"modes": ("shared",)}, {"axes": {"train.steps": (5, 6)}}])
+def test_an_axis_that_all_ways_replace_is_refused(sweep):
+    ways = ("distill.mode=none train.steps=7", "distill.mode=aux train.steps=8")
+    checks.validate(config_of(ways=ways))
+    with pytest.raises(UserError, match=r"has no effect, since each of sweep\.ways assigns"):
+        checks.validate(config_of(ways=ways, **sweep))
+    checks.validate(config_of(ways=(*ways, "train.unshown_weight=0.1"), modes=("shared",)))
+
+
+def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch):
+    def lead(logits, probability, weight, numbers=losses.DEFAULT_NUMBERS):
+        known = jnp.where(weight > 0, probability, 0.5)
+        values = jnp.maximum(numbers.own["least"] - (2 * known - 1) * logits, 0.0)
+        return losses.weighted_totals(values, weight)
+
+    monkeypatch.setitem(losses.LOSSES, "lead", losses.Loss(lead, numbers={"least": 1.0}))
+    config = cascade("small")
+    config.distill.loss, config.sweep.modes = "lead", ("shared",)
+    (default,) = recipes.student_groups(sweep_members(config), SPEC)
+    assert default.numbers.loss.own["least"].tolist() == [1.0]
+    config.sweep.axes.distill.numbers = ((0.5,), (2.0,))
+    checks.validate(config)
+    members = sweep_members(config)
+    (group,) = recipes.student_groups(members, SPEC)
+    assert group.numbers.loss.own["least"].tolist() == [0.5, 2.0]
+    mapping = MAPPINGS["shard_map"](jax.devices()[:1])
+    step = mapping.map_step(make_step([group.recipe]))
+    state = mapping.create(lambda deal: (group.init(),))
+    frozen = mapping.place(Frozen(random_items(), None))
+    _, of_groups = step(state, mapping.shard(random_batch(0)), (group.numbers,), frozen)
+    small, large = np.asarray(of_groups[0]["distill_loss"]).ravel()
+    assert large > small > 0
+    assert "distill.numbers" in results.OTHER_KEYS  # a column of results.csv
+    config.sweep.axes.distill.numbers = ((0.5, 2.0),)
+    with pytest.raises(UserError, match=r"has 2 numbers, and the losses take 1 \(least\)"):
+        recipes.student_groups(sweep_members(config), SPEC)
+
+
+def planned(folder, size, config):
     size = CohortSize(size) if isinstance(size, int) else size
-    return open_sweep(config, folder, DATASET).planned(size, teacher)
+    return open_sweep(config, folder, DATASET).planned(size)
 
 
 @given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
 def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
     tmp_path_factory, size, seeds, data_seeds
 ):
-    config = config_of(range(data_seeds), seeds=tuple(range(seeds)))
+    config = config_of({"batch.seed": tuple(range(data_seeds))}, seeds=tuple(range(seeds)))
     sweep = planned(tmp_path_factory.mktemp("sweep"), size, config)
     assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
     for cohort in sweep.cohorts:
@@ -66,43 +357,34 @@ def test_a_device_holds_no_more_members_of_a_cohort_than_fit(
 
 def test_ways_on_the_same_batches_share_a_cohort(tmp_path):
     ways = ("distill.mode=none", "distill.mode=aux distill.loss=topk:stage")
-    config = config_of((0, 1), ways=ways)
+    config = config_of({"batch.seed": (0, 1)}, ways=ways)
     sweep = planned(tmp_path, 9, config)
     assert sweep.plan == [
         ["none-seed0", "aux-topk:stage-weight1.0-seed0"],
         ["none-seed0-data1", "aux-topk:stage-weight1.0-seed0-data1"],
     ]
-    config = config_of((0, 1), ways=(*ways, "distill.mode=shared"))
+    config = config_of({"batch.seed": (0, 1)}, ways=(*ways, "distill.mode=shared"))
     grown = planned(tmp_path, 9, config)
     assert grown.plan[:2] == sweep.plan
     assert grown.plan[2:] == [["shared-weight1.0-seed0"], ["shared-weight1.0-seed0-data1"]]
 
 
-def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
-    before = planned(tmp_path, 2, config_of(weights=(1.0,)))
-    after = planned(tmp_path, 8, config_of(weights=(1.0, 3.0)))
-    assert after.plan[: len(before.plan)] == before.plan
-    assert after.plan[len(before.plan) :] == [["aux-weight3.0-seed0", "shared-weight3.0-seed0"]]
-
-
-def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
+def test_a_plan_is_read_as_it_was_written(tmp_path):
     fresh = open_sweep(config_of(), tmp_path, DATASET)
-    assert (fresh.plan, fresh.teachers, fresh.is_complete()) == ([], [], False)
-    started = planned(tmp_path, 2, config_of(), lambda member: "first")
+    assert (fresh.plan, fresh.is_complete()) == ([], False)
+    started = planned(tmp_path, 2, config_of())
     read = open_sweep(config_of(), tmp_path, DATASET)
     assert dataclasses.replace(read, members={}) == dataclasses.replace(started, members={})
-    assert planned(tmp_path, 5, config_of(), lambda member: "first").plan == started.plan
-    with pytest.raises(UserError, match="under the teacher first, and now it is second"):
-        planned(tmp_path, 2, config_of(), lambda member: "second")
+    assert planned(tmp_path, 5, config_of()).plan == started.plan
 
 
 def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
     config = config_of(seeds=(0, 7), whole_repeats=True)
     config.teacher.workdir = "runs/teacher"
-    sweep = planned(tmp_path, 9, config, lambda member: member.teacher.workdir)
-    assert sweep.teachers == ["runs/teacher/seed0", "runs/teacher/seed7"]
+    sweep = planned(tmp_path, 9, config)
     for seed, cohort in zip((0, 7), sweep.cohorts, strict=True):
         assert len(cohort) == 3
+        assert {of.teacher.workdir for of in cohort.values()} == {f"runs/teacher/seed{seed}"}
         assert {member.seed for member in cohort.values()} == {seed}
         assert common(cohort).batch.seed == common(cohort).teacher.batch.seed == seed
 

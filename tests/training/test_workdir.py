@@ -18,13 +18,19 @@ def config_with(**changes):
     return ConfigDict({"seed": 0, "sizes": (1, 2), "train": {"steps": 3}} | changes)
 
 
+def claim(folder, command, config, dataset, without=()):
+    """What each run does before it writes anything else."""
+    workdirs.check(folder, command, config, dataset, without)
+    workdirs.write_config(folder, command, config, dataset)
+
+
 def test_a_workdir_is_claimed_by_one_config(tmp_path):
     workdir = tmp_path / "a" / "b"
-    workdirs.claim(workdir, "train", config_with(), DATASET)
-    workdirs.claim(workdir, "train", config_with(), DATASET)
+    claim(workdir, "train", config_with(), DATASET)
+    claim(workdir, "train", config_with(), DATASET)
     assert workdirs.read_config(workdir).train.steps == 3
     other = config_with(train={"steps": 4}, extra=1)
-    fault = fault_of(workdirs.claim, workdir, "train", other, DATASET)
+    fault = fault_of(claim, workdir, "train", other, DATASET)
     assert "another --workdir" in fault
     assert "train.steps (3 there, 4 now)" in fault
     assert "extra (None there, 1 now)" in fault
@@ -86,25 +92,25 @@ def test_tensorboard_is_told_as_it_goes_and_by_no_thread(tmp_path):
 
 
 def test_what_does_not_matter_to_a_run_may_change(tmp_path):
-    workdirs.claim(tmp_path, "train", config_with(trainer=1), DATASET)
-    workdirs.claim(
+    claim(tmp_path, "train", config_with(trainer=1), DATASET)
+    claim(
         tmp_path, "train", config_with(train={"steps": 4}, trainer=1), DATASET, without=("train",)
     )
     # A section is left out whole, and not what merely begins with its name.
     with pytest.raises(UserError, match=r"trainer \(1 there, 2 now\)"):
-        workdirs.claim(tmp_path, "train", config_with(trainer=2), DATASET, without=("train",))
+        claim(tmp_path, "train", config_with(trainer=2), DATASET, without=("train",))
 
 
 def test_a_workdir_of_another_dataset_is_refused(tmp_path):
-    workdirs.claim(tmp_path, "train", config_with(), DATASET)
+    claim(tmp_path, "train", config_with(), DATASET)
     other = {"dataset": "small/ba9876543210"}
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert fault_of(workdirs.claim, tmp_path, "train", config_with(), other) == (
+    assert fault_of(claim, tmp_path, "train", config_with(), other) == (
         f"{tmp_path} holds a run on the dataset small/0123456789ab, and data.dir holds "
         "small/ba9876543210, which has other content; name the data.dir of the first one, or "
         "use another --workdir"
     )
-    workdirs.claim(tmp_path, "train", config_with(), DATASET)
+    claim(tmp_path, "train", config_with(), DATASET)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -117,8 +123,8 @@ def test_a_workdir_of_another_dataset_is_refused(tmp_path):
 )
 @pytest.mark.parametrize("damaged", ['{"seed', "\x00", "[]"])
 def test_a_damaged_file_is_named_with_a_remedy_and_stays(tmp_path, file, message, damaged):
-    workdirs.claim(tmp_path, "train", config_with(), DATASET)
+    claim(tmp_path, "train", config_with(), DATASET)
     (tmp_path / file).write_text(damaged)
     with pytest.raises(UserError, match=message):
-        workdirs.claim(tmp_path, "train", config_with(), DATASET)
+        claim(tmp_path, "train", config_with(), DATASET)
     assert (tmp_path / file).read_text() == damaged

@@ -45,7 +45,7 @@ def literal(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One entry of `config.data.features`; see `kd_ranker.config.features.feature`."""
+    """One entry of `config.data.features`; see `kd_ranker.config.defaults.feature`."""
 
     name: str
     of: str
@@ -295,7 +295,7 @@ def _read_features(data: ConfigDict, name: str) -> list[Feature]:
     key, value = f"data.features.{name}", data.features[name]
     known = {field.name for field in dataclasses.fields(Feature)} - {"name", "place"}
     if not isinstance(value, ConfigDict) or set(value) != known:
-        raise UserError(f"{key} must be made by kd_ranker.config.features.feature")
+        raise UserError(f"{key} must be made by kd_ranker.config.defaults.feature")
     feature = Feature(name, **{**value, "column": value.column or name})
     check_choice(f"{key}.of", feature.of, FEATURE_OWNERS)
     check_choice(f"{key}.kind", feature.kind, FEATURE_KINDS)

@@ -13,8 +13,8 @@ import pytest
 from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.job import Opened
-from kd_ranker.pipeline.warm import warm_start
+from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.runs import warm_start
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
@@ -268,7 +268,7 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_
     after = second()
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.train.warm_start, config.seed = str(tmp_path / "monday"), 7
-    job = Opened(config).job({"": config})
+    job = open_job(config, {"": config})
     fresh = tuple(group.init() for group in job.groups)
     (begun,) = warm_start(job)(fresh)
     leaves = (jax.tree.leaves(of) for of in (begun.parameters.dense, old.dense))
@@ -317,13 +317,13 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
     second()
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
-    job = Opened(config).job({})
+    job = open_job(config)
     (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
     np.testing.assert_array_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
     assert table[:, :known, config.teacher.width + 1 :].any()
     config.teacher.train.warm_start, config.train.warm_start = "", str(tmp_path / "monday")
-    student = Opened(config).job({"": config})
+    student = open_job(config, {"": config})
     with pytest.raises(UserError, match="monday is of a teacher, not of a student"):
         warm_start(student)(())

@@ -7,7 +7,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from tests import faults

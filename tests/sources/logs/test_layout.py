@@ -1,7 +1,7 @@
 import pytest
 
 from kd_ranker.config import checks
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError
 from tests.faults import fault_of
@@ -76,7 +76,7 @@ def test_a_config_survives_the_file_that_a_workdir_keeps(tmp_path):
     from kd_ranker.training import workdir
 
     config = config_with()
-    workdir.claim(tmp_path, "train", config, {"dataset": "d"})
+    workdir.write_config(tmp_path, "train", config, {"dataset": "d"})
     assert layout_of(workdir.read_config(tmp_path)) == layout_of(config)
 
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.sources.logs import leaks
 from tests.sources import faulty_logs
 from tests.sources.logs.test_findings import read_source, write_small_log

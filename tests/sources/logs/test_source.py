@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker import api
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs import database, rejected

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from kd_ranker.config.features import feature
+from kd_ranker.config.defaults import feature
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 from tests.sources.log_server import Server

@@ -1,0 +1,403 @@
+"""A sweep: its members, the memory that they take, its cohorts in a workdir and their progress.
+
+The members of a cohort share their batches, so they agree in the keys that determine batches. As
+many members as fit the memory of a device share a program. A sweep is a list of cohorts, trained
+one after the other. The list is decided once and stored in `cohorts.json`. A resumed sweep
+continues with it, even on another machine, and an extended sweep adds to it.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pandas as pd
+import psutil
+from ml_collections import ConfigDict
+
+from kd_ranker import manifest
+from kd_ranker.batch import FeatureSpec, abstract_batch
+from kd_ranker.config import schema
+from kd_ranker.config.key import Key
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import policy, results
+from kd_ranker.evaluation.results import is_whole, write_tables
+from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
+from kd_ranker.manifest import MadeOf
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.recipes import Group, shared_part
+from kd_ranker.training.workdir import read_json, write_atomically
+
+FILE, FOLDER = "cohorts.json", "cohorts"
+TEST = "test"  # the subfolder of a cohort with the test tables of its chosen members
+
+Members = Mapping[str, ConfigDict]  # configs by name, in the order of training
+
+# Free memory per member, over the bytes of its state and of a batch. It covers two copies of the
+# state for checkpoints, gathered rows, activations, gradients and the evaluation.
+_MARGIN = 7
+_REMEDY = "lower sweep.group_size, batch.requests, batch.candidates or the widths of the model"
+
+
+def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The configs of a sweep's members by name, way by way.
+
+    Each way of `sweep.ways` has all combinations of its axes. An axis is `sweep.modes`,
+    `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key that a sweep may vary. An
+    axis without values takes the value of the config. A mode without a distillation loss has
+    nothing to weigh, so it occurs once for all swept values of `distill`. If only the learning rate
+    is swept, the learning rate of the tables keeps its ratio to it.
+
+    With `sweep.whole_repeats` each member has the config of its `whole_repeat`.
+
+    A name contains the mode, the weight and the seed, and the other values that differ from the
+    config. Thus a sweep that grows keeps the names of its members.
+    """
+    members: dict[str, ConfigDict] = {}
+    swept = schema.axes(config)
+    for way in schema.ways(config).values():
+        for chosen in _combinations(schema.axes(way)):
+            member = _member(config, chosen)
+            members.setdefault(_name(config, member, swept), member)
+    return members
+
+
+def _combinations(axes: Mapping[Key, tuple]) -> Iterator[dict[str, Any]]:
+    """The values of each member, by key, without the keys that its mode does not read."""
+    keys = sorted(axes, key=_place)
+    for values in itertools.product(*(axes[key] for key in keys)):
+        chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
+        if not _distils(chosen["distill.mode"]):
+            read = {key.name for key in keys if not key.of_distillation}
+            chosen = {name: value for name, value in chosen.items() if name in read}
+            chosen["distill.weight"] = 0.0
+        yield chosen
+
+
+def _place(key: Key) -> int:
+    """The place of an axis in the order of members, in which the last place varies first."""
+    if key.sweep == "cohorts":
+        return 0
+    return {"seed": 1, "distill.mode": 2}.get(key.name, 4 if key.of_distillation else 3)
+
+
+# The order of the axes in a name: mode, distillation, student, seed, batches.
+_PLACES_OF_NAME = (2, 4, 3, 1, 0)
+
+
+def _distils(mode: str) -> bool:
+    return MODES[mode].teacher_logits is not None
+
+
+def _member(config: ConfigDict, chosen: dict[str, Any]) -> ConfigDict:
+    """The config of the member with the values in `chosen`, by key."""
+    member = config.copy_and_resolve_references()
+    for name, value in chosen.items():
+        schema.set_value(member, name, value)
+    member.distill.serve = next(iter(MODES[member.distill.mode].serve))
+    own, rate = config.optimizer.learning_rate, member.optimizer.learning_rate
+    if rate != own and "optimizer.table_learning_rate" not in chosen:
+        member.optimizer.table_learning_rate *= rate / own
+    return whole_repeat(member, member.seed) if config.sweep.whole_repeats else member
+
+
+def repeats(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of the teachers that a sweep needs: one, or one per whole repeat."""
+    if not config.sweep.whole_repeats:
+        return [config]
+    seeds = {key.name: values for key, values in schema.axes(config).items()}["seed"]
+    return [whole_repeat(config, seed) for seed in seeds]
+
+
+def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
+    """The config of a repeat with a new seed for everything random in training.
+
+    The seed applies to the initialisation, the order of the data, the draws of candidates, and the
+    teacher, if one is trained here. That teacher is stored below `teacher.workdir`, in a folder
+    named after the seed. The dataset stays the same.
+    """
+    repeat = config.copy_and_resolve_references()
+    repeat.seed = repeat.batch.seed = repeat.teacher.batch.seed = seed
+    if repeat.teacher.workdir:
+        repeat.teacher.workdir = os.path.join(repeat.teacher.workdir, f"seed{seed}")
+    return repeat
+
+
+def _name(config: ConfigDict, member: ConfigDict, swept: Iterable[Key]) -> str:
+    """A name that no other member of the sweep has."""
+    keys = sorted(swept, key=lambda key: _PLACES_OF_NAME.index(_place(key)))
+    parts = []
+    for key in keys:
+        value, own = schema.value_of(member, key.name), schema.value_of(config, key.name)
+        always = key.name in ("distill.mode", "seed")
+        weighed = key.name == "distill.weight" and _distils(member.distill.mode)
+        if always or weighed or (value != own and key.name != "distill.weight"):
+            parts.append(_text(key, value))
+    return "-".join(parts)
+
+
+def _text(key: Key, value: Any) -> str:
+    if key.name in ("distill.mode", "distill.loss"):
+        return str(value)
+    if isinstance(value, tuple):
+        value = ("+" if key.type is str else "x").join(map(str, value))
+    return f"{key.short}{value}" if isinstance(value, str) else f"{key.short}{value!r}"
+
+
+def common(members: Members) -> ConfigDict:
+    """The config that the members of a cohort have in common.
+
+    It lacks the keys in which they may differ, so that no code uses one member's value for all. Its
+    `train.steps` is the largest of the members.
+    """
+    config = next(iter(members.values())).copy_and_resolve_references()
+    config.unlock()  # a config from the command line is locked
+    for key in schema.sweepable():
+        if key.sweep == "members":
+            section, _, last = key.name.rpartition(".")
+            del (schema.value_of(config, section) if section else config)[last]
+    config.train.steps = max(member.train.steps for member in members.values())
+    return config
+
+
+class CohortSize(NamedTuple):
+    """The most blocks of a cohort, and the most members of a block.
+
+    The members of a block are of one group, one member per device.
+    """
+
+    blocks: int
+    members: int = 1
+
+
+def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> CohortSize:
+    """Return `sweep.group_size`, or the number of members that fit free memory with a margin."""
+    if config.sweep.group_size:
+        return CohortSize(config.sweep.group_size)
+    across, sharing = _spread(config)
+    one_per_group = {recipes.shared_part(member): member for member in members}
+    largest = max(
+        _bytes_of_states(recipes.student_groups({"": member}, spec)) / sharing
+        + _bytes(abstract_batch(spec, member.batch.requests, member.batch.candidates))
+        for member in one_per_group.values()
+    )
+    return CohortSize(max(1, int(free_memory(config) / (_MARGIN * largest))), across)
+
+
+def check_memory(
+    config: ConfigDict, groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec
+) -> None:
+    """Check that a device has room for its part of the states of groups and of a batch.
+
+    `batch` is `config.batch` or `config.teacher.batch`.
+
+    Raises:
+      UserError: the memory is too small, or no array can have such a size.
+    """
+    across, sharing = _spread(config)
+    try:
+        states = _bytes_of_states(groups)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise UserError(f"no model can have this size: {error}; {_REMEDY}") from error
+    of_batch = _bytes(abstract_batch(spec, batch.requests, batch.candidates))
+    needed = states / (across * sharing) + of_batch / len(first_devices(config.parallel.devices))
+    if needed > (free := free_memory(config)):
+        raise UserError(
+            f"training needs at least {needed / 1e9:,.1f} GB per device, but {free / 1e9:,.1f} GB "
+            f"are free; {_REMEDY}"
+        )
+
+
+@contextlib.contextmanager
+def exhaustion_reported() -> Iterator[None]:
+    """Raise UserError where XLA finds too little memory on a device, when it compiles or runs."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        first, *_ = str(error).splitlines()
+        raise UserError(f"a device has too little memory: {first}; {_REMEDY}") from error
+
+
+def _bytes_of_states(groups: Sequence[Group]) -> int:
+    return _bytes([jax.eval_shape(group.init) for group in groups])
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _spread(config: ConfigDict) -> tuple[int, int]:
+    """The numbers of devices that members, and the rows of a member's tables, are spread over."""
+    parallel, devices = config.parallel, len(first_devices(config.parallel.devices))
+    if parallel.tables == "sharded":
+        return parallel.members or 1, devices // (parallel.members or 1)
+    return parallel.members or (1 if parallel.mapping == "pmap" else devices), 1
+
+
+def free_memory(config: ConfigDict) -> int:
+    """Return the free bytes of a device; host devices share those of the machine."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return psutil.virtual_memory().available // len(own_devices(config.parallel.devices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep, started or not.
+
+    Attributes:
+      workdir: its folder.
+      members: the configs of all its members, by name.
+      plan: the names of each cohort's members, in the order of training; incomplete if the sweep
+        has not started or will be extended.
+      dataset: the fingerprint of its dataset.
+    """
+
+    workdir: Path
+    members: Members
+    plan: Sequence[Sequence[str]]
+    dataset: MadeOf
+
+    @property
+    def cohorts(self) -> list[Members]:
+        """The members of each cohort."""
+        return [{name: self.members[name] for name in names} for names in self.plan]
+
+    @property
+    def costs(self) -> Costs:
+        """The unit costs for savings."""
+        return costs_of(next(iter(self.members.values())))
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the cohorts, with their checkpoints, metrics and results."""
+        return [self.workdir / FOLDER / str(index) for index in range(len(self.plan))]
+
+    def is_complete(self) -> bool:
+        """True if all members are trained and measured, and their results joined.
+
+        A table that changed since it was written does not count, nor do tables joined from it.
+        """
+        joined = not self._unplaced() and manifest.is_made_of(self.workdir, self._made_of())
+        if not (joined and all(map(is_whole, self.folders))):
+            return False
+        tested = self.with_any(results.chosen(self.validation()))
+        return all(is_whole(folder / TEST) for folder in tested)
+
+    def planned(self, size: CohortSize) -> "Sweep":
+        """Assign every member to a cohort of at most this size, and write the plan to the workdir.
+
+        Existing cohorts do not change.
+        """
+        plan = [*self.plan, *_new_cohorts(self._unplaced(), size)]
+        write_atomically(self.workdir / FILE, json.dumps({"cohorts": plan}, indent=2))
+        return dataclasses.replace(self, plan=plan)
+
+    def check_planned(self) -> None:
+        """Raise UserError unless all members have a place in a cohort."""
+        if unplaced := self._unplaced():
+            raise UserError(
+                f"{self.workdir} has no cohort for {len(unplaced)} of the sweep's "
+                f"{len(self.members)} members; settle the cohorts by the same command with "
+                "--config.sweep.part=plan"
+            )
+
+    def with_any(self, names: Collection[str]) -> list[Path]:
+        """The folders of the cohorts with any of these members; the first one if none has."""
+        cohorts = zip(self.plan, self.folders, strict=True)
+        return [folder for of, folder in cohorts if set(of) & set(names)] or self.folders[:1]
+
+    def join(self, tested: Sequence[Path]) -> None:
+        """Write the tables of the sweep from those of its cohorts; `tested` have tables of test."""
+        tables = results.join(self.folders, [folder / TEST for folder in tested], self.costs)
+        joined = [*self.folders, *(folder / TEST for folder in tested)]
+        parts = [(folder / manifest.FILE).relative_to(self.workdir).as_posix() for folder in joined]
+        write_tables(self.workdir, tables, self._made_of(), [FILE, *parts])
+
+    def validation(self) -> pd.DataFrame:
+        """The rows of all members on validation."""
+        return results.read_joined(self.folders)
+
+    def _unplaced(self) -> Members:
+        placed = set(itertools.chain.from_iterable(self.plan))
+        return {name: member for name, member in self.members.items() if name not in placed}
+
+    def _made_of(self) -> MadeOf:
+        """The fingerprints of the joined results; those of each cohort contain the teacher.
+
+        A change of costs only repeats the join. One of policies measures on test again, and
+        trains nothing.
+        """
+        names = itertools.chain.from_iterable(self.plan)
+        members = {name: self.members[name] for name in names}
+        found = {"config": schema.fingerprint(members, "student"), **self.dataset}
+        if policies := next(iter(members.values())).funnel.policies:
+            found[policy.FILE] = ",".join(policies)
+        return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
+
+
+def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
+    """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
+
+    Raises:
+      UserError: the workdir's list of cohorts is damaged, or has a member that the config does not
+        name.
+    """
+    members = sweep_members(config)
+    plan = read_plan(workdir)
+    missing = [name for name in itertools.chain.from_iterable(plan) if name not in members]
+    if missing:
+        raise UserError(
+            f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
+            "sweep.extend adds members, so name those that are there as well"
+        )
+    return Sweep(workdir, members, plan, dataset)
+
+
+def read_plan(workdir: Path) -> list[list[str]]:
+    """The names of the members of each cohort of a sweep; empty if it has not started."""
+    path = workdir / FILE
+    if not path.exists():
+        return []
+    return read_json(path, "restore the original file, or use another --workdir")["cohorts"]
+
+
+def _new_cohorts(members: Members, size: CohortSize) -> list[list[str]]:
+    """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
+    of_batches = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
+    sharing: dict[str, dict[str, ConfigDict]] = {}
+    for name, member in members.items():
+        batches = repr([schema.value_of(member, key) for key in of_batches])
+        sharing.setdefault(batches, {})[name] = member
+    cohorts = []
+    for alike in sharing.values():
+        blocks = _blocks(alike, size.members)
+        # Of equal sizes, so that no small cohort pays for a whole teacher pass.
+        number = -(-len(blocks) // size.blocks)
+        parts = [blocks[index::number] for index in range(number)]
+        cohorts += [list(itertools.chain.from_iterable(part)) for part in parts]
+    return cohorts
+
+
+def _blocks(members: Members, size: int) -> list[list[str]]:
+    """The members in blocks of at most `size`, each from one group that one program can train."""
+    if size == 1:
+        return [[name] for name in members]
+    groups: dict[str, list[str]] = {}
+    for name, member in members.items():
+        groups.setdefault(shared_part(member), []).append(name)
+    return [
+        names[start : start + size]
+        for names in groups.values()
+        for start in range(0, len(names), size)
+    ]

@@ -1,1 +1,0 @@
-"""Many students in one program under one teacher pass."""
