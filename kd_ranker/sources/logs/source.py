@@ -135,17 +135,20 @@ def open_tables(
         if layout.engine == "duckdb":
             columns = {of.column for of in files.wanted_columns(layout)}
             files.check_pages(log, columns, layout.processes)  # Spark checks pages itself
-            opened = open_duckdb(layout.memory, layout.processes, folder, log.candidates)
+            database = stack.enter_context(
+                open_duckdb(layout.memory, layout.processes, folder, log.candidates)
+            )
         else:
             try:
                 from kd_ranker.sources.logs.spark_engine import open_spark
+
+                opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
+                database = stack.enter_context(opened)
             except ImportError as error:
                 raise UserError(
                     f"data.engine={layout.engine!r} needs the package pyspark ({error}); "
                     "pip install 'kd_ranker[spark]'"
                 ) from error
-            opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
-        database = stack.enter_context(opened)
         schema = database.open_log(log)
         types = {
             of.name.removeprefix(PREFIX): of.type for of in schema if of.name.startswith(PREFIX)
