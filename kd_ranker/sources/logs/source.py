@@ -19,16 +19,14 @@ from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Block, Source
 from kd_ranker.sources.logs import append, data_report, encode, files, findings, vocabulary
 from kd_ranker.sources.logs.append import Earlier
-from kd_ranker.sources.logs.data_report import Counts, Report
+from kd_ranker.sources.logs.data_report import Counts, Report, count_rejected
 from kd_ranker.sources.logs.database import Database, open_duckdb
 from kd_ranker.sources.logs.encode import Encoding
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
-from kd_ranker.sources.logs.leaks import find_leaks
 from kd_ranker.sources.logs.ordered import Piece, read_piece, read_requests, write_ordered
 from kd_ranker.sources.logs.query import PREFIX, Query
-from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
 
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
@@ -245,7 +243,9 @@ def _count(tables: _Tables) -> Counts:
     counts = Counts(count_rejected(database), rows, {})
     if counts.candidates != counts.used + sum(counts.rejected.values()):
         raise RuntimeError(f"{counts.candidates} candidates, {counts.used} used, {counts.rejected}")
-    return counts._replace(leaks=find_leaks(database, tables.layout) if counts.used else {})
+    return counts._replace(
+        leaks=findings.find_leaks(database, tables.layout) if counts.used else {}
+    )
 
 
 def _report(tables: _Tables, counts: Counts) -> Report:
@@ -307,5 +307,5 @@ def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[F
 def _write_report(tables: _Tables, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
     data_report.write_data_report(report, directory)
-    types, folder = tables.query.types, directory / REJECTED_FOLDER
-    write_rejected(tables.database, tables.log, tables.layout, types, folder)
+    types, folder = tables.query.types, directory / data_report.REJECTED_FOLDER
+    data_report.write_rejected(tables.database, tables.log, tables.layout, types, folder)

@@ -18,10 +18,10 @@ import sqlglot
 from sqlglot import exp
 
 from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.data_report import MOST_ROWS
 from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.query import PREFIX
-from kd_ranker.sources.logs.rejected import MOST_ROWS
 
 # A statement that begins with it is written for Spark, since it has no translation.
 SPARK_ONLY = "/* spark */"

@@ -14,11 +14,11 @@ from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.logs import files, vocabulary
+from kd_ranker.sources.logs.data_report import count_rejected
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, item_matrix
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.rejected import count_rejected
 from kd_ranker.sources.logs.source import open_tables
 
 
