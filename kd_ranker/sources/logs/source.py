@@ -21,11 +21,10 @@ from kd_ranker.sources.logs import append, data_report, encode, files, findings,
 from kd_ranker.sources.logs.append import Earlier
 from kd_ranker.sources.logs.data_report import Counts, Report, count_rejected
 from kd_ranker.sources.logs.database import Database, open_duckdb
-from kd_ranker.sources.logs.encode import Encoding
+from kd_ranker.sources.logs.encode import Encoding, Piece
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
-from kd_ranker.sources.logs.ordered import Piece, read_piece, read_requests, write_ordered
 from kd_ranker.sources.logs.query import PREFIX, Query
 
 # Folder below `data.dir` for the report of a log of which no dataset was built.
@@ -168,7 +167,7 @@ def _source(tables: _Tables) -> Source:
         append.check_requests(earlier, database)
     _check_splits(tables)
     counts = _count(tables)
-    pieces = write_ordered(database) if counts.used else []
+    pieces = encode.write_ordered(database) if counts.used else []
     report = _report(tables, counts)
     kinds = vocabulary.kinds_of(layout, query.types)
     if earlier:
@@ -182,7 +181,7 @@ def _source(tables: _Tables) -> Source:
     features, category = encode.item_matrix(encoding, items, known)
 
     def block_of(piece: Piece) -> Block:
-        requests, candidates = read_piece(database.folder, piece)
+        requests, candidates = piece.read()
         before = earlier.requests if earlier else 0
         return encode.encode_requests(
             layout, encoding, requests, candidates, piece.split == "train", before
@@ -195,7 +194,8 @@ def _source(tables: _Tables) -> Source:
         _write_report(tables, report, directory)
         vocabulary.write(encoding, log.manifest, directory)
         for split in SPLITS:
-            own = [read_requests(database.folder, of) for of in pieces if of.split == split]
+            read = (piece.read()[0] for piece in pieces if piece.split == split)
+            own = [requests.select(["request", "file"]) for requests in read]
             if earlier:
                 own = append.all_requests(earlier, split, own, log.manifest)
             vocabulary.write_requests(own, directory, split)
