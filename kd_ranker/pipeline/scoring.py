@@ -52,7 +52,6 @@ from kd_ranker.sources.logs import unseen, vocabulary
 from kd_ranker.sources.logs.encode import ITEM, encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.ordered import read_piece
 from kd_ranker.sources.logs.unseen import Unseen
 from kd_ranker.training.recipes import TEACHER_STAGES
 from kd_ranker.training.workdir import read_json
@@ -307,7 +306,7 @@ def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Ite
     """Yield the requests of each file that an earlier run has not written, piece by piece."""
     first = 0
     for piece in read.pieces:
-        requests, candidates = read_piece(read.folder, piece)
+        requests, candidates = piece.read()
         file, ids = requests["file"].to_numpy(), requests["request"].combine_chunks()
         last = len(paths) - 1 if piece is read.pieces[-1] else file[-1]
         if left := [of for of in range(first, last + 1) if not paths[of].exists()]:

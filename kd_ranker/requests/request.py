@@ -21,15 +21,14 @@ reported results.
 # The number of requests that are combined into one block.
 _CHUNK = 256
 
-# The number of entries that a `Request` has, by owner.
-_NUMBERS: Mapping[Owner, Callable[[Request], int]] = {
-    "request": lambda request: 1,
-    "event": lambda request: len(request.history_id),
-    "candidate": lambda request: len(request.item_id),
-    "shown": lambda request: len(request.user_label),
-    "scored": lambda request: len(request.teacher_probability),
-    "known": lambda request: len(request.true_probability),
+COUNTED_BY: Mapping[Owner, str] = {
+    "event": "history_id",
+    "candidate": "item_id",
+    "shown": "user_label",
+    "scored": "teacher_probability",
+    "known": "true_probability",
 }
+"""Owner -> the field of a `Request` with as many entries as it has of that owner."""
 
 
 def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
@@ -81,7 +80,10 @@ class Block(NamedTuple):
 
 def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
     """Combine requests into one block."""
-    numbers = {of: np.array([*map(count, requests)], np.int64) for of, count in _NUMBERS.items()}
+    numbers: dict[Owner, Int64[np.ndarray, "n"]] = {"request": np.ones(len(requests), np.int64)}
+    for owner, name in COUNTED_BY.items():
+        lengths = [len(getattr(request, name)) for request in requests]
+        numbers[owner] = np.array(lengths, np.int64)
     values = {}
     for field in STORED:
         dtype = object if field.stored is str else field.stored

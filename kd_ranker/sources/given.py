@@ -11,25 +11,17 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
+from kd_ranker.batch import STORED, FeatureSpec, Field, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.request import SPLITS, Source, block_of
+from kd_ranker.requests.request import COUNTED_BY, SPLITS, Source, block_of
 from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
 NAME = "requests"
 NO_REQUESTS = "requests must be mappings, kd.Request or a table, or a mapping of splits to these"
 MADE_BY = "kd.Dataset.from_requests"
 
-# Owner -> fields with its number of entries; the first field that a request has counts.
-_COUNTED_BY: dict[Owner, tuple[str, ...]] = {
-    "event": ("history_id",),
-    "candidate": ("item_id",),
-    "shown": ("user_label",),
-    "scored": ("teacher_probability",),
-    "known": ("true_probability", "incumbent", "propensity"),
-}
 _NEEDED = ("user_id", "item_id", "user_label")
 
 
@@ -193,9 +185,8 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
 
     defaults = dict(request_id=place, time=place, num_passed=length("item_id"))
     given = defaults | {"teacher_version": spec.teacher_version} | given
-    numbers = {
-        owner: next(filter(None, map(length, names)), 0) for owner, names in _COUNTED_BY.items()
-    }
+    numbers = {owner: length(name) for owner, name in COUNTED_BY.items()}
+    numbers["known"] = numbers["known"] or length("incumbent") or length("propensity")
     values: dict[str, Any] = {}
     for field in STORED:
         per_entry = (numbers[field.of],) if field.of != "request" else ()

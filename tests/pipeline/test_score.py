@@ -23,7 +23,7 @@ from kd_ranker.pipeline.trained import restored
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
-from kd_ranker.sources.logs import ordered, unseen
+from kd_ranker.sources.logs import encode, unseen
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
 from kd_ranker.sweep import sweep_members
 from kd_ranker.training import workdir as workdirs
@@ -316,7 +316,7 @@ def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
     world, tmp_path, monkeypatch
 ):
     """Files are scored in their order, though pieces end elsewhere; a second run reads nothing."""
-    monkeypatch.setattr(ordered, "PIECE", 40)
+    monkeypatch.setattr(encode, "PIECE", 40)
     log = write_raw(tmp_path / "log", world.tested, files=4)
     part = log / "part-2.parquet"
     pq.write_table(pq.read_table(part).slice(0, 0), part)  # and one has no request

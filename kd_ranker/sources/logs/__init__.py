@@ -2,10 +2,10 @@
 
 `layout` reads the config, and `files` finds the log and checks its columns. `database` opens it in
 DuckDB, `spark_engine` in Spark. Both run `templates/log.sql`, which makes requests of it, and
-`templates/report.sql`, which counts for the report; `query` fills these in. `ordered` writes
-requests and candidates in their final order, `encode` turns a piece of them into requests as they
-are stored, and `source` connects the steps. `data_report`, `findings` and `leaks` report on the
-log. `rejected` and `vocabulary` write files next to the dataset. By the ids and scales of a dataset
-(`vocabulary.Settled`), `append` reads the new files of a log, and `unseen` a log to score. `infer`
-writes a first config, by the facts of `column_facts`.
+`templates/report.sql`, which counts for the report; `query` fills these in. `encode` writes
+requests and candidates in their final order, and turns a piece of them into requests as they are
+stored. `source` connects the steps. `data_report` and `findings` report on the log. `vocabulary`
+writes files next to the dataset. By the ids and scales of a dataset (`Encoding`), `source` reads
+the new files of a log, and `unseen` a log to score. `infer` writes a first config, by the facts of
+`column_facts`.
 """

@@ -1,5 +1,6 @@
-"""Report on a log before a model is trained on it: `data_report.json` and `.html`."""
+"""Report on a log before a model is trained on it: `data_report.json`, `.html`, rejected rows."""
 
+import contextlib
 import json
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -7,17 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Float64
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import SQL, Log, wanted_columns
+from kd_ranker.sources.logs.database import Database
+from kd_ranker.sources.logs.files import SQL, Log, is_list, wanted_columns
 from kd_ranker.sources.logs.layout import Feature, LogLayout
-from kd_ranker.sources.logs.leaks import remarks_of
-from kd_ranker.sources.logs.rejected import REASONS
+from kd_ranker.sources.logs.query import logged, quoted
 
-JSON_FILE, PAGE = "data_report.json", "data_report.html"
+JSON_FILE, PAGE, REJECTED_FOLDER = "data_report.json", "data_report.html", "rejected"
 Report = dict[str, Any]
 SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
 
@@ -25,6 +28,23 @@ SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
 _CALIBRATION_TOLERANCE = 0.1
 # The largest request has a remark beyond this multiple of the median.
 _FAR = 5
+# The columns next to those of the log, and the most rows per reason.
+_ADDED, MOST_ROWS = ("reason", "file", "row"), 100_000
+# Reason -> its meaning. A row has the first reason that applies.
+REASONS = {
+    "lists_differ": "its lists differ in length",
+    "no_candidates": "its list of items is empty or missing",
+    "missing_request": "the id of the request is missing or invalid",
+    "missing_time": "the time is missing or invalid",
+    "missing_user": "the id of the user is missing or invalid",
+    "missing_item": "the id of the item is missing or invalid",
+    "unknown_stage": "the stage is missing or not in data.stages",
+    "bad_label": "a label is neither 0 nor 1",
+    "several_hours": "its request is longer than data.longest_request: two requests with one id?",
+    "several_users": "most rows of its request belong to another user",
+    "duplicate_item": "an earlier row of the request has the item, and all positive labels",
+    "beyond_retrieved": "its request has more candidates than funnel.retrieved",
+}
 
 
 class Counts(NamedTuple):
@@ -33,7 +53,7 @@ class Counts(NamedTuple):
     Attributes:
       rejected: reason -> number of rejected candidates.
       tables: name of a table of `report.sql` -> its rows.
-      leaks: feature -> `leaks.find_leaks`.
+      leaks: feature -> `findings.find_leaks`.
     """
 
     rejected: Mapping[str, int]
@@ -278,7 +298,17 @@ def _remarks_on_feature(feature: dict) -> Iterator[str]:
         yield f"{name} varies in {number:,} items; the last value by time is stored."
     if number := feature.get("requests_with_several_values"):
         yield f"{name} varies within {number:,} requests; that of the first row counts."
-    yield from remarks_of(feature.get("reveals", {}), feature["name"])
+    for answer, share in feature.get("reveals", {}).items():
+        yield f"{name} {_revealed(answer, share)}: is it known before they are ranked?"
+
+
+def _revealed(answer: str, share: float) -> str:
+    """Return what a feature reveals, in words, see `findings.find_leaks`."""
+    if answer == "shown":
+        return f"reveals {share:.0%} of which candidates were shown"
+    if answer.startswith("teacher"):
+        return f"orders candidates like the {answer} (rank correlation {share:.2f})"
+    return f"reveals {share:.0%} of the uncertainty of the {answer}"
 
 
 def write_data_report(report: Report, folder: Path) -> None:
@@ -295,6 +325,48 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def count_rejected(database: Database) -> dict[str, int]:
+    """Return the number of rejected candidates by reason, in the order of `REASONS`."""
+    query = "SELECT why, sum(entries)::BIGINT AS entries FROM rejected GROUP BY why"
+    counts = {row["why"]: row["entries"] for row in database.rows(query)}
+    return {reason: counts[reason] for reason in REASONS if reason in counts}
+
+
+def write_rejected(
+    database: Database, log: Log, layout: LogLayout, types: Mapping[str, pa.DataType], folder: Path
+) -> None:
+    """Write the rejected rows to `rejected/rejected.parquet`, at most 100,000 per reason.
+
+    It has `reason`, `file` and `row`, the row's number in that file from 0, and all columns of the
+    log. If a row is a request and only some of its candidates are rejected, each of these has a row
+    with only its values in the lists.
+
+    The folder is made if any row was rejected. `types` are those of the columns of the log.
+    """
+    listed = {wanted.column for wanted in wanted_columns(layout) if wanted.per_candidate}
+    columns = []
+    for name, type_ in types.items():
+        value = column = logged(name)
+        if name in listed and is_list(type_):
+            is_whole = f"place < 0 OR {column} IS NULL"
+            value = f"CASE WHEN {is_whole} THEN {column} ELSE {column}[place + 1:place + 1] END"
+        columns.append(f"{value} AS {quoted(f'{name}_' if name in _ADDED else name)}")
+    batches = database.stream(f"""
+        SELECT why AS reason, file, "row", {", ".join(columns)}
+        FROM log JOIN (SELECT *, row_number() OVER (PARTITION BY why ORDER BY file, "row") AS turn
+            FROM rejected) AS counted USING (file, "row")
+        WHERE turn <= {MOST_ROWS} ORDER BY file, "row", place""")
+    paths, writer = pa.array(log.files or [SQL]), None
+    with contextlib.ExitStack() as stack:
+        for batch in filter(len, batches):
+            rows = pa.Table.from_batches([batch]).set_column(1, "file", paths.take(batch["file"]))
+            if writer is None:
+                folder.mkdir()
+                path = folder / "rejected.parquet"
+                writer = stack.enter_context(pq.ParquetWriter(path, rows.schema))
+            writer.write_table(rows)
 
 
 def read_data_report(folder: Path) -> Report | None:

@@ -98,19 +98,6 @@ def truth_of(value: str, type_: pa.DataType) -> str:
     return f"CASE WHEN {text} <> '' THEN coalesce(try_cast({text} AS BOOLEAN)::TINYINT, 2) END"
 
 
-def _within(number: str, low: float) -> str:
-    """A number if it is in [low, the largest of 32 bits], else NULL."""
-    return f"CASE WHEN {number} >= {low!r} AND {number} <= {LARGEST!r} THEN {number} END"
-
-
-def _in_32_bits(number: str) -> str:
-    """A number in half the memory; one too large for it is infinite."""
-    return (
-        f"CASE WHEN {number} > {LARGEST!r} THEN 'inf'::FLOAT WHEN {number} < -{LARGEST!r} THEN "
-        f"'-inf'::FLOAT ELSE ({number})::FLOAT END"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Query:
     """The values that fill in the templates.
@@ -203,11 +190,16 @@ class Query:
 
     def within(self, column: str, low: float) -> str:
         """The number in a column if it is in [low, the largest of 32 bits], else NULL."""
-        return _within(self.number(column), low)
+        number = self.number(column)
+        return f"CASE WHEN {number} >= {low!r} AND {number} <= {LARGEST!r} THEN {number} END"
 
     def in_32_bits(self, column: str) -> str:
-        """The number in a column, in 32 bits."""
-        return _in_32_bits(self.number(column))
+        """The number in a column in half the memory; one too large for it is infinite."""
+        number = self.number(column)
+        return (
+            f"CASE WHEN {number} > {LARGEST!r} THEN 'inf'::FLOAT WHEN {number} < -{LARGEST!r} THEN "
+            f"'-inf'::FLOAT ELSE ({number})::FLOAT END"
+        )
 
     def label_number(self, column: str) -> str:
         """The number of a label."""

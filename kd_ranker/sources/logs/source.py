@@ -1,4 +1,10 @@
-"""`data.name = "parquet"`: from a log to a source of requests, and the files next to them."""
+"""`data.name = "parquet"`: from a log to a source of requests, and the files next to them.
+
+Of a log that has grown by files, `data.extends` reads the new files only, by the ids, vocabularies,
+means and deviations of a dataset of the older ones. New users, items and values get the ids after
+those. Requests of that dataset stay as they are, and are all for training. Only the new requests
+are split; the last of them are the test.
+"""
 
 import contextlib
 import dataclasses
@@ -6,32 +12,44 @@ import functools
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float64
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Block, Source
-from kd_ranker.sources.logs import append, data_report, encode, files, findings, vocabulary
-from kd_ranker.sources.logs.append import Earlier
-from kd_ranker.sources.logs.data_report import Counts, Report
+from kd_ranker.sources.logs import data_report, encode, files, findings, vocabulary
+from kd_ranker.sources.logs.data_report import Counts, Report, count_rejected
 from kd_ranker.sources.logs.database import Database, open_duckdb
-from kd_ranker.sources.logs.encode import Encoding
+from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, Piece
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
-from kd_ranker.sources.logs.leaks import find_leaks
-from kd_ranker.sources.logs.ordered import Piece, read_piece, read_requests, write_ordered
-from kd_ranker.sources.logs.query import PREFIX, Query
-from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
+from kd_ranker.sources.logs.query import PREFIX, Query, quoted
 
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
+_REMEDY = "or make a dataset of the whole log: leave data.extends out"
+
+
+class _Earlier(NamedTuple):
+    """A dataset that was made of the older files of a log, with the files next to it."""
+
+    dataset: Dataset
+    encoding: Encoding
+    files: dict[str, list]
+    report: Report
+
+    @property
+    def requests(self) -> int:
+        """The number of its requests."""
+        return sum(map(len, self.dataset.columns.values()))
 
 
 class _Tables(NamedTuple):
@@ -39,7 +57,7 @@ class _Tables(NamedTuple):
 
     log: Log
     layout: LogLayout
-    earlier: Earlier | None
+    earlier: _Earlier | None
     database: Database
     query: Query
 
@@ -69,7 +87,7 @@ def open_source(
       data: `config.data`.
       tasks: `config.tasks`.
       funnel: `config.funnel`.
-      extended: a dataset of older files of the log, see `append`; None reads all files.
+      extended: a dataset of older files of the log, which new files follow; None reads all files.
 
     Returns:
       The source; each split comes in the order of time, then of request ids.
@@ -80,7 +98,7 @@ def open_source(
         cannot extend that dataset.
     """
     layout = read_layout(data, tasks, funnel)
-    earlier = append.open_earlier(layout, extended) if extended else None
+    earlier = _open_earlier(layout, extended) if extended else None
     log = files.open_log(layout, earlier.files if earlier else ())
     Path(layout.directory).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -135,17 +153,20 @@ def open_tables(
         if layout.engine == "duckdb":
             columns = {of.column for of in files.wanted_columns(layout)}
             files.check_pages(log, columns, layout.processes)  # Spark checks pages itself
-            opened = open_duckdb(layout.memory, layout.processes, folder, log.candidates)
+            database = stack.enter_context(
+                open_duckdb(layout.memory, layout.processes, folder, log.candidates)
+            )
         else:
             try:
                 from kd_ranker.sources.logs.spark_engine import open_spark
+
+                opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
+                database = stack.enter_context(opened)
             except ImportError as error:
                 raise UserError(
                     f"data.engine={layout.engine!r} needs the package pyspark ({error}); "
                     "pip install 'kd_ranker[spark]'"
                 ) from error
-            opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
-        database = stack.enter_context(opened)
         schema = database.open_log(log)
         types = {
             of.name.removeprefix(PREFIX): of.type for of in schema if of.name.startswith(PREFIX)
@@ -164,14 +185,14 @@ def open_tables(
 def _source(tables: _Tables) -> Source:
     log, layout, earlier, database, query = tables
     if earlier:
-        append.check_requests(earlier, database)
+        _check_order(earlier, database)
     _check_splits(tables)
     counts = _count(tables)
-    pieces = write_ordered(database) if counts.used else []
+    pieces = encode.write_ordered(database) if counts.used else []
     report = _report(tables, counts)
     kinds = vocabulary.kinds_of(layout, query.types)
     if earlier:
-        append.extend_report(earlier, layout, report, database)
+        _extend_report(earlier, layout, report, database)
         encoding = vocabulary.longer_encoding(earlier.encoding, database, layout, kinds)
     else:
         moments = {of.name: counts.moments(of.name) for of in layout.of(kind="dense")}
@@ -181,7 +202,7 @@ def _source(tables: _Tables) -> Source:
     features, category = encode.item_matrix(encoding, items, known)
 
     def block_of(piece: Piece) -> Block:
-        requests, candidates = read_piece(database.folder, piece)
+        requests, candidates = piece.read()
         before = earlier.requests if earlier else 0
         return encode.encode_requests(
             layout, encoding, requests, candidates, piece.split == "train", before
@@ -194,9 +215,10 @@ def _source(tables: _Tables) -> Source:
         _write_report(tables, report, directory)
         vocabulary.write(encoding, log.manifest, directory)
         for split in SPLITS:
-            own = [read_requests(database.folder, of) for of in pieces if of.split == split]
+            read = (piece.read()[0] for piece in pieces if piece.split == split)
+            own = [requests.select(["request", "file"]) for requests in read]
             if earlier:
-                own = append.all_requests(earlier, split, own, log.manifest)
+                own = _all_requests(earlier, split, own, log.manifest)
             vocabulary.write_requests(own, directory, split)
 
     return Source(
@@ -242,7 +264,9 @@ def _count(tables: _Tables) -> Counts:
     counts = Counts(count_rejected(database), rows, {})
     if counts.candidates != counts.used + sum(counts.rejected.values()):
         raise RuntimeError(f"{counts.candidates} candidates, {counts.used} used, {counts.rejected}")
-    return counts._replace(leaks=find_leaks(database, tables.layout) if counts.used else {})
+    return counts._replace(
+        leaks=findings.find_leaks(database, tables.layout) if counts.used else {}
+    )
 
 
 def _report(tables: _Tables, counts: Counts) -> Report:
@@ -304,5 +328,107 @@ def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[F
 def _write_report(tables: _Tables, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
     data_report.write_data_report(report, directory)
-    types, folder = tables.query.types, directory / REJECTED_FOLDER
-    write_rejected(tables.database, tables.log, tables.layout, types, folder)
+    types, folder = tables.query.types, directory / data_report.REJECTED_FOLDER
+    data_report.write_rejected(tables.database, tables.log, tables.layout, types, folder)
+
+
+def _open_earlier(layout: LogLayout, dataset: Dataset) -> _Earlier:
+    """Open the dataset that the new files of a log extend.
+
+    Raises:
+      UserError: the log is not in Parquet files that DuckDB reads, an older file has changed or is
+        gone, no file is new, or files next to the dataset are gone.
+    """
+    if layout.sql or layout.engine != "duckdb":
+        raise UserError(
+            "data.extends takes Parquet files at data.path, and data.engine='duckdb'; leave "
+            "data.extends out to make a dataset of the whole log"
+        )
+    directory = dataset.directory
+    encoding = vocabulary.read_encoding(layout, dataset.spec, directory)
+    before, now = vocabulary.read_manifest(directory), files.find_files(layout.path)[1]
+    old = {file: now[file] for file in now if file in before}
+    if how := files.manifest_differences(before, old):
+        raise UserError(
+            f"the log at {layout.path} has changed since {directory} was made of it "
+            f"({how}), and only new files can be added; restore those files, {_REMEDY}"
+        )
+    if len(now) == len(before):
+        raise UserError(f"the log at {layout.path} has no file that {directory} lacks")
+    return _Earlier(dataset, encoding, before, vocabulary.read_report(directory))
+
+
+def _check_order(earlier: _Earlier, database: Database) -> None:
+    """Check that new requests can follow those of the dataset.
+
+    Raises:
+      UserError: the dataset has one of them, or one is earlier than the last of the dataset.
+    """
+    directory = earlier.dataset.directory
+    known = [vocabulary.read_requests_of(directory, split).select(["request"]) for split in SPLITS]
+    database.put("known_requests", pa.concat_tables(known))
+    again = "FROM requests SEMI JOIN known_requests USING (request)"
+    if number := database.number(f"SELECT count(*) {again}"):
+        (example,) = database.rows(f"SELECT min(request) AS request {again}")
+        raise UserError(
+            f"{number:,} requests of the new files, such as {example['request']!r}, are in "
+            f"{directory} already; write all rows of a request to one file, {_REMEDY}"
+        )
+    last = max(int(of.counts.time.max()) for of in earlier.dataset.columns.values())
+    if number := database.number(f"SELECT count(*) FROM requests WHERE time < {last}"):
+        raise UserError(
+            f"{number:,} requests of the new files are earlier than {np.datetime64(last, 's')}, "
+            f"the last time in {directory}; add files in the order of time, {_REMEDY}"
+        )
+
+
+def _all_requests(
+    earlier: _Earlier, split: str, new: Sequence[pa.Table], manifest: Mapping[str, list]
+) -> list[pa.Table]:
+    """Return the tables of `vocabulary.write_requests` for a split, with files of the whole log."""
+    place = {file: number for number, file in enumerate(manifest)}
+    old_files = [place[file] for file in earlier.files]
+    new_files = [place[file] for file in manifest if file not in earlier.files]
+    before = SPLITS if split == "train" else ()
+    old = (vocabulary.read_requests_of(earlier.dataset.directory, of) for of in before)
+    numbered = [(table, old_files) for table in old] + [(table, new_files) for table in new]
+    return [
+        table.set_column(1, "file", pa.array(of, pa.int32()).take(table["file"]))
+        for table, of in numbered
+    ]
+
+
+def _extend_report(
+    earlier: _Earlier, layout: LogLayout, report: Report, database: Database
+) -> None:
+    """Complete a report on the new files by the numbers that hold for the longer dataset.
+
+    Those are the moments of features and the numbers of ids; all other counts are of the new files.
+
+    Raises:
+      UserError: a feature to standardize had at most one value before, and others now.
+    """
+    before = {feature["name"]: feature for feature in earlier.report["features"]}
+    for feature, new in zip(layout.features, report["features"], strict=True):
+        old = before[feature.name]
+        varies = new.get("deviation") or new.get("mean", old.get("mean")) != old.get("mean")
+        if feature.standardise and not old.get("deviation") and varies:
+            raise UserError(
+                f"data.features.{feature.key} had at most one value in {earlier.dataset.directory},"
+                f" so there is no deviation to divide new values by; leave it out, {_REMEDY}"
+            )
+        moments = ("mean", "deviation")
+        kept = {name: of for name, of in new.items() if name not in moments}
+        new.clear()
+        new.update(kept | {name: old[name] for name in moments if name in old})
+    for name in (USER, ITEM):
+        known, table = len(earlier.encoding.vocabularies[name]), quoted(f"{name}s")
+        count = f"SELECT count(*) FROM {table} WHERE id >= {known}"
+        report["ids"][f"{name}s"] = known + database.number(count)
+        report["ids"][f"{name}s_not_in_train"] = database.number(f"{count} AND train = 0")
+    report["remarks"].insert(
+        0,
+        f"The dataset extends {earlier.dataset.directory} (requests: {earlier.requests:,}, files: "
+        f"{len(earlier.files):,}); the counts here are of the new files, and the means and "
+        "deviations of features are those of that dataset.",
+    )

@@ -4,6 +4,7 @@ Needs the packages pyspark and sqlglot, and Java 17.
 """
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,18 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark.errors import PySparkException, PySparkRuntimeError
-from pyspark.sql import SparkSession
+import sqlglot
+from sqlglot import exp
 
 from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.data_report import MOST_ROWS
 from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.query import PREFIX
-from kd_ranker.sources.logs.rejected import MOST_ROWS
-from kd_ranker.sources.logs.spark_sql import created, in_spark
 
+# A statement that begins with it is written for Spark, since it has no translation.
+SPARK_ONLY = "/* spark */"
+_NAMES = {"ROUND_EVEN": "BROUND", "FAVG": "AVG"}
 # It has no unsigned integers of 64 bits, and reads them as these.
 _UNSIGNED = pa.decimal128(20, 0)
 _SETTINGS = {
@@ -34,6 +37,39 @@ _SETTINGS = {
     # A task keeps no more rejected rows of a reason than the file of them may have.
     "spark.sql.window.group.limit.threshold": MOST_ROWS + 1,
 }
+
+
+def in_spark(query: str) -> str:
+    """A query of DuckDB as Spark runs it."""
+    return sqlglot.parse_one(query, read="duckdb").transform(_translated).sql("spark")
+
+
+def created(statement: str) -> tuple[str, bool, str]:
+    """A CREATE statement: the name, True for a table and not a view, and the query for Spark."""
+    found = re.fullmatch(r'CREATE (TABLE|VIEW) "?([^"]+?)"? AS\s+(.*)', statement, re.DOTALL)
+    assert found
+    kind, name, query = found.groups()
+    text = query.removeprefix(SPARK_ONLY)
+    return name, kind == "TABLE", in_spark(query) if text == query else text
+
+
+def _translated(node: exp.Expression) -> exp.Expression:
+    """Translate names of functions and slices of lists, which SQLGlot leaves unchanged."""
+    if isinstance(node, exp.Anonymous) and node.name.upper() in _NAMES:
+        return exp.Anonymous(this=_NAMES[node.name.upper()], expressions=node.expressions)
+    if isinstance(node, exp.Bracket) and isinstance(node.expressions[0], exp.Slice):
+        items, part = node.this, node.expressions[0]
+        one = exp.Literal.number(1)
+        if part.this is None:
+            return exp.Anonymous(this="SLICE", expressions=[items, one, part.expression])
+        if part.this == part.expression:
+            return exp.Anonymous(this="SLICE", expressions=[items, part.this, one])
+        # The last entries: all of a shorter list.
+        length = part.this.this
+        first = exp.ArraySize(this=items.copy()) - length.copy() + one
+        start = exp.Greatest(this=first, expressions=[one.copy()])
+        return exp.Anonymous(this="SLICE", expressions=[items, start, length])
+    return node
 
 
 class Spark(Database):
@@ -133,6 +169,10 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
     Raises:
       UserError: Java is not installed, the master does not answer, or a query fails meanwhile.
     """
+    # Its queries can be translated without these.
+    from pyspark.errors import PySparkException, PySparkRuntimeError
+    from pyspark.sql import SparkSession
+
     # A session of the caller continues afterwards.
     is_own = SparkSession.getActiveSession() is None
     builder = SparkSession.builder.master(master).appName("kd_ranker")

@@ -14,11 +14,10 @@ from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.logs import files, vocabulary
-from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, item_matrix
+from kd_ranker.sources.logs.data_report import count_rejected
+from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, Piece, item_matrix, write_ordered
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.rejected import count_rejected
 from kd_ranker.sources.logs.source import open_tables
 
 
@@ -26,8 +25,7 @@ class Unseen(NamedTuple):
     """A log that was read by the `encoding` of a dataset.
 
     Attributes:
-      folder: has its requests and candidates.
-      pieces: the pieces to read them in, in the order of the files of the log.
+      pieces: its requests and candidates, in the order of the files of the log.
       largest: the most candidates that a request has.
       items: features and category ids of the items of the dataset and of the log.
       item_names: the `value` and `id` of the items of the log, by id.
@@ -35,7 +33,6 @@ class Unseen(NamedTuple):
         ones, of users and items that no training request has.
     """
 
-    folder: Path
     pieces: list[Piece]
     encoding: Encoding
     largest: int
@@ -117,4 +114,4 @@ def read_unseen(
         )
     matrices: Any = item_matrix(encoding, logged, dataset.items)
     names = logged.select(["value", "id"])
-    return Unseen(folder, pieces, encoding, largest, Items(*matrices), names, counts)
+    return Unseen(pieces, encoding, largest, Items(*matrices), names, counts)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kd_ranker.sources.logs import files, query
 from kd_ranker.sources.logs.encode import Encoding
+from kd_ranker.sources.logs.spark_engine import created, in_spark
 from tests.sources import faulty_logs
 
 NAN = float("nan")
@@ -162,8 +163,6 @@ def query_of(by_request=False, **changes) -> query.Query:
 @pytest.mark.parametrize("by_request", [False, True])
 @pytest.mark.parametrize("split", ["time", "user", ""])
 def test_spark_parses_what_duckdb_runs(by_request, split):
-    from kd_ranker.sources.logs.spark_sql import created
-
     of = query_of(by_request, engine="spark", split=split)
     for statement in (*of.statements("log.sql"), *of.statements("report.sql")):
         name, _, text = created(statement)
@@ -179,8 +178,6 @@ def test_spark_parses_what_duckdb_runs(by_request, split):
 
 
 def test_spark_counts_the_places_of_a_list_from_one_as_duckdb_does():
-    from kd_ranker.sources.logs.spark_sql import in_spark
-
     # SLICE counts from 1, where Spark's brackets count from 0.
     assert in_spark("SELECT x[n + 1:n + 1] FROM t") == "SELECT SLICE(x, n + 1, 1) FROM t"
     assert in_spark("SELECT x[:3] FROM t") == "SELECT SLICE(x, 1, 3) FROM t"

@@ -20,7 +20,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request
-from kd_ranker.sources.logs import database, rejected
+from kd_ranker.sources.logs import data_report, database
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
@@ -210,7 +210,7 @@ def test_both_layouts_any_order_and_any_number_of_files_give_the_same(tmp_path, 
 def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_some(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rejected, "MOST_ROWS", 2)
+    monkeypatch.setattr(data_report, "MOST_ROWS", 2)
     folder = write_log(tmp_path / "log", make_rows(3, requests=40, faults=0.05), files=3)
     file = min(folder.glob("*.parquet"))
     table = pq.read_table(file)
