@@ -170,7 +170,8 @@ def test_ids_scales_and_files_of_before_stay(second, day_one):
     after = second()
     assert content == {path: path.read_bytes() for path in content}
     with pytest.raises(
-        UserError, match=rf"1 file new; --config.data.extends={day_one}/before adds"
+        UserError,
+        match=rf"1 file new; with another data.dir, --config.data.extends={day_one}/before adds",
     ):
         api.prepare(config_of(day_one / "log", day_one / "before"))
     for name in ("user", "item", "feature:country", "feature:author"):
