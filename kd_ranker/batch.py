@@ -141,7 +141,7 @@ Owner = Literal["request", "event", "candidate", "shown", "scored", "known"]
 """The owner of a field, which determines the number of its entries per request.
 
 It is the request itself, each event of its history, or each of its candidates: all, the shown ones,
-or those that the teacher scored, both of which are the first ones. "known" marks facts only for the
+or those that the teacher scored. The last two come first. "known" marks facts only for the
 evaluation: a request has them for all of its candidates, or for none.
 """
 

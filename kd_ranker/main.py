@@ -151,7 +151,7 @@ def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> N
 
 
 def _join_processes(config: "ConfigDict") -> None:
-    """Join the processes of a run, of which only the first prints."""
+    """Join the processes of a run; only the first prints."""
     from absl import logging
 
     from kd_ranker.training import processes

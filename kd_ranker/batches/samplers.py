@@ -92,7 +92,7 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     """Draw the shown, then the candidates not shown that the teacher scores highest.
 
     Labels are drawn as by `funnel`: all positives, and a share `batch.negative_rate` of the n
-    negatives, of which each of the k drawn counts n / k times. Of the slots left, a share
+    negatives; each of the k drawn counts n / k times. Of the slots left, a share
     `batch.passed_share` holds the highest scores among the candidates that were not shown. The
     others are drawn from the remaining ones not shown, each with the same probability. Candidates
     without a score are never among the highest; if too few have one, random draws fill the slots.

@@ -393,7 +393,7 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
 
 
 def _check_logged(dataset: Dataset, members: Collection[ConfigDict], is_learned: bool) -> None:
-    """Check the logged teacher of students, of which some learn from its scores or none."""
+    """Check the logged teacher of students; `is_learned` if any of them learns from its scores."""
     config, logged = next(iter(members)), _is_logged(dataset.columns["train"])
     name, signal = config.data.name, dataset.spec.teacher_signal
     if is_learned and signal != "probability":

@@ -442,7 +442,7 @@ def lambda_rank(
 def rank_distil(
     logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
-    """RankNet's pairs of which one is among the teacher's first k, in nats (RankDistil).
+    """RankNet's pairs with one among the teacher's first k, in nats (RankDistil).
 
     Reddi et al. (AISTATS 2021) keep the order of the teacher's first k, and these above all others.
     The order of the others does not affect the shown list. Here that is `ranknet` over the pairs of

@@ -50,8 +50,8 @@ class Metric(NamedTuple):
       per: there is a number for each of these.
       ends: from the sums over the requests of a pass, and those of the teacher on the same, to
         its numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to
-        k), [T] or [N, T], or one number. For targets it is a curve [N], of which the first k at or
-        above the target is reported, or of a pair of curves the second one at that k. Sums and
+        k), [T] or [N, T], or one number. For targets it is a curve [N]; the first k at or above the
+        target is reported. Of a pair of curves, it is the value of the second at that k. Sums and
         numbers may have one more axis, the last, of draws of the requests: do not reduce it. None
         if the column is not measured on requests but filled in by `results`.
       sums: functions of a batch, in addition to `SUMS`, that return sums of each request by name,
@@ -59,7 +59,7 @@ class Metric(NamedTuple):
         [R, N, ...]. Metrics may share a function: it is called once per batch.
       title: its name in tables and figures; by default `name` with spaces.
       digits: after the decimal point, in tables.
-      probabilities_of: the rankers of which it needs probabilities, not only an order.
+      probabilities_of: the rankers that must give probabilities, not only an order.
       of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
       compared: whether a report compares settings on it.
@@ -318,7 +318,7 @@ METRICS: dict[str, Metric] = {
         ),
         _loss(
             name="teacher_kl_shown",
-            formula="the same divergence over shown candidates of which the teacher knows every "
+            formula="the same divergence over shown candidates where the teacher knows every "
             "task, with label weights",
             title="teacher KL of the shown",
             ends=_ratio("shown_teacher_kl", "shown_weight"),
@@ -368,7 +368,7 @@ METRICS: dict[str, Metric] = {
         _gain(
             name="shown_recall",
             formula="Σ shown candidates in the student's top k, over Σ shown candidates; over the "
-            "requests of which the logged funnel has shown some candidates and not all",
+            "requests where the logged funnel has shown some candidates and not all",
             digits=3,
             ends=_captured("shown_kept"),
         ),

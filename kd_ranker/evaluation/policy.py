@@ -186,7 +186,7 @@ def hindsight(curves: Curves, target: float) -> Choice:
 FILE = "policies.json"
 """The fitted policies of the members that are measured on test, next to their results."""
 
-# The curves of which the values at the chosen k are summed.
+# The sums add the values of these curves at the chosen k.
 _CHOSEN = ("scored", "value_captured", "true_value_captured", "covered_user_value")
 
 

@@ -42,7 +42,7 @@ class Scored(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Static sizes of a program that measures, of which two bound the numbers of any request."""
+    """Static sizes of a program that measures; two bound the numbers of any request."""
 
     shown: int
     labelled: int  # L, candidates with a label

@@ -243,7 +243,7 @@ def with_savings(
 def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
     """FLOPs per candidate of a row's ranker as early ranker, and the costs with it.
 
-    A reference costs nothing. A final ranker in front of itself costs a candidate what it costs.
+    A reference costs nothing. A final ranker in front of itself has its own cost.
     """
     if row["role"] == "student":
         return float(row["flops_per_candidate"]), costs

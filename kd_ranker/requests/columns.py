@@ -92,7 +92,7 @@ def as_floats(bits: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 class Parts(NamedTuple, Generic[Of]):
-    """The parts of a batch, each of which is read at once.
+    """The parts of a batch; each is read at once.
 
     They are the requests with their histories, their candidates with the values of the teacher, and
     the user labels of the candidates that were shown.

@@ -146,11 +146,11 @@ def first_without(holds: bool) -> int | None:
     return None if of_all.all() else int(np.argmin(of_all))
 
 
-def check_same(what: str, text: str) -> None:
-    """Raise UserError, which names `what`, on all processes if a text differs from process 0's."""
+def check_same(name: str, text: str) -> None:
+    """Raise UserError with this name on all processes if a text differs from process 0's."""
     other = first_without(on_first(lambda: text) == text)
     if other is not None:
-        raise UserError(f"process {other} has another {what} than process 0; start all alike")
+        raise UserError(f"process {other} has another {name} than process 0; start all alike")
 
 
 def ends_with_all() -> bool:

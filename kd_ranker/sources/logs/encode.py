@@ -137,7 +137,7 @@ def item_matrix(
     Args:
       encoding: its rules.
       items: the table `item_fields` of the log.
-      known: items of a dataset, of which those of the log replace some and follow others.
+      known: items of a dataset; those of the log replace some and follow the others.
     """
     logged = (
         _dense(encoding, "item_features", encoding.spec.item_features, items),

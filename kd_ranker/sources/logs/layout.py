@@ -56,7 +56,7 @@ class Feature:
     length: int
     standardise: bool
     cheap: bool
-    place: int | None = None  # in the vectors of its column, of which each number is a feature
+    place: int | None = None  # in the vectors of its column; each number is a feature
 
     @property
     def key(self) -> str:

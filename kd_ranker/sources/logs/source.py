@@ -33,7 +33,7 @@ from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.query import PREFIX, Query, quoted
 
-# Folder below `data.dir` for the report of a log of which no dataset was built.
+# Folder below `data.dir` for the report of a log that makes no dataset.
 REFUSED = "refused_log"
 _REMEDY = "or make a dataset of the whole log: leave data.extends out"
 

@@ -40,7 +40,7 @@ def new_encoding(
     moments: Mapping[str, Mapping[str, float]],
     kinds: Mapping[str, str],
 ) -> Encoding:
-    """Return the encoding of a log of which no dataset was made before.
+    """Return the encoding of a log without an earlier dataset.
 
     Dense features are scaled by their `moments` in training.
     """
