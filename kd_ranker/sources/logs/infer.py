@@ -283,8 +283,9 @@ def _find_sizes(log: Log) -> dict[str, Guess]:
     page = int(min(max(1, top or min(10, most // 4)), most))
     few = int(min(max(page, kept or max(most // 10, 2 * page)), most))
     report_at = {of for of in (page, few // 2, few, 2 * few) if page <= of <= most}
+    doubt = "" if log.request else "no request is known; what are the sizes of yours?"
     return {
-        "funnel.retrieved": Guess(most, "the largest request of the sample"),
+        "funnel.retrieved": Guess(most, "the largest request of the sample", doubt),
         "funnel.passed": Guess(few, "", "" if kept else "how many may the final ranker score?"),
         "funnel.shown": Guess(page, "", "" if top else "how many does a page show?"),
         "funnel.report_at": Guess(tuple(sorted(report_at))),

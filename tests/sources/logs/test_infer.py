@@ -104,6 +104,7 @@ def test_it_finds_the_planted_roles(columns, tmp_path, rows):
     assert config.data.teacher_version == ("" if absent else "v2")
     sizes = (config.funnel.retrieved, config.funnel.passed, config.funnel.shown)
     assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+    assert not check_of(text, "config.funnel.retrieved")
     assert features_of(config) == FEATURES
     for name in ("source", "title", "trace", "dwell"):
         assert f'left out: "{name}"' in text
@@ -257,8 +258,10 @@ def test_open_bandit(tmp_path, has_request):
     else:
         pd.DataFrame(columns).to_csv(tmp_path / "all.csv", index=False)
     log = pa.table(columns) if has_request else tmp_path / "all.csv"
-    _, config = infer(tmp_path, log)
+    text, config = infer(tmp_path, log)
     assert not wrong(config, truth)
+    # The request is open, so the sizes of the funnel are not known.
+    assert check_of(text, "config.funnel.retrieved")
     # Two impressions of a page differ in time, so that its id stays open.
     assert roles_of(config).items() >= BANDIT.items()
     affinities = [of for of in features_of(config) if "affinity" in of]
