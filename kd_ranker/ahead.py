@@ -30,7 +30,7 @@ from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
-from kd_ranker.pipeline.job import Job
+from kd_ranker.pipeline.job import Job, teacher_key
 from kd_ranker.pipeline.trained import Finished, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
@@ -328,7 +328,7 @@ def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str
         learned = jax.eval_shape(lambda of: served(model, of, platform), state.parameters)
         ranker = Ranker(make_serve(model, MODES["none"]), learned)
         finished = Finished("", "teacher", "", trained, "user", model, ranker, "", sample, {})
-    job.last_teacher[next(iter(members.values())).teacher.workdir] = finished, sample
+    job.last_teacher[teacher_key(next(iter(members.values())))] = finished, sample
     return job.of(members)
 
 

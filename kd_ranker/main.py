@@ -1,8 +1,8 @@
 """The command line: `kd-ranker NAME ...`, or `python -m experiments.NAME ...` in a clone.
 
 No other module parses arguments. Each command calls the function of its name in `api`, takes its
-docstring for help, and prints its result. Modules that take
-seconds to import are imported within functions, so that the list of commands takes no time.
+docstring for help, and prints its result. Modules that take seconds to import are imported within
+functions, so that the list of commands takes no time.
 """
 
 import argparse

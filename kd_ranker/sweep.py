@@ -365,11 +365,20 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
 
 
 def read_plan(workdir: Path) -> list[list[str]]:
-    """The names of the members of each cohort of a sweep; empty if it has not started."""
-    path = workdir / FILE
-    if not path.exists():
-        return []
-    return read_json(path, "restore the original file, or use another --workdir")["cohorts"]
+    """The names of the members of each cohort of a sweep; empty if it has not started.
+
+    Raises:
+      UserError: `cohorts.json` is damaged, or missing next to cohorts.
+    """
+    path, remedy = workdir / FILE, "restore the original file, or use another --workdir"
+    if path.exists():
+        try:
+            return read_json(path, remedy)["cohorts"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    if (workdir / FOLDER).exists():
+        raise UserError(f"{workdir / FOLDER} contains students, but {path} is missing; {remedy}")
+    return []
 
 
 def _new_cohorts(members: Members, size: CohortSize) -> list[list[str]]:

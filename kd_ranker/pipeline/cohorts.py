@@ -81,7 +81,7 @@ def train_cohort(workdir: Path, number: int) -> None:
 def _train_planned(sweep: Sweep, job: Job, number: int) -> None:
     """Train one cohort; its folder is held already."""
     job = job.of(sweep.cohorts[number])
-    with runs.progress_bar(sweep.workdir.name, job.config.train.steps) as bar:
+    with runs.progress_bar(sweep.workdir.name, _check(job)) as bar:
         _train_cohort(job, sweep.folders[number], bar)
 
 
@@ -136,11 +136,8 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
 
 def _train_cohorts(config: ConfigDict, sweep: Sweep, job: Job) -> None:
     """Train the cohorts one after the other, or first on a cluster, as one task each."""
-    steps = 0
     # All are checked before the first one trains.
-    for each in map(job.of, sweep.cohorts):
-        check_memory(each.config, each.groups, each.config.batch, each.dataset.spec)
-        steps += each.config.train.steps
+    steps = sum([_check(job.of(cohort)) for cohort in sweep.cohorts])
     if config.launcher == "ray":
         if len(sweep.plan) == 1:
             logging.warning(
@@ -152,6 +149,13 @@ def _train_cohorts(config: ConfigDict, sweep: Sweep, job: Job) -> None:
     with runs.progress_bar(sweep.workdir.name, steps) as bar:
         for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
             _train_cohort(job.of(cohort), folder, bar)
+
+
+def _check(job: Job) -> int:
+    """Check the memory and the signals that a cohort needs; return the number of its steps."""
+    checks.check_teacher_signals(job.dataset, job.members.values())
+    check_memory(job.config, job.groups, job.config.batch, job.dataset.spec)
+    return job.config.train.steps
 
 
 def _untrained(sweep: Sweep, job: Job) -> list[int]:

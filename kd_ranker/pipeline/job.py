@@ -32,13 +32,14 @@ class Job:
       members: the configs of the students; none in the job of a teacher.
       built: the dataset as it was built.
       last_teacher: the teacher that was opened last, and the dataset with its scores, by its
-        workdir. The jobs of a sweep share it, so those of one teacher should follow each other.
+        workdir and the stage of those. The jobs of a sweep share it, so those of one teacher should
+        follow each other.
     """
 
     config: ConfigDict
     members: Members
     built: Dataset
-    last_teacher: dict[str, tuple[Finished | None, Dataset]] = dataclasses.field(
+    last_teacher: dict[tuple[str, str], tuple[Finished | None, Dataset]] = dataclasses.field(
         default_factory=dict
     )
 
@@ -49,9 +50,9 @@ class Job:
     @functools.cached_property
     def _read(self) -> tuple[Finished | None, Dataset]:
         config, dataset, teacher = self.config, self.built, None
-        workdir, live = config.teacher.workdir, config.teacher.source == "live"
-        if self.members and workdir not in self.last_teacher:
-            if live or workdir:
+        live, key = config.teacher.source == "live", teacher_key(config)
+        if self.members and key not in self.last_teacher:
+            if live or config.teacher.workdir:
                 teacher = trained.load_teacher(config, dataset)
                 if not live:
                     dataset = datasets.dataset_under(config, dataset, teacher.version)
@@ -61,8 +62,8 @@ class Job:
                     f"teacher.workdir and make them with: {datasets.LOG_TEACHER}"
                 )
             self.last_teacher.clear()
-            self.last_teacher[workdir] = teacher, dataset
-        return self.last_teacher[workdir] if self.members else (None, dataset)
+            self.last_teacher[key] = teacher, dataset
+        return self.last_teacher[key] if self.members else (None, dataset)
 
     @property
     def teacher(self) -> Finished | None:
@@ -131,6 +132,11 @@ class Job:
     def kept_ks(self) -> list[int]:
         """The k at which the curves of each request are kept, and among which policies choose."""
         return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)
+
+
+def teacher_key(config: ConfigDict) -> tuple[str, str]:
+    """The keys that decide the teacher of students and the scores that they read."""
+    return config.teacher.workdir, config.teacher.stage
 
 
 def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool = False) -> Job:

@@ -146,7 +146,7 @@ def restore(
       UserError: the checkpoint is of another run, or none can be read.
     """
     # Another host may have an older listing of the folder.
-    steps = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True))
+    steps, reason = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True)), ""
     for step in steps:
         restored, reason = None, "another process cannot read it"
         try:
@@ -163,8 +163,9 @@ def restore(
         absl.logging.warning("%s cannot be restored: %s", checkpoints.directory / str(step), reason)
     if steps:
         raise UserError(
-            f"none of the checkpoints in {checkpoints.directory} can be restored; install the "
-            f"packages that {ENVIRONMENT_FILE} names, or remove that folder to train from the start"
+            f"none of the checkpoints in {checkpoints.directory} can be restored ({reason}); "
+            f"let all processes see the same files, install the packages that {ENVIRONMENT_FILE} "
+            "names, or remove that folder to train from the start"
         )
     return state, 0
 

@@ -107,9 +107,14 @@ def check(
 
     Raises:
       UserError: the workdir belongs to another command, config or dataset, which the message names;
-        or a file is damaged.
+        or its config is missing or damaged.
     """
     if not (workdir / CONFIG_FILE).exists():
+        if any((workdir / file).exists() for file in (ENVIRONMENT_FILE, METRICS_FILE)):
+            raise UserError(
+                f"{workdir} contains a run but {CONFIG_FILE} is missing; restore it, or use "
+                "another --workdir"
+            )
         return
     owner = owner_of(workdir)
     if owner not in (None, command):

@@ -226,6 +226,19 @@ def test_columns_do_not_depend_on_parts_or_value_weights(apart, monkeypatch):
     assert {name for name in after if after[name] == before[name]} == {*columns, scoring.FILE}
 
 
+def test_cohorts_of_two_stages_read_the_scores_of_each(apart):
+    apart.sweep.axes.teacher.stage = ("passed", "retrieved")
+    for stage in apart.sweep.axes.teacher.stage:
+        apart.teacher.stage = stage
+        api.log_teacher(apart)
+    apart.teacher.source = "logged"
+    members = sweep_members(apart)
+    job = open_job(apart)
+    read = [job.of({name: member}).dataset for name, member in members.items()]
+    for member, dataset in zip(members.values(), read, strict=True):
+        assert f"-{member.teacher.stage}/" in dataset.identity["scored"]
+
+
 def test_finished_scores_are_left_alone_and_checked(apart, tmp_path, monkeypatch):
     directory = api.log_teacher(apart).directory
     monkeypatch.setattr(scoring._Scorer, "write", None)
@@ -696,7 +709,13 @@ def forget_config(workdir):
         (
             lambda workdir: (workdir / "cohorts.json").unlink(),
             {"sweep__seeds": (2, 3), "sweep__extend": True},
-            "20 belongs to another run: config (",
+            "cohorts contains students, but ",
+        ),
+        (lambda workdir: (workdir / "cohorts.json").write_text("{}"), {}, "json is damaged: 'coho"),
+        (
+            lambda workdir: (workdir / "config.json").unlink(),
+            {},
+            "contains a run but config.json is",
         ),
         (change_members, {}, "20 belongs to another run: config ("),
         (forget_config, {"optimizer__warmup_steps": 3}, "20 belongs to another run: config ("),

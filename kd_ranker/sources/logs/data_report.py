@@ -379,7 +379,10 @@ def read_data_report(folder: Path) -> Report | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        report = json.loads(path.read_text())
+        if "allowed" not in report:
+            raise ValueError("it lacks allowed findings, as of another release")
+        return report
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}); make the dataset again, or copy it from there"
