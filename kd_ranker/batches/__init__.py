@@ -11,6 +11,6 @@ its columns on the host and is never packed.
 
 The choice of the candidates of a batch is separate from their data. `sampling` counts the
 candidates of each kind in the columns. From the counts and random numbers it derives a few numbers
-per request (`Starts`), and from these the rows to read (`Draw`). Of the table in `samplers`, which
-`config.batch.sampler` chooses from, this is `funnel`; others draw request by request on the host.
+per request (`Starts`), and from these places in requests (`Draw`). This is `funnel` of the table in
+`samplers`, where `config.batch.sampler` chooses; others draw request by request on the host.
 """

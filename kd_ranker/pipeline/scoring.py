@@ -362,6 +362,7 @@ def _writing(
         found = manifest.read(output, _remedy(output))["made_of"] if finished else {}
         if found == made_of:
             manifest.check(output, _remedy(output))
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its end
             yield None
             return
         replaced = replaces and {**found, "scores": ""} == {**made_of, "scores": ""}

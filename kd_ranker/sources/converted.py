@@ -5,7 +5,9 @@ A converter's log has one row per request, or per candidate. Its columns of the 
 names only labels, teacher, incumbent and features.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import shutil
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import digest
+from kd_ranker.manifest import digest, write_whole
 from kd_ranker.requests.request import Source, starts_of
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
@@ -110,16 +112,33 @@ def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> 
 
 
 def _folder(converter: Converter, data: ConfigDict, files: Sequence[Path]) -> Path:
-    """The folder of the log, named by all that decides its content.
-
-    As for a log, a file with the same size and time of change is the same file.
-    """
-    stats = [(file.name, file.stat()) for file in files]
-    contents = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    """The folder of the log, named by all that decides its content."""
+    logs = Path(data.dir) / "logs"
+    contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
     given = data.copy_and_resolve_references().to_dict()
     values = {key: given.get(key) for key in (*converter.keys, "seed")}
-    name = f"{data.name}-{digest([converter.version, values, contents])}"
-    return Path(data.dir) / "logs" / name
+    return logs / f"{data.name}-{digest([converter.version, values, contents])}"
+
+
+def _digests(files: Sequence[Path], logs: Path) -> list[str]:
+    """The SHA-256 of each file; a folder of logs keeps those of files with the same size and time.
+
+    A copy of the files is thus the same dataset.
+    """
+    record = logs / ".raw_files.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    found = []
+    for file in files:
+        stat = file.stat()
+        key = f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as raw:
+                known[key] = hashlib.file_digest(raw, "sha256").hexdigest()
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                logs.mkdir(parents=True, exist_ok=True)
+                write_whole(record, json.dumps(known))
+        found.append(known[key])
+    return found
 
 
 def find_raw(data: ConfigDict, names: Iterable[str], where: str, folder: str = "") -> list[Path]:
@@ -182,6 +201,13 @@ def moment_of(seconds: str) -> str:
     angle = f"2 * pi() * (({seconds}) % 86400) / 86400"
     day = f"(({seconds}) // 86400 + 3) % 7"
     return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
+
+
+def check_none(con: duckdb.DuckDBPyConnection, faults: Mapping[str, str], folder: Path) -> None:
+    """Raise UserError where the SQL of a fault, named by its description, returns a row."""
+    for fault, sql in faults.items():
+        for row in con.sql(sql).limit(1).fetchall():
+            raise UserError(f"{folder}: {fault}: {', '.join(map(str, row))}")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, connect, find_raw, moment_of
+from kd_ranker.sources.converted import Converter, check_none, connect, find_raw, moment_of
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
@@ -72,9 +72,13 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 {", ".join(f"coalesce({action}::INT, 0) = 1 AS {action}" for action in ACTIONS)}
                 FROM {log} {"SEMI JOIN users USING (user_id)" if data.max_users else ""});
         """)
+        check_none(con, _FAULTS, files[0].parent)
         con.execute(_requests(data) + _candidates(data))
         con.execute(_counts("user", ACTIONS) + _counts("video", CANDIDATE_ACTIONS))
         con.sql(_rows()).write_parquet(str(folder / "log.parquet"), compression="zstd")
+
+
+_FAULTS = {"a row of a log lacks user, video or time": "FROM log WHERE user + video + time IS NULL"}
 
 
 def _last_of_each(key: str, file: str) -> str:

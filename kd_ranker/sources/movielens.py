@@ -14,7 +14,14 @@ import pyarrow as pa
 from jaxtyping import Float64, Int, Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.converted import Converter, connect, fetch, find_raw, write_rows
+from kd_ranker.sources.converted import (
+    Converter,
+    check_none,
+    connect,
+    fetch,
+    find_raw,
+    write_rows,
+)
 
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
 PRIOR_RATING, PRIOR_COUNT = 3.5, 5  # a mean starts as if that many ratings had this value
@@ -81,6 +88,15 @@ _TABLES = {
     "coalesce(genres, []) AS genres",
     "users": "user::INT AS user, age::INT AS age, gender, occupation",
 }
+_FAULTS = {
+    "a rating is not on the scale": "FROM ratings ANTI JOIN stars USING (rating)",
+    "a user or a time is negative": "FROM ratings WHERE NOT (user >= 0 AND time >= 0)",
+    "a film is not in the file of films": "FROM ratings ANTI JOIN movies USING (movie)",
+    "a user is not in the file of users": "FROM ratings ANTI JOIN users USING (user)",
+    "a user rates a film twice": "SELECT user, movie FROM ratings GROUP BY ALL HAVING count(*) > 1",
+    "a film has two lines": "SELECT movie FROM movies GROUP BY movie HAVING count(*) > 1",
+    "a user has two lines": "SELECT user FROM users GROUP BY user HAVING count(*) > 1",
+}
 
 
 def stars_of(name: str) -> Float64[np.ndarray, "stars"]:
@@ -105,6 +121,11 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         for path, (name, columns) in zip(files, _TABLES.items(), strict=False):
             rows = f"SELECT {columns} FROM ({_FILES[data.name][path.name]})"
             con.execute(f"CREATE OR REPLACE TABLE {name} AS {rows}", {"file": str(path)})
+        if len(files) < len(_TABLES):
+            con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
+        scale = f"unnest({stars_of(data.name).tolist()})::FLOAT"
+        con.execute(f"CREATE TABLE stars AS SELECT {scale} AS rating")
+        check_none(con, _FAULTS, files[0].parent)
         write_rows(folder / "log.parquet", _rows(con, data))
 
 
@@ -114,7 +135,7 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
     movie, genres = films["movie"].to_numpy(), films["genres"].combine_chunks()
     decade = (films["year"].to_numpy() - 1990) / 10  # NaN where unknown
     flags = np.array([[of in row for of in GENRES] for row in genres.to_pylist()], np.float32)
-    everyone = con.sql("FROM ratings SEMI JOIN movies USING (movie) ORDER BY time").fetchnumpy()
+    everyone = con.sql("FROM ratings ORDER BY time").fetchnumpy()
     rated = np.searchsorted(movie, everyone["movie"])
     count, total, seen = np.zeros(len(movie)), np.zeros(len(movie)), 0
     scale = stars_of(data.name)
@@ -168,10 +189,10 @@ def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
     most = f"LIMIT {data.max_users}" if data.get("max_users") else ""
     # The order within a second depends on nothing but the seed, the user and the film.
     lines = con.sql(f"""
-        WITH kept AS (FROM (SELECT DISTINCT user FROM ratings) LEFT JOIN users USING (user)
+        WITH kept AS (FROM users SEMI JOIN ratings USING (user)
             ORDER BY md5(concat_ws(' ', {data.seed}, user)) {most}),
         rated AS (SELECT *, (time, md5(concat_ws(' ', {data.seed}, user, movie))) AS luck
-            FROM ratings SEMI JOIN movies USING (movie))
+            FROM ratings)
         SELECT kept.*, {", ".join(f"list({of} ORDER BY luck) AS {of}" for of in _TYPES)}
         FROM rated JOIN kept USING (user) GROUP BY ALL""").to_arrow_table()
     found = []

@@ -187,6 +187,12 @@ def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         for part, split in enumerate(splits):
             path = Path(data.path) / _name(data, data.documents, split)
             _read(con, "lines", path, _LETOR)
+            apart = """SELECT line FROM (SELECT *, lag(query) OVER (ORDER BY line) AS before,
+                row_number() OVER (PARTITION BY query ORDER BY line) AS turn FROM lines)
+                WHERE turn > 1 AND before <> query"""
+            _check(con, path, "its query was there before, with others between", apart)
+            earlier = "SELECT line FROM lines SEMI JOIN documents USING (query)"
+            _check(con, path, "its query is in the file of an earlier split too", earlier)
             con.execute("""
                 CREATE OR REPLACE TABLE lines AS SELECT * EXCLUDE pairs,
                     regexp_extract_all(pairs, '(\\d+):', 1)::BIGINT[] AS places,

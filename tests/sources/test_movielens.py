@@ -1,5 +1,6 @@
 """MovieLens as a log: hand-worked files of each layout, and what no request may know."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,12 @@ def test_hand_worked_files_of_each_layout_become_rows(variant, write_files, tmp_
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
+        ([(7, 9, 5.5, 1)], "a rating is not on the scale: 7, 9, 5.5, 1"),
+        ([(7, 9, 3.5, 1)], "a rating is not on the scale"),
+        ([(7, 9, 3, -1)], "a user or a time is negative"),
+        ([(7, 8, 5, 1)], "a film is not in the file of films: 7, 8"),
+        ([(4, 9, 5, 1)], "a user is not in the file of users: 4, 9"),
+        ([(7, 9, 5, 1), (7, 9, 4, 2)], "a user rates a film twice: 7, 9"),
         ([("MovieLens",), *RATINGS], "CSV Error on Line: 1"),
         ([*RATINGS, (7, 9, 3, 1, 5)], "Expected Number of Columns: 4 Found: 5"),
         ([(7, 9, "x", 1)], 'cannot be read: .*"x"'),
@@ -223,6 +230,8 @@ def test_the_log_is_made_once_and_opened_as_any_other(tmp_path):
     assert other.num_requests != source.num_requests
     other.close()
     assert (log / "log.parquet").stat().st_mtime_ns == made
+    entry.check_unchanged(config.data, tmp_path / "beside")
+    os.utime(folder / "ratings.csv", (1, 1))  # as of a copy
     entry.check_unchanged(config.data, tmp_path / "beside")
     (folder / "ratings.csv").write_text((folder / "ratings.csv").read_text() + "1,1,5,9999999\n")
     with pytest.raises(UserError, match="have changed since"):

@@ -252,6 +252,7 @@ LAYOUT = "not “grade qid:query 1:number 2:number ...”"
         ("1.5 qid:900 1:1 2:1 3:1 4:1 5:1", LAYOUT),
         ("1 qid: 1:1 2:1 3:1 4:1 5:1", LAYOUT),
         ("1 qid:50 1:1 2:1 3:1 4:1 5:1 # docid = GX050-00-1234", "its query has this document"),
+        ("1 qid:11 1:1 2:1 3:1 4:1 5:1", "its query was there before, with others between"),
     ],
 )
 def test_a_letor_line_at_fault_leaves_nothing(fold, line, message):
@@ -260,7 +261,7 @@ def test_a_letor_line_at_fault_leaves_nothing(fold, line, message):
     path.write_text(path.read_text() + f"\n{line}\n0 qid:900 9:9\n")
     with pytest.raises(UserError, match=f"train.txt, line {number}: {message}"):
         kd.prepare(letor_config(fold))
-    assert not [*(fold.parent / "data" / "logs").iterdir()]
+    assert not [*(fold.parent / "data" / "logs").glob("[!.]*")]
 
 
 def test_scores_of_another_length_are_named(fold):
@@ -296,7 +297,7 @@ def test_a_trec_file_at_fault_leaves_nothing(lists, file, line, message):
     (lists / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
         kd.prepare(trec_config(lists))
-    assert not [*(lists.parent / "data" / "logs").iterdir()]
+    assert not [*(lists.parent / "data" / "logs").glob("[!.]*")]
 
 
 def test_keys_at_fault_are_named(lists, fold):
@@ -308,3 +309,11 @@ def test_keys_at_fault_are_named(lists, fold):
         kd.prepare(trec_config(lists, path=""))
     with pytest.raises(UserError, match=r"test2\.txt does not exist"):
         kd.prepare(letor_config(fold, splits=dict(test="test2")))
+
+
+def test_a_query_in_the_files_of_two_splits_is_named(fold):
+    lines = (fold / "train.txt").read_text().splitlines(keepends=True)
+    path = fold / "vali.txt"
+    path.write_text(lines[0] + path.read_text())
+    with pytest.raises(UserError, match=r"vali\.txt, line 1: its query is in the file of an"):
+        kd.prepare(letor_config(fold))

@@ -185,6 +185,7 @@ def open_tables(
 def _source(tables: _Tables) -> Source:
     log, layout, earlier, database, query = tables
     if earlier:
+        _check_ids(earlier, layout, database)
         _check_order(earlier, database)
     _check_splits(tables)
     counts = _count(tables)
@@ -356,6 +357,21 @@ def _open_earlier(layout: LogLayout, dataset: Dataset) -> _Earlier:
     if len(now) == len(before):
         raise UserError(f"the log at {layout.path} has no file that {directory} lacks")
     return _Earlier(dataset, encoding, before, vocabulary.read_report(directory))
+
+
+def _check_ids(earlier: _Earlier, layout: LogLayout, database: Database) -> None:
+    """Raise UserError if ids of new files are of another type than those of the dataset."""
+    directory = earlier.dataset.directory
+    known = {"request": vocabulary.read_requests_of(directory, "train")["request"]}
+    known |= {of: earlier.encoding.vocabularies[of]["value"] for of in (USER, ITEM)}
+    new = {"request": "request FROM requests", USER: "value FROM users", ITEM: "value FROM items"}
+    for role, values in known.items():
+        (here,) = database.fetch(f"SELECT {new[role]} LIMIT 0").schema.types
+        if here != values.type and role in layout.columns:
+            raise UserError(
+                f"column {layout.columns[role]!r} (data.columns.{role}) holds ids of type {here} "
+                f"in the new files, and {directory} has {values.type}; give it one type, {_REMEDY}"
+            )
 
 
 def _check_order(earlier: _Earlier, database: Database) -> None:

@@ -7,6 +7,7 @@ import os
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -200,9 +201,12 @@ def rewritten(change):
     return lambda path: pq.write_table(change(pq.read_table(path)), path)
 
 
-def as_texts(table):
-    place = table.column_names.index("user_id")
-    return table.set_column(place, "user_id", table["user_id"].cast(pa.string()))
+def with_type(column, type_):
+    def change(table):
+        values = pc.max_element_wise(table[column], 0).cast(type_)
+        return table.set_column(table.column_names.index(column), column, values)
+
+    return rewritten(change)
 
 
 EARLY = make_rows(0, requests=1)[0]
@@ -214,8 +218,16 @@ REFUSED = {
         "has no column 'age'",
     ),
     "ids of another type": (
-        dict(change=rewritten(as_texts)),
+        dict(change=with_type("user_id", pa.string())),
         "column 'user_id' .* holds texts, and in training it held whole numbers",
+    ),
+    "requests of another type": (
+        dict(change=with_type("request_id", pa.string())),
+        r"'request_id' \(data.columns.request\) holds ids of type string in .* has int64; give it",
+    ),
+    "ids without a sign": (
+        dict(change=with_type("item_id", pa.uint64())),
+        r"'item_id' \(data.columns.item\) holds ids of type uint64 in the new .* has int64",
     ),
     "a request of before": (
         dict(rows=[*make_days()[1], make_days()[0][-1]]),

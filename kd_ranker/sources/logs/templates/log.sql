@@ -264,7 +264,7 @@ CREATE TABLE {{ vocabulary(feature) }} AS
              THEN ordinal END AS id FROM ranked;
 {% endfor %}
 
--- 6. The fields to encode; `ordered.py` sorts them.
+-- 6. The fields to encode; `encode.write_ordered` sorts them.
 CREATE VIEW item_fields AS SELECT value, id{{ and_features(layout.of("item")) }} FROM items;
 CREATE VIEW request_fields AS SELECT request, file::INT AS file, number, time, user_id
     {{ and_features(layout.of("user", "context", "event")) }} FROM request_rows;
