@@ -1,278 +1,336 @@
-"""The figures of a report: `ENTRIES`, one per figure, and the tidy table of each.
+"""The figures of a report, drawn with Altair from a tidy table each.
 
-Each table has the columns `mode` (which gives the color), `line` (the name in the legend) and,
-except the waterfall, `plain` (False for variants of mode `none`, which have other colors).
+A way has the same color in every figure of a study. Files and the page have the same charts.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import altair as alt
 import numpy as np
 import pandas as pd
+import vl_convert
 
-from kd_ranker.evaluation.metrics import TARGET
+from kd_ranker.evaluation.metrics import TARGET, title_of
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, by_repeat, of_split
-from kd_ranker.report import charts
-from kd_ranker.report.charts import REFERENCE, Entry, Figure
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.intervals import Interval, interval
+from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import Study
 
-# Shares of the value to keep, denser where the number of candidates to pass grows fast.
-_TARGETS = (*np.arange(0.95, 0.989, 0.005), *np.arange(0.99, 0.9995, 0.001))
-# The columns of a line, and those of a curve or of bars: a mean and the ends of its interval.
-_LINE = ("mode", "plain", "serve", "line", "setting")
-_ENDS = ("mean", "low", "high")
+Chart = alt.LayerChart | alt.FacetChart
+
+FORMATS = ("svg", "pdf", "png")
+# After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008), then of Tol's
+# muted one (personal.sron.nl/~pault, 2021). All are visible on a white and on a black page.
+_COLORS = (
+    *("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    *("#332288", "#999933", "#882255", "#44aa99"),
+)
+_INCUMBENT, _LIST, _RULE = "#b4b4b4", "#8c6d31", "#808080"
+# The width of a file, in pixels or points; the height of a plot on the page over that in a file.
+_WIDTH, _PAGE_HEIGHT = 403, 1.4
+_THEME: dict[str, Any] = {
+    "background": "transparent", "font": "sans-serif", "padding": 3, "aria": False,
+    "view": {"stroke": None},
+    "axis": {
+        "labelFontSize": 11, "titleFontSize": 13, "titleFontWeight": "normal", "titlePadding": 6,
+        "labelFlush": False, "domainColor": "black", "tickColor": "black", "tickCount": 6,
+        "gridColor": "#e4e4e4", "gridWidth": 0.8,
+    },
+    "legend": {
+        "orient": "top", "title": None, "labelFontSize": 11, "labelLimit": 0, "symbolOpacity": 1,
+        "symbolStrokeWidth": 1.9, "symbolSize": 60, "offset": 6, "columnPadding": 16,
+    },
+}  # fmt: skip
+
+
+class Figure(NamedTuple):
+    """A figure of a study: its name in those of files, its table, and its chart without a size.
+
+    `height` is that of the plot in a file, in pixels.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: pd.DataFrame
+    chart: Chart
+    height: int = 270
+
+
+def files(figure: Figure) -> dict[str, bytes]:
+    """Return the files of a figure by format."""
+    spec = _sized(figure, width=_WIDTH, height=figure.height, background="white").to_dict()
+    return {
+        "svg": vl_convert.vegalite_to_svg(spec).encode(),
+        "pdf": vl_convert.vegalite_to_pdf(spec),
+        "png": vl_convert.vegalite_to_png(spec, ppi=200),
+    }
+
+
+def page_chart(figure: Figure) -> str:
+    """Return the chart of a figure as JSON, as wide as its place on the page."""
+    chart = _sized(figure, width="container", height=_PAGE_HEIGHT * figure.height)
+    # A "<" in a name must not end the script element that holds the JSON.
+    return json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
+
+
+def _sized(figure: Figure, width: Any, height: float, **theme: str) -> Chart:
+    # Legends do not wrap by themselves: about 6 pixels per character, and the symbol.
+    columns = max(1, _WIDTH // (6 * int(figure.data["line"].str.len().max()) + 50))
+    legend = _THEME["legend"] | {"columns": columns}
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    chart = figure.chart.properties(width=width, height=height, autosize=fit)
+    return chart.configure(**(_THEME | {"legend": legend} | theme))
 
 
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
-    """Return the figures of a study in their order."""
-    return [figure(name, study, estimates) for name, of in ENTRIES.items() if of.shown(study)]
+    """Return the figures of a study that have numbers, in their order."""
+    drawn = (
+        _waterfall(study, estimates),
+        _plane(study, estimates),
+        _over_k(
+            study, estimates, "value_captured", TARGET,
+            "Value captured by candidates passed",
+            "The share of the final value that is kept when k candidates are passed, on the test "
+            "split; of each way the setting that did best on validation. The dashed line is 99%; "
+            "marks and the legend show what each needs for it, the mean over repeats.",
+        ),
+        _over_k(
+            study, estimates, "true_value_captured", None,
+            "True value captured by candidates passed",
+            "The same items, valued by the true probabilities: the share of the value if all "
+            "retrieved candidates reach the final ranker. It can exceed 1 if an early ranker drops "
+            "candidates that the final ranker overrates.",
+        ),
+        _pareto(study),
+    )  # fmt: skip
+    known = (figure for figure in drawn if figure is not None)
+    return [of for of in known if study.knows_truth or of.name != "true_value_captured"]
 
 
-def figure(name: str, study: Study, estimates: Estimates) -> Figure:
-    """Return one figure; `name` is a key of `ENTRIES`."""
-    entry = ENTRIES[name]
-    caption = entry.caption.format(
-        baseline=study.baseline,
-        unit=study.costs.unit,
-        margin=f"{100 * study.margin:g}%",
-        sizes=" of each size" if study.best_of_sizes["size"].nunique() > 1 else "",
-    )
-    return Figure(name, entry, caption, entry.data(study, estimates))
+def _values(data: pd.DataFrame) -> alt.InlineData:
+    # Unknown numbers are null.
+    return alt.InlineData(values=json.loads(data.to_json(orient="records", double_precision=9)))
 
 
-def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return mode, line (the step), setting, and mean, low and high of `CRITERION`."""
+def _axis(
+    channel: Callable[..., Any], title: str, scale: dict[str, Any], **options: Any
+) -> Callable[[str], Any]:
+    """Return a function from a column to the channel of an axis that several columns share."""
+    return functools.partial(
+        channel, type="quantitative", title=title,
+        scale=alt.Scale(**scale), axis=alt.Axis(**options),
+    )  # fmt: skip
+
+
+def _color(study: Study, data: pd.DataFrame, symbol: str) -> alt.Color:
+    """Return the colors of the lines by their ways; a reference is gray, or brown if it is a list.
+
+    `symbol` is that of the legend.
+    """
+    lines = data.drop_duplicates("line")
+    colors: dict[str | None, str] = dict(zip(study.chosen, itertools.cycle(_COLORS), strict=False))
+    colors[study.incumbent] = _INCUMBENT
+    palette = [colors.get(way, _LIST) for way in lines["way"]]
+    scale = alt.Scale(domain=lines["line"].tolist(), range=palette)
+    return alt.Color("line:N", scale=scale, legend=alt.Legend(symbolType=symbol))
+
+
+def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
+    """Return a dashed line for comparison at a value."""
+    line = alt.Chart(alt.InlineData(values=[{"rule": value}]))
+    return line.mark_rule(strokeDash=[6, 5], clip=True).encode(color=alt.value(_RULE), y=y("rule"))
+
+
+def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
+    """Draw a bar per step from today's ranker to the best with scores, with its number."""
     steps = {
-        "today's early ranker": (REFERENCE, study.incumbent),
-        "mode none": ("none", study.plain),
-        "best without scores": (REFERENCE, study.baseline),
-        "best with scores": ("aux", study.best_with_scores),
-    }
-    lines = (
-        {"mode": mode, "line": step, "setting": setting}
-        | estimates.of(setting, CRITERION)._asdict()
-        for step, (mode, setting) in steps.items()
+        "today's early ranker": study.incumbent, "mode none": study.plain,
+        "best without scores": study.baseline, "best with scores": study.best_with_scores,
+    }  # fmt: skip
+    lines = [
+        (step, setting, *estimates.of(setting, CRITERION)[:3])
+        for step, setting in steps.items()
         if setting is not None
+    ]
+    data = pd.DataFrame(lines, columns=["line", "setting", "mean", "low", "high"])
+    data = data.dropna(subset=["mean"])
+    if data.empty:
+        return None
+    data = data.assign(end=data[["mean", "high"]].max(axis=1))
+    # The longest bar leaves room for its number.
+    x = _axis(
+        alt.X, "candidates to pass for 99% of the final value",
+        {"domain": (0, 1.15 * data["end"].max()), "nice": False},
+    )  # fmt: skip
+    color = alt.Scale(domain=[*steps], range=[_INCUMBENT, _COLORS[0], _COLORS[5], _COLORS[1]])
+    base = alt.Chart().encode(
+        y=alt.Y("line:N", title=None, sort=[*steps], axis=alt.Axis(labelLimit=0))
     )
-    return _table(["mode", "line", "setting", *_ENDS], lines)
+    bars = base.mark_bar().encode(
+        x=x("mean"), color=alt.Color("line:N", scale=color, legend=None),
+        tooltip=["setting:N", alt.Tooltip("mean:Q", title="candidates", format=".0f")],
+    )  # fmt: skip
+    ends = base.mark_rule(strokeWidth=0.8).encode(x=x("low"), x2="high")
+    numbers = base.mark_text(align="left", fontSize=11, dx=10).encode(
+        x=x("end"), text=alt.Text("mean:Q", format=".0f")
+    )
+    return Figure(
+        "waterfall", "Candidates to pass, step by step",
+        "Candidates per request that have to be passed for 99% of the final value, on the test "
+        "split: with the early ranker that filled the log, with a student of plain mode none, with "
+        "the best ranker that needs no scores of the final ranker, and with the best student that "
+        "learns from them. Bars are 95% intervals.",
+        data, alt.layer(bars, ends, numbers, data=_values(data)), height=110,
+    )  # fmt: skip
 
 
-def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return `_LINE`, margin, and saving and users with the ends of their intervals.
+def _points(
+    study: Study, data: pd.DataFrame, x: Callable[[str], Any], y: Callable[[str], Any],
+    columns: Sequence[str], order: str = "",
+) -> list[alt.Chart]:  # fmt: skip
+    """Return layers of a mark per row, with its intervals from `_low` to `_high` of the columns.
 
-    `users` is the change of the first of `users_at_target`.
+    Lines connect the marks along the column `order`, which labels them; "" draws none.
     """
-    lines = (
-        line
-        | _ends("saving", estimates.of(line["setting"], SAVINGS[0]))
-        | _ends("users", estimates.gap(line["setting"], str(study.baseline), measure))
+    across, up = columns
+    base = alt.Chart().encode(color=_color(study, data, "circle"))
+    # Pale, since readers should compare the marks.
+    bar = base.mark_rule(strokeWidth=0.8, opacity=0.45)
+    layers = [
+        bar.encode(x=x(f"{across}_low"), x2=f"{across}_high", y=y(up)),
+        bar.encode(x=x(across), y=y(f"{up}_low"), y2=f"{up}_high"),
+    ]
+    numbers = (alt.Tooltip(f"{of}:Q", title=title_of(of), format=".4f") for of in columns)
+    placed = base.encode(x=x(across), y=y(up), tooltip=["setting:N", *numbers])
+    if order:
+        text = placed.mark_text(align="left", fontSize=10, dx=5, dy=-6).encode(text=f"{order}:Q")
+        layers += [placed.mark_line().encode(order=f"{order}:Q"),
+                   text.transform_filter(f"isValid(datum.{order})")]  # fmt: skip
+    return [*layers, placed.mark_point(filled=True, size=50, opacity=1)]
+
+
+def _plane(study: Study, estimates: Estimates) -> Figure | None:
+    """Draw the change for users over the saving; None if either is unknown for all ways."""
+    lines = [
+        (way, way, setting, *estimates.of(setting, SAVINGS[0])[:3],
+         *estimates.gap(setting, study.baseline, measure)[:3])
         for measure in study.users_at_target[:1]
-        for line in _compared(study)
-    )
-    data = _table([*_LINE, *_ends("saving"), *_ends("users")], lines)
-    return data.assign(margin=-study.margin)
+        for way, setting in study.chosen.items()
+        if study.baseline not in (None, setting)
+    ]  # fmt: skip
+    columns = ["line", "way", "setting", *_ends("saving"), *_ends("users")]
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["saving", "users"])
+    if data.empty:
+        return None
+    x = _axis(alt.X, "saving", {"zero": True}, format="~%")
+    y = _axis(alt.Y, "change for users", {"zero": True}, format="+.2~%")
+    marks = _points(study, data, x, y, ("saving", "users"))
+    return Figure(
+        "plane", "Saving against the change for users",
+        f"Each way against {study.baseline}, the best ranker without the final ranker's scores, on "
+        "the test split, with as many passed as each needs for 99% of the final value: the share "
+        f"of the funnel's cost, {study.costs.unit}, that is saved, and the change of the value for "
+        "users, as a share of that if all are passed. The dashed line is the margin of "
+        f"{100 * study.margin:g}%. Bars are 95% intervals.",
+        data, alt.layer(_rule(y, -study.margin), *marks, data=_values(data)),
+    )  # fmt: skip
 
 
-def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return curves over k of the best students with and without scores, and of references.
+def _over_k(
+    study: Study, estimates: Estimates, measure: str, rule: float | None, title: str, caption: str
+) -> Figure | None:
+    """Draw a measure over k with a band per ranker; None if no student has it.
 
-    The students are the best of each size. The columns are those of `_curves`, size, cost (of a
-    request, over that of only the final ranker on all candidates), and `cost_for_99`, which is
-    constant along a line.
+    `rule` is where a dashed line is, at which lines have marks.
     """
-    rows = _with_references(study, study.best_of_sizes)
-    data = _curves(rows, estimates, "value_captured", ("size",))
-    data = data.assign(cost=np.nan, cost_for_99=np.nan)
-    for setting, places in data.groupby("setting").groups.items():
-        data.loc[places, "cost"] = estimates.cost_curve(str(setting))
-        data.loc[places, "cost_for_99"] = estimates.cost_share(str(setting), TARGET).mean
-    return data.dropna(subset=["cost"]).reset_index(drop=True)
-
-
-def _saving(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return `_LINE`, target (in percent), and the saving."""
-    lines = (
-        line | {"target": 100 * target} | estimates.saving(line["setting"], float(target))._asdict()
-        for line in _compared(study)
-        for target in _TARGETS
+    if not study.chosen:
+        return None
+    references = {of: of for of in (study.incumbent, study.baseline) if of is not None}
+    rankers = study.chosen | {
+        name: of for name, of in references.items() if of not in study.chosen.values()
+    }
+    curves = [
+        estimates.curve(setting, measure).assign(
+            way=way, setting=setting, passed=estimates.of(setting, CRITERION).mean
+        )
+        for way, setting in rankers.items()
+    ]
+    data = pd.concat(curves).dropna(subset=["mean"])
+    students = data[data["way"].isin([*study.chosen])]
+    if students.empty:
+        return None
+    data["line"] = data["way"] + ("" if rule is None else data["passed"].map(": {:.0f}".format))
+    # Values start far below 99%: the window starts where the best of them is near it.
+    low = max(0.0, min(0.9, float(students["mean"].median()) - 0.1))
+    near = students[students["mean"] >= low]
+    top = float(near[["mean", "high"]].max().max())
+    ks = int(near["k"].min()), int(near["k"].max())
+    ticks = [step * 10**power for power in range(8) for step in (1, 2, 5)]
+    x = _axis(
+        alt.X, "candidates passed, k", {"type": "log", "domain": ks, "nice": False},
+        values=[k for k in ticks if ks[0] <= k <= ks[1]], format="d", labelOverlap=True,
+    )  # fmt: skip
+    values = {"domain": (low, top + 0.05 * (top - low)), "nice": False}
+    y = _axis(alt.Y, f"{measure.replace('_', ' ')} at k", values)
+    base = alt.Chart().encode(color=_color(study, data, "stroke"), x=x("k"))
+    tooltip = ["setting:N", "k:Q", alt.Tooltip("mean:Q", format=".4f")]
+    layers = [
+        base.mark_area(opacity=0.15, clip=True).encode(y=y("low"), y2="high"),
+        base.mark_line(strokeWidth=1.9, clip=True).encode(y=y("mean")),
+        # Invisible, to show numbers under the pointer.
+        base.mark_point(size=150, opacity=0, clip=True).encode(y=y("mean"), tooltip=tooltip),
+    ]
+    if rule is not None:
+        at = _values(data.drop_duplicates("line").assign(mean=rule))
+        marks = base.mark_point(filled=True, size=50, opacity=1, clip=True)
+        marks = marks.encode(x=x("passed"), y=y("mean")).properties(data=at)
+        layers += [_rule(y, rule), marks]
+    caption += (
+        " Bands are 95% intervals. Gray is the early ranker that filled the log, brown a list if no"
+        " student without scores needs fewer."
     )
-    return _table([*_LINE, "target", *_ENDS], lines)
+    return Figure(measure, title, caption, data, alt.layer(*layers, data=_values(data)))
 
 
-def _pareto(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return `_LINE`, weight (NaN in mode none), and the user and teacher BCE on validation.
+def _pareto(study: Study) -> Figure | None:
+    """Draw the loss against the teacher over that against users, on validation.
 
     The points of a way are its chosen setting and those that differ from it only in the weight.
     """
     rows = of_split(study.rows, "validation")
     alike = [column for column in setting_columns(rows) if column != "distill_weight"]
-    chosen = rows.loc[rows["setting"].isin(list(study.chosen.values())), alike].drop_duplicates()
+    chosen = rows.loc[rows["setting"].isin([*study.chosen.values()]), alike].drop_duplicates()
     points = rows.drop_duplicates("setting").merge(chosen, on=alike)
-    points["weight"] = points["distill_weight"].where(points["distill_loss"].notna())
-    tables = {measure: by_repeat(rows, measure) for measure in ("user_bce", "teacher_bce")}
-    data = pd.DataFrame(_lines(points, "weight"), columns=[*_LINE, "weight"])
-    for measure, table in tables.items():
+    data = points[["way", "setting"]].assign(line=points["way"])
+    data["weight"] = points["distill_weight"].where(points["distill_loss"].notna())
+    measures = ("user_bce", "teacher_bce")
+    for measure in measures:
+        table = by_repeat(rows, measure)
         means = [interval(table[setting].to_numpy())[:3] for setting in data["setting"]]
         data[[*_ends(measure)]] = np.reshape(means, (-1, 3))
-    return data.dropna(subset=[*tables]).reset_index(drop=True)
-
-
-def _over_k(study: Study, estimates: Estimates, measure: str) -> pd.DataFrame:
-    """Return the curves of the chosen settings, and of references except for the covered value."""
-    if measure == "covered_user_value":
-        # That of the incumbent would be far too low.
-        return _curves(study.tested, estimates, measure)
-    return _curves(_with_references(study, study.tested), estimates, measure)
-
-
-def _with_references(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows, and those of the incumbent and of a baseline that is a list of items."""
-    known = of_split(study.references, "test").assign(mode=REFERENCE, size="")
-    return pd.concat([rows, known[known["setting"].isin([study.incumbent, study.baseline])]])
-
-
-def _lines(rows: pd.DataFrame, *more: str) -> list[dict[str, Any]]:
-    """Return `_LINE` and more columns of each setting; the line is named by the way."""
-    settings = rows.drop_duplicates("setting").rename(columns={"way": "line"})
-    return settings[[*_LINE, *more]].to_dict("records")  # type: ignore[return-value]
-
-
-def _compared(study: Study) -> list[dict[str, Any]]:
-    """Return the lines of the chosen settings to compare with the baseline; none without one."""
-    if study.baseline is None:
-        return []
-    return _lines(study.tested[study.tested["setting"] != study.baseline])
-
-
-def _ends(name: str, mean: Interval | None = None) -> dict[str, float]:
-    """Return a mean and the ends of its interval by column."""
-    ends = mean[:3] if mean else (np.nan,) * 3
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
-
-
-def _table(columns: Sequence[str], lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Return the lines in which every mean is known."""
-    table = pd.DataFrame(list(lines), columns=list(columns))
-    means = [name for name in columns if name == "mean" or f"{name}_low" in columns]
-    return table.dropna(subset=means).reset_index(drop=True)
-
-
-def _curves(
-    rows: pd.DataFrame, estimates: Estimates, measure: str, more: Sequence[str] = ()
-) -> pd.DataFrame:
-    """Return the curves of settings; none if they are all references.
-
-    The columns are `_LINE`, `more`, k, mean, low, high, and `passed_for_99`, which is the mean over
-    repeats and constant along a line.
-    """
-    curves = [
-        estimates.curve(line["setting"], measure).assign(
-            **line, passed_for_99=estimates.of(line["setting"], "passed_for_99").mean
-        )
-        for line in _lines(rows, *more)
-    ]
-    columns = [*_LINE, *more, "k", *_ENDS, "passed_for_99"]
-    data = pd.concat(curves)[columns] if curves else pd.DataFrame(columns=columns)
-    data = data.dropna(subset=["mean"]).reset_index(drop=True)
-    return data[:0] if (data["mode"] == REFERENCE).all() else data
-
-
-_GRAY = " Gray are the early ranker that filled the log, and a list if none needs fewer."
-
-
-ENTRIES = {
-    "waterfall": Entry(
-        _waterfall,
-        charts.waterfall,
-        "Candidates to pass, step by step",
-        "Candidates per request that have to be passed for 99% of the final value, on the test "
-        "split: with the early ranker that filled the log, with a student of plain mode none, with "
-        "the best ranker that needs no scores of the final ranker, and with the best student that "
-        "learns from them. Bars are 95% intervals.",
-        empty="nothing is measured",
-        height=110,
-    ),
-    "frontier": Entry(
-        _frontier,
-        charts.frontier,
-        "Cost of the funnel against final quality",
-        "The best student without the final ranker's scores and the best with them{sizes}, as "
-        "more candidates are passed, on the test split: the cost of a request, {unit}, as a share "
-        "of its cost if the final ranker ranks all candidates, and the share of the final value "
-        "that is kept. Further left at the same height is cheaper at the same quality. "
-        "The dashed line is 99%; marks and the legend show its cost. Bands are 95% intervals."
-        + _GRAY
-        + " Both count as free.",
-        empty="the cost of the teacher, or the requests of the best students, are not known",
-    ),
-    "plane": Entry(
-        _plane,
-        charts.plane,
-        "Saving against the change for users",
-        "Each way against {baseline}, the best ranker without the final ranker's scores, on "
-        "the test split, with as many passed as each needs for 99% of the final value: the share "
-        "of the funnel's cost, {unit}, that is saved, and the change of the value for users, as a "
-        "share of that if all are passed. The dashed line is the margin of {margin}. Bars are 95% "
-        "intervals.",
-        empty="the change for users is not known",
-        marked=True,
-    ),
-    "value_captured": Entry(
-        functools.partial(_over_k, measure="value_captured"),
-        functools.partial(
-            charts.over_k, measure="value_captured", rule=TARGET, crossing=("passed_for_99", ".0f")
-        ),
-        "Value captured by candidates passed",
-        "The share of the final value that is kept when k candidates are passed, on the test "
-        "split; of each way the setting that did best on validation. The dashed line is 99%; "
-        "marks and the legend show what each needs for it, the mean over repeats. Bands are 95% "
-        "intervals." + _GRAY,
-    ),
-    "true_value_captured": Entry(
-        functools.partial(_over_k, measure="true_value_captured"),
-        functools.partial(charts.over_k, measure="true_value_captured", rule=1.0),
-        "True value captured by candidates passed",
-        "The same items, valued by the true probabilities: the share of the value if all retrieved "
-        "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
-        "that the final ranker overrates. Bands are 95% intervals." + _GRAY,
-        shown=lambda study: study.knows_truth,
-    ),
-    "covered_user_value": Entry(
-        functools.partial(_over_k, measure="covered_user_value"),
-        functools.partial(charts.over_k, measure="covered_user_value"),
-        "Users' value by candidates passed",
-        "Of a funnel of the candidates that the logged funnel passed: the value of the user labels "
-        "of the items that are shown, as a share of that if all of these are passed, on the test "
-        "split. Differences have a sign and no size. Bands are 95% intervals.",
-        shown=lambda study: not study.knows_truth,
-    ),
-    "saving": Entry(
-        _saving,
-        charts.saving,
-        "Saving by target",
-        "The share of the funnel's cost, {unit}, that is saved against {baseline}, on the test "
-        "split, by the share of the final value to keep. Bands are 95% intervals.",
-        empty="there is nothing to compare",
-    ),
-    "survival": Entry(
-        functools.partial(_over_k, measure="survival"),
-        functools.partial(charts.over_k, measure="survival", whole=True),
-        "Survival of the teacher's own top",
-        "The share of the candidates that the teacher would show, out of all retrieved, that is "
-        "among the k passed, on the test split. Bands are 95% intervals." + _GRAY,
-    ),
-    "pareto": Entry(
-        _pareto,
-        charts.pareto,
-        "Predicting users against following the teacher",
+    data = data.dropna(subset=[*measures])
+    if data.empty:
+        return None
+    x, y = (
+        _axis(channel, f"{title_of(of)}, mean over tasks (nats)", {"zero": False})
+        for channel, of in zip((alt.X, alt.Y), measures, strict=True)
+    )
+    return Figure(
+        "pareto", "Predicting users against following the teacher",
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
-        "over tasks, on validation; lower is better for both. One curve per way as the distill "
+        "over tasks, on validation; lower is better for both. One line per way as the distill "
         "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
-        empty="no student has both numbers",
-        marked=True,
-    ),
-}
+        data,
+        alt.layer(*_points(study, data, x, y, measures, "weight"), data=_values(data)),
+    )  # fmt: skip
+
+
+def _ends(name: str) -> tuple[str, str, str]:
+    """Return the columns of a mean and of the ends of its interval."""
+    return name, f"{name}_low", f"{name}_high"

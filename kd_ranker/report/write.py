@@ -8,11 +8,10 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup, escape
 
-from kd_ranker.report import charts, tables
+from kd_ranker.report import figures, tables
 from kd_ranker.report.answer import Answer, answer
 from kd_ranker.report.claims import claims
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.figures import Figure, figures
 from kd_ranker.report.study import Study, read_studies
 from kd_ranker.report.tables import Table
 from kd_ranker.requests.templates import templates_of
@@ -28,7 +27,7 @@ class Section(NamedTuple):
 
     study: Study
     answer: Answer
-    figures: list[Figure]
+    figures: list[figures.Figure]
     claims: Table
     tables: list[Table]
 
@@ -77,11 +76,10 @@ def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Se
         if table:
             write_atomically(output / TABLES / f"{file}.md", table.markdown())
             write_atomically(output / TABLES / f"{file}.tex", table.latex())
-    drawn = figures(study, estimates)
+    drawn = figures.figures(study, estimates)
     for figure in drawn:
-        if len(figure.data):
-            for ending, content in charts.files(figure).items():
-                write_atomically(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
+        for ending, content in figures.files(figure).items():
+            write_atomically(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
     return Section(
         study=study,
         answer=answer(study, estimates),
@@ -99,4 +97,4 @@ def page(sections: Sequence[Section]) -> str:
     """Return the page's HTML, with Vega, the figures' data, styles and scripts inside."""
     template = templates_of("kd_ranker.report").get_template("page.html")
     vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
-    return template.render(sections=sections, chart=charts.page_chart, vega=vega, zip=zip)
+    return template.render(sections=sections, chart=figures.page_chart, vega=vega, zip=zip)

@@ -18,7 +18,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import ReportAt
-from kd_ranker.report import charts
+from kd_ranker.report import figures
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import Study, read_studies
 
@@ -131,9 +131,9 @@ def change(workdir: Path, change_rows: Callable[[pd.DataFrame], pd.DataFrame]) -
 @contextlib.contextmanager
 def without_pictures(*, with_charts: bool = False) -> Iterator[None]:
     """Leave out a report's pictures, which take most of its time; `test_charts` draws them."""
-    replaced = [(charts, "files", dict.fromkeys(charts.FORMATS, b""))]
+    replaced = [(figures, "files", dict.fromkeys(figures.FORMATS, b""))]
     if not with_charts:
-        replaced += [(charts, "page_chart", ""), (vl_convert, "javascript_bundle", "")]
+        replaced += [(figures, "page_chart", ""), (vl_convert, "javascript_bundle", "")]
     with contextlib.ExitStack() as patches:
         for module, name, value in replaced:
             patches.enter_context(mock.patch.object(module, name, return_value=value))

@@ -1,45 +1,159 @@
-"""The tables of the figures against the numbers of the study."""
+"""The figures: their tables against the estimates, and what is drawn of them."""
+
+import json
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 
-from kd_ranker.report import charts, figures
+from kd_ranker.report import figures
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
-CURVES = ["frontier", "value_captured", "true_value_captured", "survival"]
+SVG = "{http://www.w3.org/2000/svg}"
+CURVES = ["value_captured", "true_value_captured"]
+SHARED = "shared, weight 1"
 
 
-def drawn(name, estimates):
-    return figures.figure(name, estimates.study, estimates)
+def of_estimates(estimates):
+    return {figure.name: figure for figure in figures.figures(estimates.study, estimates)}
 
 
-def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(estimates):
-    data = drawn("pareto", estimates).data
+@pytest.fixture(scope="module")
+def drawn(estimates):
+    return of_estimates(estimates)
+
+
+@pytest.fixture(scope="module")
+def files(drawn):
+    return {name: figures.files(figure) for name, figure in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def roots(files):
+    return {name: ElementTree.fromstring(of["svg"]) for name, of in files.items()}
+
+
+def texts_of(root):
+    return [text.text for text in root.iter(f"{SVG}text")]
+
+
+def marks_of(root, kind):
+    groups = (of for of in root.iter(f"{SVG}g") if f"{kind} role-mark" in of.get("class", ""))
+    return [path for group in groups for path in group]
+
+
+def colors_of(figure):
+    """The color of each line by its name without a number."""
+    (scale,) = {
+        json.dumps(layer["encoding"]["color"]["scale"])
+        for layer in json.loads(figures.page_chart(figure))["layer"]
+        if "scale" in layer["encoding"].get("color", {})
+    }
+    of_scale = json.loads(scale)
+    names = [name.split(":")[0] for name in of_scale["domain"]]
+    return dict(zip(names, of_scale["range"], strict=True))
+
+
+def test_every_figure_is_drawn_in_every_format_without_a_date(drawn, files, roots):
+    assert list(files) == ["waterfall", "plane", *CURVES, "pareto"]
+    for name, of_figure in files.items():
+        assert list(of_figure) == list(figures.FORMATS)
+        for ending, start in (("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
+            assert of_figure[ending].startswith(start)
+        assert not re.search(rb"20\d\d-\d\d-\d\d", of_figure["svg"])
+        assert b"tIME" not in of_figure["png"]
+        assert name == "waterfall" or any(text.startswith("aux") for text in texts_of(roots[name]))
+    assert figures.files(drawn["plane"])["png"] == files["plane"]["png"]
+
+
+def test_vega_warns_of_nothing_and_draws_unknown_ends(estimates, capfd, monkeypatch):
+    """As of a single repeat: unknown ends are null on the page, and no NaN in a path."""
+    draw = vl_convert.vegalite_to_svg
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda of: draw(of, show_warnings=True))
+    values = figures._values
+
+    def without_ends(data):
+        ends = data.columns[data.columns.str.endswith(("low", "high"))]
+        return values(data.assign(**dict.fromkeys(ends, np.nan)))
+
+    monkeypatch.setattr(figures, "_values", without_ends)
+    for figure in of_estimates(estimates).values():
+        assert b"NaN" not in figures.files(figure)["svg"]
+        assert "NaN" not in figures.page_chart(figure)
+    output = capfd.readouterr()
+    assert "WARN" not in output.out + output.err
+
+
+def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates, monkeypatch):
+    for name, columns in (
+        ("pareto", ["user_bce", "user_bce_low", "teacher_bce_high"]),
+        ("plane", ["saving", "users_low", "users_high"]),
+    ):
+        chart = json.loads(figures.page_chart(drawn[name]))
+        values = pd.DataFrame(chart["datasets"][chart["data"]["name"]])
+        np.testing.assert_allclose(values[columns], drawn[name].data[columns], atol=1e-9)
+    ways = {f"</script>{way}": of for way, of in estimates.study.chosen.items()}
+    renamed = Estimates(estimates.study._replace(chosen=ways))
+    assert "<" not in figures.page_chart(of_estimates(renamed)["plane"])
+
+
+def test_a_way_has_the_same_color_in_every_figure(drawn):
+    found = {}
+    for name in ("plane", *CURVES, "pareto"):
+        for line, color in colors_of(drawn[name]).items():
+            found.setdefault(line, set()).add(color)
+    assert list(found) == ["aux", "shared", "none", "incumbent"]
+    assert all(len(colors) == 1 for colors in found.values())
+    assert len(set.union(*found.values())) == 4
+
+
+def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(drawn, roots, estimates):
+    data = drawn["pareto"].data
     assert list(data["line"].unique()) == ["none", "aux", "shared"]
     assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
     # All else as it was chosen.
-    assert set(data.loc[data["line"] == "aux", "serve"]) == {"teacher"}
-    (none,) = data[data["mode"] == "none"].to_dict("records")
+    of_aux = data.loc[data["line"] == "aux", "setting"]
+    assert list(of_aux) == ["aux (teacher), weight 0.3", "aux (teacher), weight 1"]
+    (none,) = data[data["line"] == "none"].to_dict("records")
     assert np.isnan(none["weight"])
     rows = estimates.study.rows.query("setting == 'none' and split == 'validation'")
     assert none["user_bce"] == pytest.approx(rows.filter(like="user_bce/").to_numpy().mean())
     assert none["user_bce_low"] < none["user_bce"] < none["user_bce_high"]
+    # Marks are at the places of their numbers: those of two give the others.
+    places = np.array(
+        [re.findall(r"[\d.]+", mark.get("transform"))[:2]
+         for mark in marks_of(roots["pareto"], "mark-symbol")], float,
+    )  # fmt: skip
+    numbers = data[["user_bce", "teacher_bce"]].to_numpy()
+    for axis in (0, 1):
+        first, last = numbers[:, axis].argmin(), numbers[:, axis].argmax()
+        expected = np.interp(
+            numbers[:, axis], numbers[[first, last], axis], places[[first, last], axis]
+        )
+        np.testing.assert_allclose(places[:, axis], expected, atol=0.05)
+    assert places[last][1] < places[first][1]  # up is more
 
 
-@pytest.mark.parametrize("measure", CURVES[1:])
-def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, measure):
-    data = drawn(measure, estimates).data
-    # Today's early ranker is muted.
-    assert list(data["line"].unique()) == ["none", "aux", "shared", "incumbent"]
-    assert set(data.loc[data["mode"] == charts.REFERENCE, "line"]) == {"incumbent"}
-    of_shared = data[data["line"] == "shared"].reset_index(drop=True)
-    curve = estimates.curve("shared, weight 1", measure)
+@pytest.mark.parametrize("measure", CURVES)
+def test_the_curves_are_those_of_the_chosen_settings_and_of_today(drawn, roots, estimates, measure):
+    data = drawn[measure].data
+    assert list(data["way"].unique()) == ["none", "aux", "shared", "incumbent"]
+    of_shared = data[data["way"] == "shared"].reset_index(drop=True)
+    curve = estimates.curve(SHARED, measure)
     pd.testing.assert_frame_equal(of_shared[list(curve)], curve)
-    passed = estimates.of("shared, weight 1", "passed_for_99").mean
-    assert set(of_shared["passed_for_99"]) == {passed}
+    # The legend has the number at 99%.
+    lines = data.drop_duplicates("way")
+    passed = (estimates.of(setting, "passed_for_99").mean for setting in lines["setting"])
+    expected = [
+        f"{way}: {of:.0f}" if measure == "value_captured" else way
+        for way, of in zip(lines["way"], passed, strict=True)
+    ]
+    assert [text for text in texts_of(roots[measure]) if text in expected] == expected
 
 
 def test_a_list_is_drawn_over_k_if_no_student_without_scores_needs_fewer(tmp_path):
@@ -50,12 +164,13 @@ def test_a_list_is_drawn_over_k_if_no_student_without_scores_needs_fewer(tmp_pat
     folder = sweeps.change(sweeps.write_sweep(tmp_path, seeds=(0, 1)), needs_fewer)
     (study,) = read_studies([folder])
     assert study.baseline == "show_rate"
-    data = drawn("value_captured", Estimates(study)).data
-    assert set(data.loc[data["mode"] == charts.REFERENCE, "line"]) == {"incumbent", "show_rate"}
+    colors = colors_of(of_estimates(Estimates(study))["value_captured"])
+    assert list(colors) == ["none", "aux", "shared", "incumbent", "show_rate"]
+    assert len(set(colors.values())) == 5
 
 
-def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
-    data = drawn("waterfall", estimates).data
+def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, estimates):
+    data = drawn["waterfall"].data
     steps = {
         "today's early ranker": "incumbent", "mode none": "none", "best without scores": "none",
         "best with scores": estimates.study.best_with_scores,
@@ -64,80 +179,29 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
     for line in data.to_dict("records"):
         mean = estimates.of(line["setting"], "passed_for_99")
         assert (line["mean"], line["low"], line["high"]) == pytest.approx(mean[:3], nan_ok=True)
-    assert data["mean"].iloc[0] == 1500
-    assert data["mean"].is_monotonic_decreasing
+    texts = texts_of(roots["waterfall"])
+    assert [text for text in texts if text in steps] == list(steps)
+    assert {f"{number:.0f}" for number in data["mean"]} <= set(texts)
+    # The path of a bar begins with its corner and its width.
+    bars = marks_of(roots["waterfall"], "mark-rect")
+    widths = np.array([float(re.search(r"h([\d.]+)", bar.get("d"))[1]) for bar in bars])
+    expected = (data["mean"] / data["mean"][0]).to_numpy()
+    assert widths / widths[0] == pytest.approx(expected, abs=0.01)
 
 
-def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
-    study = estimates.study
-    data = drawn("plane", estimates).data
-    assert study.baseline == "none"
+def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estimates):
+    data = drawn["plane"].data
+    assert estimates.study.baseline == "none"
     assert list(data["line"]) == ["aux", "shared"]
     for mark in data.to_dict("records"):
         users = estimates.gap(mark["setting"], "none", "true_value_for_99")
         for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
             found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
             assert found == pytest.approx(mean[:3])
-        assert mark["margin"] == -study.margin
 
 
-def test_without_the_truth_there_is_no_plane(tmp_path):
-    estimates = sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,))
-    assert drawn("plane", estimates).data.empty
-
-
-def test_the_frontier_has_the_best_with_and_without_distillation_at_their_cost(estimates):
-    data = drawn("frontier", estimates).data
-    # Of the ways that distil the better one on validation.
-    assert list(data["line"].unique()) == ["none", "aux", "incumbent"]
-    at = data[data["k"] == 200].set_index("line")
-    # 2000 candidates at 800 and 900 FLOPs, 200 at 150,000, over 2000 at 150,000.
-    assert at.loc["none", "cost"] == pytest.approx(0.1 + 800 / 150_000)
-    assert at.loc["aux", "cost"] == pytest.approx(0.1 + 900 / 150_000)
-    assert at.loc["incumbent", "cost"] == pytest.approx(0.1)
-    rows = estimates.study.tested
-    passed = rows.loc[rows["mode"] == "none", "passed_for_99"].mean()
-    assert at.loc["none", "cost_for_99"] == pytest.approx(passed / 2000 + 800 / 150_000)
-
-
-def test_the_frontier_has_a_pair_a_size_of_the_student(tmp_path):
-    rows = [
-        {"mode": mode, "distill_loss": loss, "seed": 0, "student.width": width, "passed": passed,
-         "weight": 0.0 if mode == "none" else 1.0,
-         "member": f"{mode}{loss}{width}", "flops": float(width)}
-        for width, of_losses in ((8, (400, 120, 130)), (32, (300, 110, 90)))
-        for mode, loss, passed in zip(
-            ("none", "shared", "shared"), (None, "bce", "topk"), of_losses, strict=True
-        )
-    ]  # fmt: skip
-    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
-    chosen = study.best_of_sizes
-    assert dict(zip(chosen["way"], chosen["size"], strict=True)) == {
-        "none, width 8": "width 8", "none, width 32": "width 32",
-        "shared, loss bce, width 8": "width 8", "shared, loss topk, width 32": "width 32",
-    }  # fmt: skip
-    # 2000 · 8 + 120 · 200 FLOPs are less than 2000 · 32 + 90 · 200.
-    assert study.cheapest(list(chosen["setting"])) == "shared, weight 1, loss bce, width 8"
-
-
-def test_the_saving_is_that_of_each_target(estimates):
-    data = drawn("saving", estimates).data
-    assert list(data["line"].unique()) == ["aux", "shared"]
-    shared = data[data["line"] == "shared"].set_index("target")
-    for target in (95, 99):
-        of_table = estimates.saving("shared, weight 1", target / 100)
-        assert tuple(shared.loc[target, ["mean", "low", "high"]]) == pytest.approx(of_table[:3])
-    assert (data["target"].min(), data["target"].max()) == pytest.approx((95, 99.9))
-    assert (data["low"] < data["high"]).all()
-
-
-def test_where_the_truth_is_not_known_users_labels_are_drawn(tmp_path):
-    estimates = sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,))
-    names = [name for name, of in figures.ENTRIES.items() if of.shown(estimates.study)]
-    assert set(figures.ENTRIES) - set(names) == {"true_value_captured"}
-    data = drawn("covered_user_value", estimates).data
-    # The covered value of the incumbent would be far too low.
-    assert list(data["line"].unique()) == ["none", "aux", "shared"]
-    at = data[data["k"] == 200].set_index("line")["mean"]
-    expected = estimates.of("shared, weight 1", "covered_user_value@200").mean
-    assert at["shared"] == pytest.approx(expected, abs=1e-3)
+def test_figures_without_numbers_are_left_out(tmp_path):
+    without_truth = sweeps.estimates_of(tmp_path / "a", true_values=False, seeds=(0,))
+    assert list(of_estimates(without_truth)) == ["waterfall", "value_captured", "pareto"]
+    without_requests = sweeps.estimates_of(tmp_path / "b", seeds=(0,), without=sweeps.OF_REQUESTS)
+    assert list(of_estimates(without_requests)) == ["waterfall", "plane", "pareto"]

@@ -13,10 +13,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from kd_ranker import api
-from kd_ranker.report import charts
 from tests.report import sweeps
 
-FIGURES = 8
+FIGURES = 5
 
 
 @pytest.fixture(scope="module")
@@ -139,25 +138,6 @@ def test_a_point_shows_its_numbers_under_the_pointer(loaded):
     text = loaded.find_element(By.CSS_SELECTOR, shown).text
     assert re.search(r"setting:?\s+none\s", text)
     assert re.search(r"user BCE[^:]*:?\s+0\.\d{4}\s", text)
-
-
-def test_a_click_in_the_legend_fades_the_other_lines_until_a_click_elsewhere(loaded):
-    figure = loaded.find_element(By.CSS_SELECTOR, ".survival")
-    curves = charts.colors(["none", "aux", "shared"])
-
-    def opacities():
-        paths = figure.find_elements(By.CSS_SELECTOR, ".mark-line.role-mark path")
-        found = {path.get_attribute("stroke"): path.get_attribute("opacity") for path in paths}
-        return [float(found[color]) for color in curves]
-
-    def click(selector):
-        element = scroll_to(loaded, figure.find_element(By.CSS_SELECTOR, selector))
-        ActionChains(loaded).move_to_element(element).click().perform()
-
-    click(".role-legend-label text")
-    WebDriverWait(loaded, 20).until(lambda _: opacities() == [1, 0.07, 0.07])
-    click(".role-axis-title text")
-    WebDriverWait(loaded, 20).until(lambda _: opacities() == [1, 1, 1])
 
 
 def click_on_title(browser, title, press=None):
