@@ -48,19 +48,11 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         "study": study, "chosen": chosen, "without": without, "criterion": CRITERION,
         "target": f"{100 * TARGET:g}%", "effect": _EFFECT, "lists": LISTS, "of": estimates.of,
         "passed": lambda name: number(estimates.of(name, CRITERION).mean, 0),
-        "cost_share": lambda name: estimates.cost_share(name, TARGET),
         "number": number, "title_of": title_of, "in_percent": _in_percent,
     }  # fmt: skip
     caveats = []
     if chosen is not None and without is not None:
         gap = estimates.gap(chosen, without, CRITERION)
-        settings = study.tested.drop_duplicates("setting")
-        plain = settings.loc[~settings["needs_scores"], "setting"]
-        of_sizes = {
-            "all": study.cheapest([*settings["setting"]]),
-            "without": study.cheapest([*plain]),
-        }
-        facts |= {"sizes": study.best_of_sizes["size"].nunique(), "cheapest": of_sizes}
         facts |= _of_rankers(study, estimates, chosen)
         facts |= _of_saving(study, estimates, chosen, without, gap)
         facts |= _of_users(study, estimates, (chosen, without), gap)

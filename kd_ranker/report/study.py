@@ -1,6 +1,5 @@
 """Read the files of sweeps, join them to one study per dataset, and choose what it describes."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -48,56 +48,36 @@ class Study(NamedTuple):
 
     The tables of rankers are rows of `results.csv` with `setting` (a label that is unique for
     `results.setting_columns`), `way` (for `results.ways`), `repeat` (for `results.REPEAT`),
-    `source` (the number of the sweep), `plain` (False for variants of mode `none`) and, under their
-    names, the means over tasks of metrics that are `averaged`.
+    `source` (the number of the sweep) and, under their names, the means over tasks of metrics that
+    are `averaged`.
 
-    Attributes:
-      dataset: its name: `data.title` of an own log, or `data.name`.
-      config: of the first sweep; the others may differ in members and random seeds.
-      tasks: the tasks in the order of the config.
-      passed: k, the number of candidates that the config passes.
-      costs: the costs that take the place of FLOPs in a saving.
-      rows: of students of finite loss only, on both splits.
-      chosen: by way, the setting that validation chose, of those that were read on test.
-      baselines: the setting or reference that each saving is counted against, see
-        `saving.baselines`; without those that are not measured.
-      tested: of the chosen settings, on the test split.
-      teachers: on the test split, one per repeat of the students.
-      num_teachers: the number of teachers, which differ in their seeds; 0 without a teacher.
-      references: of rankers without a model, on both splits.
-      margin: a loss of users that counts as none, see `report.margin`.
-      frozen: the rows of members with a loss that stopped being finite.
-      varying: the columns of a setting that differ, except mode, serving choice and weight.
-      allowed: faults of the user's log that `data.allow` accepted, in words.
-      configs: the text of each sweep's config by its folder.
-      environments: the recorded environment of each sweep by its folder; empty if unknown.
-      kept: the contribution of each test request to the measures, by member and serving choice,
-        for each source and cohort, since cohorts may differ in the teacher.
+    Of the students, only those of finite loss take part, except in `frozen`.
     """
 
-    dataset: str
-    config: ConfigDict
+    dataset: str  # `data.title` of an own log, or `data.name`
+    config: ConfigDict  # of the first sweep; the others may differ in members and random seeds
     tasks: list[str]
-    passed: int
+    passed: int  # k, the number of candidates that the config passes
     costs: Costs
-    rows: pd.DataFrame
-    chosen: dict[str, str]
-    baselines: dict[str, str]
-    tested: pd.DataFrame
-    teachers: pd.DataFrame
-    num_teachers: int
-    references: pd.DataFrame
-    margin: float
-    frozen: pd.DataFrame
-    varying: list[str]
-    allowed: list[str]
-    configs: dict[str, str]
-    environments: dict[str, dict]
+    rows: pd.DataFrame  # of students on both splits
+    chosen: dict[str, str]  # by way, the setting that validation chose, of those read on test
+    baselines: dict[str, str]  # see `saving.baselines`
+    tested: pd.DataFrame  # of the chosen settings, on the test split
+    teachers: pd.DataFrame  # on the test split, one per repeat of the students
+    num_teachers: int  # which differ in their seeds
+    references: pd.DataFrame  # of rankers without a model, on both splits
+    margin: float  # a loss of users that counts as none, see `report.margin`
+    frozen: pd.DataFrame  # of members with a loss that stopped being finite
+    varying: list[str]  # columns of a setting that differ, without mode, serving choice and weight
+    allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
+    configs: dict[str, str]  # texts, by the folder of each sweep
+    environments: dict[str, dict]  # the same; empty if unknown
+    # Of each sweep's number and cohort, what each test request adds to the measures of its rankers.
     kept: list[tuple[int, Kept]]
 
     @property
     def baseline(self) -> str | None:
-        """The best ranker without scores of the final ranker; None if nothing is measured."""
+        """The best ranker without scores of the final ranker; None if none is measured."""
         return self.baselines.get("funnel_cost_saving")
 
     @property
@@ -143,14 +123,15 @@ class Study(NamedTuple):
 
     @property
     def best_with_scores(self) -> str | None:
-        """The cheapest setting that learns from the final ranker's scores, by validation.
+        """The setting of the cheapest funnel that learns from the final ranker's scores.
 
-        Settings that keep users are preferred. Without any, all settings are considered. None if
-        none is measured.
+        On validation, at `saving.CRITERION`; without a teacher's cost, the one that passes fewest.
+        Settings that keep users are preferred. None if none is measured.
         """
         settings = [*self.tested.loc[self.tested["needs_scores"], "setting"].unique()]
         kept = [setting for setting in settings if self.keeps_users(setting)] or settings
-        return self.cheapest(kept) or best(self.rows, kept)
+        costs = by_repeat(of_split(self.rows, "validation"), "funnel_cost")
+        return best_of(costs[kept]) or best(self.rows, kept)
 
     def keeps_users(self, setting: str) -> bool:
         """Return True if the interval of `users_change` is above −`margin`, or unknown."""
@@ -169,30 +150,6 @@ class Study(NamedTuple):
         rows = of_split(pd.concat([self.rows, self.references]), "validation")
         table = by_repeat(rows[rows["setting"].isin([setting, self.baseline])], measures[0])
         return interval((table[setting] - table[self.baseline]).to_numpy())
-
-    @property
-    def best_of_sizes(self) -> pd.DataFrame:
-        """The best settings of each size of the student, without scores and with them.
-
-        Chosen on validation: one row per setting of those on test, and `size`, the values of
-        `student.*` that a sweep has varied; "" if it has not.
-        """
-        columns = [column for column in self.varying if column.startswith("student.")]
-        settings = self.tested.drop_duplicates("setting")
-        sizes = [", ".join(named_values(row, columns)) for _, row in settings.iterrows()]
-        settings = settings.assign(size=sizes)
-        chosen = {
-            best(self.rows, list(of["setting"]))
-            for _, of in settings.groupby(["size", "needs_scores"], sort=False)
-        }
-        return settings[settings["setting"].isin(chosen)]
-
-    def cheapest(self, settings: list[str]) -> str | None:
-        """Return the setting of the cheapest funnel at `saving.CRITERION`, on validation.
-
-        None if none is measured, or the teacher's cost is unknown.
-        """
-        return best_of(by_repeat(of_split(self.rows, "validation"), "funnel_cost")[settings])
 
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:
@@ -301,15 +258,10 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
     flat = {name: values_by_key(config, free) for name, config in configs.items()}
     (first, here), *others = flat.items()
     for other, there in others:
-        differing = [
-            f"{key} ({here.get(key)!r} and {there.get(key)!r})"
-            for key in sorted(here.keys() | there.keys())
-            if json.dumps(here.get(key)) != json.dumps(there.get(key)) and key not in free
-        ]
-        if differing:
+        if differing := manifest.differences(here, there):
             raise UserError(
                 f"{first} and {other} are sweeps of one dataset under different configs, so their "
-                f"results cannot be joined; report them separately: {', '.join(differing)}"
+                f"results cannot be joined; report them separately: {differing}"
             )
 
 
@@ -330,11 +282,11 @@ def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
             rows[metric.name] = rows.reindex(columns=columns).mean(axis=1)
 
     def places(column: pd.Series) -> pd.Series:
-        by_name = column.name in ("mode", "serve")
-        return pd.Series(pd.factorize(column)[0], column.index) if by_name else column
+        named = column.name in ("mode", "serve")
+        return pd.Series(pd.factorize(column)[0], column.index) if named else column
 
     plain = (rows["mode"] != "none") | (rows[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1)
-    rows = rows.assign(needs_scores=needs_scores(rows), plain=plain, variant=~plain)
+    rows = rows.assign(needs_scores=needs_scores(rows), variant=~plain)
     keys = ["mode", "variant", *results.setting_columns(rows)[1:], *REPEAT]
     rows = rows.sort_values(keys, key=places, kind="stable", na_position="first")
     rows = rows.drop(columns="variant").reset_index(drop=True)

@@ -114,11 +114,6 @@ STEPS = {
         [*students(STUDENTS, flops={"shared": 0.2}), INCUMBENT, reference_row("show_rate", 390)],
         LIST_BEST,
     ),
-    "the incumbent without mode none": (
-        [*students({"shared": [300, 302]}), INCUMBENT],
-        f"d: For 99% of the final value the final ranker needs 600 candidates per request with "
-        f"today's early ranker. {NO_OTHER} ",
-    ),
     "a list without mode none": (
         [*students({"shared": [300, 302]}), reference_row("pass_rate", 600)],
         "the final ranker needs 600 candidates per request with the best early ranker that needs "
@@ -143,18 +138,9 @@ STEPS = {
         "For users: the true value@30 goes from 0.8000 to 0.7000, without an interval; the true "
         "value for 99% goes from 0.8000 to 0.7000, without an interval.",
     ),
-    "more compute": (
-        # 400 fewer candidates of 20,000 FLOPs each are less than 2000 candidates at 60 more.
-        students({"none": [400, 410], "aux": [300, 311]}, flops={"aux": 70.0}),
-        "which adds 99% (95% interval 88 to 110) of the funnel's compute.",
-    ),
     "a loss of users": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.71, 0.8, 0.61])),
         "For users: the true value@30 falls, from 0.8000 to 0.7067 (difference −0.1",
-    ),
-    "no difference for users": (
-        students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.8, 0.91, 0.69])),
-        "For users: the true value@30 shows no difference, from 0.8000 to 0.8000 (difference −0.0",
     ),
     "users who pay": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.75, 0.85, 0.65])),
@@ -165,20 +151,6 @@ STEPS = {
     "users unknown": (
         students({"none": [400, 401], "shared": [300, 302]}),
         "funnel's compute. The change for users was not measured.",
-    ),
-    "several sizes": (
-        [{"mode": mode, "seed": seed, "student.width": width, "passed": passed + seed,
-          "flops": float(flops), "member": f"{mode}{width}{seed}"}
-         for mode, width, flops, passed in (
-             # The large one passes fewer, and costs more: 2000 · 10 + 90 · 200 against 8 + 24.
-             ("none", 8, 4, 400), ("none", 32, 10, 300), ("shared", 8, 4, 120),
-             ("shared", 32, 10, 90))
-         for seed in (0, 1)],
-        # 2000 · 4 + 120.5 · 200 over 2000 · 200.
-        "Of 2 sizes, the cheapest funnel for 99% is that of “shared, weight 1, width 8”, which "
-        "passes 120 candidates at 8.0% (95% interval 7.7 to 8.3) of the cost of the final ranker "
-        "on all candidates; of students that need no scores it is that of “none, width 32”, which "
-        "passes 300 candidates at 20.0%",
     ),
     "nothing measured": (
         students({"none": [math.nan] * 2, "shared": [math.nan] * 2}),
