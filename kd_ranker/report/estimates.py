@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 
 from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.evaluate import Each
-from kd_ranker.evaluation.funnel import passed_for
 from kd_ranker.evaluation.interleaving import RequestsNeeded, number_needed
 from kd_ranker.evaluation.metrics import (
     METRICS,
+    TARGET,
     ReportAt,
     Sums,
     curve_columns,
@@ -92,38 +92,24 @@ class Estimates:
         pair = (self._measured(name, measure) for name in (setting, other))
         return crossed_interval(combined(np.subtract, *pair))
 
-    def saving(
-        self,
-        setting: str,
-        target: float = metrics.TARGET,
-        flops_ratio: float | None = None,
-        over: str | None = None,
-    ) -> Interval:
+    def saving(self, setting: str, target: float = TARGET, over: str | None = None) -> Interval:
         """Return the share of another ranker's cost that a setting saves, each at a target.
 
         Args:
           setting: a student or a reference.
-          target: the share of the final value to keep. One that is not in `targets` needs the
-            requests; without them the result is unknown.
-          flops_ratio: cost of a candidate for a student, over the teacher's; None takes that of
-            the models.
+          target: the share of the final value to keep, one of `targets`.
           over: the other ranker; by default the baseline.
         """
-        over = over or self.study.baseline
-        return crossed_interval(self._saving(setting, over, target, flops_ratio))
+        return crossed_interval(self._saving(setting, over or self.study.baseline, target))
 
-    def cost_share(self, setting: str, target: float) -> Interval:
-        """Return the cost of a request at a target, over the teacher's own on all candidates."""
-        parts = (self._cost(setting, target), self._measured(setting, "candidates"))
-        return crossed_interval(combined(lambda cost, all_: cost / self._whole(all_), *parts))
+    def cost_share(self, setting: str) -> Interval:
+        """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
 
-    def cost_curve(self, setting: str) -> Float[np.ndarray, "K"]:
-        """Return the same if k candidates are passed, at the k of `curve`; NaN if it is unknown."""
-        scored = self.curve(setting, "scored")["mean"].to_numpy()
-        candidates = self.of(setting, "candidates").mean
-        flops, costs = student_cost(self._rows[setting].iloc[0].to_dict(), self.study.costs)
-        cost = funnel_cost(candidates, scored, flops, self._teacher_flops, costs)
-        return np.asarray(cost / self._whole(candidates))
+        def share(cost: Any, candidates: Any) -> Any:
+            return cost / whole_cost(candidates, self._teacher_flops, self.study.costs)
+
+        parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))
+        return crossed_interval(combined(share, *parts))
 
     def curve(self, setting: str, name: str) -> pd.DataFrame:
         """Return a column of `curves.csv` with its interval: the columns k, mean, low, high.
@@ -132,7 +118,9 @@ class Estimates:
         """
         drawn = self._stacked(setting, self._rows[setting].index, name)
         columns = (
-            zip(self._ks, np.moveaxis(drawn.numbers, -1, 0), strict=True) if drawn.repeats else ()
+            zip(self.study.kept[0][1].ks, np.moveaxis(drawn.numbers, -1, 0), strict=True)
+            if drawn.repeats
+            else ()
         )
         lines = [(int(k), *crossed_interval(drawn._replace(numbers=of))[:3]) for k, of in columns]
         return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
@@ -191,9 +179,6 @@ class Estimates:
         seen = f"{100 * share:.0f}% of the items that these funnels would show"
         return f"it could have labels of only {seen}"
 
-    def _whole(self, candidates: Any) -> Any:
-        return whole_cost(candidates, self._teacher_flops, self.study.costs)
-
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure in SAVINGS:
             return self._saving(setting, self.study.baselines.get(measure))
@@ -207,47 +192,22 @@ class Estimates:
         # The first row has the digits of `results.csv`.
         return drawn._replace(numbers=np.concatenate([each, drawn.numbers[1:]]))
 
-    def _saving(
-        self,
-        setting: str,
-        other: str | None,
-        target: float = metrics.TARGET,
-        flops_ratio: float | None = None,
-    ) -> Measured:
+    def _saving(self, setting: str, other: str | None, target: float = TARGET) -> Measured:
         if other is None:
             return _NOWHERE
-        pair = (self._cost(name, target, flops_ratio) for name in (setting, other))
+        pair = (self._cost(name, target) for name in (setting, other))
         return combined(lambda cost, of_other: 1 - cost / of_other, *pair)
 
-    def _cost(self, setting: str, target: float, flops_ratio: float | None = None) -> Measured:
+    def _cost(self, setting: str, target: float) -> Measured:
         """Return the mean cost of a request at a target."""
         row, of_teacher = self._rows[setting].iloc[0].to_dict(), self._teacher_flops
         flops, costs = student_cost(row, self.study.costs)
-        if flops_ratio is not None and row["role"] != "reference":
-            flops, costs = flops_ratio * of_teacher, costs._replace(student=0.0)
+        (scored,) = result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
         return combined(
             lambda candidates, scored: funnel_cost(candidates, scored, flops, of_teacher, costs),
             self._measured(setting, "candidates"),
-            self._scored(setting, target),
+            self._measured(setting, scored),
         )
-
-    def _scored(self, setting: str, target: float) -> Measured:
-        """Return the candidates that the teacher scores at a target, if need be between known k."""
-        (column,) = result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
-        if column in self.study.rows:
-            return self._measured(setting, column)
-        curves, scored = (
-            self._stacked(setting, self._rows[setting].index, name)
-            for name in ("value_captured", "scored")
-        )
-        if not curves.repeats:
-            return _NOWHERE
-        needed = passed_for(np.moveaxis(curves.numbers, -1, 0), self._ks, target)
-        numbers = [
-            np.interp(k, self._ks, of)
-            for k, of in zip(needed.ravel(), scored.numbers.reshape(-1, len(self._ks)), strict=True)
-        ]
-        return curves._replace(numbers=np.reshape(numbers, needed.shape))
 
     def _stacked(self, setting: str, repeats: Iterable[Any], column: str) -> Measured:
         """Return a column of each repeat, [1+B, R, ...]; no repeat if the draws of one lack it."""
@@ -258,11 +218,6 @@ class Estimates:
             return _NOWHERE
         requests = len(self.study.kept[0][1].each[TEACHER, "user"].sums["funnel_requests"])
         return Measured(repeats, np.stack(known, axis=1), requests)
-
-    @property
-    def _ks(self) -> Int[np.ndarray, "K"]:
-        """The k of the curves: sweeps of one study have the same."""
-        return self.study.kept[0][1].ks
 
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
@@ -291,7 +246,7 @@ class Estimates:
         """Return a ranker's measures, means over tasks where a metric has one, and curves."""
         points, at = self._points._replace(policies=policies_of(sums)), ks - 1
         tasks, known = self.study.tasks, set(self.study.rows)
-        drawn: _Drawn = {"scored": ratio(sums["scored"][at], sums["requests"]).T}
+        drawn: _Drawn = {}
         for metric in METRICS.values():
             # A metric that was added later has no sums here.
             with contextlib.suppress(KeyError):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import (
@@ -23,8 +22,6 @@ from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import NAMED, Study, key_title, value_text
 
-# Costs of a student per candidate, over the teacher's: 5% is the method's own figure.
-STUDENT_COSTS = (0.01, 0.05, 0.1)
 # The columns of a paired difference to the baseline.
 _GAP = ("difference", "difference_low", "difference_high", "pairs")
 # A mean, with or without the half-width of its interval, or a count.
@@ -108,14 +105,13 @@ def results_text(workdir: Path, passed: int) -> str:
 def summary_table(frame: pd.DataFrame, passed: int) -> str:
     """Return the main columns of `results.csv` on the test split as aligned text.
 
-    Rows that differ only in their seeds become one: the mean and, from two seeds on, its standard
-    error. `passed` is the k of the funnel's columns.
+    Rows that differ only in their seeds become one: the mean and, from two seeds on, half its 95%
+    interval over seeds. `passed` is the k of the funnel's columns.
     """
     frame = of_split(frame, "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
     known = frame.dropna(axis="columns", how="all")
-    shown = [column for column in main_columns(tasks, passed) if column in known]
-    setting = [column for column in results.setting_columns(frame) if column in frame]
+    setting = results.setting_columns(frame)
     varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
     # The rows of other roles have members that are no repeats.
     named = frame.assign(setting=frame["member"].where(frame["role"] != "student"))
@@ -124,19 +120,14 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     )
     cells = _key_cells(groups.head(1), varying)
     cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
-    for column in shown:
-        cells[title_of(column)] = [_with_error(of[column].dropna()) for _, of in groups]
+    for measure in main_columns(tasks, passed):
+        if measure in known:
+            cells[title_of(measure)] = [_over_repeats(of[measure], measure) for _, of in groups]
     return cells.to_string(index=False)
 
 
-def _with_error(known: pd.Series) -> str:
-    """Return the mean of known values and its standard error; "" if none is known."""
-    if known.empty:
-        return ""
-    digits = 0 if known.abs().max() >= 10 else 3
-    # Adding 0 turns the -0 of a tiny negative number into 0.
-    mean = f"{round(float(known.mean()), digits) + 0.0:.{digits}f}"
-    return mean if len(known) < 2 else f"{mean}±{stats.sem(known.to_numpy(float)):.{digits}f}"
+def _over_repeats(values: pd.Series, measure: str) -> str:
+    return mean_text(interval(values.to_numpy(float)), _digits(measure))
 
 
 def important_columns(study: Study) -> list[str]:
@@ -155,7 +146,7 @@ def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
     over repeats; the same of the paired difference to the baseline (`pairs` counts its repeats);
     and `best`, whether the setting is marked in its column (see `marked`).
     """
-    keys = [*results.SETTING, *(name for name in study.varying if name not in results.SETTING)]
+    keys = [*dict.fromkeys([*results.SETTING, *study.varying])]
     settings = study.tested.drop_duplicates("setting").set_index("setting")[keys]
     lines = []
     for measure in map(str, study.rows):
@@ -252,33 +243,6 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     return Table(f"{study.dataset}: difference to {study.baseline}", cells, notes)
 
 
-def saving_table(study: Study, estimates: Estimates) -> Table | None:
-    """Return the saving at every target, and with students of other costs; None without a baseline.
-
-    One line per chosen way and cost of its student, one column per target.
-    """
-    if study.baseline is None:
-        return None
-    settings = study.tested.loc[study.tested["setting"] != study.baseline, "setting"].unique()
-    costs = {None: "as measured"} | {share: f"{100 * share:g}%" for share in STUDENT_COSTS}
-    lines = [
-        (setting, name, *(mean_text(estimates.saving(setting, target, cost), 3)
-                          for target in estimates.targets))
-        for setting in settings
-        for cost, name in costs.items()
-    ]  # fmt: skip
-    measured = "the cost in the config" if study.costs.student else "the cost of the compiled model"
-    notes = [
-        f"The share of the funnel's cost, {study.costs.unit}, that is saved against "
-        f"{study.baseline}, if both pass enough candidates to keep a share of the final value. "
-        "The student's cost is that of a candidate over the teacher's, for either student; as "
-        f"measured, it is {measured}. ± is half the 95% interval."
-    ]
-    columns = ["setting", "student's cost", *(f"{100 * of:g}%" for of in estimates.targets)]
-    title = f"{study.dataset}: saving by target and cost"
-    return Table(title, pd.DataFrame(lines, columns=columns, dtype=str), notes)
-
-
 def policy_table(study: Study, estimates: Estimates) -> Table | None:
     """Return what choosing k per request saves, by ranker and policy; None without policies."""
     policies = estimates.policies
@@ -309,42 +273,35 @@ def policy_table(study: Study, estimates: Estimates) -> Table | None:
 
 
 def cost_table(study: Study, estimates: Estimates) -> Table | None:
-    """Return the costs of a candidate, and of the funnel at `TARGET`; None without a teacher's.
+    """Return the cost of the funnel of each chosen setting; None without a teacher's cost.
 
-    The teacher, then the chosen setting of each way; with a live teacher also the cost of
-    training.
+    For `TARGET`, with the value for users then; and the saving at every target.
     """
     if not len(study.teachers):
         return None
-    users = study.users_at_target
+    users, targets = study.users_at_target, estimates.targets
     of_teacher = float(study.teachers["flops_per_candidate"].mean())
-    lines = [("only the teacher", "", f"{of_teacher:,.0f}", "100%", *("" for _ in users))]
-    for row in study.tested.drop_duplicates("setting").to_dict("records"):
-        setting = str(row["setting"])
-        share = estimates.cost_share(setting, TARGET)
+    empty = [""] * (len(users) + len(targets))
+    lines = [["only the teacher", "", f"{of_teacher:,.0f}", "100%", *empty]]
+    flops = study.tested.drop_duplicates("setting").set_index("setting")["flops_per_candidate"]
+    for setting, own in zip(map(str, flops.index), flops, strict=True):
+        share = estimates.cost_share(setting)
         percent = Interval(100 * share.mean, 100 * share.low, 100 * share.high, share.n)
         passed = mean_text(estimates.of(setting, CRITERION), 0)
-        flops = f"{row['flops_per_candidate']:,.0f}"
         of_users = (mean_text(estimates.of(setting, of), 4) for of in users)
-        lines.append((setting, passed, flops, mean_text(percent, 1), *of_users))
+        saved = (mean_text(estimates.saving(setting, target), 3) for target in targets)
+        lines.append([setting, passed, f"{own:,.0f}", mean_text(percent, 1), *of_users, *saved])
     target = f"{100 * TARGET:g}%"
     notes = [
         f"The funnel's cost is that of a request which passes as many as keep {target} of "
         f"the final value, {study.costs.unit}, as a share of the cost of only the final ranker on "
-        "all candidates; the last columns are the users' value then. ± is half the 95% interval."
+        "all candidates; the columns that follow are the users' value then. The saving is the "
+        f"share of the cost that is saved against {study.baseline}, if both pass enough candidates "
+        "to keep a share of the final value. ± is half the 95% interval."
     ]
-    if study.config.teacher.source == "live":
-        scored = study.config.batch.candidates
-        teacher = scored * of_teacher
-        # A backward pass takes about two forward ones.
-        student = 3 * scored * float(study.tested["flops_per_candidate"].max())
-        notes.append(
-            f"In training the live teacher scores {scored} candidates of each request, once for "
-            f"all students of a cohort: {teacher:.3g} FLOPs per request, {teacher / student:.0f} "
-            f"times the {student:.3g} of a student's own step (forward, and twice that backward)."
-        )
     columns = ["", f"passed for {target}", "FLOPs per candidate", "funnel's cost (%)"]
-    cells = pd.DataFrame(lines, columns=[*columns, *map(title_of, users)], dtype=object)
+    columns += [*map(title_of, users), *(f"saving at {100 * of:g}%" for of in targets)]
+    cells = pd.DataFrame(lines, columns=columns, dtype=object)
     return Table(f"{study.dataset}: cost of the funnel", cells, notes)
 
 
@@ -358,10 +315,7 @@ def tuning_table(study: Study) -> Table:
     groups = rows.groupby("setting", sort=False)
     cells["repeats"] = groups.size().astype(str).to_numpy()
     for measure in (CRITERION, f"value_captured@{study.passed}", study.users_measure):
-        cells[title_of(measure)] = [
-            mean_text(interval(values.to_numpy(float)), _digits(measure))
-            for _, values in groups[measure]
-        ]
+        cells[title_of(measure)] = [_over_repeats(values, measure) for _, values in groups[measure]]
     notes = [
         "All that was tried, on the validation split; of each way the setting with the smallest "
         f"mean {title_of(CRITERION)} was chosen. ± is half the 95% interval over repeats."

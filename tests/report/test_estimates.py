@@ -65,8 +65,8 @@ def users(each: Each, times: np.ndarray) -> float:
     return np.interp(passed(each, times), KS, value) / value[-1]
 
 
-def saved(after: float, before: float, shares: dict[str, float] = FLOPS) -> float:
-    cost = {mode: RETRIEVED * of for mode, of in shares.items()}
+def saved(after: float, before: float) -> float:
+    cost = {mode: RETRIEVED * of for mode, of in FLOPS.items()}
     return 1 - (cost["shared"] + after * TEACHER_FLOPS) / (cost["none"] + before * TEACHER_FLOPS)
 
 
@@ -144,22 +144,14 @@ def assert_interval(found, expected):
 
 SHARED = "shared, weight 1"
 PAIR = (SHARED, "none")
-# Both students at a twentieth of the teacher's cost.
-ALIKE = dict.fromkeys(FLOPS, 0.05 * TEACHER_FLOPS)
 
 
 def of_shared(number):
     return lambda shared, none, times: number(shared, times)
 
 
-def saving(target=TARGET, shares=FLOPS):
-    return lambda shared, none, times: saved(
-        passed(shared, times, target), passed(none, times, target), shares
-    )
-
-
-def cost(shared, none, times):
-    return FLOPS["shared"] / TEACHER_FLOPS + passed(shared, times, 0.83) / RETRIEVED
+def saving(shared, none, times):
+    return saved(passed(shared, times), passed(none, times))
 
 
 def survived(shared, none, times):
@@ -183,11 +175,7 @@ NUMBERS = {
         lambda e: e.gap(*PAIR, "user_bce/watch"),
         lambda shared, none, times: bce(shared, times) - bce(none, times),
     ),
-    "saving": (lambda e: e.saving(SHARED, TARGET), saving()),
-    "saving at another cost": (lambda e: e.saving(SHARED, TARGET, 0.05), saving(shares=ALIKE)),
-    # A target that was not measured is read between the kept k.
-    "saving at another target": (lambda e: e.saving(SHARED, 0.83), saving(0.83)),
-    "cost": (lambda e: e.cost_share(SHARED, 0.83), cost),
+    "saving": (lambda e: e.saving(SHARED, TARGET), saving),
     "curve of value": (
         lambda e: at_k(e, "value_captured", 3),
         of_shared(lambda each, times: np.divide(*curve(each, times, "value_captured")[[3, -1]])),

@@ -61,7 +61,7 @@ def test_every_dataset_has_its_answer_figures_claims_and_config(page):
     classes = [attributes.get("class") for _, attributes in elements]
     assert classes.count("sentence") == 2
     assert classes.count("chart") == 2 * FIGURES
-    assert classes.count("sortable") == 2 * 6
+    assert classes.count("sortable") == 2 * 5
     assert sum(tag == "details" for tag, _ in elements) == 2
 
 

@@ -14,7 +14,7 @@ from tests import small
 from tests.report import sweeps
 
 FIGURES = ["waterfall", "plane", "value_captured", "true_value_captured", "pareto"]
-TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "saving", "cost", "tuning"))]
+TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "cost", "tuning"))]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
