@@ -1,9 +1,9 @@
 """Test claims about distilling into an early ranker on a study.
 
-A claim is a number and the side of a threshold; `docs/report.md` lists them. It *holds* if the
-whole 95% interval is on the claimed side, *does not hold* if the whole interval is on the other,
-and is *undecided* if the interval includes the threshold or there is too little data for one. It
-is *not measured* if the study lacks the numbers.
+A claim is a number, the side of a threshold, and a text; `docs/report.md` lists them. It *holds* if
+the whole 95% interval is on the claimed side, *does not hold* if the whole interval is on the
+other, and is *undecided* if the interval includes the threshold or there is too little data for
+one. It is *not measured* if the study lacks the numbers.
 
 Numbers are of the test split, at the setting that validation chose for each way (see
 `saving.best_of_ways`), with its serving choice; claim (c) compares all settings. Differences are
@@ -32,31 +32,23 @@ MISALIGNED_BELOW = 0.25
 EARLY = 0.05
 # A difference of mean tau within this margin counts as none.
 TAU_MARGIN = 0.01
-# The candidates that the teacher scores in training.
-REGIME = "teacher.stage"
 
 Side = Literal["below", "above"]
 Verdict = Literal["holds", "does not hold", "equivalent", "undecided", "not measured"]
 Line = dict[str, object]
 
 
-class _Change(NamedTuple):
-    """A claim about the change that a chosen setting makes against the rival.
-
-    `of_users` also needs a saving, and labels that cover the change.
-    """
-
+class _Claim(NamedTuple):
     claim: str
     statement: str
     measure: str
     side: Side
     threshold: float = 0.0
-    of_users: bool = False
 
 
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Return every claim on one study: its dataset and the columns of `_line`, a row per number."""
-    tests = (_misaligned, _of_modes, _shared_closer, _of_ways)
+    tests = (_misaligned, _changes, _shared_closer)
     lines = [{"dataset": study.dataset} | of for test in tests for of in test(study, estimates)]
     return pd.DataFrame(lines).sort_values("claim", kind="stable", ignore_index=True)
 
@@ -77,6 +69,25 @@ def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
     return "holds" if below == (side == "below") else "does not hold"
 
 
+def _line(
+    claim: _Claim, setting: str = "", mean: Interval = NOTHING, ratio: float = 0.0, remark: str = ""
+) -> Line:
+    """Return a row of `claims`, with the reason `remark` if it has no number.
+
+    `ratio` is the cost of a candidate for the student, over the final ranker's.
+    """
+    found = verdict(mean, claim.side, claim.threshold)
+    if found == "holds" and round(ratio, 2) > EARLY:
+        remark = f"no early ranker: it costs {100 * ratio:.0f}% of the final ranker per candidate"
+        found = "does not hold"
+    elif not remark and mean.n == 0:
+        remark = "no repeat has the numbers"
+    elif not remark and np.isnan(mean.low):
+        remark = "one repeat gives no interval"
+    numbers = {"mean": mean.mean, "low": mean.low, "high": mean.high, "n": mean.n}
+    return claim._asdict() | {"setting": setting, **numbers, "verdict": found, "remark": remark}
+
+
 def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it.
 
@@ -87,102 +98,80 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
         "Without distillation the student predicts users nearly as well as the teacher, and not "
         "the teacher (alignment ratio below 1/4)"
     )
-    areas = {
-        f"AUC {task} of {name} includes 0.5: it predicts users by chance": estimates.of(
-            name, f"user_auc/{task}"
-        ).low
+    by_chance = [
+        f"AUC {task} of {name} includes 0.5: it predicts users by chance"
         for name in (str(study.plain), TEACHER)
         for task in study.tasks
-    }
-    by_chance = next((remark for remark, low in areas.items() if low <= 0.5), "")
+        if estimates.of(name, f"user_auc/{task}").low <= 0.5
+    ]
     for measure in ("alignment_ratio", "alignment_ratio_bce"):
+        claim = _Claim("a", statement, measure, "below", MISALIGNED_BELOW)
         if study.plain is None:
-            yield _line("a", statement, measure, remark="there is no student of mode none")
+            yield _line(claim, remark="there is no student of mode none")
             continue
         mean = estimates.of(study.plain, measure)
-        line = _line("a", statement, measure, study.plain, mean, "below", MISALIGNED_BELOW)
+        line = _line(claim, study.plain, mean)
         if mean.n == 0:
             line["remark"] = "undefined: the student agrees with the teacher on the shown items"
         elif by_chance or mean.high < 0:
             below = "below 0: the student predicts users better than this teacher does"
-            line |= {"verdict": "does not hold", "remark": by_chance or below}
+            line |= {"verdict": "does not hold", "remark": [*by_chance, below][0]}
         yield line
 
 
-def _of_modes(study: Study, estimates: Estimates) -> Iterator[Line]:
-    """(b), (d), (e), (f) The changes that the best setting of each mode with scores makes."""
+def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
+    """(b) and (d) to (g) The changes that chosen settings with scores make against the rival."""
     goal = f"{100 * TARGET:g}% of the final value"
     # An estimate from labels has a sign and no size, so no loss of users is surely small.
     margin = study.margin if study.knows_truth else 0.0
-    users = "With mode {mode} fewer need passing and users have no less"
-    changes = [
-        _Change("b", "Mode {mode} brings the order nearer to the teacher's", "teacher_tau",
-                "above"),
-        _Change("d", "Mode {mode} saves cost at " + goal, SAVINGS[0], "above"),
-        _Change("e", "Mode {mode} lets more of the teacher's own top survive at "
-                f"{study.passed} passed", f"survival@{study.passed}", "above"),
-        _Change("e", "With mode {mode} fewer candidates need passing for " + goal, CRITERION,
-                "below"),
-    ]  # fmt: skip
-    modes = {}
-    for mode in ("aux", "shared"):
-        rows = study.tested[(study.tested["mode"] == mode) & study.tested["needs_scores"]]
-        modes[mode] = best(study.rows, list(rows["setting"].unique())) if len(rows) else None
-    for change in changes:
-        for mode, chosen in modes.items():
-            yield _changed(study, estimates, change, mode, chosen)
-    for mode, chosen in modes.items():
-        for measure in (study.users_measure, *study.users_at_target):
-            change = _Change("f", users, measure, "above", -margin, of_users=True)
-            yield _changed(study, estimates, change, mode, chosen)
-
-
-def _of_ways(study: Study, estimates: Estimates) -> Iterator[Line]:
-    """(g) The ways with scores that let fewer candidates be passed: by loss, by regime."""
     learned = study.tested[study.tested["needs_scores"]]
-    statements: dict[str, str | None] = {
-        f"Fewer need passing with {way}": setting
-        for way, setting in study.chosen.items()
-        if setting in set(learned["setting"])
-    }
-    if REGIME in learned and learned[REGIME].nunique() > 1:
-        for regime, of_regime in learned.groupby(REGIME, sort=False):
-            statement = f"Fewer need passing where the teacher scores the {regime} in training"
-            statements[statement] = best(study.rows, list(of_regime["setting"].unique()))
-    for statement, chosen in statements.items():
-        if chosen is not None and study.baseline is not None:
-            change = _Change("g", statement, CRITERION, "below")
-            yield _changed(study, estimates, change, "", chosen)
+    rival = _rival(study)
+    for mode in ("aux", "shared"):
+        chosen = best(study.rows, list(learned.loc[learned["mode"] == mode, "setting"].unique()))
+        top = f"the teacher's own top survive at {study.passed} passed"
+        users = f"With mode {mode} fewer need passing and users have no less"
+        for claim in (
+            _Claim("b", f"Mode {mode} brings the order nearer to the teacher's", "teacher_tau",
+                   "above"),
+            _Claim("d", f"Mode {mode} saves cost at {goal}", SAVINGS[0], "above"),
+            _Claim("e", f"Mode {mode} lets more of {top}", f"survival@{study.passed}", "above"),
+            _Claim("e", f"With mode {mode} fewer candidates need passing for {goal}", CRITERION,
+                   "below"),
+            *(_Claim("f", users, measure, "above", -margin)
+              for measure in (study.users_measure, *study.users_at_target)),
+        ):  # fmt: skip
+            if rival is None:
+                yield _line(claim, remark="there is no measured ranker without scores")
+            elif chosen is None:
+                absent = f"there is no measured student of mode {mode} that learns from scores"
+                yield _line(claim, remark=absent)
+            else:
+                yield _change(study, estimates, claim, chosen, rival)
+    for way, setting in study.chosen.items():
+        if setting in set(learned["setting"]) and rival is not None:
+            claim = _Claim("g", f"Fewer need passing with {way}", CRITERION, "below")
+            yield _change(study, estimates, claim, setting, rival)
 
 
-def _changed(
-    study: Study, estimates: Estimates, claim: _Change, mode: str, chosen: str | None
-) -> Line:
-    """Return the line of a change that a chosen setting of a mode makes against the rival."""
-    statement, rival, remark = claim.statement.format(mode=mode), _rival(study), ""
-    if rival is None:
-        remark = "there is no measured ranker without scores"
-    elif chosen is None:
-        remark = f"there is no measured student of mode {mode} that learns from scores"
-    elif claim.of_users and (why := estimates.why_unlabelled([chosen, rival])):
-        remark = f"the log cannot show it: {why}"
-    if remark or rival is None or chosen is None:
-        return _line(claim.claim, statement, claim.measure, remark=remark)
+def _change(study: Study, estimates: Estimates, claim: _Claim, chosen: str, rival: str) -> Line:
+    """Return the line of the change that a setting makes against the rival."""
+    remark = estimates.why_unlabelled([chosen, rival]) if claim.claim == "f" else ""
+    if remark:
+        return _line(claim, remark=f"the log cannot show it: {remark}")
     if claim.measure == SAVINGS[0]:
         change = estimates.saving(chosen, over=rival)
     else:
         change = estimates.gap(chosen, rival, claim.measure)
-    of_claim = claim.measure, chosen, change, claim.side, claim.threshold
-    line = _line(claim.claim, statement, *of_claim)
-    if claim.of_users and line["verdict"] == "holds":
+    ratio = estimates.of(chosen, "cost_ratio").mean
+    if study.costs.teacher and study.costs.student:
+        ratio = study.costs.student / study.costs.teacher
+    line = _line(claim, chosen, change, ratio)
+    if claim.claim == "f" and verdict(change, claim.side, claim.threshold) == "holds":
         # A ranker that changes nothing costs users nothing.
         fewer = verdict(estimates.gap(chosen, rival, CRITERION), "below", 0.0)
         if fewer != "holds":
             line |= {"verdict": fewer, "remark": "no saving is shown"}
-    ratio = estimates.of(chosen, "cost_ratio").mean
-    if study.costs.teacher and study.costs.student:
-        ratio = study.costs.student / study.costs.teacher
-    return _only_early(ratio, line)
+    return line
 
 
 def _rival(study: Study) -> str | None:
@@ -203,56 +192,27 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     """
     rows = of_split(study.rows, "validation")
     table, ratios = by_repeat(rows, "teacher_tau"), by_repeat(rows, "cost_ratio")
+    keys = [key for key in setting_columns(rows) if key not in ("mode", "serve")]
+    settings = rows.drop_duplicates("setting")
+    shared, aux = (settings[settings["mode"] == mode] for mode in ("shared", "aux"))
     for heads in ("user", "teacher"):
         statement = f"Mode shared comes closer to the teacher than mode aux with its {heads} heads"
-        pairs = _same_except_mode(rows, heads)
-        if not pairs:
+        claim = _Claim("c", statement, "teacher_tau", "above")
+        pairs = shared.merge(aux[aux["serve"] == heads], on=keys, suffixes=("", "_of_aux"))
+        if pairs.empty:
             why = "there are no students of mode shared and mode aux that differ in nothing else"
-            yield _line("c", statement, "teacher_tau", remark=why)
+            yield _line(claim, remark=why)
             continue
-        gaps = pd.DataFrame({shared: table[shared] - table[aux] for shared, aux in pairs})
+        names = list(pairs["setting"])
+        gaps = table[names] - table[list(pairs["setting_of_aux"])].to_numpy()
         # Only repeats that have every setting: the mean of another one is of other settings.
         whole = gaps.dropna().mean(axis="columns").to_numpy()
         # Two one-sided tests at 5% each (Schuirmann, J. Pharmacokinet. Biopharm. 1987).
         mean, narrower = interval(whole), interval(whole, 0.90)
         setting = f"mean over {len(pairs)} settings, on validation"
-        line = _line("c", statement, "teacher_tau", setting, mean, "above", 0.0)
+        line = _line(claim, setting, mean, float(ratios[names].max().max()))
         if narrower.low > -TAU_MARGIN and narrower.high < TAU_MARGIN:
             line |= {"verdict": "equivalent", "remark": f"within ±{TAU_MARGIN:g}"}
-        elif line["verdict"] == "holds" and (table[list(gaps)].mean() <= 0).any():
+        elif line["verdict"] == "holds" and (table[names].mean() <= 0).any():
             line |= {"verdict": "does not hold", "remark": "a student of mode shared has no order"}
-        yield _only_early(float(ratios[list(gaps)].max().max()), line)
-
-
-def _same_except_mode(rows: pd.DataFrame, heads: str) -> list[tuple[str, str]]:
-    """Return pairs of settings of shared, and of aux with these heads, that else are equal."""
-    keys = [key for key in setting_columns(rows) if key not in ("mode", "serve")]
-    settings = rows.drop_duplicates("setting")
-    shared = settings[settings["mode"] == "shared"]
-    aux = settings[(settings["mode"] == "aux") & (settings["serve"] == heads)]
-    joined = shared.merge(aux, on=keys, suffixes=("", "_other"))
-    return list(zip(joined["setting"], joined["setting_other"], strict=True))
-
-
-def _only_early(ratio: float, line: Line) -> Line:
-    """Return the line; a claim does not hold at a cost ratio above `EARLY`, in whole percent."""
-    if line["verdict"] == "holds" and round(ratio, 2) > EARLY:
-        remark = f"no early ranker: it costs {100 * ratio:.0f}% of the final ranker per candidate"
-        return line | {"verdict": "does not hold", "remark": remark}
-    return line
-
-
-def _line(
-    claim: str, statement: str, measure: str, setting: str = "", mean: Interval = NOTHING,
-    side: Side = "below", threshold: float = np.nan, remark: str = "",
-) -> Line:  # fmt: skip
-    """Return a row of `claims`; one without a number is not measured, for the reason `remark`."""
-    if not remark and mean.n == 0:
-        remark = "no repeat has the numbers"
-    elif not remark and np.isnan(mean.low):
-        remark = "one repeat gives no interval"
-    return {
-        "claim": claim, "statement": statement, "setting": setting, "measure": measure,
-        "mean": mean.mean, "low": mean.low, "high": mean.high, "n": mean.n,
-        "threshold": threshold, "verdict": verdict(mean, side, threshold), "remark": remark,
-    }  # fmt: skip
+        yield line

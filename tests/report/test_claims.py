@@ -96,11 +96,6 @@ TABLE = {
           {"tau": [0.50, 0.40, 0.30], "passed": [300] * 3})],
         {("b", "aux"): [(AUX, HOLDS, 0.05 / 3)], ("b", "shared"): [(SHARED, FAILS, -0.07 / 3)]},
     ),
-    "b: of the test": (
-        [({"mode": "none", "test": {"tau": 0.2}}, {"tau": [0.1, 0.1]}),
-         ({"mode": "aux", "test": {"tau": 0.5}}, {"tau": [0.1, 0.1]})],
-        {("b", "aux"): [(AUX, HOLDS, 0.3)]},
-    ),
     "c: all else equal, over all weights, on validation": (
         [({"mode": "none"}, {"tau": [0.3, 0.3]}),
          ({"mode": "aux", "test": {"tau": 0.9}}, {"tau": [0.40, 0.39]}),
@@ -149,10 +144,6 @@ TABLE = {
          ({"mode": "aux", "true_value": 0.9, "true_value_for": 0.8}, {"passed": [300] * 3})],
         {("f", "aux"): [(AUX, HOLDS, 0.0), (AUX, FAILS, -0.1)]},
     ),
-    "f: without a measure of users": (
-        [({"mode": "none"}, {"passed": SAME}), ({"mode": "aux"}, {"passed": SAME})],
-        {("f", "aux"): [("", UNKNOWN, None)]},
-    ),
     "g: each way at its best": (
         [({"mode": "none"}, {"passed": [400, 410, 420]}),
          ({"mode": "shared"}, {"passed": [300, 312, 321]}),
@@ -162,17 +153,6 @@ TABLE = {
         {("g", ""): [("shared, weight 1, loss bce", HOLDS, -99),
                      ("shared, weight 1, loss topk", FAILS, 51),
                      ("aux, weight 1, loss bce", OPEN, 0)]},
-    ),
-    "g: each regime at its best": (
-        [({"mode": mode, "distill_loss": loss, "teacher.stage": stage, "member": f"{stage}{loss}"},
-          {"passed": [passed, passed + 1]})
-         for stage, of_stage in (("passed", (400, 500, 320)), ("retrieved", (400, 300, 310)))
-         for mode, loss, passed in zip(("none", "shared", "shared"), (None, "bce", "topk"),
-                                       of_stage, strict=True)],
-        {("g", "the passed in training"):
-             [("shared, weight 1, loss topk, stage passed", HOLDS, -80)],
-         ("g", "the retrieved in training"):
-             [("shared, weight 1, loss bce, stage retrieved", HOLDS, -100)]},
     ),
     "without a baseline": (
         [({"mode": "aux"}, {"tau": [0.3, 0.31]}), ({"mode": "shared"}, {"tau": [0.4, 0.41]})],
