@@ -17,7 +17,6 @@ from kd_ranker import manifest
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Each
-from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.report import figures
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import Study, read_studies
@@ -26,7 +25,7 @@ TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
 REPORT_AT = (10, 50, 100, 200, 400)
 SPLITS = ("validation", "test")
-# What each reference needs to pass for 99%.
+# About what each reference needs to pass for 99%.
 REFERENCES = {"oracle": 9.0, "incumbent": 1500.0, "random": 1900.0, "show_rate": 900.0}
 RETRIEVED, REQUESTS, TEACHER_FLOPS = 2000, 20, 200.0
 # The share of the shown items that the logged funnel passed, of every ranker at every k.
@@ -53,64 +52,46 @@ def write_sweep(
 ) -> Path:
     """Write the workdir of a sweep of `TASKS`; return it.
 
-    Args:
-      workdir: where.
-      dataset: `config.data.name`.
-      modes: of the members.
-      weights: of the members that distil.
-      seeds: of the members.
-      gain: how much distillation can take off `passed_for_99`, as a share; negative adds to it.
-      frozen: names of members whose loss stopped being finite at step 700.
-      true_values: whether the dataset knows them.
-      without: names of files to leave out.
-      changes: to the config, by dotted key.
+    `gain` is how much distillation can take off `passed_for_99`, as a share; negative adds to it.
+    The loss of the members `frozen` stopped being finite. `without` are files to leave out, and
+    `changes` are to the config, by dotted key.
     """
     config = cascade()
     config.data.name, config.funnel.retrieved = dataset, RETRIEVED
     config.sweep.modes, config.sweep.weights, config.sweep.seeds = modes, weights, seeds
     config.update_from_flattened_dict(changes or {})
-    others, rows, each = _other_keys(config), [], {}
-    teacher = _row(dataset, "teacher", _curve(10.0) ** 0) | _of_tasks(0.6, 0.5, 0.0, 0.74)
-    teacher |= {"flops_per_candidate": 150_000.0, "cost_ratio": 1.0, "step": 1500}
-    teacher |= _needs(10.0)
-    each["teacher", "user"] = _each(teacher, _curve(10.0) ** 0)
-    for split in SPLITS:
-        rows.append(teacher | {"split": split})
-        for name, passed in REFERENCES.items():
-            row = _row(dataset, "reference", _curve(500.0)) | {"member": name, "split": split}
-            rows.append(row | {f"survival@{k}": 0.5 for k in REPORT_AT} | _needs(passed))
-            each[name, "user"] = _each(rows[-1], _curve(500.0))
+    perfect = _curve(10.0) ** 0
+    teacher = teacher_row() | _measures(perfect, 0.6, 0.5, 0.0, 0.74)
+    rows = [teacher | {"flops": 150_000.0, "cost_ratio": 1.0}]
+    each = {("teacher", "user"): _each(rows[0], perfect)}
+    for name, passed in REFERENCES.items():
+        rows.append(reference_row(name, passed) | _measures(_curve(passed), 0.6, 0.6, 0.1, 0.7))
+        each[name, "user"] = _each(rows[-1], _curve(passed))
     members = [
         (mode, weight, serve, seed)
         for seed, mode in itertools.product(seeds, modes)
         for weight in ((0.0,) if mode == "none" else weights)
         for serve in SERVES[mode]
     ]
-    students = [_student(dataset, "validation", gain, *of)[0] | others for of in members]
-    students = [_frozen(row) if row["member"] in frozen else row for row in students]
-    columns = results.columns(TASKS, ReportAt(REPORT_AT, (0.95, 0.99)))
-    chosen = results.chosen(pd.DataFrame([*rows, *students]).reindex(columns=columns))
-    for of, row in zip(members, list(students), strict=True):
+    students = [_student("validation", gain, *of)[0] for of in members]
+    rows += [row | {"non_finite_step": 700} if row["member"] in frozen else row for row in students]
+    chosen = results.chosen(_frame(rows, config))
+    for of in members:
+        row, curve = _student("test", gain, *of)
         if row["serve"] in chosen.get(row["member"], ()):
-            row, curve = _student(dataset, "test", gain, *of)
-            students.append(row | others)
+            rows.append(row)
             each[row["member"], row["serve"]] = _each(row, curve)
-    unknown = {} if true_values else {name: math.nan for name in columns if "true_value" in name}
-    written = [row | unknown for row in (*rows, *students)]
+    if not true_values:
+        rows = [row | {name: math.nan for name in row if "true_value" in name} for row in rows]
     environment = {"python": "3.11.7", "packages": {"flax": "0.12.8", "jax": "0.10.2"}}
-    files = {
-        "config.json": config.to_json(indent=2, sort_keys=True),
-        "environment.json": json.dumps(environment),
-        "results.csv": results.to_csv(written, columns),
-    }
+    files = {"environment.json": json.dumps(environment).encode()}
     of_requests = results.request_files(results.Kept(_ks(), each), TASKS)
     files |= {f"{OF_TEST}/{name}": content for name, content in of_requests.items()}
+    (workdir / OF_TEST).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if name not in without:
-            path = workdir / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return finish(workdir)
+            (workdir / name).write_bytes(content)
+    return _write(workdir, rows, config)
 
 
 def finish(workdir: Path) -> Path:
@@ -175,42 +156,29 @@ def _curve(passed: float) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(CURVES, curves, strict=True)), index=k)
 
 
-def _needs(passed: float) -> dict[str, float]:
-    """What a ranker passes for both targets, which a curve does not have to give."""
-    return {f"{of}_for_{target}": passed for of in ("passed", "scored") for target in (95, 99)}
-
-
-def _row(dataset: str, role: str, curve: pd.DataFrame) -> dict:
-    """A row with what follows from its curves."""
-    row: dict = {
-        "dataset": dataset, "role": role, "member": role, "serve": "user", "seed": 0,
-        "candidates": float(RETRIEVED),
-    }  # fmt: skip
+def _measures(
+    curve: pd.DataFrame, user_bce: float, teacher_bce: float, kl: float, area: float
+) -> dict:
+    """The columns of a ranker with these curves, each task a little lower than the one before."""
+    row = {}
     for target in (95, 99):
         passed = int((curve["value_captured"] >= target / 100).idxmax())
-        row |= {f"passed_for_{target}": float(passed), f"scored_for_{target}": float(passed)}
-        row[f"true_value_for_{target}"] = curve["true_value_captured"][passed]
-        row[f"true_value_for_{target}"] /= curve["true_value_captured"].iloc[-1]
+        users = curve["true_value_captured"][passed] / curve["true_value_captured"].iloc[-1]
+        row |= {f"{of}_for_{target}": float(passed) for of in ("passed", "scored")}
+        row[f"true_value_for_{target}"] = users
     for k in REPORT_AT:
         row |= {f"{name}@{k}": curve[name][k] for name in CURVES}
         row |= {f"covered_user_value@{k}": curve["value_captured"][k], f"coverage@{k}": COVERAGE}
-    return row
-
-
-def _of_tasks(user_bce: float, teacher_bce: float, kl: float, area: float) -> dict[str, float]:
-    """The columns of `TASKS`, each task a little lower than the one before."""
-    row = {}
     for i, task in enumerate(TASKS):
         row |= {
             f"user_bce/{task}": user_bce - 0.15 * i, f"user_auc/{task}": area - 0.03 * i,
-            f"user_calibration/{task}": 1.02, f"teacher_kl/{task}": kl,
-            f"teacher_bce/{task}": teacher_bce - 0.12 * i,
+            f"teacher_kl/{task}": kl, f"teacher_bce/{task}": teacher_bce - 0.12 * i,
         }  # fmt: skip
     return row
 
 
 def _student(
-    dataset: str, split: str, gain: float, mode: str, weight: float, serve: str, seed: int
+    split: str, gain: float, mode: str, weight: float, serve: str, seed: int
 ) -> tuple[dict, pd.DataFrame]:
     """A student's row on a split, and its curves."""
     # The effects of a seed on all members on a split, and on this one.
@@ -222,29 +190,19 @@ def _student(
         strength *= 1.5
     worse = {"teacher": 0.006, "blend": 0.002}.get(serve, 0.0)
     curve = _curve(450 * (1 - gain * strength) * (1 + shift + own.normal(0, 0.02)))
-    noise, distilled = own.normal(0, 0.0008), mode != "none"
+    noise = own.normal(0, 0.0008)
     kl = 0.18 * (1 - 0.5 * strength) + 0.2 * shift + noise
     bce, area = 0.612 - 0.004 * strength + worse, 0.712 + 0.006 * strength - worse
     flops = 900.0 if mode == "aux" else 800.0
-    row = _row(dataset, "student", curve) | _of_tasks(bce + noise, 0.5 + kl, kl, area + noise)
-    return row | {
-        "split": split, "mode": mode, "serve": serve, "seed": seed, "data_seed": 0, "step": 1500,
-        "member": f"{mode}-weight{weight}-seed{seed}", "distill_weight": weight,
-        "distill_loss": "bce" if distilled else None, "temperature": 1.0 if distilled else None,
-        "learning_rate": 0.002, "user_loss": "bce", "unshown_weight": 0.0,
-        "alignment_ratio": 0.2 - 0.02 * strength + own.normal(0, 0.004),
-        "flops_per_candidate": flops, "cost_ratio": flops / 150_000,
+    return _measures(curve, bce + noise, 0.5 + kl, kl, area + noise) | {
+        "split": split, "mode": mode, "serve": serve, "seed": seed, "weight": weight,
+        "member": f"{mode}-weight{weight}-seed{seed}", "flops": flops,
+        "cost_ratio": flops / 150_000, "alignment": 0.2 - 0.02 * strength + own.normal(0, 0.004),
     }, curve  # fmt: skip
 
 
-def _frozen(row: dict) -> dict:
-    """The row of a member whose loss stopped being finite: what it was made of."""
-    known = {*results.KEYS, *results.OTHER_KEYS, "member", "flops_per_candidate", "cost_ratio"}
-    return {name: row[name] for name in known & set(row)} | {"non_finite_step": 700}
-
-
 def _each(row: dict, curve: pd.DataFrame) -> Each:
-    """Sums of requests that give about the numbers of a row and its curves."""
+    """Sums of requests that give about the main numbers of a row and its curves."""
     generator = np.random.default_rng([*str(row["member"]).encode()])
     weight = generator.gamma(4, 0.25, REQUESTS)
 
@@ -254,37 +212,24 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
         off -= np.average(off, weights=weight)
         return np.multiply.outer(weight * (1 + off), mean)
 
-    def of_tasks(name: str) -> np.ndarray:
-        return spread(np.array([row.get(f"{name}/{task}", math.nan) for task in TASKS]))
-
+    user_bce, teacher_bce, kl = (
+        spread(np.array([row[f"{name}/{task}"] for task in TASKS]))
+        for name in ("user_bce", "teacher_bce", "teacher_kl")
+    )
     per_task = np.repeat(weight[:, None], len(TASKS), axis=1)
     single = {
-        "user_bce": of_tasks("user_bce"), "label_weight": per_task,
-        "user_auc": of_tasks("user_auc"), "user_auc_requests": per_task,
-        "predicted": of_tasks("user_calibration"), "observed": per_task,
-        "teacher_bce": of_tasks("teacher_bce"), "teacher_weight": per_task,
-        "shown_user_bce": of_tasks("user_bce"), "shown_weight": per_task,
-        "shown_teacher_bce": of_tasks("teacher_bce"), "shown_teacher_kl": of_tasks("teacher_kl"),
-        **{f"{name}{end}": weight for name in ("user_ndcg", "teacher_ndcg", "teacher_tau")
-           for end in ("", "_requests")},
-        **{f"top_{name}": np.nan * weight for name in ("promised", "true", "best")},
-        "unseen_users": 0 * weight, "requests": weight, "unseen_items": 0 * weight,
-        "candidates": weight * RETRIEVED, "funnel_requests": weight,
+        "user_bce": user_bce, "label_weight": per_task, "teacher_bce": teacher_bce,
+        "teacher_weight": per_task, "teacher_entropy": teacher_bce - kl, "requests": weight,
+        "funnel_requests": weight, "candidates": weight * RETRIEVED,
     }  # fmt: skip
-    single["teacher_entropy"] = single["teacher_bce"] - of_tasks("teacher_kl")
     curves = {name: spread(curve.loc[_ks(), name].to_numpy()) for name in CURVES}
-    every = np.multiply.outer(weight, np.ones(len(_ks())))
-    curves |= {
-        "scored": every * _ks(), "shown_kept": curves["survival"], "all_shown": every,
-        "covered_user_value": curves["value_captured"], "passed_shown": COVERAGE * every,
-        "ips_user_value": np.nan * every,
-    }  # fmt: skip
     positives = np.repeat(curves["survival"][..., None], len(TASKS), axis=-1)
-    return Each(single, curves | dict.fromkeys(("positives_kept", "positives_shown"), positives))
+    every = np.multiply.outer(weight, _ks())
+    return Each(single, curves | {"scored": every, "positives_kept": positives})
 
 
 def write_rows(
-    workdir: Path, rows: Sequence[dict], passed: int = 30, retrieved: int = 2000
+    workdir: Path, rows: Sequence[dict], passed: int = 30, retrieved: int = RETRIEVED
 ) -> Path:
     """A sweep's workdir of one task whose `results.csv` has just these rows, by hand.
 
@@ -294,6 +239,22 @@ def write_rows(
     `true_value_for` (where 99% is kept), `coverage` and `covered` (the covered value of labels).
     Costs and candidates follow unless they are given.
     """
+    config = cascade()
+    config.data.name, config.tasks = "d", ("watch",)
+    config.funnel.retrieved, config.funnel.passed = retrieved, passed
+    return _write(workdir, rows, config)
+
+
+def _write(workdir: Path, rows: Sequence[dict], config: ConfigDict) -> Path:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json(indent=2, sort_keys=True))
+    _frame(rows, config).to_csv(workdir / results.FILE, index=False)
+    return finish(workdir)
+
+
+def _frame(rows: Sequence[dict], config: ConfigDict) -> pd.DataFrame:
+    """The `results.csv` of `write_rows`."""
+    passed, others, full = config.funnel.passed, _other_keys(config), []
     short = {
         "kl": "teacher_kl/watch", "survival": f"survival@{passed}", "weight": "distill_weight",
         "passed": "passed_for_99", "flops": "flops_per_candidate", "alignment": "alignment_ratio",
@@ -301,10 +262,6 @@ def write_rows(
         "true_value_for": "true_value_for_99", "coverage": f"coverage@{passed}",
         "covered": f"covered_user_value@{passed}",
     }  # fmt: skip
-    config = cascade()
-    config.data.name, config.tasks = "d", ("watch",)
-    config.funnel.retrieved, config.funnel.passed = retrieved, passed
-    others, full = _other_keys(config), []
     on_splits = [
         {"split": split, **row, **(row.get("test", {}) if split == "test" else {})}
         for split in SPLITS
@@ -313,30 +270,27 @@ def write_rows(
     ]
     for row in on_splits:
         mode = row.get("mode")
+        distilled = None if mode == "none" else "bce"
         default = {
-            "dataset": "d", "role": "student", "serve": "user", "seed": 0, "data_seed": 0,
-            "mode": mode, "step": 9,
-            "distill_weight": 0.0 if mode == "none" else 1.0, "non_finite_step": None,
-            "distill_loss": None if mode == "none" else "bce", "learning_rate": 0.002,
-            "temperature": None if mode == "none" else 1.0, "user_bce/watch": 0.5,
+            "dataset": config.data.name, "role": "student", "serve": "user", "seed": 0,
+            "data_seed": 0, "mode": mode, "step": 9, "distill_weight": 1.0 if distilled else 0.0,
+            "non_finite_step": None, "distill_loss": distilled, "learning_rate": 0.002,
+            "temperature": 1.0 if distilled else None, "user_bce/watch": 0.5,
             "user_loss": "bce" if mode else None, "unshown_weight": 0.0 if mode else None,
             "teacher_kl/watch": 0.1, "passed_for_99": 100.0, "flops_per_candidate": 10.0,
-            "candidates": float(retrieved),
+            "candidates": float(config.funnel.retrieved),
         }  # fmt: skip
         line = (
             (others if mode else dict.fromkeys(others))
             | default
             | {short.get(name, name): value for name, value in row.items() if name != "test"}
         )
-        line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
+        line.setdefault("teacher_bce/watch", line["teacher_kl/watch"] + 0.4)
         line.setdefault("scored_for_99", np.minimum(line["passed_for_99"], line["candidates"]))
         line.setdefault("cost_ratio", line["flops_per_candidate"] / TEACHER_FLOPS)
         line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
         full.append(line)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json())
-    pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
-    return finish(workdir)
+    return pd.DataFrame(full)
 
 
 def teacher_row() -> dict:

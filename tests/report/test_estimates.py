@@ -167,9 +167,7 @@ def at_k(estimates, name, place):
 # By name: an estimate, and the same number of both students on requests that count so many times.
 NUMBERS = {
     "bce": (lambda e: e.of(SHARED, "user_bce/watch"), of_shared(bce)),
-    "mean of tasks": (lambda e: e.of(SHARED, "user_bce"), of_shared(bce)),
     "passed": (lambda e: e.of(SHARED, "passed_for_90"), of_shared(passed)),
-    "scored": (lambda e: e.of(SHARED, "scored_for_90"), of_shared(passed)),
     "users": (lambda e: e.of(SHARED, "true_value_for_90"), of_shared(users)),
     "gap": (
         lambda e: e.gap(*PAIR, "user_bce/watch"),
@@ -194,57 +192,44 @@ def test_estimates_are_those_of_the_draws_one_by_one(made, name):
     assert_interval(estimate(made), by_hand(of_seed))
 
 
-def live_study(tmp_path, survival, positives, member="none"):
-    """A study of two shown items, whose requests have so many positive labels, three of each."""
+LABELS = [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("survival", "positives", "member", "needed"),
+    [
+        # V = 0, 2, 2, 4, each three times: mean 2, variance 24/11. z = 1.960 + 0.842, z² = 7.849.
+        # A change of 1: 4 · 24/11 · 7.849 = 68.5.
+        # They differ by at most 2 · 2 · (0.1 + 0.2) items: 1.2 · (24/11 / 2 + 1²) · 7.849 = 19.7.
+        ((0.9, 0.8), LABELS, "none", (69, 20)),
+        # By at most all of both: 4 · 23/11 · 7.849 = 65.6.
+        ((0.3, 0.4), LABELS, "none", (69, 66)),
+        ((1.0, 1.0), LABELS, "none", None),
+        ((0.9, 0.8), [0] * 4, "none", None),
+        # The teacher's row has labels only of items that it has scored.
+        ((0.9, 0.8), LABELS, "teacher", None),
+        ((0.9, 0.8), LABELS, "", None),
+    ],
+)
+def test_a_live_test_planned_by_hand(tmp_path, survival, positives, member, needed):
+    """Of two shown items; only the last k keeps all positive labels of a request."""
     rows = [
         {"mode": mode, "survival": share, "passed": 9.0, "member": mode}
         for mode, share in zip(("none", "shared"), survival, strict=True)
     ]
-    teacher = sweeps.teacher_row() | {"flops": TEACHER_FLOPS}
-    sweeps.write_rows(tmp_path, [teacher, *rows], retrieved=RETRIEVED)
-    (study,) = read_studies([tmp_path])
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    study.config.funnel.shown, study.config.value_weights = 2, (2.0,)
 
     def each(of):
-        """Only the last k keeps all of them."""
         kept = np.zeros((REQUESTS, len(KS), 1))
         kept[:, -1, 0] = np.repeat(of, 3)
         found = each_of(7)
         return Each(found.sums, found.curves | {"positives_kept": kept})
 
     of_requests = {("teacher", "user"): each([9, 9, 0, 9]), (member, "user"): each(positives)}
-    study.config.funnel.shown, study.config.value_weights = 2, (2.0,)
-    return study._replace(kept=[(0, Kept(KS, of_requests))])
-
-
-@pytest.mark.parametrize(
-    ("survival", "interleaved"),
-    [
-        # They differ by at most 2 · 2 · (0.1 + 0.2) items: 1.2 · (24/11 / 2 + 1²) · 7.849 = 19.7.
-        ((0.9, 0.8), 20),
-        # By at most all of both: 4 · 23/11 · 7.849 = 65.6.
-        ((0.3, 0.4), 66),
-    ],
-)
-def test_a_live_test_planned_by_hand(tmp_path, survival, interleaved):
-    # V = 0, 2, 2, 4, each three times: mean 2, variance 24/11. z = 1.960 + 0.842, so z² = 7.849.
-    study = live_study(tmp_path, survival, [0, 1, 1, 2])
-    # A change of 1: 4 · 24/11 · 7.849 = 68.5.
-    needed = Estimates(study).live_test("shared, weight 1", "none", 0.5)
-    assert needed == (69, interleaved)
-
-
-def test_a_live_test_that_cannot_be_planned(tmp_path):
-    labels = [0, 1, 1, 2]
-    known = live_study(tmp_path / "a", (0.9, 0.8), labels)
-    unknown = {
-        "no requests": known._replace(kept=[]),
-        # The teacher's row has labels only of items that it has scored.
-        "only the teacher": live_study(tmp_path / "b", (0.9, 0.8), labels, member="teacher"),
-        "no positive label": live_study(tmp_path / "c", (0.9, 0.8), [0] * 4),
-        "equal lists": live_study(tmp_path / "d", (1.0, 1.0), labels),
-    }
-    for name, study in unknown.items():
-        assert Estimates(study).live_test("shared, weight 1", "none", 0.5) is None, name
+    kept = [(0, Kept(KS, of_requests))] if member else []
+    found = Estimates(study._replace(kept=kept)).live_test(SHARED, "none", 0.5)
+    assert found == needed
 
 
 def test_what_is_not_measured_on_requests_varies_over_repeats_alone(made):
