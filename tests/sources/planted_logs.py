@@ -90,29 +90,22 @@ def make_columns(seed: int = 0, requests: int = REQUESTS) -> dict[str, list | np
 
 
 def table_of(columns: Mapping[str, list | np.ndarray], rows: str = "candidate") -> pa.Table:
-    """The columns as a table, of a row a candidate or a row a request."""
+    """The columns as a table, with one row per candidate, or one per request with lists."""
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
-    return table if rows == "candidate" else by_request(table)
+    if rows == "candidate":
+        return table
+    starts = pa.array(np.arange(0, table.num_rows + 1, CANDIDATES, dtype=np.int32))
+    values = {name: table[name].combine_chunks() for name in table.column_names}
+    return pa.table({
+        name: of.take(starts[:-1]) if name in OF_REQUEST else pa.ListArray.from_arrays(starts, of)
+        for name, of in values.items()
+    })  # fmt: skip
 
 
-def by_request(table: pa.Table, of_request: tuple[str, ...] = OF_REQUEST) -> pa.Table:
-    """The same with a row a request; what belongs to candidates becomes lists."""
-    starts = np.arange(0, table.num_rows + 1, CANDIDATES, dtype=np.int32)
-    columns = {}
-    for name in table.column_names:
-        values = table[name].combine_chunks()
-        if name in of_request:
-            columns[name] = values.take(pa.array(starts[:-1]))
-        else:
-            columns[name] = pa.ListArray.from_arrays(pa.array(starts), values)
-    return pa.table(columns)
-
-
-def write(table: pa.Table, folder: Path, files: int = 3, row_group_size: int = 4000) -> Path:
-    """Writes a table as several files below `folder`; what goes together may lie in two of them."""
+def write(table: pa.Table, folder: Path) -> Path:
+    """Write a table as three files below `folder`; rows of a request may be in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends = np.linspace(0, table.num_rows, files + 1).astype(int)
+    ends = np.linspace(0, table.num_rows, 4).astype(int)
     for index, (start, end) in enumerate(itertools.pairwise(ends)):
-        path = folder / f"part-{index:03}.parquet"
-        pq.write_table(table.slice(start, end - start), path, row_group_size=row_group_size)
+        pq.write_table(table.slice(start, end - start), folder / f"part-{index:03}.parquet")
     return folder

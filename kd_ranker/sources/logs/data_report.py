@@ -3,7 +3,7 @@
 import contextlib
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
 _CALIBRATION_TOLERANCE = 0.1
 # The largest request has a remark beyond this multiple of the median.
 _FAR = 5
+_NO_PROBABILITIES = (
+    ": divide percentages by 100 and take the sigmoid of logits, or set data.teacher_signal='score'"
+)
 # The columns next to those of the log, and the most rows per reason.
 _ADDED, MOST_ROWS = ("reason", "file", "row"), 100_000
 # Reason -> its meaning. A row has the first reason that applies.
@@ -48,13 +51,7 @@ REASONS = {
 
 
 class Counts(NamedTuple):
-    """The counts of a log.
-
-    Attributes:
-      rejected: reason -> number of rejected candidates.
-      tables: name of a table of `report.sql` -> its rows.
-      leaks: feature -> `findings.find_leaks`.
-    """
+    """The counts of a log: rejected candidates by reason, tables of `report.sql`, and leaks."""
 
     rejected: Mapping[str, int]
     tables: Mapping[str, list[dict[str, Any]]]
@@ -93,11 +90,7 @@ def make_data_report(
 ) -> Report:
     """Return the report on a log, as values for JSON.
 
-    Args:
-      log: the log.
-      layout: of the log.
-      counts: its counts.
-      some_numbers: returns some numbers of a column; none for a column without numbers.
+    `some_numbers` returns some numbers of a column; none for a column without numbers.
     """
     rejected = sum(counts.rejected.values())
     report: Report = {
@@ -147,27 +140,15 @@ def _columns(layout: LogLayout, counts: Counts, some_numbers: SomeNumbers) -> li
         if of.key in faults
     ]
     for column in columns:
-        bad, number = column["out_of_range"], column["values"] - column["missing"]
-        is_label = column["key"].startswith("data.labels.")
-        is_probability = layout.teacher_signal == "probability"
-        is_probability &= column["key"].startswith("data.teacher.")
-        if (is_label and bad) or (is_probability and 2 * bad > number):
-            column["hint"] = _hint(some_numbers(column["column"]), is_label)
+        key, bad = column["key"], column["out_of_range"]
+        is_label, is_teacher = (key.startswith(f"data.{of}.") for of in ("labels", "teacher"))
+        is_teacher &= layout.teacher_signal == "probability"
+        is_teacher &= 2 * bad > column["values"] - column["missing"]
+        if (is_label and bad) or is_teacher:
+            numbers = some_numbers(column["column"])
+            found = f"{numbers.min():.4g} to {numbers.max():.4g}" if len(numbers) else ""
+            column["hint"] = f"{found}{_NO_PROBABILITIES}" if found and is_teacher else found
     return columns
-
-
-def _hint(numbers: Float64[np.ndarray, "n"], is_label: bool) -> str:
-    """Return what the numbers look like that should be labels, or probabilities; "" without any."""
-    if is_label:
-        others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
-        return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
-    if not len(numbers):
-        return ""
-    low, high = numbers.min(), numbers.max()
-    found = f"{low:.4g} to {high:.4g}"
-    if low < 0:
-        return f"{found}: logits? then take their sigmoid, or set data.teacher_signal='score'"
-    return f"{found}: percentages? then divide by 100" if high <= 100 else found
 
 
 def _requests(counts: Counts) -> dict[str, Any]:
@@ -176,10 +157,7 @@ def _requests(counts: Counts) -> dict[str, Any]:
     places = {f"{q:g}": np.searchsorted(ends, q * ends[-1]) for q in (0.5, 0.999, 1.0)}
     return {
         "candidates": {q: rows[place]["size"] for q, place in places.items()},
-        **{
-            name: sum(row[name] for row in counts.tables["splits"])
-            for name in ("several_times", "several_users")
-        },
+        "several_times": sum(row["several_times"] for row in counts.tables["splits"]),
     }
 
 
@@ -215,44 +193,40 @@ def _remarks(report: Report) -> Iterator[str]:
     """Yield the remarks on a report, one sentence each."""
     for column in report["columns"]:
         key, name = column["key"], f"column {column['column']!r}"
-        bad, hint, is_label = column["out_of_range"], column.get("hint"), "labels" in key
-        if hint or (bad and not is_label):
+        bad, hint = column["out_of_range"], column.get("hint")
+        is_label = key.startswith("data.labels.")
+        if bad and (hint or not is_label):
             valid = "0 or 1" if is_label else "in [0, 1]"
             fault = f"are not {valid}: {hint}" if hint else "are invalid"
             yield f"{key}: {bad:,} values of {name} {fault}."
         if column["values"] and column["missing"] == column["values"]:
             yield f"{key}: {name} is empty."
-    if "requests" in report:
-        yield from _remarks_on_requests(report["requests"])
-        if not any(of["retrieved"] or of["passed"] for of in report["splits"].values()):
-            yield "All candidates were shown, so a funnel is measured within what was shown."
-        for split, of in report["splits"].items():
-            yield from _remarks_on_split(split, of, report)
-        yield from _remarks_on_teacher(report)
-        for feature in report["features"]:
-            yield from _remarks_on_feature(feature)
-        if unknown := report["ids"].get("history_events_of_unknown_items"):
-            yield (
-                f"{unknown:,} of {report['ids']['history_events']:,} events of histories are of "
-                "items that are never a candidate, and are left out."
-            )
-
-
-def _remarks_on_requests(requests: dict) -> Iterator[str]:
-    middle, high, largest = requests["candidates"].values()
+    if "requests" not in report:
+        return
+    middle, high, largest = report["requests"]["candidates"].values()
     if largest > _FAR * middle:
         yield (
             f"The largest request has {largest:,} candidates; the median is {middle:,}, the 99.9% "
             f"quantile {high:,}: if it is an error, set config.funnel.retrieved={high}, which "
             "rejects the candidates beyond."
         )
-    if number := requests["several_times"]:
+    if number := report["requests"]["several_times"]:
         yield f"The rows of {number:,} requests have several times; the earliest counts."
-    if number := requests["several_users"]:
-        yield f"{number:,} requests have rows of several users."
+    if not any(of["retrieved"] or of["passed"] for of in report["splits"].values()):
+        yield "All candidates were shown, so a funnel is measured within what was shown."
+    for split, of in report["splits"].items():
+        yield from _remarks_on_split(split, of, report["tasks"])
+    yield from _remarks_on_teacher(report)
+    for feature in report["features"]:
+        yield from _remarks_on_feature(feature)
+    if unknown := report["ids"].get("history_events_of_unknown_items"):
+        yield (
+            f"{unknown:,} of {report['ids']['history_events']:,} events of histories are of items "
+            "that are never a candidate, and are left out."
+        )
 
 
-def _remarks_on_split(split: str, of: dict, report: Report) -> Iterator[str]:
+def _remarks_on_split(split: str, of: dict, tasks: Sequence[str]) -> Iterator[str]:
     if without := of["without_a_label"]:
         share = f"{without / of['requests']:.1%}"
         yield f"{without:,} of {of['requests']:,} {split} requests ({share}) have no label."
@@ -261,16 +235,12 @@ def _remarks_on_split(split: str, of: dict, report: Report) -> Iterator[str]:
             f"{unlabelled:,} of {of['shown']:,} shown candidates in {split} lack a label or have "
             "label weight 0, and are not learned from by labels."
         )
-    for task in report["tasks"]:
+    for task in tasks:
         if positives := of[f"positives_not_shown/{task}"]:
             yield (
                 f"{positives:,} candidates in {split} that were not shown have label 1 of {task}; "
                 "labels count only where a candidate was shown."
             )
-    for task in report["teacher"]["tasks"]:
-        share = of[f"coverage/{task}/passed"]
-        if share is not None and share < 1:
-            yield f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
 
 
 def _remarks_on_teacher(report: Report) -> Iterator[str]:
@@ -299,32 +269,24 @@ def _remarks_on_feature(feature: dict) -> Iterator[str]:
     if number := feature.get("requests_with_several_values"):
         yield f"{name} varies within {number:,} requests; that of the first row counts."
     for answer, share in feature.get("reveals", {}).items():
-        yield f"{name} {_revealed(answer, share)}: is it known before they are ranked?"
-
-
-def _revealed(answer: str, share: float) -> str:
-    """Return what a feature reveals, in words, see `findings.find_leaks`."""
-    if answer == "shown":
-        return f"reveals {share:.0%} of which candidates were shown"
-    if answer.startswith("teacher"):
-        return f"orders candidates like the {answer} (rank correlation {share:.2f})"
-    return f"reveals {share:.0%} of the uncertainty of the {answer}"
+        what = f"reveals {share:.0%} of the uncertainty of the {answer}"
+        if answer == "shown":
+            what = f"reveals {share:.0%} of which candidates were shown"
+        elif answer.startswith("teacher"):
+            what = f"orders candidates like the {answer} (rank correlation {share:.2f})"
+        yield f"{name} {what}: is it known before they are ranked?"
 
 
 def write_data_report(report: Report, folder: Path) -> None:
     """Write `data_report.json` and `data_report.html`, a page without other files."""
     (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
     templates = templates_of("kd_ranker.sources.logs")
-    templates.filters["number"] = _number
+    templates.filters["number"] = lambda value: (
+        "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    )
     templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
     page = templates.get_template("data_report.html").render(report=report)
     (folder / PAGE).write_text(page)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def count_rejected(database: Database) -> dict[str, int]:
@@ -376,13 +338,8 @@ def read_data_report(folder: Path) -> Report | None:
       UserError: it is damaged.
     """
     path = folder / JSON_FILE
-    if not path.exists():
-        return None
     try:
-        report = json.loads(path.read_text())
-        if "allowed" not in report:
-            raise ValueError("it lacks allowed findings, as of another release")
-        return report
+        return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}); make the dataset again, or copy it from there"

@@ -154,7 +154,7 @@ CREATE TABLE sizes AS
     SELECT split, size, count(*) AS requests, count(*) FILTER (WHERE labels = 0) AS without_label
         FROM of_requests GROUP BY split, size;
 CREATE TABLE splits AS SELECT split, count(*) AS requests, min(time) AS first, max(time) AS last,
-    count(*) FILTER (WHERE moved) AS several_times, count(*) FILTER (WHERE users > 1) AS several_users
+    count(*) FILTER (WHERE moved) AS several_times
     FROM requests GROUP BY split;
 {% for table, features, where in [("used", layout.of("candidate", kind="dense"), "split = 0"),
         ("request_rows", layout.of("user", "context", kind="dense"), "split = 0"),
