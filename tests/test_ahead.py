@@ -87,7 +87,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
 def test_a_dataset_that_is_not_there_is_asked_for(tmp_path):
     config = config_of(tmp_path)
     config.data.name = "movielens_1m"
-    with pytest.raises(UserError, match="prepare_data"):
+    with pytest.raises(UserError, match="make it with: kd-ranker prepare"):
         ahead.sample_of(config)
 
 

@@ -221,7 +221,7 @@ def test_sweeps_under_different_configs_are_not_joined(tmp_path, key, value, mes
 
 def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
     absent = tmp_path / "absent"
-    make = f"python -m experiments.sweep --config=configs/FILE.py --workdir={absent}"
+    make = f"kd-ranker sweep --config=FILE.py --workdir={absent}"
 
     def message(start):
         text = fault_of(read_studies, [absent])
