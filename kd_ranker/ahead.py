@@ -382,9 +382,7 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
       UserError: there is no such program, or the devices cannot share its batches.
     """
     check_choice("program", name, PROGRAMS)
-    checks.validate(config, len(topology.devices))
-    if name == "train":
-        checks.check_single(config, len(topology.devices))
+    checks.validate(config, len(topology.devices), single=name == "train")
     number = config.parallel.devices or len(topology.devices)
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.

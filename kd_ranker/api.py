@@ -263,8 +263,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
         run.
     """
     config, place = _own(config, teacher), place_of(workdir)
-    checks.validate(config)
-    checks.check_single(config)
+    checks.validate(config, single=True)
     checks.check_students([config])
     runs.train("train", config, {"": config}, place)
     return Trained(place)
@@ -306,7 +305,7 @@ def sweep(
         if values is not None:
             axis = schema.axis_of(key)
             checks.check_key(config, axis)
-            schema.set_value(config, axis, values)
+            config.update_from_flattened_dict({axis: tuple(values)})
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
     cohorts.train_sweep(config, place, show)

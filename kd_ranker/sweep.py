@@ -51,34 +51,58 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
 
     Each way of `sweep.ways` has all combinations of its axes. An axis is `sweep.modes`,
     `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key that a sweep may vary. An
-    axis without values takes the value of the config. A mode without a distillation loss has
-    nothing to weigh, so it occurs once for all swept values of `distill`. If only the learning rate
-    is swept, the learning rate of the tables keeps its ratio to it.
+    axis without values takes the value of the config. A key that a member does not read occurs
+    once for all its values: those of `distill` in a mode without a distillation loss. If only the
+    learning rate is swept, the learning rate of the tables keeps its ratio to it.
 
     With `sweep.whole_repeats` each member has the config of its `whole_repeat`.
 
     A name contains the mode, the weight and the seed, and the other values that differ from the
     config. Thus a sweep that grows keeps the names of its members.
+
+    Raises:
+      UserError: no member has the value of an axis, as other keys replace it.
     """
     members: dict[str, ConfigDict] = {}
     swept = schema.axes(config)
     for way in schema.ways(config).values():
-        for chosen in _combinations(schema.axes(way)):
+        for chosen in _combinations(way):
             member = _member(config, chosen)
             members.setdefault(_name(config, member, swept), member)
+    _check_axes(config, members)
     return members
 
 
-def _combinations(axes: Mapping[Key, tuple]) -> Iterator[dict[str, Any]]:
-    """The values of each member, by key, without the keys that its mode does not read."""
+def _check_axes(config: ConfigDict, members: Members) -> None:
+    keys, distils = schema.keys_of(""), any(_distils(of.distill.mode) for of in members.values())
+    for key in schema.sweepable():
+        axis = schema.axis_of(key.name)
+        values = schema.value_of(config, axis)
+        used = [schema.value_of(member, key.name) for member in members.values()]
+        unused = [value for value in values if value not in used]
+        if unused and values != keys[axis].default and (distils or not key.of_distillation):
+            raise UserError(
+                f"{axis}={values}: no member of the sweep has {unused[0]!r}, because sweep.ways or "
+                "another key replaces it; leave the axis out, or change that"
+            )
+
+
+def _combinations(way: ConfigDict) -> Iterator[dict[str, Any]]:
+    """The values of each member, by key, without the keys that it does not read."""
+    axes = schema.axes(way)
     keys = sorted(axes, key=_place)
     for values in itertools.product(*(axes[key] for key in keys)):
         chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
+        terms = chosen.get("distill.terms", way.distill.terms)
+        loss = chosen.get("distill.loss", way.distill.loss)
+        unread = {"distill.loss"} if terms else set()
+        # A loss such as "topk:stage" has its own signal.
+        if all(":" in text for text in terms or (loss,)):
+            unread.add("teacher.signal")
         if not _distils(chosen["distill.mode"]):
-            read = {key.name for key in keys if not key.of_distillation}
-            chosen = {name: value for name, value in chosen.items() if name in read}
             chosen["distill.weight"] = 0.0
-        yield chosen
+            unread = {key.name for key in keys if key.of_distillation} - {"distill.weight"}
+        yield {name: value for name, value in chosen.items() if name not in unread}
 
 
 def _place(key: Key) -> int:
@@ -99,11 +123,10 @@ def _distils(mode: str) -> bool:
 def _member(config: ConfigDict, chosen: dict[str, Any]) -> ConfigDict:
     """The config of the member with the values in `chosen`, by key."""
     member = config.copy_and_resolve_references()
-    for name, value in chosen.items():
-        schema.set_value(member, name, value)
+    member.update_from_flattened_dict(chosen)
     member.distill.serve = next(iter(MODES[member.distill.mode].serve))
     own, rate = config.optimizer.learning_rate, member.optimizer.learning_rate
-    if rate != own and "optimizer.table_learning_rate" not in chosen:
+    if own and "optimizer.table_learning_rate" not in chosen:
         member.optimizer.table_learning_rate *= rate / own
     return whole_repeat(member, member.seed) if config.sweep.whole_repeats else member
 
@@ -194,12 +217,9 @@ def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: Feature
 def check_memory(
     config: ConfigDict, groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec
 ) -> None:
-    """Check that a device has room for its part of the states of groups and of a batch.
+    """Raise UserError unless a device has room for its part of the states of groups and of a batch.
 
     `batch` is `config.batch` or `config.teacher.batch`.
-
-    Raises:
-      UserError: the memory is too small, or no array can have such a size.
     """
     across, sharing = _spread(config)
     try:
@@ -350,8 +370,7 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
     """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
 
     Raises:
-      UserError: the workdir's list of cohorts is damaged, or has a member that the config does not
-        name.
+      UserError: the workdir has a cohort with a member that the config does not name.
     """
     members = sweep_members(config)
     plan = read_plan(workdir)
@@ -365,20 +384,9 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
 
 
 def read_plan(workdir: Path) -> list[list[str]]:
-    """The names of the members of each cohort of a sweep; empty if it has not started.
-
-    Raises:
-      UserError: `cohorts.json` is damaged, or missing next to cohorts.
-    """
-    path, remedy = workdir / FILE, "restore the original file, or use another --workdir"
-    if path.exists():
-        try:
-            return read_json(path, remedy)["cohorts"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
-    if (workdir / FOLDER).exists():
-        raise UserError(f"{workdir / FOLDER} contains students, but {path} is missing; {remedy}")
-    return []
+    """The names of the members of each cohort of a sweep; empty if it has not started."""
+    path = workdir / FILE
+    return read_json(path, "use another --workdir")["cohorts"] if path.exists() else []
 
 
 def _new_cohorts(members: Members, size: CohortSize) -> list[list[str]]:

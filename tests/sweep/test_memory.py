@@ -129,7 +129,7 @@ def test_a_config_of_any_sizes_can_be_trained_or_is_one_line(data):
     config = cascade("small")
     try:
         for key in data.draw(st.lists(st.sampled_from(EDITED), min_size=1, max_size=4)):
-            schema.set_value(config, key.name, data.draw(sizes(key), key.name))
+            config.update_from_flattened_dict({key.name: data.draw(sizes(key), key.name)})
         checks.validate(config)
         spec = dataclasses.replace(
             SPEC,
