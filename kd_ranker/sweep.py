@@ -1,9 +1,9 @@
 """A sweep: its members, the memory that they take, its cohorts in a workdir and their progress.
 
-The members of a cohort share their batches, so they agree in the keys that determine batches. As
-many members as fit the memory of a device share a program. A sweep is a list of cohorts, trained
-one after the other. The list is decided once and stored in `cohorts.json`. A resumed sweep
-continues with it, even on another machine, and an extended sweep adds to it.
+The members of a cohort share their batches and a program, as many as fit the memory of the devices.
+The cohorts are trained one after the other. Their list is decided once and stored in
+`cohorts.json`: a resumed sweep continues with it, even on another machine, and an extended sweep
+adds to it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import pandas as pd
@@ -142,9 +142,8 @@ def repeats(config: ConfigDict) -> list[ConfigDict]:
 def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
     """The config of a repeat with a new seed for everything random in training.
 
-    The seed applies to the initialisation, the order of the data, the draws of candidates, and the
-    teacher, if one is trained here. That teacher is stored below `teacher.workdir`, in a folder
-    named after the seed. The dataset stays the same.
+    These are the initialisation, the order of the data, the draws of candidates, and the teacher.
+    The teacher is stored below `teacher.workdir`, in a folder named after the seed.
     """
     repeat = config.copy_and_resolve_references()
     repeat.seed = repeat.batch.seed = repeat.teacher.batch.seed = seed
@@ -177,8 +176,7 @@ def _text(key: Key, value: Any) -> str:
 def common(members: Members) -> ConfigDict:
     """The config that the members of a cohort have in common.
 
-    It lacks the keys in which they may differ, so that no code uses one member's value for all. Its
-    `train.steps` is the largest of the members.
+    It lacks the keys in which they may differ, except `train.steps`, the largest of the members.
     """
     config = next(iter(members.values())).copy_and_resolve_references()
     config.unlock()  # a config from the command line is locked
@@ -190,28 +188,18 @@ def common(members: Members) -> ConfigDict:
     return config
 
 
-class CohortSize(NamedTuple):
-    """The most blocks of a cohort, and the most members of a block.
-
-    The members of a block are of one group, one member per device.
-    """
-
-    blocks: int
-    members: int = 1
-
-
-def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> CohortSize:
+def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
     """Return `sweep.group_size`, or the number of members that fit free memory with a margin."""
     if config.sweep.group_size:
-        return CohortSize(config.sweep.group_size)
+        return config.sweep.group_size
     across, sharing = _spread(config)
-    one_per_group = {recipes.shared_part(member): member for member in members}
+    one_per_group = {shared_part(member): member for member in members}
     largest = max(
         _bytes_of_states(recipes.student_groups({"": member}, spec)) / sharing
         + _bytes(abstract_batch(spec, member.batch.requests, member.batch.candidates))
         for member in one_per_group.values()
     )
-    return CohortSize(max(1, int(free_memory(config) / (_MARGIN * largest))), across)
+    return max(1, int(free_memory(config) / (_MARGIN * largest))) * across
 
 
 def check_memory(
@@ -314,8 +302,8 @@ class Sweep:
         tested = self.with_any(results.chosen(self.validation()))
         return all(is_whole(folder / TEST) for folder in tested)
 
-    def planned(self, size: CohortSize) -> "Sweep":
-        """Assign every member to a cohort of at most this size, and write the plan to the workdir.
+    def planned(self, size: int) -> "Sweep":
+        """Assign every member to a cohort of at most `size`, and write the plan to the workdir.
 
         Existing cohorts do not change.
         """
@@ -389,32 +377,14 @@ def read_plan(workdir: Path) -> list[list[str]]:
     return read_json(path, "use another --workdir")["cohorts"] if path.exists() else []
 
 
-def _new_cohorts(members: Members, size: CohortSize) -> list[list[str]]:
+def _new_cohorts(members: Members, size: int) -> Iterator[list[str]]:
     """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
     of_batches = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
-    sharing: dict[str, dict[str, ConfigDict]] = {}
+    sharing: dict[str, list[str]] = {}
     for name, member in members.items():
         batches = repr([schema.value_of(member, key) for key in of_batches])
-        sharing.setdefault(batches, {})[name] = member
-    cohorts = []
-    for alike in sharing.values():
-        blocks = _blocks(alike, size.members)
+        sharing.setdefault(batches, []).append(name)
+    for names in sharing.values():
         # Of equal sizes, so that no small cohort pays for a whole teacher pass.
-        number = -(-len(blocks) // size.blocks)
-        parts = [blocks[index::number] for index in range(number)]
-        cohorts += [list(itertools.chain.from_iterable(part)) for part in parts]
-    return cohorts
-
-
-def _blocks(members: Members, size: int) -> list[list[str]]:
-    """The members in blocks of at most `size`, each from one group that one program can train."""
-    if size == 1:
-        return [[name] for name in members]
-    groups: dict[str, list[str]] = {}
-    for name, member in members.items():
-        groups.setdefault(shared_part(member), []).append(name)
-    return [
-        names[start : start + size]
-        for names in groups.values()
-        for start in range(0, len(names), size)
-    ]
+        number = -(-len(names) // size)
+        yield from (names[index::number] for index in range(number))
