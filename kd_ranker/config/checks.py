@@ -1,10 +1,10 @@
 """Checks of a config before anything long begins: each fault is one line, with its remedy."""
 
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -27,73 +27,80 @@ from kd_ranker.training.recipes import terms_of
 _ORDERS = {"stage": "stages are an order"}
 
 
-def _varies_sizes(config: ConfigDict) -> bool:
-    axes = [axis_of(key.name) for key in sweepable() if key.name.startswith("student.")]
-    return any(len(value_of(config, axis)) > 1 for axis in axes)
+def _faults(c: ConfigDict) -> Iterator[str]:
+    """The faults of several keys together, or of one that is not a number."""
+    if "://" in c.data.dir:
+        yield f"data.dir={c.data.dir}: datasets need a folder of this machine; name one"
+    if c.data.get("extends") and c.data.split != "time":
+        yield (
+            f"data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends "
+            "out to read the whole log"
+        )
+    if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
+        yield (
+            f"sweep.part={c.sweep.part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty "
+            "for all"
+        )
+    if len(c.value_weights) != len(c.tasks) or not any(c.value_weights):
+        yield (
+            f"value_weights={c.value_weights} must have one weight per task of {c.tasks}, not all 0"
+        )
+    if not c.funnel.shown <= c.funnel.passed <= c.funnel.retrieved:
+        yield (
+            f"funnel.shown={c.funnel.shown}, funnel.passed={c.funnel.passed}, funnel.retrieved="
+            f"{c.funnel.retrieved}: each stage must be no larger than the one before"
+        )
+    if any(k > c.funnel.retrieved for k in c.funnel.report_at):
+        yield (
+            f"funnel.report_at={c.funnel.report_at} has a number above "
+            f"funnel.retrieved={c.funnel.retrieved}"
+        )
+    student, teacher = c.costs.student, c.costs.teacher
+    if not teacher.candidate and (student.candidate or student.request or teacher.request):
+        yield (
+            "the other costs are in your own unit, and costs.teacher.candidate=0 takes FLOPs; set "
+            "that as well"
+        )
+    of_student = [axis_of(key.name) for key in sweepable() if key.name.startswith("student.")]
+    if student.candidate and any(len(value_of(c, axis)) > 1 for axis in of_student):
+        yield (
+            f"costs.student.candidate={student.candidate} is of one student, and "
+            "sweep.axes.student has several; leave it 0, which takes the FLOPs of each"
+        )
 
 
-# Conditions on several keys, or on one that is not a number: true if broken, and the message, which
-# formats values of the config `c`.
-_RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        lambda c: "://" in c.data.dir,
-        "data.dir={c.data.dir}: datasets need a folder of this machine, on a disk or mounted; name "
-        "one",
-    ),
-    (
-        lambda c: c.data.get("extends") and c.data.split != "time",
-        "data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends out "
-        "to read the whole log",
-    ),
-    (
-        lambda c: not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part),
-        f"sweep.part={{c.sweep.part!r}} must be {PLAN}, the number of a cohort, {JOIN}, or empty "
-        "for all",
-    ),
-    (
-        lambda c: len(c.value_weights) != len(c.tasks) or not any(c.value_weights),
-        "value_weights={c.value_weights} must have one weight per task of {c.tasks}, not all 0",
-    ),
-    (
-        lambda c: not c.funnel.shown <= c.funnel.passed <= c.funnel.retrieved,
-        "funnel.shown={c.funnel.shown}, funnel.passed={c.funnel.passed}, "
-        "funnel.retrieved={c.funnel.retrieved}: each stage must be no larger than the one before",
-    ),
-    (
-        lambda c: any(k > c.funnel.retrieved for k in c.funnel.report_at),
-        "funnel.report_at={c.funnel.report_at} has a number above "
-        "funnel.retrieved={c.funnel.retrieved}",
-    ),
-    (
-        lambda c: (
-            not c.costs.teacher.candidate
-            and (c.costs.student.candidate or c.costs.student.request or c.costs.teacher.request)
-        ),
-        "the other costs are in your own unit, and costs.teacher.candidate=0 takes FLOPs; set that "
-        "as well",
-    ),
-    (
-        lambda c: c.costs.student.candidate and _varies_sizes(c),
-        "costs.student.candidate={c.costs.student.candidate} is of one student, and "
-        "sweep.axes.student has several; leave it 0, which takes the FLOPs of each",
-    ),
-    (
-        lambda c: c.parallel.processes and c.parallel.devices,
-        "parallel.devices={c.parallel.devices} with parallel.processes, which use all of their "
-        "devices; set it to 0",
-    ),
-    (
-        lambda c: (
-            (
-                (c.parallel.members > 1 or c.parallel.tables == "sharded")
-                or (c.parallel.deterministic or c.parallel.processes)
+def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]:
+    """The faults of `parallel`, and of batches that the devices cannot share."""
+    parallel, devices = c.parallel, c.parallel.devices or available
+    if parallel.processes and parallel.devices:
+        yield "parallel.processes use all of their devices; set parallel.devices=0"
+    others = parallel.members > 1 or parallel.tables == "sharded" or parallel.deterministic
+    if parallel.mapping == "pmap" and (others or parallel.processes):
+        yield (
+            "parallel.mapping='pmap' cannot do parallel.members above 1, parallel.tables="
+            "'sharded', parallel.deterministic or parallel.processes; take 'auto' or 'shard_map'"
+        )
+    if devices > available:
+        yield f"parallel.devices={devices}, but there are {available}; 0 takes all"
+    if parallel.members and devices % parallel.members:
+        yield (
+            f"parallel.members={parallel.members} does not divide the {devices} devices; take a "
+            "number that does, or 0"
+        )
+    shared = [("teacher.batch.requests", c.teacher.batch.requests, devices)]
+    if single:
+        shared.append(("batch.requests", c.batch.requests, devices))
+    # Where a sweep leaves it open, its members are spread so that the requests fit.
+    elif parallel.members or parallel.mapping == "pmap":
+        sharing = devices // max(parallel.members, 1)
+        swept = c.sweep.axes.batch.requests or (c.batch.requests,)
+        shared += [("batch.requests", requests, sharing) for requests in swept]
+    for name, requests, number in shared:
+        if requests % number:
+            yield (
+                f"{name}={requests} cannot be shared by {number} devices; take a multiple of "
+                f"{number}, or change parallel.devices or parallel.members"
             )
-            and c.parallel.mapping == "pmap"
-        ),
-        "parallel.mapping='pmap' cannot do parallel.members above 1, parallel.tables='sharded', "
-        "parallel.deterministic or parallel.processes; take 'auto' or 'shard_map'",
-    ),
-)
 
 
 def validate(config: ConfigDict, devices: int | None = None, single: bool = False) -> None:
@@ -111,10 +118,9 @@ def validate(config: ConfigDict, devices: int | None = None, single: bool = Fals
             for key in keys.values():
                 key.check(value_of(way, key.name))
             check_tasks(way.tasks, SOURCES[way.data.name].tasks_of(way.data))
-            for broken, message in _RULES:
-                if broken(way):
-                    raise UserError(message.format(c=way))
-            _check_devices(way, devices or found, single)
+            of_devices = _device_faults(way, devices or found, single)
+            if fault := next(itertools.chain(_faults(way), of_devices), None):
+                raise UserError(fault)
         except UserError as error:
             raise UserError(f"sweep.ways={text!r}: {error}" if text else str(error)) from error
 
@@ -179,30 +185,6 @@ def _num_devices() -> int:
             f"JAX_PLATFORMS={platforms}: {reason}; leave it unset, or name devices that are here "
             "and the CPU, as in JAX_PLATFORMS=cuda,cpu"
         ) from error
-
-
-def _check_devices(config: ConfigDict, available: int, single: bool) -> None:
-    devices, members = config.parallel.devices or available, config.parallel.members
-    if devices > available:
-        raise UserError(f"parallel.devices={devices}, but there are {available}; 0 takes all")
-    if members and devices % members:
-        raise UserError(
-            f"parallel.members={members} does not divide the {devices} devices; take a number that "
-            "does, or 0"
-        )
-    shared = [("teacher.batch.requests", config.teacher.batch.requests, devices)]
-    if single:
-        shared.append(("batch.requests", config.batch.requests, devices))
-    # Where a sweep leaves it open, its members are spread so that the requests fit.
-    elif members or config.parallel.mapping == "pmap":
-        swept = config.sweep.axes.batch.requests or (config.batch.requests,)
-        shared += [("batch.requests", requests, devices // max(members, 1)) for requests in swept]
-    for name, requests, number in shared:
-        if requests % number:
-            raise UserError(
-                f"{name}={requests} cannot be shared by {number} devices; take a multiple of "
-                f"{number}, or change parallel.devices or parallel.members"
-            )
 
 
 def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDERS) -> None:

@@ -107,7 +107,7 @@ OWN_UNIT = "in your own unit, and costs.teacher.candidate=0 takes"
         *(({"sweep.part": of}, f"sweep.part={of!r} must be plan") for of in ("-1", "1.5", "²")),
         ({"data.dir": "gs://bucket/data"}, "datasets need a folder of this machine"),
         ({"parallel.devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
-        ({"parallel.members": 3}, "parallel.members=3 does not divide the 8 devices"),
+        *(({"parallel.members": of}, f"={of} does not divide the 8 devices") for of in (3, 16)),
         ({"parallel.members": 2, "sweep.axes.batch.requests": (8, 6)}, "=6 cannot be shared by 4"),
         ({"parallel.mapping": "pmap", "batch.requests": 9}, "=9 cannot be shared by 8 devices; ta"),
         ({"teacher.batch.requests": 9}, "teacher.batch.requests=9 cannot be shared by 8 devices"),
@@ -115,7 +115,7 @@ OWN_UNIT = "in your own unit, and costs.teacher.candidate=0 takes"
             ({f"parallel.{key}": value, "parallel.mapping": "pmap"}, "take 'auto' or 'shard_map'")
             for key, value in {"members": 2, "tables": "sharded", "deterministic": True}.items()
         ),
-        ({"parallel.processes": True, "parallel.devices": 2}, "which use all of their devices"),
+        ({"parallel.processes": True, "parallel.devices": 2}, "processes use all of their devices"),
         ({"funnel.passed": 200}, "each stage must be no larger than the one before"),
         ({"funnel.report_at": (10, 101)}, "has a number above funnel.retrieved=100"),
         ({"costs.student.candidate": 0.1}, OWN_UNIT),
