@@ -141,10 +141,10 @@ def open_topology(name: str) -> Topology:
     else:
         for variable, value in _NO_TPU_HOST.items():
             os.environ.setdefault(variable, value)
-        rows, columns, *depth = map(int, shape.split("x"))
+        rows, columns, depth = map(int, f"{shape}x1".split("x")[:3])
         described = topologies.get_topology_desc(
             platform="tpu",
-            topology_name=f"{kind}:{rows}x{columns}x{depth[0] if depth else 1}",
+            topology_name=f"{kind}:{rows}x{columns}x{depth}",
             chips_per_host_bounds=(min(rows, 2), min(columns, 2), 1),
         )
     # A v5p has one device per chip, as JAX sees it.
@@ -162,7 +162,7 @@ class Compiled(NamedTuple):
 
     `temporary` are arrays other than arguments and results; in `total`, a result in the place of an
     argument counts once. `cycles` are 0 where the compiler has no estimate, as for GPUs. `copies`
-    copy, transpose or convert one of the given arrays.
+    copy, transpose or convert one of the given arrays. `loops` read or write one row per iteration.
     """
 
     temporary: int
@@ -184,7 +184,7 @@ def read_compiled(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Comp
         total=given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         cycles=cycles_of(text),
         copies=tuple(f"{op} {of}" for op, of, size, _ in arrays if op in _COPIES and size in sizes),
-        loops=tuple(_loops(text)),
+        loops=loops_of(text),
         exchanged=sum(nbytes for op, *_, nbytes in arrays if op in _COLLECTIVES),
     )
 
@@ -217,19 +217,19 @@ def cycles_of(text: str) -> int:
     """
     pattern = r"^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}"
     bodies = {
-        entry.strip() or name: body.splitlines()
+        entry.strip() or name: body
         for entry, name, body in re.findall(pattern, text, re.MULTILINE | re.DOTALL)
     }
 
     def iterations(condition: str) -> int:
         """Return those of a loop that counts from 0 to a constant; 1 of any other."""
-        lines = "\n".join(bodies.get(condition, ()))
-        bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", lines)
-        return int(bounds[0]) if "direction=LT" in lines and len(bounds) == 1 else 1
+        body = bodies.get(condition, "")
+        bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", body)
+        return int(bounds[0]) if "direction=LT" in body and len(bounds) == 1 else 1
 
     def total(name: str) -> int:
         cycles = 0
-        for line in bodies.get(name, ()):
+        for line in bodies.get(name, "").splitlines():
             if inner := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
                 cycles += 0 if RARELY in line else iterations(inner[1]) * total(inner[2])
             elif number := re.search(r'"estimated_cycles":"?(\d+)', line):
@@ -239,20 +239,17 @@ def cycles_of(text: str) -> int:
     return total("ENTRY")
 
 
-def _loops(text: str) -> Iterator[str]:
-    """Find the loops of a program that the compiler added to those of the source.
+def loops_of(text: str) -> tuple[str, ...]:
+    """Find the loops that the compiler added to those of the source, by their operations.
 
-    A compiler without a better way to read or write scattered rows does it in a loop, one row per
-    iteration. The loop keeps the name of the operation.
+    A compiler without a better way to read or write scattered rows does it in a loop. It keeps the
+    name of the operation.
 
-    >>> list(_loops('%w = (s32[]) while(%t), body=%b, metadata={op_name="jit(f)/gather"}'))
-    ['jit(f)/gather']
+    >>> loops_of('%w = (s32[]) while(%t), body=%b, metadata={op_name="jit(f)/gather"}')
+    ('jit(f)/gather',)
     """
-    for line in re.findall(r"^.* while\(.*$", text, re.MULTILINE):
-        named = re.search(r'op_name="([^"]*)"', line)
-        name = named[1] if named else "a loop without a name"
-        if name.rpartition("/")[2] != "while":
-            yield name
+    named = re.findall(r'^.* while\((?:.*op_name="([^"]*)")?.*$', text, re.MULTILINE)
+    return tuple(name for name in named if name.rpartition("/")[2] != "while")
 
 
 # Requests of the sample dataset.
@@ -262,16 +259,14 @@ _SAMPLE = 32
 class Finding(NamedTuple):
     """The outcome of compiling one of `PROGRAMS` for a number of devices of a topology.
 
-    `tables` are bytes of embedding tables on one device, without padding of the layout. `flops` are
-    of one step or batch on one device, as XLA counts before optimizing. If the program does not
-    fit, `compiled` is None and `refused` is the compiler's message.
+    `tables` are bytes of embedding tables on one device, without padding of the layout. If the
+    program does not fit, `compiled` is None and `refused` is the compiler's message.
     """
 
     name: str
     topology: Topology
     devices: int
     tables: int
-    flops: float
     compiled: Compiled | None = None
     refused: str = ""
 
@@ -299,15 +294,20 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     users, items = users or spec.num_users, items or spec.num_items
     spec = dataclasses.replace(spec, num_users=users, num_items=items)
     shapes: Any = abstract_items(spec)
+    columns_by_split = {"train": columns}
     return Dataset(
-        directory=Path(),
-        identity={},
-        made_by=datasets.PREPARE_DATA,
-        spec=spec,
-        item_features=shapes.features,
-        item_category=shapes.category,
-        columns={"train": columns},
+        Path(), {}, datasets.PREPARE_DATA, spec, shapes.features, shapes.category, columns_by_split
     )
+
+
+PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
+    "train": lambda config: {"": config},
+    "sweep": lambda config: dict(
+        itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
+    ),
+    "train_teacher": lambda config: {},
+}
+"""The students that a program trains, by its command: of a sweep its first cohort."""
 
 
 def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str) -> Job:
@@ -330,32 +330,6 @@ def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str
         finished = Finished("", "teacher", "", trained, "user", model, ranker, "", sample, {})
     job.last_teacher[teacher_key(next(iter(members.values())))] = finished, sample
     return job.of(members)
-
-
-PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
-    "train": lambda config: {"": config},
-    "sweep": lambda config: dict(
-        itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
-    ),
-    "train_teacher": lambda config: {},
-}
-"""The students that a program trains, by its command: of a sweep its first cohort."""
-
-
-def _lower(
-    name: str, config: ConfigDict, sample: Dataset, devices: Sequence[jax.Device]
-) -> tuple[jax.stages.Lowered, Any]:
-    """Lower the steps of a program; also return its abstract states and frozen arrays, placed."""
-    job = _job_of_shapes(name, config, sample, devices[0].platform)
-    run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
-    packed, _ = run.batches.take(1)
-    one: Any = jnp.int32(0)
-    take: Any = run.take  # as JAX has made it, which can be lowered
-    states = run.devices.place(abstract_states(run.filled))
-    same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
-    batches, same = jax.eval_shape(lambda: (packed, same_on_all))
-    lowered = take.lower(states, run.devices.shard(batches), same, run.frozen)
-    return lowered, (states, run.frozen)
 
 
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
@@ -382,21 +356,22 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
       UserError: there is no such program, or the devices cannot share its batches.
     """
     check_choice("program", name, PROGRAMS)
-    checks.validate(config, len(topology.devices))
-    if name == "train":
-        checks.check_single(config, len(topology.devices))
-    number = config.parallel.devices or len(topology.devices)
+    checks.validate(config, len(topology.devices), single=name == "train")
+    devices = topology.devices[: config.parallel.devices or None]
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
     config.parallel.mapping = "shard_map"
-    lowered, held = _lower(name, config, sample, topology.devices[:number])
-    tables, entries = _tables_and_sizes(held)
-    # For one device's share, on a CPU, so that devices can be compared.
-    for batch in (config.batch, config.teacher.batch):
-        batch.requests //= number
-    on_cpu, _ = _lower(name, config, sample, jax.devices("cpu")[:1])
-    counted: Any = on_cpu.cost_analysis()
-    found = Finding(name, topology, number, tables, counted["flops"])
+    job = _job_of_shapes(name, config, sample, devices[0].platform)
+    run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
+    packed, _ = run.batches.take(1)
+    one: Any = jnp.int32(0)
+    take: Any = run.take  # as JAX has made it, which can be lowered
+    states = run.devices.place(abstract_states(run.filled))
+    same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
+    batches, same = jax.eval_shape(lambda: (packed, same_on_all))
+    lowered = take.lower(states, run.devices.shard(batches), same, run.frozen)
+    tables, entries = _tables_and_sizes((states, run.frozen))
+    found = Finding(name, topology, len(devices), tables)
     try:
         made = lowered.compile(dict(topology.options))
     except jax.errors.JaxRuntimeError as error:
@@ -407,12 +382,12 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
-    """Format findings as a table, in a style of `tabulate`."""
+    """Format findings as a table, in a style of `tabulate`, with MiB per device."""
     return tabulate(map(line_of, findings), headers="keys", tablefmt=style, disable_numparse=True)
 
 
 def line_of(finding: Finding) -> dict[str, str]:
-    """Return a line of the table, with MiB per device."""
+    """Return a line of the table by column."""
     found, memory = finding.compiled, finding.topology.memory
 
     def mib(number: int) -> str:
@@ -428,6 +403,5 @@ def line_of(finding: Finding) -> dict[str, str]:
         "copies": str(len(found.copies)) if found else "",
         "row loops": str(len(found.loops)) if found else "",
         "exchanged": mib(found.exchanged) if found else "",
-        "GFLOP": f"{finding.flops / 1e9:.3g}",
         "million cycles": f"{found.cycles / 1e6:.2g}" if found and found.cycles else "",
     }

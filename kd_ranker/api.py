@@ -113,10 +113,6 @@ class Dataset(NamedTuple):
         return cls(path, own)
 
 
-def _as_html(shown: object) -> str:
-    return f"<pre>{html.escape(str(shown))}</pre>"
-
-
 class Prepared(NamedTuple):
     """A dataset on disk."""
 
@@ -124,13 +120,10 @@ class Prepared(NamedTuple):
     # An own log's candidates, used and rejected, and remarks; epochs of training.
     lines: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         page = self.directory / PAGE
         report = [f"data report: {page}"] if page.exists() else []
         return "\n".join([f"dataset: {self.directory}", *report, *self.lines])
-
-    def _repr_html_(self) -> str:
-        return _as_html(self)
 
 
 class Trained(NamedTuple):
@@ -144,14 +137,10 @@ class Trained(NamedTuple):
         with fetched(self.workdir, with_checkpoints=False) as folder:
             return results.read_csv(folder / results.FILE)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         with fetched(self.workdir, with_checkpoints=False) as folder:
-            passed = workdirs.read_config(folder).funnel.passed
-            text = tables.results_text(folder, passed)
+            text = tables.results_text(folder, workdirs.read_config(folder).funnel.passed)
         return text.replace(str(folder), str(self.workdir))
-
-    def _repr_html_(self) -> str:
-        return _as_html(self)
 
 
 class Report(NamedTuple):
@@ -263,8 +252,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
         run.
     """
     config, place = _own(config, teacher), place_of(workdir)
-    checks.validate(config)
-    checks.check_single(config)
+    checks.validate(config, single=True)
     checks.check_students([config])
     runs.train("train", config, {"": config}, place)
     return Trained(place)
@@ -306,7 +294,7 @@ def sweep(
         if values is not None:
             axis = schema.axis_of(key)
             checks.check_key(config, axis)
-            schema.set_value(config, axis, values)
+            config.update_from_flattened_dict({axis: tuple(values)})
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
     cohorts.train_sweep(config, place, show)

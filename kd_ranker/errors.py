@@ -7,6 +7,11 @@ class UserError(ValueError):
     """Bad input. The message is one line that names the fault and the change that mends it."""
 
 
+def command(name: str) -> str:
+    """The command line of a command such as `log_teacher`, for messages."""
+    return f"kd-ranker {name.replace('_', '-')}"
+
+
 def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
     """Raises UserError unless `value` is one of `choices`; the message names them."""
     names = sorted(choices)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _BAD_INPUT = 2
-_HELP = {"--help", "-h", "--helpfull", "--helpshort"}
+_HELP = {"--help", "-h"}
 # Caused by a path on the command line; the message of an OSError names the path.
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
 _NO_SPACE = "free some space, and start the same command again: it resumes from what is saved"
@@ -79,16 +79,13 @@ def main(name: str = "") -> None:
     """
     # Until there is something to clean up, a signal ends the process at once.
     interruption.end_on_signal()
-    program, arguments = f"python -m experiments.{Path(sys.argv[0]).stem}", sys.argv[1:]
-    if not name:
-        name, *arguments = arguments or ["--help"]
-        program = f"kd-ranker {name}"
+    name, *arguments = [name, *sys.argv[1:]] if name else sys.argv[1:] or ["--help"]
     # The docstrings of `api`, read from its source: the import takes seconds.
     tree = ast.parse((Path(__file__).parent / "api.py").read_text())
     functions = (of for of in tree.body if isinstance(of, ast.FunctionDef))
     texts = {of.name.replace("_", "-"): ast.get_docstring(of) or "" for of in functions}
     if name in COMMANDS:
-        run_command(COMMANDS[name]._replace(text=texts[name]), program, arguments)
+        run_command(COMMANDS[name]._replace(text=texts[name]), f"kd-ranker {name}", arguments)
     elif name in _HELP:
         names = [f"    {of:15}{texts[of].splitlines()[0]}" for of in COMMANDS]
         print("\n".join(["usage: kd-ranker NAME --help", "", *names]))
@@ -108,10 +105,11 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
     interruption.stop_on_signal()
     try:
         try:
+            parser = _parser(command, program)
             if _HELP & {*arguments}:
-                _print_help(command, program, [of for of in arguments if of not in _HELP])
+                _print_help(command, parser, [of for of in arguments if of not in _HELP])
                 return
-            config, given = _parse(command, program, arguments)
+            config, given = _parse(command, parser, arguments)
         # Any error while the arguments are parsed is about the arguments.
         except Exception as error:
             _fail(error)
@@ -195,39 +193,37 @@ def _parser(command: Command, program: str) -> _Parser:
     return parser
 
 
-def _print_help(command: Command, program: str, arguments: Sequence[str]) -> None:
+def _print_help(command: Command, parser: _Parser, arguments: Sequence[str]) -> None:
     """Print the help of a command, with the keys of the config that its arguments name."""
     from ml_collections import ConfigDict
 
-    from kd_ranker.config import schema
+    from kd_ranker.config import defaults, schema
     from kd_ranker.config.keys import DATA_KEYS, KEYS
 
-    parser = _parser(command, program)
     given, _ = parser.parse_known_args(arguments)
     parser.usage = parser.format_usage().removeprefix("usage: ").replace("%", "%%").rstrip()
     if command.config_from:
         parser.usage += " [--config.KEY=VALUE ...]"
     if command.config_from == "config":
-        config = read_config(given.config) if given.config else None
-        sources = [config.data.name] if config else [*DATA_KEYS]
-        keys = KEYS | {name: key for of in sources for name, key in DATA_KEYS.get(of, {}).items()}
-        sections = [f"config.{name}".rpartition(".")[0] for name in keys]
-        groups = {of: parser.add_argument_group(of) for of in dict.fromkeys(sections)}
-        for section, key in zip(sections, keys.values(), strict=True):
-            value = schema.value_of(config, key.name) if config else key.default
+        config = read_config(given.config) if given.config else defaults.get_config()
+        groups: dict[str, Any] = {}
+        for name, key in (KEYS | DATA_KEYS.get(config.data.name, {})).items():
+            section = f"config.{name}".rpartition(".")[0]
+            group = groups.get(section) or parser.add_argument_group(section)
+            groups[section] = group
+            value = schema.value_of(config, name)
             shown = "…" if isinstance(value, ConfigDict) else repr(value)
-            text = key.help.replace("%", "%%")
-            groups[section].add_argument(f"--config.{key.name}", metavar=shown, help=text)
+            group.add_argument(f"--config.{name}", metavar=shown, help=key.help.replace("%", "%%"))
     parser.print_help()
 
 
 def _parse(
-    command: Command, program: str, arguments: Sequence[str]
+    command: Command, parser: _Parser, arguments: Sequence[str]
 ) -> tuple["ConfigDict", argparse.Namespace]:
     """Parse the flags of a command, load its config and set the keys that flags override."""
     from ml_collections import ConfigDict
 
-    given, rest = _parser(command, program).parse_known_args(arguments)
+    given, rest = parser.parse_known_args(arguments)
     for name, flag in command.flags.items():
         if flag.default is None and not getattr(given, name):
             raise UserError(f"--{name} is missing; it is {flag.help}")
@@ -236,13 +232,13 @@ def _parse(
             raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
         given.keys = [found[1] for of in rest if (found := _KEY.match(of))]
         return read_config(given.config, rest), given
+    config = ConfigDict()
     if command.config_from == "workdir":
         from kd_ranker.pipeline.remote import place_of
         from kd_ranker.pipeline.trained import config_of
 
-        return _with_overrides(config_of(place_of(given.workdir), given.trust), rest), given
-    _check_parsed(rest)
-    return ConfigDict(), given
+        config = config_of(place_of(given.workdir), given.trust)
+    return _with_overrides(config, rest), given
 
 
 def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
@@ -291,18 +287,13 @@ def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDi
     from kd_ranker.config import checks
 
     for argument in overrides:
-        if override := _KEY.match(argument):
+        if config and (override := _KEY.match(argument)):
             checks.check_key(config, override[1])
     parsed, arguments = flags.FlagValues(), ["", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)
-    _check_parsed(parsed(arguments)[1:])
-    return parsed["config"].value
-
-
-def _check_parsed(rest: Sequence[str]) -> None:
-    """Raise UserError for arguments that are left over."""
-    if rest:
+    if rest := parsed(arguments)[1:]:
         raise UserError(f"{rest[0]!r} is not a flag; flags look like --name=value")
+    return parsed["config"].value
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -1,9 +1,9 @@
 """A sweep: its members, the memory that they take, its cohorts in a workdir and their progress.
 
-The members of a cohort share their batches, so they agree in the keys that determine batches. As
-many members as fit the memory of a device share a program. A sweep is a list of cohorts, trained
-one after the other. The list is decided once and stored in `cohorts.json`. A resumed sweep
-continues with it, even on another machine, and an extended sweep adds to it.
+The members of a cohort share their batches and a program, as many as fit the memory of the devices.
+The cohorts are trained one after the other. Their list is decided once and stored in
+`cohorts.json`: a resumed sweep continues with it, even on another machine, and an extended sweep
+adds to it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import pandas as pd
@@ -51,34 +51,58 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
 
     Each way of `sweep.ways` has all combinations of its axes. An axis is `sweep.modes`,
     `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key that a sweep may vary. An
-    axis without values takes the value of the config. A mode without a distillation loss has
-    nothing to weigh, so it occurs once for all swept values of `distill`. If only the learning rate
-    is swept, the learning rate of the tables keeps its ratio to it.
+    axis without values takes the value of the config. A key that a member does not read occurs
+    once for all its values: those of `distill` in a mode without a distillation loss. If only the
+    learning rate is swept, the learning rate of the tables keeps its ratio to it.
 
     With `sweep.whole_repeats` each member has the config of its `whole_repeat`.
 
     A name contains the mode, the weight and the seed, and the other values that differ from the
     config. Thus a sweep that grows keeps the names of its members.
+
+    Raises:
+      UserError: no member has the value of an axis, as other keys replace it.
     """
     members: dict[str, ConfigDict] = {}
     swept = schema.axes(config)
     for way in schema.ways(config).values():
-        for chosen in _combinations(schema.axes(way)):
+        for chosen in _combinations(way):
             member = _member(config, chosen)
             members.setdefault(_name(config, member, swept), member)
+    _check_axes(config, members)
     return members
 
 
-def _combinations(axes: Mapping[Key, tuple]) -> Iterator[dict[str, Any]]:
-    """The values of each member, by key, without the keys that its mode does not read."""
+def _check_axes(config: ConfigDict, members: Members) -> None:
+    keys, distils = schema.keys_of(""), any(_distils(of.distill.mode) for of in members.values())
+    for key in schema.sweepable():
+        axis = schema.axis_of(key.name)
+        values = schema.value_of(config, axis)
+        used = [schema.value_of(member, key.name) for member in members.values()]
+        unused = [value for value in values if value not in used]
+        if unused and values != keys[axis].default and (distils or not key.of_distillation):
+            raise UserError(
+                f"{axis}={values}: no member of the sweep has {unused[0]!r}, because sweep.ways or "
+                "another key replaces it; leave the axis out, or change that"
+            )
+
+
+def _combinations(way: ConfigDict) -> Iterator[dict[str, Any]]:
+    """The values of each member, by key, without the keys that it does not read."""
+    axes = schema.axes(way)
     keys = sorted(axes, key=_place)
     for values in itertools.product(*(axes[key] for key in keys)):
         chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
+        terms = chosen.get("distill.terms", way.distill.terms)
+        loss = chosen.get("distill.loss", way.distill.loss)
+        unread = {"distill.loss"} if terms else set()
+        # A loss such as "topk:stage" has its own signal.
+        if all(":" in text for text in terms or (loss,)):
+            unread.add("teacher.signal")
         if not _distils(chosen["distill.mode"]):
-            read = {key.name for key in keys if not key.of_distillation}
-            chosen = {name: value for name, value in chosen.items() if name in read}
             chosen["distill.weight"] = 0.0
-        yield chosen
+            unread = {key.name for key in keys if key.of_distillation} - {"distill.weight"}
+        yield {name: value for name, value in chosen.items() if name not in unread}
 
 
 def _place(key: Key) -> int:
@@ -99,11 +123,10 @@ def _distils(mode: str) -> bool:
 def _member(config: ConfigDict, chosen: dict[str, Any]) -> ConfigDict:
     """The config of the member with the values in `chosen`, by key."""
     member = config.copy_and_resolve_references()
-    for name, value in chosen.items():
-        schema.set_value(member, name, value)
+    member.update_from_flattened_dict(chosen)
     member.distill.serve = next(iter(MODES[member.distill.mode].serve))
     own, rate = config.optimizer.learning_rate, member.optimizer.learning_rate
-    if rate != own and "optimizer.table_learning_rate" not in chosen:
+    if own and "optimizer.table_learning_rate" not in chosen:
         member.optimizer.table_learning_rate *= rate / own
     return whole_repeat(member, member.seed) if config.sweep.whole_repeats else member
 
@@ -119,9 +142,8 @@ def repeats(config: ConfigDict) -> list[ConfigDict]:
 def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
     """The config of a repeat with a new seed for everything random in training.
 
-    The seed applies to the initialisation, the order of the data, the draws of candidates, and the
-    teacher, if one is trained here. That teacher is stored below `teacher.workdir`, in a folder
-    named after the seed. The dataset stays the same.
+    These are the initialisation, the order of the data, the draws of candidates, and the teacher.
+    The teacher is stored below `teacher.workdir`, in a folder named after the seed.
     """
     repeat = config.copy_and_resolve_references()
     repeat.seed = repeat.batch.seed = repeat.teacher.batch.seed = seed
@@ -154,8 +176,7 @@ def _text(key: Key, value: Any) -> str:
 def common(members: Members) -> ConfigDict:
     """The config that the members of a cohort have in common.
 
-    It lacks the keys in which they may differ, so that no code uses one member's value for all. Its
-    `train.steps` is the largest of the members.
+    It lacks the keys in which they may differ, except `train.steps`, the largest of the members.
     """
     config = next(iter(members.values())).copy_and_resolve_references()
     config.unlock()  # a config from the command line is locked
@@ -167,39 +188,26 @@ def common(members: Members) -> ConfigDict:
     return config
 
 
-class CohortSize(NamedTuple):
-    """The most blocks of a cohort, and the most members of a block.
-
-    The members of a block are of one group, one member per device.
-    """
-
-    blocks: int
-    members: int = 1
-
-
-def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> CohortSize:
+def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
     """Return `sweep.group_size`, or the number of members that fit free memory with a margin."""
     if config.sweep.group_size:
-        return CohortSize(config.sweep.group_size)
+        return config.sweep.group_size
     across, sharing = _spread(config)
-    one_per_group = {recipes.shared_part(member): member for member in members}
+    one_per_group = {shared_part(member): member for member in members}
     largest = max(
         _bytes_of_states(recipes.student_groups({"": member}, spec)) / sharing
         + _bytes(abstract_batch(spec, member.batch.requests, member.batch.candidates))
         for member in one_per_group.values()
     )
-    return CohortSize(max(1, int(free_memory(config) / (_MARGIN * largest))), across)
+    return max(1, int(free_memory(config) / (_MARGIN * largest))) * across
 
 
 def check_memory(
     config: ConfigDict, groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec
 ) -> None:
-    """Check that a device has room for its part of the states of groups and of a batch.
+    """Raise UserError unless a device has room for its part of the states of groups and of a batch.
 
     `batch` is `config.batch` or `config.teacher.batch`.
-
-    Raises:
-      UserError: the memory is too small, or no array can have such a size.
     """
     across, sharing = _spread(config)
     try:
@@ -294,8 +302,8 @@ class Sweep:
         tested = self.with_any(results.chosen(self.validation()))
         return all(is_whole(folder / TEST) for folder in tested)
 
-    def planned(self, size: CohortSize) -> "Sweep":
-        """Assign every member to a cohort of at most this size, and write the plan to the workdir.
+    def planned(self, size: int) -> "Sweep":
+        """Assign every member to a cohort of at most `size`, and write the plan to the workdir.
 
         Existing cohorts do not change.
         """
@@ -350,8 +358,7 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
     """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
 
     Raises:
-      UserError: the workdir's list of cohorts is damaged, or has a member that the config does not
-        name.
+      UserError: the workdir has a cohort with a member that the config does not name.
     """
     members = sweep_members(config)
     plan = read_plan(workdir)
@@ -365,48 +372,19 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
 
 
 def read_plan(workdir: Path) -> list[list[str]]:
-    """The names of the members of each cohort of a sweep; empty if it has not started.
-
-    Raises:
-      UserError: `cohorts.json` is damaged, or missing next to cohorts.
-    """
-    path, remedy = workdir / FILE, "restore the original file, or use another --workdir"
-    if path.exists():
-        try:
-            return read_json(path, remedy)["cohorts"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
-    if (workdir / FOLDER).exists():
-        raise UserError(f"{workdir / FOLDER} contains students, but {path} is missing; {remedy}")
-    return []
+    """The names of the members of each cohort of a sweep; empty if it has not started."""
+    path = workdir / FILE
+    return read_json(path, "use another --workdir")["cohorts"] if path.exists() else []
 
 
-def _new_cohorts(members: Members, size: CohortSize) -> list[list[str]]:
+def _new_cohorts(members: Members, size: int) -> Iterator[list[str]]:
     """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
     of_batches = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
-    sharing: dict[str, dict[str, ConfigDict]] = {}
+    sharing: dict[str, list[str]] = {}
     for name, member in members.items():
         batches = repr([schema.value_of(member, key) for key in of_batches])
-        sharing.setdefault(batches, {})[name] = member
-    cohorts = []
-    for alike in sharing.values():
-        blocks = _blocks(alike, size.members)
+        sharing.setdefault(batches, []).append(name)
+    for names in sharing.values():
         # Of equal sizes, so that no small cohort pays for a whole teacher pass.
-        number = -(-len(blocks) // size.blocks)
-        parts = [blocks[index::number] for index in range(number)]
-        cohorts += [list(itertools.chain.from_iterable(part)) for part in parts]
-    return cohorts
-
-
-def _blocks(members: Members, size: int) -> list[list[str]]:
-    """The members in blocks of at most `size`, each from one group that one program can train."""
-    if size == 1:
-        return [[name] for name in members]
-    groups: dict[str, list[str]] = {}
-    for name, member in members.items():
-        groups.setdefault(shared_part(member), []).append(name)
-    return [
-        names[start : start + size]
-        for names in groups.values()
-        for start in range(0, len(names), size)
-    ]
+        number = -(-len(names) // size)
+        yield from (names[index::number] for index in range(number))

@@ -2,8 +2,9 @@
 
     python scripts/compile_for.py --config=configs/cascade.py --topology=v5e:4x4
 
-It prints one line per program: whether a device's memory holds it, bytes per device, FLOPs, and
-what limits it. It runs nothing and reads only the sizes and the first requests of the dataset.
+It prints one line per program: whether a device's memory holds it, bytes per device, cycles,
+and copies of tables. It runs nothing and reads only the sizes and the first requests of the
+dataset.
 `./scripts/test_compilers.sh --setup` installs the compilers into `.venv-compilers`; see
 `docs/accelerators.md`.
 """

@@ -9,16 +9,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import TEACHER_SIGNALS
 from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.batches.training import ORDERS
-from kd_ranker.config.key import (
-    BELOW_ONE,
-    INSIDE_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    Key,
-    TermNames,
-    section,
-)
+from kd_ranker.config.key import ANY, BELOW_ONE, INSIDE_ONE, POSITIVE, SHARE, Key, section
 from kd_ranker.distillation.losses import LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
@@ -48,8 +39,8 @@ def _batch(requests: int, candidates: int, passed_share: float) -> tuple[Key, ..
         Key("candidates", candidates, "candidates per request of a batch", POSITIVE),
         Key("passed_share", passed_share, "share of the passed in slots left by the shown", SHARE),
         Key("negative_rate", 1.0, "share of the shown without a positive label to keep", SHARE),
-        Key("seed", 0, "of the order of the data and the draws of candidates", NOT_NEGATIVE,
-            label="data", column="data_seed", may_differ=True),
+        Key("seed", 0, "of the order of the data and the draws of candidates", label="data",
+            column="data_seed", may_differ=True),
         Key("order", "shuffled", "of the requests of an epoch: at random, or by time", ORDERS),
         Key("sampler", "funnel",
             "the draw of a request's candidates: by kind (funnel), each as likely (uniform), or "
@@ -59,26 +50,24 @@ def _batch(requests: int, candidates: int, passed_share: float) -> tuple[Key, ..
 
 _MODEL = (
     Key("width", 32, "numbers of an embedding", POSITIVE),
-    Key("table_scale", 0.05, "standard deviation of fresh embedding rows", NOT_NEGATIVE),
-    Key("user_rows", 0, "rows that user ids are hashed into; 0: one row per id", NOT_NEGATIVE),
-    Key("item_rows", 0, "rows that item ids are hashed into; 0: one row per id", NOT_NEGATIVE),
-    Key("category_rows", 0, "rows that all category ids are hashed into; 0: one row per id",
-        NOT_NEGATIVE),
-    Key("compute_dtype", "float32",
-        "of the arithmetic; fast_float32: float32, but the device chooses the precision of "
-        "matrix products; parameters stay float32", COMPUTE_DTYPES),
+    Key("table_scale", 0.05, "standard deviation of fresh embedding rows"),
+    Key("user_rows", 0, "rows that user ids are hashed into; 0: one row per id"),
+    Key("item_rows", 0, "rows that item ids are hashed into; 0: one row per id"),
+    Key("category_rows", 0, "rows that all category ids are hashed into; 0: one row per id"),
+    Key("compute_dtype", "float32", "of the arithmetic; fast_float32: float32, but the device "
+        "chooses the precision of matrix products; parameters stay float32", COMPUTE_DTYPES),
 )  # fmt: skip
 
 _OPTIMIZER = (
     Key("name", "adam", "optimiser of the dense parameters", OPTIMIZERS, label="optimizer"),
-    Key("learning_rate", 2e-3, "peak rate of the dense parameters", NOT_NEGATIVE,
-        label="rate", column="learning_rate"),
-    Key("weight_decay", 0.0, "decoupled decay of the dense parameters", NOT_NEGATIVE),
+    Key("learning_rate", 2e-3, "peak rate of the dense parameters", label="rate",
+        column="learning_rate"),
+    Key("weight_decay", 0.0, "decoupled decay of the dense parameters"),
     Key("table_name", "adam", "optimiser of the embedding rows", ROW_OPTIMIZERS),
-    Key("table_learning_rate", 2e-3, "peak rate of the embedding rows", NOT_NEGATIVE),
-    Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows", NOT_NEGATIVE),
+    Key("table_learning_rate", 2e-3, "peak rate of the embedding rows"),
+    Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows"),
     Key("schedule", "cosine", "of the rates over the steps; cosine ends at 0", SCHEDULES),
-    Key("warmup_steps", 50, "steps in which the rates rise to their peaks", NOT_NEGATIVE),
+    Key("warmup_steps", 50, "steps in which the rates rise to their peaks"),
 )  # fmt: skip
 
 _TRAIN = (
@@ -90,27 +79,24 @@ _TRAIN = (
     Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE,
         influences="nothing", sweep="no"),
     Key("eval_every", 500, "steps from one evaluation to the next; 0: only at the end",
-        NOT_NEGATIVE, influences="nothing", sweep="no"),
-    Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE,
         influences="nothing", sweep="no"),
+    Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE, influences="nothing",
+        sweep="no"),
 )  # fmt: skip
 
 _ALL = (
     section(
         "",
-        Key("seed", 0, "of the initialisation, of students and teacher", NOT_NEGATIVE,
-            influences="teacher", sweep="members", column="seed"),
+        Key("seed", 0, "of the initialisation, of students and teacher", influences="teacher",
+            sweep="members", column="seed"),
         Key("tasks", ("watch", "like", "share"), "the user actions to predict"),
-        Key("value_weights", (1.0, 2.0, 4.0),
-            "one per task: a ranker sorts by the weighted sum of probabilities", NOT_NEGATIVE,
-            influences="report"),
-        Key("launcher", "local",
-            "where a sweep's cohorts train: here, or on a cluster of Ray", LAUNCHERS,
-            influences="nothing"),
-        Key("registered_by", "",
-            "a Python file that other processes execute first, and with --trust also score and "
-            "export, because it registers a part of the run; set to the file of --config, unless "
-            "that is one of the package", influences="nothing"),
+        Key("value_weights", (1.0, 2.0, 4.0), "one per task: a ranker sorts by the weighted sum of "
+            "probabilities", influences="report"),
+        Key("launcher", "local", "where a sweep's cohorts train: here, or on a cluster of Ray",
+            LAUNCHERS, influences="nothing"),
+        Key("registered_by", "", "a Python file that other processes execute first, and with "
+            "--trust also score and export, because it registers a part of the run; set to the "
+            "file of --config, unless that is one of the package", influences="nothing"),
         influences="dataset",
     ),
     section(
@@ -118,7 +104,7 @@ _ALL = (
         Key("name", "", "the source", SOURCES),
         Key("path", "", "raw files, where the dataset is made from some", may_differ=True),
         Key("dir", "datasets", "folder of built datasets", influences="nothing"),
-        Key("seed", 0, "of the dataset itself, apart from what is trained on it", NOT_NEGATIVE),
+        Key("seed", 0, "of the dataset itself, apart from what is trained on it"),
         Key("history_length", 20, "events of a user's history", POSITIVE),
         Key("processes", 1, "threads that read a log and write its dataset", POSITIVE,
             influences="nothing"),
@@ -131,9 +117,8 @@ _ALL = (
         Key("shown", 10, "candidates that the final ranker shows", POSITIVE),
         Key("report_at", (10, 50, 100, 200, 400), "the k of survival@k and its like", POSITIVE,
             influences="report", may_differ=True),
-        Key("targets", (0.95, 0.97, 0.98, 0.99, 0.995, 0.999),
-            "shares of the value to keep, for passed_for_99 and its like", INSIDE_ONE,
-            influences="report", may_differ=True),
+        Key("targets", (0.95, 0.97, 0.98, 0.99, 0.995, 0.999), "shares of the value to keep, for "
+            "passed_for_99 and its like", INSIDE_ONE, influences="report", may_differ=True),
         Key("policies", (), "ways to choose how many to pass per request, which a sweep compares "
             "on the test split", POLICIES, element=str, influences="report", may_differ=True),
         influences="dataset",
@@ -160,24 +145,23 @@ _ALL = (
         Key("mode", "shared", "how the student learns from user labels and teacher labels", MODES,
             column="mode"),
         Key("loss", "bce", "against the teacher: \"loss\", which learns from teacher.signal, or "
-            "\"loss:signal\"; the sizes of losses differ", TermNames(LOSSES, SIGNALS),
-            column="distill_loss"),
-        Key("weight", 1.0, "λ in user loss + λ · distillation loss", NOT_NEGATIVE,
-            column="distill_weight", tuned=True),
-        Key("user_weight", 1.0, "on the user loss; 0: learn only from the teacher", NOT_NEGATIVE),
+            "\"loss:signal\"; the sizes of losses differ", LOSSES, SIGNALS, column="distill_loss"),
+        Key("weight", 1.0, "λ in user loss + λ · distillation loss", column="distill_weight",
+            tuned=True),
+        Key("user_weight", 1.0, "on the user loss; 0: learn only from the teacher"),
         Key("terms", (), "losses at once, each \"loss\" or \"loss:signal\"; () takes distill.loss",
-            TermNames(LOSSES, SIGNALS), element=str, column="distill_loss", distinct=True),
-        Key("term_weights", (), "on the terms, one each; () weighs all by 1", NOT_NEGATIVE,
-            element=float, tuned=True),
+            LOSSES, SIGNALS, element=str, column="distill_loss"),
+        Key("term_weights", (), "on the terms, one each; () weighs all by 1", element=float,
+            tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
             column="temperature", tuned=True),
         Key("top_k", 10, "losses topk, dftopk, rank_distil: k, out of a request's in the batch",
             POSITIVE, tuned=True),
         Key("numbers", (), "own numbers of the losses of your own, in order; () takes the defaults",
-            element=float, tuned=True),
+            ANY, element=float, tuned=True),
         Key("affine", True, "mode shared: a learned scale and offset between the two labels"),
-        Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)",
-            sweep="no", may_differ=True),
+        Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)", sweep="no",
+            may_differ=True),
         influences="student",
         sweep="members",
     ),
@@ -187,9 +171,8 @@ _ALL = (
         *_TRAIN,
         Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES,
             column="user_loss"),
-        Key("unshown_weight", 0.0,
-            "label weight of an unshown candidate as a negative of every task; 0: not used",
-            NOT_NEGATIVE, label="unshown", column="unshown_weight", tuned=True, switch=True),
+        Key("unshown_weight", 0.0, "label weight of an unshown candidate as a negative of every "
+            "task; 0: not used", label="unshown", column="unshown_weight", tuned=True, switch=True),
         influences="student",
         sweep="members",
     ),
@@ -199,41 +182,36 @@ _ALL = (
             TEACHER_SOURCES),
         Key("workdir", "", "of train_teacher; with source logged, \"\" takes the dataset's logs",
             may_differ=True),
-        Key("stage", "retrieved", "the candidates with teacher labels in training",
-            TEACHER_STAGES, sweep="cohorts"),
+        Key("stage", "retrieved", "the candidates with teacher labels in training", TEACHER_STAGES,
+            sweep="cohorts"),
         Key("signal", "logged", "of losses: the teacher's output, or how far a candidate came",
             SIGNALS, sweep="members", column="distill_loss"),
-        Key("flops_per_candidate", 0.0,
-            "of a logged teacher from elsewhere; 0: those of the model that teacher.* describes",
-            NOT_NEGATIVE, influences="report"),
+        Key("flops_per_candidate", 0.0, "of a logged teacher from elsewhere; 0: those of the model "
+            "that teacher.* describes", influences="report"),
         influences="student",
     ),
     section(
         "costs",
         Key("teacher.candidate", 0.0,
-            "of a candidate, in your own unit, for the savings; 0: FLOPs are the unit",
-            NOT_NEGATIVE),
-        Key("teacher.request", 0.0, "of a request, in addition to its candidates", NOT_NEGATIVE),
+            "of a candidate, in your own unit, for the savings; 0: FLOPs are the unit"),
+        Key("teacher.request", 0.0, "of a request, in addition to its candidates"),
         Key("student.candidate", 0.0,
-            "of a candidate; 0: the teacher's times the ratio of their FLOPs", NOT_NEGATIVE),
-        Key("student.request", 0.0, "of a request, in addition to its candidates", NOT_NEGATIVE),
+            "of a candidate; 0: the teacher's times the ratio of their FLOPs"),
+        Key("student.request", 0.0, "of a request, in addition to its candidates"),
         influences="report",
     ),
     section(
         "report",
-        Key("margin", 0.002,
-            "relative loss of user value that counts as none in choosing a way",
-            NOT_NEGATIVE),
+        Key("margin", 0.002, "relative loss of user value that counts as none in choosing a way"),
         influences="report",
     ),
     section(
         "teacher",
-        Key("log_weight", 0.0,
-            "weight in its training of the loss on logged teacher probabilities; 0: only user "
-            "labels", NOT_NEGATIVE),
+        Key("log_weight", 0.0, "weight in its training of the loss on logged teacher "
+            "probabilities; 0: only user labels"),
         Key("name", "final_ranker", "the architecture", TEACHERS),
         Key("attention_hidden", 16, "units of the attention over the history", POSITIVE),
-        Key("cross_layers", 2, "cross layers", NOT_NEGATIVE),
+        Key("cross_layers", 2, "cross layers"),
         Key("experts", 4, "experts of the mixture", POSITIVE),
         Key("expert_hidden", 64, "hidden units of an expert", POSITIVE),
         *_MODEL,
@@ -249,21 +227,18 @@ _ALL = (
     section(
         "evaluation",
         Key("requests", 16, "requests of a batch", POSITIVE, influences="nothing"),
-        Key("limit", 0, "requests of a split to read; 0 reads all", NOT_NEGATIVE),
+        Key("limit", 0, "requests of a split to read; 0 reads all"),
         influences="report",
     ),
     section(
         "parallel",
-        Key("mapping", "auto",
-            "of a step over devices; auto: shard_map on TPUs and where pmap cannot, else pmap",
-            MAPPINGS),
-        Key("devices", 0, "devices to use; 0 takes all", NOT_NEGATIVE),
-        Key("members", 0,
-            "of these, the number to spread a sweep's members over, while the others share the "
-            "requests; 0: by their numbers", NOT_NEGATIVE),
-        Key("tables", "replicated",
-            "replicated: each device holds all tables and items; sharded: of those that share "
-            "requests, each holds a share of the rows", TABLES),
+        Key("mapping", "auto", "of a step over devices; auto: shard_map on TPUs and where pmap "
+            "cannot, else pmap", MAPPINGS),
+        Key("devices", 0, "devices to use; 0 takes all"),
+        Key("members", 0, "of these, the number to spread a sweep's members over, while the others "
+            "share the requests; 0: by their numbers"),
+        Key("tables", "replicated", "replicated: each device holds all tables and items; sharded: "
+            "of those that share requests, each holds a share of the rows", TABLES),
         Key("processes", False,
             "several processes train as one; Slurm, Open MPI, a pod or variables define them"),
         Key("deterministic", False,
@@ -273,26 +248,23 @@ _ALL = (
     section(
         "ray",
         Key("address", "auto", "of the cluster; auto: that of this machine"),
-        Key("cpus", 1, "CPU cores of a task", NOT_NEGATIVE),
-        Key("gpus", 0, "GPUs of a task", NOT_NEGATIVE),
-        Key("retries", 3, "times that a task may lose its machine", NOT_NEGATIVE),
+        Key("cpus", 1, "CPU cores of a task"),
+        Key("gpus", 0, "GPUs of a task"),
+        Key("retries", 3, "times that a task may lose its machine"),
         influences="nothing",
     ),
     section(
         "sweep",
-        Key("modes", ("none", "aux", "shared"), "the values of distill.mode", MODES,
-            distinct=True, required=True),
-        Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE,
-            distinct=True, required=True),
-        Key("seeds", (0,), "the values of seed", NOT_NEGATIVE, distinct=True, required=True),
+        Key("modes", ("none", "aux", "shared"), "the values of distill.mode; () takes its own",
+            MODES),
+        Key("weights", (1.0,), "the values of distill.weight; () takes its own"),
+        Key("seeds", (0,), "the values of seed; () takes its own"),
         Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
             "members of the sweep with these values in place of the sweep's; () trains the sweep "
             "as it is", element=str),
-        Key("group_size", 0, "members that train in one program; 0: as many as memory allows",
-            NOT_NEGATIVE),
-        Key("whole_repeats", False,
-            "each seed also sets the order of the data, and has a separate teacher",
-            influences="student", may_differ=True),
+        Key("group_size", 0, "members that train in one program; 0: as many as memory allows"),
+        Key("whole_repeats", False, "each seed also sets the order of the data, and has a separate "
+            "teacher", influences="student", may_differ=True),
         Key("extend", False, "add the members that a finished sweep does not have yet"),
         Key("part", "", "of a sweep of several runs: plan settles the cohorts, a number trains one "
             "of them, join measures and joins all"),
@@ -312,10 +284,10 @@ _CASCADE = _of_source(
     Key("num_users", 4000, "users", POSITIVE),
     Key("num_items", 8000, "items", POSITIVE),
     Key("num_topics", 8, "topics of items, and of users' interests", POSITIVE),
-    Key("taste", 0.0, "weight of personal taste, beyond interests and session", NOT_NEGATIVE),
-    Key("train_requests", 12000, "requests of the training split", NOT_NEGATIVE),
+    Key("taste", 0.0, "weight of personal taste, beyond interests and session"),
+    Key("train_requests", 12000, "requests of the training split"),
     Key("validation_requests", 500, "requests of the validation split", POSITIVE),
-    Key("test_requests", 500, "requests of the test split", NOT_NEGATIVE),
+    Key("test_requests", 500, "requests of the test split"),
     Key("exploration", 0.3, "share of the shown slots filled at random from the passed", SHARE),
     Key("fault_missing", 0.02, "share of the teacher probabilities never written", SHARE),
     Key("fault_nan", 0.01, "share of them that is NaN", SHARE),
@@ -326,8 +298,8 @@ _CASCADE = _of_source(
 _LOG = _of_source(
     Key("sql", "", "in place of data.path: a SELECT that DuckDB runs; its rows are the log",
         may_differ=True),
-    Key("extends", "", "data.dir of the dataset that the new files of the log extend; \"\" "
-        "reads the whole log", influences="nothing"),
+    Key("extends", "", "data.dir of the dataset that the new files of the log extend; \"\" reads "
+        "the whole log", influences="nothing"),
     Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
     Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
     Key("columns", ConfigDict(), "column by role; request, time and item are required"),
@@ -336,18 +308,16 @@ _LOG = _of_source(
     Key("teacher", ConfigDict(), "column by task of the teacher that was logged"),
     Key("teacher_version", "", "the only version of the teacher that counts; \"\" takes all"),
     Key("teacher_signal", "probability", "content of the teacher's columns", TEACHER_SIGNALS),
-    Key("incumbent_signal", "score",
-        "content of the incumbent's column: scores, higher first, or positions, smallest first",
-        layout.INCUMBENT_SIGNALS),
+    Key("incumbent_signal", "score", "content of the incumbent's column: scores, higher first, or "
+        "positions, smallest first", layout.INCUMBENT_SIGNALS),
     Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
     Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.defaults.feature`"),
     Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
     Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
-    Key("allow", (), "expected findings, which do not prevent a dataset",
-        layout.ALLOWABLE, element=str, influences="nothing"),
-    Key("longest_request", 3600, "seconds between the first and the last row of a request",
-        NOT_NEGATIVE),
+    Key("allow", (), "expected findings, which do not prevent a dataset", layout.ALLOWABLE,
+        element=str, influences="nothing"),
+    Key("longest_request", 3600, "seconds between the first and the last row of a request"),
     Key("strict", False, "end the build at the first row at fault"),
     Key("infer", False, "write a first config for the log in place of the dataset",
         influences="nothing"),
@@ -372,45 +342,40 @@ _RATINGS = _CONVERTED | _of_source(
     Key("ratings_per_request", 8,
         "the least ratings of a request, of the last one of a user half of it", POSITIVE),
     Key("validation_share", 0.1,
-        "share of each user's ratings, those before the test ones, for the validation",
-        INSIDE_ONE),
+        "share of each user's ratings, those before the test ones, for the validation", INSIDE_ONE),
     Key("validation_requests_per_user", 1,
-        "validation requests a user, the earliest ones; 0 takes all", NOT_NEGATIVE),
+        "validation requests a user, the earliest ones; 0 takes all"),
     Key("test_share", 0.2, "share of each user's ratings, the last ones, for the test", BELOW_ONE),
-    Key("test_requests_per_user", 1, "test requests a user, the earliest ones; 0 takes all",
-        NOT_NEGATIVE),
+    Key("test_requests_per_user", 1, "test requests a user, the earliest ones; 0 takes all"),
 )  # fmt: skip
 
 _SAMPLED_RATINGS = _RATINGS | _of_source(
-    Key("negatives", 500, "candidates drawn from items that the user had not rated; 0 takes all",
-        NOT_NEGATIVE),
-    Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all", NOT_NEGATIVE),
+    Key("negatives", 500, "candidates drawn from items that the user had not rated; 0 takes all"),
+    Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all"),
 )  # fmt: skip
 
 _KUAIRAND = _CONVERTED | _of_source(
     Key("session_minutes", 30, "the pause that ends a session", POSITIVE),
     Key("random_session_minutes", 720, "the same of random impressions, which are few", POSITIVE),
     Key("impressions_per_request", 10, "the most impressions of one request", POSITIVE),
-    Key("negatives", 90, "candidates that were not shown", NOT_NEGATIVE),
+    Key("negatives", 90, "candidates that were not shown"),
     Key("test", "random", "videos shown at random, or those that the app's policies chose",
         kuairand.TESTS),
     Key("validation_from", "2022-04-22", "the first day of the validation, in Beijing"),
     Key("test_from", "2022-04-29", "the first day of the test, in Beijing"),
-    Key("train_requests", 200_000, "training requests, drawn uniformly; 0 takes all",
-        NOT_NEGATIVE),
-    Key("validation_requests", 5_000, "validation requests, drawn uniformly; 0 takes all",
-        NOT_NEGATIVE),
-    Key("test_requests", 10_000, "test requests, drawn uniformly; 0 takes all", NOT_NEGATIVE),
-    Key("max_users", 0, "users to keep of the logs; 0 keeps all", NOT_NEGATIVE),
+    Key("train_requests", 200_000, "training requests, drawn uniformly; 0 takes all"),
+    Key("validation_requests", 5_000, "validation requests, drawn uniformly; 0 takes all"),
+    Key("test_requests", 10_000, "test requests, drawn uniformly; 0 takes all"),
+    Key("max_users", 0, "users to keep of the logs; 0 keeps all"),
 )  # fmt: skip
 
 _RECFLOW = _CONVERTED | _of_source(
     Key("train_days", (), "days of the training split, like 2024-02-17", element=str),
     Key("validation_days", (), "days of the validation split", element=str),
     Key("test_days", (), "days of the test split", element=str),
-    Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
-    Key("of_each_stage", 0, "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; "
-        "0 takes all rows", NOT_NEGATIVE),
+    Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all"),
+    Key("of_each_stage", 0,
+        "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; 0 takes all rows"),
 )  # fmt: skip
 
 _RANKING_FILES = _CONVERTED | _of_source(

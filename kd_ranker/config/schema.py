@@ -1,13 +1,13 @@
 """Lookups over all config keys, from the table in `keys`, and the page of them in the docs."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, cast, get_args
 
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
-from kd_ranker.config.key import Bound, Influence, Key, TermNames
+from kd_ranker.config.key import Influence, Key
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 from kd_ranker.errors import UserError
 from kd_ranker.training.workdir import values_by_key
@@ -59,17 +59,14 @@ def axis_of(name: str) -> str:
 
 
 def _axis_key(key: Key) -> Key:
-    return dataclasses.replace(
-        key,
-        name=axis_of(key.name),
-        default=(),
+    return Key(
+        axis_of(key.name),
+        (),
+        f"the values of {key.name}; () takes its own",
         element=type(key.default),
-        help=f"the values of {key.name}; () takes its own",
+        swept=key,
         influences="nothing",
         sweep="no",
-        column="",
-        label="",
-        distinct=True,
     )
 
 
@@ -80,7 +77,7 @@ def ways(config: ConfigDict) -> dict[str, ConfigDict]:
     `sweep.ways` the config itself is the only way, under "".
 
     Raises:
-      UserError: a text is not a list of assignments to different keys that a sweep may vary.
+      UserError: a text is not a list of assignments to keys that a sweep may vary.
     """
     return {text: _way(config, text) for text in config.sweep.ways} or {"": config}
 
@@ -88,35 +85,29 @@ def ways(config: ConfigDict) -> dict[str, ConfigDict]:
 def _way(config: ConfigDict, text: str) -> ConfigDict:
     way, known = config.copy_and_resolve_references(), {key.name: key for key in sweepable()}
     way.sweep.ways = ()
-    assigned: set[str] = set()
     for assignment in text.split():
         name, equals, values = assignment.partition("=")
-        if not equals:
-            raise UserError(f"sweep.ways={text!r}: write {assignment!r} as KEY=VALUE,VALUE")
-        if name not in known:
+        if not equals or name not in known:
             raise UserError(
-                f"sweep.ways={text!r}: no sweep varies {name!r}; docs/config.md lists the keys"
+                f"sweep.ways={text!r}: {assignment!r} is not KEY=VALUE,VALUE with a key that a "
+                "sweep varies; docs/config.md lists these"
             )
-        if name in assigned:
-            raise UserError(f"sweep.ways={text!r} assigns {name} twice; join the values by commas")
-        assigned.add(name)
         parsed = tuple(_parsed(known[name], value) for value in values.split(","))
-        set_value(way, axis_of(name), parsed)
+        way.update_from_flattened_dict({axis_of(name): parsed})
     return way
 
 
 def _parsed(key: Key, text: str) -> Any:
-    """The value of a key in a way; a tuple is written like 64x32, or one of names like a+b."""
-    if not isinstance(key.default, tuple):
-        return _element(key.type, text)
-    parts = text.split("+" if key.type is str else "x") if text else []
-    return tuple(_element(key.type, part) for part in parts)
+    """The value in a text: a tuple is written like 64x32, or one of names like a+b.
 
-
-def _element(wanted: type, text: str) -> Any:
-    """The value in a text, or the text itself where that is not possible: checks refuse it."""
+    Text that is no such value stays as it is, and checks refuse it.
+    """
+    if isinstance(key.default, tuple):
+        parts = text.split("+" if key.type is str else "x") if text else []
+        element = dataclasses.replace(key, default=key.type())
+        return tuple(_parsed(element, part) for part in parts)
     try:
-        return {"True": True, "False": False}[text] if wanted is bool else wanted(text)
+        return {"True": True, "False": False}[text] if key.type is bool else key.type(text)
     except (KeyError, ValueError):
         return text
 
@@ -126,7 +117,9 @@ def axes(config: ConfigDict) -> dict[Key, tuple]:
     union: dict[Key, dict] = {key: {} for key in sweepable()}
     for way in ways(config).values():
         for key, values in union.items():
-            values.update(dict.fromkeys(value_of(way, axis_of(key.name))))
+            swept = value_of(way, axis_of(key.name))
+            own = (value_of(way, key.name),) if key.name in NAMED_AXES else ()
+            values.update(dict.fromkeys(swept or own))
     return {key: tuple(values) for key, values in union.items() if values}
 
 
@@ -136,13 +129,6 @@ def value_of(config: ConfigDict, name: str) -> Any:
     for part in name.split("."):
         value = value[part]
     return value
-
-
-def set_value(config: ConfigDict, name: str, value: Any) -> None:
-    """Set a key, written like `train.steps`, to a value converted to the type of the key."""
-    section, _, last = name.rpartition(".")
-    holder = value_of(config, section) if section else config
-    holder[last] = type(holder[last])(value)
 
 
 def without_influence(on: Influence) -> list[str]:
@@ -207,16 +193,13 @@ def keys_page() -> str:
     sections: dict[str, list[Key]] = {}
     for key in KEYS.values():
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
-    parts = [
-        _PAGE,
-        *(_part(name or "The root", keys) for name, keys in sections.items()),
-    ]
-    sources: dict[int, list[str]] = {}
-    for source, of_source in DATA_KEYS.items():
-        sources.setdefault(id(of_source), []).append(source)
+    parts = [_PAGE, *(_part(name or "The root", keys) for name, keys in sections.items())]
+    names: dict[int, list[str]] = {}
+    for source, keys_of_source in DATA_KEYS.items():
+        names.setdefault(id(keys_of_source), []).append(source)
     log = DATA_KEYS["parquet"]
-    for names in sources.values():
-        title, keys = f"data, of {', '.join(names)}", DATA_KEYS[names[0]]
+    for sources in names.values():
+        title, keys = f"data, of {', '.join(sources)}", DATA_KEYS[sources[0]]
         lacking = ", ".join(f"`{name}`" for name in log if name not in keys)
         if keys is not log and log.keys() & keys:
             keys = {name: key for name, key in keys.items() if key is not log.get(name)}
@@ -225,28 +208,22 @@ def keys_page() -> str:
     return "\n".join(parts)
 
 
-def _part(title: str, keys: Iterable[Key]) -> str:
-    lines = []
-    for key in keys:
-        sweep = f"{key.sweep}{', tuned' * key.tuned}{', switch' * key.switch}"
-        sweep = "" if key.sweep == "no" else sweep
-        cells = (f"`{key.name}`", _default(key), key.help, _takes(key), key.influences, sweep)
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+def _part(title: str, keys: Collection[Key]) -> str:
     head = ["", "| key | default | | takes | changes | sweep |", "|---|---|---|---|---|---|"]
-    return "\n".join([f"## {title}", *(head if lines else []), *lines, ""])
+    return "\n".join([f"## {title}", *(head if keys else []), *map(_line, keys), ""])
 
 
-def _default(key: Key) -> str:
-    if isinstance(key.default, ConfigDict):
-        return "names of your own"
-    text = repr(key.default) if not isinstance(key.default, tuple) else str(key.default)
-    return f"`{text}`".replace("'", '"')
-
-
-def _takes(key: Key) -> str:
-    if isinstance(key.allowed, Bound):
-        return key.allowed.range
-    if isinstance(key.allowed, TermNames):
-        losses, signals = (", ".join(sorted(names)) for names in key.allowed)
-        return f"losses {losses}; signals {signals}"
-    return ", ".join(sorted(key.allowed)) if key.allowed is not None else ""
+def _line(key: Key) -> str:
+    default = "names of your own"
+    if not isinstance(key.default, ConfigDict):
+        default = f"`{key.default!r}`".replace("'", '"')
+    if bound := key.bound:
+        takes = bound.text
+    else:
+        takes = ", ".join(sorted(cast("Collection[str]", key.allowed or ())))
+    if key.signals:
+        takes = f"losses {takes}; signals {', '.join(sorted(key.signals))}"
+    sweep = f"{key.sweep}{', tuned' * key.tuned}{', switch' * key.switch}"
+    sweep = "" if key.sweep == "no" else sweep
+    cells = (f"`{key.name}`", default, key.help, takes, key.influences, sweep)
+    return f"| {' | '.join(map(str, cells))} |"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.config.schema import without_influence
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, command
 from kd_ranker.manifest import write_whole
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
@@ -28,8 +28,8 @@ from kd_ranker.training.workdir import write_atomically
 # Folder below `data.dir` for the scores of rankers.
 SCORES_FOLDER = "scored"
 SAME_FLAGS = "with the same --config flags"
-PREPARE_DATA = f"python -m experiments.prepare_data, {SAME_FLAGS}"
-LOG_TEACHER = f"python -m experiments.log_teacher, {SAME_FLAGS}"
+PREPARE_DATA = f"{command('prepare')}, {SAME_FLAGS}"
+LOG_TEACHER = f"{command('log_teacher')}, {SAME_FLAGS}"
 
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:

@@ -38,7 +38,7 @@ from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches import cutting
 from kd_ranker.config import checks
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.policy import Policy, to_json
 from kd_ranker.pipeline import datasets, trained
@@ -294,7 +294,7 @@ def _open_log(
         if name != "parquet":
             raise UserError(
                 f"{workdir} and the config have to be of a log (data.name='parquet'), and one "
-                f"is of {name}; experiments.log_teacher scores the requests of every dataset"
+                f"is of {name}; {command('log_teacher')} scores the requests of every dataset"
             )
     # One device scores, however many were used for training.
     checks.validate(config, config.parallel.devices or config.parallel.members or 1)

@@ -14,7 +14,7 @@ from kd_ranker.config import checks, schema
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_choice, command
 from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.policy import POLICIES, Policy
@@ -32,7 +32,7 @@ from kd_ranker.training.mapping import put
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import States, TrainState, select_member
 
-TRAIN_TEACHER = f"python -m experiments.train_teacher, {datasets.SAME_FLAGS}"
+TRAIN_TEACHER = f"{command('train_teacher')}, {datasets.SAME_FLAGS}"
 _RUNS = ("train_teacher", "train", "sweep")
 
 
@@ -80,7 +80,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
         if not (folder / workdirs.CONFIG_FILE).exists():
             raise UserError(
                 f"no run at {workdir}: it holds no {workdirs.CONFIG_FILE}; name the --workdir of "
-                f"experiments.{', .'.join(_RUNS)}"
+                f"{', '.join(map(command, _RUNS))}"
             )
         config = workdirs.read_config(folder)
     file = config.get("registered_by", "")
@@ -126,24 +126,23 @@ def open_finished(
         check_choice("--policy", policy_name, POLICIES)
     config = config_of(workdir, trust)
     config.data.dir = data_dir or config.data.dir
-    command = workdirs.owner_of(workdir)
-    if command not in _RUNS:
-        raise UserError(f"{workdir} is of experiments.{command}; name one of {', '.join(_RUNS)}")
-    if member and command != "sweep":
+    owner = workdirs.owner_of(workdir)
+    if owner not in _RUNS:
+        raise UserError(f"{workdir} is of {owner}; name one of {', '.join(_RUNS)}")
+    if member and owner != "sweep":
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
-    if policy_name and command != "sweep":
+    if policy_name and owner != "sweep":
         raise UserError(
-            f"{workdir} is of experiments.{command}, and only a sweep fits policies; leave "
-            "--policy out"
+            f"{workdir} is of {owner}, and only a sweep fits policies; leave --policy out"
         )
     dataset = datasets.dataset_of(config)
     workdirs.check_dataset(workdir, dataset.identity)
-    remedy = f"finish it with: python -m experiments.{command}, with the flags that started it"
+    remedy = f"finish it with: {command(owner)}, with the flags that started it"
     manifest.check(workdir, remedy)
-    if command == "sweep":
+    if owner == "sweep":
         sweep = open_sweep(config, workdir, dataset.identity)
         return _member(sweep, member, serve, policy_name, dataset)
-    if command == "train":
+    if owner == "train":
         return _student(f"the student at {workdir}", serve, "", {"": config}, dataset, workdir)
     check_choice("--serve", serve or "user", MODES["none"].serve)
     config.teacher.workdir = str(workdir)
@@ -251,8 +250,8 @@ def _member(sweep: Sweep, member: str, serve: str, policy_name: str, dataset: Da
         )
     if not sweep.is_complete():
         raise UserError(
-            f"the sweep at {workdir} is not finished; finish it with: python -m experiments.sweep, "
-            "with the flags that it was started with"
+            f"the sweep at {workdir} is not finished; finish it with: {command('sweep')}, with the "
+            "flags that started it"
         )
     best = results.best_member(sweep.validation(), member)
     if best is None and not member:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.config import schema
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT, Kept, check_whole, read_requests
@@ -188,7 +188,7 @@ def _tested(workdir: Path) -> list[Path]:
 
 
 def _make(workdir: Path) -> str:
-    sweep = f"python -m experiments.sweep --config=configs/FILE.py --workdir={workdir}"
+    sweep = f"{command('sweep')} --config=FILE.py --workdir={workdir}"
     return f"make a sweep with: {sweep}"
 
 

@@ -23,7 +23,6 @@ from kd_ranker.batches.training import (
     Needs,
     training_batches,
 )
-from kd_ranker.config.checks import check_sampler
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
@@ -229,9 +228,3 @@ def test_a_sampler_that_breaks_its_contract_is_an_error(result):
     assert checked(good, counts, BATCH._replace(sampler="mine")) == good
     with pytest.raises(UserError, match=f"sampler mine: .* request 0 .* from 0 to {number - 1}"):
         checked(result, counts, BATCH._replace(sampler="mine"))
-
-
-def test_an_entry_that_is_a_bare_function_is_an_error(dataset, monkeypatch):
-    monkeypatch.setitem(SAMPLERS, "mine", funnel)
-    with pytest.raises(UserError, match=r"SAMPLERS\['mine'\] is a function; make it a `Sampler`"):
-        check_sampler("batch.sampler", "mine", dataset)

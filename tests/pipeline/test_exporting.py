@@ -272,7 +272,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(trained, tmp_path):
         ("no run at .*nowhere: it holds no config.json", tmp_path / "nowhere"),
         ("holds one ranker, and no 'aux'; leave --member out", trained, "aux"),
         ("--serve='best' does not exist; choose one of: blend, teac", trained, "", "best"),
-        ("is not finished; finish it with: python -m experiments.train", unfinished),
+        ("is not finished; finish it with: kd-ranker train", unfinished),
     ):
         finds_fault(message, workdir, out, *arguments)
     tflite = "--formats='tflite' does not exist; choose one of: jax, on"

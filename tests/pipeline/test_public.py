@@ -57,7 +57,7 @@ def test_results_show_themselves_as_text_and_within_a_notebook(world, students, 
     table = students.results
     assert {*table[table.role == "student"]["mode"]} == {"none", "aux"}
     assert str(students.workdir) in str(students)
-    assert "<pre>" in students._repr_html_()
+    assert repr(students) == str(students)
     prepared = kd.prepare(world.config())
     assert str(prepared).startswith(f"dataset: {prepared.directory}")
     assert any(line.startswith("epochs: ") for line in prepared.lines)

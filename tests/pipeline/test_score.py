@@ -480,7 +480,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path):
     assert not (tmp_path / "out").exists()
     simulated = cascade("small")
     workdirs.write_config(tmp_path, "train", simulated, {"dataset": "d"})
-    assert "and one is of cascade; experiments.log_teacher" in fault_of(simulated, tmp_path)
+    assert "and one is of cascade; kd-ranker log-teacher" in fault_of(simulated, tmp_path)
 
 
 def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):

@@ -195,7 +195,7 @@ def test_sweeps_are_joined_if_they_differ_in_what_a_sweep_may_vary(tmp_path):
 
 def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
     absent = tmp_path / "absent"
-    make = f"python -m experiments.sweep --config=configs/FILE.py --workdir={absent}"
+    make = f"kd-ranker sweep --config=FILE.py --workdir={absent}"
 
     def message(start):
         text = fault_of(read_studies, [absent])

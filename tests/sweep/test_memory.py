@@ -17,6 +17,7 @@ from kd_ranker.config.key import Bound
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
+from tests.faults import fault_of
 from tests.random_batches import SPEC
 
 # An attribute of the package has this name too: the function.
@@ -30,67 +31,62 @@ def bytes_of(config, spec=SPEC):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
-def test_a_cohort_is_what_the_config_says_or_as_many_as_fit_with_the_margin(monkeypatch):
-    config = cascade("small")
-    config.sweep.group_size = 3
-    assert sweep.cohort_size(config, [config], SPEC) == (3, 1)
-    config.sweep.group_size = 0
-    config.parallel.devices = 1
-    wide = config.copy_and_resolve_references()
-    wide.student.width *= 2
-    one = sweep._MARGIN * bytes_of(wide)
-    assert one > sweep._MARGIN * bytes_of(config)
-    for free, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
-        monkeypatch.setattr(sweep, "free_memory", lambda _, free=free: free)
-        assert sweep.cohort_size(config, [config, wide], SPEC) == (fit, 1)
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the bytes that are free on each device."""
+    return lambda number: monkeypatch.setattr(sweep, "free_memory", lambda _: number)
 
 
 @pytest.mark.parametrize(
-    ("changes", "spread"),
+    ("parallel", "spread"),
     [
         ({}, 8),
         ({"devices": 2}, 2),
         ({"members": 4}, 4),
         ({"mapping": "shard_map"}, 8),
         ({"mapping": "pmap"}, 1),
-        ({"tables": "sharded"}, 1),
     ],
     ids=str,
 )
-def test_a_cohort_has_as_many_members_as_fit_each_device_that_they_are_spread_over(
-    monkeypatch, changes, spread
-):
+def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, parallel, spread):
     config = cascade("small")
-    one = sweep._MARGIN * bytes_of(config)
-    monkeypatch.setattr(sweep, "free_memory", lambda _: 3.5 * one)
-    config.parallel.update(changes)
-    blocks, members = sweep.cohort_size(config, [config], SPEC)
-    assert members == spread
-    # Of a device's share of the tables there is room for more.
-    assert blocks > 3 if "tables" in changes else blocks == 3
+    config.parallel.update(parallel)
+    wide = config.copy_and_resolve_references()
+    wide.student.width *= 2
+    one = sweep._MARGIN * bytes_of(wide)
+    for number, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
+        free(number)
+        assert sweep.cohort_size(config, [config, wide], SPEC) == fit * spread
+    config.sweep.group_size = 3
+    assert sweep.cohort_size(config, [config, wide], SPEC) == 3
 
 
-def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(monkeypatch):
+def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
     config = cascade("small")
     groups = recipes.student_groups({"": config}, SPEC)
     for devices, tables in ((1, "replicated"), (2, "sharded")):
         config.parallel.update({"devices": devices, "tables": tables})
         needed = bytes_of(config) / devices
-        monkeypatch.setattr(sweep, "free_memory", lambda _, needed=needed: needed + 1)
+        free(needed + 1)
         sweep.check_memory(config, groups, config.batch, SPEC)
-        monkeypatch.setattr(sweep, "free_memory", lambda _, needed=needed: needed - 1)
-        with pytest.raises(UserError, match="training needs at least"):
-            sweep.check_memory(config, groups, config.batch, SPEC)
+        free(needed - 1)
+        fault = fault_of(sweep.check_memory, config, groups, config.batch, SPEC)
+        assert fault.startswith("training needs at least")
+    free(3.5 * sweep._MARGIN * bytes_of(config))
+    # Of a device's share of the tables there is room for more.
+    assert sweep.cohort_size(config, [config], SPEC) > 3
 
 
 def test_a_device_that_is_full_is_reported_in_one_line():
-    with pytest.raises(UserError) as caught, sweep.exhaustion_reported():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nAllocator")
-    assert str(caught.value).startswith("a device has too little memory: RESOURCE_EXHAUSTED: Out")
-    assert "lower sweep.group_size, batch.requests" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), sweep.exhaustion_reported():
-        raise jax.errors.JaxRuntimeError("INTERNAL: another fault")
+    def fail(text):
+        with sweep.exhaustion_reported():
+            raise jax.errors.JaxRuntimeError(text)
+
+    fault = fault_of(fail, "RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nAllocator")
+    assert fault.startswith("a device has too little memory: RESOURCE_EXHAUSTED: Out")
+    assert "lower sweep.group_size, batch.requests" in fault
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fail("INTERNAL: another fault")
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():
@@ -129,7 +125,7 @@ def test_a_config_of_any_sizes_can_be_trained_or_is_one_line(data):
     config = cascade("small")
     try:
         for key in data.draw(st.lists(st.sampled_from(EDITED), min_size=1, max_size=4)):
-            schema.set_value(config, key.name, data.draw(sizes(key), key.name))
+            config.update_from_flattened_dict({key.name: data.draw(sizes(key), key.name)})
         checks.validate(config)
         spec = dataclasses.replace(
             SPEC,

@@ -17,7 +17,7 @@ import duckdb
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_choice, command
 from kd_ranker.sources.logs.column_facts import (
     NAMES,
     Sample,
@@ -317,7 +317,7 @@ def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> Firs
     if table is not None:
         pq.write_table(table, path)
     file.write_text(text)
-    commands = [f"python -m experiments.prepare_data --config={file}"]
+    commands = [f"{command('prepare')} --config={file}"]
     step = "train" if "config.teacher.source = 'logged'" in text else "train_teacher"
-    commands.append(f"python -m experiments.{step} --config={file} --workdir=runs/{name}-{step}")
+    commands.append(f"{command(step)} --config={file} --workdir=runs/{name}-{step}")
     return FirstConfig(file, text.count(CHECK), tuple(commands))

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, command
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
 from kd_ranker.sources.logs.database import Database
@@ -251,7 +251,7 @@ def _found(directory: Path, file: str) -> Path:
         return path
     raise UserError(
         f"{path} is gone; restore it, or remove {directory} and make it again with: "
-        "python -m experiments.prepare_data"
+        + command("prepare")
     )
 
 

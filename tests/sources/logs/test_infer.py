@@ -309,7 +309,7 @@ def test_the_command_line(columns, tmp_path):
     assert finished.returncode == 0, finished.stderr
     first, *rest = finished.stdout.splitlines()
     assert first == f"config: {tmp_path / 'feed.py'}"
-    assert f"    python -m experiments.prepare_data --config={tmp_path / 'feed.py'}" in rest
+    assert f"    kd-ranker prepare --config={tmp_path / 'feed.py'}" in rest
     assert main.read_config(str(tmp_path / "feed.py")).data.columns.user == "user_id"
 
 
