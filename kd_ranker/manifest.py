@@ -91,7 +91,7 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
                 raise ValueError(f"{section!r} is not a {kind.__name__}")
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     return content
 
@@ -99,16 +99,13 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
 def check(
     folder: Path, remedy: str, made_of: MadeOf | None = None, thorough: bool = False
 ) -> MadeOf:
-    """Check the files of a folder against its manifest.
+    """Check the files of a folder against its manifest, and return its dependencies.
 
     Args:
       folder: the folder.
       remedy: the end of every message: the command that makes the folder again.
       made_of: the expected dependencies; None accepts any.
       thorough: whether to read large files too; their sizes are always compared.
-
-    Returns:
-      The fingerprints of its dependencies.
 
     Raises:
       UserError: the manifest is missing, a file is missing or has changed, or the folder depends on
@@ -118,13 +115,13 @@ def check(
     if made_of is not None and (differing := differences(manifest["made_of"], made_of)):
         raise UserError(f"{folder} has other contents: {differing}; {remedy}")
     to_read = []
-    for name, entry in manifest["files"].items():
+    for name, (listed, _) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             if name in manifest["removable"]:
                 continue
             raise UserError(f"{path} is missing; {remedy}")
-        size, (listed, _) = path.stat().st_size, entry
+        size = path.stat().st_size
         if size != listed:
             raise UserError(f"{path} has changed: it has {size:,} bytes of {listed:,}; {remedy}")
         if thorough or size <= _SMALL:
@@ -155,11 +152,6 @@ def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
 
 def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
     """Return twelve hex digits that identify the content of some files of a finished folder.
-
-    Args:
-      folder: with a manifest.
-      files: names relative to the folder.
-      remedy: as in `check`.
 
     Raises:
       UserError: the manifest is missing, damaged, or does not list one of the files.

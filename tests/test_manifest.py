@@ -7,9 +7,8 @@ import pytest
 
 from kd_ranker import manifest
 from kd_ranker.requests import storage
-from kd_ranker.requests.records import read_requests
 from tests.faults import fault_of
-from tests.requests.random_requests import random_source
+from tests.requests.random_requests import built, random_source
 
 REMEDY = "make it again with: some command"
 MADE_OF = {"config": "0123", "dataset": "abc"}
@@ -60,8 +59,6 @@ def test_only_a_thorough_check_reads_a_large_file(folder, monkeypatch):
     (folder / "b.bin").write_bytes(content[::-1])
     manifest.check(folder, REMEDY)
     assert "b.bin has changed" in fault_in(folder, thorough=True)
-    (folder / "b.bin").write_bytes(content + b"x")
-    assert "b.bin has changed" in fault_in(folder)
 
 
 def test_another_dependency_is_named(folder):
@@ -70,10 +67,7 @@ def test_another_dependency_is_named(folder):
     assert not manifest.is_made_of(folder, {"config": "0123"})
 
 
-ONE_IS_NO_SECTION = '{"made_of": 1, "files": {}, "removable": []}'
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", "5", "[" * 10_000, ONE_IS_NO_SECTION])
+@pytest.mark.parametrize("content", ["", "[]", '{"made_of": 1, "files": {}, "removable": []}'])
 def test_a_damaged_manifest_is_one_line(folder, content):
     (folder / manifest.FILE).write_text(content)
     assert manifest.FILE in fault_in(folder)
@@ -90,31 +84,25 @@ def test_a_fingerprint_is_of_the_content_of_the_named_files(folder, tmp_path_fac
         manifest.write(moved, {})
         assert (fingerprint(moved) != before) == changes
     fault = fault_of(manifest.fingerprint, moved, ["c.bin"], REMEDY)
-    assert fault.endswith("does not list c.bin; make it again with: some command")
+    assert fault.endswith(f"does not list c.bin; {REMEDY}")
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    return storage.build(random_source, "small", str(tmp_path))
+def test_each_file_of_a_dataset_counts_and_so_does_its_name(tmp_path):
+    directory = built(tmp_path, random_source()).directory
 
+    def fault_of_dataset(name):
+        message = fault_of(storage.open_dataset, name, str(tmp_path), "some command")
+        assert message.endswith(REMEDY)
+        return message
 
-def fault_of_dataset(directory, name="small"):
-    message = fault_of(storage.open_dataset, name, str(directory.parents[2]), "some command")
-    assert message.endswith(REMEDY)
-    return message
-
-
-def test_each_file_of_a_dataset_counts_and_so_does_its_name(dataset):
-    files = json.loads((dataset / manifest.FILE).read_text())["files"]
-    assert files.keys() == {path.name for path in dataset.iterdir()} - {manifest.FILE}
+    files = json.loads((directory / manifest.FILE).read_text())["files"]
+    assert files.keys() == {path.name for path in directory.iterdir()} - {manifest.FILE}
     for name in files:
-        content = (dataset / name).read_bytes()
-        (dataset / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert name in fault_of_dataset(dataset)
-        (dataset / name).write_bytes(content)
-    opened = storage.open_dataset("small", str(dataset.parents[2]), "some command")
-    assert len([*read_requests(opened, "train")]) == 12
-    other = storage.directory_of("other", str(dataset.parents[2]))
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert name in fault_of_dataset("small")
+        (directory / name).write_bytes(content)
+    other = storage.directory_of("other", str(tmp_path))
     other.parent.mkdir()
-    other.symlink_to(dataset)
-    assert "dataset (small there, other now)" in fault_of_dataset(dataset, "other")
+    other.symlink_to(directory)
+    assert "dataset (small there, other now)" in fault_of_dataset("other")
