@@ -52,7 +52,6 @@ def write(
     folder: Path,
     made_of: MadeOf,
     files: Iterable[str] | None = None,
-    removable: Collection[str] = (),
     known: Mapping[str, list[Any]] = MappingProxyType({}),
 ) -> None:
     """Write the manifest of a finished folder.
@@ -61,7 +60,6 @@ def write(
       folder: with all its files in place.
       made_of: fingerprints of its dependencies.
       files: names relative to the folder; None takes all files below it.
-      removable: those of them that a user may delete.
       known: the entries of files that another manifest lists, which are not read.
     """
     if files is None:
@@ -69,11 +67,7 @@ def write(
         files = (path.relative_to(folder).as_posix() for path in paths)
     names = sorted(files)
     entries = {**_entries(folder, [name for name in names if name not in known]), **known}
-    content = {
-        "made_of": dict(made_of),
-        "files": {name: entries[name] for name in names},
-        "removable": sorted(removable),
-    }
+    content = {"made_of": dict(made_of), "files": {name: entries[name] for name in names}}
     write_whole(folder / FILE, json.dumps(content, indent=2))
 
 
@@ -86,9 +80,9 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
-        for section, kind in (("made_of", dict), ("files", dict), ("removable", list)):
-            if not isinstance(content[section], kind):
-                raise ValueError(f"{section!r} is not a {kind.__name__}")
+        for section in ("made_of", "files"):
+            if not isinstance(content[section], dict):
+                raise ValueError(f"{section!r} is not an object")
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -118,8 +112,6 @@ def check(
     for name, (listed, _) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            if name in manifest["removable"]:
-                continue
             raise UserError(f"{path} is missing; {remedy}")
         size = path.stat().st_size
         if size != listed:

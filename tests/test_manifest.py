@@ -19,7 +19,7 @@ def folder(tmp_path):
     (tmp_path / "rejected").mkdir()
     for name in ("a.json", "b.bin", "rejected/rows"):
         (tmp_path / name).write_bytes(name.encode() * 50)
-    manifest.write(tmp_path, MADE_OF, removable=["rejected/rows"])
+    manifest.write(tmp_path, MADE_OF)
     return tmp_path
 
 
@@ -44,9 +44,7 @@ def test_every_change_of_a_file_is_found_and_named(folder):
         assert manifest.is_made_of(folder, MADE_OF)
 
 
-def test_a_file_must_be_there_unless_it_may_be_removed(folder):
-    (folder / "rejected" / "rows").unlink()
-    manifest.check(folder, REMEDY)
+def test_every_file_must_be_there(folder):
     (folder / "b.bin").unlink()
     assert "b.bin is missing" in fault_in(folder)
     (folder / manifest.FILE).unlink()
@@ -67,7 +65,7 @@ def test_another_dependency_is_named(folder):
     assert not manifest.is_made_of(folder, {"config": "0123"})
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"made_of": 1, "files": {}, "removable": []}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"made_of": 1, "files": {}}'])
 def test_a_damaged_manifest_is_one_line(folder, content):
     (folder / manifest.FILE).write_text(content)
     assert manifest.FILE in fault_in(folder)

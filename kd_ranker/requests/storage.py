@@ -136,16 +136,9 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
         for split in SPLITS
     }
     write_index(folder, source.spec, numbers, FORMAT_VERSION)
-    needed = {*folder.rglob("*")}
     if source.write_beside:
         source.write_beside(folder)
-    removable = [path for path in folder.rglob("*") if path not in needed]
-    manifest.write(
-        folder,
-        {"dataset": name},
-        removable=[path.relative_to(folder).as_posix() for path in removable],
-        known=known,
-    )
+    manifest.write(folder, {"dataset": name}, known=known)
 
 
 def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset | None) -> int:
