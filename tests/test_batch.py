@@ -83,17 +83,15 @@ def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
 
 
 @pytest.mark.parametrize(
-    ("shown", "passed", "retrieved", "expected"),
+    ("sizes", "expected"),
     [
-        (4, 9, 20, (4, 9, 20)),
-        (0, 0, 3, (0, 0, 3)),
-        (4, 4, 4, (4, 4, 4)),
+        ((4, 9, 20), (4, 9, 20)),
+        ((0, 0, 3), (0, 0, 3)),
         # Stored as it was logged: fewer passed than shown, or more than there are.
-        (4, 2, 20, (4, 4, 20)),
-        (4, 30, 20, (4, 20, 20)),
+        ((4, 2, 20), (4, 4, 20)),
+        ((4, 30, 20), (4, 20, 20)),
     ],
 )
-def test_the_first_candidates_of_a_request_came_furthest(shown, passed, retrieved, expected):
-    request = random_request(0, shown, passed, retrieved)
+def test_the_first_candidates_of_a_request_came_furthest(sizes, expected):
     stages = (Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED)
-    assert tuple(map(request.num_reached, stages)) == expected
+    assert tuple(map(random_request(0, *sizes).num_reached, stages)) == expected

@@ -52,8 +52,8 @@ def copy_of_funnel(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "copy", Sampler(lambda *of: funnel(*of)))
 
 
-def take(dataset, sampler, number, needs=ALL, resident=True):
-    sizes = BatchConfig(4, 12, 0.5, 0.5, seed=0, sampler=sampler)
+def take(dataset, sampler, number, needs=ALL, resident=True, candidates=12):
+    sizes = BatchConfig(4, candidates, 0.5, 0.5, seed=0, sampler=sampler)
     batches = iter(training_batches(dataset, sizes, needs, resident=resident))
     return [unpack(*jax.device_get(next(batches))) for _ in range(number)]
 
@@ -81,28 +81,38 @@ def test_on_the_host_funnel_makes_the_batches_that_its_compiled_form_makes(
             np.testing.assert_array_equal(np.pad(few, wider), more, err_msg=field.name)
 
 
-def test_labels_come_first_and_keep_their_candidates(dataset):
-    """Each candidate of a batch has the stage, label and score with which it is stored."""
+@pytest.mark.parametrize("candidates", [1, 2, 12, 40])
+@pytest.mark.parametrize("sampler", ["funnel", "uniform", "hard"])
+def test_a_batch_tells_the_truth_about_its_candidates(dataset, sampler, candidates):
     requests = {of.user_features.tobytes(): of for of in map(ragged_request, range(12))}
-    for batch in take(dataset, "uniform", 3):
+    for batch in take(dataset, sampler, 3, resident=False, candidates=candidates):
         for row, features in enumerate(batch.user_features):
             request = requests[features.tobytes()]
             place = {int(item): at for at, item in enumerate(request.item_id)}
             real = np.flatnonzero(batch.stage[row])
             at = np.array([place[int(item)] for item in batch.item_id[row][real]])
+            assert len(set(at.tolist())) == len(at) == min(candidates, len(place))
+            np.testing.assert_array_equal(
+                batch.candidate_features[row][real], request.candidate_features[at]
+            )
             reached = [at < request.num_reached(stage) for stage in list(Stage)[1:]]
             np.testing.assert_array_equal(batch.stage[row][real], np.sum(reached, axis=0))
             labelled = np.flatnonzero(batch.label_weight[row])
-            assert len(labelled) == reached[-1].sum()
+            np.testing.assert_array_equal(labelled, np.arange(len(labelled)))  # they come first
+            assert reached[-1][labelled].all()
             labels = request.user_label[at[labelled]]
             np.testing.assert_array_equal(batch.user_label[row][labelled], labels)
-            np.testing.assert_allclose(
-                batch.label_weight[row][labelled], len(place) / len(real), rtol=1e-6
-            )
+            if sampler == "uniform":
+                weight = batch.label_weight[row][labelled]
+                np.testing.assert_allclose(weight, len(place) / len(real), rtol=1e-6)
+                assert len(labelled) == reached[-1].sum()
             scored = at < len(request.teacher_probability)
-            found = batch.teacher_probability[row][: len(real)][scored[: batch.judged]]
-            stored = request.teacher_probability[at[scored]]
+            judged, stored = scored[: batch.judged], request.teacher_probability[at[scored]]
+            found = batch.teacher_probability[row][: len(real)][judged]
             np.testing.assert_array_equal(found, np.nan_to_num(stored))
+            weight = batch.teacher_weight[row]
+            assert weight.sum() == (~np.isnan(stored)).sum()
+            np.testing.assert_array_equal(weight[: len(real)][judged], ~np.isnan(stored))
 
 
 def counts_of(shown, passed, retrieved, positives):
@@ -163,20 +173,6 @@ def test_hard_takes_the_highest_scores_among_those_not_shown(share, unscored):
     # Each other one is equally likely: (8 − wanted) of 17 − wanted.
     likely = (8 - wanted) / (17 - wanted)
     assert (np.abs(random[others] / 2000 - likely) < 5 * np.sqrt(0.25 / 2000)).all()
-
-
-@pytest.mark.parametrize("name", ["funnel", "uniform", "hard"])
-@pytest.mark.parametrize("of", SIZES)
-@pytest.mark.parametrize("candidates", [1, 2, 12, 40])
-def test_requests_of_any_size_fill_their_slots(name, of, candidates):
-    columns = columns_of([ragged_request(SIZES.index(of))], V1)
-    counts = columns.counts.of(0)
-    scores = scores_of(columns, Stage.RETRIEVED, 0)
-    batch = BATCH._replace(candidates=candidates)
-    for key in np.random.default_rng(0).random((20, 4)):
-        places, _ = SAMPLERS[name].function(counts, scores, batch, key)
-        assert len(set(places.tolist())) == len(places) == min(candidates, of[2])
-        assert set(places.tolist()) <= set(range(of[2]))
 
 
 def test_scores_are_the_mean_over_the_tasks_that_have_one():

@@ -170,37 +170,6 @@ def test_unlabelled_slots_are_shared_and_fill_up(candidates, share, numbers):
     assert ((stage == Stage.PASSED).sum(), (stage == Stage.RETRIEVED).sum()) == numbers
 
 
-@pytest.mark.parametrize("negative_rate", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize(
-    ("shown", "passed", "retrieved", "candidates"),
-    [(4, 9, 20, 12), (4, 9, 20, 30), (4, 9, 20, 2), (1, 1, 1, 3), (4, 4, 4, 4), (0, 0, 5, 3)],
-)
-def test_a_training_sample_tells_the_truth_about_its_candidates(
-    negative_rate, shown, passed, retrieved, candidates
-):
-    request = random_request(7, shown, passed, retrieved)
-    fields = sample_of(request, candidates, negative_rate)
-    real = fields["stage"] > 0
-    assert real.sum() == min(candidates, retrieved)
-    if negative_rate == 1 and shown <= candidates:  # all that were shown come first
-        assert (fields["label_weight"] == (np.arange(candidates) < shown)).all()
-    position = {int(item): index for index, item in enumerate(request.item_id)}
-    stored = np.array([position[int(item)] for item in fields["item_id"][real]])
-    assert len(np.unique(stored)) == real.sum()
-    assert not any(fields[name][~real].any() for name in PER_CANDIDATE)
-    drawn = {name: fields[name][real] for name in PER_CANDIDATE}
-    was_shown, was_passed = stored < shown, stored < passed
-    np.testing.assert_array_equal(drawn["candidate_features"], request.candidate_features[stored])
-    np.testing.assert_array_equal(drawn["stage"], 1 + was_shown.astype(int) + was_passed)
-    labelled = drawn["label_weight"] > 0
-    assert not labelled[~was_shown].any()
-    labels = request.user_label[stored[labelled]]
-    np.testing.assert_array_equal(drawn["user_label"][labelled], labels)
-    probability = request.teacher_probability[stored[was_passed]]
-    np.testing.assert_array_equal(drawn["teacher_probability"][was_passed], probability)
-    np.testing.assert_array_equal(drawn["teacher_weight"], was_passed[:, None].repeat(3, axis=1))
-
-
 @pytest.mark.parametrize("events", [0, 2, SPEC.history_length, SPEC.history_length + 4])
 def test_the_most_recent_events_are_kept(events):
     request = dataclasses.replace(
