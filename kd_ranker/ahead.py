@@ -302,7 +302,6 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     return Dataset(
         directory=Path(),
         identity={},
-        made_by=datasets.PREPARE_DATA,
         spec=spec,
         item_features=shapes.features,
         item_category=shapes.category,

@@ -21,17 +21,11 @@ from kd_ranker.requests.columns import Columns, Parts, unpack_rows
 
 
 class Layout(NamedTuple):
-    """The places of the fields in a packed batch; all of it is static under tracing.
+    """The places of the fields in a packed batch; all of it is static under tracing."""
 
-    Attributes:
-      spans: of a row of each part, `Columns.spans`.
-      slots: of a request.
-      logged: teacher probabilities count for candidates that reached this stage of the funnel.
-    """
-
-    spans: Parts
-    slots: Slots
-    logged: Stage = Stage.RETRIEVED
+    spans: Parts  # `Columns.spans`
+    slots: Slots  # of a request
+    logged: Stage = Stage.RETRIEVED  # at which a candidate's teacher probabilities count
 
     @property
     def widths(self) -> tuple[int, ...]:

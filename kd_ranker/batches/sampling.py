@@ -21,39 +21,23 @@ Starts = Int[Array, "*R steps columns"]
 
 
 class BatchConfig(NamedTuple):
-    """The sizes and the order of batches, by the keys of `config.batch` or `config.teacher.batch`.
+    """The sizes and the order of batches: the keys of `config.batch` or `config.teacher.batch`."""
 
-    Attributes:
-      requests: requests per batch, over all processes.
-      candidates: the most candidates to draw of a request.
-      passed_share: see `samplers.funnel` and `samplers.hard`.
-      negative_rate: the share of the shown candidates without a positive label to keep.
-      seed: of the order and of the draws.
-      order: one of `training.ORDERS`.
-      sampler: one of `samplers.SAMPLERS`.
-    """
-
-    requests: int
-    candidates: int
-    passed_share: float
-    negative_rate: float
-    seed: int
-    order: str = "shuffled"
-    sampler: str = "funnel"
+    requests: int  # over all processes
+    candidates: int  # the most to draw of a request
+    passed_share: float  # see `samplers.funnel` and `samplers.hard`
+    negative_rate: float  # share of the shown candidates without a positive label to keep
+    seed: int  # of the order and of the draws
+    order: str = "shuffled"  # one of `training.ORDERS`
+    sampler: str = "funnel"  # one of `samplers.SAMPLERS`
 
 
 class Slots(NamedTuple):
-    """The numbers of a request's first slots in a batch that can hold each kind of entry.
+    """The numbers of a request's first slots in a batch that can hold each kind of entry."""
 
-    Attributes:
-      candidates: N, a candidate that counts.
-      labelled: a user label that counts.
-      judged: a teacher probability, or a candidate that was passed.
-    """
-
-    candidates: int
-    labelled: int
-    judged: int
+    candidates: int  # N, a candidate that counts
+    labelled: int  # a user label that counts
+    judged: int  # a teacher probability, or a candidate that was passed
 
 
 class Draw(NamedTuple):

@@ -82,25 +82,17 @@ class Parts(NamedTuple):
 class Counts(NamedTuple):
     """The counts by which requests are read and sampled; int64, one entry per request.
 
-    Attributes:
-      request_id: the stored id.
-      retrieved: the number of candidates.
-      passed: the number of leading candidates that were passed, including the shown ones.
-      shown: the number of leading candidates that were shown.
-      scored: the number of leading candidates that the teacher has scored.
-      positives: the number of candidates with a positive label.
-      known: the number of candidates with facts for the evaluation: all or none.
-      time: the time of the request, in seconds.
+    They count candidates; those that were passed, shown or scored are the leading ones.
     """
 
     request_id: Int[np.ndarray, "*n"]
     retrieved: Int[np.ndarray, "*n"]
-    passed: Int[np.ndarray, "*n"]
+    passed: Int[np.ndarray, "*n"]  # including the shown ones
     shown: Int[np.ndarray, "*n"]
-    scored: Int[np.ndarray, "*n"]
-    positives: Int[np.ndarray, "*n"]
-    known: Int[np.ndarray, "*n"]
-    time: Int[np.ndarray, "*n"]
+    scored: Int[np.ndarray, "*n"]  # by the teacher
+    positives: Int[np.ndarray, "*n"]  # with a positive label
+    known: Int[np.ndarray, "*n"]  # with facts for the evaluation: all or none
+    time: Int[np.ndarray, "*n"]  # of the request, in seconds
 
     def of(self, requests: Any) -> "Counts":
         """Return the counts of some of the requests."""

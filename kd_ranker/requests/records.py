@@ -35,7 +35,6 @@ class Dataset:
       directory: its folder.
       identity: under `dataset`, its name and the fingerprint of its content. With the scores of a
         teacher that was trained on it, their name and fingerprint are under `scored`.
-      made_by: the command that makes it, for messages.
       spec: the sizes of its features.
       item_features: the features of each item.
       item_category: the category ids of each item.
@@ -46,7 +45,6 @@ class Dataset:
 
     directory: Path
     identity: Mapping[str, str]
-    made_by: str
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]

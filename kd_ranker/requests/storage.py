@@ -56,8 +56,6 @@ _REQUIRED = (
     *("user_features", "context_features", "history_features", "candidate_features"),
     *("item_features", "cheap_item_features"),
 )
-# The splits that become training requests of a dataset that extends another.
-_HELD_OUT = ("validation", "test")
 # The prefix of the name of a folder that is being written.
 _UNFINISHED = ".unfinished-"
 # The number of single requests that are combined into one block.
@@ -127,8 +125,7 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
     if earlier:
         identities = [*earlier.earlier, earlier.identity["dataset"]]
         (folder / _EARLIER_FILE).write_text(json.dumps(identities))
-        remedy = _remedy(earlier.directory, earlier.made_by)
-        entries = manifest.read(earlier.directory, remedy)["files"]
+        entries = manifest.read(earlier.directory, "make it again")["files"]
         linked = row_files.link(earlier.directory, folder, "train")
         known = {name: entries[name] for name in linked}
     numbers = {
@@ -142,8 +139,8 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
 
 
 def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset | None) -> int:
-    """Write the requests of a split, after those of an earlier dataset; return their number."""
-    held_out = [earlier.columns[of] for of in _HELD_OUT] if earlier else []
+    """Write the requests of a split, after all those of an earlier dataset; return their number."""
+    held_out = [earlier.columns[of] for of in SPLITS[1:]] if earlier else []
     # The order of candidates in training is another one.
     moved = (
         row_files.flat(of.of(at), True) for of in held_out for at in slices(of.counts.retrieved)
@@ -224,7 +221,6 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
     return Dataset(
         directory=directory,
         identity={"dataset": f"{name}/{fingerprint}"},
-        made_by=made_by,
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),
