@@ -19,37 +19,29 @@ from tests.requests.random_requests import built, random_request, random_source,
 SIZES = [(4, 9, 20), (0, 0, 3), (1, 1, 1), (5, 5, 7), (3, 8, 8)]
 
 
-def varied_source(has_categories):
+@pytest.fixture(scope="module")
+def source():
     """Requests of several sizes, one of which has no shown candidate."""
 
     def requests(split):
-        first = 10 * SPLITS.index(split)
         for index, size in enumerate(SIZES):
-            request = random_request(first + index, *size, version=f"v{1 + index // 3}")
-            rare = request.user_label * (np.arange(size[0])[:, None] % 2).astype(np.uint8)
-            request = dataclasses.replace(request, user_label=rare)
-            if split != "train" and index != 1:
-                request = with_facts(request, index)
-            if has_categories:
-                ids = np.arange(2 * size[2], dtype=np.int32).reshape(-1, 2) % 9
-                of_request = np.array([index - 1], np.int32)
-                request = dataclasses.replace(
-                    request, candidate_category=ids, request_category=of_request
-                )
-            yield request
+            seed = 10 * SPLITS.index(split) + index
+            request = random_request(seed, *size, version=f"v{1 + index // 3}")
+            request = dataclasses.replace(
+                request,
+                user_label=request.user_label * (np.arange(size[0])[:, None] % 2).astype(np.uint8),
+                candidate_category=np.arange(2 * size[2], dtype=np.int32).reshape(-1, 2) % 9,
+                request_category=np.array([index - 1], np.int32),
+            )
+            yield request if split == "train" or index == 1 else with_facts(request, index)
 
-    source = random_source()
-    spec = dataclasses.replace(source.spec, tasks=("größe", *source.spec.tasks[1:]))
-    if has_categories:
-        categories = (Category("kind", "candidate", 9, length=2), Category("land", "request", 9))
-        spec = dataclasses.replace(spec, categories=categories)
-    numbers = dict.fromkeys(SPLITS, len(SIZES))
-    return dataclasses.replace(source, spec=spec, requests=requests, num_requests=numbers)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "categories"])
-def source(request):
-    return varied_source(request.param)
+    source = random_source(*[len(SIZES)] * 3)
+    spec = dataclasses.replace(
+        source.spec,
+        tasks=("größe", *source.spec.tasks[1:]),
+        categories=(Category("kind", "candidate", 9, length=2), Category("land", "request", 9)),
+    )
+    return dataclasses.replace(source, spec=spec, requests=requests)
 
 
 @pytest.fixture(scope="module")
