@@ -51,12 +51,10 @@ _Chance = tuple[Int[np.ndarray, "R steps"], Float[np.ndarray, "R steps kinds"]]
 class Needs(NamedTuple):
     """The parts of a batch that its learners need.
 
-    Attributes:
-      stage: candidates that did not reach this stage are left out, unless they were shown or are
-        `logged`. The rest of a batch is drawn as if they were kept.
-      logged: batches hold the candidates with a logged teacher probability, and the probabilities
-        of those that reached this stage; with None they hold no probabilities.
-      history: whether batches hold the users' histories; if not, H is 0.
+    Candidates that did not reach `stage` are left out, unless they were shown or are `logged`. The
+    rest of a batch is drawn as if they were kept. Batches hold the candidates with a logged teacher
+    probability, and the probabilities of those that reached the stage `logged`; with None they hold
+    no probabilities. Without `history`, H is 0.
     """
 
     stage: Stage = Stage.RETRIEVED
@@ -182,6 +180,8 @@ def training_batches(
         cut = _in_memory(columns, needs.stage, chosen, layout, devices)
     else:
         cut = _in_files(columns, chosen, layout, devices)
+    # Nothing below refers to the rows of resident requests, which the host may free.
+    announce = None if resident else functools.partial(_announce, columns, needs.stage)
     chance = _chance(len(columns), batch)
     requests = batch.requests // parts
     own = slice(part * requests, (part + 1) * requests)
@@ -191,13 +191,13 @@ def training_batches(
     def drawn(number: int) -> Any:
         block, at = divmod(number * steps, BLOCK)
         request, start = (of[own, at : at + steps] for of in chance(block))
-        if not resident:
-            _announce(columns, needs.stage, request.ravel())
+        if announce:
+            announce(request.ravel())
         return draw(request, start)
 
     def make(number: int) -> PackedBatches:
         starts = drawn(number)
-        if not resident:
+        if announce:
             drawn(number + 1)  # the disk may fetch it while this one is cut
         return cut(starts)
 

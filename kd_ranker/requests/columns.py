@@ -68,15 +68,11 @@ def unpack_rows(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[
 
 
 class Parts(NamedTuple):
-    """The parts of a batch; each is read at once.
+    """The parts of a batch; each is read at once."""
 
-    They are the requests with their histories, their candidates with the values of the teacher, and
-    the user labels of the candidates that were shown.
-    """
-
-    requests: Any
-    candidates: Any
-    labels: Any
+    requests: Any  # with their histories
+    candidates: Any  # with the values of the teacher
+    labels: Any  # of the candidates that were shown, by users
 
 
 class Counts(NamedTuple):
@@ -106,23 +102,14 @@ class Counts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows of one kind, grouped by request.
-
-    Attributes:
-      values: int32 [rows, V], 32 bits per number.
-      spans: the columns of each field among the W numbers of a row.
-      first: the row of each request's first entry.
-      stride: the number of rows from one entry of a request to its next.
-      nothing: the index of the padding row.
-      column: the last W - V numbers of each row, from a separate array; None if V is W.
-    """
+    """Packed rows of one kind, grouped by request: W int32 numbers, V of them in one array."""
 
     values: Int[np.ndarray, "rows V"]
-    spans: Spans
-    first: Int[np.ndarray, "n"]
-    stride: int = 1
-    nothing: int = 0
-    column: "Rows | None" = None
+    spans: Spans  # the columns of each field among the W numbers of a row
+    first: Int[np.ndarray, "n"]  # the row of each request's first entry
+    stride: int = 1  # the number of rows from one entry of a request to its next
+    nothing: int = 0  # the index of the padding row
+    column: "Rows | None" = None  # the last W - V numbers of each row; None if V is W
 
     @property
     def width(self) -> int:
@@ -182,22 +169,14 @@ class Columns:
     """The arrays of n requests on the host, in memory or in a file (see `row_files`).
 
     Candidates are in funnel order, so labels are known for a prefix of them, see `Request`.
-
-    Attributes:
-      requests: the requests themselves, histories included; one entry per request.
-      candidates: the candidates, with the values of the teacher.
-      labels: the user labels of the candidates that were shown.
-      known: the facts for the evaluation about the candidates, if there are any.
-      counts: the counts of the requests.
-      expect: announces the next requests to read, and the number of candidates of each, so that
-        a file can prefetch them.
     """
 
-    requests: Rows
-    candidates: Rows
-    labels: Rows
-    known: Rows
+    requests: Rows  # one entry per request, histories included
+    candidates: Rows  # with the values of the teacher
+    labels: Rows  # of the candidates that were shown, by users
+    known: Rows  # facts for the evaluation about the candidates, if there are any
     counts: Counts
+    # Announces the next requests to read, and the number of candidates of each, to prefetch them.
     expect: Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None] = lambda *_: None
 
     def __len__(self) -> int:

@@ -12,8 +12,7 @@ A built dataset is the folder `data.dir/requests/<name>/<version>`. Each request
                         dataset is a digest of those of the files above, without the index
 
 and the additional files of its source. It is written to a temporary folder that is renamed at the
-end, so a dataset is complete or absent. The next build removes the leftovers of a build that was
-killed. Equal requests give equal files, byte for byte.
+end, so a dataset is complete or absent. Equal requests give equal files, byte for byte.
 
 A teacher's probabilities for its candidates are a column in another folder:
 
@@ -72,7 +71,8 @@ def build(
 ) -> Path:
     """Write a source to disk unless the dataset exists already, and return its folder.
 
-    The folder is claimed before the source is opened, and the source is closed at the end.
+    The folder is claimed before the source is opened, and the source is closed at the end. The
+    leftovers of a build that was killed are removed.
 
     Args:
       open_source: returns the source.
