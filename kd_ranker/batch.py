@@ -255,13 +255,6 @@ class Request:
     incumbent: Float32[np.ndarray, "V"] | None = None  # score of today's early ranker
     propensity: Float32[np.ndarray, "V"] | None = None  # see `EvaluationBatch`
 
-    def num_reached(self, stage: Stage) -> int:
-        """The number of candidates that reached at least this stage: the first ones."""
-        retrieved, shown = len(self.item_id), len(self.user_label)
-        if stage == Stage.SHOWN:
-            return shown
-        return min(max(self.num_passed, shown), retrieved) if stage == Stage.PASSED else retrieved
-
 
 @flax.struct.dataclass
 class CandidateBatch:

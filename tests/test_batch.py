@@ -12,12 +12,10 @@ from kd_ranker.batch import (
     Category,
     FeatureSpec,
     Request,
-    Stage,
     empty_batch,
 )
 from kd_ranker.errors import UserError
 from tests.random_batches import CATEGORY_SPEC
-from tests.requests.random_requests import random_request
 
 # No two widths are the same.
 SPEC = dataclasses.replace(
@@ -74,18 +72,3 @@ def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
     with pytest.raises(UserError, match="category 'colour': of='user' does not exist"):
         Category("colour", of="user", size=3)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ((4, 9, 20), (4, 9, 20)),
-        ((0, 0, 3), (0, 0, 3)),
-        # Stored as it was logged: fewer passed than shown, or more than there are.
-        ((4, 2, 20), (4, 4, 20)),
-        ((4, 30, 20), (4, 20, 20)),
-    ],
-)
-def test_the_first_candidates_of_a_request_came_furthest(sizes, expected):
-    stages = (Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED)
-    assert tuple(map(random_request(0, *sizes).num_reached, stages)) == expected

@@ -228,7 +228,7 @@ def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
     counts = Counts(
         request_id=block.values["request_id"],
         retrieved=retrieved,
-        # The same rule as in `Request.num_reached`.
+        # Stored as it was logged: fewer passed than shown, or more than there are.
         passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
         shown=shown,
         scored=block.numbers["scored"],

@@ -34,6 +34,13 @@ def test_only_properly_logged_probabilities_count():
     assert np.isnan(proper_probability(block_of([request], SPEC), "v0")).all()
 
 
+@pytest.mark.parametrize(("logged", "passed"), [(2, 4), (4, 4), (9, 9), (30, 20)])
+def test_the_passed_include_the_shown_and_are_candidates(logged, passed):
+    request = dataclasses.replace(random_request(0, shown=4), num_passed=logged)
+    counts = columns_of([request], V1).counts
+    assert [int(counts.reached(stage)[0]) for stage in list(Stage)[1:]] == [20, passed, 4]
+
+
 def test_every_run_of_the_spread_order_is_spread_evenly():
     order, run = np.tile(spread_order(1000), 2), 50
     gaps = [np.diff(np.sort(order[at : at + run])).max() for at in range(1000)]
