@@ -294,10 +294,8 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     users, items = users or spec.num_users, items or spec.num_items
     spec = dataclasses.replace(spec, num_users=users, num_items=items)
     shapes: Any = abstract_items(spec)
-    columns_by_split = {"train": columns}
-    return Dataset(
-        Path(), {}, datasets.PREPARE_DATA, spec, shapes.features, shapes.category, columns_by_split
-    )
+    category, by_split = shapes.category, {"train": columns}
+    return Dataset(Path(), {}, spec, shapes.features, category, by_split)
 
 
 PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {

@@ -16,6 +16,7 @@ import enum
 import itertools
 import json
 from collections.abc import Callable
+from operator import attrgetter, methodcaller
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -48,6 +49,9 @@ class Category:
       of: its owner, one of `CATEGORY_OWNERS`.
       size: the number of its values, including those for rare or unknown values.
       length: the number of its category ids per owner; 1 for a single value.
+
+    Raises:
+      UserError: the owner does not exist.
     """
 
     name: str
@@ -56,7 +60,6 @@ class Category:
     length: int = 1
 
     def __post_init__(self) -> None:
-        """Raises UserError for an owner that does not exist."""
         check_choice(f"category {self.name!r}: of", self.of, CATEGORY_OWNERS)
 
 
@@ -150,7 +153,7 @@ class Field(NamedTuple):
     """A field of a request.
 
     Attributes:
-      name: the name of the attribute of `Request`, of `CandidateBatch`, or of both.
+      name: of the attribute of `Request`, of `CandidateBatch`, or of both.
       of: its owner.
       stored: its type on disk; None if it is computed on the way to a batch.
       dtype: its type in a batch; None if no model reads it.
@@ -178,36 +181,24 @@ def _tasks(spec: FeatureSpec) -> int:
     return len(spec.tasks)
 
 
-def _items(spec: FeatureSpec) -> int:
-    return spec.num_items
-
-
-def _categories(spec: FeatureSpec) -> int:
-    return spec.num_categories
-
-
-def _of_request(spec: FeatureSpec) -> int:
-    return spec.category_width("request")
-
-
-def _of_candidate(spec: FeatureSpec) -> int:
-    return spec.category_width("candidate")
-
+_items, _categories = attrgetter("num_items"), attrgetter("num_categories")
+_of_request = methodcaller("category_width", "request")
+_of_candidate = methodcaller("category_width", "candidate")
 
 # All fields of a request. Batches are packed in this order.
 FIELDS = (
     Field("request_id", "request", np.int64, None),
     Field("time", "request", np.int64, None),
-    Field("user_id", "request", np.int32, np.int32, ids=lambda spec: spec.num_users),
-    Field("user_features", "request", np.float32, np.float32, lambda spec: spec.user_features),
-    Field("context", "request", np.float32, np.float32, lambda spec: spec.context_features),
+    Field("user_id", "request", np.int32, np.int32, ids=attrgetter("num_users")),
+    Field("user_features", "request", np.float32, np.float32, attrgetter("user_features")),
+    Field("context", "request", np.float32, np.float32, attrgetter("context_features")),
     Field("request_category", "request", np.int32, np.int32, _of_request, -1, _categories),
     Field("history_id", "event", np.int32, np.int32, ids=_items),
-    Field("history_features", "event", np.float32, np.float32, lambda spec: spec.history_features),
+    Field("history_features", "event", np.float32, np.float32, attrgetter("history_features")),
     Field("history_mask", "event", None, np.bool_),
     Field("item_id", "candidate", np.int32, np.int32, ids=_items),
     Field(
-        "candidate_features", "candidate", np.float32, np.float32, lambda of: of.candidate_features
+        "candidate_features", "candidate", np.float32, np.float32, attrgetter("candidate_features")
     ),
     Field("candidate_category", "candidate", np.int32, np.int32, _of_candidate, -1, _categories),
     Field("num_passed", "request", np.int32, None),
@@ -263,13 +254,6 @@ class Request:
     # None: unknown.
     incumbent: Float32[np.ndarray, "V"] | None = None  # score of today's early ranker
     propensity: Float32[np.ndarray, "V"] | None = None  # see `EvaluationBatch`
-
-    def num_reached(self, stage: Stage) -> int:
-        """The number of candidates that reached at least this stage: the first ones."""
-        retrieved, shown = len(self.item_id), len(self.user_label)
-        if stage == Stage.SHOWN:
-            return shown
-        return min(max(self.num_passed, shown), retrieved) if stage == Stage.PASSED else retrieved
 
 
 @flax.struct.dataclass

@@ -52,7 +52,6 @@ def write(
     folder: Path,
     made_of: MadeOf,
     files: Iterable[str] | None = None,
-    removable: Collection[str] = (),
     known: Mapping[str, list[Any]] = MappingProxyType({}),
 ) -> None:
     """Write the manifest of a finished folder.
@@ -61,7 +60,6 @@ def write(
       folder: with all its files in place.
       made_of: fingerprints of its dependencies.
       files: names relative to the folder; None takes all files below it.
-      removable: those of them that a user may delete.
       known: the entries of files that another manifest lists, which are not read.
     """
     if files is None:
@@ -69,11 +67,7 @@ def write(
         files = (path.relative_to(folder).as_posix() for path in paths)
     names = sorted(files)
     entries = {**_entries(folder, [name for name in names if name not in known]), **known}
-    content = {
-        "made_of": dict(made_of),
-        "files": {name: entries[name] for name in names},
-        "removable": sorted(removable),
-    }
+    content = {"made_of": dict(made_of), "files": {name: entries[name] for name in names}}
     write_whole(folder / FILE, json.dumps(content, indent=2))
 
 
@@ -86,12 +80,12 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
-        for section, kind in (("made_of", dict), ("files", dict), ("removable", list)):
-            if not isinstance(content[section], kind):
-                raise ValueError(f"{section!r} is not a {kind.__name__}")
+        for section in ("made_of", "files"):
+            if not isinstance(content[section], dict):
+                raise ValueError(f"{section!r} is not an object")
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     return content
 
@@ -99,16 +93,13 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
 def check(
     folder: Path, remedy: str, made_of: MadeOf | None = None, thorough: bool = False
 ) -> MadeOf:
-    """Check the files of a folder against its manifest.
+    """Check the files of a folder against its manifest, and return its dependencies.
 
     Args:
       folder: the folder.
       remedy: the end of every message: the command that makes the folder again.
       made_of: the expected dependencies; None accepts any.
       thorough: whether to read large files too; their sizes are always compared.
-
-    Returns:
-      The fingerprints of its dependencies.
 
     Raises:
       UserError: the manifest is missing, a file is missing or has changed, or the folder depends on
@@ -118,13 +109,11 @@ def check(
     if made_of is not None and (differing := differences(manifest["made_of"], made_of)):
         raise UserError(f"{folder} has other contents: {differing}; {remedy}")
     to_read = []
-    for name, entry in manifest["files"].items():
+    for name, (listed, _) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            if name in manifest["removable"]:
-                continue
             raise UserError(f"{path} is missing; {remedy}")
-        size, (listed, _) = path.stat().st_size, entry
+        size = path.stat().st_size
         if size != listed:
             raise UserError(f"{path} has changed: it has {size:,} bytes of {listed:,}; {remedy}")
         if thorough or size <= _SMALL:
@@ -155,11 +144,6 @@ def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
 
 def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
     """Return twelve hex digits that identify the content of some files of a finished folder.
-
-    Args:
-      folder: with a manifest.
-      files: names relative to the folder.
-      remedy: as in `check`.
 
     Raises:
       UserError: the manifest is missing, damaged, or does not list one of the files.

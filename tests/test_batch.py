@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,12 +12,10 @@ from kd_ranker.batch import (
     Category,
     FeatureSpec,
     Request,
-    Stage,
     empty_batch,
 )
 from kd_ranker.errors import UserError
 from tests.random_batches import CATEGORY_SPEC
-from tests.requests.random_requests import random_request
 
 # No two widths are the same.
 SPEC = dataclasses.replace(
@@ -63,37 +62,13 @@ def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
     assert set(FIELDS) == {*STORED, *IN_BATCH}
 
 
-def test_an_empty_batch_has_the_shapes_that_its_annotations_say():
-    batch = empty_batch(SPEC, 13, 11)
-    sizes = {"R": 13, "N": 11, "H": 6, "labelled": 11, "judged": 11, "U": 5, "X": 2, "T": 3}
-    for field in dataclasses.fields(batch):
-        array = getattr(batch, field.name)
-        assert array.dtype.name in field.type.dtypes, field.name
-        for letter, size in zip(field.type.dim_str.split(), array.shape, strict=True):
-            assert sizes.setdefault(letter, size) == size, field.name
-    few = batch.first(4)
-    assert (few.labelled, few.judged, few.stage.shape[1], few.item_id.shape[1]) == (4, 4, 4, 4)
-    assert few.history_id.shape == batch.history_id.shape
+def test_the_first_candidates_of_a_batch_keep_all_else():
+    few, all_else = (empty_batch(SPEC, 13, of) for of in (4, 11))
+    jax.tree.map(np.testing.assert_array_equal, all_else.first(4), few)
+    assert (few.labelled, few.judged, few.candidate_mask.shape) == (4, 4, (13, 4))
 
 
 def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
     with pytest.raises(UserError, match="category 'colour': of='user' does not exist"):
         Category("colour", of="user", size=3)
-
-
-@pytest.mark.parametrize(
-    ("shown", "passed", "retrieved", "expected"),
-    [
-        (4, 9, 20, (4, 9, 20)),
-        (0, 0, 3, (0, 0, 3)),
-        (4, 4, 4, (4, 4, 4)),
-        # Stored as it was logged: fewer passed than shown, or more than there are.
-        (4, 2, 20, (4, 4, 20)),
-        (4, 30, 20, (4, 20, 20)),
-    ],
-)
-def test_the_first_candidates_of_a_request_came_furthest(shown, passed, retrieved, expected):
-    request = random_request(0, shown, passed, retrieved)
-    stages = (Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED)
-    assert tuple(map(request.num_reached, stages)) == expected

@@ -1,38 +1,31 @@
 """From a draw to the batches of some steps in one array, and from that array to each batch.
 
-    Draw ─row_numbers, gather→ Draw ─pack_batches→ PackedBatches ─unpack→ CandidateBatch
+    Draw ─read→ Draw ─pack_batches→ PackedBatches ─unpack→ CandidateBatch
 
 The first two make the batches of many train steps at once. The last runs before each train step,
-in the same program. All run on NumPy arrays on the host and, compiled, on a device that holds the
-data. `read` does the work of the first for data in files.
+in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX. `training` reads
+the rows of data that devices hold.
 """
 
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import flax.struct
-import jax
 import numpy as np
 from jaxtyping import Array, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.sampling import Draw, Slots
-from kd_ranker.requests.columns import Columns, Parts, Spans, as_bits, as_floats, unpack_rows
+from kd_ranker.requests.columns import Columns, Parts, unpack_rows
 
 
 class Layout(NamedTuple):
-    """The places of the fields in a packed batch; all of it is static under tracing.
+    """The places of the fields in a packed batch; all of it is static under tracing."""
 
-    Attributes:
-      spans: of a row of each part.
-      slots: of a request.
-      logged: teacher probabilities count for candidates that reached this stage of the funnel.
-    """
-
-    spans: Parts[Spans]
-    slots: Slots
-    logged: Stage = Stage.RETRIEVED
+    spans: Parts  # `Columns.spans`
+    slots: Slots  # of a request
+    logged: Stage = Stage.RETRIEVED  # at which a candidate's teacher probabilities count
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -60,54 +53,11 @@ class PackedBatches:
     layout: Layout = flax.struct.field(pytree_node=False)
 
 
-def row_numbers(first: tuple[Any, Any], draw: Draw) -> Draw:
-    """Replace the places of a draw by numbers of rows in memory, 0 for padding.
-
-    Args:
-      first: the rows of the first candidate and of the first labels of each request; the row of the
-        request itself has its number.
-      draw: as `sampling` returns it.
-    """
-    requests, candidates, labels = draw.rows
-    xp = requests.__array_namespace__()
-
-    def numbers(first: Int[Array, "n"], place: Int[Array, "*R N"]) -> Int[Array, "*R N"]:
-        return xp.where(place >= 0, _at(first, requests)[..., None] + place, 0)
-
-    rows = Parts(requests, numbers(first[0], candidates), numbers(first[1], labels))
-    return draw._replace(rows=rows)
-
-
-def gather(data: Parts, draw: Draw) -> Draw:
-    """Read the rows of `row_numbers`.
-
-    In a separate program each of the three is one gather. In one program with the computation of
-    the row numbers, XLA on a CPU would repeat that computation for each number that it reads.
-
-    Args:
-      data: `Columns.values`, on the host or on a device.
-      draw: as `row_numbers` returns it.
-
-    Returns:
-      The draw, with the rows as int32 [*R, Q], [*R, N, C] and [*R, labelled, L].
-    """
-    return draw._replace(rows=Parts(*map(_at, data, draw.rows)))
-
-
-def _at(rows: Int[Array, "n ..."], which: Int[Array, "*shape"]) -> Int[Array, "..."]:
-    if isinstance(rows, jax.Array):
-        return rows.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return rows[which]
-
-
 def read(columns: Columns, draw: Draw) -> Draw:
-    """Read the rows of a draw of `sampling` on the host, from memory or from a file.
-
-    The result is that of `gather`.
-    """
+    """Replace the places of a draw by their rows, on the host, from memory or from a file."""
     requests, candidates, labels = map(np.asarray, draw.rows)
     own = columns.requests
-    rows: Any = Parts(
+    rows = Parts(
         own.values[own.first[requests]],
         columns.candidates.at(requests, candidates),
         columns.labels.at(requests, labels),
@@ -116,32 +66,29 @@ def read(columns: Columns, draw: Draw) -> Draw:
 
 
 def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
-    """Pack the batches of all steps of a draw, as `gather` returns it, [R, steps, ...]."""
+    """Pack the batches of all steps of a draw with its rows, [R, steps, ...]."""
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
-    parts: Any = (*draw.rows, draw.stage.astype(np.int32), as_bits(draw.factor))
+    parts = (*draw.rows, draw.stage.astype(np.int32), draw.factor.view(np.int32))
     flat = [part.reshape(*part.shape[:2], -1) for part in parts]
     return PackedBatches(xp.concatenate(flat, axis=2), layout)
 
 
 def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch:
-    """The batch of a step, counted from 0, in the form that models take."""
-    of_step = batches.rows[:, step]
+    """Return the batch of a step, counted from 0, in the form that models take."""
+    of_step, slots = batches.rows[:, step], batches.layout.slots
     ends = np.cumsum([0, *batches.layout.widths])
     requests, candidates, labels, stage, factor = (
         of_step[:, start:end] for start, end in pairwise(ends)
     )
-    slots = batches.layout.slots
     rows = Parts(
         requests=requests,
         candidates=candidates.reshape(len(candidates), slots.candidates, -1),
         labels=labels.reshape(len(labels), slots.labelled, -1),
     )
-    draw = Draw(rows, stage.astype(np.int8), as_floats(factor))
-    return CandidateBatch(**fields_of(draw, batches.layout))
+    return _batch_of(Draw(rows, stage.astype(np.int8), factor.view(np.float32)), batches.layout)
 
 
-def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
-    """The fields of `CandidateBatch`, of a draw as `gather` returns it."""
+def _batch_of(draw: Draw, layout: Layout) -> CandidateBatch:
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
     requests, candidates, labels = map(unpack_rows, draw.rows, layout.spans)
     fields: dict[str, Any] = requests | candidates | labels
@@ -161,21 +108,21 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
         "teacher_probability": xp.where(proper, probability, np.float32(0)),
         "teacher_weight": proper,
     }
-    return {field.name: xp.asarray(fields[field.name], field.dtype) for field in IN_BATCH}
+    arrays = {field.name: xp.asarray(fields[field.name], field.dtype) for field in IN_BATCH}
+    return CandidateBatch(**arrays)
 
 
-def all_fields(
+def whole_batch(
     columns: Columns, requests: Int[np.ndarray, "R"], places: Int[np.ndarray, "R N"]
-) -> dict[str, Any]:
-    """All fields of `CandidateBatch` for some requests, on the host.
+) -> CandidateBatch:
+    """Return a batch of all fields of some requests, on the host.
 
     Args:
       columns: all requests.
       requests: the numbers of the requests to read.
       places: the candidates of each, in the order of the batch; -1 for none.
     """
-    factors: Any = (places >= 0).astype(np.float32)
-    counts = columns.counts.of(requests)
-    draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)  # type: ignore[arg-type]
+    counts, factors = columns.counts.of(requests), (places >= 0).astype(np.float32)
+    draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)
     layout = Layout(columns.spans, Slots(*(places.shape[1],) * 3))
-    return fields_of(read(columns, draw), layout)
+    return _batch_of(read(columns, draw), layout)

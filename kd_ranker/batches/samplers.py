@@ -30,6 +30,7 @@ sums over labels keep their expectation (Horvitz and Thompson, 1952).
 To add a sampler, write such a function and add a `Sampler` with it to `SAMPLERS`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -131,19 +132,12 @@ def _run(group: Int[np.ndarray, "g"], number: int, start: float) -> Int[np.ndarr
 def evenly(
     groups: Sequence[Int[np.ndarray, "g"]], number: int, key: Float[np.ndarray, "_"]
 ) -> Places:
-    """Draw from the places of some groups, each place with the same probability.
+    """Draw `number` of the places of some groups, each with the same probability; by group.
 
     Of n places in all, a group of g places gets `number` · g / n of the draws, rounded at random to
     one of the two nearest integers: systematic sampling over all places in a row (Madow and Madow,
-    1944). The draws of a group are a run from a random start on.
-
-    Args:
-      groups: the places of each group.
-      number: the number of places to draw, at most n.
-      key: uniform numbers in [0, 1): one, and one per group.
-
-    Returns:
-      Different places, ordered by group.
+    1944). The draws of a group are a run from a random start on. `key` has a uniform number in
+    [0, 1) for the rounding, and one per group.
     """
     ends = np.cumsum([0, *map(len, groups)])
     quotas = np.diff((int(key[0] * ends[-1]) + number * ends) // max(ends[-1], 1))
@@ -160,7 +154,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def slots_of(counts: Counts, stage: Stage, batch: BatchConfig) -> Slots:
-    """The slots that suffice for any sampler, if candidates that reached `stage` count."""
+    """Return slots that suffice for any sampler, if candidates that reached `stage` count."""
     counted = np.minimum(counting(counts, stage), batch.candidates)
     beyond_passed = (counts.scored > counts.passed).any()
     judged = counted if beyond_passed else np.minimum(counted, counts.passed)
@@ -168,26 +162,20 @@ def slots_of(counts: Counts, stage: Stage, batch: BatchConfig) -> Slots:
     return Slots(*(max(int(of.max()), 1) for of in numbers))
 
 
-def scores_of(columns: Columns, stage: Stage) -> Callable[[int], Scores]:
-    """The teacher's stored scores of a request by its number; see the module's docstring.
+def scores_of(columns: Columns, stage: Stage, request: int) -> Scores:
+    """Return the teacher's stored scores of a request; see the module's docstring.
 
-    Args:
-      columns: the requests, with all fields.
-      stage: scores of candidates that did not reach this stage are NaN.
+    Scores of candidates that did not reach `stage` are NaN.
     """
-
-    def of_request(request: int) -> Scores:
-        counts = columns.counts.of(request)
-        number = np.minimum(counts.scored, counts.reached(stage))[None]
-        fields = columns.candidates.fields(np.array([request]), number)
-        probability = fields["teacher_probability"]
-        known = ~np.isnan(probability)
-        total = np.where(known, probability, 0).sum(axis=1)
-        scores = np.full(counts.retrieved, np.nan, np.float32)
-        np.divide(total, known.sum(axis=1), out=scores[: len(total)], where=known.any(axis=1))
-        return scores
-
-    return of_request
+    counts = columns.counts.of(request)
+    number = np.minimum(counts.scored, counts.reached(stage))[None]
+    fields = columns.candidates.fields(np.array([request]), number)
+    probability = fields["teacher_probability"]
+    known = ~np.isnan(probability)
+    total = np.where(known, probability, 0).sum(axis=1)
+    scores = np.full(counts.retrieved, np.nan, np.float32)
+    np.divide(total, known.sum(axis=1), out=scores[: len(total)], where=known.any(axis=1))
+    return scores
 
 
 def draw(
@@ -201,27 +189,18 @@ def draw(
 ) -> Draw:
     """Draw the candidates of the batches of some steps, request by request.
 
-    Args:
-      counts: of all requests.
-      batch: the batches' numbers, and the name of the sampler.
-      stage: candidates that did not reach this stage are drawn and then left out, unless they are
-        labelled or scored; see `sampling.kinds_of`.
-      scores_of: the number of a request -> its scores.
-      slots: see `slots_of`.
-      request: the numbers of the requests.
-      start: uniform in [0, 1), the keys.
-
-    Returns:
-      Labelled candidates first, then the others that were passed, then the rest.
+    Candidates that did not reach `stage` are drawn and then left out, unless they are labelled or
+    scored; see `sampling.kinds_of`. Labelled ones come first, then the others that were passed,
+    then the rest. `start` has the key of each request.
 
     Raises:
       UserError: the sampler breaks its contract.
     """
-    sampler, counts_of = SAMPLERS[batch.sampler], counts.of(request)
+    sampler, each = SAMPLERS[batch.sampler], counts.of(request)
     place = np.full((*request.shape, batch.candidates), -1, np.int32)
     factor = np.zeros(place.shape, np.float32)
     for at in np.ndindex(request.shape):
-        own = counts_of.of(at)
+        own = each.of(at)
         if sampler.needs_scores:
             scores = scores_of(int(request[at]))
         else:
@@ -230,47 +209,35 @@ def draw(
         places, factors = checked(result, own, batch)
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
-    place, factor = _in_order(place, factor, counts_of, stage, slots)
-    numbers = (of.astype(np.int32) for of in (request, counts_of.passed, counts_of.shown))
-    request, passed, shown = numbers
-    return sampling.draw_of(request, place, factor, passed, shown)  # type: ignore[arg-type]
-
-
-def _in_order(
-    place: Int[np.ndarray, "R steps C"],
-    factor: Float[np.ndarray, "R steps C"],
-    counts: Counts,
-    stage: Stage,
-    slots: Slots,
-) -> tuple[Int[np.ndarray, "R steps N"], Float[np.ndarray, "R steps labelled"]]:
-    """Leave out the candidates that do not count, and put the others in the order of `draw`."""
-    each = Counts(*(of[..., None] for of in counts))
-    labelled = (place >= 0) & (place < each.shown) & (factor > 0)
-    passed_count, rest_counts = what_counts(each, stage)
-    counted = np.where(place < each.passed, passed_count, rest_counts) & (place >= 0)
-    kind = np.select([labelled, counted & (place < each.passed), counted], [0, 1, 2], 3)
+    wide = Counts(*(of[..., None] for of in each))
+    labelled = (place >= 0) & (place < wide.shown) & (factor > 0)
+    passed_count, rest_counts = what_counts(wide, stage)
+    counted = np.where(place < wide.passed, passed_count, rest_counts) & (place >= 0)
+    kind = np.select([labelled, counted & (place < wide.passed), counted], [0, 1, 2], 3)
     order = np.argsort(kind.astype(np.int8), axis=-1, kind="stable")[..., : slots.candidates]
     place = np.take_along_axis(np.where(kind < 3, place, np.int32(-1)), order, axis=-1)
     factor = np.take_along_axis(np.where(labelled, factor, np.float32(0)), order, axis=-1)
-    return place, factor[..., : slots.labelled]
+    factor = factor[..., : slots.labelled]
+    request, passed, shown = (of.astype(np.int32) for of in (request, each.passed, each.shown))
+    return sampling.draw_of(request, place, factor, passed, shown)
 
 
 def checked(result: Any, counts: Counts, batch: BatchConfig) -> tuple[Places, Factors]:
     """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
-    places, factors = map(np.asarray, result)
-    # The default type of an empty array is float.
-    whole = places.dtype.kind in "iu" or not places.size
-    if not (
-        places.shape == factors.shape == (len(np.unique(places)),)
-        and len(places) <= batch.candidates
-        and (whole and places.min(initial=0) >= 0)
-        and places.max(initial=-1) < counts.retrieved
-        and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
-    ):
-        raise UserError(
-            f"sampler {batch.sampler}: the result for request {int(counts.request_id)} must be at "
-            f"most {batch.candidates} different places, integers from 0 to "
-            f"{int(counts.retrieved) - 1}, and as many factors, finite and not negative; see "
-            "`kd_ranker.batches.samplers`"
-        )
-    return places, factors
+    with contextlib.suppress(TypeError, ValueError):  # not a pair, or not of arrays
+        places, factors = map(np.asarray, result)
+        # The default type of an empty array is float.
+        if (
+            places.shape == factors.shape == (len(np.unique(places)),)
+            and len(places) <= batch.candidates
+            and (places.dtype.kind in "iu" or not places.size)
+            and places.min(initial=0) >= 0
+            and places.max(initial=-1) < counts.retrieved
+            and ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all()
+        ):
+            return places, factors
+    raise UserError(
+        f"sampler {batch.sampler}: the result for request {int(counts.request_id)} must be at most "
+        f"{batch.candidates} different places, integers from 0 to {int(counts.retrieved) - 1}, and "
+        "as many factors, finite and not negative; see `kd_ranker.batches.samplers`"
+    )

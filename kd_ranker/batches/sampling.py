@@ -21,39 +21,23 @@ Starts = Int[Array, "*R steps columns"]
 
 
 class BatchConfig(NamedTuple):
-    """The sizes and the order of batches, by the keys of `config.batch` or `config.teacher.batch`.
+    """The sizes and the order of batches: the keys of `config.batch` or `config.teacher.batch`."""
 
-    Attributes:
-      requests: requests per batch, over all processes.
-      candidates: the most candidates to draw of a request.
-      passed_share: see `samplers.funnel` and `samplers.hard`.
-      negative_rate: the share of the shown candidates without a positive label to keep.
-      seed: of the order and of the draws.
-      order: one of `training.ORDERS`.
-      sampler: one of `samplers.SAMPLERS`.
-    """
-
-    requests: int
-    candidates: int
-    passed_share: float
-    negative_rate: float
-    seed: int
-    order: str = "shuffled"
-    sampler: str = "funnel"
+    requests: int  # over all processes
+    candidates: int  # the most to draw of a request
+    passed_share: float  # see `samplers.funnel` and `samplers.hard`
+    negative_rate: float  # share of the shown candidates without a positive label to keep
+    seed: int  # of the order and of the draws
+    order: str = "shuffled"  # one of `training.ORDERS`
+    sampler: str = "funnel"  # one of `samplers.SAMPLERS`
 
 
 class Slots(NamedTuple):
-    """The numbers of a request's first slots in a batch that can hold each kind of entry.
+    """The numbers of a request's first slots in a batch that can hold each kind of entry."""
 
-    Attributes:
-      candidates: N, a candidate that counts.
-      labelled: a user label that counts.
-      judged: a teacher probability, or a candidate that was passed.
-    """
-
-    candidates: int
-    labelled: int
-    judged: int
+    candidates: int  # N, a candidate that counts
+    labelled: int  # a user label that counts
+    judged: int  # a teacher probability, or a candidate that was passed
 
 
 class Draw(NamedTuple):
@@ -61,7 +45,8 @@ class Draw(NamedTuple):
 
     Attributes:
       rows: the request [*R], and the places in it of the candidates [*R, N] and of the labels
-        [*R, labelled], -1 for padding; or the rows themselves, see `cutting`.
+        [*R, labelled], -1 for padding; or the rows themselves, int32 [*R, Q], [*R, N, C] and
+        [*R, labelled, L].
       stage: the stage that each candidate reached.
       factor: on the weight of each label; 0 if the label is not a training target.
     """
@@ -81,19 +66,14 @@ def kinds_of(
 
     Shown candidates come first: all positives, and a share `negative_rate` of the n negatives. Each
     of these k negatives then counts n / k times, so weighted sums over the labels keep their
-    expectation. If they do not fit, they are thinned and reweighted in the same way. The passed and
-    the rest fill the remaining slots; if either runs out, the other takes its slots. A slot for a
-    candidate that does not count is left out. Those that count are drawn as if it were kept.
-
-    Args:
-      counts: of requests with their candidates in the order of `in_sampling_order`.
-      stage: candidates that reached this stage of the funnel count.
-      batch: of its numbers, `passed_share` is the share of the slots left after the shown that the
-        passed fill.
+    expectation. If they do not fit, they are thinned and reweighted in the same way. The passed get
+    a share `passed_share` of the remaining slots, and the rest get the others; if either runs out,
+    the other takes its slots. A slot for a candidate that does not count at `stage` is left out.
+    Those that count are drawn as if it were kept.
 
     Returns:
       int32: for each request the number of candidates of each kind, and the number of each that a
-      batch holds. And the number of slots that a batch needs for any of the requests.
+      batch holds. And the slots that suffice for all of the requests.
     """
     positives, negatives = counts.positives, counts.shown - counts.positives
     kept_positives, kept_negatives = labelled_numbers(
@@ -124,7 +104,7 @@ def labelled_numbers(
     negative_rate: float,
     slots: int,
 ) -> tuple[Int[np.ndarray, "*n"], Int[np.ndarray, "*n"]]:
-    """The numbers of positive and negative candidates that a batch keeps with their labels."""
+    """Return the numbers of positives and of negatives that a batch keeps with their labels."""
     wanted = np.rint(negative_rate * negatives).astype(np.int64)
     wanted = np.minimum(np.maximum(wanted, 1), negatives)
     total = positives + wanted
@@ -143,15 +123,10 @@ def draw(
     start: Float[np.ndarray, "R steps kinds"],
     kinds: Int[np.ndarray, "R steps columns"],
 ) -> Starts:
-    """The random offsets of the batches of a few steps, from uniform numbers.
-
-    Args:
-      request: the numbers of the requests, for each of the steps.
-      start: uniform in [0, 1).
-      kinds: of these requests, see `kinds_of`.
+    """Draw the random offsets of requests from uniform numbers in [0, 1).
 
     Returns:
-      int32: the `kinds` of these requests; their numbers; and the place at which the sample of each
+      int32: the `kinds_of` these requests; their numbers; and the place at which the sample of each
       kind starts, in [0, number of that kind), 0 for an empty kind. All are in one array, for one
       transfer. A run of places from a uniform start draws each place with the same probability and
       at most once: systematic sampling (Madow and Madow, 1944).
@@ -163,46 +138,30 @@ def draw(
     return np.concatenate(columns, axis=-1, dtype=np.int32)  # type: ignore[return-value]
 
 
-def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, "..."]:
-    """`index`, in [0, 2 · number), on a circle of `number` places.
-
-    >>> around(np.arange(6), 4).tolist()
-    [0, 1, 2, 3, 0, 1]
-    """
-    return index - number * (index >= number)
-
-
 def chosen(starts: Starts, slots: Slots) -> Draw:
-    """The candidates that `starts` select: shown candidates first, padding last.
+    """Return the candidates that `starts` select: shown candidates first, padding last.
 
     Takes arrays of NumPy or of JAX.
     """
-    numbers, wanted, request, offset = _namespace(starts).split(
-        starts, np.cumsum([KINDS, KINDS, 1]), axis=-1
-    )
+    xp = starts.__array_namespace__()  # type: ignore[attr-defined]
+    numbers, wanted, request, offset = xp.split(starts, np.cumsum([KINDS, KINDS, 1]), axis=-1)
     place, factor = _places(numbers, wanted, offset, slots.candidates)
     shown = numbers[..., POSITIVES] + numbers[..., NEGATIVES]
     passed = wanted[..., POSITIVES] + wanted[..., NEGATIVES] + numbers[..., OTHERS]
     return draw_of(request[..., 0], place, factor[..., : slots.labelled], passed, shown)
 
 
-def draw_of(
-    request: Int[Array, "*R"],
-    place: Int[Array, "*R N"],
-    factor: Float[Array, "*R labelled"],
-    passed: Int[Array, "*R"],
-    shown: Int[Array, "*R"],
-) -> Draw:
-    """The draw of places in the candidates of each request.
+def draw_of(request: Any, place: Any, factor: Any, passed: Any, shown: Any) -> Draw:
+    """Return the draw of places in the candidates of each request.
 
     Args:
-      request: the numbers of the requests.
-      place: the candidates of each, in the order of the batch; -1 for none.
-      factor: on the label weight of the first of them.
-      passed: the number of leading candidates of each request that were passed.
-      shown: the number that were shown.
+      request: int [*R], the numbers of the requests.
+      place: int [*R, N], the candidates of each, in the order of the batch; -1 for none.
+      factor: float32 [*R, labelled], on the label weight of the first of them.
+      passed: int [*R], the number of leading candidates of each request that were passed.
+      shown: int [*R], the number that were shown.
     """
-    xp = _namespace(place)
+    xp = place.__array_namespace__()
     passed, shown = passed[..., None], shown[..., None]
     stage = xp.where(place < passed, xp.int8(Stage.PASSED), xp.int8(Stage.RETRIEVED))
     stage = xp.where(place < shown, xp.int8(Stage.SHOWN), stage)
@@ -220,13 +179,8 @@ def _places(
     offset: Int[Array, "*R kinds"],
     candidates: int,
 ) -> tuple[Int[Array, "*R N"], Float[Array, "*R N"]]:
-    """The candidates of each request that a draw selects.
-
-    Returns:
-      Places in a request's list of candidates, -1 for padding; and the factor on the label weight
-      of each, 0 if its label is not a training target.
-    """
-    xp = _namespace(offset)
+    """Return the drawn places of each request, -1 for padding, and the factor on each label."""
+    xp = offset.__array_namespace__()  # type: ignore[attr-defined]
     slot = xp.arange(candidates, dtype=offset.dtype)
     # Sums of four, one by one: a compiled scan over so few costs more.
     ends = [wanted[..., [POSITIVES]]]
@@ -242,6 +196,10 @@ def _places(
 
     def of_kind(array: Int[Array, "*R kinds"]) -> Int[Array, "*R N"]:
         return pick([array[..., [kind]] for kind in range(KINDS)])
+
+    def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, "..."]:
+        """`index`, in [0, 2 · number), on a circle of `number` places."""
+        return index - number * (index >= number)
 
     # A sample is a run of places on the circle of its kind; the places left out follow it there.
     number, k, begin = of_kind(numbers), of_kind(wanted), pick([0 * ends[0], *ends[:-1]])
@@ -261,8 +219,3 @@ def _places(
     stands_for = number.astype(xp.float32) / xp.maximum(k, 1).astype(xp.float32)
     factor = xp.where(slot < ends[NEGATIVES], stands_for, xp.float32(0))
     return xp.where(slot < ends[REST], place, -1), factor
-
-
-def _namespace(array: Any) -> Any:
-    """The module that an array's functions live in: `numpy` or `jax.numpy`."""
-    return array.__array_namespace__()

@@ -6,22 +6,23 @@ to the disk the reads of the next pass. The batches are the same either way.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, samplers, sampling
-from kd_ranker.batches.cutting import Layout, PackedBatches, Span, row_numbers
+from kd_ranker.batches.cutting import Layout, PackedBatches, Span
 from kd_ranker.batches.samplers import SAMPLERS, Scores
 from kd_ranker.batches.sampling import BatchConfig, Draw, Slots
 from kd_ranker.errors import UserError
-from kd_ranker.requests.columns import Columns, Counts, counting, needed, only_counting
+from kd_ranker.requests.columns import Columns, Counts, Parts, counting, needed
 from kd_ranker.requests.records import Dataset
 
 # How an epoch reads the requests: each in a different random order, or as stored, by time.
@@ -43,16 +44,17 @@ _SHARE_OF_MEMORY = 0.25
 # Number of requests for which samples are planned at a time.
 _CHUNK = 2**16
 
+# The requests of the batches of consecutive steps, and their uniform random numbers.
+_Chance = tuple[Int[np.ndarray, "R steps"], Float[np.ndarray, "R steps kinds"]]
+
 
 class Needs(NamedTuple):
     """The parts of a batch that its learners need.
 
-    Attributes:
-      stage: candidates that did not reach this stage are left out, unless they were shown or are
-        `logged`. The rest of a batch is drawn as if they were kept.
-      logged: batches hold the candidates with a logged teacher probability, and the probabilities
-        of those that reached this stage; with None they hold no probabilities.
-      history: whether batches hold the users' histories; if not, H is 0.
+    Candidates that did not reach `stage` are left out, unless they were shown or are `logged`. The
+    rest of a batch is drawn as if they were kept. Batches hold the candidates with a logged teacher
+    probability, and the probabilities of those that reached the stage `logged`; with None they hold
+    no probabilities. Without `history`, H is 0.
     """
 
     stage: Stage = Stage.RETRIEVED
@@ -93,13 +95,6 @@ class Devices:
 
 
 DEFAULT_DEVICE = Devices()
-
-
-class _Chance(NamedTuple):
-    """The random numbers of the batches of consecutive steps."""
-
-    request: Int[np.ndarray, "R steps"]
-    start: Float[np.ndarray, "R steps kinds"]
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -168,41 +163,41 @@ def training_batches(
     Raises:
       UserError: the split has fewer requests than there are parts of a batch.
     """
-    stored, share = dataset.columns["train"], devices.share
+    stored, (part, parts) = dataset.columns["train"], devices.share
     columns = needed(stored, needs.logged, needs.history)
-    if len(columns) < share.parts:
+    if len(columns) < parts:
         raise UserError(
-            f"{dataset.directory} has {len(columns)} training requests for {share.parts} processes"
+            f"{dataset.directory} has {len(columns)} training requests for {parts} processes"
         )
-    scores = samplers.scores_of(stored, needs.logged or Stage.RETRIEVED)
-    plan = _plan(columns.counts, batch, needs.stage, scores)
-    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
+    logged = needs.logged or Stage.RETRIEVED
+    scores = functools.partial(samplers.scores_of, stored, logged)
+    slots, draw, chosen = _plan(columns.counts, batch, needs.stage, scores)
+    layout = Layout(columns.spans, slots, logged)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
-        resident = share.parts == 1 and _fits(columns, needs.stage, copies)
+        resident = parts == 1 and _fits(columns, needs.stage, copies)
     if resident:
-        columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
-        cut = _in_memory(only_counting(columns, needs.stage), plan, layout, devices)
+        cut = _in_memory(columns, needs.stage, chosen, layout, devices)
     else:
-        cut = _in_files(columns, plan, layout, devices)
+        cut = _in_files(columns, chosen, layout, devices)
     # Nothing below refers to the rows of resident requests, which the host may free.
-    expect = None if resident else functools.partial(_expect, columns, needs.stage)
+    announce = None if resident else functools.partial(_announce, columns, needs.stage)
     chance = _chance(len(columns), batch)
-    requests = batch.requests // share.parts
-    own = slice(share.part * requests, (share.part + 1) * requests)
+    requests = batch.requests // parts
+    own = slice(part * requests, (part + 1) * requests)
     steps = _steps(requests, layout)
 
     @functools.lru_cache(maxsize=2)
     def drawn(number: int) -> Any:
         block, at = divmod(number * steps, BLOCK)
-        numbers = _Chance(*(of[own, at : at + steps] for of in chance(block)))
-        if expect:
-            expect(numbers.request.ravel())
-        return plan.draw(numbers)
+        request, start = (of[own, at : at + steps] for of in chance(block))
+        if announce:
+            announce(request.ravel())
+        return draw(request, start)
 
     def make(number: int) -> PackedBatches:
         starts = drawn(number)
-        if expect:
+        if announce:
             drawn(number + 1)  # the disk may fetch it while this one is cut
         return cut(starts)
 
@@ -216,41 +211,32 @@ def training_batches(
     return BatchIterator(passes_from, steps)
 
 
-def _expect(columns: Columns, stage: Stage, requests: Int[np.ndarray, "n"]) -> None:
+def _announce(columns: Columns, stage: Stage, requests: Int[np.ndarray, "n"]) -> None:
     """Announce to the disk the reads of requests, without candidates that cannot count."""
     columns.expect(requests, counting(columns.counts.of(requests), stage))
 
 
 def _chance(requests: int, batch: BatchConfig) -> Callable[[int], _Chance]:
     """The random numbers of a block of steps, by the block's number."""
-    order = _order(requests, batch)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> Int[np.ndarray, "requests"]:
+        if batch.order == "time":
+            return np.arange(requests)
+        return np.random.default_rng((batch.seed, epoch)).permutation(requests)
 
     def draw(block: int, generator: np.random.Generator) -> _Chance:
         # Places in the endless sequence of epochs.
         of_block = batch.requests * BLOCK
         epochs, places = np.divmod(np.arange(block * of_block, (block + 1) * of_block), requests)
-        numbers = np.concatenate(
-            [order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        )
-        return _Chance(
-            numbers.reshape(BLOCK, batch.requests).T,
+        numbers = [order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return (
+            np.concatenate(numbers).reshape(BLOCK, batch.requests).T,
             generator.random((batch.requests, BLOCK, sampling.KINDS)),
         )
 
     blocks = grain.MapDataset.range(_ENDLESS).seed(batch.seed).random_map(draw)
     return functools.lru_cache(maxsize=2)(blocks.__getitem__)
-
-
-def _order(requests: int, batch: BatchConfig) -> Callable[[int], Int[np.ndarray, "requests"]]:
-    """The order of the requests in each epoch; see `ORDERS`."""
-
-    @functools.lru_cache(maxsize=2)
-    def of_epoch(epoch: int) -> Int[np.ndarray, "requests"]:
-        if batch.order == "time":
-            return np.arange(requests)
-        return np.random.default_rng((batch.seed, epoch)).permutation(requests)
-
-    return of_epoch
 
 
 def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
@@ -273,65 +259,84 @@ def _steps(requests: int, layout: Layout) -> int:
     return steps
 
 
-class _Plan(NamedTuple):
-    """A way to choose the candidates of the batches of consecutive steps.
-
-    Attributes:
-      slots: of a request.
-      draw: random numbers -> a draw, or a few integers per request, on the host.
-      chosen: these -> the draw, on NumPy arrays or on a device.
-    """
-
-    slots: Slots
-    draw: Callable[[_Chance], Any]
-    chosen: Callable[[Any], Draw]
-
-
 def _plan(
     counts: Counts, batch: BatchConfig, stage: Stage, scores: Callable[[int], Scores]
-) -> _Plan:
-    """The plan of the sampler of `batch`."""
-    chunks = [slice(at, at + _CHUNK) for at in range(0, len(counts.shown), _CHUNK)]
-    if SAMPLERS[batch.sampler].function is not samplers.funnel:
-        slots = _most([samplers.slots_of(counts.of(chunk), stage, batch) for chunk in chunks])
+) -> tuple[Slots, Callable[..., Any], Callable[[Any], Draw]]:
+    """A way to choose the candidates of the batches of consecutive steps.
+
+    Returns:
+      The slots of a request; a function from `_Chance` to a draw, or to a few integers per request;
+      and one from these to the draw, on NumPy arrays or on a device.
+    """
+    chunks = [counts.of(slice(at, at + _CHUNK)) for at in range(0, len(counts.shown), _CHUNK)]
+    on_host = SAMPLERS[batch.sampler].function is not samplers.funnel
+
+    def slots_of(chunk: Counts) -> Slots:
+        if on_host:
+            return samplers.slots_of(chunk, stage, batch)
+        return sampling.kinds_of(chunk, stage, batch)[1]
+
+    slots = Slots(*np.max([slots_of(chunk) for chunk in chunks], axis=0).tolist())
+    if on_host:
         draw = functools.partial(samplers.draw, counts, batch, stage, scores, slots)
-        return _Plan(slots, lambda chance: draw(*chance), lambda drawn: drawn)
+        return slots, draw, lambda drawn: drawn
 
-    def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
-        return sampling.kinds_of(counts.of(requests), stage, batch)
+    def starts(
+        request: Int[np.ndarray, "R steps"], start: Float[np.ndarray, "R steps kinds"]
+    ) -> Any:
+        return sampling.draw(request, start, sampling.kinds_of(counts.of(request), stage, batch)[0])
 
-    slots = _most([kinds_of(chunk)[1] for chunk in chunks])
-    return _Plan(
-        slots,
-        lambda chance: sampling.draw(*chance, kinds_of(chance.request)[0]),
-        functools.partial(sampling.chosen, slots=slots),
-    )
-
-
-def _most(slots: Sequence[Slots]) -> Slots:
-    """The slots that suffice for all."""
-    return Slots(*np.max(slots, axis=0).tolist())
+    return slots, starts, functools.partial(sampling.chosen, slots=slots)
 
 
 def _in_memory(
-    columns: Columns, plan: _Plan, layout: Layout, devices: Devices
+    columns: Columns,
+    stage: Stage,
+    chosen: Callable[[Any], Draw],
+    layout: Layout,
+    devices: Devices,
 ) -> Callable[[Any], PackedBatches]:
-    """Place the requests on the devices, which cut the batches of a draw from them."""
-    first = (columns.candidates.first, columns.labels.first)
-    first, rows = devices.place((tuple(of.astype(np.int32) for of in first), columns.values))
-    # Three programs; each reads the output of the one before, see `cutting.gather`.
-    choose = devices.map_batches(lambda first, drawn: row_numbers(first, plan.chosen(drawn)))
-    gather = devices.map_batches(cutting.gather)
-    join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
-    return lambda drawn: join((), gather(rows, choose(first, devices.shard(drawn))))
+    """Copy the candidates that can count to the devices, which cut the batches of a draw."""
+    _announce(columns, stage, np.arange(len(columns)))
+    # Candidates that were shown always count, since they may have labels.
+    candidates = columns.candidates.prefixes(counting(columns.counts, stage))
+    labels = columns.labels.prefixes(columns.counts.shown)
+    requests = columns.requests.values[columns.requests.first]
+    first, data = devices.place((
+        tuple(of.first.astype(np.int32) for of in (candidates, labels)),
+        Parts(requests, candidates.values, labels.values),
+    ))  # fmt: skip
+
+    def choose(first: tuple[Any, Any], drawn: Any) -> Draw:
+        """The draw, with the numbers of rows in place of its places, 0 for padding."""
+        draw = chosen(drawn)
+        requests, *places = draw.rows
+        numbers = (
+            jnp.where(place >= 0, _rows(of, requests)[..., None] + place, 0)
+            for of, place in zip(first, places, strict=True)
+        )
+        return draw._replace(rows=Parts(requests, *numbers))
+
+    def gather(data: Parts, draw: Draw) -> Draw:
+        return draw._replace(rows=Parts(*map(_rows, data, draw.rows)))
+
+    # In one program with the computation of the row numbers, XLA on a CPU would repeat that
+    # computation for each number that it reads.
+    numbered, gathered = devices.map_batches(choose), devices.map_batches(gather)
+    packed = devices.map_batches(lambda _, draw: cutting.pack_batches(draw, layout))
+    return lambda drawn: packed((), gathered(data, numbered(first, devices.shard(drawn))))
+
+
+def _rows(rows: Array, which: Int[Array, "*shape"]) -> Array:
+    return rows.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _in_files(
-    columns: Columns, plan: _Plan, layout: Layout, devices: Devices
+    columns: Columns, chosen: Callable[[Any], Draw], layout: Layout, devices: Devices
 ) -> Callable[[Any], PackedBatches]:
     """Read only the rows of a draw from the files, and place its batches on the devices."""
     # On a device of this process, compiled: in NumPy it would take longer than all the rest.
-    choose = jax.jit(plan.chosen)
+    choose = jax.jit(chosen)
 
     def cut(drawn: Any) -> PackedBatches:
         rows = cutting.read(columns, jax.device_get(choose(drawn)))

@@ -77,7 +77,7 @@ def train_statistics(
         (8, dataset.spec.num_items)
     )
     columns = dataset.columns["train"]
-    for some in slices(columns.kept):
+    for some in slices(columns.counts.retrieved):
         of = columns.counts.of(some)
         for total, number in ((shown, of.shown), (passed, of.passed), (retrieved, of.retrieved)):
             np.add.at(total, columns.candidates.fields(some, number)["item_id"], 1)

@@ -93,7 +93,7 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
         open_source = functools.partial(entry.open_source, *opened)
         storage.build(open_source, name, config.data.dir, *extended)
     else:
-        storage.check_whole(directory, PREPARE_DATA, thorough)
+        storage.open_dataset(name, config.data.dir, PREPARE_DATA, thorough)
         entry.check_unchanged(config.data, directory)
         if report := read_data_report(directory):
             findings.check_allowed(report, config.data.allow, str(directory))

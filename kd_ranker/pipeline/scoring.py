@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker import manifest
-from kd_ranker.batch import CandidateBatch, Items, Stage
+from kd_ranker.batch import Items, Stage
 from kd_ranker.batches import cutting
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError, command
@@ -144,8 +144,8 @@ class _Scorer(NamedTuple):
             chunk = part.numbers[start : start + size]
             # A last batch of another size would need another compilation.
             filled = np.append(chunk, np.repeat(chunk[-1:], size - len(chunk)))
-            places = np.where(index < part.columns.kept[filled, None], index, -1)
-            batch = CandidateBatch(**cutting.all_fields(part.columns, filled, places))
+            places = np.where(index < part.columns.counts.retrieved[filled, None], index, -1)
+            batch = cutting.whole_batch(part.columns, filled, places)
             served = self.ranker.ranker.serve(self.ranker.parameters, batch, self.items)
             probability = np.asarray(served.probability[self.ranker.serve])[: len(chunk)]
             yield probability[index < part.scored[start : start + size, None]]

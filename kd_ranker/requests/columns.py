@@ -9,17 +9,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Request, Stage
 from kd_ranker.requests.request import Block, block_of, runs, starts_of
-
-Of = TypeVar("Of")
 
 # The number of rows that are copied at a time, so that their index arrays stay small.
 _ROWS = 2**20
@@ -43,23 +39,17 @@ Spans = tuple[Span, ...]
 
 
 def pack(
-    arrays: Mapping[str, Shaped[np.ndarray, "n ..."]], nothing: Mapping[str, float] | None = None
-) -> tuple[Int[np.ndarray, "n W"], Spans]:
-    """Pack at least one array of equal length into rows, 32 bits per number.
+    arrays: Mapping[str, Shaped[np.ndarray, "n ..."]], nothing: Mapping[str, float]
+) -> tuple[Int[np.ndarray, "n+1 W"], Spans]:
+    """Pack arrays of equal length into rows, 32 bits per number, behind a padding row.
 
-    Args:
-      arrays: by name. Floats become float32, integers int32; booleans stay.
-      nothing: if given, a padding row is added in front; the fill values other than 0, by name.
-
-    Returns:
-      The rows, and the place of each array in them.
+    Floats become float32, integers int32; booleans stay. The padding row has the values `nothing`.
     """
     parts, spans, width = [], [], 0
     for name, array in arrays.items():
         kind = {"f": "float32", "b": "bool"}.get(array.dtype.kind, "int32")
-        if nothing is not None:
-            first = np.full((1, *array.shape[1:]), nothing.get(name, 0), array.dtype)
-            array = np.concatenate([first, array])
+        first = np.full((1, *array.shape[1:]), nothing[name], array.dtype)
+        array = np.concatenate([first, array])
         stored = array.astype(np.float32).view(np.int32) if kind == "float32" else array
         spans.append(Span(name, width, array.shape[1:], kind))
         parts.append(stored.reshape(len(array), math.prod(array.shape[1:])))
@@ -73,58 +63,32 @@ def unpack_rows(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[
     for span in spans:
         entry = rows[..., span.columns].reshape(*rows.shape[:-1], *span.shape)
         is_float = span.dtype == "float32"
-        unpacked[span.name] = as_floats(entry) if is_float else entry.astype(span.dtype)
+        unpacked[span.name] = entry.view(np.float32) if is_float else entry.astype(span.dtype)
     return unpacked
 
 
-def as_bits(array: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Return the bits of 32-bit floats as integers, the inverse of `as_floats`."""
-    if isinstance(array, jax.Array):
-        return jax.lax.bitcast_convert_type(array, jnp.int32)
-    return array.view(np.int32)
+class Parts(NamedTuple):
+    """The parts of a batch; each is read at once."""
 
-
-def as_floats(bits: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return the 32-bit floats with these bits."""
-    if isinstance(bits, jax.Array):
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return bits.view(np.float32)
-
-
-class Parts(NamedTuple, Generic[Of]):
-    """The parts of a batch; each is read at once.
-
-    They are the requests with their histories, their candidates with the values of the teacher, and
-    the user labels of the candidates that were shown.
-    """
-
-    requests: Of
-    candidates: Of
-    labels: Of
+    requests: Any  # with their histories
+    candidates: Any  # with the values of the teacher
+    labels: Any  # of the candidates that were shown, by users
 
 
 class Counts(NamedTuple):
     """The counts by which requests are read and sampled; int64, one entry per request.
 
-    Attributes:
-      request_id: the stored id.
-      retrieved: the number of candidates.
-      passed: the number of leading candidates that were passed, including the shown ones.
-      shown: the number of leading candidates that were shown.
-      scored: the number of leading candidates that the teacher has scored.
-      positives: the number of candidates with a positive label.
-      known: the number of candidates with facts for the evaluation: all or none.
-      time: the time of the request, in seconds.
+    They count candidates; those that were passed, shown or scored are the leading ones.
     """
 
     request_id: Int[np.ndarray, "*n"]
     retrieved: Int[np.ndarray, "*n"]
-    passed: Int[np.ndarray, "*n"]
+    passed: Int[np.ndarray, "*n"]  # including the shown ones
     shown: Int[np.ndarray, "*n"]
-    scored: Int[np.ndarray, "*n"]
-    positives: Int[np.ndarray, "*n"]
-    known: Int[np.ndarray, "*n"]
-    time: Int[np.ndarray, "*n"]
+    scored: Int[np.ndarray, "*n"]  # by the teacher
+    positives: Int[np.ndarray, "*n"]  # with a positive label
+    known: Int[np.ndarray, "*n"]  # with facts for the evaluation: all or none
+    time: Int[np.ndarray, "*n"]  # of the request, in seconds
 
     def of(self, requests: Any) -> "Counts":
         """Return the counts of some of the requests."""
@@ -138,23 +102,14 @@ class Counts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows of one kind, grouped by request.
-
-    Attributes:
-      values: int32 [rows, V], 32 bits per number.
-      spans: the columns of each field among the W numbers of a row.
-      first: the row of each request's first entry.
-      stride: the number of rows from one entry of a request to its next.
-      nothing: the index of the padding row.
-      column: the last W - V numbers of each row, from a separate array; None if V is W.
-    """
+    """Packed rows of one kind, grouped by request: W int32 numbers, V of them in one array."""
 
     values: Int[np.ndarray, "rows V"]
-    spans: Spans
-    first: Int[np.ndarray, "n"]
-    stride: int = 1
-    nothing: int = 0
-    column: "Rows | None" = None
+    spans: Spans  # the columns of each field among the W numbers of a row
+    first: Int[np.ndarray, "n"]  # the row of each request's first entry
+    stride: int = 1  # the number of rows from one entry of a request to its next
+    nothing: int = 0  # the index of the padding row
+    column: "Rows | None" = None  # the last W - V numbers of each row; None if V is W
 
     @property
     def width(self) -> int:
@@ -190,13 +145,12 @@ class Rows(NamedTuple):
 
     def prefixes(self, numbers: Int[np.ndarray, "n"]) -> "Rows":
         """Copy the first `numbers[i]` entries of each request `i` into one array in memory."""
-        ends = 1 + np.cumsum(numbers)
-        first = ends - numbers
-        values = np.empty((1 + int(numbers.sum()), self.width), np.int32)
+        first = 1 + starts_of(numbers)
+        values = np.empty((first[-1], self.width), np.int32)
         (values[0],) = self.at(np.zeros((), np.int64), np.array([-1]))
         for some in slices(numbers):
-            values[first[some][0] : ends[some][-1]] = self.firsts(some, numbers[some])
-        return Rows(values, self.spans, first)
+            values[first[some.start] : first[some.stop]] = self.firsts(some, numbers[some])
+        return Rows(values, self.spans, first[:-1])
 
     def without(self, fields: Collection[str]) -> "Rows":
         """Drop some fields, which must be the last ones of a row."""
@@ -214,52 +168,35 @@ class Rows(NamedTuple):
 class Columns:
     """The arrays of n requests on the host, in memory or in a file (see `row_files`).
 
-    Candidates are in funnel order, so labels are known for a prefix of them, see `Request`. They
-    may be a prefix of all that were retrieved, see `only_counting`.
-
-    Attributes:
-      requests: the requests themselves, histories included; one entry per request.
-      candidates: the candidates, with the values of the teacher.
-      labels: the user labels of the candidates that were shown.
-      known: the facts for the evaluation about the candidates, if there are any.
-      counts: the counts of the requests.
-      kept: the number of leading candidates of each request that are kept here.
-      expect: announces the next requests to read, and the number of candidates of each, so that
-        a file can prefetch them.
+    Candidates are in funnel order, so labels are known for a prefix of them, see `Request`.
     """
 
-    requests: Rows
-    candidates: Rows
-    labels: Rows
-    known: Rows
+    requests: Rows  # one entry per request, histories included
+    candidates: Rows  # with the values of the teacher
+    labels: Rows  # of the candidates that were shown, by users
+    known: Rows  # facts for the evaluation about the candidates, if there are any
     counts: Counts
-    kept: Int[np.ndarray, "n"]
+    # Announces the next requests to read, and the number of candidates of each, to prefetch them.
     expect: Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None] = lambda *_: None
 
     def __len__(self) -> int:
         """The number of requests."""
-        return len(self.kept)
+        return len(self.counts.retrieved)
 
     def of(self, requests: slice) -> "Columns":
         """Return some of the requests."""
         rows = {name: getattr(self, name) for name in ("requests", "candidates", "labels", "known")}
         some = {name: of._replace(first=of.first[requests]) for name, of in rows.items()}
-        counts, kept = self.counts.of(requests), self.kept[requests]
-        return dataclasses.replace(self, **some, counts=counts, kept=kept)
+        return dataclasses.replace(self, **some, counts=self.counts.of(requests))
 
     @property
-    def parts(self) -> Parts[Rows]:
-        """The parts that a model may see."""
+    def parts(self) -> Parts:
+        """The rows that a model may see."""
         return Parts(self.requests, self.candidates, self.labels)
 
     @property
-    def values(self) -> Parts[Int[np.ndarray, "rows W"]]:
-        """The rows themselves."""
-        return Parts(*(part.values for part in self.parts))
-
-    @property
-    def spans(self) -> Parts[Spans]:
-        """The place of each field in a row."""
+    def spans(self) -> Parts:
+        """The `Spans` of each of these."""
         return Parts(*(part.spans for part in self.parts))
 
 
@@ -291,7 +228,7 @@ def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
     counts = Counts(
         request_id=block.values["request_id"],
         retrieved=retrieved,
-        # The same rule as in `Request.num_reached`.
+        # Stored as it was logged: fewer passed than shown, or more than there are.
         passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
         shown=shown,
         scored=block.numbers["scored"],
@@ -302,26 +239,21 @@ def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
 
     def rows(numbers: Int[np.ndarray, "n"], *owners: Owner) -> Rows:
         fields = _packed_fields(*owners)
-        arrays = {field.name: _side_by_side(field, block, spec) for field in fields}
+        arrays = {field.name: _entries(field, block, spec) for field in fields}
         packed = pack(arrays, {field.name: field.nothing for field in fields})
         return Rows(*packed, 1 + starts_of(numbers)[:-1])
 
     # Histories and the teacher's values are last in a row, so that `needed` can drop them.
-    of_requests = {
-        field.name: _side_by_side(field, block, spec)
-        for field in _packed_fields("request", "event")
-    }
     return Columns(
-        requests=Rows(*pack(of_requests), np.arange(len(shown))),
+        requests=rows(np.ones_like(shown), "request", "event"),
         candidates=rows(retrieved, "candidate", "scored"),
         labels=rows(shown, "shown"),
         known=rows(counts.known, "known"),
         counts=counts,
-        kept=retrieved,
     )
 
 
-def _side_by_side(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
+def _entries(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
     """Return a field of all requests: one entry per request, history padded, or per candidate."""
     numbers = block.numbers[field.of]
     if field.name == "history_mask":
@@ -330,27 +262,19 @@ def _side_by_side(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.nd
         values = proper_probability(block, spec.teacher_version)
     else:
         values = block.values[field.name]
+    if field.of not in ("event", "scored"):
+        return values
     if field.of == "event":  # the last ones of each request, padded at the end
-        length = spec.history_length
-        kept = np.minimum(numbers, length)
+        kept = np.minimum(numbers, spec.history_length)
         values = values[runs(starts_of(numbers)[1:] - kept, kept)]
-        filled = _filled(field, values, np.full(len(numbers), length), kept)
-        return filled.reshape(len(numbers), length, *values.shape[1:])
-    if field.of == "scored":
-        return _filled(field, values, block.numbers["candidate"], numbers)
-    return values
-
-
-def _filled(
-    field: Field,
-    values: Shaped[np.ndarray, "sum ..."],
-    whole: Int[np.ndarray, "n"],
-    numbers: Int[np.ndarray, "n"],
-) -> Shaped[np.ndarray, "all ..."]:
-    """Return lists of the lengths `whole` that begin with `numbers` values each."""
-    starts = starts_of(whole)
+        numbers, padded = kept, np.full(len(numbers), spec.history_length)
+    else:
+        padded = block.numbers["candidate"]
+    starts = starts_of(padded)
     filled = np.full((starts[-1], *values.shape[1:]), field.nothing, values.dtype)
     filled[runs(starts[:-1], numbers)] = values
+    if field.of == "event":
+        return filled.reshape(len(numbers), spec.history_length, *values.shape[1:])
     return filled
 
 
@@ -394,30 +318,8 @@ def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
     return dataclasses.replace(columns, requests=requests, candidates=candidates, counts=counts)
 
 
-def only_counting(columns: Columns, stage: Stage) -> Columns:
-    """Copy the requests to memory, without the candidates that cannot count in training.
-
-    Candidates that were shown always count, since they may have labels. The other passed
-    candidates of a request count all together or not at all, and so do the rest.
-
-    Args:
-      columns: the requests, with all their candidates.
-      stage: candidates that reached this stage of the funnel count.
-    """
-    kept = counting(columns.counts, stage)
-    return dataclasses.replace(
-        columns,
-        requests=columns.requests._replace(
-            values=columns.requests.values[columns.requests.first], first=np.arange(len(columns))
-        ),
-        candidates=columns.candidates.prefixes(kept),
-        labels=columns.labels.prefixes(columns.counts.shown),
-        kept=kept,
-    )
-
-
 def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
-    """Return the number of leading candidates that can count in training; see `only_counting`."""
+    """Return the number of leading candidates that can count in training; see `what_counts`."""
     passed_count, rest_counts = what_counts(counts, stage)
     number = np.where(passed_count, counts.passed, counts.shown)
     return np.where(rest_counts, counts.retrieved, number)
@@ -426,10 +328,11 @@ def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
 def what_counts(
     counts: Counts, stage: Stage
 ) -> tuple[Bool[np.ndarray, "*n"], Bool[np.ndarray, "*n"]]:
-    """Test for each request if its passed candidates count, and if the rest do.
+    """Test for each request if its passed candidates count in training, and if the rest do.
 
-    See `only_counting`. Shown candidates count as passed, in addition to counting by their labels.
-    A teacher that has scored only shown candidates makes no other passed candidate count.
+    Candidates that reached `stage` or have a score count. Shown candidates count as passed, in
+    addition to counting by their labels. A teacher that has scored only shown candidates makes no
+    other passed candidate count.
     """
     beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
     return (

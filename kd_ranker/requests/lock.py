@@ -27,28 +27,29 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds the lock, or the lock file cannot be written.
     """
-    path = folder / FILE
+    path, holder = folder / FILE, folder / _HOLDER
     lock = FileLock(path, timeout=0, thread_local=False)
     missing = [of for of in (folder, *folder.parents) if not of.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"{folder} is held by {_holder_of(folder)}; wait for its end") from error
-    except FileExistsError as error:
-        raise UserError(f"{folder} is not a folder; use another path") from error
+        other = "another process"
+        with contextlib.suppress(OSError):
+            other = holder.read_text(errors="replace") or other
+        raise UserError(f"{folder} is held by {other}; wait for its end") from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be locked: {error.strerror}; remove it, or use a folder that you can "
-            "write to"
+            f"{folder} cannot be locked: {error.filename}: {error.strerror}; use a folder that you "
+            "can write to"
         ) from error
+    with contextlib.suppress(OSError):
+        holder.write_text(this_process())
     try:
-        with contextlib.suppress(OSError):
-            (folder / _HOLDER).write_text(this_process())
         yield
     finally:
         with contextlib.suppress(OSError):
-            (folder / _HOLDER).unlink(missing_ok=True)
+            holder.unlink(missing_ok=True)
             # A contender that opened this file finds it unlinked once it has the lock, and retries.
             if not isinstance(lock, SoftFileLock):
                 path.unlink(missing_ok=True)
@@ -62,10 +63,3 @@ def this_process() -> str:
     """Describe this process: its id, its host and the current time."""
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     return f"process {os.getpid()} on {socket.gethostname()} since {now}"
-
-
-def _holder_of(folder: Path) -> str:
-    try:
-        return (folder / _HOLDER).read_text() or "another process"
-    except (OSError, ValueError):
-        return "another process"

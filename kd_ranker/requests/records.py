@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float32, Int32
 
-from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
+from kd_ranker.batch import STORED, FeatureSpec, Items, Request
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows
 
@@ -35,7 +35,6 @@ class Dataset:
       directory: its folder.
       identity: under `dataset`, its name and the fingerprint of its content. With the scores of a
         teacher that was trained on it, their name and fingerprint are under `scored`.
-      made_by: the command that makes it, for messages.
       spec: the sizes of its features.
       item_features: the features of each item.
       item_category: the category ids of each item.
@@ -46,7 +45,6 @@ class Dataset:
 
     directory: Path
     identity: Mapping[str, str]
-    made_by: str
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
@@ -62,10 +60,9 @@ class Dataset:
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
-    """Yield the requests of a split in stored order."""
+    """Yield the requests of a split in stored order; see `request_at`."""
     columns = dataset.columns[split]
-    for place in range(len(columns)):
-        yield request_at(columns, dataset.spec, place)
+    return (request_at(columns, dataset.spec, place) for place in range(len(columns)))
 
 
 def request_at(columns: Columns, spec: FeatureSpec, place: int) -> Request:
@@ -135,24 +132,20 @@ class RequestFeatures(tfds.features.FeaturesDict):
         return {name: np.asarray(fields[name], self[name].np_dtype)[()] for name in self}
 
 
-def record_features(spec: FeatureSpec) -> RequestFeatures:
-    """Return the TFDS features of a request."""
-
-    def feature(field: Field, *shape: int) -> tfds.features.FeatureConnector:
-        if field.stored is str:
-            return tfds.features.Text()
-        if field.of == "request" and not shape:
-            return tfds.features.Scalar(field.stored)
-        number = () if field.of == "request" else (None,)
-        return tfds.features.Tensor(shape=(*number, *shape), dtype=field.stored)
-
+def _features_of(spec: FeatureSpec) -> RequestFeatures:
     features: dict[str, tfds.features.FeatureConnector] = {}
     for field in STORED:
-        shape = field.shape(spec)
-        if field.name == "teacher_probability":
-            features |= {teacher_column(task): feature(field) for task in spec.tasks}
+        number = () if field.of == "request" else (None,)
+        shape = (*number, *field.shape(spec))
+        if field.stored is str:
+            features[field.name] = tfds.features.Text()
+        elif field.name == "teacher_probability":
+            of_task = tfds.features.Tensor(shape=number, dtype=field.stored)
+            features |= {teacher_column(task): of_task for task in spec.tasks}
+        elif not shape:
+            features[field.name] = tfds.features.Scalar(field.stored)
         elif 0 not in shape:  # which TFDS cannot describe
-            features[field.name] = feature(field, *shape)
+            features[field.name] = tfds.features.Tensor(shape=shape, dtype=field.stored)
     return RequestFeatures(features)
 
 
@@ -173,7 +166,7 @@ def write_index(
         splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[number], num_bytes=size))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=record_features(spec),
+        features=_features_of(spec),
         split_infos=splits,
         version=version,
         check_data=False,  # checking the first example would need TensorFlow

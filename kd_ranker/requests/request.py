@@ -18,9 +18,6 @@ Models learn from the first. Settings are chosen on the second. The third is rea
 reported results.
 """
 
-# The number of requests that are combined into one block.
-_CHUNK = 256
-
 COUNTED_BY: Mapping[Owner, str] = {
     "event": "history_id",
     "candidate": "item_id",
@@ -96,12 +93,6 @@ def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
         else:
             values[field.name] = np.concatenate(entries)
     return Block(values, numbers)
-
-
-def blocks_of(requests: Iterator[Request], spec: FeatureSpec) -> Iterator[Block]:
-    """Combine requests into blocks, a few hundred each."""
-    while chunk := list(itertools.islice(requests, _CHUNK)):
-        yield block_of(chunk, spec)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def flat(columns: Columns, for_training: bool) -> Flat:
         columns, counts = in_sampling_order(columns), counts._replace(known=0 * counts.known)
     parts = (columns.requests, columns.labels, columns.candidates, columns.known)
     numbers = (np.ones_like(counts.known), counts.shown, counts.retrieved, counts.known)
-    widths = [part.values.shape[1] for part in parts]
+    widths = [part.width for part in parts]
     sizes = np.stack(numbers, axis=1) * widths
     ends = np.cumsum(sizes).reshape(sizes.shape)
     first = ends - sizes
@@ -85,14 +85,24 @@ def flat(columns: Columns, for_training: bool) -> Flat:
     for part, of_each, to, width in zip(parts, numbers, first.T, widths, strict=True):
         if of_each.any():
             window = sliding_window_view(whole, width, writeable=True)
-            window[runs(to, of_each, width)] = part.values[runs(part.first, of_each, part.stride)]
+            window[runs(to, of_each, width)] = part.firsts(slice(None), of_each)
     return Flat(whole, np.concatenate([first, np.stack(counts, axis=1)], axis=1))
 
 
-def write(folder: Path, split: str, spec: FeatureSpec, parts: Iterable[Flat]) -> int:
-    """Write at least one part of requests after those of a split, and return their number."""
+def write(
+    folder: Path,
+    split: str,
+    spec: FeatureSpec,
+    parts: Iterable[Flat],
+    report: Callable[[int], Any],
+) -> int:
+    """Write at least one part of requests after those of a split, and return their number.
+
+    The number of requests of each part goes to `report` after the part is written.
+    """
     rows_path, counts_path = paths(folder, split, len(all_paths(folder, split)))
-    nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
+    none = columns_of([], spec)
+    nothing = np.concatenate([of.values[0] for of in (none.labels, none.candidates, none.known)])
     written, before = [], len(nothing)
     with rows_path.open("wb") as file:
         file.write(nothing.data)
@@ -101,15 +111,10 @@ def write(folder: Path, split: str, spec: FeatureSpec, parts: Iterable[Flat]) ->
             written.append(counts)
             before += len(numbers)
             file.write(numbers.data)  # `tofile` would not report why it fails
+            report(len(counts))
     whole = np.concatenate(written)
     np.save(counts_path, whole)
     return len(whole)
-
-
-def _nothing(spec: FeatureSpec) -> list[Rows]:
-    """Return the padding rows, in the order in which they begin a file."""
-    none = columns_of([], spec)
-    return [none.labels, none.candidates, none.known]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,8 +141,7 @@ def in_sampling_order(columns: Columns) -> Columns:
     request = np.repeat(np.arange(len(columns)), shown)
     positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
     # The size of each of the four groups in a request, and where it begins.
-    bounds = np.stack([counts.positives, shown, counts.passed, columns.kept], axis=1)
-    ends = np.minimum(bounds, columns.kept[:, None])
+    ends = np.stack([counts.positives, shown, counts.passed, counts.retrieved], axis=1)
     sizes = np.diff(ends, axis=1, prepend=0)
     distinct, which = np.unique(sizes.ravel(), return_inverse=True)
     spread = np.concatenate([spread_order(size) for size in distinct.tolist()])
@@ -146,7 +150,7 @@ def in_sampling_order(columns: Columns) -> Columns:
     # The first two groups are mixed, in the order in which they were shown.
     start = starts_of(shown)[:-1]
     by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
-    of_shown = runs(starts_of(columns.kept)[:-1], shown)
+    of_shown = runs(starts_of(counts.retrieved)[:-1], shown)
     order[of_shown] = by_label[start[request] + order[of_shown]]
 
     def moved(rows: Rows, numbers: Int[np.ndarray, "n"], order: Int[np.ndarray, "sum"]) -> Rows:
@@ -157,55 +161,55 @@ def in_sampling_order(columns: Columns) -> Columns:
 
     return dataclasses.replace(
         columns,
-        candidates=moved(columns.candidates, columns.kept, order),
+        candidates=moved(columns.candidates, counts.retrieved, order),
         labels=moved(columns.labels, shown, order[of_shown]),
     )
 
 
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
     """Return the requests of a split, backed by their files."""
-    none = columns_of([], spec)
-    opened = [_open_part(*pair) for pair in all_paths(folder, split)]
-    files, values, counted = zip(*opened, strict=True)
-    starts = starts_of(np.array([len(of) for of in values]))[:-1]
+    files, values, counted = [], [], []
+    for rows_path, counts_path in all_paths(folder, split):
+        files.append(rows_path.open("rb"))
+        mapped = mmap.mmap(files[-1].fileno(), 0, prot=mmap.PROT_READ)
+        # A read far from the last one must not read ahead.
+        mapped.madvise(mmap.MADV_RANDOM)
+        values.append(np.frombuffer(mapped, np.int32))
+        counted.append(np.asarray(np.load(counts_path, mmap_mode="r")))
+    starts = starts_of(np.array(list(map(len, values))))[:-1]
     numbers = counted[0]
     if len(counted) > 1:
         numbers = np.concatenate(counted)
         numbers[:, :PLACES] += np.repeat(starts, list(map(len, counted)))[:, None]
-    first, counts = numbers.T[:PLACES], Counts(*numbers.T[PLACES:])
-    nothing = np.cumsum([0, *(rows.values.shape[1] for rows in _nothing(spec))]).tolist()
+    none = columns_of([], spec)
+    like = (none.labels, none.candidates, none.known)
+    nothing = starts_of(np.array([of.width for of in like])).tolist()
 
     def rows(like: Rows, first: Int[np.ndarray, "n"], nothing: int = 0) -> Rows:
-        width = like.values.shape[1]
-        windows = [sliding_window_view(of, width) for of in values]
+        windows = [sliding_window_view(of, like.width) for of in values]
         every: Any = _Chain(windows, starts) if len(windows) > 1 else windows[0]
-        return Rows(every, like.spans, first, width, nothing)
+        return Rows(every, like.spans, first, like.width, nothing)
 
-    requests, candidates = (
-        rows(none.requests, first[0]),
-        rows(none.candidates, first[2], nothing[1]),
-    )
-    return Columns(
-        requests=requests,
-        candidates=candidates,
-        labels=rows(none.labels, first[1], nothing[0]),
-        known=rows(none.known, first[3], nothing[2]),
-        counts=counts,
-        kept=counts.retrieved,
-        expect=_fetching(files, starts, requests, candidates),
-    )
+    first, counts = numbers.T[:PLACES], Counts(*numbers.T[PLACES:])
+    requests = rows(none.requests, first[0])
+    labels, candidates, known = map(rows, like, first[1:], nothing[:-1])
 
+    def expect(which: Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]) -> None:
+        """Start the reads of many requests, which the disk does during other work."""
+        begin = 4 * first[0][which]
+        end = 4 * (first[2][which] + numbers * candidates.width)
+        gap = begin[1:] - end[:-1]
+        splits = (gap < 0) | (gap > _GAP)
+        begins, ends = begin[:1].tolist() + begin[1:][splits].tolist(), end[:-1][splits].tolist()
+        of_file = np.searchsorted(4 * starts, begins, side="right") - 1
+        ranges = zip(of_file.tolist(), begins, ends + end[-1:].tolist(), strict=True)
+        for file, start, stop in ranges:
+            place = start - 4 * int(starts[file])
+            os.posix_fadvise(files[file].fileno(), place, stop - start, os.POSIX_FADV_WILLNEED)
 
-def _open_part(
-    rows_path: Path, counts_path: Path
-) -> tuple[Any, Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
-    """Return the file of rows of a part, the numbers in it, and the contents of its counts."""
-    counted = np.asarray(np.load(counts_path, mmap_mode="r"))
-    file = rows_path.open("rb")
-    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    # A read far from the last one must not read ahead.
-    mapped.madvise(mmap.MADV_RANDOM)
-    return file, np.frombuffer(mapped, np.int32), counted
+    opened = Columns(requests, candidates, labels, known, counts)
+    can_expect = hasattr(os, "posix_fadvise")  # not on macOS
+    return dataclasses.replace(opened, expect=expect) if can_expect else opened
 
 
 class _Chain:
@@ -215,45 +219,18 @@ class _Chain:
     all files.
     """
 
-    def __init__(
-        self,
-        windows: Sequence[Int32[np.ndarray, "_ W"]],
-        starts: Int64[np.ndarray, "files"],
-    ) -> None:
+    def __init__(self, windows: Sequence[Any], starts: Int64[np.ndarray, "files"]) -> None:
         self.windows, self.starts = windows, starts
-        self.shape = (sum(map(len, windows)), windows[0].shape[1])
 
     def __getitem__(self, index: Any) -> Any:
         """Return copies of rows, int32 [*index, W], or with slices a chain of fewer columns."""
         if isinstance(index, tuple):
             return _Chain([of[index] for of in self.windows], self.starts)
         index = np.asarray(index)
-        rows = np.empty((*index.shape, self.shape[1]), np.int32)
+        rows = np.empty((*index.shape, self.windows[0].shape[1]), np.int32)
         of_file = np.searchsorted(self.starts, index, side="right") - 1
         for file, windows in enumerate(self.windows):
             chosen = of_file == file
             if chosen.any():
                 rows[chosen] = windows[index[chosen] - self.starts[file]]
         return rows
-
-
-def _fetching(
-    files: Sequence[Any], starts: Int64[np.ndarray, "files"], requests: Rows, candidates: Rows
-) -> Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None]:
-    """Build `Columns.expect`, by which the disk reads many pieces at once during other work."""
-    if not hasattr(os, "posix_fadvise"):
-        return lambda *_: None
-
-    def expect(which: Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]) -> None:
-        begin = 4 * requests.first[which]
-        end = 4 * (candidates.first[which] + numbers * candidates.stride)
-        gap = begin[1:] - end[:-1]
-        apart = (gap < 0) | (gap > _GAP)
-        begins, ends = begin[:1].tolist() + begin[1:][apart].tolist(), end[:-1][apart].tolist()
-        of_file = np.searchsorted(4 * starts, begins, side="right") - 1
-        ranges = zip(of_file.tolist(), begins, ends + end[-1:].tolist(), strict=True)
-        for file, start, stop in ranges:
-            place = start - 4 * int(starts[file])
-            os.posix_fadvise(files[file].fileno(), place, stop - start, os.POSIX_FADV_WILLNEED)
-
-    return expect

@@ -12,8 +12,7 @@ A built dataset is the folder `data.dir/requests/<name>/<version>`. Each request
                         dataset is a digest of those of the files above, without the index
 
 and the additional files of its source. It is written to a temporary folder that is renamed at the
-end, so a dataset is complete or absent. The next build removes the leftovers of a build that was
-killed. Equal requests give equal files, byte for byte.
+end, so a dataset is complete or absent. Equal requests give equal files, byte for byte.
 
 A teacher's probabilities for its candidates are a column in another folder:
 
@@ -23,6 +22,7 @@ A teacher's probabilities for its candidates are a column in another folder:
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -36,13 +36,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from kd_ranker import manifest
-from kd_ranker.batch import STORED, FeatureSpec, Request, Stage
+from kd_ranker.batch import STORED, FeatureSpec, Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows, Span, columns_of_block, slices
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, write_index
-from kd_ranker.requests.request import SPLITS, Block, Source, blocks_of, starts_of
+from kd_ranker.requests.request import SPLITS, Block, Source, block_of, starts_of
 from kd_ranker.requests.row_files import Flat
 
 FORMAT_VERSION = "2.1.0"
@@ -50,10 +50,15 @@ SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
 _EARLIER_FILE = "earlier.json"
-# The splits that become training requests of a dataset that extends another.
-_HELD_OUT = ("validation", "test")
+# The features that a dataset must have, by the attributes of `FeatureSpec` with their widths.
+_REQUIRED = (
+    *("user_features", "context_features", "history_features", "candidate_features"),
+    *("item_features", "cheap_item_features"),
+)
 # The prefix of the name of a folder that is being written.
 _UNFINISHED = ".unfinished-"
+# The number of single requests that are combined into one block.
+_BLOCK = 256
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -66,11 +71,11 @@ def build(
 ) -> Path:
     """Write a source to disk unless the dataset exists already, and return its folder.
 
-    The folder is claimed before the source is opened. The leftovers of a build that was killed are
-    removed.
+    The folder is claimed before the source is opened, and the source is closed at the end. The
+    leftovers of a build that was killed are removed.
 
     Args:
-      open_source: returns the source, which is closed at the end.
+      open_source: returns the source.
       name: of the dataset.
       data_dir: `config.data.dir`.
       earlier: a dataset of requests that come before these and become training requests; its ids
@@ -97,38 +102,11 @@ def build(
     return directory
 
 
-def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> None:
-    (folder / SPEC_FILE).write_text(source.spec.to_json())
-    np.save(folder / _ITEMS_FILE, source.item_features)
-    none = np.zeros((source.spec.num_items, 0), np.int32)
-    category = none if source.item_category is None else source.item_category
-    np.save(folder / _CATEGORY_FILE, category)
-    known = _link_earlier(earlier, folder) if earlier else {}
-    numbers = {
-        split: _write_requests(source, split, folder, earlier if split == "train" else None)
-        for split in SPLITS
-    }
-    write_index(folder, source.spec, numbers, FORMAT_VERSION)
-    needed = {*folder.rglob("*")}
-    if source.write_beside:
-        source.write_beside(folder)
-    removable = [path for path in folder.rglob("*") if path not in needed]
-    manifest.write(
-        folder,
-        {"dataset": name},
-        removable=[path.relative_to(folder).as_posix() for path in removable],
-        known=known,
-    )
-
-
 def _check(source: Source, earlier: Dataset | None) -> None:
     """Raise UserError for required features of width 0, and for a split without requests."""
     spec = source.spec
-    optional = {field.name for field in dataclasses.fields(Request) if field.default is None}
-    widths = {field.name: field.width(spec) for field in STORED if field.width}
-    widths |= {name: getattr(spec, name) for name in ("item_features", "cheap_item_features")}
-    for name, width in widths.items():
-        if width < 1 and name not in optional:
+    for name in _REQUIRED:
+        if getattr(spec, name) < 1:
             raise UserError(
                 f"{spec.dataset}: {name} has no columns; give at least one column, of zeros"
             )
@@ -137,22 +115,40 @@ def _check(source: Source, earlier: Dataset | None) -> None:
             raise UserError(f"{spec.dataset} yields no requests for its split {split!r}")
 
 
-def _link_earlier(earlier: Dataset, folder: Path) -> dict[str, list]:
-    """Link the training requests of an earlier dataset; return their entries in its manifest."""
-    (folder / _EARLIER_FILE).write_text(json.dumps([*earlier.earlier, earlier.identity["dataset"]]))
-    linked = row_files.link(earlier.directory, folder, "train")
-    entries = manifest.read(earlier.directory, _remedy(earlier.directory, earlier.made_by))["files"]
-    return {name: entries[name] for name in linked}
+def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> None:
+    (folder / SPEC_FILE).write_text(source.spec.to_json())
+    np.save(folder / _ITEMS_FILE, source.item_features)
+    none = np.zeros((source.spec.num_items, 0), np.int32)
+    category = none if source.item_category is None else source.item_category
+    np.save(folder / _CATEGORY_FILE, category)
+    known = {}
+    if earlier:
+        identities = [*earlier.earlier, earlier.identity["dataset"]]
+        (folder / _EARLIER_FILE).write_text(json.dumps(identities))
+        entries = manifest.read(earlier.directory, "make it again")["files"]
+        linked = row_files.link(earlier.directory, folder, "train")
+        known = {name: entries[name] for name in linked}
+    numbers = {
+        split: _write_requests(source, split, folder, earlier if split == "train" else None)
+        for split in SPLITS
+    }
+    write_index(folder, source.spec, numbers, FORMAT_VERSION)
+    if source.write_beside:
+        source.write_beside(folder)
+    manifest.write(folder, {"dataset": name}, known=known)
 
 
 def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset | None) -> int:
-    """Write the requests of a split, after those of an earlier dataset; return their number."""
-    held_out = [earlier.columns[of] for of in _HELD_OUT] if earlier else []
+    """Write the requests of a split, after all those of an earlier dataset; return their number."""
+    held_out = [earlier.columns[of] for of in SPLITS[1:]] if earlier else []
     # The order of candidates in training is another one.
-    moved = (row_files.flat(of.of(at), True) for of in held_out for at in slices(of.kept))
-    parts = itertools.chain(moved, _parts(source, split))
+    moved = (
+        row_files.flat(of.of(at), True) for of in held_out for at in slices(of.counts.retrieved)
+    )
     expected = source.num_requests[split] + sum(map(len, held_out))
-    written = row_files.write(folder, split, source.spec, parts)
+    parts = itertools.chain(moved, _parts(source, split))
+    with tqdm(total=expected, desc=f"writing {split}", unit="request", disable=None) as progress:
+        written = row_files.write(folder, split, source.spec, parts, progress.update)
     if written != expected:
         raise RuntimeError(f"{expected} requests in split {split!r}, {written} written")
     return written + (len(earlier.columns["train"]) if earlier else 0)
@@ -161,23 +157,25 @@ def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset |
 def _parts(source: Source, split: str) -> Iterator[Flat]:
     """Yield the requests of a split; threads prepare a few blocks ahead of the writer."""
 
-    def encoded(block: Block) -> Flat:
+    def encoded(block_of_shard: Callable[[], Block]) -> Flat:
+        block = block_of_shard()
         _check_ids(block, source.spec)
         return row_files.flat(columns_of_block(block, source.spec), split == "train")
 
-    title, number = f"writing {split}", source.num_requests[split]
-    if source.shards is None:
-        requests = tqdm(source.requests(split), title, number, unit="request", disable=None)
-        yield from map(encoded, blocks_of(iter(requests), source.spec))
-        return
     ahead: deque[Future[Flat]] = deque()
     with ThreadPoolExecutor(source.threads) as executor:
-        for shard in tqdm(source.shards(split), title, leave=False, unit="part", disable=None):
-            ahead.append(executor.submit(lambda shard: encoded(shard()), shard))
+        for shard in source.shards(split) if source.shards else _in_blocks(source, split):
+            ahead.append(executor.submit(encoded, shard))
             if len(ahead) > 2 * source.threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def _in_blocks(source: Source, split: str) -> Iterator[Callable[[], Block]]:
+    requests = iter(source.requests(split))
+    while chunk := list(itertools.islice(requests, _BLOCK)):
+        yield functools.partial(block_of, chunk, source.spec)
 
 
 def _check_ids(block: Block, spec: FeatureSpec) -> None:
@@ -198,34 +196,31 @@ def _check_ids(block: Block, spec: FeatureSpec) -> None:
             )
 
 
-def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
-    """Open a built dataset.
+def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False) -> Dataset:
+    """Open the dataset `name` of `config.data.dir`, made by the command `made_by`.
 
-    Args:
-      name: see `dataset_name`.
-      data_dir: `config.data.dir`.
-      made_by: the command that makes the dataset, for the message if it is missing.
+    Large files are checked only by their sizes, or `thorough` by their contents too.
 
     Raises:
-      UserError: the dataset is missing or damaged.
+      UserError: the dataset is missing, damaged, or another one; the message names the command.
     """
     directory = directory_of(name, data_dir)
     if not directory.exists():
         versions = ", ".join(sorted(path.name for path in directory.parent.glob("[0-9]*")))
         older = f", only one of another format ({versions})" if versions else ""
         raise UserError(f"no dataset at {directory}{older}; make it with: {made_by}")
-    check_whole(directory, made_by)
+    remedy = _remedy(directory, made_by)
+    manifest.check(directory, remedy, {"dataset": name}, thorough)
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     earlier = directory / _EARLIER_FILE
     rows = (
         path.name for of in SPLITS for pair in row_files.all_paths(directory, of) for path in pair
     )
     files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
-    fingerprint = manifest.fingerprint(directory, files, _remedy(directory, made_by))
+    fingerprint = manifest.fingerprint(directory, files, remedy)
     return Dataset(
         directory=directory,
         identity={"dataset": f"{name}/{fingerprint}"},
-        made_by=made_by,
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),
@@ -234,33 +229,12 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
     )
 
 
-def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
-    """Check all files of a dataset against its manifest.
-
-    Args:
-      directory: of the dataset.
-      made_by: the command that makes it, for the message.
-      thorough: whether to read large files too.
-
-    Raises:
-      UserError: a file is damaged, or the folder holds another dataset.
-    """
-    made_of = {"dataset": directory.parent.name}
-    manifest.check(directory, _remedy(directory, made_by), made_of, thorough)
-
-
 def _remedy(directory: Path, made_by: str) -> str:
     return f"remove the folder {directory} and make it again with: {made_by}"
 
 
 def open_column(folder: Path, split: str, columns: Columns, spec: FeatureSpec) -> np.memmap:
     """Open a teacher's probabilities for a split to write to; new ones are NaN everywhere.
-
-    Args:
-      folder: of the column.
-      split: one of `SPLITS`.
-      columns: its requests.
-      spec: the sizes of their features.
 
     Returns:
       float32 [1 + candidates, T]; the candidates of a request begin at its row of `first_rows`.
@@ -318,14 +292,9 @@ def with_column(
             candidates=of.candidates.without([span.name]).with_column(column),
             counts=of.counts._replace(scored=scored),
         )
-    return dataclasses.replace(
-        dataset,
-        identity={**dataset.identity, "scored": f"{folder.name}/{fingerprint}"},
-        spec=dataclasses.replace(
-            dataset.spec, teacher_version=version, teacher_signal="probability"
-        ),
-        columns=columns,
-    )
+    spec = dataclasses.replace(dataset.spec, teacher_version=version, teacher_signal="probability")
+    identity = {**dataset.identity, "scored": f"{folder.name}/{fingerprint}"}
+    return dataclasses.replace(dataset, identity=identity, spec=spec, columns=columns)
 
 
 def _column_path(folder: Path, split: str) -> Path:

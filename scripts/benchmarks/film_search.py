@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from kd_ranker import configs
-from kd_ranker.batch import CandidateBatch
 from kd_ranker.batches import cutting
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.pipeline.datasets import dataset_of
@@ -34,13 +33,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     dataset, size = dataset_of(config), config.funnel.retrieved
     model, init = recipes.student_model(config, dataset.spec)
     parameters, mode = jax.jit(lambda: init(jax.random.key(0), 0))(), MODES["aux"]
-    fields = cutting.all_fields(dataset.columns["test"], np.zeros(1, int), np.arange(size)[None])
+    batch = cutting.whole_batch(dataset.columns["test"], np.zeros(1, int), np.arange(size)[None])
     exported = programs.make_programs(
         programs.Servable(
             model, parameters, dataset.spec, dataset.items, mode.serve["teacher"], (1.0,)
         )
     )
-    arrays = jax.device_put(programs.fields_of(CandidateBatch(**fields)) | exported.tables)
+    arrays = jax.device_put(programs.fields_of(batch) | exported.tables)
     parts = jax.jit(lambda given: check.rank(exported.programs, given)["value"])
 
     collection = filmsearch.read(Path(arguments.data))

@@ -134,5 +134,5 @@ def ours(log: str, threads: int, folder: str) -> tuple[int, int]:
     columns = datasets.dataset_of(config).columns
     return (
         sum(len(columns[split]) for split in SPLITS),
-        int(sum(columns[split].kept.sum() for split in SPLITS)),
+        int(sum(columns[split].counts.retrieved.sum() for split in SPLITS)),
     )

@@ -1,27 +1,13 @@
 """From requests to training batches, all on the host."""
 
-from typing import Any
-
 import numpy as np
 
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches
 from kd_ranker.batches.sampling import BatchConfig, Slots
-from kd_ranker.batches.training import Devices, Share
 from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.row_files import in_sampling_order
-
-
-class PartOf(Devices):
-    """The devices of one of several processes."""
-
-    def __init__(self, part: int, parts: int):
-        self._share = Share(part, parts)
-
-    @property
-    def share(self) -> Share:
-        return self._share
 
 
 def prepared(
@@ -33,10 +19,8 @@ def prepared(
 ) -> tuple[Columns, np.ndarray, Slots]:
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
     columns = in_sampling_order(columns)
-    kinds, slots = sampling.kinds_of(
-        columns.counts, stage, BatchConfig(1, candidates, passed_share, negative_rate, seed=0)
-    )
-    return columns, kinds, slots
+    batch = BatchConfig(1, candidates, passed_share, negative_rate, seed=0)
+    return columns, *sampling.kinds_of(columns.counts, stage, batch)
 
 
 def starts_of(kinds: np.ndarray, rows: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -53,13 +37,8 @@ def packed(
     return cutting.pack_batches(drawn, Layout(columns.spans, slots, logged))
 
 
-def unpacked(batches: PackedBatches) -> list[CandidateBatch]:
-    """The batch of each step by itself."""
-    return [cutting.unpack(batches, step) for step in range(batches.rows.shape[1])]
-
-
-def full_fields(columns: Columns, candidates: int) -> dict[str, Any]:
+def full_batch(columns: Columns, candidates: int) -> CandidateBatch:
     """All candidates of all requests in their stored order, padded to `candidates`."""
     index = np.arange(candidates)
-    places = np.where(index < columns.kept[:, None], index, -1)
-    return cutting.all_fields(columns, np.arange(len(columns)), places)
+    places = np.where(index < columns.counts.retrieved[:, None], index, -1)
+    return cutting.whole_batch(columns, np.arange(len(columns)), places)

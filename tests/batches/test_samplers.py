@@ -8,26 +8,12 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches.cutting import unpack
-from kd_ranker.batches.samplers import (
-    SAMPLERS,
-    Sampler,
-    checked,
-    evenly,
-    funnel,
-    hard,
-    scores_of,
-)
-from kd_ranker.batches.training import (
-    ALL,
-    BatchConfig,
-    Needs,
-    training_batches,
-)
+from kd_ranker.batches.samplers import SAMPLERS, Sampler, checked, evenly, funnel, hard, scores_of
+from kd_ranker.batches.training import ALL, BatchConfig, Needs, training_batches
 from kd_ranker.errors import UserError
-from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from tests.random_batches import SPEC
-from tests.requests.random_requests import random_request, random_source
+from tests.requests.random_requests import built, random_request, random_source
 
 BATCH = BatchConfig(1, 12, 1.0, 1.0, seed=0)
 V1 = dataclasses.replace(SPEC, teacher_version="v1")
@@ -47,22 +33,17 @@ def ragged_request(seed):
     )
 
 
-def ragged_source(beyond_passed=True):
-    """Requests of all sizes; the scores of one reach beyond the passed."""
-    seeds = [seed for seed in range(12) if beyond_passed or seed % len(SIZES) != 4]
-
-    def requests(split):
-        return map(ragged_request, seeds) if split == "train" else random_source().requests(split)
-
-    numbers = {**random_source().num_requests, "train": len(seeds)}
-    return dataclasses.replace(random_source(), requests=requests, num_requests=numbers)
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["all scored", "passed scored"])
 def dataset(tmp_path_factory, request):
-    directory = str(tmp_path_factory.mktemp("data"))
-    storage.build(lambda: ragged_source(request.param), "ragged", directory)
-    return storage.open_dataset("ragged", directory, made_by="")
+    """Requests of all sizes; the scores of one reach beyond the passed, or it is left out."""
+    seeds = [seed for seed in range(12) if request.param or seed % len(SIZES) != 4]
+    source = random_source(train=len(seeds))
+
+    def requests(split):
+        return map(ragged_request, seeds) if split == "train" else source.requests(split)
+
+    folder = tmp_path_factory.mktemp("data")
+    return built(folder, dataclasses.replace(source, requests=requests))
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +51,8 @@ def copy_of_funnel(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "copy", Sampler(lambda *of: funnel(*of)))
 
 
-def take(dataset, sampler, number, needs=ALL, resident=True):
-    sizes = BatchConfig(4, 12, 0.5, 0.5, seed=0, sampler=sampler)
+def take(dataset, sampler, number, needs=ALL, resident=True, candidates=12):
+    sizes = BatchConfig(4, candidates, 0.5, 0.5, seed=0, sampler=sampler)
     batches = iter(training_batches(dataset, sizes, needs, resident=resident))
     return [unpack(*jax.device_get(next(batches))) for _ in range(number)]
 
@@ -90,10 +71,8 @@ def test_on_the_host_funnel_makes_the_batches_that_its_compiled_form_makes(
     dataset, stage, logged, resident
 ):
     needs = Needs(stage, logged)
-    compiled = take(dataset, "funnel", 3, needs)
-    for one, other in zip(
-        compiled, take(dataset, "copy", 3, needs, resident=resident), strict=True
-    ):
+    compiled, on_host = take(dataset, "funnel", 3, needs), take(dataset, "copy", 3, needs, resident)
+    for one, other in zip(compiled, on_host, strict=True):
         for field in dataclasses.fields(one):
             few, more = getattr(one, field.name), getattr(other, field.name)
             # The host's batches may have more padding.
@@ -101,28 +80,39 @@ def test_on_the_host_funnel_makes_the_batches_that_its_compiled_form_makes(
             np.testing.assert_array_equal(np.pad(few, wider), more, err_msg=field.name)
 
 
-def test_labels_come_first_and_keep_their_candidates(dataset):
-    """Each candidate of a batch has the stage, label and score with which it is stored."""
+@pytest.mark.parametrize("candidates", [1, 2, 12, 40])
+@pytest.mark.parametrize("sampler", ["funnel", "uniform", "hard"])
+def test_a_batch_tells_the_truth_about_its_candidates(dataset, sampler, candidates):
     requests = {of.user_features.tobytes(): of for of in map(ragged_request, range(12))}
-    for batch in take(dataset, "uniform", 3):
+    for batch in take(dataset, sampler, 3, resident=False, candidates=candidates):
         for row, features in enumerate(batch.user_features):
             request = requests[features.tobytes()]
             place = {int(item): at for at, item in enumerate(request.item_id)}
             real = np.flatnonzero(batch.stage[row])
             at = np.array([place[int(item)] for item in batch.item_id[row][real]])
-            reached = [at < request.num_reached(stage) for stage in list(Stage)[1:]]
+            assert len(set(at.tolist())) == len(at) == min(candidates, len(place))
+            np.testing.assert_array_equal(
+                batch.candidate_features[row][real], request.candidate_features[at]
+            )
+            numbers = (len(request.item_id), request.num_passed, len(request.user_label))
+            reached = [at < number for number in numbers]
             np.testing.assert_array_equal(batch.stage[row][real], np.sum(reached, axis=0))
             labelled = np.flatnonzero(batch.label_weight[row])
-            assert len(labelled) == reached[-1].sum()
+            np.testing.assert_array_equal(labelled, np.arange(len(labelled)))  # they come first
+            assert reached[-1][labelled].all()
             labels = request.user_label[at[labelled]]
             np.testing.assert_array_equal(batch.user_label[row][labelled], labels)
-            np.testing.assert_allclose(
-                batch.label_weight[row][labelled], len(place) / len(real), rtol=1e-6
-            )
+            if sampler == "uniform":
+                weight = batch.label_weight[row][labelled]
+                np.testing.assert_allclose(weight, len(place) / len(real), rtol=1e-6)
+                assert len(labelled) == reached[-1].sum()
             scored = at < len(request.teacher_probability)
-            found = batch.teacher_probability[row][: len(real)][scored[: batch.judged]]
-            stored = request.teacher_probability[at[scored]]
+            judged, stored = scored[: batch.judged], request.teacher_probability[at[scored]]
+            found = batch.teacher_probability[row][: len(real)][judged]
             np.testing.assert_array_equal(found, np.nan_to_num(stored))
+            weight = batch.teacher_weight[row]
+            assert weight.sum() == (~np.isnan(stored)).sum()
+            np.testing.assert_array_equal(weight[: len(real)][judged], ~np.isnan(stored))
 
 
 def counts_of(shown, passed, retrieved, positives):
@@ -185,40 +175,24 @@ def test_hard_takes_the_highest_scores_among_those_not_shown(share, unscored):
     assert (np.abs(random[others] / 2000 - likely) < 5 * np.sqrt(0.25 / 2000)).all()
 
 
-@pytest.mark.parametrize("name", ["funnel", "uniform", "hard"])
-@pytest.mark.parametrize("of", SIZES)
-@pytest.mark.parametrize("candidates", [1, 2, 12, 40])
-def test_requests_of_any_size_fill_their_slots(name, of, candidates):
-    columns = columns_of([ragged_request(SIZES.index(of))], V1)
-    counts = columns.counts.of(0)
-    scores = scores_of(columns, Stage.RETRIEVED)(0)
-    batch = BATCH._replace(candidates=candidates)
-    for key in np.random.default_rng(0).random((20, 4)):
-        places, _ = SAMPLERS[name].function(counts, scores, batch, key)
-        assert len(set(places.tolist())) == len(places) == min(candidates, of[2])
-        assert set(places.tolist()) <= set(range(of[2]))
-
-
 def test_scores_are_the_mean_over_the_tasks_that_have_one():
     request = random_request(0, shown=1, passed=3, retrieved=4)
     probability = np.array([[0.2, 0.4, 0.9], [0.2, np.nan, 0.4], [np.nan] * 3], np.float32)
     columns = columns_of([dataclasses.replace(request, teacher_probability=probability)], V1)
     expected = [0.5, 0.3, np.nan, np.nan]
-    np.testing.assert_allclose(scores_of(columns, Stage.RETRIEVED)(0), expected, rtol=1e-6)
-    np.testing.assert_array_equal(np.isnan(scores_of(columns, Stage.SHOWN)(0)), [0, 1, 1, 1])
+    np.testing.assert_allclose(scores_of(columns, Stage.RETRIEVED, 0), expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(scores_of(columns, Stage.SHOWN, 0)), [0, 1, 1, 1])
 
 
 @pytest.mark.parametrize(
     "result",
     [
         (np.arange(13), np.ones(13)),
-        (np.array([0, 20]), np.ones(2)),
-        (np.array([-1]), np.ones(1)),
-        (np.array([0.5]), np.ones(1)),
-        (np.array([3, 3]), np.ones(2)),
-        (np.array([3, 4]), np.ones(1)),
-        (np.array([3]), np.array([np.nan])),
-        (np.array([3]), np.array([1e39])),
+        *(([place], [1.0]) for place in (20, -1, 0.5, "a")),
+        *(([3], [factor]) for factor in (np.nan, 1e39, -1)),
+        ([3, 3], [1, 1]),
+        ([3, 4], [1]),
+        *(None, 3, np.arange(3), "places", ([[1], [2, 3]], np.ones(2))),  # not pairs of arrays
     ],
 )
 def test_a_sampler_that_breaks_its_contract_is_an_error(result):

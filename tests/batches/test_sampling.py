@@ -9,20 +9,15 @@ from kd_ranker.batch import IN_BATCH, Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.requests.columns import (
-    Columns,
-    columns_of,
-    needed,
-    only_counting,
-    proper_probability,
-)
+from kd_ranker.requests.columns import columns_of, needed, proper_probability
 from kd_ranker.requests.request import block_of
 from kd_ranker.requests.row_files import spread_order
-from tests.batches.packing_by_hand import full_fields, packed, prepared, starts_of
+from tests.batches.packing_by_hand import full_batch, packed, prepared, starts_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
 
 V1 = dataclasses.replace(SPEC, teacher_version="v1")
+PER_CANDIDATE = [field.name for field in IN_BATCH if field.of in ("candidate", "shown", "scored")]
 
 
 def test_only_properly_logged_probabilities_count():
@@ -39,28 +34,11 @@ def test_only_properly_logged_probabilities_count():
     assert np.isnan(proper_probability(block_of([request], SPEC), "v0")).all()
 
 
-def cut(requests, candidates, negative_rate=1.0, seed=0, passed_share=0.5, rows=None):
-    """A training batch of some requests, all of them once if `rows` does not say which."""
-    columns = requests if isinstance(requests, Columns) else columns_of(requests, V1)
-    data, kinds, slots = prepared(columns, candidates, negative_rate, passed_share)
-    starts = starts_of(kinds, (np.arange(len(columns)) if rows is None else rows)[:, None], seed)
-    few = dataclasses.asdict(unpack(packed(data, starts, slots), 0))
-    batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3)), 0))
-    # With the fewest slots that do, a batch is the same but for zeros at the end.
-    for name, array in batch.items():
-        width = few[name].shape[1:2]
-        np.testing.assert_array_equal(array[(slice(None), *map(slice, width))], few[name])
-        assert not any(array[(slice(None), slice(of, None))].any() for of in width)
-    return batch
-
-
-def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
-    """A training sample of one request."""
-    batch = cut([request], candidates, negative_rate, seed, passed_share)
-    return {name: array[0] for name, array in batch.items()}
-
-
-PER_CANDIDATE = [field.name for field in IN_BATCH if field.of in ("candidate", "shown", "scored")]
+@pytest.mark.parametrize(("logged", "passed"), [(2, 4), (4, 4), (9, 9), (30, 20)])
+def test_the_passed_include_the_shown_and_are_candidates(logged, passed):
+    request = dataclasses.replace(random_request(0, shown=4), num_passed=logged)
+    counts = columns_of([request], V1).counts
+    assert [int(counts.reached(stage)[0]) for stage in list(Stage)[1:]] == [20, passed, 4]
 
 
 def test_every_run_of_the_spread_order_is_spread_evenly():
@@ -96,30 +74,29 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
         assert len(counts) == (number if wanted else 0)
 
 
-def as_rows(batch):
-    """For each request of a batch, what it says of each candidate that is there, by item."""
-    fields = dataclasses.asdict(batch)
-
-    def of_candidate(row, at):
-        known = [name for name in PER_CANDIDATE if at < fields[name].shape[1]]
-        return {name: fields[name][row, at] for name in known}
-
+def by_item(batch):
+    """For each request of a batch, the fields of each of its candidates, by item."""
+    fields = {name: getattr(batch, name) for name in PER_CANDIDATE}
     return [
-        {int(items[at]): of_candidate(row, at) for at in np.flatnonzero(fields["stage"][row])}
-        for row, items in enumerate(fields["item_id"])
+        {
+            int(items[at]): {name: of[row, at] for name, of in fields.items() if at < of.shape[1]}
+            for at in np.flatnonzero(batch.stage[row])
+        }
+        for row, items in enumerate(batch.item_id)
     ]
 
 
 @pytest.mark.parametrize("logged", [Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN, None])
 @pytest.mark.parametrize("stage", [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])
-@pytest.mark.parametrize("scored", ["passed", "retrieved", "nothing"])
+@pytest.mark.parametrize("scored", [9, 20, 0])
 def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logged, scored):
     requests = [random_request(seed) for seed in range(4)]
     requests += [random_request(5, 0, 0, 3), random_request(6, 4, 4, 9), random_request(7, 1, 1, 1)]
-    number = {"passed": 9, "retrieved": 20, "nothing": 0}[scored]
-    requests[2] = scored_by_the_teacher(requests[2], number)
+    probability = np.random.default_rng(scored).random((scored, 3), dtype=np.float32)
+    requests[2] = dataclasses.replace(
+        requests[2], teacher_probability=probability, teacher_weight=np.ones(scored, np.float32)
+    )
     whole = columns_of(requests, V1)
-    columns = only_counting(needed(whole, logged, history=True), stage)
 
     def batch_of(columns, stage, logged=Stage.RETRIEVED):
         data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
@@ -127,17 +104,15 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
         return unpack(packed(data, starts, slots, logged), 0)
 
     everything = batch_of(whole, Stage.RETRIEVED)
-    counting = batch_of(columns, stage, logged or Stage.RETRIEVED)
-    assert counting.item_id.shape[1] <= everything.item_id.shape[1]
-    for row, (all_of, left) in enumerate(zip(as_rows(everything), as_rows(counting), strict=True)):
+    counting = batch_of(needed(whole, logged, history=True), stage, logged or Stage.RETRIEVED)
+    for all_of, left in zip(by_item(everything), by_item(counting), strict=True):
         for item, fields in all_of.items():
-            # One that was shown and whose labels were not drawn has nothing but the teacher, which
-            # for itself does not bring it in.
-            came_far = stage < Stage.SHOWN and fields["stage"] >= stage
-            counts = came_far or fields.get("label_weight", 0) > 0
+            # A teacher's score of a shown candidate without drawn labels does not bring it in.
+            counts = stage < Stage.SHOWN and fields["stage"] >= stage
+            counts |= fields.get("label_weight", 0) > 0
             if logged in (Stage.RETRIEVED, Stage.PASSED) and fields["stage"] >= logged:
                 counts |= np.any(fields.get("teacher_weight", 0))
-            assert item in left or not counts, (row, item)
+            assert item in left or not counts
         for item, fields in left.items():
             for name, value in fields.items():
                 if name.startswith("teacher") and (logged is None or fields["stage"] < logged):
@@ -146,19 +121,22 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
                     np.testing.assert_array_equal(value, all_of[item][name])
     if stage == Stage.SHOWN and logged in (None, Stage.SHOWN):
         assert counting.item_id.shape[1] == counting.labelled == 4
-        assert columns.kept.tolist() == [len(of.user_label) for of in requests]
-    if stage == Stage.RETRIEVED:
-        np.testing.assert_array_equal(columns.kept, whole.kept)
 
 
-def scored_by_the_teacher(request, number):
-    """The request with logged probabilities of its first candidates, so many."""
-    generator = np.random.default_rng(number)
-    return dataclasses.replace(
-        request,
-        teacher_probability=generator.random((number, 3)).astype(np.float32),
-        teacher_weight=np.ones(number, np.float32),
+def sample_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
+    """The fields of a training sample of one request."""
+    data, kinds, slots = prepared(
+        columns_of([request], V1), candidates, negative_rate, passed_share
     )
+    starts = starts_of(kinds, np.zeros((1, 1), int), seed)
+    few = dataclasses.asdict(unpack(packed(data, starts, slots), 0))
+    batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3)), 0))
+    # With the fewest slots that do, a batch is the same but for zeros at the end.
+    for name, array in batch.items():
+        width = few[name].shape[1:2]
+        np.testing.assert_array_equal(array[(slice(None), *map(slice, width))], few[name])
+        assert not any(array[(slice(None), slice(of, None))].any() for of in width)
+    return {name: array[0] for name, array in batch.items()}
 
 
 @given(
@@ -176,7 +154,7 @@ def test_reweighted_labels_keep_their_totals(positives, negatives, rate, slots, 
         random_request(seed, shown, shown, 40),
         user_label=np.repeat(positive[:, None], len(SPEC.tasks), axis=1).astype(np.uint8),
     )
-    fields = fields_of(request, slots, rate, seed)
+    fields = sample_of(request, slots, rate, seed)
     weight, label = fields["label_weight"], fields["user_label"][:, 0]
     kept = weight > 0
     assert len(np.unique(fields["item_id"])) == slots
@@ -189,51 +167,14 @@ def test_reweighted_labels_keep_their_totals(positives, negatives, rate, slots, 
         assert (kept & (label == 1)).sum() == positives
 
 
-def test_unlabelled_slots_are_shared_and_fill_up():
-    request = random_request(0, shown=0, passed=10, retrieved=50)
-
-    def numbers(candidates, share):
-        stage = fields_of(request, candidates, passed_share=share)["stage"]
-        return (stage == Stage.PASSED).sum(), (stage == Stage.RETRIEVED).sum()
-
-    assert numbers(8, 0.25) == (2, 6)
-    # More slots than the passed can fill, and more than there is.
-    assert numbers(30, 1.0) == (10, 20)
-    assert numbers(80, 0.5) == (10, 40)
-
-
-@pytest.mark.parametrize("negative_rate", [1.0, 0.5, 0.0])
+# The last two: more slots than the passed can fill, and more than there are candidates.
 @pytest.mark.parametrize(
-    ("shown", "passed", "retrieved", "candidates"),
-    [(4, 9, 20, 12), (4, 9, 20, 30), (4, 9, 20, 2), (1, 1, 1, 3), (4, 4, 4, 4), (0, 0, 5, 3)],
+    ("candidates", "share", "numbers"), [(8, 0.25, (2, 6)), (30, 1, (10, 20)), (80, 0.5, (10, 40))]
 )
-def test_a_training_sample_tells_the_truth_about_its_candidates(
-    negative_rate, shown, passed, retrieved, candidates
-):
-    request = random_request(7, shown, passed, retrieved)
-    fields = fields_of(request, candidates, negative_rate)
-    real = fields["stage"] > 0
-    assert real.sum() == min(candidates, retrieved)
-    if negative_rate == 1 and shown <= candidates:  # all that were shown come first
-        assert (fields["stage"][:shown] == Stage.SHOWN).all()
-        assert (fields["label_weight"] == (np.arange(candidates) < shown)).all()
-    position = {int(item): index for index, item in enumerate(request.item_id)}
-    stored = np.array([position[int(item)] for item in fields["item_id"][real]])
-    assert len(np.unique(stored)) == real.sum()
-    for name in PER_CANDIDATE:
-        assert len(fields[name]) == candidates
-        assert not fields[name][~real].any()
-    drawn = {name: fields[name][real] for name in PER_CANDIDATE}
-    was_shown, was_passed = stored < shown, stored < passed
-    np.testing.assert_array_equal(drawn["candidate_features"], request.candidate_features[stored])
-    np.testing.assert_array_equal(drawn["stage"], 1 + was_shown.astype(int) + was_passed)
-    labelled = drawn["label_weight"] > 0
-    assert not labelled[~was_shown].any()
-    labels = request.user_label[stored[labelled]]
-    np.testing.assert_array_equal(drawn["user_label"][labelled], labels)
-    probability = request.teacher_probability[stored[was_passed]]
-    np.testing.assert_array_equal(drawn["teacher_probability"][was_passed], probability)
-    np.testing.assert_array_equal(drawn["teacher_weight"], was_passed[:, None].repeat(3, axis=1))
+def test_unlabelled_slots_are_shared_and_fill_up(candidates, share, numbers):
+    request = random_request(0, shown=0, passed=10, retrieved=50)
+    stage = sample_of(request, candidates, passed_share=share)["stage"]
+    assert ((stage == Stage.PASSED).sum(), (stage == Stage.RETRIEVED).sum()) == numbers
 
 
 @pytest.mark.parametrize("events", [0, 2, SPEC.history_length, SPEC.history_length + 4])
@@ -243,8 +184,8 @@ def test_the_most_recent_events_are_kept(events):
         history_id=np.arange(events, dtype=np.int32),
         history_features=np.arange(events, dtype=np.float32)[:, None].repeat(3, 1),
     )
-    fields = {name: array[0] for name, array in full_fields(columns_of([request], V1), 20).items()}
+    batch = full_batch(columns_of([request], V1), 20)
     kept = min(events, SPEC.history_length)
-    assert fields["history_mask"].sum() == kept
-    np.testing.assert_array_equal(fields["history_id"][:kept], np.arange(events)[events - kept :])
-    np.testing.assert_array_equal(fields["history_features"][:kept, 0], fields["history_id"][:kept])
+    assert batch.history_mask.sum() == kept
+    np.testing.assert_array_equal(batch.history_id[0, :kept], np.arange(events)[events - kept :])
+    np.testing.assert_array_equal(batch.history_features[..., 0], batch.history_id)

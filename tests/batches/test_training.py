@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -15,28 +14,31 @@ from kd_ranker.batches.training import (
     BatchConfig,
     Devices,
     Needs,
+    Share,
     training_batches,
 )
 from kd_ranker.errors import UserError
-from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.training.mapping import MAPPINGS
-from tests.batches.packing_by_hand import PartOf
-from tests.requests.random_requests import random_source
+from tests.requests.random_requests import built, random_source, with_facts
+
+OPTIONS = BatchConfig(requests=4, candidates=12, passed_share=0.5, negative_rate=0.5, seed=0)
+# More than the steps whose random numbers are drawn at once.
+MANY = training.BLOCK + 3
+on_devices_or_not = pytest.mark.parametrize("resident", [True, False])
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("data"))
-    storage.build(random_source, "small", directory)
-    return storage.open_dataset("small", directory, made_by="")
+    return built(tmp_path_factory.mktemp("data"), random_source())
 
 
-OPTIONS = BatchConfig(requests=4, candidates=12, passed_share=0.5, negative_rate=0.5, seed=0)
-
-
-def batches(dataset, needs=ALL, devices=DEFAULT_DEVICE, resident=None, **changes):
-    return training_batches(dataset, OPTIONS._replace(**changes), needs, devices, resident=resident)
+def batches(dataset, needs=ALL, devices=DEFAULT_DEVICE, resident=None, taken=0, **changes):
+    iterator = training_batches(
+        dataset, OPTIONS._replace(**changes), needs, devices, resident=resident
+    )
+    iterator.set_state({"taken": taken})
+    return iterator
 
 
 def take(iterator, number):
@@ -48,11 +50,15 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
-    first = take(batches(dataset), 8)
-    assert_same(first, take(batches(dataset), 8))
+@pytest.fixture(scope="module")
+def expected(dataset):
+    """The first batches that one process makes, with the requests on its device."""
+    return take(batches(dataset, resident=True), MANY + 20)
+
+
+def test_another_seed_gives_other_batches(dataset, expected):
     other = take(batches(dataset, seed=1), 8)
-    assert any((a.item_id != b.item_id).any() for a, b in zip(first, other, strict=True))
+    assert any((a.item_id != b.item_id).any() for a, b in zip(expected, other, strict=False))
 
 
 def test_an_epoch_reads_each_request_once_in_its_own_order_or_by_time(dataset):
@@ -66,41 +72,33 @@ def test_an_epoch_reads_each_request_once_in_its_own_order_or_by_time(dataset):
         assert (epochs[0] == epochs[1]).all() == (order == "time")
 
 
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("before", [0, 5, training.BLOCK, training.BLOCK + 1])
-def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident):
-    iterator = batches(dataset, resident=resident)
-    take(iterator, before)
-    state = iterator.get_state()
-    expected = take(iterator, 4)
-    resumed = batches(dataset, resident=resident)
-    resumed.set_state(state)
-    assert_same(expected, take(resumed, 4))
-    # Whether the requests fit into memory may have changed since.
-    elsewhere = batches(dataset, resident=not resident)
-    elsewhere.set_state(state)
-    assert_same(expected, take(elsewhere, 4))
+@on_devices_or_not
+@pytest.mark.parametrize("before", [5, training.BLOCK, training.BLOCK + 1])
+def test_an_iterator_goes_on_from_a_position_whether_the_requests_are_in_memory_or_not(
+    dataset, expected, before, resident
+):
+    assert_same(
+        expected[before : before + 4],
+        take(batches(dataset, resident=resident, taken=before), 4),
+    )
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, resident):
-    number = training.BLOCK + 20
-    expected = take(batches(dataset, resident=resident), number)
+@on_devices_or_not
+def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, expected, resident):
     iterator, taken = batches(dataset, resident=resident), []
     for most in itertools.cycle([1, 25, 3, training.BLOCK]):
-        if len(taken) >= number:
+        if len(taken) >= len(expected):
             break
         packed, span = iterator.take(most)
         assert 1 <= span.stop - span.start <= most
         taken += [unpack(jax.device_get(packed), step) for step in range(*span)]
         assert iterator.get_state() == {"taken": len(taken)}
-    assert_same(expected, taken[:number])
+    assert_same(expected, taken[: len(expected)])
 
 
 @pytest.mark.parametrize(
     ("stage", "logged", "sampler"),
     [
-        (Stage.RETRIEVED, Stage.RETRIEVED, "funnel"),
         (Stage.RETRIEVED, Stage.SHOWN, "funnel"),
         (Stage.RETRIEVED, Stage.RETRIEVED, "uniform"),
         (Stage.PASSED, Stage.RETRIEVED, "hard"),
@@ -111,43 +109,37 @@ def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, res
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
     dataset, stage, logged, sampler
 ):
-    number, how = training.BLOCK + 3, {"needs": Needs(stage, logged), "sampler": sampler}
-    resident = take(batches(dataset, **how, resident=True), number)
-    assert_same(resident, take(batches(dataset, **how, resident=False), number))
+    how = {"needs": Needs(stage, logged), "sampler": sampler}
+    resident = take(batches(dataset, **how, resident=True), MANY)
+    assert_same(resident, take(batches(dataset, **how, resident=False), MANY))
     slots = resident[0].item_id.shape[1], resident[0].judged
     assert slots[0] < 12 or stage == Stage.RETRIEVED
     assert resident[0].labelled < slots[1] < 12 or stage == Stage.SHOWN
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_without_histories_a_batch_is_the_same_otherwise(dataset, resident):
-    whole = take(batches(dataset, resident=resident), 2)
-    without = take(batches(dataset, Needs(history=False), resident=resident), 2)
-    for one, other in zip(whole, without, strict=True):
-        for field in dataclasses.fields(one):
-            of_one, of_other = getattr(one, field.name), getattr(other, field.name)
-            if field.name.startswith("history"):
-                assert of_other.shape == (4, 0, *of_one.shape[2:])
-            else:
-                np.testing.assert_array_equal(of_one, of_other)
+@on_devices_or_not
+def test_without_histories_a_batch_is_the_same_otherwise(dataset, expected, resident):
+    (without,) = take(batches(dataset, Needs(history=False), resident=resident), 1)
+    for field in dataclasses.fields(without):
+        of_one, of_other = getattr(expected[0], field.name), getattr(without, field.name)
+        if field.name.startswith("history"):
+            assert of_other.shape == (4, 0, *of_one.shape[2:])
+        else:
+            np.testing.assert_array_equal(of_one, of_other)
 
 
-@pytest.mark.parametrize("resident", [True, False])
+@on_devices_or_not
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
-def test_several_devices_make_the_batches_that_one_makes(dataset, mapping, resident):
-    number = training.BLOCK + 3
+def test_several_devices_make_the_batches_that_one_makes(dataset, expected, mapping, resident):
     several = MAPPINGS[mapping](jax.devices()[:2])
-    made = training_batches(dataset, OPTIONS, devices=several, resident=resident)
-    for one, batch in zip(take(batches(dataset, resident=True), number), made, strict=False):
-        packed, step = batch
+    made = batches(dataset, devices=several, resident=resident)
+    for one, (packed, step) in zip(expected[:MANY], made, strict=False):
         assert len(packed.rows.sharding.device_set) == 2
         rows = np.asarray(packed.rows).reshape(4, training.BLOCK, -1)
         assert_same(one, unpack(dataclasses.replace(packed, rows=rows), step))
 
 
-def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
-    number = training.BLOCK + 3
-    expected = take(batches(dataset, resident=True), number)
+def test_large_batches_are_made_in_several_passes(dataset, expected, monkeypatch):
     monkeypatch.setattr(training, "_PASS", 2**14)
     passes = []
 
@@ -157,11 +149,19 @@ def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
             return super().shard(batch)
 
     iterator = batches(dataset, resident=True, devices=Counting())
-    assert_same(expected, take(iterator, number))
+    assert_same(expected[:MANY], take(iterator, MANY))
     assert set(passes) == {4}
-    resumed = batches(dataset, resident=True)
-    resumed.set_state(iterator.get_state())
-    assert_same(take(iterator, 6), take(resumed, 6))
+
+
+class PartOf(Devices):
+    """The devices of one of several processes."""
+
+    def __init__(self, *share):
+        self._share = Share(*share)
+
+    @property
+    def share(self):
+        return self._share
 
 
 @pytest.mark.parametrize(("parts", "sampler"), [(2, "hard"), (4, "funnel")])
@@ -175,36 +175,20 @@ def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, part
         assert_same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts), batch)
 
 
-def test_training_never_sees_facts_for_the_evaluation(tmp_path):
-    """Not by its fields, and not in any other way: other facts give the same batches."""
+def test_too_many_processes_are_an_error(dataset):
+    with pytest.raises(UserError, match="12 training requests for 13 processes"):
+        batches(dataset, devices=PartOf(0, 13))
+
+
+def test_training_never_sees_facts_for_the_evaluation(tmp_path, expected):
+    """Not by its fields, and not in any other way: facts do not change the batches."""
     facts = {"true_probability", "incumbent", "propensity"}
     assert facts.isdisjoint(field.name for field in dataclasses.fields(CandidateBatch))
     source = random_source()
 
-    def with_truth(value):
-        def requests(split):
-            for request in source.requests(split):
-                fact = np.full(20, value, np.float32)
-                truth = np.full((20, 3), value, np.float32)
-                yield dataclasses.replace(
-                    request, **dict.fromkeys(facts, fact) | {"true_probability": truth}
-                )
+    def requests(split):
+        return (with_facts(request, 0) for request in source.requests(split))
 
-        return dataclasses.replace(source, requests=requests)
-
-    drawn = []
-    for value in (0.1, 0.9):
-        storage.build(functools.partial(with_truth, value), f"truth{value}", str(tmp_path))
-        opened = storage.open_dataset(f"truth{value}", str(tmp_path), made_by="")
-        assert all(
-            (request.true_probability == np.float32(value)).all()
-            for request in read_requests(opened, "train")
-        )
-        assert not opened.columns["train"].counts.known.any()
-        drawn.append(take(batches(opened), 6))
-    assert_same(*drawn)
-
-
-def test_too_many_processes_are_an_error(dataset):
-    with pytest.raises(UserError, match="12 training requests for 13 processes"):
-        batches(dataset, devices=PartOf(0, 13))
+    known = built(tmp_path, dataclasses.replace(source, requests=requests))
+    assert not known.columns["train"].counts.known.any()
+    assert_same(expected[:6], take(batches(known), 6))

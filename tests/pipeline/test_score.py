@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_ranker import api
-from kd_ranker.batch import CandidateBatch, Items
+from kd_ranker.batch import Items
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -29,7 +29,7 @@ from kd_ranker.sweep import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
-from tests.batches.packing_by_hand import full_fields
+from tests.batches.packing_by_hand import full_batch
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Row, make_rows, write_log
 from tests.sources.log_server import Server
@@ -148,8 +148,7 @@ def served(world: World, serve: Any, parameters: Any, name: str, items: Any = No
     ids = read_requests_of(dataset.directory, "test")["request"].to_pylist()
     for id_, request in zip(ids, read_requests(dataset, "test"), strict=True):
         names = [name_of[item] for item in request.item_id.tolist()]
-        fields = full_fields(columns_of([request], dataset.spec), len(names))
-        batch = CandidateBatch(**fields)
+        batch = full_batch(columns_of([request], dataset.spec), len(names))
         (probability,) = np.asarray(serve(parameters, batch, known).probability[name])
         for item, of_item in zip(names, probability, strict=True):
             value = float(of_item @ np.array(world.config.value_weights))

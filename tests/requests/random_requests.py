@@ -1,9 +1,12 @@
 """Small requests that the tests of the data room share."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import Request, Source
 from tests.random_batches import SPEC
 
@@ -73,3 +76,9 @@ def random_source(train: int = 12, validation: int = 3, test: int = 5) -> Source
         requests=requests,
         num_requests=num_requests,
     )
+
+
+def built(folder: Path, source: Source, name: str = "small") -> Dataset:
+    """The dataset of a source, written to a folder."""
+    storage.build(lambda: source, name, str(folder))
+    return storage.open_dataset(name, str(folder), made_by="some command")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.batch import IN_BATCH, Stage
-from kd_ranker.batches.cutting import Span
+from kd_ranker.batches.cutting import Span, unpack
 from kd_ranker.distillation.losses import USER_LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
@@ -29,7 +29,7 @@ from kd_ranker.training.state import (
     stack_members,
 )
 from kd_ranker.training.step import in_turn, make_step, with_live_teacher
-from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
+from tests.batches.packing_by_hand import packed, prepared, starts_of
 from tests.random_batches import (
     CATEGORY_SPEC,
     SPEC,
@@ -80,7 +80,8 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
     rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
     batches = packed(data, starts_of(kinds, rows), slots)
     recipe, state = make_recipe()
-    expected, expected_losses = run(recipe, state, unpacked(batches))
+    unpacked = [unpack(batches, step) for step in range(steps)]
+    expected, expected_losses = run(recipe, state, unpacked)
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
     spread = MAPPINGS["shard_map"](jax.devices()[:2])
