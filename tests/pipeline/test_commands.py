@@ -712,11 +712,6 @@ def forget_config(workdir):
             "cohorts contains students, but ",
         ),
         (lambda workdir: (workdir / "cohorts.json").write_text("{}"), {}, "json is damaged: 'coho"),
-        (
-            lambda workdir: (workdir / "config.json").unlink(),
-            {},
-            "contains a run but config.json is",
-        ),
         (change_members, {}, "20 belongs to another run: config ("),
         (forget_config, {"optimizer__warmup_steps": 3}, "20 belongs to another run: config ("),
     ],
