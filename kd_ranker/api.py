@@ -25,7 +25,7 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import cohorts, datasets, runs, scoring, trained
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
+from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.programs import FORMATS
@@ -333,7 +333,7 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
         ]
         names = {str(copy): str(place) for copy, place in zip(folders, places, strict=True)}
         answers = write.write_report(folders, folder, names)
-    return Report(tuple(answers), below(target, write.PAGE))
+    return Report(tuple(answers), place_of(f"{target}/{write.PAGE}"))
 
 
 def score(
@@ -433,12 +433,12 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
     logged = config.teacher.source == "logged"
-    teacher, students = None, below(place, "sweep")
+    teacher, students = None, place_of(f"{place}/sweep")
     show("prepare_data")
     for line in prepare(config).lines:
         show(line)
     if not logged or config.teacher.workdir:
-        teacher = Trained(place_of(config.teacher.workdir or below(place, "teacher")))
+        teacher = Trained(place_of(config.teacher.workdir or f"{place}/teacher"))
         config.teacher.workdir = str(teacher.workdir)
         for repeat in repeats(config):
             show("train_teacher")
@@ -449,7 +449,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     show("sweep")
     swept = sweep(config, students)
     show("report")
-    found = report(swept, output=below(place, "report"))
+    found = report(swept, output=place_of(f"{place}/report"))
     return found._replace(teacher=teacher, students=swept)
 
 
