@@ -411,7 +411,7 @@ def export(
         raise UserError(f"{folder} exists; name a folder that does not as --out")
     with fetched(workdir) as run_folder:
         finished = trained.open_finished(run_folder, member, serve, "", trust, policy)
-        export_ranker(finished, run_folder, folder, formats)
+        export_ranker(finished, folder, formats)
     title = finished.title.replace(str(run_folder), str(workdir))
     show(trained.ranker_line(finished._replace(title=title)))
     return folder
