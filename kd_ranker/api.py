@@ -23,8 +23,9 @@ from kd_ranker.config import checks, defaults, schema
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import cohorts, datasets, runs, scoring, trained
+from kd_ranker.pipeline import cohorts, datasets, runs, scoring
 from kd_ranker.pipeline.exporting import export_ranker
+from kd_ranker.pipeline.job import config_of, open_finished, ranker_line
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
@@ -369,7 +370,7 @@ def score(
         or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
-    config = _own(config or trained.config_of(workdir, trust))
+    config = _own(config or config_of(workdir, trust))
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, member, folder, trust, policy)
@@ -409,11 +410,9 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    with fetched(workdir) as run_folder:
-        finished = trained.open_finished(run_folder, member, serve, "", trust, policy)
-        export_ranker(finished, folder, formats)
-    title = finished.title.replace(str(run_folder), str(workdir))
-    show(trained.ranker_line(finished._replace(title=title)))
+    finished = open_finished(workdir, member, serve, "", trust, policy)
+    export_ranker(finished, folder, formats)
+    show(ranker_line(finished))
     return folder
 
 

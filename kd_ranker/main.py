@@ -237,8 +237,8 @@ def _parse(
         given.keys = [found[1] for of in rest if (found := _KEY.match(of))]
         return read_config(given.config, rest), given
     if command.config_from == "workdir":
+        from kd_ranker.pipeline.job import config_of
         from kd_ranker.pipeline.remote import place_of
-        from kd_ranker.pipeline.trained import config_of
 
         return _with_overrides(config_of(place_of(given.workdir), given.trust), rest), given
     _check_parsed(rest)

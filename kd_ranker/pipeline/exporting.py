@@ -20,7 +20,7 @@ from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import COMPUTE_DTYPES, score
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline.job import Finished
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check
 from kd_ranker.serving.programs import (

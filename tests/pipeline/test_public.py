@@ -84,7 +84,7 @@ def test_a_student_is_exported_and_one_of_no_log_scores_none(students, tmp_path)
         ({"modes": ("twice",)}, "twice"),
         ({"axes": {"train.stepz": (1,)}}, "train.stepz"),
         ({"axes": {"data.name": ("cascade",)}}, "data.name"),
-        ({"teacher": "nowhere"}, "no teacher at nowhere"),
+        ({"teacher": "nowhere"}, "no run at nowhere"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(world, tmp_path, change, message):

@@ -292,7 +292,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
     for message, command, *arguments in (
         ("nope://a/b cannot be reached: ValueError: Protocol not", api.train, config, "nope://a/b"),
         (f"--workdir={URL}: it is shared by all that train coho", api.sweep, of_ray, URL),
-        ("no teacher at memory://absent; make it with: python", api.train,
+        ("no run at memory://absent: it holds no config.json", api.train,
          world.config(teacher__workdir="memory://absent"), URL),
         ("no run at memory://absent: it holds no config.json", api.export, "memory://absent", out),
         ("data.dir=s3://a: datasets need a folder of this mac", api.train,
