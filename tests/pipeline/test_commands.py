@@ -18,7 +18,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
-from kd_ranker.pipeline import datasets, measure, runs, scoring
+from kd_ranker.pipeline import datasets, measure, scoring
 from kd_ranker.pipeline import job as jobs
 from kd_ranker.pipeline.job import Job, load_teacher, open_job
 from kd_ranker.report.estimates import Estimates
@@ -798,21 +798,3 @@ def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path, command, rat
     with pytest.raises(UserError, match=message):
         command(world.config(**changes, **of_teacher), tmp_path)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
-
-
-def test_a_member_that_is_not_finite_after_its_last_step_is_marked_with_that_step(world, tmp_path):
-    """The loss that would tell is one that it no longer trains on."""
-    short = {"train__steps": 1, "optimizer__learning_rate": 1e39}
-    same = {"distill__mode": "none", "optimizer__schedule": "constant", "train__log_every": 1}
-    members = {
-        "healthy": world.config(train__steps=3, **same),
-        "ill": world.config(**same | short),
-    }
-    job = open_job(members["healthy"], members)
-    with runs.progress_bar("", 20) as bar:
-        measured = measure.measure(job, "test", runs.fit(job, tmp_path, bar))
-    steps = {name: [] for name in ("teacher", *members)}
-    for row in measured.rows:
-        steps[row["member"]].append(row.get("non_finite_step"))
-    assert steps == {"teacher": [None], "healthy": [None], "ill": [1]}
-    assert [line["step"] for line in metrics(tmp_path) if "loss/ill" in line] == [1]

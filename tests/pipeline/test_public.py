@@ -71,13 +71,6 @@ def test_results_show_themselves_as_text_and_within_a_notebook(world, students, 
     assert (shown.count('"'), shown.count("<")) == (2 * 4, 2)
 
 
-def test_a_student_is_exported_and_one_of_no_log_scores_none(students, tmp_path):
-    folder = kd.export(students, tmp_path / "served", member="none-seed0", formats=("jax",))
-    assert (folder / "score.jax").exists()
-    with pytest.raises(kd.UserError, match=r"of a log .*, and one is of cascade"):
-        kd.score(students, "log.parquet")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
