@@ -30,8 +30,7 @@ from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
-from kd_ranker.pipeline.job import Job, teacher_key
-from kd_ranker.pipeline.trained import Finished, served
+from kd_ranker.pipeline.job import Finished, Job, served, teacher_key
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
@@ -40,6 +39,7 @@ from kd_ranker.sweep import Members, sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.loop import abstract_states
 from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of
+from kd_ranker.training.state import select_member
 
 _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -323,9 +323,11 @@ def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str
         trained = workdir.read_config(folder) if exists else config
         group = recipes.teacher_group(trained, sample.spec)
         model, (state,) = group.recipe.model, abstract_states([group])
-        learned = jax.eval_shape(lambda of: served(model, of, platform), state.parameters)
+        learned = jax.eval_shape(
+            lambda of: served(model, select_member(of, 0), platform), state.parameters
+        )
         ranker = Ranker(make_serve(model, MODES["none"]), learned)
-        finished = Finished("", "teacher", "", trained, "user", model, ranker, "", sample, {})
+        finished = Finished("", Job(trained, {}, sample), "", "user", model, ranker, "", {})
     job.last_teacher[teacher_key(next(iter(members.values())))] = finished, sample
     return job.of(members)
 

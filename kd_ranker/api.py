@@ -23,9 +23,10 @@ from kd_ranker.config import checks, defaults, schema
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import cohorts, datasets, runs, scoring, trained
+from kd_ranker.pipeline import cohorts, datasets, runs, scoring
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
+from kd_ranker.pipeline.job import config_of, open_finished, ranker_line
+from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.programs import FORMATS
@@ -321,7 +322,7 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
         ]
         names = {str(copy): str(place) for copy, place in zip(folders, places, strict=True)}
         answers = write.write_report(folders, folder, names)
-    return Report(tuple(answers), below(target, write.PAGE))
+    return Report(tuple(answers), place_of(f"{target}/{write.PAGE}"))
 
 
 def score(
@@ -357,7 +358,7 @@ def score(
         or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
-    config = _own(config or trained.config_of(workdir, trust))
+    config = _own(config or config_of(workdir, trust))
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, member, folder, trust, policy)
@@ -397,11 +398,9 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    with fetched(workdir) as run_folder:
-        finished = trained.open_finished(run_folder, member, serve, "", trust, policy)
-        export_ranker(finished, run_folder, folder, formats)
-    title = finished.title.replace(str(run_folder), str(workdir))
-    show(trained.ranker_line(finished._replace(title=title)))
+    finished = open_finished(workdir, member, serve, "", trust, policy)
+    export_ranker(finished, folder, formats)
+    show(ranker_line(finished))
     return folder
 
 
@@ -421,12 +420,12 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
     logged = config.teacher.source == "logged"
-    teacher, students = None, below(place, "sweep")
+    teacher, students = None, place_of(f"{place}/sweep")
     show("prepare_data")
     for line in prepare(config).lines:
         show(line)
     if not logged or config.teacher.workdir:
-        teacher = Trained(place_of(config.teacher.workdir or below(place, "teacher")))
+        teacher = Trained(place_of(config.teacher.workdir or f"{place}/teacher"))
         config.teacher.workdir = str(teacher.workdir)
         for repeat in repeats(config):
             show("train_teacher")
@@ -437,7 +436,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     show("sweep")
     swept = sweep(config, students)
     show("report")
-    found = report(swept, output=below(place, "report"))
+    found = report(swept, output=place_of(f"{place}/report"))
     return found._replace(teacher=teacher, students=swept)
 
 

@@ -234,8 +234,8 @@ def _parse(
         return read_config(given.config, rest), given
     config = ConfigDict()
     if command.config_from == "workdir":
+        from kd_ranker.pipeline.job import config_of
         from kd_ranker.pipeline.remote import place_of
-        from kd_ranker.pipeline.trained import config_of
 
         config = config_of(place_of(given.workdir), given.trust)
     return _with_overrides(config, rest), given

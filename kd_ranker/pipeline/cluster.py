@@ -22,16 +22,21 @@ _SECONDS_TO_ANSWER = 10
 def call_on_cluster(
     config: ConfigDict, function: Callable, calls: Sequence[tuple], description: str
 ) -> None:
-    """Call a function on a cluster, with a progress bar; calls are retried after a lost machine.
+    """Call a picklable function on a cluster, with a progress bar.
 
-    Function and arguments must be picklable. All machines share the disk that the function writes
-    to, under the same paths, and a retry resumes from the files of the attempt before. All calls
-    are submitted at once; Ray starts as many as the resources in `config.ray` allow. A call that
-    fails, or loses its machine more than `ray.retries` times, ends them all by a UserError.
+    All machines share the disk that it writes to, under the same paths, so a call that is repeated
+    after its machine was lost resumes. A call that fails, or loses its machine more than
+    `ray.retries` times, ends all of them by a UserError.
     """
     ray, wanted = _open(config.ray.address), {"CPU": config.ray.cpus, "GPU": config.ray.gpus}
     try:
-        _check_resources(ray.nodes(), wanted)
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # A task without a machine that is large enough would wait forever.
+        if not any(all(of.get(name, 0) >= wanted[name] for name in wanted) for of in alive):
+            raise UserError(
+                f"no machine of the cluster has ray.cpus={wanted['CPU']:g} and "
+                f"ray.gpus={wanted['GPU']:g}; choose fewer"
+            )
         remote = ray.remote(_call).options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted["GPU"],
@@ -57,11 +62,7 @@ def call_on_cluster(
 
 @functools.lru_cache(maxsize=1)
 def register(file: str) -> None:
-    """Execute the file at `config.registered_by` once per process; "" is no file.
-
-    Raises:
-      UserError: it is not on this machine, or it fails.
-    """
+    """Execute the file at `config.registered_by` once per process; "" is no file."""
     if not file:
         return
     if not Path(file).is_file():
@@ -101,14 +102,3 @@ def _open(address: str) -> Any:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
     return ray
-
-
-def _check_resources(nodes: Sequence[dict], wanted: dict[str, float]) -> None:
-    """Raise UserError if no machine has these resources: a task would wait forever."""
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in alive):
-        largest = {name: max((of.get(name, 0) for of in alive), default=0) for name in wanted}
-        raise UserError(
-            f"no machine of the cluster has ray.cpus={wanted['CPU']:g} and "
-            f"ray.gpus={wanted['GPU']:g}; the most are {largest['CPU']:g} and {largest['GPU']:g}"
-        )

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -14,12 +13,10 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import policy, results
-from kd_ranker.evaluation.evaluate import Each
-from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
-from kd_ranker.pipeline import cluster, datasets, runs, trained
+from kd_ranker.pipeline import cluster, datasets, runs
 from kd_ranker.pipeline.job import Job, open_job
-from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
+from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
 from kd_ranker.sweep import TEST, Sweep, check_memory, cohort_size, open_sweep, read_plan
@@ -38,7 +35,7 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
     if config.launcher == "ray" or part:
         workdir = local_folder("--workdir", workdir, "is shared by all that train cohorts")
     if part.isdecimal():
-        cohorts = _train_part(config, Path(workdir), int(part))
+        cohorts = train_part(config, Path(workdir), int(part))
         show(f"cohort {part} of {cohorts} is trained")
         return
     with owned(workdir) as folder:
@@ -50,44 +47,28 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
             show(f"numbers: 0-{cohorts - 1}")
 
 
-def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
-    """Train one cohort of a planned sweep, holding only its folder; return how many there are."""
-    sweep, job = _open(config, workdir)
+def train_part(config: ConfigDict, workdir: Path, number: int, held: bool = False) -> int:
+    """Train and measure one cohort of a planned sweep; return the number of cohorts.
+
+    Only the folder of the cohort is held. On a cluster the sweep's own process has `held` it.
+    """
+    sweep, job = _open(config, workdir, unchanged=not held)
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
             f"sweep.part={number}, and the sweep in {workdir} has {len(sweep.plan)} cohorts, "
             f"numbered from 0 to {len(sweep.plan) - 1}"
         )
-    with owned(sweep.folders[number]):
-        _train_planned(sweep, job, number)
+    job, folder = job.of(sweep.cohorts[number]), sweep.folders[number]
+    holding = contextlib.nullcontext() if held else owned(folder)
+    with holding, runs.progress_bar(workdir.name, _check(job)) as bar:
+        _train_cohort(job, folder, bar)
     return len(sweep.plan)
 
 
-def train_cohort(workdir: Path, number: int) -> None:
-    """Train one cohort of a planned sweep and measure it, in a process of a cluster.
-
-    Only the sweep's own process, which holds the workdir, may start it.
-    """
-    config = workdirs.read_config(workdir)
-    try:
-        job = open_job(config)
-        sweep = open_sweep(config, workdir, job.built.identity)
-        _train_planned(sweep, job, number)
-    except UserError as error:
-        raise UserError(f"cohort {number}: {error}") from error
-
-
-def _train_planned(sweep: Sweep, job: Job, number: int) -> None:
-    """Train one cohort; its folder is held already."""
-    job = job.of(sweep.cohorts[number])
-    with runs.progress_bar(sweep.workdir.name, _check(job)) as bar:
-        _train_cohort(job, sweep.folders[number], bar)
-
-
-def _open(config: ConfigDict, workdir: Path) -> tuple[Sweep, Job]:
+def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sweep, Job]:
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
-    job = open_job(config, unchanged=True)
+    job = open_job(config, unchanged=unchanged)
     dataset, free = job.built.identity, schema.without_influence("report")
     if not config.sweep.extend:
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
@@ -139,13 +120,8 @@ def _train_cohorts(config: ConfigDict, sweep: Sweep, job: Job) -> None:
     # All are checked before the first one trains.
     steps = sum([_check(job.of(cohort)) for cohort in sweep.cohorts])
     if config.launcher == "ray":
-        if len(sweep.plan) == 1:
-            logging.warning(
-                "the sweep is one cohort, so one task; set sweep.group_size to the members of a "
-                "cohort"
-            )
-        calls = [(sweep.workdir, number) for number in _untrained(sweep, job)]
-        cluster.call_on_cluster(config, train_cohort, calls, "cohorts")
+        calls = [(config, sweep.workdir, number, True) for number in _untrained(sweep, job)]
+        cluster.call_on_cluster(config, train_part, calls, "cohorts")
     with runs.progress_bar(sweep.workdir.name, steps) as bar:
         for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
             _train_cohort(job.of(cohort), folder, bar)
@@ -160,12 +136,9 @@ def _check(job: Job) -> int:
 
 def _untrained(sweep: Sweep, job: Job) -> list[int]:
     """The numbers of the cohorts that are not trained and measured on validation."""
-    cohorts = enumerate(zip(sweep.cohorts, sweep.folders, strict=True))
-    return [
-        number
-        for number, (cohort, folder) in cohorts
-        if not is_measured(folder, job.of(cohort).made_of)
-    ]
+    jobs = [job.of(cohort) for cohort in sweep.cohorts]
+    pairs = enumerate(zip(jobs, sweep.folders, strict=True))
+    return [number for number, (of, folder) in pairs if not is_measured(folder, of.made_of)]
 
 
 def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
@@ -205,23 +178,19 @@ def _test_cohort(
         owner[policy.FILE] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
-    students = _restored(job, folder) if serves else ()
-    statistics, measured = None, []
-    fitted: Mapping[Who, Each] = {}
+    students: States = ()
+    if serves:
+        students, step = job.restored(folder)
+        if step < job.config.train.steps:  # the last checkpoint is damaged
+            with runs.progress_bar(folder.name, job.config.train.steps) as bar:
+                students = runs.fit(job, folder, bar)
+    measured, fitted = [], {}
     if with_references:
-        statistics = train_statistics(job)
         # Validation chooses among the references too.
-        measured.append(measure(job, "validation", statistics=statistics))
+        measured.append(measure(job, "validation", with_references=True))
     if policies and students:
         fitted = measure(job, "validation", students, serves=serves, keep=True, costs=False).each
-    tested = measure(job, "test", students, serves=serves, statistics=statistics, fitted=fitted)
+    tested = measure(
+        job, "test", students, serves=serves, with_references=with_references, fitted=fitted
+    )
     write_measured(job, folder / TEST, owner, *measured, tested)
-
-
-def _restored(job: Job, folder: Path) -> States:
-    """The trained students of a cohort; those of a damaged checkpoint are trained again."""
-    states, step = trained.restored(job.groups, folder, job.made_of)
-    if step == job.config.train.steps:
-        return states
-    with runs.progress_bar(folder.name, job.config.train.steps) as bar:
-        return runs.fit(job, folder, bar)

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from kd_ranker.requests.records import Dataset
 from kd_ranker.sources import given
 from kd_ranker.sources.logs import findings
 from kd_ranker.sources.logs.column_facts import arrow_of, is_table
-from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
+from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.recipes import TEACHER_STAGES
 from kd_ranker.training.workdir import write_atomically
@@ -100,11 +100,18 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
     return directory
 
 
-def dataset_of(config: ConfigDict) -> Dataset:
-    """Open the config's dataset; UserError if it was not built, or does not suit the config."""
+def dataset_of(config: ConfigDict, unchanged: bool = False) -> Dataset:
+    """Open the config's dataset.
+
+    Raises:
+      UserError: it was not built, or does not suit the config; or with `unchanged`, its raw files
+        have changed.
+    """
     dataset = storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
     if config.data.name == given.NAME:
         given.check_fits(dataset, config.data, config.tasks, config.funnel.retrieved)
+    if unchanged:
+        SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
     return dataset
 
 
@@ -120,13 +127,6 @@ def dataset_under(config: ConfigDict, dataset: Dataset, teacher_version: str) ->
     return storage.with_column(dataset, folder, LOG_TEACHER, teacher_version, stage)
 
 
-def current_dataset(config: ConfigDict) -> Dataset:
-    """Open the config's dataset for training; UserError if its raw files have changed."""
-    dataset = dataset_of(config)
-    SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
-    return dataset
-
-
 def keep_data_report(dataset: Dataset, workdir: Path) -> None:
     """Copy the data report of an own log's dataset to a workdir, where `report` reads it."""
     path = dataset.directory / JSON_FILE
@@ -136,17 +136,21 @@ def keep_data_report(dataset: Dataset, workdir: Path) -> None:
 
 def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
     """The lines on a dataset: an own log's candidates and remarks, and the epochs of training."""
-    report = read_data_report(dataset.directory)
-    of_log = [*_log_lines(report)] if report else []
-    return [*of_log, *_epochs(config, len(dataset.columns["train"]))]
-
-
-def _log_lines(report: Report) -> Iterator[str]:
-    candidates = report["candidates"]
-    reasons = {name: entry["candidates"] for name, entry in candidates["by_reason"].items()}
-    yield candidates_line(candidates["used"], "used", reasons)
-    for remark in report["remarks"]:
-        yield f"remark: {remark}"
+    lines, requests = [], len(dataset.columns["train"])
+    if report := read_data_report(dataset.directory):
+        candidates = report["candidates"]
+        reasons = {name: entry["candidates"] for name, entry in candidates["by_reason"].items()}
+        lines.append(candidates_line(candidates["used"], "used", reasons))
+        lines += [f"remark: {remark}" for remark in report["remarks"]]
+    has_teacher = config.teacher.source == "live" or config.teacher.workdir
+    trained = {"": config, "teacher.": config.teacher} if has_teacher else {"": config}
+    for prefix, section in trained.items():
+        epochs = section.train.steps * section.batch.requests / requests
+        lines.append(
+            f"epochs: {epochs:.3g} in {prefix}train.steps={section.train.steps}, of {requests:,} "
+            f"training requests, {section.batch.requests} a step"
+        )
+    return lines
 
 
 def candidates_line(used: int, verb: str, rejected: Mapping[str, int]) -> str:
@@ -157,15 +161,3 @@ def candidates_line(used: int, verb: str, rejected: Mapping[str, int]) -> str:
         f"candidates: {used + count:,} in the log = {used:,} {verb} + {count:,} rejected"
         f"{f' ({reasons})' if reasons else ''}"
     )
-
-
-def _epochs(config: ConfigDict, requests: int) -> Iterator[str]:
-    """The number of passes over the training requests in the steps of a config."""
-    has_teacher = config.teacher.source == "live" or config.teacher.workdir
-    trained = {"": config, "teacher.": config.teacher} if has_teacher else {"": config}
-    for prefix, section in trained.items():
-        epochs = section.train.steps * section.batch.requests / requests
-        yield (
-            f"epochs: {epochs:.3g} in {prefix}train.steps={section.train.steps}, of {requests:,} "
-            f"training requests, {section.batch.requests} a step"
-        )

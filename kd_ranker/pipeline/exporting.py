@@ -1,12 +1,10 @@
 """The folder of an export: programs in their formats, tables, a description, and an example."""
 
-import contextlib
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,15 @@ from safetensors.numpy import save_file
 from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch
 from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import metric_of
-from kd_ranker.evaluation.saving import flops
 from kd_ranker.models.model import COMPUTE_DTYPES, score
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline.job import Finished
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check
 from kd_ranker.serving.programs import (
     FORMATS,
     Exported,
-    Program,
     Servable,
     fields_of,
     inputs_of_items,
@@ -42,57 +37,38 @@ from kd_ranker.sources.logs.vocabulary import TRANSFORMS, VOCABULARIES_FOLDER
 _REQUESTS, _ITEMS = 4, 32  # of the example
 
 
-def export_ranker(finished: Finished, workdir: Path, folder: Path, formats: Sequence[str]) -> None:
-    """Write the ranker of a run as a new folder for a server, see `api.export`."""
-    config, dataset, is_student = finished.config, finished.dataset, finished.role == "student"
+def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> None:
+    """Write a trained ranker as a new folder for a server, see `api.export`."""
+    config, dataset, role = finished.config, finished.dataset, finished.role
+    mode = config.distill.mode if role == "student" else ""
     if "onnx" in formats and finished.policy:
         raise UserError("--policy: k is exported for JAX only; use --formats=jax")
-    computes = config[finished.role].compute_dtype
+    computes = config[role].compute_dtype
     if "onnx" in formats and COMPUTE_DTYPES[computes].dtype != jnp.float32:
         raise UserError(
-            f"{finished.role}.compute_dtype={computes!r}: the converter to ONNX lacks {computes}; "
-            "use --formats=jax"
+            f"{role}.compute_dtype={computes!r}: the converter to ONNX lacks {computes}; use "
+            "--formats=jax"
         )
     trained = Servable(
         model=finished.model,
         parameters=finished.parameters,
         spec=dataset.spec,
         items=dataset.items,
-        probability=finished.mode.serve[finished.serve],
+        probability=MODES[mode or "none"].serve[finished.serve],
         value_weights=tuple(config.value_weights),
         policy=finished.policy,
     )
     sizes = {"requests": _REQUESTS, "candidates": config.funnel.retrieved}
     example = next(iter(evaluation_batches(dataset, "test", **sizes, limit=_REQUESTS))).batch
-    versions = {}
-    for name in ("kd_ranker", "jax", "jaxlib", "flax", "numpy", "jax2onnx", "onnxruntime"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     about = {
-        "role": finished.role,
+        "role": role,
         "member": finished.member,
-        "mode": config.distill.mode if is_student else "",
+        "mode": mode,
         "serve": finished.serve,
-        "dataset": dataset.identity["dataset"],
         "run": dict(finished.made_of),
-        "versions": versions,
-        "results": _results(finished, workdir),
         "formats": list(formats),
     }
     write_export(trained, example, about, dataset.directory, folder)
-
-
-def _results(finished: Finished, workdir: Path) -> dict[str, dict[str, float]]:
-    """The numbers of its rows in `results.csv`, by split."""
-    table = results.read_csv(workdir / results.FILE).fillna({"member": ""})
-    rows = table[table["role"] == finished.role]
-    if finished.role == "student":
-        rows = rows[(rows["member"] == finished.member) & (rows["serve"] == finished.serve)]
-    names = [str(name) for name in table if metric_of(str(name))]
-    return {
-        str(row["split"]): {name: row[name] for name in names if np.isfinite(row[name])}
-        for row in rows.to_dict("records")
-    }
 
 
 def write_export(
@@ -113,7 +89,6 @@ def write_export(
     """
     exported = make_programs(trained)
     example = _example(exported, trained, batch)
-    candidates = batch.item_id.shape[1]
     described = {
         **about,
         "difference": _difference(trained, batch, example["out.probability"]),
@@ -121,21 +96,15 @@ def write_export(
         "value_weights": list(trained.value_weights),
         "policy": trained.policy.name if trained.policy else "",
         "programs": {
-            name: {
-                "inputs": _types(program.inputs),
-                "outputs": _types(program.outputs),
-                "flops": _flops(program, candidates),
-            }
+            name: {"inputs": _types(program.inputs), "outputs": _types(program.outputs)}
             for name, program in exported.programs.items()
         },
-        "flops_of": {"requests": 1, "candidates": candidates, "items": 1},
         "tables": _types(exported.tables),
         "hashed_tables": [
             name_of(name) for name, of in trained.model.embedding.tables.items() if of.hashed
         ],
         "features": json.loads(trained.spec.to_json()),
     }
-    measures = dict.fromkeys(name for of in about["results"].values() for name in of)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -152,7 +121,7 @@ def write_export(
                 copy(dataset / name, temporary / name)
         (temporary / "export.json").write_text(json.dumps(described, indent=2))
         readme = templates_of("kd_ranker.serving").get_template("README.md")
-        (temporary / "README.md").write_text(readme.render(described, measures=list(measures)))
+        (temporary / "README.md").write_text(readme.render(described))
         manifest.write(temporary, about["run"])
         temporary.rename(folder)
     finally:
@@ -192,16 +161,3 @@ def _types(described: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, of in described.items()
     }
-
-
-def _flops(program: Program, candidates: int) -> float:
-    """Return the FLOPs of one call: of one request with n candidates, or of one item."""
-    sizes = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
-    inputs = {
-        name: jax.ShapeDtypeStruct(
-            [of if isinstance(of, int) else sizes[str(of)] for of in described.shape],
-            described.dtype,
-        )
-        for name, described in program.inputs.items()
-    }
-    return flops(program.function, inputs)

@@ -1,26 +1,46 @@
-"""The job of a command: rankers that train together, their dataset, their teacher, their settings.
+"""The rankers of a run: a `Job` trains and measures them, and a `Finished` is one that is trained.
 
-A command makes it once from a config. The functions that train and measure take it instead of a
-config and values from that. The teacher is opened at first use and stays open.
+A command makes its job once from a config. The functions that train and measure take it instead of
+a config and values from that. The teacher is opened at first use and stays open.
 """
 
 import dataclasses
 import functools
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.config import schema
-from kd_ranker.errors import UserError
-from kd_ranker.evaluation import policy
+from kd_ranker import manifest
+from kd_ranker.config import checks, schema
+from kd_ranker.embedding.lookup import without_slots
+from kd_ranker.embedding.row_optimizers import TPU_LANES
+from kd_ranker.errors import UserError, check_choice, command
+from kd_ranker.evaluation import policy, results
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
+from kd_ranker.evaluation.policy import POLICIES, Policy
+from kd_ranker.evaluation.references import Statistics, train_statistics
 from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.manifest import MadeOf
-from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.models.model import Model, Parameters
+from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline.cluster import register
+from kd_ranker.pipeline.remote import Place, fetched, place_of
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep import Members, common
-from kd_ranker.training import recipes
+from kd_ranker.sweep import TEST, Members, Sweep, common, open_sweep
+from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import abstract_states
+from kd_ranker.training.mapping import put
 from kd_ranker.training.recipes import Group
+from kd_ranker.training.state import States, select_member
+
+TRAIN_TEACHER = f"{command('train_teacher')}, {datasets.SAME_FLAGS}"
+_RUNS = ("train_teacher", "train", "sweep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +48,18 @@ class Job:
     """Rankers that train together, and all that training and measuring them reads.
 
     Attributes:
-      config: what its members have in common.
+      config: the values that its members have in common.
       members: the configs of the students; none in the job of a teacher.
       built: the dataset as it was built.
-      last_teacher: the teacher that was opened last, and the dataset with its scores, by its
-        workdir and the stage of those. The jobs of a sweep share it, so those of one teacher should
-        follow each other.
+      last_teacher: the teacher that was opened last, and the dataset with its scores, by
+        `teacher_key`. The jobs of a sweep share it, so those of one teacher should follow each
+        other.
     """
 
     config: ConfigDict
     members: Members
     built: Dataset
-    last_teacher: dict[tuple[str, str], tuple[Finished | None, Dataset]] = dataclasses.field(
+    last_teacher: dict[tuple[str, str], tuple["Finished | None", Dataset]] = dataclasses.field(
         default_factory=dict
     )
 
@@ -48,12 +68,12 @@ class Job:
         return dataclasses.replace(self, config=common(members), members=members)
 
     @functools.cached_property
-    def _read(self) -> tuple[Finished | None, Dataset]:
+    def _read(self) -> tuple["Finished | None", Dataset]:
         config, dataset, teacher = self.config, self.built, None
         live, key = config.teacher.source == "live", teacher_key(config)
         if self.members and key not in self.last_teacher:
             if live or config.teacher.workdir:
-                teacher = trained.load_teacher(config, dataset)
+                teacher = load_teacher(config)
                 if not live:
                     dataset = datasets.dataset_under(config, dataset, teacher.version)
             elif not dataset.spec.teacher_version:
@@ -66,21 +86,17 @@ class Job:
         return self.last_teacher[key] if self.members else (None, dataset)
 
     @property
-    def teacher(self) -> Finished | None:
+    def teacher(self) -> "Finished | None":
         """The final ranker of the students; None where the dataset's logs replace it.
 
         Raises:
-          UserError: it is missing, or with `teacher.source = "logged"` its scores are, or without a
-            `teacher.workdir` the dataset holds no probabilities.
+          UserError: it is missing, or its scores are that students learn from.
         """
         return self._read[0]
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset that its members learn from, with the scores of a logged teacher.
-
-        It raises the same errors as `teacher`.
-        """
+        """The dataset with the scores of a logged teacher; raises the same errors as `teacher`."""
         return self._read[1]
 
     @property
@@ -89,7 +105,7 @@ class Job:
         return self.config if self.members else self.config.teacher
 
     @property
-    def live_teacher(self) -> Finished | None:
+    def live_teacher(self) -> "Finished | None":
         """The teacher if it scores the batches; None if the dataset holds its probabilities."""
         return self.teacher if self.config.teacher.source == "live" else None
 
@@ -107,16 +123,22 @@ class Job:
             return recipes.student_groups(self.members, spec)
         return [recipes.teacher_group(self.config, spec)]
 
+    @property
+    def own(self) -> MadeOf:
+        """The fingerprints of its rankers, without those of a teacher and its scores."""
+        if self.members:
+            config = schema.fingerprint(self.members, "student")
+        else:
+            config = schema.fingerprint({"": self.config}, "teacher")
+        return {"config": config, **self.built.identity}
+
     @functools.cached_property
     def made_of(self) -> MadeOf:
         """The fingerprints of the trained rankers, which their checkpoints and tables record."""
         if not self.members:
-            return trained.made_of_teacher(self.config, self.dataset)
-        return {
-            "config": schema.fingerprint(self.members, "student"),
-            **self.dataset.identity,
-            "teacher": self.teacher_version or "of the logs",
-        }
+            return self.own
+        teacher = self.teacher_version or "of the logs"
+        return {**self.own, **self.dataset.identity, "teacher": teacher}
 
     @functools.cached_property
     def report_at(self) -> ReportAt:
@@ -133,6 +155,22 @@ class Job:
         """The k at which the curves of each request are kept, and among which policies choose."""
         return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)
 
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """The statistics of the training requests, which some references need."""
+        weights, shown = self.config.value_weights, self.config.funnel.shown
+        return train_statistics(self.dataset, weights, shown, seed=0)
+
+    def restored(self, workdir: Path, made_of: MadeOf | None = None) -> tuple[States, int]:
+        """Restore the newest checkpoint that can be read, by default of exactly this job.
+
+        Returns:
+          The states on the host, and their step; abstract states and 0 without a checkpoint.
+        """
+        with checkpoints.open_in(workdir) as saved:
+            states = abstract_states(self.groups)
+            return checkpoints.restore(saved, states, None, made_of or self.made_of)
+
 
 def teacher_key(config: ConfigDict) -> tuple[str, str]:
     """The keys that decide the teacher of students and the scores that they read."""
@@ -147,5 +185,240 @@ def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool
     Raises:
       UserError: the dataset was not built, or its raw files have changed.
     """
-    opens = datasets.current_dataset if unchanged else datasets.dataset_of
-    return Job(common(members) if members else config, members or {}, opens(config))
+    built = datasets.dataset_of(config, unchanged)
+    return Job(common(members) if members else config, members or {}, built)
+
+
+class Finished(NamedTuple):
+    """A trained ranker."""
+
+    title: str  # a description for people
+    job: Job  # which trained it
+    member: str  # its name in a sweep; "" elsewhere
+    serve: str  # which of its probabilities it ranks by
+    model: Model
+    ranker: Ranker  # as the evaluation calls it
+    version: str  # a name for its exact weights
+    made_of: MadeOf  # the fingerprints that its checkpoint records
+    policy: Policy | None = None  # chooses how many candidates it passes per request, if named
+
+    @property
+    def role(self) -> str:
+        """Its role in the results: "teacher" or "student"."""
+        return "student" if self.job.members else "teacher"
+
+    @property
+    def config(self) -> ConfigDict:
+        """The config that it was trained with."""
+        return self.job.members.get(self.member, self.job.config)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset that it was trained on, which has its ids, means and deviations."""
+        return self.job.built
+
+    @property
+    def parameters(self) -> Parameters:
+        """Its trained parameters, on a device."""
+        return self.ranker.parameters
+
+
+def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
+    """Read the config of the run in a workdir.
+
+    A run may use a loss, a mode or the like that its config file registers. A workdir can come from
+    anyone, so the file at `registered_by` is executed only with `trust`, and if it is needed.
+
+    Raises:
+      UserError: there is no run, or its config names something that only that file registers and
+        the file is not trusted, or is missing.
+    """
+    with fetched(workdir, with_checkpoints=False) as folder:
+        if not (folder / workdirs.CONFIG_FILE).exists():
+            raise UserError(
+                f"no run at {workdir}: it holds no {workdirs.CONFIG_FILE}; make one with: "
+                f"{', '.join(map(command, _RUNS))}"
+            )
+        config = workdirs.read_config(folder)
+    file = config.get("registered_by", "")
+    if file and not (trust and Path(file).is_file()):
+        try:
+            checks.validate(config, config.parallel.devices or config.parallel.members or 1)
+        except UserError as error:
+            if not trust:
+                raise UserError(
+                    f"the run at {workdir} needs {file}, which would be executed ({error}); if you "
+                    "trust that file, add --trust, or trust=True in Python"
+                ) from error
+        else:
+            return config  # everything that it names is known without the file
+    register(file)
+    checks.check_keys(config)
+    return config
+
+
+def open_finished(
+    place: Place,
+    member: str = "",
+    serve: str = "",
+    data_dir: str = "",
+    trust: bool = False,
+    policy_name: str = "",
+    with_slots: bool = False,
+) -> Finished:
+    """Open the ranker of a finished run; that of a student does not need its teacher.
+
+    By default it is the best member of a sweep, with its own serving choice, on the dataset in its
+    own `data.dir`, without a policy, and without the slots of the optimizers of tables. `trust` is
+    that of `config_of`.
+
+    Raises:
+      UserError: there is no run or it is not finished, its dataset is missing or has changed, or
+        there is no such member, serving choice or policy.
+    """
+    if policy_name:
+        check_choice("--policy", policy_name, POLICIES)
+    config = config_of(place, trust)
+    config.data.dir = data_dir or config.data.dir
+    with fetched(place) as workdir:
+        owner = workdirs.owner_of(workdir)
+        if owner not in _RUNS:
+            raise UserError(f"{place} is of {owner}; name one of {', '.join(_RUNS)}")
+        for flag, value in (("--member", member), ("--policy", policy_name)):
+            if value and owner != "sweep":
+                raise UserError(
+                    f"{place} is of {owner}, and only a sweep has {value!r}; leave {flag} out"
+                )
+        job = open_job(config, {"": config} if owner == "train" else None)
+        workdirs.check_dataset(workdir, job.built.identity)
+        remedy = f"finish it with: {command(owner)}, with the flags that started it"
+        manifest.check(workdir, remedy)
+        title, folder = f"the {'student' if job.members else 'teacher'} at {place}", workdir
+        if owner == "sweep":
+            sweep = open_sweep(config, workdir, job.built.identity)
+            title, index, member, serve = _member(sweep, place, member, serve)
+            job, folder = job.of(sweep.cohorts[index]), sweep.folders[index]
+        found = _finished(title, job, member, serve, folder, remedy, with_slots)
+        if policy_name:
+            found = found._replace(policy=_policy(folder / TEST, found, policy_name))
+    return found
+
+
+def load_teacher(config: ConfigDict) -> Finished:
+    """Load the trained teacher in `config.teacher.workdir`.
+
+    Raises:
+      UserError: it is missing or unfinished, its files have changed, or it is of other tasks or
+        other data.
+    """
+    if not config.teacher.workdir:
+        raise UserError(
+            f"teacher.workdir is empty; make a teacher with: {TRAIN_TEACHER}, and name its workdir"
+        )
+    place = place_of(config.teacher.workdir)
+    trained, remedy = config_of(place), f"make one with: {TRAIN_TEACHER}"
+    other, own = datasets.dataset_name(trained), datasets.dataset_name(config)
+    if other != own:
+        raise UserError(
+            f"the teacher at {place} was trained on {other} for {', '.join(trained.tasks)}, "
+            f"not on {own} for {', '.join(config.tasks)}; {remedy}"
+        )
+    found = open_finished(place, data_dir=config.data.dir)
+    if found.role != "teacher":
+        raise UserError(f"{place} holds a {found.role}, not a teacher; {remedy}")
+    return found
+
+
+def ranker_line(ranker: Finished) -> str:
+    """The line on a ranker for the terminal."""
+    return f"ranker: {ranker.title}, by its probabilities {ranker.serve!r}"
+
+
+def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, int, str, str]:
+    """The title, cohort, name and serving choice of a student of a sweep, by default the best."""
+    if member and member not in sweep.members:
+        raise UserError(
+            f"the sweep at {place} has no member {member!r}; it has: {', '.join(sweep.members)}"
+        )
+    if not sweep.is_complete():
+        raise UserError(
+            f"the sweep at {place} is not finished; start it again with the flags that started it"
+        )
+    best = results.best_member(sweep.validation(), member)
+    if best is None and not member:
+        raise UserError(
+            f"no student of the sweep at {place} reaches the criterion for the best on "
+            f"validation; name one with --member: {', '.join(sweep.members)}"
+        )
+    # A named member may miss the criterion.
+    name, best_serve = best or (member, "")
+    (cohort,) = (number for number, names in enumerate(sweep.plan) if name in names)
+    how = "--member" if member else f"the best of {len(sweep.members)} on validation"
+    return f"member {name} of the sweep at {place} ({how})", cohort, name, serve or best_serve
+
+
+def _policy(folder: Path, student: Finished, name: str) -> Policy:
+    """Read a policy of a student of a sweep from the folder of its test tables."""
+    fitted = {}
+    if policy.FILE in manifest.read(folder, "start the sweep again")["files"]:
+        fitted = policy.from_json((folder / policy.FILE).read_text())
+    own = fitted.get((student.member, student.serve), {})
+    if name not in own:
+        raise UserError(
+            f"--policy={name!r}: {student.title} has {', '.join(own) or 'none'} by its "
+            f"probabilities {student.serve!r}; a sweep fits those of funnel.policies, for the "
+            "settings that validation chose"
+        )
+    return own[name]
+
+
+def _finished(
+    title: str,
+    job: Job,
+    member: str,
+    serve: str,
+    folder: Path,
+    remedy: str,
+    with_slots: bool = False,
+) -> Finished:
+    """A ranker of a job, from its checkpoint; UserError if it is unfinished or diverged."""
+    made_of = job.own
+    if job.members:
+        # The teacher and its scores may be gone: their fingerprints are those recorded.
+        made_of = {**manifest.read(folder, remedy)["made_of"], **made_of}
+    states, step = job.restored(folder, made_of)
+    if step < (steps := job.trainee.train.steps):
+        raise UserError(f"{title} stopped at step {step} of {steps}; {remedy}")
+    of_groups = zip(job.groups, states, strict=True)
+    ((group, state),) = (of for of in of_groups if member in of[0].names)
+    place, model, mode = group.names.index(member), group.recipe.model, group.recipe.mode
+    if diverged_at := int(state.non_finite_step[place]):
+        raise UserError(f"{title} stopped being finite at step {diverged_at}")
+    # A mode without a choice ignores the key.
+    default = next(iter(mode.serve))
+    if len(mode.serve) > 1:
+        default = job.members[member].distill.serve
+    check_choice("--serve", serve or default, mode.serve)
+    parameters = select_member(state.parameters, place)
+    version = _digest_of(parameters)
+    if not with_slots:
+        parameters = served(model, parameters, jax.default_backend())
+    ranker = Ranker(make_serve(model, mode), put(parameters))
+    return Finished(title, job, member, serve or default, model, ranker, version, made_of)
+
+
+def served(model: Model, parameters: Parameters, platform: str) -> Parameters:
+    """The parameters of a trained model without the slots of its optimiser, for a platform."""
+    # A TPU would copy narrow rows to read them, and saves no memory with these.
+    lanes = TPU_LANES if platform == "tpu" else 1
+    return dataclasses.replace(
+        parameters, tables=without_slots(model.embedding, parameters.tables, lanes)
+    )
+
+
+def _digest_of(parameters: Parameters) -> str:
+    """A name for exact weights: twelve hex digits."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:12]

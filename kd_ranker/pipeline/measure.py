@@ -18,7 +18,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
 from kd_ranker.evaluation.policy import Policy
-from kd_ranker.evaluation.references import NO_PROBABILITIES, Statistics
+from kd_ranker.evaluation.references import NO_PROBABILITIES
 from kd_ranker.evaluation.results import Kept, Row, Who
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import build_model
@@ -41,22 +41,15 @@ class Measured(NamedTuple):
     policies: dict[Who, dict[str, Policy]]  # by their names
 
 
-def train_statistics(job: Job) -> Statistics:
-    """The statistics of a job's training requests, which some references need."""
-    return references.train_statistics(
-        job.dataset, job.config.value_weights, job.config.funnel.shown, seed=0
-    )
-
-
 def measure(
     job: Job,
     split: str,
     states: States = (),
     *,
     serves: Mapping[str, Collection[str]] | None = None,
-    statistics: Statistics | None = None,
+    with_references: bool = False,
     fitted: Mapping[Who, Each] | None = None,
-    keep: bool | None = None,
+    keep: bool = False,
     limit: int = 0,
     costs: bool = True,
 ) -> Measured:
@@ -67,9 +60,9 @@ def measure(
       split: the requests to read, "validation" or "test".
       states: the trained states of the job's groups; () measures only the teacher of students.
       serves: the serving choices of each member to measure; None takes all of all members.
-      statistics: those that references use, which are then measured as well.
+      with_references: whether to measure the references, too.
       fitted: the contribution of each validation request, for the policies of `report_at`.
-      keep: whether to keep the contribution of each request; None keeps those of the test split.
+      keep: whether to keep the contribution of each request, as always of the test split.
       limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
       costs: whether to count FLOPs. An evaluation during training omits them, and the bar.
     """
@@ -83,11 +76,11 @@ def measure(
     students = [*_students(job, states, serves)] if states else []
     groups = [ranker for ranker, _ in students]
     referred: tuple[str, ...] = ()
-    if statistics is not None:
+    if with_references:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
-        referred = references.known_references([of for of in splits if len(of)], statistics)
-        groups.append(references.reference_ranker([statistics])._replace(serves=[referred]))
-    keep = split == "test" if keep is None else keep
+        referred = references.known_references([of for of in splits if len(of)], job.statistics)
+        groups.append(references.reference_ranker([job.statistics])._replace(serves=[referred]))
+    keep = keep or split == "test"
     of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit, costs)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
@@ -108,7 +101,7 @@ def measure(
     row = named("teacher", results.TEACHER) | {"seed": seed, "step": step}
     add(row | cost(flops_of_teacher), of_teacher, None)
     for (_, members), of_group in zip(students, of_groups, strict=False):
-        flops = _student_flops(job.members[members[0].name], job.dataset.spec) if costs else {}
+        flops = _student_flops(job.members[members[0][0]], job.dataset.spec) if costs else {}
         for (name, last_step, non_finite_step), of_member in zip(members, of_group, strict=True):
             for serve in serves[name]:
                 row = named("student", name, serve) | cost(flops.get(serve, _NOT_COUNTED))
@@ -122,27 +115,27 @@ def measure(
     return measured
 
 
-class _Student(NamedTuple):
-    name: str
-    last_step: int
-    non_finite_step: int  # 0 if its loss stayed finite
-
-
 def _students(
     job: Job, states: States, serves: Mapping[str, Collection[str]]
-) -> Iterator[tuple[Ranker, list[_Student]]]:
-    """Of each trained group, the members with serving choices, if any, and a ranker of these."""
+) -> Iterator[tuple[Ranker, list[tuple[str, int, int]]]]:
+    """Of each trained group, a ranker of the members with serving choices, if any, and these.
+
+    A member is its name, its last step, and the step at which its loss stopped being finite, or 0.
+    """
     for group, state in zip(job.groups, states, strict=True):
         steps = np.asarray(steps_of_members(state, group.numbers))
         non_finite = np.asarray(state.non_finite_step)
         at = [place for place, name in enumerate(group.names) if name in serves]
-        students = [_Student(group.names[of], int(steps[of]), int(non_finite[of])) for of in at]
+        students = [(group.names[of], int(steps[of]), int(non_finite[of])) for of in at]
         parameters = state.parameters
         if len(at) < len(group.names):
             parameters = jax.tree.map(operator.itemgetter(np.array(at, int)), parameters)
         serve = make_serve(group.recipe.model, group.recipe.mode)
         if students:
-            yield Ranker(serve, parameters, serves=[serves[of.name] for of in students]), students
+            yield (
+                Ranker(serve, parameters, serves=[serves[name] for name, *_ in students]),
+                students,
+            )
 
 
 def _summed(

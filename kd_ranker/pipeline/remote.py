@@ -1,11 +1,11 @@
 """Workdirs at a URL that fsspec supports, such as gs://bucket/run.
 
-A command works in a local copy of the workdir: tables, figures, event files and checkpoints are
-written by libraries that need a folder. A thread uploads what changed every few seconds, and the
-end of the command uploads the rest.
+A command works in a local copy of the workdir, because many libraries write only to folders. A
+thread uploads what changed every few seconds, and the end of the command uploads the rest.
 
-A run can resume from whatever is at the URL after a kill. A checkpoint is uploaded after the other
-files, which resuming truncates to its step, and counts only once its last file is there.
+A run can resume from whatever is at the URL after a kill. Files are uploaded in the order in which
+they were written, but those of checkpoints last, and their records after all others. A checkpoint
+without a record is not complete, and the run resumes from the one before.
 """
 
 import contextlib
@@ -34,20 +34,16 @@ from kd_ranker.training.processes import are_distributed, first_holds
 Place = Path | str
 
 _SECONDS_BETWEEN_UPLOADS = 5.0
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that Orbax is writing
-_IN_CHECKPOINT = re.compile(rf"((?:.*/)?{checkpoints.FOLDER}/[^/]*)/.*")
-_LAST_FILE = "commit_success.txt"  # of each checkpoint, as Orbax writes it
+# In the names of hidden files, and of checkpoints that Orbax is writing: they stay here.
+_LOCAL = ("/.", ".orbax-checkpoint-tmp")
+_CHECKPOINT = re.compile(rf".*/{checkpoints.FOLDER}/[^/]+/")
+_RECORD = f"/{checkpoints.RECORD}/"
 
 
 def place_of(text: str | os.PathLike[str]) -> Place:
     """Return the place that a flag or a config names; expands ~, which shells leave after a =."""
     text = os.fspath(text)
     return re.sub(r"(?<=[^/:])/+$", "", text) if "://" in text else Path(text).expanduser()
-
-
-def below(place: Place, name: str) -> Place:
-    """Return the folder of this name in a place."""
-    return place / name if isinstance(place, Path) else f"{place}/{name}"
 
 
 def local_folder(
@@ -62,16 +58,12 @@ def local_folder(
 
 @contextlib.contextmanager
 def fetched(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
-    """Open the workdir of a run for reading; that of a URL is a copy, which is deleted at the end.
-
-    Raises:
-      UserError: the URL cannot be read.
-    """
+    """Open the workdir of a run for reading; that of a URL is a copy, deleted at the end."""
     if isinstance(place, Path):
         yield place
-        return
-    with _copied(place, with_checkpoints) as copy:
-        yield copy.folder
+    else:
+        with _copied(place, with_checkpoints) as copy:
+            yield copy.folder
 
 
 @contextlib.contextmanager
@@ -124,6 +116,7 @@ def _reaching(url: str) -> Iterator[DirFileSystem]:
     try:
         system, root = fsspec.core.url_to_fs(url)
         system.invalidate_cache()
+        system.auto_mkdir = True  # object stores have no folders, and others create them so
         yield DirFileSystem(root, system)
     except Exception as error:
         remedy = "check that its bucket exists, and that this machine may read and write it"
@@ -132,30 +125,13 @@ def _reaching(url: str) -> Iterator[DirFileSystem]:
         raise UserError(f"{url} cannot be reached: {_short(error)}; {remedy}") from error
 
 
-def _make_parent(store: DirFileSystem, name: str) -> None:
-    # Asynchronous file systems are object stores, which have no folders.
-    if not store.fs.async_impl:
-        store.makedirs(name.rpartition("/")[0], exist_ok=True)
-
-
-def _holder(store: DirFileSystem) -> str:
-    """Return the content of the lock, or "" without one."""
-    try:
-        return store.cat_file(lock.FILE).decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
 @contextlib.contextmanager
 def _locked(url: str) -> Iterator[str]:
     """Hold the lock of a URL, an object that the store creates only if it is absent."""
     record = f"{lock.this_process()} ({uuid.uuid4().hex})"
     with _reaching(url) as store:
-        _make_parent(store, lock.FILE)
-        # A few stores ignore the mode, so the lock is read before and after.
-        if not _holder(store):
-            with contextlib.suppress(FileExistsError):
-                store.pipe_file(lock.FILE, record.encode(), mode="create")
+        with contextlib.suppress(FileExistsError):
+            store.pipe_file(lock.FILE, record.encode(), mode="create")
         holder = _holder(store)
     if holder != record:
         raise UserError(
@@ -170,28 +146,33 @@ def _locked(url: str) -> Iterator[str]:
                 store.rm_file(lock.FILE)
 
 
-class _Copy:
-    """A local copy of a workdir at a URL."""
+def _holder(store: DirFileSystem) -> str:
+    """Return the content of the lock, or "" without one."""
+    try:
+        return store.cat_file(lock.FILE).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
-    error: Exception | None
+
+class _Copy:
+    """A local copy of a workdir at a URL; `error` is why the last upload failed, if it did."""
+
+    error: Exception | None = None
 
     def __init__(self, url: str, folder: Path):
-        """Create the folder; `error` is the reason why the last upload failed, if it did."""
-        self.url, self.folder, self.error = url, folder, None
+        self.url, self.folder = url, folder
         folder.mkdir()
 
     def download(self, store: DirFileSystem, with_checkpoints: bool) -> None:
-        """Download all files of a store, without checkpoints that are not complete."""
-        folder, self._store = self.folder, store
-        found = {name for name in store.find("") if _is_copied(name)}
-        names = [name for name in found if with_checkpoints or not _last_of(name)]
-        wanted = [name for name in names if _last_of(name) in {"", *found}]
+        """Download the files of a store, without checkpoints that are not complete."""
+        names = [name for name in store.find("") if _is_copied(f"/{name}", with_checkpoints)]
+        complete = {"", *(_checkpoint_of(name) for name in names if _RECORD in name)}
+        wanted = [name for name in names if _checkpoint_of(name) in complete]
         for name in wanted:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        store.get(wanted, [str(folder / name) for name in wanted])
-        # The files at the URL that this process manages. Those of incomplete checkpoints are not
-        # here, so the first upload deletes them.
-        self._uploaded = dict.fromkeys(names, (0, 0)) | self._files()
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        store.get(wanted, [str(self.folder / name) for name in wanted])
+        # The first upload deletes the files of incomplete checkpoints, which are not here.
+        self._store, self._uploaded = store, dict.fromkeys(names, (0, 0)) | self._files()
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """Return the files to upload: name -> modification time in ns and size."""
@@ -199,7 +180,7 @@ class _Copy:
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
             with contextlib.suppress(FileNotFoundError):
-                if path.is_file() and _is_copied(name):
+                if path.is_file() and _is_copied(f"/{name}"):
                     found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
         return found
 
@@ -210,12 +191,10 @@ class _Copy:
         gone = self._uploaded.keys() - files.keys()
         if (changed or gone) and (holder := _holder(store)) != record:
             raise UserError(f"its lock was broken, and is that of {holder or 'no process'}")
-        # In the order in which they were written, but checkpoints last, and their last files.
         for name in sorted(
-            changed, key=lambda of: (_last_of(of) > "", _last_of(of) == of, files[of])
+            changed, key=lambda of: (_checkpoint_of(of) > "", _RECORD in of, files[of])
         ):
             with contextlib.suppress(FileNotFoundError):  # of a checkpoint that was just retired
-                _make_parent(store, name)
                 store.put_file(str(self.folder / name), name)
                 self._uploaded[name] = files[name]
         for name in gone:
@@ -240,15 +219,16 @@ class _Copy:
                         )
 
 
-def _is_copied(name: str) -> bool:
-    """Return False for the URL itself, hidden files, and checkpoints that Orbax is writing."""
-    return not (f"/{name}".endswith("/") or "/." in f"/{name}" or _UNFINISHED in name)
+def _is_copied(name: str, with_checkpoints: bool = True) -> bool:
+    """Return False for a file that is hidden, unfinished, or only marks a folder of the store."""
+    local = name.endswith("/") or any(part in name for part in _LOCAL)
+    return not local and (with_checkpoints or not _checkpoint_of(name))
 
 
-def _last_of(name: str) -> str:
-    """Return the name of the last file of the checkpoint that contains a file; "" outside one."""
-    found = _IN_CHECKPOINT.fullmatch(name)
-    return f"{found[1]}/{_LAST_FILE}" if found else ""
+def _checkpoint_of(name: str) -> str:
+    """The folder of the checkpoint that holds a file; "" outside one."""
+    found = _CHECKPOINT.match(f"/{name}")
+    return found[0] if found else ""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Training runs: start, devices, batches and evaluations of a teacher, a student or a cohort."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
+from kd_ranker.embedding.lookup import TableSpec
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.job import Job, open_job
-from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
-from kd_ranker.pipeline.remote import Place, fetched, owned, place_of
+from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline.job import Job, open_finished, open_job
+from kd_ranker.pipeline.measure import measure, write_measured
+from kd_ranker.pipeline.remote import Place, owned, place_of
 from kd_ranker.sweep import Members, check_memory, exhaustion_reported
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
@@ -34,10 +35,10 @@ from kd_ranker.training.mapping import (
 )
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.state import Frozen, LiveTeacher, States, select_member
+from kd_ranker.training.state import Frozen, LiveTeacher, States
 
 # Choices are made on the first; the second is read for the report.
-_MEASURED_SPLITS = ("validation", "test")
+_SPLITS = ("validation", "test")
 
 
 def train(command: str, config: ConfigDict, members: Members, place: Place) -> None:
@@ -60,8 +61,7 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
             datasets.keep_data_report(job.built, folder)
         with progress_bar(folder.name, job.trainee.train.steps) as bar:
             states = fit(job, folder, bar)
-        statistics = None if members else train_statistics(job)
-        measured = (measure(job, of, states, statistics=statistics) for of in _MEASURED_SPLITS)
+        measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
         write_measured(job, folder, job.made_of, *measured)
 
 
@@ -172,46 +172,39 @@ def warm_start(job: Job) -> Begin | None:
 def _model_to_start_from(job: Job) -> tuple[Model, Parameters]:
     """Return the model to start from, and its parameters on the host."""
     workdir = job.trainee.train.warm_start
-    with fetched(place_of(workdir)) as folder:
-        try:
-            ranker = trained.open_finished(folder)
-        except UserError as error:
-            raise UserError(f"train.warm_start={workdir}: {error}") from error
-        role = "student" if job.members else "teacher"
-        if ranker.role != role:
-            raise UserError(f"train.warm_start={workdir} is of a {ranker.role}, not of a {role}")
-        dataset, before = job.built, ranker.dataset.identity["dataset"]
-        if before not in (*dataset.earlier, dataset.identity["dataset"]):
-            raise UserError(
-                f"train.warm_start={workdir} was trained on {before}, and its ids are not those of "
-                f"{dataset.directory}; name a run on that dataset, or on one that it extends"
-            )
-        parameters = ranker.parameters
-        if role == "teacher":  # which is served without slots
-            state, _ = trained.restored_teacher(ranker.config, ranker.dataset, folder)
-            parameters = select_member(state.parameters, 0)
-        return ranker.model, jax.tree.map(np.asarray, parameters)
+    try:
+        ranker = open_finished(place_of(workdir), with_slots=True)
+    except UserError as error:
+        raise UserError(f"train.warm_start={workdir}: {error}") from error
+    role = "student" if job.members else "teacher"
+    if ranker.role != role:
+        raise UserError(f"train.warm_start={workdir} is of a {ranker.role}, not of a {role}")
+    dataset, before = job.built, ranker.dataset.identity["dataset"]
+    if before not in (*dataset.earlier, dataset.identity["dataset"]):
+        raise UserError(
+            f"train.warm_start={workdir} was trained on {before}, and its ids are not those of "
+            f"{dataset.directory}; name a run on that dataset, or on one that it extends"
+        )
+    return ranker.model, jax.tree.map(np.asarray, ranker.parameters)
 
 
 def _grown(
     job: Job, model: Model, start: Parameters, group: Group, fresh: Parameters
 ) -> Parameters:
     """Return the parameters of a group's members, the same for each except in rows of new ids."""
-    old, new = model.embedding, group.recipe.model.embedding
+    old, new = model.embedding.tables, group.recipe.model.embedding.tables
 
-    def shapes(dense: Any, members: int) -> Any:
-        return jax.tree.structure(dense), [of.shape[members:] for of in jax.tree.leaves(dense)]
+    def sizes(of: Parameters, tables: Mapping[str, TableSpec], members: int) -> tuple:
+        leaves, structure = jax.tree.flatten(of.dense)
+        # Only a table that is not hashed may grow.
+        by_table = {
+            name: (of.tables[name].shape[-1], table.hashed and table.size)
+            for name, table in tables.items()
+        }
+        return structure, [leaf.shape[members:] for leaf in leaves], by_table
 
-    agree = shapes(start.dense, 0) == shapes(fresh.dense, 1)
-    agree &= {name: of.hashed for name, of in old.tables.items()} == {
-        name: of.hashed for name, of in new.tables.items()
-    }
-    if not agree or any(
-        start.tables[name].shape[1] != fresh.tables[name].shape[2]
-        or old.tables[name].size > of.size
-        or (of.hashed and old.tables[name].size != of.size)
-        for name, of in new.tables.items()
-    ):
+    grows = all(old[name].size <= of.size for name, of in new.items() if name in old)
+    if not grows or sizes(start, old, 0) != sizes(fresh, new, 1):
         raise UserError(
             f"train.warm_start={job.trainee.train.warm_start} has a model of other sizes, or rows "
             "of another optimizer, than the config; keep the keys of the model, distill.mode and "
@@ -220,9 +213,9 @@ def _grown(
     tables: dict[str, Any] = {}
     for name, rows in start.tables.items():
         table = np.array(fresh.tables[name])
-        known = old.tables[name].size
+        known = old[name].size
         table[:, :known] = rows[:known]
-        table[:, new.tables[name].size] = rows[known]  # that of ids without a row
+        table[:, new[name].size] = rows[known]  # that of ids without a row
         tables[name] = table
     dense = jax.tree.map(lambda of, like: np.broadcast_to(of, like.shape), start.dense, fresh.dense)
     return Parameters(dense, tables)

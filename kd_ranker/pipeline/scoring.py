@@ -41,9 +41,9 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.policy import Policy, to_json
-from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.remote import Place, fetched
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline.job import Finished, config_of, load_teacher, open_finished, ranker_line
+from kd_ranker.pipeline.remote import Place
 from kd_ranker.requests import lock, storage
 from kd_ranker.requests.columns import Columns, columns_of_block
 from kd_ranker.requests.records import Dataset
@@ -78,33 +78,29 @@ class Scored(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Requests of one file of a log: the first `scored[i]` candidates of each are scored.
+    """Requests of one file of a log."""
 
-    Their scores go to `path`; `keep` also gets the probabilities.
-    """
-
-    path: Path
-    request: pa.Array
+    path: Path  # of their scores
+    request: pa.Array  # their ids
     columns: Columns
-    numbers: Int[np.ndarray, "n"]
-    scored: Int[np.ndarray, "n"]
-    keep: Callable[[Float32[np.ndarray, "sum T"]], None] = lambda _: None
+    numbers: Int[np.ndarray, "n"]  # their places in the columns
+    scored: Int[np.ndarray, "n"]  # how many candidates of each are scored, the first ones
+    keep: Callable[[Float32[np.ndarray, "sum T"]], None] = lambda _: None  # gets probabilities
 
 
 class _Scorer(NamedTuple):
-    """A ranker, with items and sizes; `candidates` is the largest number that a request has.
-
-    `item_names` has the `value` and `id` of each item, by id; None if ids have no other names.
-    """
+    """A ranker, with items and sizes."""
 
     ranker: Finished
     config: ConfigDict
     items: Items
-    candidates: int
-    item_names: pa.Table | None
+    candidates: int  # the most that a request has
+    item_names: pa.Table | None  # `value` and `id`, ordered by id; None if ids have no names
 
-    def write(self, parts: Iterable[_Part]) -> None:
-        """Write the scores of each file; its parts are consecutive."""
+    def write(
+        self, work: Path, parts: Iterable[_Part], counts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the scores of each file (its parts follow each other) and a description."""
         shown = tqdm(parts, "scoring", unit="part", leave=False, disable=None)
         for path, of_file in itertools.groupby(shown, key=operator.attrgetter("path")):
             tables = map(self._table, of_file)
@@ -113,16 +109,21 @@ class _Scorer(NamedTuple):
                 for table in filter(len, itertools.chain([first], tables)):
                     writer.write_table(table)
             unfinished.replace(path)
+        ranker = self.ranker
+        description = {"ranker": ranker.title, "serve": ranker.serve, "counts": counts}
+        description["policy"] = ranker.policy.name if ranker.policy else ""
+        (work / FILE).write_text(json.dumps(description, indent=2))
 
     def _table(self, part: _Part) -> pa.Table:
-        """Return the scores of a part, a row per candidate."""
+        """The scores of a part, a row per candidate."""
         probability = np.concatenate([*self._probabilities(part)])
         part.keep(probability)
         # Of NumPy: JAX would compile a program for each number of candidates.
         weights = np.array(self.config.value_weights, np.float32)
         value: Any = funnel.value(probability, weights)  # type: ignore[arg-type]
-        candidates = part.columns.candidates.fields(part.numbers, part.scored)
-        item = pa.array(np.asarray(candidates["item_id"]))
+        item = pa.array(
+            np.asarray(part.columns.candidates.fields(part.numbers, part.scored)["item_id"])
+        )
         if self.item_names is not None:
             places = np.searchsorted(self.item_names["id"].to_numpy(), item.to_numpy())
             item = self.item_names["value"].combine_chunks().take(pa.array(places))
@@ -154,7 +155,7 @@ class _Scorer(NamedTuple):
 def _passed(
     policy: Policy, value: Float32[np.ndarray, "scored"], is_scored: Bool[np.ndarray, "R N"]
 ) -> Bool[np.ndarray, "scored"]:
-    """Return True for the candidates that a policy passes; equal values keep their order."""
+    """True for the candidates that a policy passes; equal values keep their order."""
     values = np.full(is_scored.shape, -np.inf, np.float32)
     values[is_scored] = value
     k = np.asarray(policy.passed(jnp.asarray(values), jnp.asarray(is_scored)))
@@ -163,12 +164,7 @@ def _passed(
 
 
 def _paths_like(files: Iterable[str], work: Path) -> list[Path]:
-    """Return the file for the scores of each file of a log, or of each split, in a folder.
-
-    >>> files = ["s3://logs/day=1/a.parquet", "s3://logs/day=2/a.parquet"]
-    >>> [path.name for path in _paths_like(files, Path())]
-    ['00000-a.parquet', '00001-a.parquet']
-    """
+    """The file for the scores of each file of a log, or of each split."""
     return [work / f"{number:05d}-{Path(of).stem}.parquet" for number, of in enumerate(files)]
 
 
@@ -181,8 +177,8 @@ def score_dataset(config: ConfigDict) -> Scored:
     Raises:
       UserError: see `api.log_teacher`.
     """
-    dataset = datasets.current_dataset(config)
-    ranker = trained.load_teacher(config, dataset)
+    dataset = datasets.dataset_of(config, unchanged=True)
+    ranker = load_teacher(config)
     output, stage = datasets.scores_folder(config, ranker.version), config.teacher.stage
     # Those of other value weights, for example, are replaced.
     with _writing(output, _made_of(config, ranker, [stage]), replaces=True) as work:
@@ -192,8 +188,7 @@ def score_dataset(config: ConfigDict) -> Scored:
             most = max(int(of.counts.retrieved.max()) for of in dataset.columns.values())
             scorer = _Scorer(ranker, config, jax.device_put(dataset.items), most, names)
             size = _BATCHES * config.evaluation.requests
-            scorer.write(_parts_of_dataset(dataset, TEACHER_STAGES[stage], size, work))
-            _describe(work, ranker, None)
+            scorer.write(work, _parts_of_dataset(dataset, TEACHER_STAGES[stage], size, work))
     return Scored(output)
 
 
@@ -241,26 +236,20 @@ def score_unseen(
 ) -> tuple[Scored, list[str]]:
     """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
-    The log is read with the ids, means and deviations of the training log. The arguments are those
-    of `api.score`.
+    The log is read with the ids, means and deviations of the training log. Arguments and errors
+    are those of `api.score`.
 
     Returns:
       The scores, and lines on the ranker and the candidates.
-
-    Raises:
-      UserError: see `api.score`; or a policy is named, and the value weights are not the run's.
     """
-    with fetched(workdir) as folder:
-        run = trained.config_of(folder, trust)
-        log, layout, trained_layout = _open_log(config, run, workdir)
-        ranker = trained.open_finished(folder, member, "", str(config.data.dir), trust, policy)
-    fitted, given = (tuple(of.value_weights) for of in (ranker.config, config))
-    if policy and fitted != given:
+    log, layout, trained = _open_log(config, config_of(workdir, trust), workdir)
+    ranker = open_finished(workdir, member, "", str(config.data.dir), trust, policy)
+    fitted, weights = (tuple(of.value_weights) for of in (ranker.config, config))
+    if policy and fitted != weights:
         raise UserError(
-            f"--policy: fitted with value_weights={fitted}, and the config has {given}; leave "
+            f"--policy: fitted with value_weights={fitted}, and the config has {weights}; leave "
             "--config out, or set the former"
         )
-    ranker = ranker._replace(title=ranker.title.replace(str(folder), str(workdir)))
     how_read = [layout.by_request, layout.units_per_second, layout.retrieved]
     inputs = [log.manifest, repr(layout.features), layout.columns, *how_read]
     made_of = _made_of(config, ranker, inputs)
@@ -274,16 +263,21 @@ def score_unseen(
         )
     with _writing(output, made_of) as work:
         if work:
-            folder = work / ".read"
-            read = unseen.read_unseen(log, layout, trained_layout, ranker.dataset, folder)
+            read = unseen.read_unseen(log, layout, trained, ranker.dataset, work / ".read")
             items = jax.device_put(read.items)
             scorer = _Scorer(ranker, config, items, read.largest, read.item_names)
             paths = _paths_like(log.files or [SQL], work)
-            scorer.write(_parts_of_log(layout, read, paths))
-            _describe(work, ranker, read.counts)
+            scorer.write(work, _parts_of_log(layout, read, paths), read.counts)
     counts = read_json(output / FILE, _remedy(output))["counts"]
-    lines = [trained.ranker_line(ranker), *_lines(counts)]
-    return Scored(output), lines
+    unknown = (
+        f"{number:,} candidates ({number / counts['used']:.1%}) by their {name}"
+        for name, number in counts["new"].items()
+    )
+    return Scored(output), [
+        ranker_line(ranker),
+        datasets.candidates_line(counts["used"], "scored", counts["rejected"]),
+        f"unknown to training: {', '.join(unknown)}",
+    ]
 
 
 def _open_log(
@@ -319,18 +313,8 @@ def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Ite
         first = file[-1]
 
 
-def _lines(counts: Mapping[str, Any]) -> list[str]:
-    """The lines on a scored log: its candidates, and how many have values unknown to training."""
-    unknown = (
-        f"{number:,} candidates ({number / counts['used']:.1%}) by their {name}"
-        for name, number in counts["new"].items()
-    )
-    candidates = datasets.candidates_line(counts["used"], "scored", counts["rejected"])
-    return [candidates, f"unknown to training: {', '.join(unknown)}"]
-
-
 def _made_of(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.MadeOf:
-    """Return the fingerprints of all that scores depend on; `inputs` are JSON."""
+    """The fingerprints of all that scores depend on; `inputs` are JSON."""
     releases = [metadata.version(package) for package in ("kd_ranker", "jax")]
     numbers = [list(config.value_weights), config.evaluation.requests]
     dataset = ranker.dataset.identity["dataset"]
@@ -351,10 +335,7 @@ def _writing(
     """Yield a hidden folder for the files of scores, which then move to `output`.
 
     It is kept if the run is killed. None is yielded if the scores are finished. With `replaces`,
-    other scores of the same dataset by the same ranker are replaced.
-
-    Raises:
-      UserError: the folder contains something else, or another process writes to it.
+    other scores of the same dataset by the same ranker are replaced; all else is a UserError.
     """
     work = output / f".scoring-{made_of['scores']}"
     with lock.hold(output):
@@ -385,16 +366,6 @@ def _writing(
             path.replace(output / path.name)
         manifest.write(output, made_of, [path.name for path in files])
         shutil.rmtree(work)
-
-
-def _describe(work: Path, ranker: Finished, counts: Mapping[str, Any] | None) -> None:
-    description = {
-        "ranker": ranker.title,
-        "serve": ranker.serve,
-        "policy": ranker.policy.name if ranker.policy else "",
-        "counts": counts,
-    }
-    (work / FILE).write_text(json.dumps(description, indent=2))
 
 
 def _remedy(output: Path) -> str:

@@ -27,13 +27,9 @@ def read_tables(folder: Path) -> Arrays:
 
 
 def open_programs(folder: Path, runtime: str) -> Programs:
-    """Open the programs by name; each maps arrays by name to arrays by name.
+    """Open the programs of an export by name, for the runtime "onnx" or "jax".
 
-    Each reads the inputs that `export.json` lists and ignores others.
-
-    Args:
-      folder: the folder of the export.
-      runtime: "onnx" or "jax".
+    Each maps arrays by name to arrays by name, and ignores those that `export.json` does not list.
     """
     described = json.loads((folder / "export.json").read_text())["programs"]
     open_program = {"onnx": _open_onnx, "jax": _open_jax}[runtime]
@@ -67,13 +63,9 @@ def _open_jax(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Ar
 
 
 def rank(programs: Programs, arrays: Arrays) -> Arrays:
-    """Compute the probabilities and values of the candidates of requests.
+    """Compute the probabilities and values of the candidates, from tables and fields of requests.
 
     If the export has a policy, `k` is how many of each request to pass.
-
-    Args:
-      programs: the programs.
-      arrays: the tables, and the fields of the requests.
     """
     for name in ("rank",) if "rank" in programs else ("user", "score"):
         arrays = arrays | programs[name](arrays)

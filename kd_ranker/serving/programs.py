@@ -78,25 +78,15 @@ class Program:
 
 
 class Servable(NamedTuple):
-    """A ranker for serving.
+    """A ranker for serving."""
 
-    Attributes:
-      model: its fixed part.
-      parameters: the learned parameters of one model.
-      spec: the sizes of the dataset that it was trained on.
-      items: the features and categories of the items there.
-      probability: maps its logits to the probabilities that it serves, see `Mode.serve`.
-      value_weights: one weight per task.
-      policy: chooses how many candidates to pass per request; None omits that.
-    """
-
-    model: Model
-    parameters: Parameters
-    spec: FeatureSpec
-    items: Items
-    probability: ToProbability
-    value_weights: Sequence[float]
-    policy: Policy | None = None
+    model: Model  # its fixed part
+    parameters: Parameters  # of one model
+    spec: FeatureSpec  # the sizes of the dataset that it was trained on
+    items: Items  # the features and categories of the items there
+    probability: ToProbability  # from its logits, see `Mode.serve`
+    value_weights: Sequence[float]  # one per task
+    policy: Policy | None = None  # chooses how many candidates to pass per request
 
     @property
     def seen(self) -> FeatureSpec:
@@ -165,33 +155,23 @@ def fields_of(batch: CandidateBatch) -> dict[str, Any]:
 
 
 class _Recorded(dict[str, Any]):
-    """Arrays by name that record which of them were read."""
+    """Arrays by name that record in `read` which of them were read."""
 
-    def __init__(self, arrays: Arrays):
+    def __init__(self, arrays: Arrays, read: set[str]):
         super().__init__(arrays)
-        self.read: set[str] = set()
+        self._read = read
 
     def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
+        self._read.add(name)
         return super().__getitem__(name)
 
 
 def _program(name: str, function: Callable[[Arrays], dict[str, Any]], offered: Types) -> Program:
     """Build a program that takes only the offered arrays that its function reads."""
     read: set[str] = set()
-
-    def recorded(arrays: dict[str, Any]) -> dict[str, Any]:
-        own = _Recorded(arrays)
-        result = function(own)
-        read.update(own.read)
-        return result
-
-    outputs = {
-        result: jax.ShapeDtypeStruct(of.shape, of.dtype)
-        for result, of in jax.eval_shape(recorded, offered).items()
-    }
-    inputs = {given: of for given, of in offered.items() if given in read}
-    return Program(name, function, inputs, outputs)
+    results = jax.eval_shape(lambda arrays: function(_Recorded(arrays, read)), offered)
+    outputs = {of: jax.ShapeDtypeStruct(found.shape, found.dtype) for of, found in results.items()}
+    return Program(name, function, {of: offered[of] for of in offered if of in read}, outputs)
 
 
 def _there(types: Types) -> Types:
@@ -219,13 +199,10 @@ def _fields(spec: FeatureSpec, *owners: str) -> Types:
 
 def _one_item(spec: FeatureSpec) -> Types:
     """Return the inputs of the encoder of items."""
-    return _there(
-        {
-            "item_id": typed(("items",), np.int32),
-            "features": typed(("items", spec.cheap_item_features), np.float32),
-            "category": typed(("items", spec.category_width("item")), np.int32),
-        }
-    )
+    features = typed(("items", spec.cheap_item_features), np.float32)
+    category = typed(("items", spec.category_width("item")), np.int32)
+    item_id = typed(("items",), np.int32)
+    return _there({"item_id": item_id, "features": features, "category": category})
 
 
 def _types_of(held: Tables) -> Types:
@@ -265,13 +242,10 @@ def _or_zeros(arrays: Arrays, name: str, shape: tuple[Any, ...], dtype: Any) -> 
 def _rows(trained: Servable, arrays: Arrays, batch: CandidateBatch, items: Items) -> Rows:
     """Gather the embedding rows that a batch needs."""
     embedding = trained.model.embedding
-    used = {
-        name: lookup
-        for name, lookup in embedding.lookups.items()
-        if lookup.ids(batch, items).size != 0
-    }
-    names = {lookup.table for lookup in used.values()}
-    held = {name: jnp.asarray(arrays[name_of(name)]) for name in names}
+    lookups = embedding.lookups.items()
+    used = {name: lookup for name, lookup in lookups if lookup.ids(batch, items).size != 0}
+    tables = {lookup.table for lookup in used.values()}
+    held = {name: jnp.asarray(arrays[name_of(name)]) for name in tables}
     return gather_rows(embedding._replace(lookups=used), held, batch, items, whole_rows=False)
 
 
@@ -392,34 +366,32 @@ def to_onnx(program: Program) -> bytes:
     Raises:
       UserError: jax2onnx is not installed, or ONNX lacks an operation of the program.
     """
-    try:
-        with _quiet():
-            import jax2onnx
-    except ImportError as error:
-        raise UserError(
-            "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only --formats=jax"
-        ) from error
     names, outputs = list(program.inputs), list(program.outputs)
 
     def positional(*arrays: Any) -> Any:
         results = program.function(dict(zip(names, arrays, strict=True)))
         return tuple(results[name] for name in outputs)
 
-    try:
-        with _quiet():
-            model = jax2onnx.to_onnx(
-                positional,
-                list(program.inputs.values()),
-                model_name=program.name,
-                input_names=names,
-                output_names=outputs,
-            )
-    # The converter of an operation may raise any exception.
-    except Exception as error:
-        raise UserError(
-            f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
-            "--formats=jax"
-        ) from error
+    with _quiet():
+        try:
+            import jax2onnx
+        except ImportError as error:
+            raise UserError(
+                "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only "
+                "--formats=jax"
+            ) from error
+        types, named = (
+            list(program.inputs.values()),
+            {"input_names": names, "output_names": outputs},
+        )
+        try:
+            model = jax2onnx.to_onnx(positional, types, model_name=program.name, **named)
+        # The converter of an operation may raise any exception.
+        except Exception as error:
+            raise UserError(
+                f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
+                "--formats=jax"
+            ) from error
     return model.SerializeToString()
 
 

@@ -12,20 +12,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-# SIGHUP, of a closed terminal, is not available everywhere.
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-_ASK_TO_END = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+_ASK_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last is of a closed terminal
 
 
 class Stopped(SystemExit):
-    """A signal requested the end of this process.
+    """A signal requested the end of this process; `code` is 128 and its number.
 
     It is a subclass of SystemExit, so it passes through asyncio loops.
     """
-
-    def __init__(self, number: int):
-        super().__init__(128 + number)
-        self.number = number
 
 
 @contextlib.contextmanager
@@ -43,11 +37,13 @@ def deferred() -> Iterator[Callable[[], bool]]:
             _end(number, None)
         received.append(number)
 
-    with contextlib.ExitStack() as handlers:
-        if threading.current_thread() is threading.main_thread():
-            for number, previous in _handle(receive).items():
-                handlers.callback(signal.signal, number, previous)
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = _handle(receive) if in_main else {}
+    try:
         yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if received:
         signal.raise_signal(received[0])
 
@@ -55,7 +51,6 @@ def deferred() -> Iterator[Callable[[], bool]]:
 def stop_on_signal() -> None:
     """From now on, raise `Stopped` for the first signal, and end at once for a second one."""
     _handle(_stop)
-    sys.unraisablehook = _unraisable
 
 
 def end_on_signal() -> None:
@@ -65,14 +60,14 @@ def end_on_signal() -> None:
 
 def exit_after(stopped: Stopped) -> NoReturn:
     """Print that the process was stopped, as one line, and exit with the signal's code."""
-    sys.stderr.write(_line(stopped.number))
+    sys.stderr.write(_line(int(stopped.code or 0) - 128))
     sys.exit(stopped.code)
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Install a handler, and return the previous ones; an ignored signal stays so, as of nohup."""
     previous = {number: signal.getsignal(number) for number in _ASK_TO_END}
-    changed = {number: of for number, of in previous.items() if of != signal.SIG_IGN}
+    changed: dict[int, Any] = {of: by for of, by in previous.items() if by != signal.SIG_IGN}
     for number in changed:
         signal.signal(number, handler)
     return changed
@@ -80,14 +75,7 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
 
 def _stop(number: int, _: FrameType | None) -> None:
     end_on_signal()
-    raise Stopped(number)
-
-
-def _unraisable(found: "sys.UnraisableHookArgs") -> None:
-    # An exception that is raised within `__del__` does not propagate.
-    if isinstance(found.exc_value, Stopped):
-        _end(found.exc_value.number, None)
-    sys.__unraisablehook__(found)
+    raise Stopped(128 + number)
 
 
 def _end(number: int, _: FrameType | None) -> None:

@@ -35,11 +35,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object.
-
-    Raises:
-      UserError: it is damaged; the message ends with `remedy`.
-    """
+    """Return the object in a JSON file; UserError, which ends with `remedy`, if it is damaged."""
     try:
         parsed = json.loads(path.read_bytes())
         if not isinstance(parsed, dict):
@@ -68,9 +64,9 @@ def _with_tuples(value: Any) -> Any:
 
 
 def values_by_key(config: ConfigDict, without: Sequence[str] = ()) -> dict[str, object]:
-    """Return the values of a config, as JSON has them, by keys like `train.steps`.
+    """Return the values of a config, as JSON, by keys such as `train.steps`.
 
-    `without` are keys, or sections, to leave out.
+    Keys and sections in `without` are left out.
     """
     return {
         key: value
@@ -94,27 +90,15 @@ def owner_of(workdir: Path) -> str | None:
 def check(
     workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
 ) -> None:
-    """Check that `workdir` is free or contains a run of this command, config and dataset.
+    """Check that `workdir` is free or holds a run of this command, config and dataset.
 
-    The run may then claim it by `write_config`.
-
-    Args:
-      workdir: the folder of the run.
-      command: the entry point that it belongs to.
-      config: its config.
-      dataset: the fingerprint of its dataset.
-      without: keys, or sections, that do not matter to the run and may differ.
+    The run may then claim it by `write_config`. Keys and sections in `without` may differ.
 
     Raises:
-      UserError: the workdir belongs to another command, config or dataset, which the message names;
-        or its config is missing or damaged.
+      UserError: it holds a run of another command, config or dataset, which the message names; or
+        its config is missing or damaged.
     """
     if not (workdir / CONFIG_FILE).exists():
-        if any((workdir / file).exists() for file in (ENVIRONMENT_FILE, METRICS_FILE)):
-            raise UserError(
-                f"{workdir} contains a run but {CONFIG_FILE} is missing; restore it, or use "
-                "another --workdir"
-            )
         return
     owner = owner_of(workdir)
     if owner not in (None, command):
@@ -129,11 +113,7 @@ def check(
 
 
 def check_dataset(workdir: Path, dataset: MadeOf) -> None:
-    """Check that the run in `workdir` uses the dataset of this fingerprint.
-
-    Raises:
-      UserError: it uses another dataset, or other content under the same name.
-    """
+    """Raise UserError if the run in `workdir` uses a dataset of another fingerprint."""
     here = dataset["dataset"]
     there = read_environment(workdir).get("dataset", here)
     if there != here:
@@ -159,10 +139,7 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeO
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the scalars of each line of a `metrics.jsonl`, with its `step`.
-
-    A line that is cut short, as the last one of a killed run, is left out.
-    """
+    """Return the scalars of each line of a `metrics.jsonl`, except those of a line cut short."""
     scalars = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -191,7 +168,7 @@ class MetricsWriter:
             self._events.write_event(Event(step=start + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one line with the scalars of a step, in one write, on process 0 only."""
+        """Append one line with the scalars of a step, on process 0 only."""
         if self._events is None:
             return
         with self._path.open("a") as file:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.batches import training
 from kd_ranker.batches.cutting import PackedBatches, Span, unpack
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline.job import Finished
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training.loop import initial_states, make_run, take_steps

@@ -41,10 +41,7 @@ ABOUT = {
     "member": "",
     "mode": "none",
     "serve": "user",
-    "dataset": "",
     "run": {},
-    "versions": {},
-    "results": {},
     "formats": ["onnx"],
 }
 

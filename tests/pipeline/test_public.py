@@ -71,20 +71,13 @@ def test_results_show_themselves_as_text_and_within_a_notebook(world, students, 
     assert (shown.count('"'), shown.count("<")) == (2 * 4, 2)
 
 
-def test_a_student_is_exported_and_one_of_no_log_scores_none(students, tmp_path):
-    folder = kd.export(students, tmp_path / "served", member="none-seed0", formats=("jax",))
-    assert (folder / "score.jax").exists()
-    with pytest.raises(kd.UserError, match=r"of a log .*, and one is of cascade"):
-        kd.score(students, "log.parquet")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"modes": ("twice",)}, "twice"),
         ({"axes": {"train.stepz": (1,)}}, "train.stepz"),
         ({"axes": {"data.name": ("cascade",)}}, "data.name"),
-        ({"teacher": "nowhere"}, "no teacher at nowhere"),
+        ({"teacher": "nowhere"}, "no run at nowhere"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(world, tmp_path, change, message):

@@ -11,8 +11,8 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.evaluation.evaluate import Ranker, Served
-from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.trained import Finished
+from kd_ranker.pipeline import datasets, scoring
+from kd_ranker.pipeline.job import Finished, open_job
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_vocabulary
@@ -22,7 +22,7 @@ from tests.sources.faulty_logs import make_rows, write_log
 VERSION = "0123456789ab"
 
 
-def stub_teacher(config: Any, dataset: Any) -> Finished:
+def stub_teacher(config: Any) -> Finished:
     """A teacher whose probability of a candidate depends on all that it may know of it."""
 
     def serve(parameters: Any, batch: Any, items: Any) -> Served:
@@ -35,13 +35,13 @@ def stub_teacher(config: Any, dataset: Any) -> Finished:
         return Served({"user": (1 / (1 + np.exp(-both))).astype(np.float32)}, {})
 
     ranker = Ranker(serve, None)  # type: ignore[arg-type]
-    of = ("stub", "teacher", "", config, "user", None, ranker, VERSION, dataset, {})
+    of = ("stub", open_job(config), "", "user", None, ranker, VERSION, {})
     return Finished(*of)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    monkeypatch.setattr(trained, "load_teacher", stub_teacher)
+    monkeypatch.setattr(scoring, "load_teacher", stub_teacher)
 
 
 def test_scores_of_a_select_are_one_file(tmp_path, stubbed):

@@ -142,12 +142,6 @@ def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_
     assert {"stage", "user_label", "teacher_probability"}.isdisjoint(user.inputs | score.inputs)
 
 
-def test_a_student_without_history_takes_none():
-    trained = trained_ranker("two_tower", {}, "categories")
-    user = programs.make_programs(trained).programs["user"]
-    assert not [name for name in user.inputs if name.startswith(("history", "item"))]
-
-
 @open_formats
 def test_a_new_item_has_the_embedding_of_its_program(open_program):
     """Its row goes before the last one, which stays that of unknown items."""
@@ -195,16 +189,3 @@ def test_without_the_converter_its_extra_is_named(monkeypatch):
     program = programs.Program("user", dict, {"x": described}, {"x": described})
     with pytest.raises(UserError, match="ONNX needs the extra `onnx`"):
         programs.to_onnx(program)
-
-
-def test_the_converter_leaves_jax_as_it_was():
-    """It puts functions of its own in the place of JAX's while it works."""
-    pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
-    trained = trained_ranker("final_ranker", {}, "categories")
-    batch = batch_of(trained)
-    before = expected(trained, batch)
-    (program,) = programs.make_programs(trained).programs.values()
-    programs.to_onnx(program)
-    jax.clear_caches()
-    assert (expected(trained, batch) == before).all()
-    assert not jax.config.jax_enable_x64

@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 
 from kd_ranker import api
 from kd_ranker.batch import IN_BATCH
-from kd_ranker.pipeline import datasets, exporting
-from kd_ranker.pipeline.trained import load_teacher
+from kd_ranker.pipeline import exporting
 from kd_ranker.serving import check
+from kd_ranker.training import workdir as workdirs
 from tests import small
-from tests.pipeline.test_exporting import ABOUT, evaluated, the_student
+from tests.pipeline.test_exporting import ABOUT, evaluated
 from tests.serving.test_programs import batch_of, trained_ranker
 
 for _name in ("fastapi", "httpx", "jax2onnx", "onnxruntime", "uvicorn"):
@@ -118,8 +118,8 @@ async def post_all(url, requests):
 
 
 def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, trained):
-    ranker, dataset, config = the_student(trained)
-    batch, expected = evaluated(ranker, "blend", dataset, config)
+    batch, expected = evaluated(trained, "blend")
+    config = workdirs.read_config(trained)
     mask = np.asarray(batch.candidate_mask).copy()
     mask[1, 1:], mask[2, 7:] = False, False  # one candidate, and a few
     with serving(exported, "--workers=2") as url:
@@ -132,24 +132,6 @@ def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, t
         items = arrays["item_id"][row, there]
         assert_ranked(answer, items, expected[row, there], value[row, there])
         assert list(answer["probability"]) == list(config.tasks)
-
-
-def test_a_teacher_is_served_as_it_was_evaluated(world, tmp_path):
-    api.export(world.teacher, folder := tmp_path / "teacher", formats=("onnx",))
-    config = world.config()
-    dataset = datasets.dataset_of(config)
-    ranker = load_teacher(config, dataset).ranker
-    batch, expected = evaluated(ranker, "user", dataset, config)
-    arrays, _ = example_of(folder)
-    arrays = {name: np.asarray(getattr(batch, name)) for name in arrays}
-    mask = np.asarray(batch.candidate_mask)
-    with serving(folder) as url:
-        answers = asyncio.run(post_all(url, requests_of(arrays, mask)[:4]))
-    value = expected @ np.array(config.value_weights, np.float32)
-    for row, answer in enumerate(answers):
-        there = mask[row]
-        items = arrays["item_id"][row, there]
-        assert_ranked(answer, items, expected[row, there], value[row, there])
 
 
 @pytest.mark.parametrize("user_rows", [0, 7])
@@ -226,34 +208,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_a_bad_request_is_told_in_a_line(server, change, message):
-    bad = {name: of for name, of in (GOOD | change).items() if of is not None}
-    for request, status in ((bad, 422), (GOOD, 200)):
-        headers = {"content-type": "application/json"}
-        answer = httpx.post(f"{server}/rank", content=json.dumps(request), headers=headers)
-        assert answer.status_code == status, answer.text
-        if status == 422:
-            assert answer.json() == {"detail": message}
-
-
-@pytest.mark.parametrize(
-    ("body", "place"), [("{", "body"), ("[1]", "body"), ("", "body"), ("NaN", "body")]
-)
-def test_what_is_no_object_is_told_in_a_line(server, body, place):
+def post(server, content):
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{server}/rank", content=body, headers=headers)
-    assert answer.status_code == 422
-    assert re.fullmatch(rf"{place}[^\n]*: [^\n]+", answer.json()["detail"])
+    return httpx.post(f"{server}/rank", content=content, headers=headers)
 
 
-def test_more_bytes_than_any_request_needs_are_not_read(server):
-    headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{server}/rank", content=b" " * ((16 << 20) + 1), headers=headers)
-    assert answer.status_code == 413
+def test_bad_requests_are_lines(server):
+    for change, message in BAD.values():
+        bad = {name: of for name, of in (GOOD | change).items() if of is not None}
+        answer = post(server, json.dumps(bad))
+        assert (answer.status_code, answer.json()) == (422, {"detail": message})
+    for body in ("{", "[1]", "", "NaN"):
+        answer = post(server, body)
+        assert answer.status_code == 422
+        assert re.fullmatch(r"body[^\n]*: [^\n]+", answer.json()["detail"])
+    assert post(server, b" " * ((16 << 20) + 1)).status_code == 413
+    assert post(server, json.dumps(GOOD)).status_code == 200
 
 
-def test_the_load_test_counts_answers_and_errors(server, exported, tmp_path):
+def test_the_load_test_counts_answers(server, exported):
     program = [sys.executable, str(SERVE / "load_test.py"), str(exported), f"--url={server}"]
     for flags, loop in (([], "closed"), (["--rate=200"], "open")):
         flags = [*flags, "--requests=40", "--seconds=600", "--clients=3"]
@@ -262,16 +235,6 @@ def test_the_load_test_counts_answers_and_errors(server, exported, tmp_path):
         numbers = r"p50 [\d.]+ ms, p99 [\d.]+ ms, [\d.]+ requests a second"
         line = rf"{loop}-loop, 3 clients: {numbers}, 0 errors of 40 requests\n"
         assert re.fullmatch(line, finished.stdout)
-    # Requests that another ranker's server refuses.
-    shutil.copytree(exported, other := tmp_path / "other")
-    with np.load(other / "example.npz") as example:
-        np.savez(other / "example.npz", **(dict(example) | {"in.context": np.zeros((4, 1))}))
-    program[2] = str(other)
-    finished = subprocess.run(
-        [*program, "--requests=5"], capture_output=True, text=True, timeout=900
-    )
-    assert finished.returncode == 1
-    assert "5 errors of 5 requests; status 422: 5" in finished.stdout
 
 
 _ALONE = """

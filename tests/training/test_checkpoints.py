@@ -132,18 +132,6 @@ def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
 
 
 @pytest.mark.parametrize(
-    "change", [{"table": np.zeros((3, 500), np.float32)}, {"more": np.zeros(2)}]
-)
-def test_no_state_of_another_model_is_restored(workdir, change):
-    with (
-        checkpoints.open_in(workdir) as saved,
-        pytest.raises(UserError, match="none of the checkpoints"),
-    ):
-        checkpoints.restore(saved, state_of(0) | change, None, OURS)
-    assert restore(workdir)[1] == 6
-
-
-@pytest.mark.parametrize(
     ("identity", "differing"),
     [
         ({"config": "5678"}, "config (1234 there, 5678 now)"),

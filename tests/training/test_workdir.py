@@ -39,14 +39,6 @@ def test_a_workdir_is_claimed_by_one_config(tmp_path):
     assert workdirs.read_config(workdir) == config_with()
 
 
-def test_a_workdir_without_its_config_is_not_taken(tmp_path):
-    claim(tmp_path, "train_teacher", config_with(), DATASET)
-    (tmp_path / workdirs.CONFIG_FILE).unlink()
-    fault = fault_of(claim, tmp_path, "train", config_with(seed=1), DATASET)
-    assert "contains a run but config.json is missing; restore it" in fault
-    assert not (tmp_path / workdirs.CONFIG_FILE).exists()
-
-
 def test_a_file_is_replaced_whole_or_stays_and_nothing_else_is_left(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file"
     for text in ("one", "two"):

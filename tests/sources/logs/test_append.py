@@ -13,8 +13,8 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import datasets, trained
-from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline.job import open_finished, open_job
 from kd_ranker.pipeline.runs import warm_start
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
@@ -271,7 +271,7 @@ def test_a_feature_that_varies_for_the_first_time_has_no_scale(tmp_path):
 
 
 def parameters_of(workdir):
-    return jax.tree.map(np.asarray, trained.open_finished(workdir).parameters)
+    return jax.tree.map(np.asarray, open_finished(workdir, with_slots=True).parameters)
 
 
 def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_path):
@@ -287,7 +287,7 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_
     leaves = (jax.tree.leaves(of) for of in (begun.parameters.dense, old.dense))
     for one, other in zip(*leaves, strict=True):
         np.testing.assert_array_equal(one[0], other)
-    spec = trained.open_finished(tmp_path / "monday").dataset.spec
+    spec = open_finished(tmp_path / "monday").dataset.spec
     numbers = {
         name: (getattr(spec, of), getattr(after.spec, of))
         for name, of in (
@@ -326,7 +326,7 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
     before = made_small(config_of(day_one / "log", day_one / "before"))
     api.train_teacher(before, tmp_path / "monday")
     dataset = datasets.dataset_of(before)
-    old, _ = trained.restored_teacher(before, dataset, tmp_path / "monday")
+    (old,), _ = open_job(before).restored(tmp_path / "monday")
     second()
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
