@@ -336,7 +336,6 @@ def read_requests(folder: Path) -> Kept:
 
 
 def _rankers(path: Path) -> dict[Who, pd.DataFrame]:
-    """Return the rows of each ranker, in the order of the file."""
     table = pq.read_table(path, read_dictionary=["member", "serve"]).to_pandas()
     of_rankers = table.groupby(["member", "serve"], sort=False, observed=True)
     return {(str(member), str(serve)): rows for (member, serve), rows in of_rankers}

@@ -17,7 +17,7 @@ from kd_ranker.batch import EvaluationBatch, Stage, empty_batch
 from kd_ranker.evaluation import evaluate, metrics
 from kd_ranker.evaluation.evaluate import Summed
 from kd_ranker.evaluation.metrics import ReportAt, Sums, sum_functions
-from kd_ranker.evaluation.ranked import Ranked, Scored, Sizes
+from kd_ranker.evaluation.ranked import Scored, Sizes, ranked
 from tests import random_batches
 
 TASKS = ("watch", "like")
@@ -31,12 +31,12 @@ def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
             is_teacher: Any) -> Summed:  # fmt: skip
     sizes = Sizes(SHOWN, *[student.shape[1]] * 2)
     scored = Scored.of(student, {}, batch.batch)
-    return evaluate.summed(Ranked(scored, batch, weights, sizes, is_teacher), functions, ks)
+    return evaluate.summed(ranked(scored, batch, weights, sizes, is_teacher), functions, ks)
 
 
 @dataclasses.dataclass
 class Case:
-    """The input of `Ranked`, as arrays of NumPy: R requests, N candidates, T tasks."""
+    """The input of `ranked`, as arrays of NumPy: R requests, N candidates, T tasks."""
 
     student: np.ndarray
     teacher: np.ndarray
