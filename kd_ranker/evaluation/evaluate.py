@@ -152,8 +152,7 @@ def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
 def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Summed:
     """The sums of `functions` over the requests of one batch, and their terms; pure.
 
-    The curves of each request are cut to `ks`, at least 1. One beyond the number of candidates
-    means all of them, which is the denominator of a captured share.
+    The curves of each request are cut to `ks`, at least 1; one beyond the candidates means all.
 
     Raises:
       ValueError: two functions return a sum of the same name.
@@ -342,8 +341,7 @@ def _measured(
 ) -> Summed:
     """The sums of one batch for all rankers, the teacher first, on the host.
 
-    The measuring program takes a fixed number of rankers. Devices call it in turn, and the last
-    call repeats its last ranker.
+    Devices call the measuring program in turn, and the last call repeats its last ranker.
     """
     least, most = _PER_CALL
     each = -(-len(scored) // len(devices))

@@ -104,6 +104,12 @@ def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
     lists = train_statistics(dataset, WEIGHTS, SHOWN, seed=0).lists
     np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
     assert len(np.unique(lists["show_rate"])) > 3
+    # A training split has no facts for the evaluation, and a log may have no teacher.
+    columns, statistics = dataset.columns, Statistics(lists, np.int32(0))
+    assert known_references([columns["train"]], statistics) == ("random", *LISTS)
+    del lists["top_rate"]
+    without = tuple(name for name in REFERENCES if name != "top_rate")
+    assert known_references([columns["test"]], statistics) == without
 
 
 def statistics(seed=0):
@@ -192,14 +198,6 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
     found = known_references(columns, statistics())
     absent = {"incumbent": "incumbent", "true_probability": "oracle"}[field]
     assert found == tuple(name for name in REFERENCES if known or name != absent)
-
-
-def test_the_references_of_a_split_without_facts_and_of_a_log_without_a_teacher(tmp_path):
-    dataset, lists = built(tmp_path, lambda *_: {}), statistics().lists
-    assert known_references([dataset.columns["train"]], statistics()) == ("random", *LISTS)
-    del lists["top_rate"]
-    found = known_references([dataset.columns["test"]], Statistics(lists, np.int32(0)))
-    assert found == tuple(name for name in REFERENCES if name != "top_rate")
 
 
 def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
