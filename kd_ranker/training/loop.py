@@ -169,7 +169,7 @@ def fit(
         with checkpoints.open_in(workdir, to_write=True) as saved:
             abstract = abstract_states(run.groups)
             states, start = checkpoints.restore(saved, abstract, run.batches, made_of)
-            skip_steps(bar, start)
+            bar.update(start)
             if start >= run.steps:
                 return states
             states = run.devices.place(states) if start else initial_states(run)
@@ -216,7 +216,7 @@ def _train(
     while step < run.steps and not stopping:
         training = {name for name, last in lengths.items() if step < last}
         if training <= diverged.keys():
-            skip_steps(outputs.bar, run.steps - step)
+            outputs.bar.update(run.steps - step)
             break
         wanted = _next_stop(step, lengths.values(), train) - step
         states, losses, taken, longest = _call(run, states, wanted, longest)
@@ -278,17 +278,6 @@ def _agreed(number: float) -> float:
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.process_allgather(np.float32(number)).max())
-
-
-def skip_steps(bar: tqdm, steps: int) -> None:
-    """Move a bar over steps that are skipped, without counting them in its pace."""
-    if bar.disable:
-        return
-    # `update` would count them as very fast steps.
-    bar.initial += steps
-    bar.n += steps
-    bar.last_print_n = bar.n
-    bar.refresh()
 
 
 def scalar_name(scalar: str, member: str) -> str:
