@@ -25,7 +25,7 @@ from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.agreement import calibration_bin_sums
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions, sums_curves
-from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes
+from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes, ranked
 from kd_ranker.models.model import Model, Parameters, score
 from kd_ranker.training.mapping import put, put_by_rows
 from kd_ranker.training.state import Frozen
@@ -66,38 +66,23 @@ class Ranker(NamedTuple):
     """A trained model, or a group of them with stacked parameters.
 
     Rankers that share one `serve` function share its compiled program.
-
-    Attributes:
-      serve: maps parameters, a `CandidateBatch` and the items to the outputs of one model.
-      parameters: `Parameters`, or for references `references.Statistics`.
-      sees_truth: whether `serve` takes the whole `EvaluationBatch`, as only a reference may.
-      serves: the serve names to measure of each member; None takes all.
     """
 
     serve: Serve
-    parameters: Any
-    sees_truth: bool = False
-    serves: Sequence[Collection[str]] | None = None
+    parameters: Any  # `Parameters`, or for references `references.Statistics`
+    sees_truth: bool = False  # whether `serve` takes the `EvaluationBatch`, as only a reference may
+    serves: Sequence[Collection[str]] | None = None  # to measure of each member; None takes all
 
 
 class Plan(NamedTuple):
-    """The choices of a pass.
+    """The choices of a pass."""
 
-    Attributes:
-      value_weights: one weight per task.
-      shown: `config.funnel.shown`.
-      ks: the values of k at which the curves of each request are kept.
-      keep: whether to keep the sums of each request. The program is the same.
-      devices: the devices that share the work; none takes the default one.
-      sharded: whether to spread the rows of tables and items over them while serving.
-    """
-
-    value_weights: Sequence[float]
+    value_weights: Sequence[float]  # one per task
     shown: int
-    ks: Sequence[int] = ()
-    keep: bool = False
-    devices: Sequence[jax.Device] = ()
-    sharded: bool = False
+    ks: Sequence[int] = ()  # at which the curves of each request are kept
+    keep: bool = False  # whether to keep the sums of each request; the program is the same
+    devices: Sequence[jax.Device] = ()  # that share the work; none takes the default one
+    sharded: bool = False  # whether to spread the rows of tables and items over them
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
@@ -167,8 +152,7 @@ def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
 def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Summed:
     """The sums of `functions` over the requests of one batch, and their terms; pure.
 
-    The curves of each request are cut to `ks`, at least 1. One beyond the number of candidates
-    means all of them, which is the denominator of a captured share.
+    The curves of each request are cut to `ks`, at least 1; one beyond the candidates means all.
 
     Raises:
       ValueError: two functions return a sum of the same name.
@@ -209,7 +193,7 @@ def _measure(
     """The sums of one batch for C rankers, with a leading axis of these."""
 
     def of_ranker(scored: Scored, is_teacher: Any) -> Summed:
-        batch = Ranked(scored, evaluation_batch, value_weights, sizes, is_teacher)
+        batch = ranked(scored, evaluation_batch, value_weights, sizes, is_teacher)
         return summed(batch, functions, ks)
 
     stacked = jax.tree.map(lambda *of: jnp.stack(of), *rankers)
@@ -357,8 +341,7 @@ def _measured(
 ) -> Summed:
     """The sums of one batch for all rankers, the teacher first, on the host.
 
-    The measuring program takes a fixed number of rankers. Devices call it in turn, and the last
-    call repeats its last ranker.
+    Devices call the measuring program in turn, and the last call repeats its last ranker.
     """
     least, most = _PER_CALL
     each = -(-len(scored) // len(devices))

@@ -21,32 +21,22 @@ from jaxtyping import Array, Bool, Float, Int, Num
 class FunnelCurves:
     """Curves over k = 1..N, and the top m, of each request or, without the leading axis, of one.
 
-    Attributes:
-      score: the student's value of its k-th candidate; on padding that of the last one.
-      survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
-      value_captured: summed teacher value of the m items shown if the teacher ranks only the
-        student's top k. The last entry is that of all retrieved: the denominator of a share.
-      true_value_captured: summed true value of the same items, with the columns of `true_value`;
-        NaN where it is not known.
-      shown_kept: number of candidates in the student's top k that the logged funnel has shown; 0
-        where it has shown all or none, which cannot distinguish students.
-      positives_kept: number of candidates in the student's top k with a positive label of a task.
-      positives_shown: number of these among the m items shown.
-      gain: teacher value of the student's first m candidates; 0 where it is not known.
-      ideal_gain: the same in the teacher's own order.
-      counts: False where the teacher knows no candidate; all curves of its choice are 0 there.
+    The items shown are the m that the teacher chooses among the student's top k. The last entry of
+    a curve is that of all retrieved: the denominator of a share.
     """
 
-    score: Float[Array, "R N"]
-    survival: Float[Array, "R N"]
-    value_captured: Float[Array, "R N"]
-    true_value_captured: Float[Array, "R N ..."]
+    score: Float[Array, "R N"]  # the student's value of its k-th candidate; on padding of the last
+    survival: Float[Array, "R N"]  # share of the teacher's own top m in the student's top k
+    value_captured: Float[Array, "R N"]  # summed teacher value of the items shown
+    true_value_captured: Float[Array, "R N ..."]  # the same of `true_value`; NaN if unknown
+    # Candidates in the top k that the logged funnel has shown; 0 where it has shown all or none,
+    # which cannot distinguish students.
     shown_kept: Float[Array, "R N"]
-    positives_kept: Float[Array, "R N T"]
-    positives_shown: Float[Array, "R N T"]
-    gain: Float[Array, "R m"]
-    ideal_gain: Float[Array, "R m"]
-    counts: Bool[Array, "R"]
+    positives_kept: Float[Array, "R N T"]  # candidates in the top k with a positive label
+    positives_shown: Float[Array, "R N T"]  # those among the items shown
+    gain: Float[Array, "R m"]  # teacher value of the student's first m; 0 where it is not known
+    ideal_gain: Float[Array, "R m"]  # the same in the teacher's own order
+    counts: Bool[Array, "R"]  # False where the teacher knows no candidate; its curves are 0 there
 
 
 def value(
@@ -203,12 +193,10 @@ def _curves_of_request(
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
-    """The place that each newcomer evicts from the top m, maybe its own; N while there is room.
+    """The place that each newcomer evicts from the top m, maybe its own; N while there is room."""
 
-    Each newcomer is inserted into the sorted slots: slot i keeps its place unless the newcomer's is
-    smaller; then it takes the larger of the newcomer's place and that of slot i - 1.
-    """
-
+    # Slot i of the sorted top keeps its place unless the newcomer's is smaller; then it takes the
+    # larger of the newcomer's place and that of slot i - 1.
     def insert(
         best: Int[Array, "m"], newcomer: Int[Array, ""]
     ) -> tuple[Int[Array, "m"], Int[Array, ""]]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from kd_ranker.config.keys import POLICIES
 from kd_ranker.evaluation import agreement, funnel
 from kd_ranker.evaluation.agreement import weighted_sum
-from kd_ranker.evaluation.ranked import Ranked
+from kd_ranker.evaluation.ranked import Ranked, covered_user_value, curves_of
 
 # By name: of each request of a batch, [R, ...], or over all of a batch or a pass, [...].
 Sums = dict[str, Float[Array | np.ndarray, "..."]]
@@ -45,9 +45,6 @@ class Metric(NamedTuple):
     Attributes:
       name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`,
         `name/<policy>`.
-      formula: its definition, in Markdown.
-      better: the way in which it is better: lower, higher or closer to one; None for neither.
-      per: there is a number for each of these.
       ends: from the sums over the requests of a pass, and those of the teacher on the same, to
         its numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to
         k), [T] or [N, T], or one number. For targets it is a curve [N]; the first k at or above the
@@ -57,26 +54,21 @@ class Metric(NamedTuple):
       sums: functions of a batch, in addition to `SUMS`, that return sums of each request by name,
         arrays [R, ...]. Those of a metric with a number for each k or target may be curves,
         [R, N, ...]. Metrics may share a function: it is called once per batch.
-      title: its name in tables and figures; by default `name` with spaces.
-      digits: after the decimal point, in tables.
-      probabilities_of: the rankers that must give probabilities, not only an order.
-      of_teacher: whether it is defined for the teacher itself.
-      averaged: whether a report has the mean over tasks too, under `name`.
-      compared: whether a report compares settings on it.
     """
 
     name: str
-    formula: str
+    formula: str  # in Markdown
     better: Better | None = None
-    per: tuple[Literal["k", "task", "target", "policy"], ...] = ()
+    per: tuple[Literal["k", "task", "target", "policy"], ...] = ()  # a number for each
     ends: Ends | None = None
     sums: tuple[SumFunction, ...] = ()
-    title: str = ""
-    digits: int = 4
+    title: str = ""  # in tables and figures; by default `name` with spaces
+    digits: int = 4  # after the decimal point, in tables
+    # The rankers that must give probabilities, not only an order.
     probabilities_of: tuple[Literal["ranker", "teacher"], ...] = ()
-    of_teacher: bool = True
-    averaged: bool = False
-    compared: bool = True
+    of_teacher: bool = True  # whether it is defined for the teacher itself
+    averaged: bool = False  # whether a report has the mean over tasks too, under `name`
+    compared: bool = True  # whether a report compares settings on it
 
 
 def _of_users(ranked: Ranked) -> Sums:
@@ -135,12 +127,9 @@ def _on_shown(ranked: Ranked) -> Sums:
 
 
 def _of_order(ranked: Ranked) -> Sums:
-    ndcg, ndcg_counts = agreement.ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
     tau, tau_counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
     top = funnel.top_values(ranked.value, ranked.true_value, ranked.mask, ranked.sizes.shown)
     return {
-        "teacher_ndcg": ndcg,
-        "teacher_ndcg_requests": ndcg_counts,
         "teacher_tau": tau,
         "teacher_tau_requests": tau_counts,
         **dict(zip(("top_promised", "top_true", "top_best"), top, strict=True)),
@@ -148,8 +137,9 @@ def _of_order(ranked: Ranked) -> Sums:
 
 
 def _of_funnel(ranked: Ranked) -> Sums:
-    curves, candidates = ranked.curves, ranked.mask.sum(axis=1, keepdims=True)
+    curves, candidates = curves_of(ranked), ranked.mask.sum(axis=1, keepdims=True)
     k = jnp.arange(1, ranked.mask.shape[1] + 1)
+    ndcg, ndcg_counts = agreement.ndcg(curves.gain, curves.ideal_gain)
     return {
         "score": curves.score,
         "survival": curves.survival,
@@ -157,7 +147,7 @@ def _of_funnel(ranked: Ranked) -> Sums:
         "value_captured": curves.value_captured,
         "true_value_captured": curves.true_value_captured[..., 0],
         "ips_user_value": curves.true_value_captured[..., 1],
-        "covered_user_value": ranked.covered_user_value,
+        "covered_user_value": covered_user_value(ranked),
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
         "scored": jnp.minimum(k, candidates),
         "shown_kept": curves.shown_kept,
@@ -165,6 +155,8 @@ def _of_funnel(ranked: Ranked) -> Sums:
         "positives_shown": curves.positives_shown[..., :-2],
         "passed_shown": curves.positives_shown[..., -2],
         "all_shown": curves.positives_shown[..., -1],
+        "teacher_ndcg": ndcg,
+        "teacher_ndcg_requests": ndcg_counts,
     }
 
 
@@ -259,8 +251,16 @@ _loss = functools.partial(
     averaged=True,
 )
 _gain = functools.partial(Metric, better="higher", per=("k",))
+_at_passed_for = functools.partial(Metric, per=("target",))
+# Small for a student that predicts users well as for one that strays: neither way is better.
+_aligned = functools.partial(
+    Metric, digits=3, probabilities_of=("ranker", "teacher"), of_teacher=False
+)
 # Measured only on the test split of a sweep with `config.funnel.policies`.
 _per_policy = functools.partial(Metric, better="higher", per=("policy",), of_teacher=False)
+# Filled in for a whole sweep.
+_saving = functools.partial(Metric, digits=3, better="higher")
+_of_data = functools.partial(Metric, digits=3, compared=False)
 
 # In the order of the columns of `results.csv`.
 METRICS: dict[str, Metric] = {
@@ -323,26 +323,19 @@ METRICS: dict[str, Metric] = {
             title="teacher KL of the shown",
             ends=_ratio("shown_teacher_kl", "shown_weight"),
         ),
-        Metric(
+        _aligned(
             name="alignment_ratio",
             formula="mean over tasks of (user BCE of the student − user BCE of the teacher) / "
             "teacher KL of the student, all three on the items and with the weights of "
             "`teacher_kl_shown`; empty where that is not above 10⁻⁶",
-            digits=3,
-            # It is small for a student that predicts users well as for one that strays.
             ends=_alignment("shown_teacher_kl"),
-            probabilities_of=("ranker", "teacher"),
-            of_teacher=False,
         ),
-        Metric(
+        _aligned(
             name="alignment_ratio_bce",
             formula="the same with the student's teacher BCE on these items below the line, which "
             "counts the teacher's own entropy",
             title="alignment ratio (BCE)",
-            digits=3,
             ends=_alignment("shown_teacher_bce"),
-            probabilities_of=("ranker", "teacher"),
-            of_teacher=False,
         ),
         _gain(
             name="survival",
@@ -430,28 +423,25 @@ METRICS: dict[str, Metric] = {
             better="higher",
             ends=_ratio("teacher_tau", "teacher_tau_requests"),
         ),
-        Metric(
+        _at_passed_for(
             name="passed_for",
             formula="the smallest k with `value_captured@k` at or above this percentage",
             digits=0,
             better="lower",
-            per=("target",),
             ends=_captured("value_captured"),
         ),
-        Metric(
+        _at_passed_for(
             name="scored_for",
             formula="mean candidates of a request that the teacher scores at `passed_for`: min(k, "
             "candidates of the request)",
             digits=1,
             better="lower",
-            per=("target",),
             ends=_at_target(_ratio("scored", "requests")),
         ),
-        Metric(
+        _at_passed_for(
             name="true_value_for",
             formula="`true_value_captured` at `passed_for`: where the saving is taken",
             better="higher",
-            per=("target",),
             ends=_at_target(_captured("true_value_captured")),
         ),
         _per_policy(
@@ -485,12 +475,11 @@ METRICS: dict[str, Metric] = {
             digits=3,
             ends=_saving_by,
         ),
-        Metric(
+        _of_data(
             name="candidates",
             formula="mean candidates of a request",
             digits=1,
             ends=_ratio("candidates", "requests"),
-            compared=False,
         ),
         Metric(
             name="regret",
@@ -521,44 +510,34 @@ METRICS: dict[str, Metric] = {
             formula="`flops_per_candidate` of the student over the teacher's",
             better="lower",
         ),
-        Metric(
+        _saving(
             name="funnel_cost_saving",
             formula="1 − cost / cost of the best ranker that needs no scores of the final ranker, "
             "in the same repeat, where cost = `candidates` · student FLOPs + `scored_for_99` · "
             "teacher FLOPs, or in the unit of `costs`; the best of students, lists and the "
             "incumbent, by mean `passed_for_99` on validation; filled in for a whole sweep",
             title="saving",
-            digits=3,
-            better="higher",
         ),
-        Metric(
+        _saving(
             name="saving_over_none",
             formula="the same against the best setting of plain mode `none`",
-            digits=3,
-            better="higher",
         ),
-        Metric(
+        _saving(
             name="saving_over_incumbent",
             formula="the same against the early ranker that filled the log, at a cost of 0 for "
             "that ranker; empty where the log does not name it",
             title="saving over the incumbent",
-            digits=3,
-            better="higher",
         ),
-        Metric(
+        _of_data(
             name="unseen_users",
             formula="the share of the test requests from users absent from the model's training, "
             "which the reserved row serves; empty where the model is not known",
-            digits=3,
             ends=_ratio("unseen_users", "requests"),
-            compared=False,
         ),
-        Metric(
+        _of_data(
             name="unseen_items",
             formula="the same of the test candidates",
-            digits=3,
             ends=_ratio("unseen_items", "candidates"),
-            compared=False,
         ),
     )
 }
@@ -690,13 +669,9 @@ def summarise(
 ) -> dict[str, float]:
     """The measured columns of `results.csv`, in their order; NaN where there is nothing to measure.
 
-    Args:
-      sums: of a ranker over all batches, from `evaluate.add`.
-      teacher: those of the teacher; None where `sums` are its own.
-      tasks: names of the tasks, in the order of the T axis.
-      report_at: the points of curves.
-      signal: of the teacher, one of `batch.TEACHER_SIGNALS`.
-      only_order: whether the numbers of the ranker are no probabilities.
+    `sums` are those of a ranker over all batches. `teacher` are those of the teacher, or None where
+    `sums` are its own. `signal` is one of `batch.TEACHER_SIGNALS`; the ranker with `only_order`
+    gives no probabilities.
     """
     of_teacher, is_order = teacher is None, signal != "probability"
     without: set[str] = {"teacher"} if is_order else set()

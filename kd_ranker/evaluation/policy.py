@@ -8,15 +8,13 @@ Axes: `R` requests, `K` values of k, increasing; the last is all that was retrie
 """
 
 import bisect
-import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Float64, Int
 
 from kd_ranker.evaluation.metrics import HINDSIGHT, TARGET, Sums
@@ -27,6 +25,10 @@ Score = Float[np.ndarray | Array, "R K"]
 
 Choice = Int[np.ndarray | Array, "R"]
 """The place in `ks` of each request's k."""
+
+Numbers = Mapping[str, Any]  # a number or an array by name
+
+_FOLDS = 5
 
 
 class Curves(NamedTuple):
@@ -53,24 +55,19 @@ class Curves(NamedTuple):
         return 1 - float(self.lost[np.arange(len(choice)), choice].mean())
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """A rule that chooses k for each request from the student's sorted scores.
+class Policy(NamedTuple):
+    """A fitted rule of `POLICIES` that chooses k for each request.
 
     The scores are an array of NumPy or of JAX, and so is the choice.
     """
 
-    name: ClassVar[str]
+    name: str
     ks: Int[np.ndarray, "K"]
-
-    @classmethod
-    def fit(cls, curves: Curves, target: float) -> Self:
-        """Fit a rule that keeps this share of the value over all requests."""
-        raise NotImplementedError
+    numbers: Numbers
 
     def choose(self, score: Score) -> Choice:
         """Choose the place of each request's k."""
-        raise NotImplementedError
+        return POLICIES[self.name].choose(score, self.ks, self.numbers)
 
     def passed(self, value: Float[Array, "R N"], mask: Bool[Array, "R N"]) -> Int[Array, "R"]:
         """The number of candidates to pass of each request: from 1 to all, or 0 of none.
@@ -86,91 +83,96 @@ class Policy:
         return jnp.minimum(jnp.asarray(self.ks)[self.choose(score)], candidates)
 
 
-@dataclasses.dataclass(frozen=True)
-class Uniform(Policy):
+class Rule(NamedTuple):
+    """A way to choose k: `fit` finds numbers that keep a share of the value over all requests."""
+
+    fit: Callable[[Curves, float], Numbers]
+    choose: Callable[[Score, Int[np.ndarray, "K"], Numbers], Choice]
+
+
+def _fit_uniform(curves: Curves, target: float) -> Numbers:
     """The same k for all: the smallest that keeps the target, at `place` in `ks`."""
-
-    name: ClassVar[str] = "uniform"
-    place: int
-
-    @classmethod
-    def fit(cls, curves: Curves, target: float) -> Self:
-        """See `Policy`."""
-        enough = 1 - curves.lost.mean(axis=0) >= target
-        return cls(curves.ks, int(enough.argmax()))
-
-    def choose(self, score: Score) -> Choice:
-        """See `Policy`."""
-        return score.__array_namespace__().full(score.shape[0], self.place)
+    return {"place": int((1 - curves.lost.mean(axis=0) >= target).argmax())}
 
 
-@dataclasses.dataclass(frozen=True)
-class Threshold(Policy):
-    """The largest k at which all candidates reach the largest threshold that keeps the target."""
-
-    name: ClassVar[str] = "threshold"
-    threshold: float
-
-    @classmethod
-    def fit(cls, curves: Curves, target: float) -> Self:
-        """See `Policy`."""
-        known = np.unique(curves.score)
-
-        def enough(place: int) -> bool:
-            return curves.kept(cls(curves.ks, known[place]).choose(curves.score)) >= target
-
-        return cls(curves.ks, float(known[_last_true(len(known), enough)]))
-
-    def choose(self, score: Score) -> Choice:
-        """See `Policy`."""
-        reached = (score >= self.threshold).sum(axis=1)
-        return score.__array_namespace__().maximum(reached - 1, 0)
+def _choose_uniform(score: Score, _: Any, numbers: Numbers) -> Choice:
+    return score.__array_namespace__().full(score.shape[0], int(numbers["place"]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Learned(Policy):
+def _fit_threshold(curves: Curves, target: float) -> Numbers:
+    """The largest threshold that keeps the target; passed are candidates that reach it."""
+    known = np.unique(curves.score)
+
+    def enough(place: int) -> bool:
+        choice = _choose_threshold(curves.score, curves.ks, {"threshold": known[place]})
+        return curves.kept(choice) >= target
+
+    return {"threshold": float(known[_last_true(len(known), enough)])}
+
+
+def _choose_threshold(score: Score, _: Any, numbers: Numbers) -> Choice:
+    reached = (score >= numbers["threshold"]).sum(axis=1)
+    return score.__array_namespace__().maximum(reached - 1, 0)
+
+
+def _fit_learned(curves: Curves, target: float) -> Numbers:
     """The least k + price · the expected value lost at k, as a network predicts it.
 
-    The network is fitted by Poisson regression, so its predictions are right in the mean over the
-    requests that it is fitted to. The price is about the smallest that keeps the target, by
-    out-of-fold predictions. A price for a budget over all requests: Jiang et al., "DCAF", 2020,
-    arXiv:2006.09684. Of more than 20,000 requests, the first 20,000 count.
+    The network is fitted by Poisson regression to the first 20,000 requests. The price is about the
+    smallest that keeps the target, by out-of-fold predictions. A price for a budget over all
+    requests: Jiang et al., "DCAF", 2020, arXiv:2006.09684.
     """
+    # Imported here: few runs fit a policy, and the import takes a second.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.neural_network import MLPRegressor
 
-    name: ClassVar[str] = "learned"
-    price: float  # in candidates per mean value of a request
-    mean: Float[np.ndarray, "F"]
-    deviation: Float[np.ndarray, "F"]
-    network: Mapping[str, Float[np.ndarray, "..."]]
-
-    @classmethod
-    def fit(cls, curves: Curves, target: float) -> Self:
-        """See `Policy`."""
-        curves = Curves(curves.ks, *(of[:_MOST_REQUESTS] for of in curves[1:]))
-        features = np.asarray(_features(curves.score))
-        deviation = features.std(axis=0)
-        scale = features.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation)
-        standard = _standard(features, *scale)
-        fold = np.random.default_rng(0).permutation(len(features)) % _FOLDS
-        # The last network learns from all requests.
-        weights = np.stack([*(fold != of for of in range(_FOLDS)), fold >= 0]).astype(np.float32)
-        networks = _fit_networks(standard, curves.lost.astype(np.float32), weights)
-        predicted = jax.device_get(_predict_each(networks, standard))
-        out_of_fold = predicted[fold, np.arange(len(features))]
-        price = _least_price(curves, out_of_fold, curves.ks, target)
-        whole = {name: np.asarray(of[-1]) for name, of in networks.items()}
-        return cls(curves.ks, price, *scale, whole)
-
-    def choose(self, score: Score) -> Choice:
-        """See `Policy`."""
-        standard = _standard(_features(score), self.mean, self.deviation)
-        network = {name: jnp.asarray(of) for name, of in self.network.items()}
-        lost = score.__array_namespace__().asarray(_predict(network, standard))
-        return _cheapest(self.ks, lost, self.price)
+    curves = Curves(curves.ks, *(of[:20_000] for of in curves[1:]))
+    features = np.asarray(_features(curves.score))
+    deviation = features.std(axis=0)
+    scale = {"mean": features.mean(axis=0), "deviation": np.where(deviation < 1e-6, 1, deviation)}
+    standard, lost = _standard(features, scale), curves.lost
+    unit = lost.mean() or 1.0
+    network = MLPRegressor(
+        hidden_layer_sizes=(32,),
+        activation="tanh",
+        loss="poisson",
+        learning_rate_init=1e-2,
+        alpha=1e-2,
+        max_iter=100,
+        random_state=0,
+    )
+    out_of_fold = lost
+    with warnings.catch_warnings():
+        # The number of passes is fixed.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if len(lost) >= _FOLDS:
+            folds = KFold(_FOLDS, shuffle=True, random_state=0)
+            out_of_fold = unit * cross_val_predict(network, standard, lost / unit, cv=folds)
+        network.fit(standard, lost / unit)
+    (inner, outer), (offset, level) = network.coefs_, network.intercepts_
+    layers = {"inner": inner, "offset": offset, "outer": outer, "level": level + np.log(unit)}
+    return {"price": _least_price(curves, out_of_fold, curves.ks, target), **scale, **layers}
 
 
-POLICIES: Mapping[str, type[Policy]] = {of.name: of for of in (Uniform, Threshold, Learned)}
+def _choose_learned(score: Score, ks: Int[np.ndarray, "K"], numbers: Numbers) -> Choice:
+    xp = score.__array_namespace__()
+    hidden = xp.tanh(_standard(_features(score), numbers) @ numbers["inner"] + numbers["offset"])
+    lost = xp.exp(hidden @ numbers["outer"] + numbers["level"])
+    return _cheapest(ks, lost, numbers["price"])
+
+
+POLICIES: Mapping[str, Rule] = {
+    "uniform": Rule(_fit_uniform, _choose_uniform),
+    "threshold": Rule(_fit_threshold, _choose_threshold),
+    "learned": Rule(_fit_learned, _choose_learned),
+}
 """The ways to choose k, by `config.funnel.policies`."""
+
+
+def fit_policy(name: str, curves: Curves, target: float = TARGET) -> Policy:
+    """Fit a rule of `POLICIES` so that it keeps a share of the value over all requests."""
+    return Policy(name, curves.ks, POLICIES[name].fit(curves, target))
 
 
 def hindsight(curves: Curves, target: float) -> Choice:
@@ -202,7 +204,7 @@ def fit(curves: Sums, ks: Sequence[int], policies: Sequence[str]) -> dict[str, P
     ranker with NaN in its curves, or without value to keep.
     """
     known = _curves(curves, ks)
-    return {name: POLICIES[name].fit(known, TARGET) for name in policies if known.have_value}
+    return {name: fit_policy(name, known) for name in policies if known.have_value}
 
 
 def sums(
@@ -236,10 +238,10 @@ def sums(
 def to_json(fitted: Mapping[Who, Mapping[str, Policy]]) -> str:
     """Return the text of `FILE`, with the policies by member and serve name.
 
-    It is a list of objects, each with the name of a policy and its attributes.
+    It is a list of objects, each with the name of a policy, its `ks` and its numbers.
     """
     listed = [
-        {"member": member, "serve": serve, "policy": name, **dataclasses.asdict(of)}
+        {"member": member, "serve": serve, "policy": name, "ks": of.ks, **of.numbers}
         for (member, serve), policies in fitted.items()
         for name, of in policies.items()
     ]
@@ -249,25 +251,16 @@ def to_json(fitted: Mapping[Who, Mapping[str, Policy]]) -> str:
 def from_json(text: str) -> dict[Who, dict[str, Policy]]:
     """The inverse of `to_json`."""
     fitted: dict[Who, dict[str, Policy]] = {}
-    for of in json.loads(text, object_hook=_with_arrays):
+    for of in json.loads(text):
         who, name = (of.pop("member"), of.pop("serve")), of.pop("policy")
-        fitted.setdefault(who, {})[name] = POLICIES[name](**of)
+        numbers = {key: np.asarray(value) for key, value in of.items()}
+        fitted.setdefault(who, {})[name] = Policy(name, numbers.pop("ks"), numbers)
     return fitted
-
-
-def _with_arrays(of: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: np.asarray(value) if isinstance(value, list) else value for name, value in of.items()
-    }
 
 
 def _curves(curves: Sums, ks: Sequence[int]) -> Curves:
     names = "score", "value_captured", "scored"
     return Curves(np.asarray(ks), *(np.asarray(curves[name], np.float64) for name in names))
-
-
-_FOLDS, _MOST_REQUESTS = 5, 20_000
-_HIDDEN, _STEPS, _RATE, _DECAY = 32, 600, 1e-2, 1e-3  # of the networks
 
 
 def _last_true(number: int, test: Callable[[int], bool]) -> int:
@@ -287,9 +280,7 @@ def _least_price(
     return float(prices[_last_true(len(prices), enough)])
 
 
-def _cheapest(
-    cost: Float[np.ndarray, "*R K"], lost: Float[np.ndarray, "R K"], price: float
-) -> Choice:
+def _cheapest(cost: Any, lost: Float[np.ndarray | Array, "R K"], price: float) -> Choice:
     """The place of the k with the least cost + price · lost."""
     return (cost + price * lost).argmin(axis=1)
 
@@ -307,57 +298,8 @@ def _features(score: Score) -> Float[np.ndarray | Array, "R F"]:
 
 
 def _standard(
-    features: Float[np.ndarray | Array, "R F"],
-    mean: Float[np.ndarray, "F"],
-    deviation: Float[np.ndarray, "F"],
+    features: Float[np.ndarray | Array, "R F"], scale: Numbers
 ) -> Float[np.ndarray | Array, "R F"]:
-    """Standardized features as float32, within ±10."""
-    standard = (features - mean) / deviation
-    return features.__array_namespace__().clip(standard, -10, 10).astype(np.float32)
-
-
-Network = dict[str, Float[Array, "..."]]
-
-
-def _predict(network: Network, features: Any) -> Float[Array, "R K"]:
-    """The expected value lost at each k."""
-    hidden = jax.nn.tanh(features @ network["inner"] + network["offset"])
-    return jnp.exp(hidden @ network["outer"] + network["level"])
-
-
-_predict_each = jax.jit(jax.vmap(_predict, in_axes=(0, None)))
-
-
-@jax.jit
-def _fit_networks(
-    features: Float[Array, "R F"], lost: Float[Array, "R K"], weights: Float[Array, "n R"]
-) -> Network:
-    """Fit n networks at once, each to requests with its own weights, by full-batch Adam."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(_RATE, _STEPS), weight_decay=_DECAY)
-
-    def fit(weight: Float[Array, "R"]) -> Network:
-        level = jnp.log(jnp.average(lost, axis=0, weights=weight) + 1e-6)
-        network = {
-            "inner": jax.random.normal(jax.random.key(0), (features.shape[1], _HIDDEN))
-            / jnp.sqrt(features.shape[1]),
-            "offset": jnp.zeros(_HIDDEN),
-            "outer": jnp.zeros((_HIDDEN, lost.shape[1])),
-            "level": level,
-        }
-
-        def loss(network: Network) -> Float[Array, ""]:
-            predicted = _predict(network, features)
-            deviance = predicted - lost * jnp.log(predicted)
-            return jnp.average(
-                deviance.mean(axis=1) / jnp.maximum(jnp.mean(lost), 1e-9), weights=weight
-            )
-
-        def step(carry: Any, _: None) -> tuple[Any, None]:
-            network, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(network), state, network)
-            return (optax.apply_updates(network, updates), state), None
-
-        (network, _), _ = jax.lax.scan(step, (network, optimizer.init(network)), None, _STEPS)
-        return network
-
-    return jax.vmap(fit)(weights)
+    """Standardized features within ±10."""
+    standard = (features - scale["mean"]) / scale["deviation"]
+    return features.__array_namespace__().clip(standard, -10, 10)

@@ -192,9 +192,8 @@ def item_share(
     (Searle, Casella and McCulloch 1992). Items and requests with one entry are left out. The share
     of labels, which also vary by chance, is a lower bound of that of the probabilities.
 
-    Each entry has a request, an item and a value: of labels, of a ranker, or true. The result is
-    about 1 where the item explains everything, about 0 where it explains nothing, and NaN without
-    two entries of an item.
+    Each entry has a request, an item and a value. The result is about 1 where the item explains
+    everything, about 0 where it explains nothing, and NaN without two entries of an item.
 
     >>> item_share(np.array([0, 0, 1, 1]), np.array([5, 7, 5, 7]), np.array([1.0, 0.0, 3.0, 2.0]))
     1.0

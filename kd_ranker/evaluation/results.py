@@ -143,14 +143,15 @@ def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
 
     The rows of validation in `frame`, a `results.csv`, decide.
     """
-    students = _finite_students(frame)
-    best = {*saving.best_of_ways(students).values()}
-    rows = saving.of_split(students[students["setting"].isin(best)], "validation")
-    return {str(name): list(of["serve"]) for name, of in rows.groupby("member", sort=False)}
+    rows = _on_validation(frame)
+    best = {*saving.best_of_ways(rows).values()}
+    members = rows[rows["setting"].isin(best)].groupby("member", sort=False)
+    return {str(name): list(of["serve"]) for name, of in members}
 
 
-def _finite_students(frame: pd.DataFrame) -> pd.DataFrame:
-    return with_labels(frame[(frame["role"] == "student") & frame["non_finite_step"].isna()])
+def _on_validation(frame: pd.DataFrame) -> pd.DataFrame:
+    students = frame[(frame["role"] == "student") & frame["non_finite_step"].isna()]
+    return saving.of_split(with_labels(students), "validation")
 
 
 def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None:
@@ -158,8 +159,7 @@ def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None
 
     `member` names another one to use. None if no such member is measured.
     """
-    students = _finite_students(frame)
-    rows = saving.of_split(students, "validation")
+    rows = _on_validation(frame)
     rows = rows[rows["member"] == member] if member else rows
     setting = saving.best(rows, list(rows["setting"].unique()))
     rows = rows[rows["setting"] == setting].sort_values(saving.CRITERION, kind="stable")
@@ -297,11 +297,10 @@ def request_files(kept: Kept, tasks: Sequence[str]) -> dict[str, bytes]:
 
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:
-    sink = pa.BufferOutputStream()
     # The teacher has no sums of policies: they are null.
-    whole = pa.concat_tables(tables, promote_options="default")
+    whole, sink = pa.concat_tables(tables, promote_options="default"), io.BytesIO()
     pq.write_table(whole, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue()
 
 
 def _table(
@@ -336,7 +335,6 @@ def read_requests(folder: Path) -> Kept:
 
 
 def _rankers(path: Path) -> dict[Who, pd.DataFrame]:
-    """Return the rows of each ranker, in the order of the file."""
     table = pq.read_table(path, read_dictionary=["member", "serve"]).to_pandas()
     of_rankers = table.groupby(["member", "serve"], sort=False, observed=True)
     return {(str(member), str(serve)): rows for (member, serve), rows in of_rankers}

@@ -21,7 +21,6 @@ from kd_ranker.pipeline.remote import Place, local_folder, owned
 from kd_ranker.requests.lock import hold
 from kd_ranker.sweep import TEST, Sweep, check_memory, cohort_size, open_sweep, read_plan
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import on_first
 from kd_ranker.training.state import States
 
@@ -144,7 +143,7 @@ def _untrained(sweep: Sweep, job: Job) -> list[int]:
 def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     """Train the members of a cohort and measure them on validation, if that is not done."""
     if is_measured(folder, job.made_of):
-        skip_steps(bar, job.config.train.steps)
+        bar.update(job.config.train.steps)
         return
     measured = measure(job, "validation", runs.fit(job, folder, bar))
     write_measured(job, folder, job.made_of, measured)

@@ -46,23 +46,14 @@ _LONGEST_CALL = 2.0
 
 
 class Run(NamedTuple):
-    """The parts of a run, without its states.
+    """The parts of a run, without its states. Its batches and frozen arrays are on the devices."""
 
-    Attributes:
-      groups: the members to train, all in one program.
-      filled: the groups with their last member repeated until devices share them evenly.
-      batches: endless, on the devices.
-      frozen: the arrays that the step only reads, on the devices.
-      devices: the mapping over devices.
-      take: the mapped `step.in_turn`.
-    """
-
-    groups: tuple[Group, ...]
-    filled: tuple[Group, ...]
-    batches: BatchIterator
+    groups: tuple[Group, ...]  # the members to train, all in one program
+    filled: tuple[Group, ...]  # with their last member repeated until devices share them evenly
+    batches: BatchIterator  # endless
     frozen: Frozen
     devices: DeviceMap
-    take: Callable[..., tuple[States, tuple[Losses, ...]]]
+    take: Callable[..., tuple[States, tuple[Losses, ...]]]  # the mapped `step.in_turn`
 
     @property
     def numbers(self) -> tuple[Hyperparameters, ...]:
@@ -84,13 +75,7 @@ def make_run(
 ) -> Run:
     """Build a run; its program is compiled at the first step.
 
-    Args:
-      groups: the members to train, all in one program.
-      teacher: the live teacher, or None.
-      batches: endless, on the devices.
-      frozen: the arrays that the step only reads, on the host or on one device; their items will
-        record how their rows are dealt.
-      devices: the mapping over devices.
+    `frozen` is on the host or on one device; its items will record how their rows are dealt.
     """
     filled = tuple(group.at(shared_evenly(len(group.names), devices.members)) for group in groups)
     take = devices.map_step(in_turn(step_for(filled, teacher, devices)), abstract_states(filled))
@@ -184,7 +169,7 @@ def fit(
         with checkpoints.open_in(workdir, to_write=True) as saved:
             abstract = abstract_states(run.groups)
             states, start = checkpoints.restore(saved, abstract, run.batches, made_of)
-            skip_steps(bar, start)
+            bar.update(start)
             if start >= run.steps:
                 return states
             states = run.devices.place(states) if start else initial_states(run)
@@ -224,15 +209,14 @@ def _train(
 ) -> tuple[States, int]:
     """Take the steps after `step`; end with a checkpoint soon after `stop` returns True.
 
-    Returns:
-      The states on the devices, and the step at which a signal ended the run, or 0.
+    Return the states on the devices, and the step at which a signal ended the run, or 0.
     """
     lengths = _by_name(run, [group.numbers.steps for group in run.groups])
     diverged, longest, stopping = _diverged_members(run, states), 1, False
     while step < run.steps and not stopping:
         training = {name for name, last in lengths.items() if step < last}
         if training <= diverged.keys():
-            skip_steps(outputs.bar, run.steps - step)
+            outputs.bar.update(run.steps - step)
             break
         wanted = _next_stop(step, lengths.values(), train) - step
         states, losses, taken, longest = _call(run, states, wanted, longest)
@@ -275,11 +259,7 @@ def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
 def _call(
     run: Run, states: States, wanted: int, longest: int
 ) -> tuple[States, tuple[Losses, ...], int, int]:
-    """Take the next steps in one call: at most `wanted`, and at most `longest`.
-
-    Returns:
-      The states, the losses of the last step, the number of steps taken, and the next `longest`.
-    """
+    """Take at most `wanted` and `longest` steps; return also their number, and a new `longest`."""
     since = time.monotonic()
     packed, span = run.batches.take(min(wanted, longest))
     states, losses = take_steps(run, states, packed, span)
@@ -298,17 +278,6 @@ def _agreed(number: float) -> float:
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.process_allgather(np.float32(number)).max())
-
-
-def skip_steps(bar: tqdm, steps: int) -> None:
-    """Move a bar over steps that are skipped, without counting them in its pace."""
-    if bar.disable:
-        return
-    # `update` would count them as very fast steps.
-    bar.initial += steps
-    bar.n += steps
-    bar.last_print_n = bar.n
-    bar.refresh()
 
 
 def scalar_name(scalar: str, member: str) -> str:

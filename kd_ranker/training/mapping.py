@@ -63,17 +63,14 @@ def _filler(path: jax.tree_util.KeyPath) -> int:
 
 
 def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
-    """Return the axis of the rows that may be dealt to devices; None for a leaf without them."""
+    """The axis of the rows that may be dealt to devices; None without rows."""
     if not names_of(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
 
 def _specs_of(members: int, deal: Deal, tree: Any) -> Any:
-    """Return the partition of each array: its members along `MEMBERS`, its dealt rows along `AXIS`.
-
-    Both follow from the names of the fields that hold it.
-    """
+    """The partition of arrays by field names: members over `MEMBERS`, dealt rows over `AXIS`."""
 
     def spec(path: jax.tree_util.KeyPath, leaf: Any) -> PartitionSpec:
         has_members = members > 1 and names_of(path) & MEMBERS_FIRST
@@ -130,8 +127,7 @@ def put(tree: Any, device: jax.Device | None = None) -> Any:
 def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Put a pytree of the host on devices: a range of all rows on each, and all else on all.
 
-    XLA itself splits programs on such arrays over the devices. Rows of padding may follow the
-    others.
+    XLA itself splits programs on such arrays over the devices. Rows of padding may follow.
     """
     mesh = Mesh(np.array(devices), (AXIS,))
 
@@ -214,11 +210,7 @@ def shares(devices: int, requests: int) -> list[int]:
 
 
 def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
-    """Return the part of a batch that the devices of a process hold.
-
-    Args:
-      process_of: the process of each device of a mesh.
-      process: the index of the process.
+    """Return the part of a batch that the devices of a process hold, given that of each device.
 
     Raises:
       UserError: in every process, if the parts of any are not one aligned range.
@@ -245,18 +237,12 @@ class DeviceMap(Devices):
     """A mesh of devices, and how a step, its states and its batches are spread over it.
 
     Its methods that place arrays also take abstract ones and return those with their placement.
-
-    Attributes:
-      mesh: the devices, with the axis `AXIS` and, except under `pmap`, `MEMBERS` before it.
-      deal: how the rows of tables and items are dealt to the devices along `AXIS`.
-      options: for XLA's compiler, of a step.
-      by_pmap: whether to map by `jax.pmap`. Batches then have a leading axis of devices.
     """
 
-    mesh: Mesh
-    deal: Deal = WHOLE
-    options: dict[str, Any] | None = None
-    by_pmap: bool = False
+    mesh: Mesh  # with the axis `AXIS` and, except under `pmap`, `MEMBERS` before it
+    deal: Deal = WHOLE  # of the rows of tables and items to the devices along `AXIS`
+    options: dict[str, Any] | None = None  # for XLA's compiler, of a step
+    by_pmap: bool = False  # map by `jax.pmap`: batches have a leading axis of devices
 
     @property
     def members(self) -> int:
@@ -411,8 +397,7 @@ def device_map(
         "auto", which is "pmap" where that suffices. On TPUs it does not.
       devices: those to use.
       members: the number of devices to spread members over, a divisor of their number.
-      deterministic: on GPUs, whether a step gives the same bits each time. Sums over equal ids then
-        use sorts and a fixed order instead of the order in which threads arrive.
+      deterministic: on GPUs, whether a step gives the same bits each time: a fixed order of sums.
       sharded: whether to deal the rows of tables and items to the devices that share requests.
 
     Raises:

@@ -31,12 +31,11 @@ _SECONDS_TO_START, _SECONDS_TO_END = 120, 10
 def start(give_up: Callable[[UserError], object]) -> None:
     """Join the processes of a run, before JAX has looked for devices.
 
-    The number of processes, the index of this one and the address of process 0 come from Slurm,
-    Open MPI, Kubernetes or a pod of TPUs. Otherwise they come from the variables
-    JAX_COORDINATOR_ADDRESS (host and port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Their number, the index of this one and the address of process 0 come from Slurm, Open MPI,
+    Kubernetes or a pod of TPUs, or else from the variables JAX_COORDINATOR_ADDRESS (host and port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    If the others do not join in time, a separate thread calls `give_up` with the error, to end this
-    process. JAX would wait longer and then end with pages of a trace.
+    If the others do not join in time, a thread calls `give_up` with the error, to end this process.
 
     Raises:
       UserError: no scheduler or variable defines the processes.
@@ -120,22 +119,17 @@ def first_holds(folder: Path, hold: contextlib.AbstractContextManager) -> Iterat
     """
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(hold))
-        _check_shared(folder)
+        if are_distributed():
+            token = folder / f".shared.{on_first(lambda: uuid.uuid4().hex)}"
+            on_first(token.touch)
+            without = first_without(token.exists())
+            on_first(token.unlink)
+            if without is not None:
+                raise UserError(
+                    f"process {without} does not see what process 0 writes to {folder}; give a "
+                    "--workdir that all share"
+                )
         yield
-
-
-def _check_shared(folder: Path) -> None:
-    if not are_distributed():
-        return
-    token = folder / f".shared.{on_first(lambda: uuid.uuid4().hex)}"
-    on_first(token.touch)
-    without = first_without(token.exists())
-    on_first(token.unlink)
-    if without is not None:
-        raise UserError(
-            f"process {without} does not see what process 0 writes to {folder}; give a --workdir "
-            "that all share"
-        )
 
 
 def first_without(holds: bool) -> int | None:

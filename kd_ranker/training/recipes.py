@@ -98,16 +98,12 @@ SCHEDULES: dict[
 class Group(NamedTuple):
     """Members that differ only in numbers, ready to be trained.
 
-    Attributes:
-      recipe: their common part.
-      names: one name per member, for messages and metrics; a single run's is "".
-      numbers: the numbers in which they differ.
-      init: makes their state before the first step, restricted to the members at `places` and,
-        with a `deal`, to the rows of one device.
+    `init` makes their state before the first step, restricted to the members at `places` and, with
+    a `deal`, to the rows of one device.
     """
 
-    recipe: Recipe
-    names: tuple[str, ...]
+    recipe: Recipe  # their common part
+    names: tuple[str, ...]  # one per member, for messages and metrics; a single run's is ""
     numbers: Hyperparameters
     init: Callable[..., TrainState]
 
@@ -148,12 +144,8 @@ def shared_part(config: ConfigDict) -> str:
     for key in TRACED_KEYS:
         section, _, name = key.rpartition(".")
         del (shared[section] if section else shared)[name]
-    return json.dumps([shared, _unshown_are_negatives(config)], sort_keys=True)
-
-
-def _unshown_are_negatives(config: ConfigDict) -> bool:
-    # At a weight of 0 they would only cost time, so such members are a separate program.
-    return config.train.unshown_weight > 0
+    # At a weight of 0 unshown negatives would only cost time: a separate program.
+    return json.dumps([shared, config.train.unshown_weight > 0], sort_keys=True)
 
 
 def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Group:
@@ -162,7 +154,7 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     model, init = student_model(config, spec)
     recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)
     recipe = recipe._replace(
-        user_loss=config.train.user_loss, unshown_are_negatives=_unshown_are_negatives(config)
+        user_loss=config.train.user_loss, unshown_are_negatives=config.train.unshown_weight > 0
     )
     numbers = stack_members([_student_numbers(config) for config in configs])
     return Group(recipe, tuple(members), numbers, _init(recipe, init, configs, spec))
@@ -224,17 +216,10 @@ def terms_of(config: ConfigDict) -> tuple[Term, ...]:
 
 
 def _student_numbers(config: ConfigDict) -> Hyperparameters:
-    distill = config.distill
+    distill, terms = config.distill, terms_of(config)
     # Without a teacher there is nothing else to learn from.
     user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
     term_weights = distill.term_weights or (1.0,) * max(len(distill.terms), 1)
-    loss, unshown_weight = _loss_numbers(config), config.train.unshown_weight
-    return _numbers(user_weight, distill.weight, term_weights, loss, unshown_weight, config)
-
-
-def _loss_numbers(config: ConfigDict) -> LossNumbers:
-    distill = config.distill
-    terms = terms_of(config)
     own = own_numbers(term.loss for term in terms)
     if terms and distill.numbers and len(distill.numbers) != len(own):
         names = ", ".join(own) or "none"
@@ -242,11 +227,10 @@ def _loss_numbers(config: ConfigDict) -> LossNumbers:
             f"distill.numbers has {len(distill.numbers)} numbers, and the losses take {len(own)} "
             f"({names}); give one for each, or ()"
         )
-    return LossNumbers(
-        distill.temperature,
-        distill.top_k,
-        dict(zip(own, distill.numbers or own.values(), strict=False)),
-    )
+    given = dict(zip(own, distill.numbers or own.values(), strict=False))
+    loss = LossNumbers(distill.temperature, distill.top_k, given)
+    unshown_weight = config.train.unshown_weight
+    return _numbers(user_weight, distill.weight, term_weights, loss, unshown_weight, config)
 
 
 def _numbers(
@@ -272,7 +256,6 @@ def _numbers(
 
 
 def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:
-    """Return a recipe; `trainee` is `config` or `config.teacher`."""
     optimizer = trainee.optimizer
     return Recipe(
         model=model,

@@ -29,28 +29,17 @@ class Term(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The common part of a group's members, static when a step is compiled.
-
-    Attributes:
-      model: the model to train.
-      mode: which logits learn from which labels.
-      terms: those of the distillation loss; empty for a mode without a teacher.
-      optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
-      row_optimizer: the same for embedding rows.
-      schedule: (step, counted from 1; the members' numbers of steps) -> the factors of their peak
-        learning rates.
-      unshown_are_negatives: whether candidates that were not shown get user labels of 0.
-      user_loss: one of `losses.USER_LOSSES`.
-    """
+    """The common part of a group's members, static when a step is compiled."""
 
     model: Model
     mode: Mode
-    terms: tuple[Term, ...]
-    optimizer: optax.GradientTransformation
-    row_optimizer: RowOptimizer
+    terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
+    optimizer: optax.GradientTransformation  # a direction, to be scaled by minus the learning rate
+    row_optimizer: RowOptimizer  # the same for embedding rows
+    # (step, counted from 1; the members' numbers of steps) -> factors of the peak learning rates
     schedule: Callable[[Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
-    unshown_are_negatives: bool = False
-    user_loss: str = "bce"
+    unshown_are_negatives: bool = False  # whether candidates that were not shown are labelled 0
+    user_loss: str = "bce"  # one of `losses.USER_LOSSES`
 
 
 class OptimizerNumbers(NamedTuple):
@@ -67,25 +56,15 @@ class OptimizerNumbers(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of a group's members, all float32 [members].
+    """The numbers of a group's members, all float32 [members]."""
 
-    Attributes:
-      user_weight: of the user loss.
-      distill_weight: λ, of the distillation loss.
-      term_weights: of each term of the distillation loss.
-      loss: of the losses.
-      optimizer: of the update.
-      steps: the number of steps to train, an integer; after them the member is frozen.
-      unshown_weight: the label weight of a candidate that was not shown, if it is a negative.
-    """
-
-    user_weight: Float[Array, "members"]
-    distill_weight: Float[Array, "members"]
-    term_weights: tuple[Float[Array, "members"], ...]
+    user_weight: Float[Array, "members"]  # of the user loss
+    distill_weight: Float[Array, "members"]  # λ, of the distillation loss
+    term_weights: tuple[Float[Array, "members"], ...]  # of each term of the distillation loss
     loss: LossNumbers
     optimizer: OptimizerNumbers
-    steps: Float[Array, "members"]
-    unshown_weight: Float[Array, "members"]
+    steps: Float[Array, "members"]  # to train, an integer; after them the member is frozen
+    unshown_weight: Float[Array, "members"]  # label weight of an unshown candidate, if a negative
 
 
 @flax.struct.dataclass
@@ -95,24 +74,16 @@ class TrainState:
     A checkpoint holds them and the loader's position. Every array has a leading axis of members,
     except `step`, `unknown_ids` and `owners`, which members share.
 
-    Attributes:
-      step: the number of steps taken; members that finished earlier were frozen in the last.
-      parameters: dense parameters, and embedding tables with their optimiser's slots.
-      transform: the mode's own parameters.
-      optimizer_state: of the dense parameters and the transform.
-      non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
-        is frozen as it was before that step.
-      unknown_ids: for each table, the number of trained ids without a row.
-      owners: for each table, scratch memory of `find_occurrences`; arbitrary between steps.
+    A member with a loss that stopped being finite is frozen as it was before that step.
     """
 
-    step: Int[Array, ""]
-    parameters: Parameters
-    transform: Transform
-    optimizer_state: optax.OptState
-    non_finite_step: Int[Array, "members"]
-    unknown_ids: dict[str, Int[Array, ""]]
-    owners: dict[str, Int[Array, "rows"]]
+    step: Int[Array, ""]  # steps taken; members that finished earlier were frozen in the last
+    parameters: Parameters  # dense, and embedding tables with their optimiser's slots
+    transform: Transform  # the mode's parameters
+    optimizer_state: optax.OptState  # of the dense parameters and the transform
+    non_finite_step: Int[Array, "members"]  # 0, or the step at which the loss was not finite
+    unknown_ids: dict[str, Int[Array, ""]]  # by table, the number of trained ids without a row
+    owners: dict[str, Int[Array, "rows"]]  # by table, scratch memory of `find_occurrences`
 
 
 MEMBERS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {

@@ -149,14 +149,11 @@ def with_live_teacher(
 
 
 class _Gradients(NamedTuple):
-    """The gradients of a group's members, stacked; `rows` by lookup name, as this device has them.
-
-    The others are summed over devices.
-    """
+    """The gradients of a group's members, stacked."""
 
     dense: Any
     transform: Transform
-    rows: Rows
+    rows: Rows  # by lookup name, of this device; the others are summed over devices
 
 
 def _train_group(
@@ -190,18 +187,11 @@ def _train_group(
     gradients, losses, rows = jax.vmap(of_member)(
         members, state.parameters.dense, state.transform, numbers
     )
-    dense, transform = gradients.dense, gradients.transform
-    (dense, transform), losses = jax.lax.psum(((dense, transform), losses), AXIS)
-    after = _update_group(
-        recipe,
-        state,
-        batch,
-        items,
-        numbers,
-        _Gradients(dense, transform, gradients.rows),
-        jnp.isfinite(losses["loss"]),
-        rows if reuses_rows else None,
-    )
+    summed = gradients.dense, gradients.transform
+    (dense, transform), losses = jax.lax.psum((summed, losses), AXIS)
+    gradients = _Gradients(dense, transform, gradients.rows)
+    finite, gathered = jnp.isfinite(losses["loss"]), rows if reuses_rows else None
+    after = _update_group(recipe, state, batch, items, numbers, gradients, finite, gathered)
     return after, losses
 
 
@@ -270,10 +260,9 @@ def _update_group(
     finite: Bool[Array, "members"],
     gathered: Rows | None,
 ) -> TrainState:
-    """Return the state after one step.
+    """The state after one step. Members without a `finite` loss are frozen from this step.
 
-    A member without a `finite` loss is frozen from this step. `gathered` are the whole rows of the
-    tables that the batch looks up, [1, ...]; None reads them.
+    `gathered` are the whole rows of the tables that the batch looks up, [1, ...]; None reads them.
     """
     # Counted from 1: a factor of 0 at the first step would waste a batch.
     step = state.step + 1

@@ -1,40 +1,42 @@
-"""Batches under a student and a teacher, drawn at random or made by hand."""
+"""Batches under a student and a teacher, drawn at random, and their measures as NumPy has them."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import kl_div
+from scipy.stats import kendalltau
+from sklearn.metrics import roc_auc_score
 
 from kd_ranker.batch import EvaluationBatch, Stage, empty_batch
 from kd_ranker.evaluation import evaluate, metrics
-from kd_ranker.evaluation.evaluate import Each, Summed
+from kd_ranker.evaluation.evaluate import Summed
 from kd_ranker.evaluation.metrics import ReportAt, Sums, sum_functions
-from kd_ranker.evaluation.ranked import Ranked, Scored, Sizes
+from kd_ranker.evaluation.ranked import Scored, Sizes, ranked
 from tests import random_batches
 
 TASKS = ("watch", "like")
 SPEC = dataclasses.replace(random_batches.SPEC, tasks=TASKS)
-VALUE_WEIGHTS = np.array([1.0, 2.0])
 SHOWN = 3
-TARGETS = (0.5, 0.99)
+TARGETS = (0.53, 0.97)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "ks", "shown"))
-def summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
-           shown: int, is_teacher: Any = False) -> Summed:  # fmt: skip
-    sizes = Sizes(shown, *[student.shape[1]] * 2)
+@functools.partial(jax.jit, static_argnames=("functions", "ks"))
+def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
+            is_teacher: Any) -> Summed:  # fmt: skip
+    sizes = Sizes(SHOWN, *[student.shape[1]] * 2)
     scored = Scored.of(student, {}, batch.batch)
-    ranked = Ranked(scored, batch, weights, sizes, is_teacher)
-    return evaluate.summed(ranked, functions, ks)
+    return evaluate.summed(ranked(scored, batch, weights, sizes, is_teacher), functions, ks)
 
 
 @dataclasses.dataclass
 class Case:
-    """The input of `Ranked`, as numpy arrays."""
+    """The input of `ranked`, as arrays of NumPy: R requests, N candidates, T tasks."""
 
     student: np.ndarray
     teacher: np.ndarray
@@ -45,33 +47,10 @@ class Case:
     true: np.ndarray
     request_mask: np.ndarray
     propensity: np.ndarray
-    value_weights: np.ndarray = dataclasses.field(default_factory=VALUE_WEIGHTS.copy)
+    value_weights: np.ndarray
 
-    def summed(
-        self, ks: tuple[int, ...] = (), shown: int = SHOWN, is_teacher: bool = False
-    ) -> Summed:
-        weights = jnp.asarray(self.value_weights, jnp.float32)
-        student = jnp.asarray(self.teacher if is_teacher else self.student)
-        batch = self.evaluation_batch()
-        return summed(student, batch, weights, sum_functions(), ks, shown, is_teacher)
-
-    def sums(self, shown: int = SHOWN) -> Sums:
-        return evaluate.add(None, self.summed(shown=shown).sums)
-
-    def sums_of_each(self, ks: tuple[int, ...]) -> Each:
-        return self.summed(ks).each
-
-    def teacher_sums(self) -> Sums:
-        return evaluate.add(None, self.summed(is_teacher=True).sums)
-
-    def row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:
-        at = ReportAt(ks, TARGETS)
-        return metrics.summarise(self.sums(), self.teacher_sums(), TASKS, at, signal)
-
-    def teacher_row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:
-        return metrics.summarise(self.teacher_sums(), None, TASKS, ReportAt(ks, TARGETS), signal)
-
-    def evaluation_batch(self) -> EvaluationBatch:
+    def summed(self, ks: tuple[int, ...] = (), is_teacher: bool = False) -> Summed:
+        student = self.teacher if is_teacher else self.student
         batch = empty_batch(SPEC, *self.stage.shape).replace(
             stage=self.stage,
             user_label=self.label,
@@ -79,25 +58,201 @@ class Case:
             teacher_probability=self.teacher,
             teacher_weight=self.teacher_weight,
         )
-        unknown = np.full(self.true.shape[:2], np.nan, np.float32)
-        return EvaluationBatch(batch, self.true, unknown, self.propensity, self.request_mask)
+        unknown = np.full(self.stage.shape, np.nan, np.float32)
+        batch = EvaluationBatch(batch, self.true, unknown, self.propensity, self.request_mask)
+        weights = jnp.asarray(self.value_weights)
+        return _summed(jnp.asarray(student), batch, weights, sum_functions(), ks, is_teacher)
+
+    def sums(self, is_teacher: bool = False) -> Sums:
+        return evaluate.add(None, self.summed(is_teacher=is_teacher).sums)
+
+    def row(self, ks: Sequence[int], of_teacher: bool = False, **how: Any) -> dict[str, float]:
+        teacher = None if of_teacher else self.sums(is_teacher=True)
+        return metrics.summarise(
+            self.sums(is_teacher=of_teacher), teacher, TASKS, ReportAt(ks, TARGETS), **how
+        )
 
 
-def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
+def random_case(
+    seed: int = 0,
+    requests: int = 6,
+    candidates: int = 40,
+    levels: int = 10**6,
+    holes: float = 0.0,
+    padding: float = 0.0,
+    weights: Sequence[float] = (1.0, 2.0),
+) -> Case:
+    """Probabilities of some levels; a share of holes in the teacher's, and of padding."""
     generator = np.random.default_rng(seed)
     entries = (requests, candidates, len(TASKS))
-    stage = generator.choice([s.value for s in Stage if s], size=entries[:2]).astype(np.int8)
-    label_weight = generator.choice([1.0, 2.0], size=entries[:2]) * (stage == Stage.SHOWN)
+    # No value is 0: it would be a request without value.
+    student, teacher, true = generator.integers(1, levels + 1, size=(3, *entries)) / levels
+    weight = generator.random(entries) >= holes
+    stage = generator.choice([s.value for s in Stage if s], size=entries[:2])
+    stage = np.where(generator.random(entries[:2]) < padding, Stage.PADDING, stage).astype(np.int8)
+    shown = stage == Stage.SHOWN
+    there = (stage > 0)[..., None]
     return Case(
-        student=generator.uniform(size=entries).astype(np.float32),
-        teacher=generator.uniform(size=entries).astype(np.float32),
-        teacher_weight=np.ones(entries, np.float32),
+        # Padding, and unknown probabilities, hold anything.
+        student=np.where(there, student, np.nan).astype(np.float32),
+        teacher=np.where(there & weight, teacher, np.nan).astype(np.float32),
+        teacher_weight=weight.astype(np.float32),
         stage=stage,
         label=generator.integers(0, 2, size=entries).astype(np.float32),
-        label_weight=label_weight.astype(np.float32),
-        true=generator.uniform(size=entries).astype(np.float32),
+        label_weight=(generator.choice([1.0, 2.0, 0.0], size=stage.shape) * shown).astype("f4"),
+        true=np.where(there, true, np.nan).astype(np.float32),
         request_mask=np.ones(requests, bool),
-        propensity=np.where(
-            stage == Stage.SHOWN, generator.uniform(0.2, 1, entries[:2]), np.nan
-        ).astype(np.float32),
+        propensity=np.where(shown, generator.uniform(0.2, 1, stage.shape), np.nan).astype("f4"),
+        value_weights=np.array(weights, np.float32),
     )
+
+
+def _ratio(numerator: Any, denominator: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.asarray(denominator) == 0, np.nan, np.divide(numerator, denominator))
+
+
+def _best(values: np.ndarray, among: Sequence[int], number: int | None = None) -> list[int]:
+    """The first places of some by value; of equal ones the first, and NaN last."""
+    values = np.nan_to_num(values, nan=-np.inf)
+    return sorted(among, key=lambda place: (-values[place], place))[:number]
+
+
+def _gain(gains: Any) -> float:
+    return sum(gain / math.log2(2 + place) for place, gain in enumerate(gains))
+
+
+def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
+    """The row of a case at every k, from the definitions: request by request, k after k."""
+    weights, size = case.value_weights, case.stage.shape[1]
+
+    def value_of(probability: np.ndarray) -> np.ndarray:
+        return np.where(weights > 0, probability * weights, 0).astype(np.float32).sum(axis=-1)
+
+    there = (case.stage > 0) & case.request_mask[:, None]
+    known = there[..., None] & (case.teacher_weight > 0)
+    knows = there & (known | (weights == 0)).all(axis=-1)
+    p = np.where(known, case.teacher, np.nan) if of_teacher else case.student
+    value, teacher, true = (value_of(of) for of in (p, case.teacher, case.true))
+    labelled = np.where(knows if of_teacher else there, case.label_weight, 0)
+    positive = (labelled > 0)[..., None] & (case.label > 0.5)
+    users = value_of(positive)
+    weighted = np.nan_to_num(np.where(labelled > 0, users / case.propensity, 0))
+    row = _of_probabilities(case, p, labelled, known, known & knows[..., None])
+
+    curves: dict[str, np.ndarray] = {}
+    means: dict[str, list[float]] = {name: [] for name in ("user_ndcg", "teacher_ndcg", "tau")}
+    totals, numbers = np.zeros(3), []
+
+    def add(name: str, k: int, number: Any) -> None:
+        curves.setdefault(name, np.zeros((size, *np.shape(number))))[k - 1] += number
+
+    for r in np.flatnonzero(case.request_mask):
+
+        def shown_of(passed: Sequence[int], r: int = r) -> list[int]:
+            return _best(teacher[r], [place for place in passed if knows[r, place]], SHOWN)
+
+        candidates = np.flatnonzero(there[r]).tolist()
+        passed = [place for place in candidates if case.stage[r, place] >= Stage.PASSED]
+        was_shown = {place for place in candidates if case.stage[r, place] == Stage.SHOWN}
+        was_shown = was_shown if len(was_shown) < len(candidates) else set()
+        order, own = _best(value[r], candidates), shown_of(candidates)
+        numbers.append(len(candidates))
+        for k in range(1, size + 1):
+            top, shown = order[:k], shown_of(order[:k])
+            part = math.ceil(min(k, len(candidates)) * len(passed) / max(len(candidates), 1))
+            covered = shown_of(_best(value[r], passed, part))
+            add("survival", k, [len({*own} & {*top}) / max(len(own), 1), bool(own)])
+            add("value_captured", k, teacher[r, shown].sum())
+            add("true_value_captured", k, true[r, shown].sum())
+            add("shown_recall", k, len(was_shown & {*top}))
+            add("hit_rate", k, positive[r, top].sum(axis=0))
+            add("end_to_end_hit_rate", k, positive[r, shown].sum(axis=0))
+            add("covered_user_value", k, users[r, covered].sum())
+            add("ips_user_value", k, weighted[r, shown].sum())
+            add("coverage", k, [len({*shown} & {*passed}), len(shown)])
+        judged = np.flatnonzero(labelled[r] > 0).tolist()
+        if ideal := _gain(users[r, _best(users[r], judged, SHOWN)]):
+            means["user_ndcg"].append(_gain(users[r, _best(value[r], judged, SHOWN)]) / ideal)
+        if own:
+            gain = np.where(knows[r], teacher[r], 0)
+            means["teacher_ndcg"].append(_gain(gain[order[:SHOWN]]) / _gain(gain[own]))
+        if len({*teacher[r, knows[r]]}) > 1:
+            tau = kendalltau(value[r, knows[r]], teacher[r, knows[r]]).statistic
+            means["tau"].append(np.nan_to_num(tau))
+        valued = [place for place in candidates if not np.isnan(value[r, place])]
+        mine = _best(value[r], valued, SHOWN)
+        of_best = true[r, _best(true[r], candidates, SHOWN) if mine else []]
+        totals += [value[r, mine].sum(), true[r, mine].sum(), of_best.sum()]
+
+    positives = curves["hit_rate"][-1]
+    for name, curve in curves.items():
+        if name in ("survival", "coverage"):
+            curve = _ratio(curve[:, 0], curve[:, 1])
+        elif name == "end_to_end_hit_rate":
+            curve = _ratio(curve, positives)
+            curve = curve if knows.any() else np.full_like(curve, np.nan)
+        else:
+            curve = _ratio(curve, curve[-1])
+        curves[name] = curve
+        for k, number in enumerate(curve, start=1):
+            tasks = [f"/{task}" for task in TASKS] if np.ndim(number) else [""]
+            row |= dict(
+                zip((f"{name}@{k}{task}" for task in tasks), np.atleast_1d(number), strict=True)
+            )
+    for target in TARGETS:
+        reached = np.flatnonzero(curves["value_captured"] >= target)
+        k = reached[0] + 1 if len(reached) else math.nan
+        true_there = curves["true_value_captured"][k - 1] if len(reached) else math.nan
+        row |= {
+            f"passed_for_{100 * target:.0f}": k,
+            f"true_value_for_{100 * target:.0f}": true_there,
+        }
+        row[f"scored_for_{100 * target:.0f}"] = np.minimum(numbers, k).mean()
+    of_means = {name: np.mean(of) if of else math.nan for name, of in means.items()}
+    row |= {"teacher_tau": of_means.pop("tau"), "candidates": np.mean(numbers), **of_means}
+    row["regret"] = 1 - _ratio(totals[1], totals[2])
+    return row | {"top_calibration": _ratio(totals[0], totals[1])}
+
+
+def _of_probabilities(
+    case: Case, p: np.ndarray, labelled: np.ndarray, known: np.ndarray, known_shown: np.ndarray
+) -> dict[str, float]:
+    """The measures of the probabilities p, task by task."""
+    row, ratios = {}, []
+    eps = np.finfo(np.float32).eps
+
+    def bce(p: np.ndarray, target: np.ndarray) -> np.ndarray:
+        inside = np.clip(p.astype(np.float64), eps, 1 - eps)
+        return -target * np.log(inside) - (1 - target) * np.log(1 - inside)
+
+    def mean(of: np.ndarray, weight: np.ndarray) -> Any:
+        return _ratio((of * weight)[weight > 0].sum(), weight.sum())
+
+    for task, name in enumerate(TASKS):
+        own, teacher, label = (of[..., task] for of in (p, case.teacher, case.label))
+        weight, logged = labelled, known[..., task] * 1.0
+        inside = np.clip(own.astype(np.float64), eps, 1 - eps)
+        kl = kl_div(teacher, inside) + kl_div(1 - teacher, 1 - inside)
+        shown = np.where(known_shown[..., task], labelled, 0)
+        areas = [
+            roc_auc_score(label[r, of], own[r, of]) if np.isfinite(own[r, of]).all() else math.nan
+            for r, of in enumerate(labelled > 0)
+            if len({*label[r, of]}) == 2
+        ]
+        distance = {"": mean(kl, shown), "_bce": mean(bce(own, teacher), shown)}
+        gap = mean(bce(own, label), shown) - mean(bce(teacher, label), shown)
+        if shown.any():
+            ratios.append([gap / of if of > 1e-6 else math.nan for of in distance.values()])
+        row |= {
+            f"user_bce/{name}": mean(bce(own, label), weight),
+            f"user_auc/{name}": np.mean(areas) if areas else math.nan,
+            f"user_calibration/{name}": _ratio(
+                (own * weight)[weight > 0].sum(), (label * weight)[weight > 0].sum()
+            ),
+            f"teacher_bce/{name}": mean(bce(own, teacher), logged),
+            f"teacher_kl/{name}": mean(kl, logged),
+            f"teacher_kl_shown/{name}": distance[""],
+        }
+    both = np.mean(ratios, axis=0) if ratios else [math.nan] * 2
+    return row | dict(zip(("alignment_ratio", "alignment_ratio_bce"), both, strict=True))

@@ -29,11 +29,6 @@ def test_a_mixed_list_is_a_team_draft(one, other, seed):
             assert {*mixed.sides[at : at + 2]} == {"a", "b"}
 
 
-@given(st.lists(IDS, min_size=1, max_size=6, unique=True), LISTS, LISTS, SEEDS)
-def test_a_common_prefix_stays_in_front(prefix, one, other, seed):
-    assert kd.interleave(prefix + one, prefix + other, seed).items[: len(prefix)] == prefix
-
-
 def test_an_empty_list_leaves_the_other_and_items_may_be_of_any_type():
     assert kd.interleave([], [3, 1, 3], 0) == ([3, 1], ["b", "b"], [False, False])
     mixed = kd.interleave(np.array([5, 7]), [5, 8], seed=(3, 17))
@@ -54,11 +49,7 @@ def test_the_credits_differ_as_the_clicks_on_the_two_lists(one, other, liked, se
     mixed = kd.interleave(one, other, seed)
     a, b = mixed.credit(liked & {*mixed.items})
     assert a - b == len(liked & {*one}) - len(liked & {*other})
-
-
-def test_a_click_on_an_item_that_was_not_shown_is_refused():
-    mixed = kd.interleave([1, 2], [2, 3], 0)
-    assert "clicked item 9 is not in the list" in fault_of(mixed.credit, [1, 9])
+    assert "clicked item 99 is not in the list" in fault_of(mixed.credit, [99])
 
 
 def clicks(generator, requests):
@@ -105,8 +96,6 @@ def test_a_plan_worked_by_hand():
     assert kd.requests_needed(a, b) == (1_962_220, 1_962_220)
     # Equal lists need no test of which is better.
     assert kd.requests_needed(a, a, effect=0.5) == (32, 0)
-    # Half as far apart: a quarter of the requests.
-    assert kd.requests_needed(a, a + np.array([-0.5, 0, 0.5]) * 2, 0.5).interleaved == 8
 
 
 @pytest.mark.parametrize(

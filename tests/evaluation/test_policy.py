@@ -11,10 +11,10 @@ from jax import export
 from kd_ranker.config import keys
 from kd_ranker.evaluation import funnel, policy
 from kd_ranker.evaluation.metrics import TARGET
-from kd_ranker.evaluation.policy import POLICIES, Curves, Threshold, Uniform
+from kd_ranker.evaluation.policy import POLICIES, Curves, fit_policy
 
 
-def curves_of(requests: int, seed: int, known: float, candidates: int = 200) -> Curves:
+def curves_of(requests: int, seed: int, known: float = 1, candidates: int = 200) -> Curves:
     """Requests of different difficulty, which the student's scores show as far as `known` is 1.
 
     The student's error is the same everywhere. Where values differ much, it matters less.
@@ -34,35 +34,31 @@ def curves_of(requests: int, seed: int, known: float, candidates: int = 200) -> 
     return Curves(ks, score, np.stack(captured, axis=1), np.tile(1.0 * ks, (requests, 1)))
 
 
-def passed_by(curves: Curves, choice):
+def passed_by(curves, choice):
     return curves.scored[np.arange(len(choice)), choice]
 
 
 @pytest.mark.parametrize("target", [0.9, 0.99])
-def test_uniform_is_the_smallest_k_that_keeps_the_target(target):
-    curves = curves_of(50, 0, 1)
+def test_uniform_and_threshold_are_the_extreme_ones_that_keep_the_target(target):
+    curves = curves_of(30, 1)
+    of_rows = range(len(curves.score))
     share = curves.captured.sum(axis=0) / curves.captured[:, -1].sum()
-    expected = min(k for k, kept in zip(curves.ks, share, strict=True) if kept >= target)
-    choice = Uniform.fit(curves, target).choose(curves.score)
-    assert set(curves.ks[choice]) == {expected}
-    assert curves.kept(choice) >= target
+    smallest = next(k for k, kept in zip(curves.ks, share, strict=True) if kept >= target)
+    assert {*curves.ks[fit_policy("uniform", curves, target).choose(curves.score)]} == {smallest}
 
+    def places(threshold):
+        return [max(int((row >= threshold).sum()), 1) - 1 for row in curves.score]
 
-def test_threshold_is_the_largest_that_keeps_the_target():
-    curves = curves_of(30, 1, 1)
-
-    def kept(threshold):
-        passed = [max(int((row >= threshold).sum()), 1) - 1 for row in curves.score]
-        return curves.captured[range(30), passed].sum() / curves.captured[:, -1].sum()
-
-    choice = Threshold.fit(curves, 0.95).choose(curves.score)
-    best = max(of for of in np.unique(curves.score) if kept(of) >= 0.95)
-    expected = [max(int((row >= best).sum()), 1) - 1 for row in curves.score]
-    assert choice.tolist() == expected
+    largest = max(
+        of for of in np.unique(curves.score)
+        if curves.captured[of_rows, places(of)].sum() / curves.captured[:, -1].sum() >= target
+    )  # fmt: skip
+    choice = fit_policy("threshold", curves, target).choose(curves.score)
+    assert choice.tolist() == places(largest)
 
 
 def test_hindsight_is_no_worse_than_any_choice_that_keeps_as_much():
-    curves = curves_of(4, 2, 1, candidates=12)
+    curves = curves_of(4, 2, candidates=12)
     choice = policy.hindsight(curves, 0.95)
     kept, passed = curves.kept(choice), passed_by(curves, choice).sum()
     assert kept >= 0.95
@@ -71,80 +67,60 @@ def test_hindsight_is_no_worse_than_any_choice_that_keeps_as_much():
             assert passed_by(curves, np.array(other)).sum() >= passed
 
 
-def test_learned_saves_where_scores_tell_how_hard_a_request_is():
-    fitted, tested = curves_of(1500, 3, 1), curves_of(1500, 4, 1)
-    target = 0.99
-    passed, kept = {}, {}
-    for name, of in POLICIES.items():
-        choice = of.fit(fitted, target).choose(tested.score)
-        passed[name], kept[name] = passed_by(tested, choice).mean(), tested.kept(choice)
-    assert kept["learned"] == pytest.approx(target, abs=0.003)
-    assert passed["learned"] < 0.9 * passed["uniform"]
-    assert passed["learned"] > passed_by(tested, policy.hindsight(tested, target)).mean()
-
-
-def test_learned_is_uniform_where_scores_tell_nothing():
-    fitted, tested = curves_of(600, 5, 0), curves_of(600, 6, 0)
-    uniform, learned = (
-        POLICIES[name].fit(fitted, 0.99).choose(tested.score) for name in ("uniform", "learned")
-    )
-    assert len(set(learned)) == 1
-    assert abs(learned[0] - uniform[0]) <= 1
+@pytest.mark.parametrize("known", [1, 0])
+def test_learned_saves_only_where_scores_tell_how_hard_a_request_is(known):
+    fitted, tested = curves_of(800, 3, known), curves_of(800, 4, known)
+    choices = {name: fit_policy(name, fitted).choose(tested.score) for name in POLICIES}
+    passed = {name: passed_by(tested, choice).mean() for name, choice in choices.items()}
+    assert tested.kept(choices["learned"]) == pytest.approx(TARGET, abs=0.004)
+    if known:
+        assert passed["learned"] < 0.9 * passed["uniform"]
+        assert passed["learned"] > passed_by(tested, policy.hindsight(tested, TARGET)).mean()
+    else:
+        assert len({*choices["learned"]}) == 1
+        assert abs(choices["learned"][0] - choices["uniform"][0]) <= 2
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_requests_with_fewer_candidates_and_one_request(name):
-    curves = curves_of(40, 7, 1)
+    curves = curves_of(40, 7)
     few = np.where(np.arange(40) % 2, 200, 9)
     last = (curves.ks <= few[:, None]).sum(axis=1) - 1
     score = np.maximum(curves.score, curves.score[range(40), last][:, None])
     some = curves._replace(score=score, scored=np.minimum(curves.scored, few[:, None]))
-    fitted = POLICIES[name].fit(some, 0.9)
-    choice = fitted.choose(score)
+    choice = fit_policy(name, some, 0.9).choose(score)
     assert some.kept(choice) >= 0.85
     assert passed_by(some, policy.hindsight(some, 0.9))[::2].max() <= 9
     # The same requests give the same policy.
-    assert choice.tolist() == POLICIES[name].fit(some, 0.9).choose(score).tolist()
-    one = curves_of(1, 8, 1)
-    assert POLICIES[name].fit(one, 0.9).choose(one.score).shape == (1,)
+    assert choice.tolist() == fit_policy(name, some, 0.9).choose(score).tolist()
+    one = curves_of(1, 8)
+    assert fit_policy(name, one).choose(one.score).shape == (1,)
 
 
-def sums_of(curves):
-    more = {"true_value_captured": 2 * curves.captured, "covered_user_value": 3 * curves.captured}
-    return more | {
-        "score": curves.score, "value_captured": curves.captured, "scored": curves.scored
-    }  # fmt: skip
-
-
-def sums_by_policy(sums, ks, name):
-    """Those of a policy that is fitted to the same requests."""
-    return policy.sums(policy.fit(sums, ks, (name,)), sums, ks, (name,))
-
-
-def test_sums_are_the_curves_at_the_chosen_k():
-    curves = curves_of(20, 10, 1)
-    found = sums_by_policy(sums_of(curves), curves.ks, "uniform")
-    place = Uniform.fit(curves, TARGET).place
-    captured = curves.captured[:, place]
+@pytest.mark.parametrize("factor", [1.0, np.nan, 0.0])
+def test_sums_are_the_curves_at_the_chosen_k_and_unknown_without_value(factor):
+    curves = curves_of(20, 10)
+    captured = factor * curves.captured
+    sums = {"score": curves.score, "scored": curves.scored, "value_captured": captured}
+    sums |= {"true_value_captured": 2 * captured, "covered_user_value": 3 * captured}
+    fitted = policy.fit(sums, curves.ks, ("uniform",))
+    found = policy.sums(fitted, sums, curves.ks, ("uniform",))
+    if factor != 1:
+        assert np.isnan(np.stack([*found.values()])).all()
+        return
+    place = fit_policy("uniform", curves).numbers["place"]
     np.testing.assert_allclose(found["policy_scored/uniform"], curves.ks[place])
-    np.testing.assert_allclose(found["policy_value_captured/uniform"], captured)
-    np.testing.assert_allclose(found["policy_true_value_captured/uniform"], 2 * captured)
+    for curve, times in (("value", 1), ("true_value", 2)):
+        of_policy = found[f"policy_{curve}_captured/uniform"]
+        np.testing.assert_allclose(of_policy, times * captured[:, place])
     assert found["policy_scored/hindsight"].sum() <= found["policy_scored/uniform"].sum()
-
-
-@pytest.mark.parametrize("factor", [np.nan, 0.0])
-def test_nothing_is_known_of_a_diverged_ranker_or_without_value(factor):
-    curves = curves_of(20, 10, 1)
-    sums = sums_of(curves._replace(captured=factor * curves.captured))
-    found = sums_by_policy(sums, curves.ks, "learned")
-    assert np.isnan(found["policy_scored/learned"]).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_stored_and_exported_policy_chooses_the_measured_k(name):
-    curves = curves_of(300, 11, 1)
-    fitted = {("a", "user"): {name: POLICIES[name].fit(curves, 0.95)}}
-    stored = policy.from_json(policy.to_json(fitted))["a", "user"][name]
+    curves = curves_of(300, 11)
+    fitted = fit_policy(name, curves, 0.95)
+    stored = policy.from_json(policy.to_json({("a", "user"): {name: fitted}}))["a", "user"][name]
     generator = np.random.default_rng(12)
     value = generator.uniform(0, 1, (64, 200)).astype(np.float32) ** generator.uniform(
         1, 9, (64, 1)
@@ -152,8 +128,7 @@ def test_a_stored_and_exported_policy_chooses_the_measured_k(name):
     mask = np.arange(200) < generator.integers(1, 201, (64, 1))
     # As the evaluation reads the scores, which differ in the order of the candidates.
     measured = funnel.funnel_curves(jnp.asarray(value), jnp.asarray(value), jnp.asarray(mask), 5)
-    score = np.asarray(measured.score, np.float64)[:, curves.ks - 1]
-    choice = fitted["a", "user"][name].choose(score)
+    choice = fitted.choose(np.asarray(measured.score, np.float64)[:, curves.ks - 1])
     expected = np.minimum(curves.ks[choice], mask.sum(axis=1))
     sizes = export.symbolic_shape("requests, candidates")
     types = (jax.ShapeDtypeStruct(sizes, of) for of in (np.float32, np.bool_))

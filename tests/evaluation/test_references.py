@@ -104,6 +104,12 @@ def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
     lists = train_statistics(dataset, WEIGHTS, SHOWN, seed=0).lists
     np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
     assert len(np.unique(lists["show_rate"])) > 3
+    # A training split has no facts for the evaluation, and a log may have no teacher.
+    columns, statistics = dataset.columns, Statistics(lists, np.int32(0))
+    assert known_references([columns["train"]], statistics) == ("random", *LISTS)
+    del lists["top_rate"]
+    without = tuple(name for name in REFERENCES if name != "top_rate")
+    assert known_references([columns["test"]], statistics) == without
 
 
 def statistics(seed=0):
@@ -124,11 +130,11 @@ def evaluation_batch(seed, known=True):
 
 
 def measured(batches, seeds=(0,)):
-    """The teacher's sums, and those of the references by name, with an axis of seeds."""
+    """The sums of the references by name, with an axis of seeds."""
     ranker = reference_ranker([statistics(seed) for seed in seeds])
-    teacher, (summed,) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
+    _, (summed,) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
     members = [{name: of.sums for name, of in member.items()} for member in summed]
-    return teacher.sums, stack_members(members)
+    return stack_members(members)
 
 
 def survival(sums):
@@ -138,7 +144,7 @@ def survival(sums):
 def test_references_are_measured_as_the_order_that_they_stand_for():
     """The top k of each, request by request, against the logged teacher's top."""
     batches = [evaluation_batch(seed) for seed in (1, 2)]
-    _, sums = measured(batches)
+    sums = measured(batches)
     assert set(sums) == set(REFERENCES) == {"oracle", *NO_PROBABILITIES}
     lists = statistics().lists.items()
     values = {
@@ -158,19 +164,8 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
             counts += bool(top)
             kept += [len({*top} & {*order[: k + 1]}) / max(len(top), 1) for k in range(12)]
         np.testing.assert_allclose(survival(sums[name]), kept / counts, rtol=1e-5)
-
-
-def test_the_oracle_loses_no_true_value_and_knows_nothing_where_there_is_no_truth():
-    batch = evaluation_batch(1)
-    # The teacher is the truth, so the oracle's order is the teacher's own.
-    exact = batch.batch.replace(
-        teacher_probability=batch.true_probability,
-        teacher_weight=np.repeat((batch.batch.stage > 0)[..., None], 3, 2).astype(np.float32),
-    )
-    teacher, sums = measured([batch.replace(batch=exact)])
-    for name in ("survival", "value_captured", "true_value_captured", "user_bce"):
-        np.testing.assert_allclose(sums["oracle"][name][0], teacher[name], rtol=1e-5)
-    assert np.isnan(measured([evaluation_batch(1, known=False)])[1]["oracle"]["survival"]).all()
+    without_truth = measured([evaluation_batch(1, known=False)])
+    assert np.isnan(without_truth["oracle"]["survival"]).all()
 
 
 @pytest.mark.parametrize(("unknown", "known"), [(0.05, True), (0.2, False), (1.0, False)])
@@ -194,19 +189,11 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
     assert found == tuple(name for name in REFERENCES if known or name != absent)
 
 
-def test_the_references_of_a_split_without_facts_and_of_a_log_without_a_teacher(tmp_path):
-    dataset, lists = built(tmp_path, lambda *_: {}), statistics().lists
-    assert known_references([dataset.columns["train"]], statistics()) == ("random", *LISTS)
-    del lists["top_rate"]
-    found = known_references([dataset.columns["test"]], Statistics(lists, np.int32(0)))
-    assert found == tuple(name for name in REFERENCES if name != "top_rate")
-
-
 def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
     one = evaluation_batch(1)
     backwards = jax.tree.map(lambda of: of[::-1], one)
-    _, sums = measured([one], seeds=(0, 1))
-    _, of_backwards = measured([backwards], seeds=(0, 1))
+    sums = measured([one], seeds=(0, 1))
+    of_backwards = measured([backwards], seeds=(0, 1))
     for name in REFERENCES:
         found, same = sums[name]["survival"], of_backwards[name]["survival"]
         np.testing.assert_allclose(found, same, rtol=1e-5)

@@ -21,13 +21,10 @@ TASKS = ("watch", "like")
 
 def test_the_columns_are_the_contracts_in_its_order():
     columns = results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995)))
-    of_metrics = len(results.KEYS) + len(results.OTHER_KEYS)
-    assert columns[:of_metrics] == [
+    contract = [
         "dataset", "split", "role", "mode", "distill_loss", "distill_weight", "temperature",
         "learning_rate", "user_loss", "unshown_weight", "serve", "seed", "data_seed", "step",
         *results.OTHER_KEYS,
-    ]  # fmt: skip
-    contract = [
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_calibration/watch",
         "teacher_bce/watch", "teacher_kl/like", "alignment_ratio", "alignment_ratio_bce",
         "survival@10", "survival@50", "value_captured@10", "true_value_captured@50",
@@ -36,10 +33,6 @@ def test_the_columns_are_the_contracts_in_its_order():
         "cost_ratio", "funnel_cost_saving", "non_finite_step", "member",
     ]  # fmt: skip
     assert [column for column in columns if column in contract] == contract
-
-
-def test_every_key_that_a_sweep_may_vary_has_a_column():
-    columns = results.columns(TASKS, ReportAt())
     assert {key.title for key in schema.sweepable()} <= set(columns)
     assert len(set(columns)) == len(columns)
 
@@ -200,61 +193,51 @@ def test_a_weight_that_is_not_tuned_makes_ways_and_a_switch_makes_two(column, ex
     assert frame["way"].iloc[0] != frame["way"].iloc[1]
 
 
-def test_the_members_of_the_chosen_settings_with_the_serving_choices_to_read():
-    def of(mode, seed, passed, serve="user", rate=0.01):
-        more = {"serve": serve, "learning_rate": rate, "member": f"{mode}-rate{rate}-seed{seed}"}
-        return row("student", mode, seed, passed, 10.0, **more)
+def student(mode, seed, passed, serve="user", rate=0.01):
+    more = {"serve": serve, "learning_rate": rate, "member": f"{mode}-rate{rate}-seed{seed}"}
+    return row("student", mode, seed, passed, 10.0, **more)
 
-    frame = pd.DataFrame(
-        [
-            row("teacher", None, 0, 10.0, 200.0, member="teacher"),
-            row("reference", None, 0, 1.0, 0.0, member="oracle"),
-            *(of("none", seed, 200.0 + seed) for seed in (0, 1)),
-            *(of("none", seed, 190.0, rate=0.1) for seed in (0, 1)),
-            *(of("aux", seed, 150.0, serve) for seed in (0, 1) for serve in ("user", "teacher")),
-            *(of("aux", seed, 140.0 + seed, "blend") for seed in (0, 1)),
-            # The best by far, of which a member diverged.
-            of("shared", 0, 50.0, rate=0.1),
-            of("shared", 1, math.nan, rate=0.1) | {"non_finite_step": 7.0},
-            *(of("shared", seed, 90.0) for seed in (0, 1)),
-        ]
-    )
+
+RANKERS = pd.DataFrame(
+    [
+        row("teacher", None, 0, 10.0, 200.0, member="teacher"),
+        row("reference", None, 0, 1.0, 0.0, member="oracle"),
+        *(student("none", seed, 200.0 + seed) for seed in (0, 1)),
+        *(student("none", seed, 190.0, rate=0.1) for seed in (0, 1)),
+        *(student("aux", seed, 50.0, serve) for seed in (0, 1) for serve in ("user", "teacher")),
+        *(student("aux", seed, 41.0 - seed, "blend") for seed in (0, 1)),
+        # The best by far, of which a member diverged.
+        student("shared", 0, 10.0, rate=0.1),
+        student("shared", 1, math.nan, rate=0.1) | {"non_finite_step": 7.0},
+        *(student("shared", seed, 90.0) for seed in (0, 1)),
+    ]
+)
+
+
+def test_the_members_of_the_chosen_settings_with_the_serving_choices_to_read():
     serves = {"aux-rate0.01": "blend", "none-rate0.1": "user", "shared-rate0.01": "user"}
     chosen = {f"{name}-seed{seed}": [of] for name, of in serves.items() for seed in (0, 1)}
-    assert results.chosen(frame) == chosen
+    test = RANKERS[RANKERS["learning_rate"] != 0.1].assign(split="test", passed_for_99=1.0)
     # Whatever the test says.
-    test = frame[frame["learning_rate"] != 0.1].assign(split="test", passed_for_99=1.0)
-    assert results.chosen(pd.concat([frame, test])) == chosen
-    assert results.chosen(frame.assign(non_finite_step=7.0)) == {}
+    for frame in (RANKERS, pd.concat([RANKERS, test])):
+        assert results.chosen(frame) == chosen
+    assert results.chosen(RANKERS.assign(non_finite_step=7.0)) == {}
     # Of equals the first in the order of settings, not of the file.
-    equals = frame[frame["mode"] == "aux"].assign(passed_for_99=100.0)
+    equals = RANKERS[RANKERS["mode"] == "aux"].assign(passed_for_99=100.0)
     assert results.chosen(equals) == results.chosen(equals[::-1])
 
 
 def test_the_best_member_is_the_best_repeat_of_the_setting_that_is_best_on_average():
-    def of(mode, seed, passed, serve="user"):
-        return row("student", mode, seed, passed, 10.0, serve=serve, member=f"{mode}-seed{seed}")
-
-    frame = pd.DataFrame(
-        [
-            row("teacher", None, 0, 10.0, 200.0, member="teacher"),
-            of("none", 0, 100.0),
-            of("none", 1, 300.0),
-            *(of("aux", seed, 140.0 + seed, "user") for seed in (0, 1)),
-            *(of("aux", seed, 131.0 - seed, "blend") for seed in (0, 1)),
-            of("shared", 0, math.nan),
-        ]
-    )
-    assert results.best_member(frame) == ("aux-seed1", "blend")
-    assert results.best_member(frame, "aux-seed0") == ("aux-seed0", "blend")
-    assert results.best_member(frame, "none-seed1") == ("none-seed1", "user")
-    # It was never measured, or it diverged.
-    assert results.best_member(frame, "shared-seed0") is None
-    frame.loc[frame["member"] == "none-seed0", "non_finite_step"] = 7.0
-    assert results.best_member(frame, "none-seed0") is None
+    test = pd.DataFrame([student("none", 0, 1.0) | {"split": "test"}])
     # Whatever the test says.
-    test = pd.DataFrame([of("none", 0, 1.0) | {"split": "test"}])
-    assert results.best_member(pd.concat([frame, test])) == ("aux-seed1", "blend")
+    for frame in (RANKERS, pd.concat([RANKERS, test])):
+        assert results.best_member(frame) == ("aux-rate0.01-seed1", "blend")
+    named = {"aux-rate0.01-seed0": "blend", "none-rate0.1-seed1": "user"}
+    for name, serve in named.items():
+        assert results.best_member(RANKERS, name) == (name, serve)
+    # It diverged, or was never measured.
+    for name in ("shared-rate0.1-seed1", "shared-seed9"):
+        assert results.best_member(RANKERS, name) is None
 
 
 MADE_OF = {"config": "a"}
@@ -297,11 +280,6 @@ def each_of(seed, requests, ks, tasks):
     )
 
 
-def write_requests(folder, kept, tasks):
-    for name, content in results.request_files(kept, tasks).items():
-        (folder / name).write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("requests", "ks", "tasks"),
     # The last have as many k as tasks, and as requests.
@@ -310,31 +288,23 @@ def write_requests(folder, kept, tasks):
 def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks, tasks):
     rankers = [("teacher", "user"), ("aux-seed0", "user"), ("aux-seed0", "blend"), ("", "user")]
     each = {who: each_of(i, requests, len(ks), len(tasks)) for i, who in enumerate(rankers)}
-    write_requests(tmp_path, Kept(np.array(ks), each), tasks)
+    files = results.request_files(Kept(np.array(ks), each), tasks)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     found = results.read_requests(tmp_path)
     np.testing.assert_array_equal(found.ks, ks)
     assert list(found.each) == rankers
     for who, of in each.items():
         for here, there in zip(of, found.each[who], strict=True):
-            assert here.keys() == there.keys()
-            for name in here:
-                assert there[name].dtype == np.float32
-                np.testing.assert_array_equal(here[name], there[name], err_msg=name)
-
-
-def test_terms_of_requests_are_tables_that_others_can_read(tmp_path):
-    each = {("a", "user"): each_of(0, 3, 2, 2), ("b", "user"): each_of(1, 3, 2, 2)}
-    kept = Kept(np.array([1, 10]), each)
-    write_requests(tmp_path, kept, TASKS)
-    files = (results.REQUESTS_FILE, results.REQUEST_CURVES_FILE)
-    single, curves = (pq.read_table(tmp_path / file).to_pandas() for file in files)
-    row = single[(single["member"] == "b") & (single["request"] == 2)]
-    assert row["user_bce/like"].item() == each["b", "user"].sums["user_bce"][2, 1]
-    assert list(curves) == ["member", "serve", "request", "k", "survival", "positives_kept/watch",
-                            "positives_kept/like"]  # fmt: skip
-    row = curves[(curves["member"] == "a") & (curves["request"] == 1) & (curves["k"] == 10)]
-    assert row["positives_kept/watch"].item() == each["a", "user"].curves["positives_kept"][1, 1, 0]
-    assert results.request_files(kept, TASKS) == results.request_files(kept, TASKS)
+            assert {array.dtype for array in there.values()} == {np.dtype(np.float32)}
+            np.testing.assert_equal(there, here)
+    # Others read them as tables.
+    table = pq.read_table(tmp_path / results.REQUEST_CURVES_FILE).to_pandas()
+    columns = [f"positives_kept/{task}" for task in tasks]
+    assert list(table) == ["member", "serve", "request", "k", "survival", *columns]
+    rows = table[(table["serve"] == "blend") & (table["k"] == ks[-1])].sort_values("request")
+    expected = each["aux-seed0", "blend"].curves["positives_kept"][:, -1]
+    np.testing.assert_array_equal(rows[columns], expected)
 
 
 def test_curves_are_kept_at_few_k_from_the_first_to_the_last_with_the_named_ones():
@@ -342,6 +312,6 @@ def test_curves_are_kept_at_few_k_from_the_first_to_the_last_with_the_named_ones
     assert {1, 200, 333, 2000} <= set(ks)
     assert ks == sorted(ks)
     assert len(ks) < 80
-    # Small steps, so that a line between two of them is near the curve.
+    # Small steps: a line between two of them is near the curve.
     assert (np.array(ks[11:]) / ks[10:-1]).max() < 1.2
     assert results.spaced_ks(5, [200]) == [1, 2, 3, 4, 5]

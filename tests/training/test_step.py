@@ -294,10 +294,8 @@ def test_padding_changes_nothing():
 def test_candidates_without_labels_are_as_good_as_padding():
     """Mode none must not depend on how many unlabelled candidates fill up a batch."""
     batches = [random_batch(seed) for seed in range(3)]
-    without = [
-        batch.replace(stage=np.where(batch.label_weight > 0, batch.stage, 0).astype(np.int8))
-        for batch in batches
-    ]
+    stages = (np.where(of.label_weight > 0, of.stage, 0).astype(np.int8) for of in batches)
+    without = [of.replace(stage=stage) for of, stage in zip(batches, stages, strict=True)]
     recipe, state = make_recipe("none")
     one, other = run(recipe, state, batches), run(recipe, state, without)
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -310,22 +308,19 @@ def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
     learns_unshown = recipe._replace(unshown_are_negatives=True)
     # All have labels, of which those of the candidates that were not shown mean nothing.
     batches = [random_batch(seed) for seed in range(3)]
-    numbers = stack_members([hyperparameters(unshown_weight=weight) for weight in weights])
-    (after,), _ = run_groups(
-        [learns_unshown], [state], batches, [numbers], mapping="shard_map", devices=2
-    )
-    _, lone = make_recipe("aux")
+    numbers = [stack_members([hyperparameters(unshown_weight=weight) for weight in weights])]
+    how = {"mapping": "shard_map", "devices": 2}
+    (after,), _ = run_groups([learns_unshown], [state], batches, numbers, **how)
+
+    def labelled(batch, weight):
+        unshown = (batch.stage == Stage.RETRIEVED) | (batch.stage == Stage.PASSED)
+        return batch.replace(
+            label_weight=np.where(unshown, np.float32(weight), batch.label_weight),
+            user_label=np.where(unshown[..., None], np.float32(0), batch.user_label),
+        )
+
     for member, weight in enumerate(weights):
-        labelled = []
-        for batch in batches:
-            unshown = (batch.stage == Stage.RETRIEVED) | (batch.stage == Stage.PASSED)
-            labelled.append(
-                batch.replace(
-                    label_weight=np.where(unshown, np.float32(weight), batch.label_weight),
-                    user_label=np.where(unshown[..., None], np.float32(0), batch.user_label),
-                )
-            )
-        expected, _ = run(recipe, lone, labelled)
+        expected, _ = run(*make_recipe("aux"), [labelled(batch, weight) for batch in batches])
         assert_close(member_of(after, member).parameters, expected.parameters, 1e-5)
 
 
