@@ -196,6 +196,14 @@ def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
     return con
 
 
+def draw(seed: int, key: str, most: int) -> str:
+    """SQL that orders rows by luck, which depends on the seed and a key, and keeps `most` of them.
+
+    With 0 it keeps all.
+    """
+    return f"ORDER BY md5(concat_ws(' ', {seed}, {key})) {f'LIMIT {most}' if most else ''}"
+
+
 def moment_of(seconds: str) -> str:
     """SQL for the hour, as a point on a circle, and the weekday, from Monday, 0."""
     angle = f"2 * pi() * (({seconds}) % 86400) / 86400"
