@@ -71,7 +71,7 @@ def open_source(
                 converter.write(data, files, log)
             except (duckdb.Error, pa.ArrowException) as error:
                 raise UserError(
-                    f"the files at {files[0].parent} cannot be read: {line_of(error)}"
+                    f"{files[0].parent} cannot be made a log: {line_of(error)}"
                 ) from error
             log.rename(folder)
     source = parquet.open_source(_own(data, folder), tasks, funnel)
@@ -194,6 +194,11 @@ def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
     con.execute(f"SET memory_limit = '{data.memory * 1024:.0f}MiB'")
     con.execute("SET temp_directory = ?", [str(folder / ".spilled")])
     return con
+
+
+def columns(names: Iterable[str]) -> str:
+    r"""SQL for each of some columns; `AS '\1'` after an expression of it keeps the name."""
+    return f"COLUMNS('^({'|'.join(names)})$')"
 
 
 def draw(seed: int, key: str, most: int) -> str:

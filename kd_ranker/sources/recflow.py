@@ -15,7 +15,7 @@ from pyarrow import dataset
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import Converter, connect, draw, find_raw, moment_of
+from kd_ranker.sources.converted import Converter, columns, connect, draw, find_raw, moment_of
 
 FOLDERS = {"all_stage": "feather", "seq_effective_50_dict": "pkl"}
 LABELS = ("long_view", "effective_view", "like", "forward", "follow", "comment")
@@ -65,7 +65,7 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                     SELECT if(isnan({column}::DOUBLE), NULL, {column})::BIGINT AS '\1' FROM day);
                 CREATE OR REPLACE TABLE requests AS SELECT request_id, min(user_id) AS user,
                     min(request_timestamp) AS time,
-                    max(COLUMNS('^({"|".join(OF_REQUEST)})$')) AS '\1' FROM logged
+                    max({columns(OF_REQUEST)}) AS '\1' FROM logged
                 GROUP BY request_id HAVING bool_or({" OR ".join(grades)})
                 {draw(data.seed, "request_id", data.max_requests_per_day)}""")
             ids = [of for (of,) in con.sql("SELECT request_id FROM requests").fetchall()]
@@ -84,7 +84,7 @@ def _rows(split: str, grades: Mapping[str, str], of_each_stage: int) -> str:
     cases = " ".join(f"WHEN {of} THEN {place}" for place, of in enumerate(grades, start=1))
     ties = ", ".join(f'"{name}" DESC' for name in ("realshow", *LABELS, "rank_pos"))
     fields = ("item", "stage", "position", *OF_ITEM, *LABELS, "duration", "days_old")
-    lists = [f'list_transform(listed, lambda of: of."{name}") AS "{name}"' for name in fields]
+    lists = [f'[of."{name}" for of in listed] AS "{name}"' for name in fields]
     return rf"""
         WITH graded AS (SELECT logged.*, video_id AS item, time, CASE {cases} END AS grade,
             {[*grades.values()]}[grade] AS stage FROM logged JOIN requests USING (request_id)),
@@ -97,7 +97,7 @@ def _rows(split: str, grades: Mapping[str, str], of_each_stage: int) -> str:
             ORDER BY position NULLS LAST, item) <= {of_each_stage or 1 << 40}),
         candidate AS (SELECT request_id, item, stage, position, {", ".join(OF_ITEM)},
             if(realshow = 1 AND stage = 'shown',
-                coalesce(COLUMNS('^({"|".join(LABELS)})$'), 0) = 1, NULL)::TINYINT AS '\1',
+                coalesce({columns(LABELS)}, 0) = 1, NULL)::TINYINT AS '\1',
             if(duration > 0, ln(1 + duration / 1000), NULL)::FLOAT AS duration,
             if(upload_timestamp > 0, ln(1 + greatest(time / 1000 - upload_timestamp, 0) / 86400),
                 NULL)::FLOAT AS days_old FROM kept),

@@ -127,8 +127,8 @@ def test_hand_worked_files_of_each_layout_become_rows(variant, write_files, tmp_
         ([(7, 9, 5, 1), (7, 9, 4, 2)], "a user rates a film twice: 7, 9"),
         ([("MovieLens",), *RATINGS], "CSV Error on Line: 1"),
         ([*RATINGS, (7, 9, 3, 1, 5)], "Expected Number of Columns: 4 Found: 5"),
-        ([(7, 9, "x", 1)], 'cannot be read: .*"x"'),
-        ([(7, 9, 5)], "cannot be read"),
+        ([(7, 9, "x", 1)], 'cannot be made a log: .*"x"'),
+        ([(7, 9, 5)], "cannot be made a log"),
     ],
 )
 def test_a_fault_of_the_files_is_one_line(ratings, message, tmp_path):
