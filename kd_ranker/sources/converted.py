@@ -216,13 +216,6 @@ def moment_of(seconds: str) -> str:
     return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
 
 
-def check_none(con: duckdb.DuckDBPyConnection, faults: Mapping[str, str], folder: Path) -> None:
-    """Raise UserError where the SQL of a fault, named by its description, returns a row."""
-    for fault, sql in faults.items():
-        for row in con.sql(sql).limit(1).fetchall():
-            raise UserError(f"{folder}: {fault}: {', '.join(map(str, row))}")
-
-
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a log with one row per request.
 
