@@ -32,8 +32,7 @@ _VIEW = (
     *("video_id", "author_id", "category_level_two", "category_level_one", "upload_type"),
     *("upload_timestamp", "duration", "viewed", "playing_time", "last"),
 )
-# A pickle may name these; NumPy 1 calls the last module `numpy.core.multiarray`.
-_MODULES = ("collections", "numpy", "numpy._core.multiarray")
+_MODULES = ("collections", "numpy", "numpy._core.multiarray")  # what a pickle may name
 _NAMES = ("defaultdict", "dtype", "ndarray", "_reconstruct", "scalar")
 
 
@@ -123,7 +122,7 @@ class _Unpickler(pickle.Unpickler):
     """Reads dicts and arrays, and refuses every other name before it is looked up."""
 
     def find_class(self, module: str, name: str) -> object:
-        """Return one of `_NAMES`; `dict` replaces the factory of a defaultdict, never called."""
+        # The factory of a defaultdict is never called.
         if name.startswith("defaultdict_") or name in ("dict", "list", "tuple", "str", "int"):
             return dict
         module = module.replace("numpy.core", "numpy._core")
