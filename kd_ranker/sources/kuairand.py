@@ -1,8 +1,7 @@
 """KuaiRand as a log: sessions of a short-video feed, and a test set that no policy has chosen.
 
-C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang and X. He, "KuaiRand: An Unbiased
-Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022. `docs/kuairand.md`
-describes requests, splits and columns.
+C. Gao, S. Li, Y. Zhang et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with
+Randomly Exposed Videos", CIKM 2022. `docs/kuairand.md` describes requests, splits and columns.
 """
 
 from collections.abc import Sequence
@@ -67,14 +66,14 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 user_id::INT AS user, video_id::INT AS video, time_ms::BIGINT // 1000 AS time,
                 coalesce(tab::INT, -1) AS tab, coalesce(is_rand::INT, 0) = 1 AS random,
                 coalesce({columns(ACTIONS)}::INT, 0) = 1 AS '\1' FROM log_rows)
-                {"SEMI JOIN users USING (user)" if data.max_users else ""}""")
+                {"SEMI JOIN users USING (user)" * bool(data.max_users)}""")
         # Known after each second: lifts, which are 0 before the first impression.
         for of in ("user", "video"):
             lifts = (f"lift({act}, seen, {rate}) AS {of}_{act}" for act, rate in ACTIONS.items())
             con.execute(rf"""
-                CREATE TABLE {of}_counts AS SELECT {of}, since, engaged, ln(1 + seen) / 5 AS
-                    {of}_seen, {", ".join(lifts)} FROM (SELECT {of}, time AS since,
-                    sum(count(*)) OVER seconds AS seen,
+                CREATE TABLE {of}_counts AS SELECT {of}, since, engaged,
+                    ln(1 + seen) / 5 AS {of}_seen, {", ".join(lifts)}
+                    FROM (SELECT {of}, time AS since, sum(count(*)) OVER seconds AS seen,
                     sum(count_if({columns([*ACTIONS, "engaged"])})) OVER seconds AS '\1' FROM log
                     GROUP BY {of}, time WINDOW seconds AS (PARTITION BY {of} ORDER BY time))""")
         con.execute(_candidates(data))
@@ -86,9 +85,9 @@ def _candidates(data: ConfigDict) -> str:
     session, number = "PARTITION BY split, user, tab", data.impressions_per_request
     most = " ".join(f"WHEN '{of}' THEN {data[f'{of}_requests'] or 1 << 40}" for of in SPLITS)
     return rf"""
-        CREATE TABLE placed AS WITH
-        cut AS (SELECT *, coalesce(time - lag(time) OVER ({session} ORDER BY time, n) >= 60 *
-            if(random, {data.random_session_minutes}, {data.session_minutes}), true) AS is_first
+        CREATE TABLE placed AS WITH cut AS (SELECT *, coalesce(time - lag(time) OVER ({session}
+                ORDER BY time, n) >= 60 * if(random, {data.random_session_minutes},
+                {data.session_minutes}), true) AS is_first
             FROM log WHERE random = (split <> 'train' AND {data.test == "random"})),
         sessions AS (SELECT *, count_if(is_first) OVER ({session} ORDER BY time, n) AS session
             FROM cut)
@@ -98,9 +97,10 @@ def _candidates(data: ConfigDict) -> str:
             row_number() OVER (ORDER BY time, n) - 1 AS request
             FROM (FROM placed WHERE turn % {number} = 0 QUALIFY row_number() OVER (PARTITION BY
             split {draw(data.seed, "user, tab, time", 0)}) <= CASE split {most} END);
-        CREATE TABLE shown AS SELECT request, requests.time, video, min((placed.time, n)) AS place,
-            bool_or({columns(ACTIONS)})::TINYINT AS '\1'
-            FROM placed JOIN requests USING (split, user, tab, session, block) GROUP BY ALL;
+        CREATE TABLE shown AS SELECT request, requests.time, video, row_number() OVER (
+                PARTITION BY request ORDER BY min((placed.time, n))) AS position,
+            bool_or({columns(ACTIONS)})::TINYINT AS '\1' FROM placed JOIN requests
+            USING (split, user, tab, session, block) GROUP BY request, requests.time, video;
         CREATE TABLE standard AS SELECT video, time, row_number() OVER (ORDER BY time, n) AS spot
             FROM log WHERE NOT random;
         CREATE TABLE candidates AS FROM shown UNION ALL BY NAME (
@@ -110,9 +110,8 @@ def _candidates(data: ConfigDict) -> str:
                 GROUP BY time) AS known ON requests.time > known.time,
                 range({8 * data.negatives}) AS draws(draw))
             SELECT request, draws.time, video FROM draws JOIN standard USING (spot)
-            ANTI JOIN shown USING (request, video) GROUP BY request, draws.time, video
-            QUALIFY row_number() OVER (PARTITION BY request ORDER BY min(draw))
-                <= {data.negatives})"""
+            ANTI JOIN shown USING (request, video) GROUP BY request, draws.time, video QUALIFY
+                row_number() OVER (PARTITION BY request ORDER BY min(draw)) <= {data.negatives})"""
 
 
 def _rows() -> str:
@@ -124,18 +123,15 @@ def _rows() -> str:
             ln(1 + positive(video_duration) / 1000) - 4 AS duration,
             ln(positive(server_height) / positive(server_width)) AS shape,
             epoch(try_cast(upload_dt AS DATE)) - {BEIJING} AS uploaded FROM video_rows),
-        known AS (SELECT request AS _request, place AS _place, candidates.video AS item,
-            films.* EXCLUDE (video, uploaded), {", ".join(f"candidates.{of}" for of in ACTIONS)},
-            if(place IS NULL, NULL, row_number() OVER (PARTITION BY request ORDER BY place))
-                AS position,
+        known AS (SELECT candidates.* EXCLUDE time RENAME (request AS _request, video AS item),
+            films.* EXCLUDE (video, uploaded),
             ln(1 + (greatest({LOGS_END}, uploaded) - uploaded) / 86400) / 3 AS days_to_end,
             ln(1 + (greatest(time, uploaded) - uploaded) / 86400) / 3 AS days_old,
             coalesce({columns(f"video_{of}" for of in ("seen", *CANDIDATE_ACTIONS))}, 0) AS '\1'
-            FROM candidates ASOF LEFT JOIN video_counts AS counts
-                ON candidates.video = counts.video AND time > since
-            LEFT JOIN films ON candidates.video = films.video),
+            FROM candidates LEFT JOIN films USING (video) ASOF LEFT JOIN video_counts AS counts
+                ON candidates.video = counts.video AND time > since),
         lists AS (SELECT _request AS request,
-            list(COLUMNS('^([^_].*)$') ORDER BY _place NULLS LAST, item) AS '\1'
+            list(COLUMNS('^([^_].*)$') ORDER BY position NULLS LAST, item) AS '\1'
             FROM known GROUP BY _request),
         past AS (SELECT user, list(struct_pack(video, time, done := [{done}]) ORDER BY time, n)
             AS events FROM log WHERE engaged GROUP BY user)
@@ -144,15 +140,12 @@ def _rows() -> str:
             coalesce({columns(f"user_{of}" for of in ("seen", *ACTIONS))}, 0) AS '\1',
             ln(1 + (requests.time - since) / 3600) / 3 AS pause,
             {moment_of(f"requests.time + {BEIJING}")},
-            coalesce(list_slice(events, greatest(engaged - {HISTORY - 1}, 1), engaged), [])
-                AS recent,
+            coalesce(events[greatest(engaged - {HISTORY - 1}, 1):engaged], []) AS recent,
             [of.video for of in recent] AS history, [of.done for of in recent] AS history_actions,
             [ln(1 + (requests.time - of.time) / 3600) / 5 for of in recent] AS history_age
-        FROM requests JOIN lists USING (request)
-        ASOF LEFT JOIN user_counts AS counts
-            ON requests.user = counts.user AND requests.time > since
-        LEFT JOIN past ON requests.user = past.user
-        LEFT JOIN users ON requests.user = users.user) ORDER BY request"""
+        FROM requests JOIN lists USING (request) LEFT JOIN past USING (user)
+        LEFT JOIN users USING (user) ASOF LEFT JOIN user_counts AS counts
+            ON requests.user = counts.user AND requests.time > since) ORDER BY request"""
 
 
 _KEYS = (
