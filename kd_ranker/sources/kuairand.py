@@ -13,14 +13,12 @@ from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.converted import Converter, columns, connect, draw, find_raw, moment_of
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
-ARCHIVE = "https://zenodo.org/records/10439422"
 TESTS = ("random", "standard")
-# Action -> its prior rate, which counts as much as PRIOR_COUNT impressions.
+# Action -> its prior rate, which counts as much as 20 impressions.
 ACTIONS = {
     "long_view": 0.3, "is_like": 0.02, "is_forward": 0.001, "is_follow": 0.001,
     "is_comment": 0.002, "is_click": 0.4,
 }  # fmt: skip
-PRIOR_COUNT = 20
 CANDIDATE_ACTIONS = ("long_view", "is_like", "is_forward")
 HISTORY = 100  # the latest engaged impressions of a user
 LOGS_END = 1_652_025_600  # 2022-05-09 00:00 in Beijing, after the last day
@@ -39,19 +37,17 @@ def find_files(data: ConfigDict) -> list[Path]:
     parts = ("_part1", "_part2") if variant == "27k" else ("",)
     names = [f"data/{log}_{variant}{part}.csv" for log in _LOGS for part in parts]
     names += [f"data/{other}_{variant}.csv" for other in _OTHERS]
-    return find_raw(data, names, f"{VARIANTS[variant]}, unpacked from {ARCHIVE}")
+    return find_raw(data, names, f"{VARIANTS[variant]} of https://zenodo.org/records/10439422")
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per request, in the order of time."""
-    start = {split: f"epoch(DATE '{data[f'{split}_from']}') - {BEIJING}" for split in SPLITS[1:]}
     with connect(data, folder) as con:
         for stem in ("log", "user", "video"):
             raw = [str(file) for file in files if file.name.startswith(stem)]
             con.read_csv(raw, header=True, all_varchar=True).create_view(f"{stem}_rows")
         con.execute(rf"""
-            CREATE MACRO lift(number, seen, prior) AS
-                ln((number + {PRIOR_COUNT} * prior) / ((seen + {PRIOR_COUNT}) * prior));
+            CREATE MACRO lift(done, seen, rate) AS ln((done + 20 * rate) / ((seen + 20) * rate));
             CREATE MACRO positive(text) AS nullif(greatest(try_cast(text AS DOUBLE), 0), 0);
             CREATE TABLE users AS SELECT DISTINCT ON (user_id) user_id::INT AS user,
                 {", ".join(USER_CATEGORIES)},
@@ -60,10 +56,11 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 FROM user_rows {draw(data.seed, "user_id", data.max_users)};
             CREATE TABLE log AS SELECT *, CASE WHEN user + video + time IS NULL
                 THEN error('a row of a log lacks user, video or time')
-                WHEN time < {start["validation"]} THEN 'train'
-                WHEN time < {start["test"]} THEN 'validation' ELSE 'test' END AS split,
-                {" OR ".join(ACTIONS)} AS engaged FROM (SELECT row_number() OVER () AS n,
-                user_id::INT AS user, video_id::INT AS video, time_ms::BIGINT // 1000 AS time,
+                WHEN time < epoch(DATE '{data.validation_from}') - {BEIJING} THEN 'train'
+                WHEN time < epoch(DATE '{data.test_from}') - {BEIJING} THEN 'validation'
+                ELSE 'test' END AS split, {" OR ".join(ACTIONS)} AS engaged
+                FROM (SELECT row_number() OVER () AS n, user_id::INT AS user,
+                video_id::INT AS video, time_ms::BIGINT // 1000 AS time,
                 coalesce(tab::INT, -1) AS tab, coalesce(is_rand::INT, 0) = 1 AS random,
                 coalesce({columns(ACTIONS)}::INT, 0) = 1 AS '\1' FROM log_rows)
                 {"SEMI JOIN users USING (user)" * bool(data.max_users)}""")

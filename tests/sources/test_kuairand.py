@@ -172,7 +172,7 @@ def test_the_variants_are_read_alike(feed, variant, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": ""}, "KuaiRand-Pure, unpacked from https"),
+        ({"path": ""}, "KuaiRand-Pure of https"),
         ({"name": "kuairand_1k"}, "log_standard_4_08_to_4_21_1k.csv.* does not exist"),
         ({"test_from": "May"}, 'invalid date field format: "May", expected format is'),
         ({"test_from": "2022-04-22"}, "no request is left for the split 'validation'"),
