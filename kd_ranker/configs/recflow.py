@@ -1,7 +1,6 @@
 """RecFlow: close reproductions of two published experiments; see docs/recflow.md."""
 
-import datetime
-
+import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
@@ -74,9 +73,7 @@ def _name_columns(data: ConfigDict) -> None:
 
 def _days(first: str, last: str) -> tuple[str, ...]:
     """All days from the first to the last."""
-    start, end = map(datetime.date.fromisoformat, (first, last))
-    number = (end - start).days + 1
-    return tuple((start + datetime.timedelta(day)).isoformat() for day in range(number))
+    return tuple(pd.date_range(first, last).strftime("%Y-%m-%d"))
 
 
 def _shrink(config: ConfigDict) -> None:

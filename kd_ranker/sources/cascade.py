@@ -113,19 +113,11 @@ class History(NamedTuple):
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Open the simulated feed as a source.
+    """Open the simulated feed as a source, for some of `TASKS` in any order.
 
     Requests come in the order of time, and those of training precede those of validation, which
-    precede those of the test. Each request has a separate seed, made of `data.seed`,
-    the split and the request's place in it.
-
-    Args:
-      data: the source's part of the config.
-      tasks: some of `TASKS`, in any order.
-      funnel: `retrieved`, `passed` and `shown` candidates a request.
-
-    Raises:
-      UserError: for tasks, sizes or rates that make no sense.
+    precede those of the test. The seed of a request is made of `data.seed`, the split and the
+    request's place in it.
     """
     check_tasks(tasks, TASKS)
     if not 1 <= funnel.shown <= funnel.passed <= funnel.retrieved <= data.num_items:
@@ -321,17 +313,9 @@ def logit_terms(
 ) -> Float[np.ndarray, "N terms"]:
     """The terms of the true logits of N candidates, in the order of `TERM_WEIGHT`.
 
-    For a candidate with topics θ: interest 4 θ·φ; its quality; freshness, which is minus its
-    standardised age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
-
-    Args:
-      interests: φ, the user's interests, which sum to 1.
-      moment: c, how well each topic suits the request's context.
-      fatigue: f, see `topic_fatigue`.
-      mood: m, see `topic_mood`.
-      topics: θ of each candidate, each summing to 1.
-      quality: of each candidate, in standard deviations.
-      age: of each candidate, see `standardised_age`.
+    For topics θ of a candidate, the user's interests φ, and c, how well each topic suits the moment
+    (θ and φ sum to 1): interest 4 θ·φ; the quality, in standard deviations; freshness, which is
+    minus the standardised age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
     """
     by_topic = np.stack([4 * interests, moment, fatigue, mood, moment * fatigue], axis=1)
     interest, suits, tired, received, relieved = (topics @ by_topic).T
@@ -420,12 +404,7 @@ def _draw_request(
 def _teacher_log(
     rng: np.random.Generator, probability: Float32[np.ndarray, "L T"], data: ConfigDict
 ) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
-    """Log the teacher's probabilities as a faulty logger does.
-
-    Returns:
-      The probabilities as logged, and the teacher weight: 0 where nothing was written (the
-      probabilities are NaN there), else 1, on faulty probabilities too.
-    """
+    """Log probabilities with faults; the weight is 0 where nothing was written, NaN, and else 1."""
     lost = rng.random(len(probability)) < data.fault_missing
     fault = rng.random(probability.shape)
     nonsense = rng.choice(np.array([1.7, -0.3, np.inf, -np.inf], np.float32), probability.shape)
@@ -446,7 +425,6 @@ def _old_teacher_probability(
 def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
     network = np.eye(2)[rng.choice(2, p=[0.6, 0.4])]
     device = np.eye(3)[rng.choice(3, p=[0.7, 0.15, 0.15])]
-    # Once around a circle in a day.
     angle = 2 * np.pi * (time % DAY) / DAY
     moment = [np.sin(angle), np.cos(angle), (time - START) // DAY % 7 >= 5]
     return np.concatenate([moment, network, device], dtype=np.float32)

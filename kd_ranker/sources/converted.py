@@ -37,29 +37,18 @@ _AT_A_TIME = 256
 
 
 class Converter(NamedTuple):
-    """The conversion of one public dataset.
+    """The conversion of one public dataset: `write` puts the log of raw files into a folder."""
 
-    Attributes:
-      keys: the keys of `config.data` that decide the content of the log, next to `seed`.
-      find_files: config.data -> the raw files; raises UserError for a missing one.
-      write: (config.data, raw files, an empty folder) -> None; writes the log, in Parquet files.
-      version: raised whenever `write` writes another log for the same files and keys.
-    """
-
-    keys: Sequence[str]
-    find_files: Callable[[ConfigDict], Sequence[Path]]
+    keys: Sequence[str]  # of `config.data` that decide the content of the log, next to `seed`
+    find_files: Callable[[ConfigDict], Sequence[Path]]  # raises UserError for a missing one
     write: Callable[[ConfigDict, Sequence[Path], Path], None]
-    version: int = 1
+    version: int = 1  # raised whenever `write` writes another log for the same files and keys
 
 
 def open_source(
     converter: Converter, data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict
 ) -> Source:
-    """Open a public dataset as a source; the log is stored below `data.dir`, in `logs`.
-
-    Raises:
-      UserError: the raw files are missing or malformed, or the log cannot be used.
-    """
+    """Open a public dataset as a source; the log is stored below `data.dir`, in `logs`."""
     files = converter.find_files(data)
     folder = _folder(converter, data, files)
     if not folder.exists():
@@ -71,7 +60,7 @@ def open_source(
                 converter.write(data, files, log)
             except (duckdb.Error, pa.ArrowException) as error:
                 raise UserError(
-                    f"the files at {files[0].parent} cannot be read: {line_of(error)}"
+                    f"{files[0].parent} cannot be made a log: {line_of(error)}"
                 ) from error
             log.rename(folder)
     source = parquet.open_source(_own(data, folder), tasks, funnel)
@@ -95,11 +84,7 @@ def _own(data: ConfigDict, folder: Path) -> ConfigDict:
 
 
 def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> None:
-    """Check that the raw files are those of the dataset in `directory`; missing files are fine.
-
-    Raises:
-      UserError: a file has changed.
-    """
+    """Raise UserError if raw files are not those of the dataset in `directory`, or missing."""
     manifest = directory / MANIFEST
     if not data.path or not Path(data.path).exists() or not manifest.exists():
         return
@@ -144,8 +129,7 @@ def _digests(files: Sequence[Path], logs: Path) -> list[str]:
 def find_raw(data: ConfigDict, names: Iterable[str], where: str, folder: str = "") -> list[Path]:
     """The paths of files in `data.path`, or in another folder if that is empty.
 
-    Raises:
-      UserError: one of the files is missing; `where` names their origin in the message.
+    UserError names one that is missing, and `where` they come from.
     """
     paths = [Path(data.path or folder) / name for name in names]
     for path in paths:
@@ -155,13 +139,9 @@ def find_raw(data: ConfigDict, names: Iterable[str], where: str, folder: str = "
 
 
 def fetch(url: str, sha256: str, data_dir: str) -> Path:
-    """Download a file below `data_dir/downloads` and unpack a zip archive, unless it is there.
+    """Return a file below `data_dir/downloads`, or the folder of the contents of a zip archive.
 
-    Returns:
-      The file, or the folder of the contents of the archive.
-
-    Raises:
-      UserError: it cannot be fetched, or is not the file that was expected.
+    Downloads it unless it is there. UserError: it cannot be fetched, or is another file.
     """
     folder, name = Path(data_dir) / "downloads", url.rpartition("/")[2]
     unpacked = folder / sha256[:16]
@@ -196,6 +176,16 @@ def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
     return con
 
 
+def columns(names: Iterable[str]) -> str:
+    r"""SQL for each of some columns; `AS '\1'` after an expression of it keeps the name."""
+    return f"COLUMNS('^({'|'.join(names)})$')"
+
+
+def draw(seed: int, key: str, most: int) -> str:
+    """SQL that orders rows by a hash of the seed and a key, and keeps `most`; 0 keeps all."""
+    return f"ORDER BY md5(concat_ws(' ', {seed}, {key})) {f'LIMIT {most}' if most else ''}"
+
+
 def moment_of(seconds: str) -> str:
     """SQL for the hour, as a point on a circle, and the weekday, from Monday, 0."""
     angle = f"2 * pi() * (({seconds}) % 86400) / 86400"
@@ -203,21 +193,8 @@ def moment_of(seconds: str) -> str:
     return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
 
 
-def check_none(con: duckdb.DuckDBPyConnection, faults: Mapping[str, str], folder: Path) -> None:
-    """Raise UserError where the SQL of a fault, named by its description, returns a row."""
-    for fault, sql in faults.items():
-        for row in con.sql(sql).limit(1).fetchall():
-            raise UserError(f"{folder}: {fault}: {', '.join(map(str, row))}")
-
-
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a log with one row per request.
-
-    Args:
-      path: of the file.
-      rows: column -> number or text; list (a NumPy array); or list of lists (a matrix, or a pyarrow
-        ListArray).
-    """
+    """Write a log with one row per request: numbers, texts, arrays, matrices, Arrow's lists."""
     writer, left = None, iter(rows)
     while chunk := list(itertools.islice(left, _AT_A_TIME)):
         columns = {name: _column([row[name] for row in chunk]) for name in chunk[0]}

@@ -62,17 +62,11 @@ _NEGATIVES = 30  # films without a label, per query, that the final ranker takes
 
 
 class Collection(NamedTuple):
-    """The raw data, with films and queries as numbers.
+    """The raw data, with films and queries as numbers."""
 
-    Attributes:
-      films: one row per film.
-      queries: the texts.
-      labels: of each query, film -> 1 if a person wanted it, 0 if not.
-    """
-
-    films: pd.DataFrame
+    films: pd.DataFrame  # one row per film
     queries: list[str]
-    labels: list[dict[int, int]]
+    labels: list[dict[int, int]]  # of each query, film -> 1 if a person wanted it, 0 if not
 
     @property
     def words(self) -> list[list[str]]:
@@ -81,17 +75,11 @@ class Collection(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The retrieved films of a query, the best first by BM25.
-
-    Attributes:
-      film: their numbers.
-      features: the columns `FEATURES`.
-      label: 1 if a person wanted the film, 0 if not, -1 without a label.
-    """
+    """The retrieved films of a query, the best first by BM25."""
 
     film: Int64[np.ndarray, "n"]
-    features: Float32[np.ndarray, "n features"]
-    label: Int[np.ndarray, "n"]
+    features: Float32[np.ndarray, "n features"]  # the columns `FEATURES`
+    label: Int[np.ndarray, "n"]  # 1 if a person wanted the film, 0 if not, -1 without a label
 
 
 def words_of(text: str | None) -> list[str]:
@@ -148,12 +136,7 @@ def retriever(
     collection: Collection,
     cosine: Callable[[int, Int64[np.ndarray, "n"]], Float32[np.ndarray, "n"]],
 ) -> Callable[[int], Candidates]:
-    """Build the retrieval by BM25, as a function of a query's number.
-
-    Args:
-      collection: the films to retrieve.
-      cosine: (query, films) -> its sentence similarity to each of them.
-    """
+    """Build the retrieval by BM25; `cosine` is the sentence similarity of a query to films."""
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
@@ -188,11 +171,7 @@ def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray
     """Number the groups of queries that must not be separated.
 
     Two queries share a group if the same film is the best one wanted for both, or if their words
-    are nearly the same.
-
-    Args:
-      collection: the queries.
-      best: query -> of the films wanted for it, the one that BM25 puts first.
+    are nearly the same. Of the films wanted for a query, `best` has the one that BM25 puts first.
     """
     words, number = collection.words, len(collection.queries)
     vocabulary = {word: place for place, word in enumerate(sorted({*chain(*words)}))}
@@ -369,11 +348,7 @@ def _rows(
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The two files, fetched if `data.path` is empty.
-
-    Raises:
-      UserError: one is missing, is not the published one, or cannot be fetched.
-    """
+    """The two files, fetched if `data.path` is empty; others than the published are refused."""
     if not data.path:
         return [fetch(_URL + name, sha256, data.dir) for name, sha256 in FILES.items()]
     paths = find_raw(data, FILES, f"the files of {_URL}")

@@ -26,20 +26,12 @@ _NEEDED = ("user_id", "item_id", "user_label")
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Refuse to build a dataset: `keep` has written it, or it was removed.
-
-    Raises:
-      UserError: always.
-    """
+    """Raise UserError: `keep` has written the dataset, or it was removed."""
     raise UserError(f"no requests at {data.path}; make them with {MADE_BY}")
 
 
 def check_fits(dataset: Dataset, data: ConfigDict, tasks: Sequence[str], retrieved: int) -> None:
-    """Check that requests suit a config.
-
-    Raises:
-      UserError: the config has other tasks, or a request has more than `retrieved` candidates.
-    """
+    """Raise UserError for other tasks, or a request of more than `retrieved` candidates."""
     if tuple(tasks) != dataset.spec.tasks:
         raise UserError(
             f"tasks={tuple(tasks)}, and the requests at {data.path} have {dataset.spec.tasks}, in "
@@ -62,19 +54,11 @@ def keep(
 ) -> tuple[Path, tuple[str, ...], dict[str, Any]]:
     """Write a dataset that is named by the content of its requests, and set the keys that name it.
 
-    Args:
-      splits: split -> its requests, or a table of them; "" for requests to split by time.
-      spec: the sizes of their features.
-      item_features: float32 [num_items, F]; None takes zeros.
-      item_category: int32 [num_items, I], category ids of each item, -1 for none; or None.
-      data: the section of the config to change; it has `dir`.
-      shares: of the requests for the validation, and of the last ones for the test.
+    `splits` maps "" to requests to split by time, with the `shares` of validation and test;
+    `kd.Dataset.from_requests` describes the others. Changes `data` to name the dataset.
 
     Returns:
       The folder, the tasks, and the sizes of a funnel of the requests.
-
-    Raises:
-      UserError: a split has no requests, an id is out of range, or an array has another shape.
     """
     spec, numbers = dataclasses.replace(spec, dataset=NAME), itertools.count()
     requests = {
@@ -160,13 +144,7 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     teacher's probabilities weigh 1. The teacher's version is the one that counts. Features are 0,
     and there are no events, no teacher's probabilities and no facts for the evaluation.
 
-    Args:
-      fields: the values, which NumPy can make arrays of; or a request to check.
-      place: its place among all requests.
-      spec: the sizes of its features.
-
-    Raises:
-      UserError: a field is unknown, missing, or has another shape than that of `Request`.
+    UserError names a field that is unknown, missing, or has another shape than that of `Request`.
     """
     if not isinstance(fields, (Request, Mapping)):
         raise UserError(NO_REQUESTS)

@@ -11,17 +11,11 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float64, Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.converted import (
-    Converter,
-    check_none,
-    connect,
-    fetch,
-    find_raw,
-    write_rows,
-)
+from kd_ranker.errors import UserError
+from kd_ranker.sources.converted import Converter, connect, draw, fetch, find_raw, write_rows
 
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
 PRIOR_RATING, PRIOR_COUNT = 3.5, 5  # a mean starts as if that many ratings had this value
@@ -40,63 +34,23 @@ SIZES = {
     "32m": "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
 }
 _URL = "https://files.grouplens.org/datasets/movielens/ml-{}.zip"
-
-
-def _lines(delimiter: str, *columns: str) -> str:
-    """SQL that reads the lines of $file as texts; one with another number of fields is an error."""
-    named = ", ".join(f"'{column}': 'VARCHAR'" for column in columns)
-    return (
-        f"read_csv($file, delim = '{delimiter}', columns = {{{named}}}, auto_detect = false, "
-        "header = false, quote = '', escape = '', encoding = 'latin-1')"
-    )
-
-
-_RATING = ("user", "movie", "rating", "time")
+# Set -> its files of ratings, films and users -> the separator, and the fields of a line.
+_RATING, _FILM = "user movie rating time", "movie title genres"
 _FLAGS = [f"g{place}" for place in range(len(GENRES) - 1)]
-_GENRE = [
-    f"CASE WHEN {flag} = '1' THEN '{name}' END" for flag, name in zip(_FLAGS, GENRES, strict=False)
-]
-_LISTED = "list_filter(string_split(replace(genres, '''s', ''), '|'), lambda of: of[1] <> '(')"
-_YEAR = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)"
-# By set, its files of ratings, films and users, and their rows in SQL.
 _FILES = {
     "movielens_100k": {
-        "u.data": f"FROM {_lines(chr(9), *_RATING)}",
-        "u.item": f"""SELECT movie, split_part(date, '-', 3) AS year,
-            list_filter([{", ".join(_GENRE)}], lambda of: of IS NOT NULL) AS genres FROM {
-            _lines("|", "movie", "title", "date", "video", "url", *_FLAGS)
-        }""",
-        "u.user": f"FROM {_lines('|', 'user', 'age', 'gender', 'occupation', 'zip')}",
+        "u.data": ("\t", _RATING),
+        "u.item": ("|", " ".join(["movie title date video url", *_FLAGS])),
+        "u.user": ("|", "user age gender occupation zip"),
     },
     "movielens_1m": {
-        "ratings.dat": f"FROM {_lines('::', *_RATING)}",
-        "movies.dat": f"""SELECT movie, {_YEAR} AS year, {_LISTED} AS genres
-            FROM {_lines("::", "movie", "title", "genres")}""",
-        "users.dat": f"FROM {_lines('::', 'user', 'gender', 'age', 'occupation', 'zip')}",
+        "ratings.dat": ("::", _RATING),
+        "movies.dat": ("::", _FILM),
+        "users.dat": ("::", "user gender age occupation zip"),
     },
-    "movielens_32m": {
-        "ratings.csv": """SELECT userId AS user, movieId AS movie, rating, timestamp AS time
-            FROM read_csv($file, header = true, all_varchar = true)""",
-        "movies.csv": f"""SELECT movieId AS movie, {_YEAR} AS year, {_LISTED} AS genres
-            FROM read_csv($file, header = true, all_varchar = true)""",
-    },
+    "movielens_32m": {"ratings.csv": (",", _RATING), "movies.csv": (",", _FILM)},
 }
-_TABLES = {
-    "ratings": "user::INT AS user, movie::INT AS movie, rating::FLOAT AS rating, "
-    "time::BIGINT AS time",
-    "movies": "movie::INT AS movie, try_cast(year AS FLOAT) AS year, "
-    "coalesce(genres, []) AS genres",
-    "users": "user::INT AS user, age::INT AS age, gender, occupation",
-}
-_FAULTS = {
-    "a rating is not on the scale": "FROM ratings ANTI JOIN stars USING (rating)",
-    "a user or a time is negative": "FROM ratings WHERE NOT (user >= 0 AND time >= 0)",
-    "a film is not in the file of films": "FROM ratings ANTI JOIN movies USING (movie)",
-    "a user is not in the file of users": "FROM ratings ANTI JOIN users USING (user)",
-    "a user rates a film twice": "SELECT user, movie FROM ratings GROUP BY ALL HAVING count(*) > 1",
-    "a film has two lines": "SELECT movie FROM movies GROUP BY movie HAVING count(*) > 1",
-    "a user has two lines": "SELECT user FROM users GROUP BY user HAVING count(*) > 1",
-}
+_TYPES = {"user": "INT", "movie": "INT", "rating": "FLOAT", "time": "BIGINT", "age": "INT"}
 
 
 def stars_of(name: str) -> Float64[np.ndarray, "stars"]:
@@ -116,22 +70,46 @@ def find_files(data: ConfigDict) -> list[Path]:
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per request, in the order of time."""
+    scale = tuple(stars_of(data.name).tolist())
+    faults = {
+        "a rating is not on the scale": f"WHERE rating NOT IN {scale}",
+        "a film is not in the file of films": "ANTI JOIN movies USING (movie)",
+        "a user is not in the file of users": "ANTI JOIN users USING (user)",
+    }
+    tables = zip(("ratings", "movies", "users"), files, strict=False)
     with connect(data, folder) as con:
         con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
-        for path, (name, columns) in zip(files, _TABLES.items(), strict=False):
-            rows = f"SELECT {columns} FROM ({_FILES[data.name][path.name]})"
-            con.execute(f"CREATE OR REPLACE TABLE {name} AS {rows}", {"file": str(path)})
-        if len(files) < len(_TABLES):
+        for name, file in tables:
+            delimiter, fields = _FILES[data.name][file.name]
+            columns = {field: _TYPES.get(field, "VARCHAR") for field in fields.split()}
+            kind = "header = true" if delimiter == "," else "quote = '', encoding = 'latin-1'"
+            sql = f"""CREATE OR REPLACE TABLE {name} AS FROM read_csv($file, columns = {columns},
+                delim = '{delimiter}', auto_detect = false, escape = '', {kind})"""
+            con.execute(sql, {"file": str(file)})
+        if len(files) == 2:
             con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
-        scale = f"unnest({stars_of(data.name).tolist()})::FLOAT"
-        con.execute(f"CREATE TABLE stars AS SELECT {scale} AS rating")
-        check_none(con, _FAULTS, files[0].parent)
+        for fault, sql in faults.items():
+            for row in con.sql(f"FROM ratings {sql} LIMIT 1").fetchall():
+                raise UserError(f"{files[0].parent}: {fault}: {', '.join(map(str, row))}")
         write_rows(folder / "log.parquet", _rows(con, data))
+
+
+def _films(con: duckdb.DuckDBPyConnection, name: str) -> pa.Table:
+    """The films by number, with their year of release and genres."""
+    year, genres = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)", "string_split(genres, '|')"
+    if name == "movielens_100k":
+        flags = zip(_FLAGS, GENRES, strict=False)
+        year = "split_part(date, '-', 3)"
+        genres = f"[{', '.join(f'''if({flag} = '1', '{of}', NULL)''' for flag, of in flags)}]"
+    return con.sql(f"""
+        SELECT DISTINCT ON (movie) movie, try_cast({year} AS FLOAT) AS year,
+            coalesce([replace(of, '''s', '') for of in {genres} if of[1] <> '('], []) AS genres
+        FROM movies ORDER BY movie""").to_arrow_table()
 
 
 def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str, Any]]:
     """The requests as rows of the log."""
-    films = con.sql("FROM movies ORDER BY movie").to_arrow_table()
+    films = _films(con, data.name)
     movie, genres = films["movie"].to_numpy(), films["genres"].combine_chunks()
     decade = (films["year"].to_numpy() - 1990) / 10  # NaN where unknown
     flags = np.array([[of in row for of in GENRES] for row in genres.to_pylist()], np.float32)
@@ -146,11 +124,13 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
         np.add.at(total, rated[seen:before], everyone["rating"][seen:before])
         seen = before
         item, rating = np.searchsorted(movie, line["movie"][:end]), line["rating"][:end]
-        seed = (int(data.seed), user, block)
-        others, weight = not_rated(item, len(movie), int(data.get("negatives", 0)), seed)
+        others = np.setdiff1d(np.arange(len(movie)), item)
+        absent, most = len(others), int(data.get("negatives", 0))
+        if 0 < most < absent:
+            generator = np.random.default_rng((int(data.seed), user, block))
+            others = np.sort(generator.choice(others, most, replace=False))
         listed = np.concatenate([item[first:], others])
         stars = np.concatenate([rating[first:], np.zeros(len(others), np.float32)])
-        place = np.arange(len(listed), dtype=np.float32)
         past, liked = flags[item[:first]], rating[:first] >= LOWEST_RATING["like"]
         events = slice(max(0, first - HISTORY), first)
         angle = 2 * np.pi * (time % DAY) / DAY
@@ -163,11 +143,12 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
             "hour_sin": np.sin(angle), "hour_cos": np.cos(angle), "weekday": (time // DAY + 3) % 7,
             "pause": np.log1p((time - line["time"][first - 1]) / DAY) if first else np.nan,
             "requests_before": np.log1p(block) / 2,
-            "history": movie[item[events]],
+            "history": line["movie"][events],
             "history_stars": (rating[events, None] == scale).astype(np.float32),
             "history_age": np.log1p((time - line["time"][events]) / DAY), "item": movie[listed],
-            "position": np.where(stars > 0, place, np.nan).astype(np.float32),
-            "label_weight": np.where(stars > 0, 1, weight).astype(np.float32),
+            "position": np.where(stars > 0, np.arange(len(listed)), np.nan).astype(np.float32),
+            # The inverse of the rate at which films that are not rated were drawn.
+            "label_weight": np.where(stars > 0, 1, absent / max(len(others), 1)).astype(np.float32),
             **{task: (stars >= lowest).astype(np.int8) for task, lowest in LOWEST_RATING.items()},
             "genres": genres.take(pa.array(listed)), "decade": decade[listed],
             "ratings_before": (np.log1p(count[listed]) / 3).astype(np.float32),
@@ -180,40 +161,37 @@ def _mean(total: Any, count: Any) -> Any:
     return (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
 
 
-_Block = tuple[int, int, int, str, int, int, dict[str, Any]]
-"""Time, user and number of a block, its split, and its ratings [first, end) of the user's line."""
+def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[tuple[Any, ...]]:
+    """The blocks that become requests, in the order of time.
 
-
-def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
-    """The blocks that become requests, in the order of time."""
-    most = f"LIMIT {data.max_users}" if data.get("max_users") else ""
+    Each has its time, user, number and split, and is the ratings [first, end) of the user's line.
+    """
+    types = {"movie": np.int32, "rating": np.float32, "time": np.int64}
     # The order within a second depends on nothing but the seed, the user and the film.
     lines = con.sql(f"""
-        WITH kept AS (FROM users SEMI JOIN ratings USING (user)
-            ORDER BY md5(concat_ws(' ', {data.seed}, user)) {most}),
+        WITH kept AS (SELECT DISTINCT ON (user) user, age, gender, occupation
+            FROM users SEMI JOIN ratings USING (user)
+            {draw(data.seed, "user", data.get("max_users", 0))}),
         rated AS (SELECT *, (time, md5(concat_ws(' ', {data.seed}, user, movie))) AS luck
             FROM ratings)
-        SELECT kept.*, {", ".join(f"list({of} ORDER BY luck) AS {of}" for of in _TYPES)}
+        SELECT kept.*, {", ".join(f"list({of} ORDER BY luck) AS {of}" for of in types)}
         FROM rated JOIN kept USING (user) GROUP BY ALL""").to_arrow_table()
     found = []
     for line in lines.to_pylist():
-        line |= {name: np.array(line[name], type_) for name, type_ in _TYPES.items()}
+        line |= {name: np.array(line[name], type_) for name, type_ in types.items()}
         starts, total = block_starts(line["time"], int(data.ratings_per_request)), len(line["time"])
         test = _cut(starts, total, data.test_share)
         validation = _cut(starts[:test], total, data.test_share + data.validation_share)
-        for split, blocks in (
-            ("train", range(validation)),
-            ("validation", range(validation, test)[: data.validation_requests_per_user or None]),
-            ("test", range(test, len(starts))[: data.test_requests_per_user or None]),
-        ):
-            for of in blocks:
-                end = int(starts[of + 1]) if of + 1 < len(starts) else total
-                time = int(line["time"][starts[of]])
-                found.append((time, line["user"], of, split, int(starts[of]), end, line))
+        kept = {
+            "train": range(validation),
+            "validation": range(validation, test)[: data.validation_requests_per_user or None],
+            "test": range(test, len(starts))[: data.test_requests_per_user or None],
+        }
+        ends = [*starts[1:].tolist(), total]
+        for split, of in ((split, of) for split, blocks in kept.items() for of in blocks):
+            first = int(starts[of])
+            found.append((int(line["time"][first]), line["user"], of, split, first, ends[of], line))
     return sorted(found, key=lambda block: block[:3])
-
-
-_TYPES = {"movie": np.int64, "rating": np.float32, "time": np.int64}
 
 
 def block_starts(time: Int64[np.ndarray, "n"], ratings: int) -> Int64[np.ndarray, "blocks"]:
@@ -239,26 +217,8 @@ def _cut(starts: Int64[np.ndarray, "blocks"], total: int, share: float) -> int:
     return 1 + int(np.abs(starts[1:] - (1 - share) * total).argmin())
 
 
-def not_rated(
-    rated: Int[np.ndarray, "n"], films: int, wanted: int, seed: Sequence[int]
-) -> tuple[Int64[np.ndarray, "others"], float]:
-    """Draw `wanted` of the films that are not `rated`; each has the weight that is returned.
-
-    With 0, or more than there are, all of them.
-
-    >>> not_rated(np.array([3, 0]), 6, 0, [0])
-    (array([1, 2, 4, 5]), 1.0)
-    """
-    others = np.setdiff1d(np.arange(films), rated)
-    number = len(others)
-    if 0 < wanted < number:
-        others = np.sort(np.random.default_rng(seed).choice(others, wanted, replace=False))
-    return others, number / max(len(others), 1)
-
-
-CONVERTER = Converter(
-    ("negatives", "max_users", "ratings_per_request", "validation_share", "test_share",
-     "validation_requests_per_user", "test_requests_per_user"),
-    find_files,
-    write,
-)  # fmt: skip
+_KEYS = (
+    *("negatives", "max_users", "ratings_per_request", "validation_share", "test_share"),
+    *("validation_requests_per_user", "test_requests_per_user"),
+)
+CONVERTER = Converter(_KEYS, find_files, write)

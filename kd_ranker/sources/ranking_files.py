@@ -45,13 +45,9 @@ _RESAMPLES = 2000
 
 
 class Agreement(NamedTuple):
-    """The share of a run's first documents that another run has among its first.
+    """The share of a run's first documents that another run has among its first, in [0, 1].
 
-    Attributes:
-      mean: over queries, in [0, 1].
-      low: the lower end of its 95% bootstrap interval over queries.
-      high: the upper end.
-      queries: their number.
+    The mean over queries, with its 95% bootstrap interval over queries, and their number.
     """
 
     mean: float
@@ -101,9 +97,7 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
 def _read(con: duckdb.DuckDBPyConnection, name: str, path: Path, layout: str) -> None:
     """Make a table of the lines of a file that are not blank, from one of `_LAYOUTS`.
 
-    Raises:
-      UserError: the file is missing, empty or not text in UTF-8, a line has another layout, or a
-        query has a document twice.
+    UserError names a line of another layout, and one with a document that its query has already.
     """
     pattern = rf"^\s*{_LAYOUTS[layout]}\s*$"
     groups = [*re.compile(pattern).groupindex]

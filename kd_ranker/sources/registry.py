@@ -26,24 +26,21 @@ from kd_ranker.sources.logs import source as parquet
 
 
 class SourceEntry(NamedTuple):
-    """One source.
+    """One source: its labels, how to open it, and how to know its datasets again.
 
     Attributes:
-      tasks: the tasks that it has labels for; None: those of `config.data.labels`.
       open_source: (config.data, tasks, config.funnel) -> the source. That of `parquet` also takes
         the dataset that `data.extends` names.
-      version: raised whenever the source's code yields other requests for the same config, so that
-        datasets of the older code are not taken for its own.
+      version: raised whenever the code yields other requests for the same config.
       check_unchanged: (config.data, a dataset's folder) -> None, or UserError where the raw files
         have changed since that was made; the default does not look.
-      simulated: True if there are no raw files, so that opening it takes no time.
     """
 
-    tasks: Sequence[str] | None
+    tasks: Sequence[str] | None  # that it has labels for; None: those of `config.data.labels`
     open_source: Callable[..., Source]
     version: int = 1
     check_unchanged: Callable[[ConfigDict, Path], None] = lambda data, directory: None
-    simulated: bool = False
+    simulated: bool = False  # there are no raw files, so that opening it takes no time
 
     def tasks_of(self, data: ConfigDict) -> Sequence[str]:
         """The tasks that have labels."""

@@ -74,63 +74,43 @@ def write(directory: Path, rows: dict[str, Iterable[Row]], variant: str = "pure"
     return directory
 
 
-def random_rows(
-    seed: int, users: int = 6, videos: int = 40, standard: int = 400, exposed: int = 120
-) -> dict[str, list[Row]]:
+def random_rows(seed: int) -> dict[str, list[Row]]:
     """Rows of a small feed: sessions, several tabs, ties in time, gaps in ids, cells left empty.
 
     The last two users and videos have no row in the feature files.
     """
     generator = np.random.default_rng(seed)
-    video_id = 3 * np.arange(videos) + 1
+    users, videos = 2 * np.arange(6) + 5, 3 * np.arange(40) + 1
 
-    def log(number: int, start: int, end: int, random: bool) -> list[Row]:
-        # Moments of eight impressions of a user on average, some of them in the same second.
-        moments = generator.integers(start, end, max(number // 8, 1))
-        watchers = 2 * generator.integers(users, size=len(moments)) + 5
+    def log(number: int, start: int, end: int, done: str = "") -> list[Row]:
+        # Moments of eight impressions of a user on average, some of them in the same second, and of
+        # few videos, so that some come twice.
+        moments = generator.integers(start, end - 300, number // 8)
+        watchers = generator.choice(users, len(moments))
         moment = generator.integers(len(moments), size=number)
         time = moments[moment] + generator.integers(0, 400, number) * 0.5
-        # Few videos a moment, so that some come twice.
-        place = (3 * moment + generator.integers(0, 20, number)) % videos
+        place = (3 * moment + generator.integers(0, 20, number)) % 40
+        rows = zip(watchers[moment].tolist(), videos[place].tolist(), time.tolist(), strict=True)
         return [
-            impression(
-                int(watchers[moment[row]]),
-                int(video_id[place[row]]),
-                float(time[row]),
-                "".join(letter for letter in "clftsw" if generator.random() < 0.25) + "r" * random,
-                int(generator.choice([0, 1, 14], p=[0.1, 0.8, 0.1])),
-            )
-            for row in np.argsort(time)
-        ]
+            impression(*row, "".join(of for of in "clftsw" if generator.random() < 0.25) + done,
+                int(generator.choice([0, 1, 14], p=[0.1, 0.8, 0.1])))
+            for row in sorted(rows, key=lambda row: row[2])
+        ]  # fmt: skip
 
     def maybe(value: object) -> object:
         return "" if generator.random() < 0.2 else value
 
-    degrees = ("full_active", "high_active", "UNKNOWN")
     return {
-        STANDARD_1: log(standard // 2, APRIL_8, APRIL_22 - 300, False),
-        STANDARD_2: log(standard - standard // 2, APRIL_22, MAY_9 - 300, False),
-        RANDOM: log(exposed, APRIL_22, MAY_9 - 300, True),
+        STANDARD_1: log(200, APRIL_8, APRIL_22),
+        STANDARD_2: log(200, APRIL_22, MAY_9),
+        RANDOM: log(120, APRIL_22, MAY_9, "r"),
         "user_features": [
-            user(
-                2 * number + 5,
-                user_active_degree=degrees[generator.integers(3)],
-                fans_user_num=int(generator.integers(2000)),
-                onehot_feat3=int(generator.integers(1471)),
-                onehot_feat4=maybe(f"{generator.integers(15)}.0"),
-                onehot_feat17=maybe("1.0"),
-            )
-            for number in generator.permutation(users - 2)
+            user(of, fans_user_num=10 * of, onehot_feat4=maybe("4.0"), onehot_feat17=maybe("1.0"))
+            for of in generator.permutation(users[:-2]).tolist()
         ],
         "video_features_basic": [
-            video(
-                int(number),
-                author_id=int(generator.integers(8_000_000)),
-                upload_dt=maybe(f"2022-04-{generator.integers(1, 29):02d}"),
-                video_duration=maybe(f"{generator.integers(1000, 90000)}.0"),
-                music_type=maybe("4.0"),
-                tag=maybe(f"{generator.integers(60)},{generator.integers(60)}"),
-            )
-            for number in generator.permutation(video_id[: videos - 2])
+            video(of, upload_dt=maybe(f"2022-04-{of % 28 + 1:02d}"), tag=maybe(f"{of % 7},{of}"),
+                video_duration=maybe(f"{1000 * of}.0"), music_type=maybe("4.0"))
+            for of in generator.permutation(videos[:-2]).tolist()
         ],
-    }
+    }  # fmt: skip
