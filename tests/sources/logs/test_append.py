@@ -20,7 +20,7 @@ from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
 from tests.sources import faulty_logs
-from tests.sources.faulty_logs import made_small, make_rows, write_log
+from tests.sources.faulty_logs import comparable, made_small, make_rows, write_log
 from tests.sources.log_server import Server
 
 DAYS = (0, 30, 45, 60)
@@ -209,6 +209,14 @@ def with_type(column, type_):
     return rewritten(change)
 
 
+def test_ids_of_new_files_may_lack_a_sign(second, day_one, tmp_path):
+    expected = requests_of(second())
+    with_type("item_id", pa.uint64())(day_one / "log" / "day-1.parquet")
+    found = requests_of(second((), dir=str(tmp_path / "unsigned")))
+    assert found.keys() == expected.keys()
+    assert all(comparable(found[id_]) == comparable(expected[id_]) for id_ in found)
+
+
 EARLY = make_rows(0, requests=1)[0]
 EARLY.of_request |= {"request_id": 7, "time": 1_000_000 + 60}
 
@@ -224,10 +232,6 @@ REFUSED = {
     "requests of another type": (
         dict(change=with_type("request_id", pa.string())),
         r"'request_id' \(data.columns.request\) holds ids of type string in .* has int64; give it",
-    ),
-    "ids without a sign": (
-        dict(change=with_type("item_id", pa.uint64())),
-        r"'item_id' \(data.columns.item\) holds ids of type uint64 in the new .* has int64",
     ),
     "a request of before": (
         dict(rows=[*make_days()[1], make_days()[0][-1]]),

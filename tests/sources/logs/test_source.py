@@ -674,6 +674,20 @@ def test_columns_of_folders_are_features_like_others(tmp_path):
         assert value[int(request.request_category[0])] == folder[request.request_id]
 
 
+def test_ids_that_are_numbers_in_one_file_and_texts_in_another_are_texts(tmp_path):
+    log = write_log(tmp_path / "log", make_rows(3), files=2)
+    found = []
+    for path in sorted(log.iterdir()):
+        table = pq.read_table(path)
+        place = table.schema.get_field_index("user_id")
+        pq.write_table(table.set_column(place, "user_id", table["user_id"].cast("string")), path)
+        config = faulty_logs.config(log, tmp_path / "datasets")
+        found.append(read(config, tmp_path / f"beside {path.stem}"))
+    assert {*map(type, found[0].vocabularies["user"].values())} == {str}
+    assert found[0].vocabularies == found[1].vocabularies
+    assert same(found[0].requests, found[1].requests)
+
+
 def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
     log = write_log(tmp_path / "log", make_rows(3))
     path = log / "part-0.parquet"

@@ -157,6 +157,14 @@ def test_a_text_file_that_is_no_log_is_one_line(tmp_path, name, text, message):
         api.infer(path, tmp_path / "first")
 
 
+def test_a_text_file_without_a_column_of_ids_is_named(tmp_path):
+    texts_of(tmp_path / "a.csv", ["1e5", "7.5"] * 10)
+    (tmp_path / "b.csv").write_text("request,time,user,click\nr1,1700000000,u,1\n")
+    config = small_log(f"{tmp_path}/a.csv,{tmp_path}/b.csv")
+    message = f"{tmp_path}/b.csv has no column 'item' (data.columns.item); it has: request, time"
+    assert message in fault_of(open_source, config)
+
+
 @pytest.mark.parametrize("rest", ["\n\nb", "\nPossible fixes:\n* b", "\nThe search space used was"])
 def test_advice_of_duckdb_is_left_out(rest):
     assert files.line_of(duckdb.Error(f"Error: a\nand c {rest}")) == "Error: a and c"
