@@ -71,10 +71,9 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class LogLayout:
-    """The part of the config on a log, checked.
+    """The part of the config on a log, checked: keys of `config.data`, see `config/keys.py`.
 
-    Fields that are not listed are keys of `config.data`, see `config/keys.py`. A log to score has
-    `split` "" and `teacher_version` "": all of its requests are for the test.
+    A log to score has `split` "" and `teacher_version` "": all of its requests are for the test.
 
     Attributes:
       path: of the log, or `data.sql` for one that a SELECT yields.
@@ -177,11 +176,9 @@ def sql_of(data: ConfigDict) -> str:
 
 
 def sql_of_texts(path: str, as_texts: Sequence[str] = ()) -> str:
-    """Return the SELECT of the rows of text files, with types by all rows.
+    """Return the SELECT of the text files at `data.path`, with types by all of their rows.
 
-    Args:
-      path: `data.path`.
-      as_texts: columns of CSV files to read as texts, whatever their values.
+    Columns `as_texts` of CSV files are texts, whatever their values.
     """
     types = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in as_texts)
     types = f", types = {{{types}}}" if types else ""
@@ -231,7 +228,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         units_per_second=TIME_UNITS[data.time_unit],
         features=features,
         allow=tuple(data.allow),
-        spark_options=_read_options(data.spark_options),
+        spark_options=dict(of.partition("=")[::2] for of in data.spark_options),
         longest=int(data.longest_request),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
@@ -252,12 +249,10 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
         )
-    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("labels", data.labels))
-    for section, names in (*known, ("teacher", data.labels)):
-        for name, value in data[section].items():
+    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("teacher", data.labels))
+    for section, names in known:
+        for name in data[section]:
             check_choice(f"data.{section}", name, names)
-            if not isinstance(value, str):
-                raise UserError(f"data.{section}.{name}={value!r} must be a text")
     by = {"user": "user", "column": "split"}.get(data.split)
     if by and not data.columns.get(by):
         raise UserError(f"data.split={data.split!r} needs data.columns.{by}; name its column")
@@ -281,13 +276,6 @@ def _read_stages(stages: ConfigDict) -> dict[str, int]:
             "data.stages.shown is empty; give the text of the stage column for shown candidates"
         )
     return texts
-
-
-def _read_options(options: Sequence[str]) -> dict[str, str]:
-    for option in options:
-        if "=" not in option:
-            raise UserError(f"data.spark_options has {option!r}, which is no name=value")
-    return dict(option.split("=", 1) for option in options)
 
 
 def _read_features(data: ConfigDict, name: str) -> list[Feature]:
