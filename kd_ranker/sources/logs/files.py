@@ -71,27 +71,17 @@ class Wanted(NamedTuple):
 
 
 class Log(NamedTuple):
-    """A log, found and checked.
+    """A log, found and checked; one that a SELECT yields has no `files` and nothing `given`."""
 
-    Attributes:
-      url: the first path in `data.path`; the others are in its file system. Of a SELECT, the name
-        in messages.
-      files: the paths to read, sorted; () for a SELECT.
-      manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
-        has the files that it reads, and `SQL`.
-      candidates: their approximate number; 0 if it is not known.
-      names: all columns of any file, sorted.
-      given: columns from the names of folders such as `date=2024-05-01/`, one row per file.
-      sql: `data.sql`, or the SELECT of text files at `data.path`.
-    """
-
-    url: str
-    files: tuple[str, ...]
+    url: str  # the first path in `data.path`; of a SELECT, the name in messages
+    files: tuple[str, ...]  # the paths to read, sorted
+    # File -> its size in bytes, and a text that changes when it is rewritten. A SELECT has the
+    # files that it reads, and `SQL`.
     manifest: dict[str, list]
-    candidates: int
-    names: tuple[str, ...]
-    given: pa.Table
-    sql: str = ""
+    candidates: int  # their approximate number; 0 if it is not known
+    names: tuple[str, ...]  # all columns of any file, sorted
+    given: pa.Table  # columns from names of folders such as `date=2024-05-01/`, one row per file
+    sql: str = ""  # `data.sql`, or the SELECT of text files at `data.path`
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:

@@ -74,35 +74,21 @@ class LogLayout:
     """The part of the config on a log, checked: keys of `config.data`, see `config/keys.py`.
 
     A log to score has `split` "" and `teacher_version` "": all of its requests are for the test.
-
-    Attributes:
-      path: of the log, or `data.sql` for one that a SELECT yields.
-      sql: the SELECT; "" for the Parquet files at `path`.
-      directory: `data.dir`.
-      columns: use -> its column; uses that the log lacks are left out.
-      stages: text of the stage column -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`.
-      labels: a task -> its column.
-      teacher: a task -> its column, for the tasks that have one.
-      tasks: the tasks to keep, in the order of every T axis.
-      units_per_second: of an integer time column.
-      longest: the most seconds between the first and the last row of a request.
-      retrieved: the most candidates of a request.
-      history_length: of the history feature; without one, `data.history_length`.
     """
 
-    path: str
-    sql: str
+    path: str  # or `data.sql` for a log that a SELECT yields
+    sql: str  # the SELECT; "" for the Parquet files at `path`
     directory: str
     by_request: bool
-    columns: dict[str, str]
-    stages: dict[str, int]
-    labels: dict[str, str]
-    teacher: dict[str, str]
-    tasks: tuple[str, ...]
+    columns: dict[str, str]  # use -> its column; uses that the log lacks are left out
+    stages: dict[str, int]  # text -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`
+    labels: dict[str, str]  # task -> its column
+    teacher: dict[str, str]  # task -> its column, for the tasks that have one
+    tasks: tuple[str, ...]  # those to keep, in the order of every T axis
     teacher_version: str
     teacher_signal: str
     incumbent_signal: str
-    units_per_second: int
+    units_per_second: int  # of a time column of numbers
     features: tuple[Feature, ...]
     split: str
     validation_share: float
@@ -115,8 +101,8 @@ class LogLayout:
     engine: str
     spark_master: str
     spark_options: dict[str, str]
-    longest: int
-    retrieved: int
+    longest: int  # seconds between the first and the last row of a request, at most
+    retrieved: int  # the most candidates of a request
     history_length: int
 
     def of(self, *owners: str, kind: str = "") -> list[Feature]:

@@ -22,22 +22,15 @@ from kd_ranker.sources.logs.source import open_tables
 
 
 class Unseen(NamedTuple):
-    """A log that was read by the `encoding` of a dataset.
+    """A log that was read by the `encoding` of a dataset."""
 
-    Attributes:
-      pieces: its requests and candidates, in the order of the files of the log.
-      largest: the most candidates that a request has.
-      items: features and category ids of the items of the dataset and of the log.
-      item_names: the `value` and `id` of the items of the log, by id.
-      counts: of its candidates: `used`, `rejected` by reason, and by `user` and `item` the `new`
-        ones, of users and items that no training request has.
-    """
-
-    pieces: list[Piece]
+    pieces: list[Piece]  # in the order of the files of the log
     encoding: Encoding
-    largest: int
-    items: Items
-    item_names: pa.Table
+    largest: int  # the most candidates that a request has
+    items: Items  # of the dataset and of the log
+    item_names: pa.Table  # the `value` and `id` of the items of the log, by id
+    # Of candidates: `used`, `rejected` by reason, and by `user` and `item` the `new` ones, of users
+    # and items that no training request has.
     counts: dict[str, Any]
 
 
