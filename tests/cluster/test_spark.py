@@ -74,8 +74,3 @@ def test_without_spark_one_line_says_what_to_install(tmp_path, monkeypatch):
     log = write_log(tmp_path / "log", make_rows(1))
     with pytest.raises(UserError, match=r"data.engine='spark' needs the package pyspark .*spark"):
         api.prepare(faulty_logs.config(log, tmp_path, **SPARK))
-
-
-def test_a_setting_without_a_value_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data\.spark_options has 'a', which is no name=value"):
-        faulty_logs.layout(faulty_logs.config("log", tmp_path, spark_options=("a",)))

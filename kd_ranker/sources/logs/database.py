@@ -119,13 +119,9 @@ def log_errors(fault: str = "the log cannot be read") -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_duckdb(memory: float, threads: int, folder: Path, candidates: int) -> Iterator[Database]:
-    """Open DuckDB.
+    """Open DuckDB with at most `memory` GiB, and with a folder for tables that do not fit in it.
 
-    Args:
-      memory: GiB that it holds at most.
-      threads: the number of its threads.
-      folder: for tables that do not fit in memory.
-      candidates: about how many the log has; 0 if that is not known.
+    The log has about this number of `candidates`; 0 if it is not known.
     """
     # A database in a file is compressed. That takes longer than to keep tables in memory, but half
     # as long as to spill them.
@@ -143,8 +139,6 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int) -> I
             "temp_directory": str(folder / "spilled"),
         },
     )
-    connection.execute("SET TimeZone = 'UTC'")
-    try:
+    with contextlib.closing(connection):
+        connection.execute("SET TimeZone = 'UTC'")
         yield Database(connection, folder)
-    finally:
-        connection.close()

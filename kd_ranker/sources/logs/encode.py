@@ -1,12 +1,9 @@
-"""The last pass: requests and candidates in their final order, and then as blocks of features.
-
-`write_ordered` writes them to two files, and each `Piece` of these becomes one block.
-"""
+"""The last pass: requests and candidates in their final order, and pieces of them as blocks."""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,64 +26,48 @@ _ORDERS = {"request": "number", "candidate": "number, stage DESC, position NULLS
 
 
 class Piece(NamedTuple):
-    """Consecutive requests of one split: the record batch `place` of both files in a folder."""
+    """Consecutive requests of one split: their rows, and those of their candidates, in two files.
+
+    The files are in Arrow's own format: reading parts of Parquet takes ten times as long.
+    """
 
     folder: Path
-    place: int
     split: str
+    requests: slice
+    candidates: slice
 
     def read(self) -> tuple[pa.Table, pa.Table]:
-        """Return the requests and their candidates; what is not used is not read from disk."""
-        tables = []
-        for name in _ORDERS:
-            with pa.memory_map(str(_ordered_path(self.folder, name))) as file:
-                batch = pa.ipc.open_file(file).get_batch(self.place)
-                tables.append(pa.Table.from_batches([batch]))
-        requests, candidates = tables
-        return requests, candidates
+        """Return the requests and their candidates; columns that are not used stay on disk."""
+        return self._rows("request", self.requests), self._rows("candidate", self.candidates)
 
-
-def _ordered_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.arrow"
+    def _rows(self, name: str, rows: slice) -> pa.Table:
+        with pa.memory_map(str(self.folder / f"{name}.arrow")) as file:
+            return pa.ipc.open_file(file).read_all()[rows]
 
 
 def write_ordered(database: Database) -> list[Piece]:
-    """Write both files to the database's folder, and return the pieces to read them in.
+    """Write requests and candidates to the database's folder, and return the pieces to read.
 
-    They have the columns of `request_fields` and `candidate_fields` in `log.sql`. A record batch of
-    a file is a piece of some `PIECE` candidates.
+    The files have the columns of `request_fields` and `candidate_fields` in `log.sql`. A piece has
+    some `PIECE` candidates.
     """
+    for name, order in _ORDERS.items():
+        batches = database.stream(f"SELECT * FROM {name}_fields ORDER BY {order}")
+        with pa.ipc.new_file(database.folder / f"{name}.arrow", batches.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
     sizes = database.fetch(
         "SELECT split, count(*) AS size FROM used GROUP BY number, split ORDER BY number"
     )
-    split, size = (sizes[name].to_numpy() for name in ("split", "size"))
+    split, starts = sizes["split"].to_numpy(), starts_of(sizes["size"].to_numpy())
     # A piece ends with a split, or where it would have grown too large.
-    block = starts_of(size)[:-1] // PIECE
-    ends = [*(np.flatnonzero(np.diff(split) | np.diff(block)) + 1).tolist(), len(split)]
-    spans = list(itertools.pairwise([0, *ends]))
-    rows = {
-        "request": [stop - start for start, stop in spans],
-        "candidate": [int(size[start:stop].sum()) for start, stop in spans],
-    }
-    for name, order in _ORDERS.items():
-        batches = database.stream(f"SELECT * FROM {name}_fields ORDER BY {order}")
-        _write_batches(_ordered_path(database.folder, name), batches, rows[name])
-    starts = enumerate(start for start, _ in spans)
-    return [Piece(database.folder, place, SPLITS[split[start]]) for place, start in starts]
-
-
-def _write_batches(path: Path, batches: pa.RecordBatchReader, lengths: Sequence[int]) -> None:
-    """Write rows to record batches of these lengths."""
-    # Arrow's own format: what is read repeatedly takes a tenth of Parquet's time. To compress it
-    # would add a fifth to the time of writing.
-    with pa.ipc.new_file(str(path), batches.schema) as writer:
-        rows, left = batches.schema.empty_table(), [*reversed(lengths)]
-        for batch in batches:
-            rows = pa.concat_tables([rows, pa.Table.from_batches([batch])])
-            while left and left[-1] <= len(rows):
-                length = left.pop()
-                writer.write_batch(rows[:length].combine_chunks().to_batches()[0])
-                rows = rows[length:]
+    ends = np.flatnonzero(np.diff(split) | np.diff(starts[:-1] // PIECE)) + 1
+    return [
+        Piece(
+            database.folder, SPLITS[split[first]], slice(first, last), slice(*starts[[first, last]])
+        )
+        for first, last in itertools.pairwise([0, *ends.tolist(), len(split)])
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +113,9 @@ class Encoding:
 def item_matrix(
     encoding: Encoding, items: pa.Table, known: Items | None = None
 ) -> tuple[Float32[np.ndarray, "items F"], Int32[np.ndarray, "items I"]]:
-    """Return the features and category ids of items by id.
+    """Return the features and category ids of items by id, from the table `item_fields` of a log.
 
-    Args:
-      encoding: its rules.
-      items: the table `item_fields` of the log.
-      known: items of a dataset; those of the log replace some and follow the others.
+    Items of the log replace some of those that are `known` in a dataset, and follow the others.
     """
     logged = (
         _dense(encoding, "item_features", encoding.spec.item_features, items),
@@ -162,15 +140,10 @@ def encode_requests(
     for_training: bool = False,
     before: int = 0,
 ) -> Block:
-    """Return consecutive requests of a log as a block.
+    """Return the consecutive requests of a `Piece` as a block.
 
-    Args:
-      layout: of the log.
-      encoding: its rules.
-      requests: of `request_fields`, by number.
-      candidates: theirs, of `candidate_fields`, in their final order.
-      for_training: whether to leave out the facts for the evaluation.
-      before: the number of requests of the dataset before those of the log.
+    Facts for the evaluation are left out `for_training`. The dataset has `before` requests before
+    those of the log.
     """
     spec, tasks, number = encoding.spec, layout.tasks, requests.num_rows
     owner = candidates["number"].to_numpy() - requests["number"][0].as_py()
@@ -318,12 +291,13 @@ def _categories(encoding: Encoding, field: str, table: pa.Table) -> Int32[np.nda
             start, values = _lists(table, feature["name"])
             lengths = np.diff(start)
             row = np.repeat(np.arange(table.num_rows), lengths)
-            place = np.arange(len(values)) - np.repeat(start[:-1], lengths)
-            ids = np.full((table.num_rows, feature["length"]), -1, np.int32)
-            ids[row, place] = _category_ids(encoding, feature, values)
+            place = runs(np.zeros_like(lengths), lengths)
         else:
             values = table[f"feature:{feature['name']}"].combine_chunks()
-            ids = _category_ids(encoding, feature, values)[:, None].astype(np.int32)
+            row = np.arange(table.num_rows)
+            place = np.zeros_like(row)
+        ids = np.full((table.num_rows, feature["length"]), -1, np.int32)
+        ids[row, place] = _category_ids(encoding, feature, values)
         columns.append(ids)
     return np.concatenate(columns, axis=1)
 

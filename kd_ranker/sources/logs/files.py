@@ -6,7 +6,7 @@ import glob
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -27,29 +27,22 @@ from kd_ranker.sources.logs.layout import (
     sql_of_texts,
 )
 
-SUFFIXES = (".parquet", ".pq")
-# How many footers are read at a time: a store far away answers many requests at once.
-_FOOTERS_AT_A_TIME = 16
-_OTHERS = "give a pattern for files of other kinds, such as logs/*.csv, or a SELECT by data.sql"
-# The names under which different stores keep a mark that differs once a file is rewritten.
-_CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
-# The head of a page in Thrift's compact protocol: its type, its two sizes, and then the checksum.
-_WITH_CHECKSUM = re.compile(rb"(?:\x15[\x80-\xff]*[\x00-\x7f]){3}\x15", re.DOTALL)
-
-# A missing value in the name of a folder.
-_NONE = "__HIVE_DEFAULT_PARTITION__"
-
-# Names of columns that the engine adds.
-_OF_ENGINE = ("file_index", "file_row_number")
-
 # Stands for the text of `data.sql` among the files of a manifest.
 SQL = "data.sql"
-
 # The contents of ids, in words.
 NUMBERS, TEXTS = "whole numbers", "texts"
+
+_SUFFIXES = (".parquet", ".pq")
+# How many footers are read at a time: a store far away answers many requests at once.
+_FOOTERS_AT_A_TIME = 16
+# The names under which different stores keep a mark that differs once a file is rewritten.
+_CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
+# A missing value in the name of a folder.
+_NONE = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = r"u?int\d+|bool|null"
 _NUMBER = rf"{_INTEGER}|halffloat|float|double|decimal.*"
 _TEXT = r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|extension<arrow\.uuid>"
+_IDS = [f"data.columns.{of}" for of in ("request", "user", "item")]
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
     "id": (f"{_NUMBER}|{_TEXT}", f"{NUMBERS} or {TEXTS}"),
@@ -64,119 +57,88 @@ _USE_OF_KIND = {"dense": "number", "category": "id", "bag": "id", "history": "id
 
 
 class Wanted(NamedTuple):
-    """A column that the config names.
+    """A column that a key of the config names, its use in `_TAKES`, and the lists around a value.
 
-    Attributes:
-      key: of the config.
-      column: its name.
-      use: a key of `_TAKES`.
-      depth: the most nested lists around its values.
-      least_depth: the fewest.
-      per_candidate: True if each candidate has a value. A row that is a request has a list of them.
+    If a row is a request, columns with a value `per_candidate` hold a list of them.
     """
 
     key: str
     column: str
     use: str
-    depth: int
-    least_depth: int
+    most_lists: int
+    least_lists: int
     per_candidate: bool
 
 
 class Log(NamedTuple):
-    """A log, found and checked.
+    """A log, found and checked; one that a SELECT yields has no `files` and nothing `given`."""
 
-    Attributes:
-      url: the first path in `data.path`; the others are in its file system. Of a SELECT, the name
-        in messages.
-      files: the paths to read, sorted; () for a SELECT.
-      manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
-        has the files that it reads, and `SQL`.
-      candidates: their approximate number; 0 if it is not known.
-      names: all columns of any file, sorted.
-      given: columns from the names of folders such as `date=2024-05-01/`, one row per file.
-      sql: `data.sql`, or the SELECT of text files at `data.path`.
-    """
-
-    url: str
-    files: tuple[str, ...]
+    url: str  # the first path in `data.path`; of a SELECT, the name in messages
+    files: tuple[str, ...]  # the paths to read, sorted
+    # File -> its size in bytes, and a text that changes when it is rewritten. A SELECT has the
+    # files that it reads, and `SQL`.
     manifest: dict[str, list]
-    candidates: int
-    names: tuple[str, ...]
-    given: pa.Table
-    sql: str = ""
+    candidates: int  # their approximate number; 0 if it is not known
+    names: tuple[str, ...]  # all columns of any file, sorted
+    given: pa.Table  # columns from names of folders such as `date=2024-05-01/`, one row per file
+    sql: str = ""  # `data.sql`, or the SELECT of text files at `data.path`
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
     """Return the columns that a log must have."""
-    listed = 1 if layout.by_request else 0
+    listed = int(layout.by_request)
     wanted = []
     for name in (of for of in (*IDENTIFYING, *OPTIONAL) if of in layout.columns):
         is_listed = name not in ("request", "time", "user")
-        depth = listed if is_listed else 0
+        most = listed if is_listed else 0
         # Other columns need no list if all candidates of a request have the same value.
-        least = depth if name in ("item", "stage", "position", "incumbent") else 0
+        least = most if name in ("item", "stage", "position", "incumbent") else 0
         use = _USE_OF_COLUMN.get(name, "number")
         column = layout.columns[name]
-        wanted.append(Wanted(f"data.columns.{name}", column, use, depth, least, is_listed))
+        wanted.append(Wanted(f"data.columns.{name}", column, use, most, least, is_listed))
     for section, use in (("labels", "label"), ("teacher", "number")):
-        wanted += [
-            Wanted(f"data.{section}.{task}", column, use, listed, listed, True)
-            for task, column in getattr(layout, section).items()
-        ]
+        for task, column in getattr(layout, section).items():
+            wanted.append(Wanted(f"data.{section}.{task}", column, use, listed, listed, True))
     for feature in layout.features:
         lists = (feature.kind in ("bag", "history")) + (feature.of == "event")
         lists += feature.place is not None
-        depth = (0 if feature.of_request else listed) + lists
-        key = f"data.features.{feature.key}"
-        use = _USE_OF_KIND[feature.kind]
-        wanted.append(Wanted(key, feature.column, use, depth, depth, not feature.of_request))
+        lists += 0 if feature.of_request else listed
+        key, use = f"data.features.{feature.key}", _USE_OF_KIND[feature.kind]
+        wanted.append(Wanted(key, feature.column, use, lists, lists, not feature.of_request))
     return list(dict.fromkeys(wanted))
 
 
 def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
-    """Find the files of a log and check that they have the columns that the config names.
+    """Find the files of a log, and check by their footers that they have the columns of the config.
 
-    It reads footers only.
-
-    Args:
-      layout: of the log.
-      earlier: files to leave out, except in the manifest.
+    Files in `earlier` are in the manifest only.
 
     Raises:
-      UserError: there are no files, one is not a Parquet file, or a column is missing or has a type
-        that does not fit its use.
+      UserError: there are no files, one is not a Parquet file, or a column is missing.
     """
     if layout.sql:
         return _open_select(layout)
     system, manifest = find_files(layout.path)
     is_new = [file not in earlier for file in manifest]
-    files, item = list(itertools.compress(manifest, is_new)), layout.columns["item"]
+    files, item = tuple(itertools.compress(manifest, is_new)), layout.columns["item"]
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
         footers = list(pool.map(lambda file: _footer(system, file, item), files))
-    schemas, rows, candidates = zip(*footers, strict=True)
-    names = sorted({name for schema in schemas for name in schema.names})
+    names = sorted({name for of_file, *_ in footers for name in of_file})
     # A column in a file takes precedence over the names of folders.
     of_all = given_by_folders(manifest)
     given = {name: of.filter(is_new) for name, of in of_all.items() if name not in names}
-    of_folders = [pa.field(name, of.type) for name, of in given.items()]
-    columns = {
-        file: pa.schema([*schema, *of_folders]) for file, schema in zip(files, schemas, strict=True)
-    }
-    _check_columns(layout, columns, [*names, *given])
-    if not any(rows):
+    _check_columns(
+        layout, {file: [*of, *given] for file, (of, *_) in zip(files, footers, strict=True)}
+    )
+    if not any(rows for _, rows, _ in footers):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
+    candidates = sum(of for *_, of in footers)
     url = split_path(layout.path)[0]
-    return Log(url, tuple(files), manifest, sum(candidates), tuple(names), pa.table(given))
+    return Log(url, files, manifest, candidates, tuple(names), pa.table(given))
 
 
 def _open_select(layout: LogLayout) -> Log:
-    """Check the SELECT that yields a log, and its columns.
-
-    Raises:
-      UserError: see `open_log`; it is not one SELECT that DuckDB can run, or text files have no
-        rows.
-    """
+    """Check the SELECT that yields a log, and its columns."""
     sql, path = layout.sql, layout.path
     try:
         with duckdb.connect() as connection:
@@ -189,15 +151,22 @@ def _open_select(layout: LogLayout) -> Log:
                 if not rows.limit(1).fetchall():
                     raise UserError(f"{path} has no rows")
                 # Among ids that look like fractions, 1e5 and 100000 would be one number.
-                ids = {layout.columns.get(of) for of in ("request", "user", "item")}
-                types = zip(rows.columns, rows.types, strict=True)
-                sql = sql_of_texts(
-                    path, [of for of, type_ in types if type_ == "DOUBLE" and of in ids]
-                )
+                fractions = [
+                    of
+                    for of, type_ in zip(rows.columns, rows.types, strict=True)
+                    if type_ == "DOUBLE"
+                ]
+                texts = [
+                    of for of in wanted_columns(layout) if of.key in _IDS and of.column in fractions
+                ]
+                for file in split_path(path) if texts else ():
+                    _check_there(file, texts, connection.sql(sql_of_texts(file)).columns)
+                sql = sql_of_texts(path, [of.column for of in texts])
             schema = connection.sql(sql).limit(0).to_arrow_table().schema
     except duckdb.Error as error:
         raise UserError(f"{path}: {line_of(error)}") from error
-    _check_columns(layout, {path: schema}, schema.names)
+    _check_columns(layout, {path: schema.names})
+    check_types(layout, dict(zip(schema.names, schema.types, strict=True)))
     manifest = manifest_of("", layout.sql)
     return Log(path, (), manifest, 0, tuple(schema.names), pa.table({}), sql)
 
@@ -238,7 +207,6 @@ def manifest_of(path: str, sql: str = "") -> dict[str, list]:
 
 
 def _manifest(system: Any, files: Iterable[str]) -> dict[str, list]:
-    """Return the size of each file, and a text that changes when it is rewritten."""
     manifest = {}
     for file in files:
         info = system.info(file)
@@ -277,8 +245,7 @@ def find_files(path: str) -> tuple[Any, dict[str, list]]:
         # Of one kind there may be several: two hosts, two archives.
         if any(other is not system for _, other, _ in places):
             raise UserError(f"data.path={path} names several file systems; give those of one")
-        files = sorted({file for place in places for file in _files_at(*place)})
-        return system, _manifest(system, files)
+        return system, _manifest(system, sorted({of for place in places for of in _at(*place)}))
     except UserError:
         raise
     # Stores raise errors of many kinds: an unknown protocol, a missing package, refused access.
@@ -286,7 +253,7 @@ def find_files(path: str) -> tuple[Any, dict[str, list]]:
         raise UserError(f"data.path={path} cannot be read: {error}") from error
 
 
-def _files_at(url: str, system: Any, path: str) -> list[str]:
+def _at(url: str, system: Any, path: str) -> list[str]:
     """Return the files that a URL names; it is at this path of a file system."""
     if glob.has_magic(path):
         if not (files := [file for file in system.glob(path) if system.isfile(file)]):
@@ -309,11 +276,13 @@ def _files_at(url: str, system: Any, path: str) -> list[str]:
         for file, names in below.items()
         if not any(name.startswith(("_", ".")) and "=" not in name for name in names)
     ]
-    files = [file for file in visible if file.endswith(SUFFIXES)]
-    if not files:
-        others = f"; it holds {below[visible[0]][-1]}; {_OTHERS}" if visible else "; it is empty"
-        raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
-    return files
+    if files := [file for file in visible if file.endswith(_SUFFIXES)]:
+        return files
+    content = "is empty"
+    if visible:
+        content = f"holds {below[visible[0]][-1]}; give a pattern for files of other kinds, such "
+        content += "as logs/*.csv, or a SELECT by data.sql"
+    raise UserError(f"data.path={url} holds no file that ends in {_SUFFIXES[0]}; it {content}")
 
 
 def given_by_folders(files: Collection[str]) -> dict[str, pa.Array]:
@@ -333,86 +302,41 @@ def given_by_folders(files: Collection[str]) -> dict[str, pa.Array]:
     return columns
 
 
-@contextlib.contextmanager
-def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file, and raise a UserError if it cannot be read."""
+def _footer(system: Any, file: str, item: str) -> tuple[list[str], int, int]:
+    """Return the columns of a file, its number of rows, and about that of values in `item`."""
     try:
-        with pq.ParquetFile(file, filesystem=system, page_checksum_verification=True) as parquet:
-            yield parquet
+        with pq.ParquetFile(file, filesystem=system) as parquet:
+            names, metadata = parquet.schema_arrow.names, parquet.metadata
     # A store that cannot read a part of a file raises a ValueError.
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
-
-
-def _footer(system: Any, file: str, item: str) -> tuple[pa.Schema, int, int]:
-    """Return the columns of a file, the number of its rows, and about that of its candidates.
-
-    These have a value each in the column `item`.
-    """
-    with _opened(system, file) as parquet:
-        schema, metadata = parquet.schema_arrow, parquet.metadata
     # A list counts as many values as it has, and an empty one counts 1.
     paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
     places = [place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}.")]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return schema, metadata.num_rows, candidates or metadata.num_rows
+    return names, metadata.num_rows, candidates or metadata.num_rows
 
 
-def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
-    """Compare the pages of some columns with their checksums, if the writer has stored any.
-
-    DuckDB ignores them and reads a damaged page as other numbers. Files without checksums are not
-    read.
-
-    Raises:
-      UserError: a page is damaged.
-    """
-    system, _ = fsspec.core.url_to_fs(log.url)
-
-    def check(file: str) -> None:
-        with _opened(system, file) as parquet:
-            if has_checksums(system, file, parquet.metadata):
-                names = [name for name in parquet.schema_arrow.names if name in columns]
-                for _ in parquet.iter_batches(columns=names, use_threads=False):
-                    pass
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(check, log.files))
-
-
-def has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
-    """Return whether the first page of a file has a checksum; a writer stores all or none."""
-    if not metadata.num_row_groups:
-        return False
-    start = metadata.row_group(0).column(0).data_page_offset
-    return _WITH_CHECKSUM.match(system.cat_file(file, start=start, end=start + 20)) is not None
-
-
-def _check_columns(
-    layout: LogLayout, schemas: Mapping[str, pa.Schema], names: Collection[str]
-) -> None:
-    """Check the columns of each file, and that some file has each column of the config."""
+def _check_columns(layout: LogLayout, names: Mapping[str, Sequence[str]]) -> None:
+    """Check the names of columns in each file, and warn of features that some files lack."""
     wanted = wanted_columns(layout)
     # A feature may begin with a later file.
     needed = [of for of in wanted if not of.key.startswith("data.features.")]
-    for file, schema in schemas.items():
-        _check_names(file, schema.names)
-        _check_there(file, needed, schema.names)
-    _check_there(layout.path, wanted, names)
-    kinds = {of.column: _check_types(of, schemas) for of in wanted}
-    if layout.history:
-        item, column = layout.columns["item"], layout.history.column
-        if kinds[column] and kinds[item] and (kinds[column] == TEXTS) != (kinds[item] == TEXTS):
-            raise UserError(
-                f"column {column!r} (data.features.{layout.history.name}) holds {kinds[column]}, "
-                f"and {item!r} (data.columns.item) {kinds[item]}; a history holds item ids"
-            )
+    for file, of_file in names.items():
+        _check_names(file, of_file)
+        _check_there(file, needed, of_file)
+    _check_there(layout.path, wanted, list(dict.fromkeys(itertools.chain(*names.values()))))
+    for of in wanted:
+        if lack := sum(of.column not in of_file for of_file in names.values()):
+            missing = f"is missing in {_count(lack, 'file')} of {len(names)}, where it is null"
+            logging.warning("column %r (%s) %s", of.column, of.key, missing)
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:
     """Refuse names that the engine cannot distinguish, from others or from its own."""
-    seen = {name: f"{name!r}, which the engine adds," for name in _OF_ENGINE}
+    added = ("file_index", "file_row_number")
+    seen = {name: f"{name!r}, which the engine adds," for name in added}
     for name in names:
         if other := seen.get(name.lower()):
             raise UserError(
@@ -430,60 +354,51 @@ def _check_there(where: str, wanted: Sequence[Wanted], names: Collection[str]) -
         raise UserError(f"{where} has no column {named}; {hint}it has: {', '.join(names)}")
 
 
-def _check_types(of: Wanted, schemas: Mapping[str, pa.Schema]) -> str:
-    """Check the types of a column, and warn if files lack it; return `kind_of` its values."""
-    name = f"column {of.column!r} ({of.key})"
-    have = [file for file, schema in schemas.items() if of.column in schema.names]
-    if lack := len(schemas) - len(have):
-        missing = f"is missing in {_count(lack, 'file')} of {len(schemas)}, where it is null"
-        logging.warning("%s %s", name, missing)
-    # To the first file with it, since few types are in many files.
-    types = {schemas[file].field(of.column).type: file for file in reversed(have)}
-    takes, words = _TAKES[of.use]
-    kinds: dict[str, str] = {}
-    for type_, file in reversed(types.items()):
-        inner, depth = _inner_and_depth(type_)
+def check_types(layout: LogLayout, types: Mapping[str, pa.DataType]) -> None:
+    """Check that each column has a type that fits its use, given those that the engine returns.
+
+    Raises:
+      UserError: one does not.
+    """
+    for of in wanted_columns(layout):
+        name, (takes, words) = f"column {of.column!r} ({of.key})", _TAKES[of.use]
+        type_ = types[of.column]
+        inner, lists = _inner_and_lists(type_)
         if pa.types.is_null(inner):
-            continue
-        if not (re.fullmatch(takes, str(inner)) and of.least_depth <= depth <= of.depth):
-            nested = "; flatten it: make each of its fields a column"
-            nested = nested if pa.types.is_nested(inner) else ""
+            if of.use == "id" and of.most_lists:
+                raise UserError(f"{name} holds nothing in any file; leave it out of the config")
+        elif not (re.fullmatch(takes, str(inner)) and of.least_lists <= lists <= of.most_lists):
+            flatten = "; flatten it: make each of its fields a column"
+            flatten = flatten if pa.types.is_nested(inner) else ""
             raise UserError(
-                f"{file}: {name} is {type_}; it takes {'lists of ' * of.depth}{words}{nested}"
+                f"{name} is {type_}; it takes {'lists of ' * of.most_lists}{words}{flatten}"
             )
-        # No engine has one type for signed and unsigned integers of 64 bits.
-        kinds.setdefault("uint64" if pa.types.is_uint64(inner) else kind_of(inner), file)
-    if of.use == "id" and len(kinds) > 1:
-        (one, first), (other, second), *_ = kinds.items()
-        raise UserError(f"{name} holds {one} in {first} and {other} in {second}; give it one type")
-    if of.use == "id" and of.depth and not kinds:
-        raise UserError(f"{name} holds nothing in any file; leave it out of the config")
-    return next(iter(kinds), "")
+    if layout.history:
+        item, column = layout.columns["item"], layout.history.column
+        kinds = {of: kind_of(types[of]) for of in (column, item)}
+        if len({*kinds.values()} - {""}) > 1:
+            raise UserError(
+                f"column {column!r} (data.features.{layout.history.name}) holds {kinds[column]}, "
+                f"and {item!r} (data.columns.item) {kinds[item]}; a history holds item ids"
+            )
 
 
-def _inner_and_depth(type_: pa.DataType) -> tuple[pa.DataType, int]:
+def _inner_and_lists(type_: pa.DataType) -> tuple[pa.DataType, int]:
     """Return the type of the values of a column, and the number of lists around them."""
     if not (is_list(type_) or pa.types.is_dictionary(type_)):
         return type_, 0
-    inner, depth = _inner_and_depth(type_.value_type)
-    return inner, depth + is_list(type_)
+    inner, lists = _inner_and_lists(type_.value_type)
+    return inner, lists + is_list(type_)
 
 
 def inner_type(type_: pa.DataType) -> pa.DataType:
     """Return the type of the values of a column, without lists and dictionaries around them."""
-    return _inner_and_depth(type_)[0]
+    return _inner_and_lists(type_)[0]
 
 
 def is_list(type_: pa.DataType) -> bool:
-    """Return True for lists of any layout."""
-    lists = (
-        pa.ListType,
-        pa.LargeListType,
-        pa.FixedSizeListType,
-        pa.ListViewType,
-        pa.LargeListViewType,
-    )
-    return isinstance(type_, lists)
+    """Return True for lists of any length."""
+    return pa.types.is_list(type_) or pa.types.is_fixed_size_list(type_)
 
 
 def is_text(type_: pa.DataType) -> bool:

@@ -71,39 +71,24 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class LogLayout:
-    """The part of the config on a log, checked.
+    """The part of the config on a log, checked: keys of `config.data`, see `config/keys.py`.
 
-    Fields that are not listed are keys of `config.data`, see `config/keys.py`. A log to score has
-    `split` "" and `teacher_version` "": all of its requests are for the test.
-
-    Attributes:
-      path: of the log, or `data.sql` for one that a SELECT yields.
-      sql: the SELECT; "" for the Parquet files at `path`.
-      directory: `data.dir`.
-      columns: use -> its column; uses that the log lacks are left out.
-      stages: text of the stage column -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`.
-      labels: a task -> its column.
-      teacher: a task -> its column, for the tasks that have one.
-      tasks: the tasks to keep, in the order of every T axis.
-      units_per_second: of an integer time column.
-      longest: the most seconds between the first and the last row of a request.
-      retrieved: the most candidates of a request.
-      history_length: of the history feature; without one, `data.history_length`.
+    A log to score has `split` "" and `teacher_version` "": all of its requests are for the test.
     """
 
-    path: str
-    sql: str
+    path: str  # or `data.sql` for a log that a SELECT yields
+    sql: str  # the SELECT; "" for the Parquet files at `path`
     directory: str
     by_request: bool
-    columns: dict[str, str]
-    stages: dict[str, int]
-    labels: dict[str, str]
-    teacher: dict[str, str]
-    tasks: tuple[str, ...]
+    columns: dict[str, str]  # use -> its column; uses that the log lacks are left out
+    stages: dict[str, int]  # text -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`
+    labels: dict[str, str]  # task -> its column
+    teacher: dict[str, str]  # task -> its column, for the tasks that have one
+    tasks: tuple[str, ...]  # those to keep, in the order of every T axis
     teacher_version: str
     teacher_signal: str
     incumbent_signal: str
-    units_per_second: int
+    units_per_second: int  # of a time column of numbers
     features: tuple[Feature, ...]
     split: str
     validation_share: float
@@ -116,8 +101,8 @@ class LogLayout:
     engine: str
     spark_master: str
     spark_options: dict[str, str]
-    longest: int
-    retrieved: int
+    longest: int  # seconds between the first and the last row of a request, at most
+    retrieved: int  # the most candidates of a request
     history_length: int
 
     def of(self, *owners: str, kind: str = "") -> list[Feature]:
@@ -177,11 +162,9 @@ def sql_of(data: ConfigDict) -> str:
 
 
 def sql_of_texts(path: str, as_texts: Sequence[str] = ()) -> str:
-    """Return the SELECT of the rows of text files, with types by all rows.
+    """Return the SELECT of the text files at `data.path`, with types by all of their rows.
 
-    Args:
-      path: `data.path`.
-      as_texts: columns of CSV files to read as texts, whatever their values.
+    Columns `as_texts` of CSV files are texts, whatever their values.
     """
     types = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in as_texts)
     types = f", types = {{{types}}}" if types else ""
@@ -231,7 +214,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         units_per_second=TIME_UNITS[data.time_unit],
         features=features,
         allow=tuple(data.allow),
-        spark_options=_read_options(data.spark_options),
+        spark_options=dict(of.partition("=")[::2] for of in data.spark_options),
         longest=int(data.longest_request),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
@@ -252,12 +235,10 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
         )
-    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("labels", data.labels))
-    for section, names in (*known, ("teacher", data.labels)):
-        for name, value in data[section].items():
+    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("teacher", data.labels))
+    for section, names in known:
+        for name in data[section]:
             check_choice(f"data.{section}", name, names)
-            if not isinstance(value, str):
-                raise UserError(f"data.{section}.{name}={value!r} must be a text")
     by = {"user": "user", "column": "split"}.get(data.split)
     if by and not data.columns.get(by):
         raise UserError(f"data.split={data.split!r} needs data.columns.{by}; name its column")
@@ -281,13 +262,6 @@ def _read_stages(stages: ConfigDict) -> dict[str, int]:
             "data.stages.shown is empty; give the text of the stage column for shown candidates"
         )
     return texts
-
-
-def _read_options(options: Sequence[str]) -> dict[str, str]:
-    for option in options:
-        if "=" not in option:
-            raise UserError(f"data.spark_options has {option!r}, which is no name=value")
-    return dict(option.split("=", 1) for option in options)
 
 
 def _read_features(data: ConfigDict, name: str) -> list[Feature]:

@@ -58,49 +58,11 @@ def vocabulary_table(feature: Feature) -> str:
     return quoted(f"values:{feature.name}")
 
 
-def id_of(value: str, type_: pa.DataType) -> str:
-    """An id, or NULL: integers, truth values and texts are ids; "" is not."""
-    if kind_of(type_) == TEXTS:
-        return f"nullif({value}::VARCHAR, '')"
-    if pa.types.is_floating(type_):
-        whole = f"abs({value}) <= {_EXACT[type_]} AND floor({value}) = {value}"
-        return f"CASE WHEN {whole} THEN {value}::BIGINT END"
-    return value if pa.types.is_uint64(type_) else f"{value}::BIGINT"
-
-
-def number_of(value: str) -> str:
-    """A number, or NULL, as for NaN."""
-    return f"nullif({value}::DOUBLE, 'nan'::DOUBLE)"
-
-
-def seconds_of(value: str, type_: pa.DataType, units_per_second: int) -> str:
-    """Seconds since 1970 (UTC), rounded down, or NULL."""
-    if is_text(type_):
-        value = f"try_cast({value} AS TIMESTAMPTZ)"
-    is_time = is_text(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_)
-    number = f"epoch({value})" if is_time else f"{number_of(value)} / {units_per_second}"
-    return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
-
-
-def code_of(value: str, type_: pa.DataType, codes: Mapping[str, int]) -> str:
-    """The code of a text, an integer or a truth value; 0 for one without a code."""
-    if pa.types.is_boolean(type_):
-        value = f"CASE WHEN {value} THEN 'True' WHEN NOT {value} THEN 'False' END"
-    cases = " ".join(f"WHEN {literal(text)} THEN {code}" for text, code in codes.items())
-    return f"CASE {value}::VARCHAR {cases} ELSE 0 END::TINYINT" if codes else "0::TINYINT"
-
-
-def truth_of(value: str, type_: pa.DataType) -> str:
-    """The number of a label, or NULL; texts such as true and no are 1 and 0, and others 2."""
-    if not is_text(type_):
-        return number_of(value)
-    text = f"trim({value}::VARCHAR)"
-    return f"CASE WHEN {text} <> '' THEN coalesce(try_cast({text} AS BOOLEAN)::TINYINT, 2) END"
-
-
 @dataclasses.dataclass(frozen=True)
 class Query:
     """The values that fill in the templates.
+
+    Its methods return SQL for the value of a column, or of an expression of the type of a column.
 
     Attributes:
       layout: of the log.
@@ -115,12 +77,14 @@ class Query:
 
     def statements(self, template: str) -> list[str]:
         """The statements of a template, in their order."""
-        layout, facts = self.layout, self._facts()
+        layout = self.layout
         item = layout.columns["item"]
+        columns = wanted_columns(layout)
         # In the order of the config, each once.
-        wanted = dict.fromkeys(of.column for of in wanted_columns(layout))
-        candidate = {of.column for of in wanted_columns(layout) if of.per_candidate}
+        wanted = dict.fromkeys(of.column for of in columns)
+        candidate = {of.column for of in columns if of.per_candidate}
         lists = [of for of in wanted if of in candidate - {item} and is_list(self.types[of])]
+        facts = [of for of in ("incumbent", "propensity") if of in layout.columns]
         merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
         methods = {name: getattr(self, name) for name in dir(Query) if not name.startswith("_")}
         text = _template(template).render(
@@ -154,12 +118,13 @@ class Query:
             # A missing position comes last.
             funnel_order="stage DESC, position NULLS LAST, item",
         )
-        return split_statements(text)
+        lines = [line for line in text.splitlines() if not line.strip().startswith("--")]
+        parts = re.split(r";\s*\n", "\n".join(lines) + "\n")
+        return [part for part in map(str.strip, parts) if part]
 
     def some_numbers(self, column: str) -> str:
         """The query for the first numbers of a column; "" for one that holds something else."""
-        type_ = self._inner(column)
-        if not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
+        if not (pa.types.is_integer(self._inner(column)) or self.is_float(column)):
             return ""
         number = self.number(column)
         known = f"FROM unfolded WHERE {number} IS NOT NULL"
@@ -173,58 +138,43 @@ class Query:
         return pa.types.is_floating(self._inner(column))
 
     def id(self, column: str, value: str = "") -> str:
-        """The id in a column, or in an expression of its type."""
-        return id_of(value or logged(column), self._inner(column))
+        """An id, or NULL: integers, truth values and texts are ids; "" is not."""
+        value, type_ = value or logged(column), self._inner(column)
+        if kind_of(type_) == TEXTS:
+            return f"nullif({value}::VARCHAR, '')"
+        if self.is_float(column):
+            whole = f"abs({value}) <= {_EXACT[type_]} AND floor({value}) = {value}"
+            return f"CASE WHEN {whole} THEN {value}::BIGINT END"
+        return value if pa.types.is_uint64(type_) else f"{value}::BIGINT"
 
     def number(self, column: str, value: str = "") -> str:
-        """The number in a column, or in an expression of its type."""
-        return number_of(value or logged(column))
+        """A number, or NULL, as for NaN."""
+        return f"nullif({value or logged(column)}::DOUBLE, 'nan'::DOUBLE)"
 
     def seconds(self, column: str) -> str:
-        """The time in a column."""
-        return seconds_of(logged(column), self._inner(column), self.layout.units_per_second)
+        """Seconds since 1970 (UTC), rounded down, or NULL."""
+        value, type_ = logged(column), self._inner(column)
+        if is_text(type_):
+            value = f"try_cast({value} AS TIMESTAMPTZ)"
+        is_time = is_text(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_)
+        number = f"{self.number(column)} / {self.layout.units_per_second}"
+        number = f"epoch({value})" if is_time else number
+        return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
 
     def code(self, column: str, codes: Mapping[str, int]) -> str:
-        """The code in a column."""
-        return code_of(logged(column), self._inner(column), codes)
-
-    def within(self, column: str, low: float) -> str:
-        """The number in a column if it is in [low, the largest of 32 bits], else NULL."""
-        number = self.number(column)
-        return f"CASE WHEN {number} >= {low!r} AND {number} <= {LARGEST!r} THEN {number} END"
-
-    def in_32_bits(self, column: str) -> str:
-        """The number in a column in half the memory; one too large for it is infinite."""
-        number = self.number(column)
-        return (
-            f"CASE WHEN {number} > {LARGEST!r} THEN 'inf'::FLOAT WHEN {number} < -{LARGEST!r} THEN "
-            f"'-inf'::FLOAT ELSE ({number})::FLOAT END"
-        )
+        """The code of a text, an integer or a truth value; 0 for one without a code."""
+        value = logged(column)
+        if pa.types.is_boolean(self._inner(column)):
+            value = f"CASE WHEN {value} THEN 'True' WHEN NOT {value} THEN 'False' END"
+        cases = " ".join(f"WHEN {literal(text)} THEN {code}" for text, code in codes.items())
+        return f"CASE {value}::VARCHAR {cases} ELSE 0 END::TINYINT" if codes else "0::TINYINT"
 
     def label_number(self, column: str) -> str:
-        """The number of a label."""
-        return truth_of(logged(column), self._inner(column))
-
-    def label(self, column: str) -> str:
-        """A label: 0, 1, -1 for a missing one and -2 for any other value."""
-        number = self.label_number(column)
-        return (
-            f"CASE WHEN {number} IN (0, 1) THEN {number} WHEN {number} IS NULL THEN -1 ELSE -2 END"
-        )
-
-    def label_weight(self, column: str) -> str:
-        """1 where the log has none; 0 where it is invalid."""
-        if not column:
-            return "1"
-        valid = f"coalesce({self.within(column, 0)}, 0)"
-        return f"CASE WHEN {self.number(column)} IS NULL THEN 1 ELSE {valid} END"
-
-    def teacher_weight(self) -> str:
-        """1 or as logged; 0 for an invalid one, and for a version that does not count."""
-        column = self.layout.columns.get("teacher_weight")
-        weight = f"coalesce({self.within(column, 0)}, 0)" if column else "1"
-        other = self.other_version()
-        return f"CASE WHEN {other} THEN 0 ELSE {weight} END" if other else weight
+        """The number of a label, or NULL; texts such as true and no are 1 and 0, and others 2."""
+        if not is_text(self._inner(column)):
+            return self.number(column)
+        text = f"trim({logged(column)}::VARCHAR)"
+        return f"CASE WHEN {text} <> '' THEN coalesce(try_cast({text} AS BOOLEAN)::TINYINT, 2) END"
 
     def other_version(self) -> str:
         """The condition for a version of the teacher that does not count; "" if all count."""
@@ -233,18 +183,6 @@ class Query:
         if not (layout.teacher_version and column and layout.teacher):
             return ""
         return f"{self.code(column, {layout.teacher_version: 1})} <> 1"
-
-    def _facts(self) -> dict[str, str]:
-        """The columns for the evaluation that the log has."""
-        columns, facts = self.layout.columns, {}
-        if column := columns.get("incumbent"):
-            by_rank = self.layout.incumbent_signal == "rank"
-            facts["incumbent"] = (
-                f"-({self.within(column, 0)})" if by_rank else self.within(column, -LARGEST)
-            )
-        if column := columns.get("propensity"):
-            facts["propensity"] = self.in_32_bits(column)
-        return facts
 
     def ids_in(self, column: str, value: str) -> str:
         """The ids in a list, without the missing ones."""
@@ -267,17 +205,24 @@ class Query:
         """The value of a feature: a number, an id, or a list of ids, cut to its length."""
         column, value = feature.column, value or logged(feature.column)
         if feature.of == "event":
-            numbers = f"list_transform({value}, lambda each: {_dense(feature, 'each')})"
+            numbers = f"list_transform({value}, lambda each: {self._dense(feature, 'each')})"
             return (
                 f"CASE WHEN {self.is_aligned(value)} THEN {numbers}[-{self._history.length}:] END"
             )
         if feature.kind == "dense":
-            return _dense(feature, value)
+            return self._dense(feature, value)
         if feature.kind == "category":
             return self.id(column, value)
         # The most recent events are last in a history; a bag has no order, so its first will do.
         cut = f"-{feature.length}:" if feature.kind == "history" else f":{feature.length}"
         return f"({self.ids_in(column, value)})[{cut}]"
+
+    def _dense(self, feature: Feature, value: str) -> str:
+        if feature.place is not None:
+            in_list = f"array_length({value}) = {feature.length}"
+            value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
+        number = self.number(feature.column, value)
+        return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
 
     def raw_and_features(self, features: list[Feature]) -> str:
         """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""
@@ -293,22 +238,6 @@ def _and_features(features: Iterable[Feature]) -> str:
     return "".join(f", {quoted(f'feature:{feature.name}')}" for feature in features)
 
 
-def _dense(feature: Feature, value: str) -> str:
-    """The number of a dense feature in an expression."""
-    if feature.place is not None:
-        in_list = f"array_length({value}) = {feature.length}"
-        value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
-    number = number_of(value)
-    return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
-
-
 @functools.cache
 def _template(name: str) -> jinja2.Template:
     return templates_of(__package__).get_template(name)
-
-
-def split_statements(text: str) -> list[str]:
-    """The statements of a text in SQL, without comments."""
-    lines = [line for line in text.splitlines() if not line.strip().startswith("--")]
-    parts = re.split(r";\s*\n", "\n".join(lines) + "\n")
-    return [part for part in map(str.strip, parts) if part]

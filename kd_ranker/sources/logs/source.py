@@ -31,7 +31,7 @@ from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, Piece
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
-from kd_ranker.sources.logs.query import PREFIX, Query, quoted
+from kd_ranker.sources.logs.query import PREFIX, Query
 
 # Folder below `data.dir` for the report of a log that makes no dataset.
 REFUSED = "refused_log"
@@ -48,7 +48,6 @@ class _Earlier(NamedTuple):
 
     @property
     def requests(self) -> int:
-        """The number of its requests."""
         return sum(map(len, self.dataset.columns.values()))
 
 
@@ -80,8 +79,8 @@ def open_source(
 ) -> Source:
     """Open a log as a source; `configs/parquet.py` explains `data`.
 
-    DuckDB, or Spark, reads the log, with the memory that `data.memory` gives it, and brings its
-    rows into order in a folder below `data.dir`, which `Source.close` removes.
+    The engine brings the rows into order in a folder below `data.dir`, which `Source.close`
+    removes.
 
     Args:
       data: `config.data`.
@@ -146,47 +145,49 @@ def open_tables(
     Tables that do not fit in memory go to `folder`.
 
     Raises:
-      UserError: a file is damaged, the engine is not installed or does not start, or the log has
-        ids of another type than `known`.
+      UserError: a file is damaged, a column has a type that does not fit its use, the engine is not
+        installed or does not start, or the log has ids of another type than `known`.
     """
     with contextlib.ExitStack() as stack:
-        if layout.engine == "duckdb":
-            columns = {of.column for of in files.wanted_columns(layout)}
-            files.check_pages(log, columns, layout.processes)  # Spark checks pages itself
-            database = stack.enter_context(
-                open_duckdb(layout.memory, layout.processes, folder, log.candidates)
-            )
-        else:
-            try:
-                from kd_ranker.sources.logs.spark_engine import open_spark
-
-                opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
-                database = stack.enter_context(opened)
-            except ImportError as error:
-                raise UserError(
-                    f"data.engine={layout.engine!r} needs the package pyspark ({error}); "
-                    "pip install 'kd_ranker[spark]'"
-                ) from error
+        database = _enter_engine(stack, log, layout, folder)
         schema = database.open_log(log)
         types = {
             of.name.removeprefix(PREFIX): of.type for of in schema if of.name.startswith(PREFIX)
         }
-        tables = {f"known_{name}": known.vocabularies[name] for name in names} if known else {}
-        for name, table in tables.items():
-            database.put(name, table)
-        sizes = {name: len(table) for name, table in tables.items()}
+        files.check_types(layout, types)
+        vocabularies = {name: known.vocabularies[name] for name in names} if known else {}
+        for name, table in vocabularies.items():
+            database.put(f"known_{name}", table)
+        sizes = {f"known_{name}": len(table) for name, table in vocabularies.items()}
         query = Query(layout, types, sizes)
         if known:
-            vocabulary.check_kinds(layout, query.types, known)
+            vocabulary.check_kinds(layout, types, known)
         database.run(query.statements("log.sql"))
         yield database, query
+
+
+def _enter_engine(
+    stack: contextlib.ExitStack, log: Log, layout: LogLayout, folder: Path
+) -> Database:
+    if layout.engine == "duckdb":
+        opened = open_duckdb(layout.memory, layout.processes, folder, log.candidates)
+        return stack.enter_context(opened)
+    try:
+        from kd_ranker.sources.logs.spark_engine import open_spark
+
+        opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
+        return stack.enter_context(opened)
+    except ImportError as error:
+        raise UserError(
+            f"data.engine={layout.engine!r} needs the package pyspark ({error}); "
+            "pip install 'kd_ranker[spark]'"
+        ) from error
 
 
 def _source(tables: _Tables) -> Source:
     log, layout, earlier, database, query = tables
     if earlier:
-        _check_ids(earlier, layout, database)
-        _check_order(earlier, database)
+        _check_new(earlier, layout, database)
     _check_splits(tables)
     counts = _count(tables)
     pieces = encode.write_ordered(database) if counts.used else []
@@ -201,13 +202,11 @@ def _source(tables: _Tables) -> Source:
     items = database.fetch("SELECT * FROM item_fields ORDER BY id")
     known = earlier.dataset.items if earlier else None
     features, category = encode.item_matrix(encoding, items, known)
+    before = earlier.requests if earlier else 0
 
     def block_of(piece: Piece) -> Block:
-        requests, candidates = piece.read()
-        before = earlier.requests if earlier else 0
-        return encode.encode_requests(
-            layout, encoding, requests, candidates, piece.split == "train", before
-        )
+        of_training = piece.split == "train"
+        return encode.encode_requests(layout, encoding, *piece.read(), of_training, before)
 
     def shards(split: str) -> list[Callable[[], Block]]:
         return [functools.partial(block_of, piece) for piece in pieces if piece.split == split]
@@ -300,10 +299,8 @@ def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[F
         return f"not one row of the log can be used{times}"
     needed = SPLITS[1:] if tables.earlier else SPLITS
     if missing := [split for split in needed if split not in report["splits"]]:
-        by = (
-            f"data.validation_share={layout.validation_share} and "
-            f"data.test_share={layout.test_share}"
-        )
+        shares = ("validation_share", "test_share")
+        by = " and ".join(f"data.{name}={getattr(layout, name)}" for name in shares)
         if layout.split == "column":
             by = f"column {layout.columns['split']!r}"
         return f"no request is left for the split {missing[0]!r}, with {by}"
@@ -314,15 +311,15 @@ def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[F
             f"{layout.columns['propensity']!r} on shown candidates are not in (0, 1], such as "
             f"{propensities['least']:g}"
         )
-    if layout.strict:
-        faults: dict[str, int] = {
-            "rejected candidates": report["candidates"]["rejected"],
-            "invalid values": sum(column["out_of_range"] for column in report["columns"]),
-            "candidates of another teacher version": report["teacher"]["other_version"],
-            "requests of several times": report["requests"]["several_times"],
-        }
-        if counted := ", ".join(f"{number:,} {what}" for what, number in faults.items() if number):
-            return f"data.strict=True, and the log has faults: {counted}"
+    faults: dict[str, int] = {
+        "rejected candidates": report["candidates"]["rejected"],
+        "invalid values": sum(column["out_of_range"] for column in report["columns"]),
+        "candidates of another teacher version": report["teacher"]["other_version"],
+        "requests of several times": report["requests"]["several_times"],
+    }
+    if layout.strict and any(faults.values()):
+        counted = ", ".join(f"{number:,} {what}" for what, number in faults.items() if number)
+        return f"data.strict=True, and the log has faults: {counted}"
     return findings.refusal(found, layout.allow)
 
 
@@ -334,12 +331,7 @@ def _write_report(tables: _Tables, report: Report, directory: Path) -> None:
 
 
 def _open_earlier(layout: LogLayout, dataset: Dataset) -> _Earlier:
-    """Open the dataset that the new files of a log extend.
-
-    Raises:
-      UserError: the log is not in Parquet files that DuckDB reads, an older file has changed or is
-        gone, no file is new, or files next to the dataset are gone.
-    """
+    """Open the dataset that the new files of a log extend, or raise UserError."""
     if layout.sql or layout.engine != "duckdb":
         raise UserError(
             "data.extends takes Parquet files at data.path, and data.engine='duckdb'; leave "
@@ -359,33 +351,24 @@ def _open_earlier(layout: LogLayout, dataset: Dataset) -> _Earlier:
     return _Earlier(dataset, encoding, before, vocabulary.read_report(directory))
 
 
-def _check_ids(earlier: _Earlier, layout: LogLayout, database: Database) -> None:
-    """Raise UserError if ids of new files are of another type than those of the dataset."""
+def _check_new(earlier: _Earlier, layout: LogLayout, database: Database) -> None:
+    """Refuse new requests that the dataset has, or that are earlier than its last one."""
     directory = earlier.dataset.directory
-    known = {"request": vocabulary.read_requests_of(directory, "train")["request"]}
-    known |= {of: earlier.encoding.vocabularies[of]["value"] for of in (USER, ITEM)}
-    new = {"request": "request FROM requests", USER: "value FROM users", ITEM: "value FROM items"}
-    for role, values in known.items():
-        (here,) = database.fetch(f"SELECT {new[role]} LIMIT 0").schema.types
-        if here != values.type and role in layout.columns:
-            raise UserError(
-                f"column {layout.columns[role]!r} (data.columns.{role}) holds ids of type {here} "
-                f"in the new files, and {directory} has {values.type}; give it one type, {_REMEDY}"
-            )
-
-
-def _check_order(earlier: _Earlier, database: Database) -> None:
-    """Check that new requests can follow those of the dataset.
-
-    Raises:
-      UserError: the dataset has one of them, or one is earlier than the last of the dataset.
-    """
-    directory = earlier.dataset.directory
-    known = [vocabulary.read_requests_of(directory, split).select(["request"]) for split in SPLITS]
-    database.put("known_requests", pa.concat_tables(known))
-    again = "FROM requests SEMI JOIN known_requests USING (request)"
-    if number := database.number(f"SELECT count(*) {again}"):
-        (example,) = database.rows(f"SELECT min(request) AS request {again}")
+    read = (vocabulary.read_requests_of(directory, split) for split in SPLITS)
+    known = pa.concat_tables([requests.select(["request"]) for requests in read])
+    type_, (here,) = (
+        known["request"].type,
+        database.fetch("SELECT request FROM requests LIMIT 0").schema.types,
+    )
+    if here != type_:
+        raise UserError(
+            f"column {layout.columns['request']!r} (data.columns.request) holds ids of type {here} "
+            f"in the new files, and {directory} has {type_}; give it one type, {_REMEDY}"
+        )
+    database.put("known_requests", known)
+    repeated = "FROM requests SEMI JOIN known_requests USING (request)"
+    if number := database.number(f"SELECT count(*) {repeated}"):
+        (example,) = database.rows(f"SELECT min(request) AS request {repeated}")
         raise UserError(
             f"{number:,} requests of the new files, such as {example['request']!r}, are in "
             f"{directory} already; write all rows of a request to one file, {_REMEDY}"
@@ -417,34 +400,28 @@ def _all_requests(
 def _extend_report(
     earlier: _Earlier, layout: LogLayout, report: Report, database: Database
 ) -> None:
-    """Complete a report on the new files by the numbers that hold for the longer dataset.
-
-    Those are the moments of features and the numbers of ids; all other counts are of the new files.
-
-    Raises:
-      UserError: a feature to standardize had at most one value before, and others now.
-    """
+    """Complete a report on new files by the moments and numbers of ids of the longer dataset."""
+    directory = earlier.dataset.directory
     before = {feature["name"]: feature for feature in earlier.report["features"]}
     for feature, new in zip(layout.features, report["features"], strict=True):
         old = before[feature.name]
         varies = new.get("deviation") or new.get("mean", old.get("mean")) != old.get("mean")
         if feature.standardise and not old.get("deviation") and varies:
             raise UserError(
-                f"data.features.{feature.key} had at most one value in {earlier.dataset.directory},"
-                f" so there is no deviation to divide new values by; leave it out, {_REMEDY}"
+                f"data.features.{feature.key} had at most one value in {directory}, so there is no "
+                f"deviation to divide new values by; leave it out, {_REMEDY}"
             )
-        moments = ("mean", "deviation")
-        kept = {name: of for name, of in new.items() if name not in moments}
-        new.clear()
-        new.update(kept | {name: old[name] for name in moments if name in old})
+        for moment in ("mean", "deviation"):
+            new.pop(moment, None)
+            new |= {moment: old[moment]} if moment in old else {}
     for name in (USER, ITEM):
-        known, table = len(earlier.encoding.vocabularies[name]), quoted(f"{name}s")
-        count = f"SELECT count(*) FROM {table} WHERE id >= {known}"
+        known = len(earlier.encoding.vocabularies[name])
+        count = f"SELECT count(*) FROM {name}s WHERE id >= {known}"
         report["ids"][f"{name}s"] = known + database.number(count)
         report["ids"][f"{name}s_not_in_train"] = database.number(f"{count} AND train = 0")
     report["remarks"].insert(
         0,
-        f"The dataset extends {earlier.dataset.directory} (requests: {earlier.requests:,}, files: "
+        f"The dataset extends {directory} (requests: {earlier.requests:,}, files: "
         f"{len(earlier.files):,}); the counts here are of the new files, and the means and "
         "deviations of features are those of that dataset.",
     )

@@ -125,10 +125,10 @@ class Spark(Database):
         # Else columns would be made of the names of folders.
         reader = reader.option("recursiveFileLookup", True)
         frame = reader.parquet(*(system.unstrip_protocol(file) for file in log.files))
-        numbers = {file: number for number, file in enumerate(log.files)}
-        found = frame.select("_metadata.file_path").distinct().collect()
-        places = {path: numbers[_path(path)] for (path,) in found}
-        files = pa.table({"path": [*places], "file": pa.array(places.values(), pa.int64())})
+        paths = [path for (path,) in frame.select("_metadata.file_path").distinct().collect()]
+        urls = map(urlsplit, paths)
+        places = [log.files.index(unquote(url.netloc + url.path)) for url in urls]
+        files = pa.table({"path": paths, "file": pa.array(places, pa.int64())})
         for name in log.given.column_names:
             files = files.append_column(PREFIX + name, log.given[name].take(files["file"]))
         self.put("files", files)
@@ -138,12 +138,6 @@ class Spark(Database):
         )
         rows.join(self.session.table("files"), "path").drop("path").createOrReplaceTempView("log")
         return _schema(self.session.table("log").limit(0).toArrow().schema)
-
-
-def _path(name: str) -> str:
-    """The path of a file that Spark names by a URL."""
-    url = urlsplit(name)
-    return unquote(url.netloc + url.path)
 
 
 def _schema(schema: pa.Schema) -> pa.Schema:
@@ -159,12 +153,7 @@ def _type(type_: pa.DataType) -> pa.DataType:
 
 @contextlib.contextmanager
 def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterator[Database]:
-    """Open a session of Spark.
-
-    Args:
-      master: its URL, such as `local[2]` or `spark://host:7077`.
-      options: further settings of the session by their names.
-      folder: for tables; workers write to it.
+    """Open a session of Spark with a folder for tables, to which its workers write.
 
     Raises:
       UserError: Java is not installed, the master does not answer, or a query fails meanwhile.

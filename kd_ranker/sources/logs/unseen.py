@@ -1,7 +1,7 @@
-"""A log to score: its requests in the ids and scales of a dataset that exists.
+"""A log to score: its requests in the ids and scales of a dataset.
 
-Ids, vocabularies, means and deviations are those of the dataset. The log gives the requests, their
-candidates and the features of these; no column that is known only after a request is read.
+The log gives the requests, their candidates and the features of these. No column that is known only
+after a request is read.
 """
 
 import shutil
@@ -22,22 +22,15 @@ from kd_ranker.sources.logs.source import open_tables
 
 
 class Unseen(NamedTuple):
-    """A log that was read by the `encoding` of a dataset.
+    """A log that was read by the `encoding` of a dataset."""
 
-    Attributes:
-      pieces: its requests and candidates, in the order of the files of the log.
-      largest: the most candidates that a request has.
-      items: features and category ids of the items of the dataset and of the log.
-      item_names: the `value` and `id` of the items of the log, by id.
-      counts: of its candidates: `used`, `rejected` by reason, and by `user` and `item` the `new`
-        ones, of users and items that no training request has.
-    """
-
-    pieces: list[Piece]
+    pieces: list[Piece]  # in the order of the files of the log
     encoding: Encoding
-    largest: int
-    items: Items
-    item_names: pa.Table
+    largest: int  # the most candidates that a request has
+    items: Items  # of the dataset and of the log
+    item_names: pa.Table  # the `value` and `id` of the items of the log, by id
+    # Of candidates: `used`, `rejected` by reason, and by `user` and `item` the `new` ones, of users
+    # and items that no training request has.
     counts: dict[str, Any]
 
 
@@ -46,7 +39,7 @@ def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
 
     Raises:
       UserError: the layout has other features or tasks than that of training, or the log lacks a
-        column, or one is of another type than its use admits.
+        column.
     """
     here, there = _fields(layout), _fields(trained)
     if differing := [key for key in here | there if here.get(key) != there.get(key)]:
@@ -54,9 +47,8 @@ def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
             f"the config reads a log in another way than the dataset that was trained on: "
             f"{', '.join(differing)}; leave --config out, which takes the config of training"
         )
-    time = layout.columns["time"]
     log = files.open_log(to_score := layout.to_score(has_time=False))
-    if time in (*log.names, *log.given.column_names):
+    if layout.columns["time"] in (*log.names, *log.given.column_names):
         log = files.open_log(to_score := layout.to_score(has_time=True))
     return log, to_score
 
@@ -80,38 +72,41 @@ def read_unseen(
     """Read a log of `open_unseen` by the ids and scales of a dataset that was `trained` on.
 
     The log gives new features to the items of the dataset that are candidates in it. New items get
-    the ids after those. `folder` must not contain anything else; what it contains is replaced.
+    the ids after those. The content of `folder` is replaced.
 
     Raises:
-      UserError: the log cannot be read, holds ids of another type than training, or none of its
-        rows can be used; or files next to the dataset are gone.
+      UserError: the log cannot be read, a column has a type that does not fit its use, or holds ids
+        of another type than training, or none of its rows can be used; or files next to the dataset
+        are gone.
     """
     encoding = vocabulary.read_encoding(trained, dataset.spec, dataset.directory)
     ids = vocabulary.read_report(dataset.directory)["ids"]
-    # Ids that training requests have come first.
-    first_new = {of: ids[f"{of}s"] - ids[f"{of}s_not_in_train"] for of in (USER, ITEM)}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with open_tables(log, layout, folder, encoding, [USER, ITEM]) as (database, _):
-        rejected = count_rejected(database)
-        if not (used := database.number("SELECT count(*) FROM used")):
-            raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
-        pieces = write_ordered(database)
-        logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
-        new = "SELECT count(*) FROM used SEMI JOIN ({}) AS new USING ({})"
-        users = f"SELECT number FROM request_rows WHERE user_id >= {first_new[USER]}"
-        items = f"SELECT value AS item FROM items WHERE id >= {first_new[ITEM]}"
+
+        def new(query: str, by: str, of: str) -> int:
+            # Ids that training requests have come first.
+            known = ids[f"{of}s"] - ids[f"{of}s_not_in_train"]
+            unknown = f"({query} >= {known}) AS unknown USING ({by})"
+            return database.number(f"SELECT count(*) FROM used SEMI JOIN {unknown}")
+
         counts = {
-            "used": used,
-            "rejected": rejected,
+            "used": database.number("SELECT count(*) FROM used"),
+            "rejected": count_rejected(database),
             "new": {
-                USER: database.number(new.format(users, "number")),
-                ITEM: database.number(new.format(items, "item")),
+                USER: new("SELECT number FROM request_rows WHERE user_id", "number", USER),
+                ITEM: new("SELECT value AS item FROM items WHERE id", "item", ITEM),
             },
         }
+        if not counts["used"]:
+            raise UserError(
+                f"{layout.path}: not one row of the log can be used: {counts['rejected']}"
+            )
+        pieces = write_ordered(database)
+        logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
         largest = database.number(
             "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
         )
-    matrices: Any = item_matrix(encoding, logged, dataset.items)
-    names = logged.select(["value", "id"])
-    return Unseen(pieces, encoding, largest, Items(*matrices), names, counts)
+    items = Items(*item_matrix(encoding, logged, dataset.items))  # type: ignore[arg-type]
+    return Unseen(pieces, encoding, largest, items, logged.select(["value", "id"]), counts)

@@ -40,10 +40,7 @@ def new_encoding(
     moments: Mapping[str, Mapping[str, float]],
     kinds: Mapping[str, str],
 ) -> Encoding:
-    """Return the encoding of a log without an earlier dataset.
-
-    Dense features are scaled by their `moments` in training.
-    """
+    """Return the encoding of a log, with dense features scaled by their `moments` in training."""
     found = _find(database, layout, {})
     spec = _spec_of(layout, {name: len(table) for name, table in found.items()})
     starts = zip(spec.categories, spec.category_starts, strict=True)
@@ -132,13 +129,14 @@ def _rules_of(
     first_ids: Mapping[str, int],
     kinds: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The way from raw columns to the fields of a request, see `Encoding.rules`.
+    """Return `Encoding.rules`, which servers follow by the formulas in the README of an export."""
 
-    Servers follow it, by the formulas in the README of an export.
-    """
-
-    def dense(features: Iterable[Feature]) -> list[dict[str, Any]]:
+    def dense(*owners: str) -> list[dict[str, Any]]:
         own = ("name", "column", "place", "length")
+        # Cheap features of items come first.
+        features = sorted(
+            layout.of(*owners, kind="dense"), key=lambda of: "item" in owners and not of.cheap
+        )
         return [
             {**{name: getattr(of, name) for name in own}, **_scale_of(of, moments[of.name])}
             for of in features
@@ -154,28 +152,23 @@ def _rules_of(
             entries.append({**entry, "first_id": first_ids[f"feature:{of.name}"]})
         return entries
 
-    history = layout.history
-    cheap_first = sorted(layout.of("item", kind="dense"), key=lambda feature: not feature.cheap)
+    history: dict[str, Any] = {}
+    if layout.history:
+        history = {"name": layout.history.name, "column": layout.history.column}
+        history |= {"length": layout.history_length, "features": dense("event")}
     return {
         "dense": {
-            "user_features": dense(layout.of("user", kind="dense")),
-            "context": dense(layout.of("context", kind="dense")),
-            "candidate_features": dense(layout.of("candidate", kind="dense")),
-            "item_features": dense(cheap_first),
+            "user_features": dense("user"),
+            "context": dense("context"),
+            "candidate_features": dense("candidate"),
+            "item_features": dense("item"),
         },
         "categories": {
             "request_category": categories("user", "context"),
             "candidate_category": categories("candidate"),
             "item_category": categories("item"),
         },
-        "history": {
-            "name": history.name,
-            "column": history.column,
-            "length": layout.history_length,
-            "features": dense(layout.of("event")),
-        }
-        if history
-        else {},
+        "history": history,
         "kinds": dict(kinds),
     }
 

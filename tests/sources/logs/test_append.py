@@ -1,5 +1,6 @@
 """A log that grows by files, and the dataset that grows with it."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
 from tests.sources import faulty_logs
-from tests.sources.faulty_logs import made_small, make_rows, write_log
+from tests.sources.faulty_logs import comparable, made_small, make_rows, write_log
 from tests.sources.log_server import Server
 
 DAYS = (0, 30, 45, 60)
@@ -209,6 +210,14 @@ def with_type(column, type_):
     return rewritten(change)
 
 
+def test_ids_of_new_files_may_lack_a_sign(second, day_one, tmp_path):
+    expected = requests_of(second())
+    with_type("item_id", pa.uint64())(day_one / "log" / "day-1.parquet")
+    found = requests_of(second((), dir=str(tmp_path / "unsigned")))
+    assert found.keys() == expected.keys()
+    assert all(comparable(found[id_]) == comparable(expected[id_]) for id_ in found)
+
+
 EARLY = make_rows(0, requests=1)[0]
 EARLY.of_request |= {"request_id": 7, "time": 1_000_000 + 60}
 
@@ -224,10 +233,6 @@ REFUSED = {
     "requests of another type": (
         dict(change=with_type("request_id", pa.string())),
         r"'request_id' \(data.columns.request\) holds ids of type string in .* has int64; give it",
-    ),
-    "ids without a sign": (
-        dict(change=with_type("item_id", pa.uint64())),
-        r"'item_id' \(data.columns.item\) holds ids of type uint64 in the new .* has int64",
     ),
     "a request of before": (
         dict(rows=[*make_days()[1], make_days()[0][-1]]),
@@ -263,80 +268,84 @@ def test_a_feature_that_varies_for_the_first_time_has_no_scale(tmp_path):
     log, days = tmp_path / "log", make_days()
     for row in days[0]:
         row.of_request["age"] = 30
-    add_file(log, "day-0", days[0])
-    api.prepare(config_of(log, tmp_path / "before"))
-    add_file(log, "day-1", days[1])
-    with pytest.raises(UserError, match=r"data.features.age had at most one value in .* leave it"):
-        api.prepare(config_of(log, tmp_path / "after", tmp_path / "before"))
+    for name, rows, extends in (("before", days[0], ""), ("after", days[1], tmp_path / "before")):
+        add_file(log, f"of {name}", rows)
+        message = r"data.features.age had at most one value in .* leave it"
+        with pytest.raises(UserError, match=message) if extends else contextlib.nullcontext():
+            api.prepare(config_of(log, tmp_path / name, extends))
 
 
 def parameters_of(workdir):
     return jax.tree.map(np.asarray, open_finished(workdir, with_slots=True).parameters)
 
 
-def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_path):
-    before = made_small(config_of(day_one / "log", day_one / "before"))
-    api.train(before, tmp_path / "monday")
-    old = parameters_of(tmp_path / "monday")
-    after = second()
-    config = made_small(config_of(day_one / "log", tmp_path / "after"))
-    config.train.warm_start, config.seed = str(tmp_path / "monday"), 7
+@pytest.fixture
+def monday(day_one, tmp_path):
+    """A config of a small run on the dataset of the first day, and its workdir."""
+    return made_small(config_of(day_one / "log", day_one / "before")), tmp_path / "monday"
+
+
+def started(config):
+    """The parameters of a fresh run, and those that it starts with, without the axis of members."""
     job = open_job(config, {"": config})
     fresh = tuple(group.init() for group in job.groups)
     (begun,) = warm_start(job)(fresh)
-    leaves = (jax.tree.leaves(of) for of in (begun.parameters.dense, old.dense))
-    for one, other in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(one[0], other)
-    spec = open_finished(tmp_path / "monday").dataset.spec
-    numbers = {
-        name: (getattr(spec, of), getattr(after.spec, of))
-        for name, of in (
-            ("user", "num_users"),
-            ("item", "num_items"),
-            ("category", "num_categories"),
-        )
-    }
-    for name, (known, all_) in numbers.items():
-        assert known < all_
-        table, first = begun.parameters.tables[name][0], fresh[0].parameters.tables[name][0]
-        np.testing.assert_array_equal(table[:known], old.tables[name][:known])
-        np.testing.assert_array_equal(table[known:all_], first[known:all_])
-        np.testing.assert_array_equal(table[all_], old.tables[name][known])
+    return jax.tree.map(lambda of: np.asarray(of)[0], (fresh[0].parameters, begun.parameters))
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_training_goes_on_from_a_run_on_the_dataset_before(second, monday, day_one, tmp_path):
+    api.train(*monday)
+    old = parameters_of(monday[1])
+    after = second()
+    config = made_small(config_of(day_one / "log", tmp_path / "after"))
+    config.train.warm_start, config.seed = str(monday[1]), 7
+    fresh, begun = started(config)
+    assert_equal(begun.dense, old.dense)
+    spec = open_finished(monday[1]).dataset.spec
+    sizes = {"user": "num_users", "item": "num_items", "category": "num_categories"}
+    known = {name: getattr(spec, of) for name, of in sizes.items()}
+    for name, of in sizes.items():
+        first, last = known[name], getattr(after.spec, of)
+        assert first < last
+        assert_equal(begun.tables[name][:first], old.tables[name][:first])
+        assert_equal(begun.tables[name][first:last], fresh.tables[name][first:last])
+        assert_equal(begun.tables[name][last], old.tables[name][first])
     # Without a rate, the parameters after training are those before.
     config.optimizer.update(learning_rate=0.0, table_learning_rate=0.0)
     api.train(config, tmp_path / "tuesday")
     new, width = parameters_of(tmp_path / "tuesday"), config.student.width
-    for one, other in zip(jax.tree.leaves(new.dense), jax.tree.leaves(old.dense), strict=True):
-        np.testing.assert_array_equal(one, other)
-    for name, (known, _) in numbers.items():
-        np.testing.assert_array_equal(
-            new.tables[name][:known, :width], old.tables[name][:known, :width]
-        )
+    assert_equal(new.dense, old.dense)
+    for name, first in known.items():
+        assert_equal(new.tables[name][:first, :width], old.tables[name][:first, :width])
     config.student.width = 8
     with pytest.raises(UserError, match=r"monday has a model of other sizes, or rows of another"):
         api.train(config, tmp_path / "wide")
     other = made_small(config_of(day_one / "log", tmp_path / "other"))
     api.prepare(other)
-    other.train.warm_start = str(tmp_path / "monday")
+    other.train.warm_start = str(monday[1])
     with pytest.raises(UserError, match=r"monday was trained on parquet-.*, and its ids are not"):
         api.train(other, tmp_path / "wednesday")
 
 
-def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
-    before = made_small(config_of(day_one / "log", day_one / "before"))
-    api.train_teacher(before, tmp_path / "monday")
+def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tmp_path):
+    before, workdir = monday
+    api.train_teacher(before, workdir)
     dataset = datasets.dataset_of(before)
-    (old,), _ = open_job(before).restored(tmp_path / "monday")
+    (old,), _ = open_job(before).restored(workdir)
     second()
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
-    config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
+    config.teacher.train.warm_start, config.seed = str(workdir), 7
     job = open_job(config)
     (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
-    np.testing.assert_array_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
+    assert_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
     assert table[:, :known, config.teacher.width + 1 :].any()
-    config.teacher.train.warm_start, config.train.warm_start = "", str(tmp_path / "monday")
+    config.teacher.train.warm_start, config.train.warm_start = "", str(workdir)
     student = open_job(config, {"": config})
     with pytest.raises(UserError, match="monday is of a teacher, not of a student"):
         warm_start(student)(())

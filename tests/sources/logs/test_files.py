@@ -4,15 +4,15 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
 from kd_ranker.config.defaults import feature
-from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from tests import faults
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
+
+IDS, WORDS = pa.list_(pa.int64()), pa.list_(pa.string())
 
 
 def opened(config) -> files.Log:
@@ -83,10 +83,6 @@ def test_files_of_several_paths_are_in_the_order_of_names_without_what_writers_l
         (lambda of: of.append_column("File_Row_Number", of["age"]),
          "has columns 'file_row_number', which the engine adds, and 'File_Row_Number', and"),
         (lambda of: of.append_column("age", of["hour"]), "has columns 'age' and 'age'"),
-        (lambda of: of.drop_columns(["tags"]).append_column("tags", pa.nulls(len(of))),
-         "column 'tags' (data.features.tags) holds nothing in any file; leave it out"),
-        (lambda of: of.drop_columns(["age"]).append_column("age", pa.array([{"a": 3}] * len(of))),
-         "is struct<a: int64>; it takes numbers; flatten it: make each of its"),
         (lambda of: of.drop_columns(["age"]), "log has no column 'age' (data.features.age); "),
         (lambda of: of.drop_columns(["watch"]),
          "part-0.parquet has no column 'watch' (data.labels.watch)"),
@@ -119,33 +115,6 @@ def test_names_of_folders_give_columns_that_no_file_has(tmp_path):
     assert "part-0.parquet has no column 'hour' (data.columns.label_weight)" in fault_of(config)
 
 
-@pytest.mark.parametrize("checksums", [True, False])
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-def test_files_with_checksums_are_known_by_their_first_page(tmp_path, checksums, version):
-    path = str(tmp_path / "a.parquet")
-    options = dict(write_page_checksum=checksums, data_page_version=version, compression="zstd")
-    for columns in ({"a": range(1000)}, {"b": ["x"] * 1000}):
-        pq.write_table(pa.table(columns), path, **options)
-        found = files.has_checksums(LocalFileSystem(), path, pq.read_metadata(path))
-        assert found == checksums
-
-
-def test_a_page_that_does_not_match_its_checksum_is_refused(tmp_path, log):
-    found = opened(faulty_logs.config(log, tmp_path))
-    path = log / "part-0.parquet"
-    pq.write_table(pq.read_table(path), path, write_page_checksum=True, compression="none")
-    files.check_pages(found, {"age", "tags"}, 2)
-    chunk = pq.ParquetFile(path).metadata.row_group(0).column(3)
-    assert chunk.path_in_schema == "age"
-    content = bytearray(path.read_bytes())
-    start = chunk.dictionary_page_offset or chunk.data_page_offset
-    content[start + chunk.total_compressed_size // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"part-0.parquet cannot be read as Parquet: .*CRC"):
-        files.check_pages(found, {"age", "tags"}, 2)
-    files.check_pages(found, {"tags"}, 2)
-
-
 def test_a_feature_may_begin_with_a_later_file(tmp_path, log, caplog):
     table = pq.read_table(log / "part-0.parquet")
     pq.write_table(table.drop_columns(["age"]), log / "part-1.parquet")
@@ -154,44 +123,36 @@ def test_a_feature_may_begin_with_a_later_file(tmp_path, log, caplog):
 
 
 @pytest.mark.parametrize(
-    ("key", "column", "by_request", "message"),
+    ("key", "type_", "by_request", "message"),
     [
-        ("columns.time", "recent", False, "int64>; it takes timestamps, numbers or ISO"),
-        ("columns.user", "recent", False, "int64>; it takes whole numbers or texts"),
-        ("labels.watch", "tags", False, "is list<element: string>; it takes nu"),
-        ("teacher.like", "source", False, "(data.teacher.like) is string; it takes numbers"),
-        ("columns.stage", "score", False, "is double; it takes texts or whole numbers"),
-        ("columns.item", "user_id", True, "is int64; it takes lists of whole numbers or texts"),
-        ("features.age.column", "country", False, "(data.features.age) is string; it takes num"),
-        ("features.tags.column", "author", False, "is int32; it takes lists of whole numbers"),
-        ("features.author.column", "tags", False, "string>; it takes whole numbers or texts"),
-        ("features.recent.column", "spots", False, "column 'spots' (data.features.recent) holds"),
-        ("features.author.column", "user_id", True, "is int64; it takes lists of whole numbers or"),
-        ("features.tags.column", "recent", True, "int64>; it takes lists of lists of whole num"),
+        ("columns.time", IDS, False, "int64>; it takes timestamps, numbers or ISO"),
+        ("columns.user", IDS, False, "int64>; it takes whole numbers or texts"),
+        ("labels.watch", WORDS, False, "is list<item: string>; it takes numbers, or true"),
+        ("teacher.like", pa.string(), False, "(data.teacher.like) is string; it takes numbers"),
+        ("columns.stage", pa.float64(), False, "is double; it takes texts or whole numbers"),
+        ("columns.item", pa.int64(), True, "is int64; it takes lists of whole numbers or texts"),
+        ("features.age", pa.string(), False, "(data.features.age) is string; it takes num"),
+        ("features.age", pa.struct({"a": pa.int64()}), False, "takes numbers; flatten it: make"),
+        ("features.tags", pa.int32(), False, "is int32; it takes lists of whole numbers"),
+        ("features.tags", pa.null(), False, "(data.features.tags) holds nothing in any file;"),
+        ("features.author", WORDS, False, "string>; it takes whole numbers or texts"),
+        ("features.author", pa.int64(), True, "is int64; it takes lists of whole numbers or"),
+        ("features.tags", IDS, True, "int64>; it takes lists of lists of whole num"),
+        ("features.recent", WORDS, False, "(data.features.recent) holds texts, and 'item_id' (d"),
     ],
 )  # fmt: skip
-def test_a_column_of_another_type_says_what_it_is_and_what_it_should_be(
-    tmp_path, key, column, by_request, message
+def test_a_column_of_another_type_is_named_with_those_that_it_takes(
+    key, type_, by_request, message
 ):
-    log = write_log(tmp_path / "log", make_rows(0), by_request)
-    config = faulty_logs.config(log, tmp_path, rows="request" if by_request else "candidate")
-    if not key.startswith("features"):
-        config.data.features = ConfigDict()  # which some of these are
-    config.data.update_from_flattened_dict({key: column})
-    assert message in fault_of(config)
-
-
-@pytest.mark.parametrize(
-    ("name", "type_", "kind"),
-    [("user_id", pa.string(), "texts"), ("author", pa.uint64(), "uint64")],
-)
-def test_files_that_disagree_on_the_type_of_an_id_are_named(tmp_path, log, name, type_, kind):
-    table = pq.read_table(log / "part-0.parquet")
-    place = table.schema.get_field_index(name)
-    pq.write_table(table.set_column(place, name, table[name].cast(type_)), log / "part-1.parquet")
-    message = fault_of(faulty_logs.config(log, tmp_path))
-    assert message.startswith(f"column {name!r} (data.")
-    assert f"holds whole numbers in {log}/part-0.parquet and {kind} in" in message
+    rows = "request" if by_request else "candidate"
+    layout = faulty_logs.layout(faulty_logs.config("log", "datasets", rows=rows))
+    schema = faulty_logs._schema(make_rows(0, requests=1), by_request)
+    types = {of.name: of.type for of in schema}
+    files.check_types(layout, types)
+    (column,) = (of.column for of in files.wanted_columns(layout) if of.key == f"data.{key}")
+    message_of_type = faults.fault_of(files.check_types, layout, types | {column: type_})
+    assert message_of_type.startswith(f"column {column!r} (data.{key}) ")
+    assert message in message_of_type
 
 
 def test_candidates_of_lists_are_counted_over_row_groups(tmp_path):

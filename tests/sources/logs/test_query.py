@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import decimal
-import functools
 import uuid
 
 import duckdb
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.sources.logs import files, query
+from kd_ranker.sources.logs.database import open_duckdb
 from kd_ranker.sources.logs.encode import Encoding
 from kd_ranker.sources.logs.spark_engine import created, in_spark
 from tests.sources import faulty_logs
@@ -23,22 +23,27 @@ from tests.sources import faulty_logs
 NAN = float("nan")
 
 
+def query_of(by_request=False, types=None, **changes) -> query.Query:
+    """The query for a log of `faulty_logs`, or for columns of other types."""
+    of = faulty_logs.config("log", "datasets", rows="request" if by_request else "candidate")
+    layout = dataclasses.replace(faulty_logs.layout(of), **changes)
+    schema = faulty_logs._schema(faulty_logs.make_rows(0, requests=1), by_request)
+    return query.Query(layout, types or {of.name: of.type for of in schema})
+
+
 @pytest.fixture
 def values(tmp_path):
-    """From a function of a column and its type, and an array, to the values by their places."""
+    """What a method of the query makes of an array, read from a Parquet file."""
 
-    def values(function, array):
-        table = pa.table({"place": np.arange(len(array)), "value": array})
+    def values(method, array, *arguments, **changes):
+        table = pa.table({"place": np.arange(len(array)), "log:x": array})
         pq.write_table(table, tmp_path / "values.parquet")
-        with duckdb.connect() as connection:
-            # As `database.open_duckdb` does: a file's bounds ignore NaN.
-            connection.execute("SET disabled_optimizers = 'statistics_propagation'")
-            connection.execute("SET TimeZone = 'UTC'")
+        with open_duckdb(1.0, 1, tmp_path, 1) as database:
             rows = f"read_parquet('{tmp_path}/values.parquet')"
-            read = connection.sql(f"SELECT value FROM {rows} LIMIT 0").to_arrow_table()
-            value = function("value", files.inner_type(read.schema.field("value").type))
-            found = connection.sql(f"SELECT {value} AS value FROM {rows} ORDER BY place")
-            return found.to_arrow_table()["value"].to_pylist()
+            type_ = database.fetch(f'SELECT "log:x" FROM {rows} LIMIT 0').schema.types[0]
+            value = getattr(query_of(types={"x": type_}, **changes), method)("x", *arguments)
+            found = database.fetch(f"SELECT {value} AS value FROM {rows} ORDER BY place")
+            return found["value"].to_pylist()
 
     return values
 
@@ -72,7 +77,7 @@ TEXTS = ["a", None, "b", "", "a", "ä"]
     ids=lambda of: str(of.type) if isinstance(of, pa.Array) else "",
 )
 def test_ids(values, array, expected):
-    assert values(query.id_of, array) == expected
+    assert values("id", array) == expected
     is_text = any(isinstance(of, str) for of in expected)
     known = files.TEXTS if is_text else files.NUMBERS
     assert files.kind_of(array.type) == ("" if pa.types.is_null(array.type) else known)
@@ -81,13 +86,13 @@ def test_ids(values, array, expected):
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary(2)])
 def test_ids_of_different_bytes_differ(values, type_):
     array = pa.array([b"\x00\xff", b"ab", None, b"\x00\xff"]).cast(type_)
-    one, other, missing, again = values(query.id_of, array)
+    one, other, missing, again = values("id", array)
     assert one == again != other is not missing is None
 
 
 def test_labels_may_be_words(values):
     array = pa.array(["True", " yes", "1", "FALSE", "n", "maybe", "", None])
-    assert values(query.truth_of, array) == [1, 1, 1, 0, 0, 2, None, None]
+    assert values("label_number", array) == [1, 1, 1, 0, 0, 2, None, None]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_labels_may_be_words(values):
     ],
 )
 def test_seconds_are_rounded_down(values, array, units, expected):
-    assert values(functools.partial(query.seconds_of, units_per_second=units), array) == expected
+    assert values("seconds", array, units_per_second=units) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,17 +129,15 @@ def test_seconds_are_rounded_down(values, array, units, expected):
     ids=lambda array: str(array.type),
 )
 def test_numbers_of_any_type(values, array):
-    assert values(lambda value, type_: query.number_of(value), array) == [1.0, None]
+    assert values("number", array) == [1.0, None]
 
 
-def test_codes_of_texts_and_numbers(values):
-    def codes(array):
-        codes = {"1": 1, "x": 2, "True": 3}
-        return values(lambda value, type_: query.code_of(value, type_, codes), array)
-
-    assert codes(pa.array(["x", "y", None, "1"])) == [2, 0, 0, 1]
-    assert codes(pa.array([1, 2, None])) == [1, 0, 0]
-    assert codes(pa.array([True, False])) == [3, 0]
+@pytest.mark.parametrize(
+    ("array", "codes"),
+    [(["x", "y", None, "1"], [2, 0, 0, 1]), ([1, 2, None], [1, 0, 0]), ([True, False], [3, 0])],
+)
+def test_codes_of_texts_numbers_and_truth_values(values, array, codes):
+    assert values("code", pa.array(array), {"1": 1, "x": 2, "True": 3}) == codes
 
 
 @pytest.mark.parametrize("known", [["b", "a"], pa.array([2**64 - 1, 5], pa.uint64())])
@@ -142,22 +145,9 @@ def test_values_have_the_ids_of_a_vocabulary(known):
     table = pa.table({"value": known, "id": pa.array([7, 8], pa.int32())})
     encoding = Encoding(None, {"feature:x": table}, {})  # type: ignore[arg-type]
     (one, other), type_ = known, table["value"].type
-    assert encoding.ids_of("feature:x", pa.array([other, None, one], type_), 6).tolist() == [
-        8,
-        6,
-        7,
-    ]
-    assert encoding.ids_of("feature:x", pa.array([], type_), 6).tolist() == []
-    unknown = pa.array(["c"]) if pa.types.is_string(type_) else pa.array([6], type_)
-    assert encoding.ids_of("feature:x", unknown, 6).tolist() == [6]
-
-
-def query_of(by_request=False, **changes) -> query.Query:
-    """The query for a log of `faulty_logs`."""
-    of = faulty_logs.config("log", "datasets", rows="request" if by_request else "candidate")
-    layout = dataclasses.replace(faulty_logs.layout(of), **changes)
-    schema = faulty_logs._schema(faulty_logs.make_rows(0, requests=1), by_request)
-    return query.Query(layout, {of.name: of.type for of in schema})
+    unknown = "c" if pa.types.is_string(type_) else 6
+    for values, ids in (([other, None, one, unknown], [8, 6, 7, 6]), ([], [])):
+        assert encoding.ids_of("feature:x", pa.array(values, type_), 6).tolist() == ids
 
 
 @pytest.mark.parametrize("by_request", [False, True])

@@ -1,11 +1,15 @@
+"""Logs as sources: by an independent restatement, and by single rows."""
+
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import shutil
 import uuid
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -16,10 +20,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from kd_ranker import api
-from kd_ranker.batch import FeatureSpec
 from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import SPLITS, Request
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.logs import data_report, database
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
@@ -30,19 +33,20 @@ from tests.sources.log_server import Server
 class Log(NamedTuple):
     """What became of a log."""
 
-    spec: FeatureSpec
+    source: Source
     requests: dict[str, list[Request]]
-    item_features: np.ndarray
-    item_category: np.ndarray
     report: dict
     rejected: pd.DataFrame
     server: Server  # that knows the files beside the dataset
     vocabularies: dict[str, dict[int, object]]  # id -> value
 
     @property
-    def counts(self) -> collections.Counter:
+    def counts(self) -> dict[str, int]:
         reasons = self.report["candidates"]["by_reason"]
-        return collections.Counter({name: of["candidates"] for name, of in reasons.items()})
+        return {name: of["candidates"] for name, of in reasons.items()}
+
+    def items_of(self, request) -> list:
+        return [self.vocabularies["item"][item] for item in request.item_id.tolist()]
 
 
 def read(config, folder) -> Log:
@@ -51,37 +55,59 @@ def read(config, folder) -> Log:
     with contextlib.closing(faulty_logs.open_source(config)) as source:
         source.write_beside(folder)
         requests = faulty_logs.all_requests(source)
-        assert {split: len(requests[split]) for split in SPLITS} == source.num_requests
+    assert {split: len(requests[split]) for split in SPLITS} == source.num_requests
     bad = folder / "rejected" / "rejected.parquet"
     server = Server(folder)
     return Log(
-        source.spec,
+        source,
         requests,
-        source.item_features,
-        source.item_category,
         json.loads((folder / "data_report.json").read_text()),
-        pd.read_parquet(bad) if bad.exists() else pd.DataFrame(),
+        pd.read_parquet(bad) if bad.exists() else pd.DataFrame({"reason": []}),
         server,
         {name: {id_: value for value, id_ in of.items()} for name, of in server.ids.items()},
     )
 
 
-def read_rows(rows, tmp_path, by_request=False, config=None, name="log", **options) -> Log:
-    log = write_log(tmp_path / name, rows, by_request, **options)
-    changes = {"rows": "request" if by_request else "candidate"} | (config or {})
-    of = faulty_logs.config(log, tmp_path / "datasets", **changes)
-    return read(of, tmp_path / f"{name}-beside")
+def read_rows(folder, rows, by_request=False, written=(), **changes) -> Log:
+    """Reads a log of rows, `written` with options of `write_log`, with changes of `config.data`."""
+    own = folder / f"log {len([*folder.iterdir()])}"
+    log = write_log(own / "log", rows, by_request, **dict(written))
+    changes = {"rows": "request" if by_request else "candidate"} | changes
+    return read(faulty_logs.config(log, folder / "datasets", **changes), own / "beside")
+
+
+@pytest.fixture
+def build(tmp_path):
+    return functools.partial(read_rows, tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config of a log of a file with faults."""
+    log = write_log(tmp_path / "log", make_rows(3, faults=0.05))
+    return faulty_logs.config(log, tmp_path / "datasets")
+
+
+def change(path, edit):
+    """Edits the table of a file."""
+    pq.write_table(edit(pq.read_table(path)), path)
+
+
+def columns_with(**changes):
+    """The columns of `faulty_logs.config`, with changes."""
+    return {**faulty_logs.config("", "").data.columns, **changes}
 
 
 def assert_as_restated(log: Log, restated: Restated) -> None:
     """Compares all that a request holds with the restatement; a server makes features of it."""
-    assert log.counts == restated.reasons
-    assert log.report["candidates"]["in_the_log"] == restated.candidates
+    assert log.counts == restated.reasons == collections.Counter(log.rejected["reason"])
+    candidates = log.report["candidates"]
+    assert candidates["in_the_log"] == restated.candidates
+    assert candidates["in_the_log"] == candidates["used"] + candidates["rejected"]
     by_time = sorted(restated.requests.values(), key=lambda of: of["time"])
     assert_ids_and_scales(log, restated, [of for of in by_time if of["split"] == "train"])
-    server, users, items = log.server, log.vocabularies["user"], log.vocabularies["item"]
-    assert set(users.values()) == {of["user_id"] for of in by_time}
-    assert set(items.values()) == set(restated.items)
+    assert {*log.vocabularies["user"].values()} == {of["user_id"] for of in by_time}
+    assert {*log.vocabularies["item"].values()} == {*restated.items}
     for split in SPLITS:
         expected = [of for of in by_time if of["split"] == split]
         assert [request.time for request in log.requests[split]] == [of["time"] for of in expected]
@@ -89,8 +115,8 @@ def assert_as_restated(log: Log, restated: Restated) -> None:
             candidates = of["candidates"]
             shown = [c for c in candidates if c["stage"] == "shown"]
             passed = [c for c in candidates if c["stage"] != "retrieved"]
-            assert users[request.user_id] == of["user_id"]
-            assert [items[i] for i in request.item_id] == [c["item_id"] for c in candidates]
+            log.server.check(request, of, candidates)
+            assert log.items_of(request) == [c["item_id"] for c in candidates]
             assert request.num_passed == len(passed)
             labels = [[c[task] or 0 for task in TASKS] for c in shown]
             np.testing.assert_array_equal(request.user_label, np.reshape(labels, (-1, 2)))
@@ -105,24 +131,9 @@ def assert_as_restated(log: Log, restated: Restated) -> None:
             np.testing.assert_array_equal(request.teacher_probability, by_teacher[:number])
             weights = [float(c["version"] == "v1") for c in candidates[:number]]
             np.testing.assert_array_equal(request.teacher_weight, weights)
-            assert request.history_id.tolist() == server.history(of)
-            assert request.history_features.tolist() == [[1.0]] * len(request.history_id)
-            assert request.request_category.tolist() == server.categories("request_category", of)
-            of_each = [server.categories("candidate_category", c) for c in candidates]
-            assert request.candidate_category.tolist() == of_each
-            for field, raw in (
-                ("user_features", of), ("context", of), ("candidate_features", candidates)
-            ):  # fmt: skip
-                is_one = isinstance(raw, dict)
-                dense = (
-                    server.dense(field, raw) if is_one else [server.dense(field, c) for c in raw]
-                )
-                np.testing.assert_allclose(getattr(request, field), dense, rtol=1e-6)
-    for index, item in items.items():
-        dense = server.dense("item_features", restated.items[item])
-        np.testing.assert_allclose(log.item_features[index], dense, rtol=1e-6)
-        own = server.categories("item_category", restated.items[item])
-        assert log.item_category[index].tolist() == own
+    for index, item in log.vocabularies["item"].items():
+        fields = log.source.item_features[index], log.source.item_category[index]
+        log.server.check_item(*fields, restated.items[item])
 
 
 def label_weight(candidate):
@@ -144,6 +155,8 @@ def assert_ids_and_scales(log: Log, restated: Restated, train: list[dict]) -> No
         "duration": [of for of, _ in items], "quality": [of for of, _ in items],
     }  # fmt: skip
     for of in itertools.chain(*log.server.told["dense"].values()):
+        if of["column"] not in of_requests:
+            continue
         values = [row[of["column"]] for row in of_requests[of["column"]]]
         known = np.array([x for x in values if x is not None and np.isfinite(x)])
         scale = (0, 1, known.mean()) if of["column"] == "hour" else (known.mean(), known.std(), 0)
@@ -166,6 +179,29 @@ def assert_ids_and_scales(log: Log, restated: Restated, train: list[dict]) -> No
     assert numbers == sorted(numbers, reverse=True)
 
 
+def add_vectors(rows, seed):
+    """Vectors of events and candidates; some are missing, of another length or lack an entry."""
+    generator = np.random.default_rng(seed)
+    for row in rows:
+        events = len([item for item in row.of_request["recent"] or [] if item is not None])
+        stars = generator.normal(size=events + generator.integers(2)).tolist()
+        views = generator.normal(size=(events, 2)).tolist()
+        row.of_request["stars"] = [None, *stars[1:]] if stars else None
+        row.of_request["views"] = views if generator.integers(4) else None
+        for candidate in row.candidates:
+            length = float(len(str(candidate["item_id"])))
+            candidate["embedding"] = [length, candidate["quality"], 1]
+
+
+VECTORS = dict(
+    stars=feature("event", "dense", standardise=False),
+    views=feature("event", "dense", length=2, standardise=False),
+    embedding=feature("item", "dense", length=3),
+    again=feature("candidate", "dense", "embedding", length=3, standardise=False),
+    short=feature("candidate", "dense", "embedding", length=2),
+)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -173,38 +209,35 @@ def assert_ids_and_scales(log: Log, restated: Restated, train: list[dict]) -> No
     files=st.integers(1, 3),
     texts=st.booleans(),
     faults=st.sampled_from([0.06, 0.06, 0.0]),
+    is_reversed=st.booleans(),
 )
 def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reason(
-    tmp_path_factory, seed, by_request, files, texts, faults
+    tmp_path_factory, seed, by_request, files, texts, faults, is_reversed
 ):
-    tmp_path = tmp_path_factory.mktemp("faulty")
-    rows = make_rows(seed, requests=40, texts=texts, faults=faults)
-    log = read_rows(rows, tmp_path, by_request, files=files)
-    restated = restate(rows, faulty_logs.config("", ""))
-    assert_as_restated(log, restated)
-    candidates = log.report["candidates"]
-    assert candidates["in_the_log"] == candidates["used"] + candidates["rejected"]
-    used = sum(len(r.item_id) for split in SPLITS for r in log.requests[split])
-    assert used == candidates["used"]
-    assert collections.Counter(log.rejected.get("reason", [])) == restated.reasons
+    rows = make_rows(seed, requests=40, texts=texts, faults=faults)[:: -1 if is_reversed else 1]
+    add_vectors(rows, seed)
+    features = ConfigDict({**faulty_logs.config("", "").data.features, **VECTORS})
+    folder = tmp_path_factory.mktemp("faulty")
+    log = read_rows(folder, rows, by_request, {"files": files}, features=features)
+    assert_as_restated(log, restate(rows, faulty_logs.config("", "")))
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_both_layouts_any_order_and_any_number_of_files_give_the_same(tmp_path, texts):
+def test_both_layouts_any_order_and_any_number_of_files_give_the_same(build, texts):
     rows = make_rows(1, requests=70, texts=texts)
-    whole = read_rows(rows, tmp_path, name="whole")
-    for name, by_request, options in (
-        ("request", True, {}),
-        ("files", False, {"files": 3, "row_group": 50}),
-        ("shuffled", False, {"files": 4, "shuffle": 0, "row_group": 40}),
-        ("requests-shuffled", True, {"files": 2, "shuffle": 1, "row_group": 5}),
+    whole = build(rows, strict=True)  # which a log without faults passes
+    for by_request, written in (
+        (True, {}),
+        (False, {"files": 4, "shuffle": 0, "row_group": 40}),
+        (True, {"files": 2, "shuffle": 1, "row_group": 5}),
     ):
-        other = read_rows(rows, tmp_path, by_request, name=name, **options)
-        assert same(whole.requests, other.requests), name
-        np.testing.assert_array_equal(whole.item_features, other.item_features)
-        np.testing.assert_array_equal(whole.item_category, other.item_category)
+        other = build(rows, by_request, written)
+        assert same(whole.requests, other.requests)
+        for name in ("item_features", "item_category"):
+            fields = (getattr(of.source, name) for of in (whole, other))
+            np.testing.assert_array_equal(*fields)
         assert whole.vocabularies == other.vocabularies
-        assert other.spec == whole.spec
+        assert other.source.spec == whole.source.spec
 
 
 def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_some(
@@ -213,9 +246,8 @@ def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_som
     monkeypatch.setattr(data_report, "MOST_ROWS", 2)
     folder = write_log(tmp_path / "log", make_rows(3, requests=40, faults=0.05), files=3)
     file = min(folder.glob("*.parquet"))
-    table = pq.read_table(file)
-    traces = pa.array([uuid.UUID(int=row) for row in range(len(table))], pa.uuid())
-    pq.write_table(table.append_column("reason", traces), file)
+    traces = [uuid.UUID(int=row) for row in range(pq.read_metadata(file).num_rows)]
+    change(file, lambda table: table.append_column("reason", pa.array(traces, pa.uuid())))
     log = read(faulty_logs.config(folder, tmp_path / "datasets"), tmp_path / "beside")
     counts = log.rejected["reason"].value_counts().to_dict()
     assert counts == {reason: min(count, 2) for reason, count in log.counts.items()}
@@ -227,11 +259,11 @@ def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_som
         pd.testing.assert_frame_equal(found, original, check_dtype=False)
 
 
-def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(tmp_path):
+def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(build):
     rows = make_rows(4)
     rows[3].candidates[1]["stage"] = "lost"
     rows[3].candidates[2]["item_id"] = None
-    log = read_rows(rows, tmp_path, by_request=True)
+    log = build(rows, by_request=True)
     assert log.rejected["reason"].tolist() == ["unknown_stage", "missing_item"]
     assert log.rejected["row"].tolist() == [3, 3]
     stages = [["lost"], [rows[3].candidates[2]["stage"]]]
@@ -240,9 +272,8 @@ def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_al
 
 
 def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_path):
-    rows = make_rows(5)
-    path = write_log(tmp_path / "log", rows, by_request=True)
-    table = pq.read_table(path / "part-0.parquet").to_pylist()
+    path = write_log(tmp_path / "log", make_rows(5), by_request=True) / "part-0.parquet"
+    table = pq.read_table(path).to_pylist()
     number = [len(row["item_id"]) for row in table]
     table[0]["item_id"] = None
     table[1]["item_id"] = []
@@ -250,8 +281,7 @@ def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_pa
     # A list that is missing is one of missing values.
     table[3]["teacher_probability_watch"] = None
     table[4]["watch"] = None
-    schema = pq.read_schema(path / "part-0.parquet")
-    pq.write_table(pa.Table.from_pylist(table, schema), path / "part-0.parquet")
+    change(path, lambda of: pa.Table.from_pylist(table, of.schema))
     config = faulty_logs.config(path, tmp_path / "datasets", rows="request")
     log = read(config, tmp_path / "beside")
     assert log.counts == {"no_candidates": 2, "lists_differ": number[2]}
@@ -264,54 +294,44 @@ def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_pa
 
 
 @pytest.mark.parametrize("by_request", [False, True])
-def test_an_item_that_a_request_has_twice_has_the_positive_labels_of_both_rows(
-    tmp_path, by_request
-):
+def test_an_item_that_a_request_has_twice_has_the_positive_labels_of_both_rows(build, by_request):
     """An impression, and further down the click on it, which may say nothing of another task."""
     rows = make_rows(32)
     first = rows[0].candidates[0]
     # Each lacks a label that the other has.
     first |= {"watch": None, "like": 1, "score": 5.0, "weight": 2.0}
+    once = build(rows)
     rows[0].candidates.append(dict(first, watch=1, like=None, score=9.0, weight=3.0))
-    log = read_rows(rows, tmp_path, by_request)
+    log = build(rows, by_request)
     assert log.counts == {"duplicate_item": 1}
     request = log.requests["train"][0]
-    place = [log.vocabularies["item"][i] for i in request.item_id].index(first["item_id"])
+    place = log.items_of(request).index(first["item_id"])
     assert request.user_label[place].tolist() == [1, 1]
     assert request.label_weight[place] == 3.0
-    once = read_rows(
-        [Row(rows[0].of_request, rows[0].candidates[:-1]), *rows[1:]], tmp_path, name="once"
-    )
-    np.testing.assert_array_equal(
-        request.candidate_features, once.requests["train"][0].candidate_features
-    )
+    features = once.requests["train"][0].candidate_features
+    np.testing.assert_array_equal(request.candidate_features, features)
 
 
-def test_a_request_id_that_comes_again_a_month_later_is_no_request(tmp_path):
+def test_a_request_id_that_comes_again_a_month_later_is_no_request(build):
     rows = make_rows(6)
     again = Row(rows[3].of_request | {"time": 1_000_000 + 30 * 86400}, rows[4].candidates)
-    log = read_rows([*rows, again], tmp_path)
-    apart = len(rows[3].candidates) + len(again.candidates)
-    assert log.counts == {"several_hours": apart}
+    log = build([*rows, again])
+    assert log.counts == {"several_hours": len(rows[3].candidates) + len(again.candidates)}
     assert sum(map(len, log.requests.values())) == len(rows) - 1
     within = Row(rows[3].of_request | {"time": rows[3].of_request["time"] + 3600}, [])
     within.candidates = [dict(rows[3].candidates[0], item_id=999)]
-    log = read_rows([*rows, within], tmp_path, name="within")
+    log = build([*rows, within])
     assert log.report["requests"]["several_times"] == 1
-    assert "several_hours" not in log.counts
-    longer = {"longest_request": 31 * 86400}
-    assert not read_rows([*rows, within], tmp_path, name="longer", config=longer).counts
+    assert not log.counts
+    assert not build([*rows, within, again], longest_request=31 * 86400).counts.get("several_hours")
 
 
-def test_stages_without_a_column_follow_from_what_is_there(tmp_path):
+def test_stages_without_a_column_follow_from_what_is_there(build):
     rows = make_rows(8)
-    with_stages = read_rows(rows, tmp_path, name="with")
-    columns = columns_with(stage="")
-    without = read_rows(rows, tmp_path, name="without", config={"columns": columns})
-    assert same(with_stages.requests, without.requests)
+    assert same(build(rows).requests, build(rows, columns=columns_with(stage="")).requests)
 
 
-def scored(signal, score, tmp_path):
+def scored(signal, score, build):
     """A log with signals of a teacher, and by candidate of its first requests these and the stored.
 
     `score` takes the place of a candidate in its row.
@@ -322,23 +342,19 @@ def scored(signal, score, tmp_path):
             candidate["teacher_probability_watch"] = score(place)
     rows[0].candidates[0]["teacher_probability_watch"] = -14.0
     rows[0].candidates[2]["teacher_probability_watch"] = score(1)
-    log = read_rows(rows, tmp_path, config={"teacher_signal": signal})
-    assert log.spec.teacher_signal == signal
+    log = build(rows, teacher_signal=signal)
+    assert log.source.spec.teacher_signal == signal
     assert "predicted_over_observed/watch" not in log.report["splits"]["train"]
     watch = next(of for of in log.report["columns"] if of["key"] == "data.teacher.watch")
     assert watch["out_of_range"] == 1
     for row, request in zip(rows[:2], log.requests["train"], strict=False):
-        stored = {
-            log.vocabularies["item"][item]: probability
-            for item, probability in zip(
-                request.item_id.tolist(), request.teacher_probability[:, 0], strict=False
-            )
-        }
+        by_item = zip(log.items_of(request), request.teacher_probability[:, 0], strict=False)
+        stored = dict(by_item)
         yield row, np.array([stored.get(of["item_id"], np.nan) for of in row.candidates], float)
 
 
-def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
-    (first, one), (_, other) = scored("rank", lambda n: 1.0 + n if n < 6 else None, tmp_path)
+def test_teacher_ranks_become_numbers_that_fall_with_them(build):
+    (first, one), (_, other) = scored("rank", lambda n: 1.0 + n if n < 6 else None, build)
     # Of five that are ranked, two share the first and the second place.
     number = min(len(first.candidates), 6)
     ranks = np.array([np.nan, 0.5, 0.5, *range(2, number - 1)])
@@ -347,27 +363,18 @@ def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
     np.testing.assert_allclose(other[:number], 1 / (2 + np.arange(number)), 1e-6)
 
 
-def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
-    for row, stored in scored("score", lambda n: 4 * np.sin(9.0 * n), tmp_path):
+def test_teacher_scores_are_the_logits_of_what_is_stored(build):
+    for row, stored in scored("score", lambda n: 4 * np.sin(9.0 * n), build):
         scores = np.array([of["teacher_probability_watch"] for of in row.candidates])
         scores[scores < -13.8] = np.nan  # which is too large
         np.testing.assert_allclose(np.log(stored / (1 - stored)), scores, rtol=1e-2, atol=1e-3)
 
 
-def columns_with(**changes):
-    """The columns of `faulty_logs.config`, with changes."""
-    columns = faulty_logs.config("", "").data.columns
-    columns.update(changes)
-    return columns
-
-
-@pytest.mark.parametrize("by_request", [True, False])
-@pytest.mark.parametrize("signal", ["score", "rank"])
-def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(tmp_path, by_request, signal):
+@pytest.mark.parametrize(("by_request", "signal"), [(True, "score"), (False, "rank")])
+def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(build, by_request, signal):
     rows, expected = make_rows(40), {}
-    rows[-1].candidates[0] |= {"score": np.nan}
-    rows[-1].candidates[1] |= {"score": None}
-    rows[-1].candidates[2] |= {"score": np.inf}
+    for candidate, score in zip(rows[-1].candidates, (np.nan, None, np.inf), strict=False):
+        candidate["score"] = score
     for row in rows:
         for place, candidate in enumerate(row.candidates):
             candidate["weight"] = 0.3 * (1 + place)  # above 1 where not shown
@@ -378,86 +385,76 @@ def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(tmp_path, by
             facts = (-score if signal == "rank" else score, propensity)
             expected[row.of_request["request_id"], candidate["item_id"]] = facts
     columns = columns_with(label_weight="", incumbent="score", propensity="weight")
-    changes = {"columns": columns, "incumbent_signal": signal}
-    log = read_rows(rows, tmp_path, by_request, changes)
+    log = build(rows, by_request, columns=columns, incumbent_signal=signal)
     for request in (*log.requests["validation"], *log.requests["test"]):
-        items = [log.vocabularies["item"][item] for item in request.item_id]
-        incumbent, propensity = zip(
-            *(expected[request.request_id, of] for of in items), strict=True
-        )
-        np.testing.assert_allclose(request.incumbent, incumbent, rtol=1e-6)
-        np.testing.assert_allclose(request.propensity, propensity, rtol=1e-6)
+        facts = [expected[request.request_id, item] for item in log.items_of(request)]
+        found = np.stack([request.incumbent, request.propensity], axis=1)
+        np.testing.assert_allclose(found, facts, rtol=1e-6)
         assert request.incumbent.dtype == request.propensity.dtype == np.float32
         assert np.isnan(request.true_probability).all()
     for request in log.requests["train"]:
         assert len(request.incumbent) == len(request.propensity) == 0
 
 
-def test_a_propensity_that_is_none_is_refused_with_its_number_and_an_example(tmp_path):
+def test_a_propensity_that_is_none_is_refused_with_its_number_and_an_example(build):
     rows = make_rows(41)
     for row in rows:
         for place, candidate in enumerate(row.candidates):
             candidate["weight"] = 0.5 if place < 3 else 0.0
     columns = columns_with(label_weight="", propensity="weight")
-    read_rows(rows, tmp_path, config={"columns": columns})
+    build(rows, columns=columns)
     rows[0].candidates[0]["weight"] = rows[1].candidates[1]["weight"] = 1.5
     shown = sum(candidate["stage"] == "shown" for row in rows for candidate in row.candidates)
     fault = rf"data\.columns\.propensity: 2 of {shown} values of column 'weight' on .* as 1\.5; see"
     with pytest.raises(UserError, match=fault):
-        read_rows(rows, tmp_path, config={"columns": columns}, name="bad")
+        build(rows, columns=columns)
 
 
 @pytest.mark.parametrize("by_request", [True, False])
-def test_a_log_without_users_has_one(tmp_path, by_request):
+def test_a_log_without_users_has_one(build, by_request):
     rows = make_rows(42)
-    log = read_rows(rows, tmp_path, by_request, {"columns": columns_with(user="")})
-    assert log.spec.num_users == 1
-    of_one = make_rows(42)
-    for row in of_one:
+    log = build(rows, by_request, columns=columns_with(user=""))
+    assert log.source.spec.num_users == 1
+    for row in rows:
         row.of_request["user_id"] = 7
-    other = read_rows(of_one, tmp_path, by_request, name="one")
-    assert same(log.requests, other.requests)
-    assert log.counts == other.counts
+    assert same(log.requests, build(rows, by_request).requests)
 
 
-def test_without_a_teacher_or_features_there_are_columns_of_zeros(tmp_path):
+def test_without_a_teacher_or_features_there_are_columns_of_zeros(build):
     empty, columns = ConfigDict(), columns_with(teacher_version="")
-    changes = {"teacher": empty, "features": empty, "columns": columns}
-    log = read_rows(make_rows(12), tmp_path, config=changes)
-    assert log.spec.teacher_version == ""
-    assert (log.spec.user_features, log.spec.item_features, log.spec.categories) == (1, 1, ())
+    log = build(make_rows(12), teacher=empty, features=empty, columns=columns)
+    spec = log.source.spec
+    assert spec.teacher_version == ""
+    assert (spec.user_features, spec.item_features, spec.categories) == (1, 1, ())
     request = log.requests["train"][0]
     assert request.teacher_probability.shape == (0, 2)
     assert request.request_category is None
-    assert log.item_features.tolist() == [[0.0]] * log.spec.num_items
+    assert log.source.item_features.tolist() == [[0.0]] * spec.num_items
 
 
-def test_every_version_of_the_teacher_counts_unless_one_is_named(tmp_path):
+def test_every_version_of_the_teacher_counts_unless_one_is_named(build):
     rows = make_rows(13)
     for candidate in rows[0].candidates:
         candidate["version"] = "v0"
     for version, weight in (("v1", 0), ("", 1)):
-        log = read_rows(rows, tmp_path, name=f"{version}-log", config={"teacher_version": version})
+        log = build(rows, teacher_version=version)
         first = log.requests["train"][0]
         assert first.teacher_weight.tolist() == [weight] * first.num_passed
         assert log.report["teacher"]["other_version"] == (1 - weight) * first.num_passed
-        assert log.spec.teacher_version
+        assert log.source.spec.teacher_version
 
 
 @pytest.mark.parametrize("split", ["time", "request", "user"])
-def test_splits_share_what_they_must_not_share(tmp_path, split):
-    rows = make_rows(14, requests=120)
-    shares = {"validation_share": 0.2, "test_share": 0.25}
-    log = read_rows(rows, tmp_path, config={"split": split, **shares})
+def test_splits_share_what_they_must_not_share(build, split):
+    log = build(make_rows(14, requests=120), split=split, validation_share=0.2, test_share=0.25)
     requests = log.requests
     ids = [{request.request_id for request in requests[name]} for name in SPLITS]
     assert sum(map(len, ids)) == len(set.union(*ids)) == 120
-    for name in SPLITS:
-        times = [request.time for request in requests[name]]
-        assert times == sorted(times)
+    times = {name: [request.time for request in requests[name]] for name in SPLITS}
+    assert all(of == sorted(of) for of in times.values())
     if split == "time":
-        for earlier, later in itertools.pairwise(SPLITS):
-            assert requests[earlier][-1].time < requests[later][0].time
+        in_order = [*itertools.chain(*times.values())]
+        assert in_order == sorted(in_order)
         assert {name: len(requests[name]) for name in SPLITS[1:]} == {"validation": 24, "test": 30}
     if split == "user":
         users = [{request.user_id for request in requests[name]} for name in SPLITS]
@@ -466,7 +463,8 @@ def test_splits_share_what_they_must_not_share(tmp_path, split):
         assert 12 <= len(requests["test"]) <= 48
         assert 8 <= len(requests["validation"]) <= 40
     # Ids of training users and items come first.
-    for of, size in (("user_id", log.spec.num_users), ("item_id", log.spec.num_items)):
+    sizes = {"user_id": log.source.spec.num_users, "item_id": log.source.spec.num_items}
+    for of, size in sizes.items():
         seen = {
             name: set(np.concatenate([np.atleast_1d(getattr(r, of)) for r in requests[name]]))
             for name in SPLITS
@@ -475,17 +473,15 @@ def test_splits_share_what_they_must_not_share(tmp_path, split):
         assert set.union(*seen.values()) == set(range(size))
 
 
-def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
+def test_a_split_by_hash_follows_the_seed_alone(build):
     rows = make_rows(15, requests=60, texts=True)
-    log = write_log(tmp_path / "log", rows)
 
-    def test_times(name, **changes):
-        config = faulty_logs.config(log, tmp_path / "datasets", split="request", **changes)
-        return [request.time for request in read(config, tmp_path / name).requests["test"]]
+    def test_times(**changes):
+        requests = build(rows, split="request", **changes).requests["test"]
+        return [request.time for request in requests]
 
-    assert test_times("one") == test_times("again") != test_times("other", seed=1)
     # The share of the validation is taken from what is left.
-    assert test_times("small", validation_share=0.1) == test_times("large", validation_share=0.6)
+    assert test_times() == test_times(validation_share=0.6) != test_times(seed=1)
 
 
 @pytest.mark.parametrize(
@@ -500,11 +496,9 @@ def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
 )
 def test_a_split_may_be_a_column_that_leaves_none_open(tmp_path, splits, message):
     path = write_log(tmp_path / "log", make_rows(15, requests=len(splits))) / "part-0.parquet"
-    table = pq.read_table(path)
-    places = [(time - 1_000_000) // 60 for time in table["time"].to_pylist()]
-    column = [splits[place] for place in places]
+    column = [splits[(time - 1_000_000) // 60] for time in pq.read_table(path)["time"].to_pylist()]
     column[0] = column[0].rstrip("?")
-    pq.write_table(table.append_column("part", pa.array(column)), path)
+    change(path, lambda table: table.append_column("part", pa.array(column)))
     config = faulty_logs.config(path, tmp_path / "datasets", split="column")
     config.data.columns.split = "part"
     if message:
@@ -517,26 +511,20 @@ def test_a_split_may_be_a_column_that_leaves_none_open(tmp_path, splits, message
         assert [request.time for request in requests[split]] == expected
 
 
-def test_strict_ends_the_build_and_says_where_the_report_is(tmp_path):
-    rows = make_rows(17, faults=0.05)
-    log = write_log(tmp_path / "log", rows)
-    config = faulty_logs.config(log, tmp_path / "datasets", strict=True)
+def test_strict_ends_the_build_and_says_where_the_report_is(config):
+    config.data.strict = True
     with pytest.raises(UserError, match=r"data.strict=True, and .* rejected candidates") as caught:
         faulty_logs.open_source(config)
-    page = tmp_path / "datasets" / REFUSED / "data_report.html"
-    assert str(page) in str(caught.value)
-    assert page.exists()
-    assert (page.parent / "rejected").is_dir()
     # Nothing else is left behind.
-    assert [path.name for path in (tmp_path / "datasets").iterdir()] == [REFUSED]
-
-
-def test_strict_does_not_mind_a_log_without_faults(tmp_path):
-    assert not read_rows(make_rows(18), tmp_path, config={"strict": True}).counts
+    (folder,) = (faulty_logs.Path(config.data.dir)).iterdir()
+    assert folder.name == REFUSED
+    assert str(folder / "data_report.html") in str(caught.value)
+    assert (folder / "data_report.html").exists()
+    assert (folder / "rejected").is_dir()
 
 
 @pytest.mark.parametrize(
-    ("seconds", "stage", "config", "message"),
+    ("seconds", "stage", "changes", "message"),
     [
         (60, "lost", {}, "not one row of the log can be used; .*unknown_stage"),
         (0.1, "passed", {}, "have less than three different times, one a split; split"),
@@ -545,17 +533,17 @@ def test_strict_does_not_mind_a_log_without_faults(tmp_path):
          "data.test_share=0.3; see .*data_report.html"),
     ],
 )  # fmt: skip
-def test_a_log_that_leaves_a_split_empty_says_why(tmp_path, seconds, stage, config, message):
+def test_a_log_that_leaves_a_split_empty_says_why(build, seconds, stage, changes, message):
     rows = make_rows(20, requests=20)
     for number, row in enumerate(rows):
         row.of_request["time"] = 5 + int(number * seconds)
         for candidate in row.candidates:
             candidate["stage"] = stage
     with pytest.raises(UserError, match=message):
-        read_rows(rows, tmp_path, config=config)
+        build(rows, **changes)
 
 
-def test_the_report_counts_what_is_in_a_column(tmp_path):
+def test_the_report_counts_what_is_in_a_column(build):
     rows = make_rows(21)
     rows[0].of_request["age"] = None
     rows[1].of_request["age"] = np.inf
@@ -565,41 +553,28 @@ def test_the_report_counts_what_is_in_a_column(tmp_path):
     rows[3].candidates = [c for c in rows[3].candidates if c["stage"] != "shown"]
     for candidate in rows[4].candidates:
         candidate["weight"] = 0.0
-    log = read_rows(rows, tmp_path, by_request=True)
-    columns = {column["key"]: column for column in log.report["columns"]}
+    report = build(rows, by_request=True).report
+    columns = {column["key"]: column for column in report["columns"]}
     age = columns["data.features.age"]
     assert (age["values"], age["missing"], age["out_of_range"]) == (30, 1, 1)
     assert columns["data.teacher.watch"]["out_of_range"] == 1
     assert columns["data.features.score"]["missing"] == 1
-    train = log.report["splits"]["train"]
-    assert train["shown"] == 1 + 3 + train["labelled"]
+    train = report["splits"]["train"]
+    number, shown = train["requests"], train["shown"]
+    assert shown == 1 + 3 + train["labelled"]
     assert train["without_a_label"] == 2
-    number = train["requests"]
-    remark = f"2 of {number} train requests ({2 / number:.1%}) have no label."
-    assert remark in log.report["remarks"]
-    varying = {of["name"]: of.get("items_with_several_values") for of in log.report["features"]}
-    assert varying["duration"] == 1
-    assert varying["author"] == 0
-    shown = train["shown"]
+    assert f"2 of {number} train requests ({2 / number:.1%}) have no label." in report["remarks"]
+    varying = {of["name"]: of.get("items_with_several_values") for of in report["features"]}
+    assert (varying["duration"], varying["author"]) == (1, 0)
     assert train["coverage/watch/shown"] == pytest.approx((shown - 2) / shown)
-
-
-def test_the_calibration_of_the_report_is_that_of_the_shown_labels(tmp_path):
-    rows = make_rows(22, requests=60)
-    log = read_rows(rows, tmp_path)
-    train = rows[: len(log.requests["train"])]
-    shown = [c for row in train for c in row.candidates if c["stage"] == "shown"]
-    weight = np.array([c["weight"] for c in shown])
-    predicted = np.array([c["teacher_probability_watch"] for c in shown])
-    observed = np.array([c["watch"] for c in shown])
-    assert log.report["splits"]["train"]["predicted_over_observed/watch"] == pytest.approx(
-        (weight * predicted).sum() / (weight * observed).sum(), rel=1e-5
-    )
+    kept = [c for row in rows[:number] for c in row.candidates if c["stage"] == "shown"]
+    kept = pd.DataFrame([c for c in kept if (c["teacher_probability_watch"] or 0) <= 1]).dropna()
+    sums = kept[["teacher_probability_watch", "watch"]].mul(kept["weight"], axis=0).sum()
+    assert train["predicted_over_observed/watch"] == pytest.approx(sums.iloc[0] / sums.iloc[1])
 
 
 def test_processes_change_nothing(tmp_path):
-    rows = make_rows(25, requests=150, faults=0.03, texts=True)
-    log = write_log(tmp_path / "log", rows, files=2)
+    log = write_log(tmp_path / "log", make_rows(25, requests=150, faults=0.03, texts=True), files=2)
     built = []
     for processes in (1, 2):
         config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
@@ -609,15 +584,12 @@ def test_processes_change_nothing(tmp_path):
     assert built[0] == built[1]
 
 
-def test_tables_that_outgrow_memory_change_nothing(tmp_path, monkeypatch):
-    log = write_log(tmp_path / "log", make_rows(25, faults=0.05), files=2)
-    config = faulty_logs.config(log, tmp_path)
+def test_tables_that_outgrow_memory_change_nothing(config, tmp_path, monkeypatch):
     within = read(config, tmp_path / "within")
     monkeypatch.setattr(database, "_BYTES_A_CANDIDATE", 2**30)
-    source = faulty_logs.open_source(config)
-    assert [*tmp_path.glob(".parquet-*/tables.duckdb")]
-    assert same(faulty_logs.all_requests(source), within.requests)
-    source.close()
+    with contextlib.closing(faulty_logs.open_source(config)) as source:
+        assert [*tmp_path.glob("datasets/.parquet-*/tables.duckdb")]
+        assert same(faulty_logs.all_requests(source), within.requests)
 
 
 def test_a_log_that_has_changed_is_not_taken_for_the_one_before(tmp_path):
@@ -634,31 +606,16 @@ def test_a_log_that_has_changed_is_not_taken_for_the_one_before(tmp_path):
     check_unchanged(config.data, directory)
 
 
-def test_a_log_behind_a_url_is_read_like_one_on_disk(tmp_path):
-    import fsspec
-
-    rows = make_rows(28)
-    expected = read_rows(rows, tmp_path)
+def test_a_log_behind_a_url_is_read_like_one_on_disk(config, tmp_path):
+    expected = read(config, tmp_path / "of disk")
     memory = fsspec.filesystem("memory")
-    memory.put(str(tmp_path / "log" / "part-0.parquet"), "/bucket/day=1/part-0.parquet")
+    memory.put(f"{config.data.path}/part-0.parquet", "/bucket/day=1/part-0.parquet")
     try:
         for number, url in enumerate(("memory://bucket", "memory://bucket/*/*.parquet")):
-            config = faulty_logs.config(url, tmp_path / "datasets")
+            config.data.path = url
             assert same(expected.requests, read(config, tmp_path / f"{number}").requests)
     finally:
         memory.rm("/bucket", recursive=True)
-
-
-def test_an_item_keeps_its_last_value_by_time_whatever_the_order_of_the_log(tmp_path):
-    rows = make_rows(29)
-    item = rows[-1].candidates[0]["item_id"]
-    of_item = [of for row in rows for of in row.candidates if of["item_id"] == item]
-    for number, candidate in enumerate(of_item):
-        candidate["duration"] = float(number)
-    log = read_rows(rows[::-1], tmp_path)
-    index = log.server.ids["item"][item]
-    expected = log.server.dense("item_features", of_item[-1])
-    np.testing.assert_allclose(log.item_features[index], expected, rtol=1e-6)
 
 
 def test_columns_of_folders_are_features_like_others(tmp_path):
@@ -674,33 +631,47 @@ def test_columns_of_folders_are_features_like_others(tmp_path):
         assert value[int(request.request_category[0])] == folder[request.request_id]
 
 
-def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
-    log = write_log(tmp_path / "log", make_rows(3))
-    path = log / "part-0.parquet"
+def test_ids_that_are_numbers_in_one_file_and_texts_in_another_are_texts(tmp_path):
+    log = write_log(tmp_path / "log", make_rows(3), files=2)
+    config, found = faulty_logs.config(log, tmp_path / "datasets"), []
+    for path in sorted(log.iterdir()):
+        place = pq.read_schema(path).get_field_index("user_id")
+        texts = pq.read_table(path)["user_id"].cast("string")
+        change(path, lambda of, i=place, x=texts: of.set_column(i, "user_id", x))
+        found.append(read(config, tmp_path / f"beside {path.stem}"))
+    assert {*map(type, found[0].vocabularies["user"].values())} == {str}
+    assert found[0].vocabularies == found[1].vocabularies
+    assert same(found[0].requests, found[1].requests)
+
+
+def test_a_file_that_is_damaged_within_is_one_line(config):
+    path = faulty_logs.Path(config.data.path) / "part-0.parquet"
     chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
     content = bytearray(path.read_bytes())
     start = chunk.dictionary_page_offset or chunk.data_page_offset
-    content[start + 30 : start + chunk.total_compressed_size] = bytes(
-        chunk.total_compressed_size - 30
-    )
+    damaged = slice(start + 30, start + chunk.total_compressed_size)
+    content[damaged] = bytes(chunk.total_compressed_size - 30)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read.*part-0.parquet"):
-        faulty_logs.open_source(faulty_logs.config(log, tmp_path))
+        faulty_logs.open_source(config)
 
 
-def test_columns_may_have_the_names_that_are_used_here_and_files_those_of_patterns(tmp_path):
-    rows = make_rows(3, faults=0.05)
-    plain = write_log(tmp_path / "plain", rows, files=2)
-    expected = read(faulty_logs.config(plain, tmp_path), tmp_path / "of plain")
-    log = write_log(tmp_path / "log", rows, files=2)
-    for path in log.iterdir():
-        table = pq.read_table(path).rename_columns({"position": "place", "age": "row"})
+def test_columns_may_have_the_names_that_are_used_here_and_files_those_of_patterns(
+    config, tmp_path
+):
+    expected = read(config, tmp_path / "of plain")
+    log = write_log(tmp_path / "other", make_rows(3, faults=0.05), files=2)
+
+    def renamed(table):
+        table = table.rename_columns({"position": "place", "age": "row"})
         for name in ("FILE", "reason", "entries", "each", "request", "number"):
             table = table.append_column(name, pa.array([7] * len(table)))
-        pq.write_table(table, path)
-    (log / "part-0.parquet").rename(log / "p1.parquet")
-    (log / "part-1.parquet").rename(log / "p[1].parquet")
-    config = faulty_logs.config(log, tmp_path)
+        return table
+
+    for path, name in zip(sorted(log.iterdir()), ("p1.parquet", "p[1].parquet"), strict=True):
+        change(path, renamed)
+        path.rename(log / name)
+    config.data.path = str(log)
     config.data.columns.position, config.data.features.age.column = "place", "row"
     found = read(config, tmp_path / "of log")
     assert same(found.requests, expected.requests)

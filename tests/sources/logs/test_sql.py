@@ -104,10 +104,9 @@ def test_a_select_whose_files_have_changed_is_not_the_log_before(tmp_path, log):
 def small_log(path):
     """A config that reads only ids, times and labels of a text file."""
     config = faulty_logs.config(path, "datasets")
-    data = config.data
-    data.features, data.teacher = ConfigDict(), ConfigDict()
-    data.columns = ConfigDict(dict(request="request", time="time", user="user", item="item"))
-    data.labels = ConfigDict(dict.fromkeys(config.tasks, "click"))
+    config.data.features, config.data.teacher = ConfigDict(), ConfigDict()
+    config.data.columns = ConfigDict({of: of for of in ("request", "time", "user", "item")})
+    config.data.labels = ConfigDict(dict.fromkeys(config.tasks, "click"))
     return config
 
 
@@ -115,21 +114,23 @@ def texts_of(path, items, delimiter=","):
     rows = [(f"r{n // 10}", 1_700_000_000 + n // 10, "u", of, 0) for n, of in enumerate(items)]
     lines = [("request", "time", "user", "item", "click"), *rows]
     path.write_text("".join(delimiter.join(map(str, line)) + "\n" for line in lines))
-    return path
+
+
+# DuckDB sees no more than 20,480 rows by default.
+ZEROS_AT_THE_END = [*range(1, 10)] * 3000 + [f"00{n}" for n in range(1, 10)]
 
 
 @pytest.mark.parametrize(
-    ("name", "items", "number"),
+    ("name", "delimiter", "items", "number"),
     [
-        # DuckDB sees no more than 20,480 rows unless told otherwise.
-        ("log.csv", [*range(1, 10)] * 3000 + [f"00{n}" for n in range(1, 10)], 18),
-        ("LOG.TSV", [*range(1, 10)] * 3000 + [f"00{n}" for n in range(1, 10)], 18),
-        ("log.csv", ["100000", "1e5", "7"] * 10, 3),
+        ("log.csv", ",", ZEROS_AT_THE_END, 18),
+        ("LOG.TSV", "\t", ZEROS_AT_THE_END, 18),
+        ("log.csv", ",", ["100000", "1e5", "7"] * 10, 3),
     ],
 )
-def test_ids_of_text_files_stay_apart(tmp_path, name, items, number):
-    path = texts_of(tmp_path / name, items, "\t" if name == "LOG.TSV" else ",")
-    log = files.open_log(faulty_logs.layout(small_log(path)))
+def test_ids_of_text_files_stay_apart(tmp_path, name, delimiter, items, number):
+    texts_of(tmp_path / name, items, delimiter)
+    log = files.open_log(faulty_logs.layout(small_log(tmp_path / name)))
     with open_duckdb(1.0, 1, tmp_path, 0) as database:
         database.open_log(log)
         assert database.number(f'SELECT count(DISTINCT "{PREFIX}item") FROM log') == number
@@ -138,7 +139,6 @@ def test_ids_of_text_files_stay_apart(tmp_path, name, items, number):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("log.csv", "", "log.csv has no rows"),
         ("log.csv", "request,time,user,item,click\n", "log.csv has no rows"),
         ("log.json", "", "log.json has no rows"),
         ("log.csv", "request,time\n1,2\n", "log.csv has no column 'user'"),
@@ -149,23 +149,25 @@ def test_ids_of_text_files_stay_apart(tmp_path, name, items, number):
 def test_a_text_file_that_is_no_log_is_one_line(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text, errors="surrogateescape")
-    with pytest.raises(UserError) as caught:
-        open_source(small_log(path))
-    assert f"{tmp_path}/{message}" in str(caught.value)
-    assert not any(of in str(caught.value) for of in ("\n", "data.sql", "Possible"))
-    with pytest.raises(UserError) if "no column" not in message else contextlib.nullcontext():
-        api.infer(path, tmp_path / "first")
+    fault = fault_of(open_source, small_log(path))
+    assert f"{tmp_path}/{message}" in fault
+    assert not any(of in fault for of in ("data.sql", "Possible"))
+    if "no column" not in message:
+        fault_of(api.infer, path, tmp_path / "first")
+
+
+def test_text_files_at_several_paths_are_named_if_they_lack_a_column_of_ids(tmp_path):
+    texts_of(tmp_path / "a.csv", ["1e5", "7.5"] * 10)
+    texts_of(tmp_path / "b.csv", range(20))
+    # Spaces next to commas do not count.
+    config = small_log(f"{tmp_path}/a.csv, {tmp_path}/b.csv ")
+    found = {files.SQL, f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"}
+    assert files.open_log(faulty_logs.layout(config)).manifest.keys() == found
+    (tmp_path / "b.csv").write_text("request,time,user,click\nr1,1700000000,u,1\n")
+    message = f"{tmp_path}/b.csv has no column 'item' (data.columns.item); it has: request, time"
+    assert message in fault_of(open_source, config)
 
 
 @pytest.mark.parametrize("rest", ["\n\nb", "\nPossible fixes:\n* b", "\nThe search space used was"])
 def test_advice_of_duckdb_is_left_out(rest):
     assert files.line_of(duckdb.Error(f"Error: a\nand c {rest}")) == "Error: a and c"
-
-
-def test_paths_may_have_spaces_next_to_commas(tmp_path):
-    for name in ("a.csv", "b.csv"):
-        texts_of(tmp_path / name, range(20))
-    config = small_log(f"{tmp_path}/a.csv, {tmp_path}/b.csv ")
-    assert files.open_log(faulty_logs.layout(config)).manifest.keys() == {
-        files.SQL, f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"
-    }  # fmt: skip

@@ -10,6 +10,16 @@
             FROM {{ rows }} GROUP BY {{ group }}) AS grouped USING ({{ group }})
 {%- endmacro %}
 
+-- A number if it is in [low, the largest of 32 bits], else NULL.
+{% macro within(column, low) %}
+CASE WHEN {{ number(column) }} BETWEEN {{ low }} AND {{ largest }} THEN {{ number(column) }} END
+{%- endmacro %}
+-- A number in half the memory; one too large for it is infinite.
+{% macro in_32_bits(column) %}
+CASE WHEN {{ number(column) }} > {{ largest }} THEN 'inf'::FLOAT
+            WHEN {{ number(column) }} < -{{ largest }} THEN '-inf'::FLOAT ELSE ({{ number(column) }})::FLOAT END
+{%- endmacro %}
+
 -- 1. Candidates: one row each, as logged. `place` is that in the lists of a row, else -1.
 {% if layout.by_request %}
 CREATE VIEW listed AS SELECT file, "row", {{ names(wanted) }},
@@ -49,16 +59,28 @@ CREATE TABLE typed AS
         {{ seconds(columns.time) if columns.time else "0::BIGINT" }} AS time,
         {{ within(columns.position, 0) if columns.position else "NULL" }}::FLOAT AS position,
     {% for task in layout.tasks %}
-        {{ label(labels[task]) if labels[task] else "-1" }}::TINYINT AS "label:{{ task }}",
+        {% set label = label_number(labels[task]) if labels[task] else "NULL" %}
+        CASE WHEN {{ label }} IN (0, 1) THEN {{ label }} WHEN {{ label }} IS NULL THEN -1 ELSE -2
+        END::TINYINT AS "label:{{ task }}",
     {% endfor %}
     {% for task in layout.scored_tasks %}
         {{ in_32_bits(layout.teacher[task]) }} AS "teacher:{{ task }}",
     {% endfor %}
-        {{ label_weight(columns.label_weight) }}::FLOAT AS label_weight,
-        {{ teacher_weight() }}::FLOAT AS teacher_weight,
-    {% for name, value in facts.items() %}
-        {{ value }}::FLOAT AS {{ name }},
-    {% endfor %}
+    {% if columns.label_weight %}
+        CASE WHEN {{ number(columns.label_weight) }} IS NULL THEN 1
+            ELSE coalesce({{ within(columns.label_weight, 0) }}, 0) END
+    {% else %} 1 {% endif %}::FLOAT AS label_weight,
+        CASE WHEN {{ other_version() or "false" }} THEN 0
+    {% if columns.teacher_weight %}
+            ELSE coalesce({{ within(columns.teacher_weight, 0) }}, 0)
+    {% else %} ELSE 1 {% endif %} END::FLOAT AS teacher_weight,
+    {% if "incumbent" in facts %}
+        {% set by_rank = layout.incumbent_signal == "rank" %}
+        {{ "-" if by_rank }}({{ within(columns.incumbent, 0 if by_rank else -largest) }})::FLOAT AS incumbent,
+    {% endif %}
+    {% if "propensity" in facts %}
+        {{ in_32_bits(columns.propensity) }}::FLOAT AS propensity,
+    {% endif %}
     {% for feature in layout.of("candidate") %}
         {{ feature_value(feature) }} AS "feature:{{ feature.name }}",
     {% endfor %}
