@@ -6,7 +6,7 @@ import glob
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -37,6 +37,8 @@ _SUFFIXES = (".parquet", ".pq")
 _FOOTERS_AT_A_TIME = 16
 # The names under which different stores keep a mark that differs once a file is rewritten.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
+# The head of a page in Thrift's compact protocol: its type, its two sizes, and then the checksum.
+_WITH_CHECKSUM = re.compile(rb"(?:\x15[\x80-\xff]*[\x00-\x7f]){3}\x15", re.DOTALL)
 # A missing value in the name of a folder.
 _NONE = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = r"u?int\d+|bool|null"
@@ -302,20 +304,57 @@ def given_by_folders(files: Collection[str]) -> dict[str, pa.Array]:
     return columns
 
 
-def _footer(system: Any, file: str, item: str) -> tuple[list[str], int, int]:
-    """Return the columns of a file, its number of rows, and about that of values in `item`."""
+@contextlib.contextmanager
+def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file, and raise a UserError if it cannot be read."""
     try:
-        with pq.ParquetFile(file, filesystem=system) as parquet:
-            names, metadata = parquet.schema_arrow.names, parquet.metadata
+        with pq.ParquetFile(file, filesystem=system, page_checksum_verification=True) as parquet:
+            yield parquet
     # A store that cannot read a part of a file raises a ValueError.
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _footer(system: Any, file: str, item: str) -> tuple[list[str], int, int]:
+    """Return the columns of a file, its number of rows, and about that of values in `item`."""
+    with _opened(system, file) as parquet:
+        names, metadata = parquet.schema_arrow.names, parquet.metadata
     # A list counts as many values as it has, and an empty one counts 1.
     paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
     places = [place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}.")]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
     return names, metadata.num_rows, candidates or metadata.num_rows
+
+
+def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
+    """Compare the pages of some columns with their checksums, if the writer has stored any.
+
+    DuckDB ignores them and reads a damaged page as other numbers. Files without checksums are not
+    read.
+
+    Raises:
+      UserError: a page is damaged.
+    """
+    system, _ = fsspec.core.url_to_fs(log.url)
+
+    def check(file: str) -> None:
+        with _opened(system, file) as parquet:
+            if has_checksums(system, file, parquet.metadata):
+                names = [name for name in parquet.schema_arrow.names if name in columns]
+                for _ in parquet.iter_batches(columns=names, use_threads=False):
+                    pass
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(check, log.files))
+
+
+def has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
+    """Return whether the first page of a file has a checksum; a writer stores all or none."""
+    if not metadata.num_row_groups:
+        return False
+    start = metadata.row_group(0).column(0).data_page_offset
+    return _WITH_CHECKSUM.match(system.cat_file(file, start=start, end=start + 20)) is not None
 
 
 def _check_columns(layout: LogLayout, names: Mapping[str, Sequence[str]]) -> None:

@@ -170,6 +170,8 @@ def _enter_engine(
     stack: contextlib.ExitStack, log: Log, layout: LogLayout, folder: Path
 ) -> Database:
     if layout.engine == "duckdb":
+        columns = {of.column for of in files.wanted_columns(layout)}
+        files.check_pages(log, columns, layout.processes)  # Spark checks pages itself
         opened = open_duckdb(layout.memory, layout.processes, folder, log.candidates)
         return stack.enter_context(opened)
     try:

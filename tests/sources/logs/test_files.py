@@ -4,9 +4,11 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
 from kd_ranker.config.defaults import feature
+from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from tests import faults
 from tests.sources import faulty_logs
@@ -113,6 +115,33 @@ def test_names_of_folders_give_columns_that_no_file_has(tmp_path):
     pq.write_table(pq.read_table(path).drop_columns(["hour"]), path)
     config.data.columns.label_weight, config.data.features = "hour", ConfigDict()
     assert "part-0.parquet has no column 'hour' (data.columns.label_weight)" in fault_of(config)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_files_with_checksums_are_known_by_their_first_page(tmp_path, checksums, version):
+    path = str(tmp_path / "a.parquet")
+    options = dict(write_page_checksum=checksums, data_page_version=version, compression="zstd")
+    for columns in ({"a": range(1000)}, {"b": ["x"] * 1000}):
+        pq.write_table(pa.table(columns), path, **options)
+        found = files.has_checksums(LocalFileSystem(), path, pq.read_metadata(path))
+        assert found == checksums
+
+
+def test_a_page_that_does_not_match_its_checksum_is_refused(tmp_path, log):
+    found = opened(faulty_logs.config(log, tmp_path))
+    path = log / "part-0.parquet"
+    pq.write_table(pq.read_table(path), path, write_page_checksum=True, compression="none")
+    files.check_pages(found, {"age", "tags"}, 2)
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(3)
+    assert chunk.path_in_schema == "age"
+    content = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-0.parquet cannot be read as Parquet: .*CRC"):
+        files.check_pages(found, {"age", "tags"}, 2)
+    files.check_pages(found, {"tags"}, 2)
 
 
 def test_a_feature_may_begin_with_a_later_file(tmp_path, log, caplog):
