@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.errors import UserError, command
+from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
+from kd_ranker.sources.logs.data_report import Report, read_data_report
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
 from kd_ranker.sources.logs.layout import Feature, LogLayout
@@ -194,14 +194,14 @@ def write(encoding: Encoding, manifest: Mapping[str, list], directory: Path) -> 
 
 
 def read_encoding(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Encoding:
-    """Read the encoding of a dataset with these sizes; UserError if a file is gone."""
+    """Read the encoding of a dataset with these sizes."""
     names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
     vocabularies = {name: read_vocabulary(directory, name) for name in names}
-    return Encoding(spec, vocabularies, json.loads(_found(directory, TRANSFORMS).read_text()))
+    return Encoding(spec, vocabularies, json.loads((directory / TRANSFORMS).read_text()))
 
 
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
-    """Read `value` and `id` of `user`, `item` or `feature:<name>`; UserError if they are gone."""
+    """Read `value` and `id` of `user`, `item` or `feature:<name>`."""
     return _read(directory, _vocabulary_file(name))
 
 
@@ -217,35 +217,24 @@ def write_requests(requests: Iterable[pa.Table], directory: Path, split: str) ->
 
 
 def read_requests_of(directory: Path, split: str) -> pa.Table:
-    """Return the table that `write_requests` has written; UserError if it is gone."""
+    """Return the table that `write_requests` has written."""
     return _read(directory, f"log_requests-{split}.parquet")
 
 
 def read_manifest(directory: Path) -> dict[str, list]:
-    """Return the manifest of the log of a dataset; UserError if it is gone."""
-    return json.loads(_found(directory, MANIFEST).read_text())
+    """Return the manifest of the log of a dataset."""
+    return json.loads((directory / MANIFEST).read_text())
 
 
 def read_report(directory: Path) -> Report:
-    """Return the data report of a dataset; UserError if it is gone."""
-    _found(directory, JSON_FILE)
+    """Return the data report of a dataset."""
     return read_data_report(directory) or {}
 
 
 def _read(directory: Path, file: str) -> pa.Table:
     # A path only would make pyarrow read a dataset of all its folder.
-    with pq.ParquetFile(_found(directory, file)) as parquet:
+    with pq.ParquetFile(directory / file) as parquet:
         return parquet.read()
-
-
-def _found(directory: Path, file: str) -> Path:
-    """Return the path of a file next to a dataset, and raise UserError if it is gone."""
-    if (path := directory / file).exists():
-        return path
-    raise UserError(
-        f"{path} is gone; restore it, or remove {directory} and make it again with: "
-        + command("prepare")
-    )
 
 
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:

@@ -106,13 +106,6 @@ def test_nothing_trains_on_the_dataset_of_a_log_that_has_changed(world, made, tm
     assert not [*tmp_path.rglob("checkpoints")]
 
 
-def test_runs_on_a_dataset_whose_list_of_files_is_gone_name_it(world, made):
-    manifest = datasets.dataset_of(world).directory / "log.json"
-    manifest.unlink()
-    message = fault_of(api.train, world, made / "train")
-    assert message.startswith(f"{manifest} is gone; restore it, or remove ")
-
-
 def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made, tmp_path):
     old = datasets.dataset_of(world)
     mend_labels(made / "log")
