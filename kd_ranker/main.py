@@ -286,8 +286,10 @@ def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDi
 
     from kd_ranker.config import checks
 
+    if overrides and not config:
+        raise UserError(f"{overrides[0]!r} is not a flag of this command, which takes no config")
     for argument in overrides:
-        if config and (override := _KEY.match(argument)):
+        if override := _KEY.match(argument):
             checks.check_key(config, override[1])
     parsed, arguments = flags.FlagValues(), ["", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)

@@ -34,14 +34,16 @@ OFTEN = {"train__log_every": 1, "train__checkpoint_every": 3, "train__eval_every
         ([CONFIG, "more"], "'more' is not a flag; flags look like --name=value"),
         ([CONFIG, "--workdir="], "--workdir is missing; it is the folder for the files of the run"),
         ([], "--config is missing; give one, such as --config=configs/cascade.py"),
+        (["report", "--config.seed=3"], "'--config.seed=3' is not a flag of this command, which"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_flags_is_one_line_and_exit_code_2(
     flags, message, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.chdir(ROOT)
+    name, *flags = flags if flags[:1] == ["report"] else ["train", *flags]
     with pytest.raises(SystemExit) as caught:
-        main.run_command(main.COMMANDS["train"], "train", [f"--workdir={tmp_path / 'w'}", *flags])
+        main.run_command(main.COMMANDS[name], name, [f"--workdir={tmp_path / 'w'}", *flags])
     assert caught.value.code == 2
     output, line = capsys.readouterr()
     assert message in line
