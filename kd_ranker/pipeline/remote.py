@@ -130,8 +130,10 @@ def _locked(url: str) -> Iterator[str]:
     """Hold the lock of a URL, an object that the store creates only if it is absent."""
     record = f"{lock.this_process()} ({uuid.uuid4().hex})"
     with _reaching(url) as store:
+        # Some stores, such as Azure's, ignore the mode: the lock is read before and after.
         with contextlib.suppress(FileExistsError):
-            store.pipe_file(lock.FILE, record.encode(), mode="create")
+            if not _holder(store):
+                store.pipe_file(lock.FILE, record.encode(), mode="create")
         holder = _holder(store)
     if holder != record:
         raise UserError(

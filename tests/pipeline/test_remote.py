@@ -217,7 +217,11 @@ def test_records_of_checkpoints_are_uploaded_last_and_unfinished_files_stay_here
     assert not caplog.records
 
 
-def test_a_second_process_is_refused_with_the_holder():
+@pytest.mark.parametrize("creates", [True, False])
+def test_a_second_process_is_refused_with_the_holder(monkeypatch, creates):
+    if not creates:  # as of a store that knows no such mode
+        pipe = MemoryFileSystem.pipe_file
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda *of, mode="": pipe(*of))
     with remote.owned(URL):
         who = contents(URL)[lock.FILE].decode().partition(" (")[0]
         assert who.startswith(f"process {os.getpid()} on ")
