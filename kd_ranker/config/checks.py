@@ -36,6 +36,8 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends "
             "out to read the whole log"
         )
+    if c.sweep.whole_repeats and c.sweep.axes.batch.seed:
+        yield "sweep.whole_repeats orders the data by sweep.seeds; leave sweep.axes.batch.seed out"
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
             f"sweep.part={c.sweep.part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty "

@@ -247,7 +247,7 @@ NO_KEY = "is not KEY=VALUE,VALUE with a key that a sweep varies"
         ({"axes": {"distill.terms": ((1,),)}}, "sweep.axes.distill.terms has 1; it takes names"),
         ({"axes": {"distill.affine": ("no",)}}, "has 'no'; it takes True or False"),
         # Values that other keys replace.
-        ({"whole_repeats": True, "axes": {"batch.seed": (0, 3)}}, "no member of the sweep has 3"),
+        ({"whole_repeats": True, "axes": {"batch.seed": (0,)}}, "leave sweep.axes.batch.seed out"),
         (
             {"axes": {"distill.terms": (("topk:stage",),), "teacher.signal": ("logged", "stage")}},
             "no member of the sweep has 'stage'",
