@@ -238,12 +238,14 @@ class Estimates:
                     named = named[named["seed"].isin(seeds)]
                 if named.empty:
                     continue
-                drawn = self._numbers(_resampled(kept, each, counts), of_teacher, kept.ks)
+                drawn = self._numbers(_resampled(kept, each, counts), of_teacher)
                 found |= dict.fromkeys(zip(named["setting"], named["repeat"], strict=True), drawn)
         return found
 
-    def _numbers(self, sums: Sums, of_teacher: Sums, ks: Int[np.ndarray, "K"]) -> _Drawn:
+    def _numbers(self, sums: Sums, of_teacher: Sums) -> _Drawn:
         """Return a ranker's measures, means over tasks where a metric has one, and curves."""
+        # The sweeps of a study may have kept other k. `sums` have every k.
+        ks = self.study.kept[0][1].ks
         points, at = self._points._replace(policies=policies_of(sums)), ks - 1
         tasks, known = self.study.tasks, set(self.study.rows)
         drawn: _Drawn = {}

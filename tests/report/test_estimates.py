@@ -103,14 +103,23 @@ def members(*seeds):
     return {(f"{mode}{seed}", "user"): of for (mode, seed), of in EACH.items() if seed in seeds}
 
 
-def write(folder, rows, *cohorts):
-    """A sweep of rows; its cohorts have the requests of these rankers, each with a teacher."""
+def write(folder, rows, *cohorts, ks=KS):
+    """A sweep of rows; its cohorts have the requests of these rankers, each with a teacher.
+
+    Their curves are kept at `ks`, which contain `KS`.
+    """
+
+    def at(of):
+        return np.array([np.interp(ks, KS, curve) for curve in of], np.float32)
+
     sweeps.write_rows(folder, rows, retrieved=RETRIEVED)
     for number, each in enumerate(cohorts):
         test = folder / "cohorts" / str(number) / "test"
         test.mkdir(parents=True)
-        of_cohort = Kept(KS, {("teacher", "user"): each_of(90 + number), **each})
-        for name, content in request_files(of_cohort, ("watch",)).items():
+        each = {("teacher", "user"): each_of(90 + number), **each}
+        for who, of in each.items():
+            each[who] = Each(of.sums, {name: at(curve) for name, curve in of.curves.items()})
+        for name, content in request_files(Kept(ks, each), ("watch",)).items():
             (test / name).write_bytes(content)
     return sweeps.finish(folder)
 
@@ -190,6 +199,15 @@ def test_estimates_are_those_of_the_draws_one_by_one(made, name):
         return number(EACH["shared", seed], EACH["none", seed], times)
 
     assert_interval(estimate(made), by_hand(of_seed))
+
+
+def test_sweeps_that_report_other_k_have_one_curve(made, tmp_path):
+    more = np.array([*KS[:5], 20, *KS[5:]])
+    one = write(tmp_path / "one", rows_of((0,)), members(0))
+    other = write(tmp_path / "other", rows_of((1, 2)), members(1, 2), ks=more)
+    found = estimates_of(one, other).curve(SHARED, "value_captured")
+    expected = made.curve(SHARED, "value_captured")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 LABELS = [0, 1, 1, 2]
