@@ -171,10 +171,3 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estim
         for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
             found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
             assert found == pytest.approx(mean[:3])
-
-
-def test_figures_without_numbers_are_left_out(tmp_path):
-    without_truth = sweeps.estimates_of(tmp_path / "a", true_values=False, seeds=(0,))
-    assert list(of_estimates(without_truth)) == ["waterfall", "value_captured", "pareto"]
-    without_requests = sweeps.estimates_of(tmp_path / "b", seeds=(0,), without=sweeps.OF_REQUESTS)
-    assert list(of_estimates(without_requests)) == ["waterfall", "plane", "pareto"]
