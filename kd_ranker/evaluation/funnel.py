@@ -74,8 +74,6 @@ def funnel_curves(
       was_shown: whether the logged funnel has shown it; None if not needed.
       positive: whether the user did it, per task; None if not needed.
     """
-    if shown < 1:
-        raise ValueError(f"shown={shown} must be at least 1")
     if true_value is None:
         true_value = jnp.full_like(teacher_value, jnp.nan)
     if was_shown is None:

@@ -49,8 +49,9 @@ class _Claim(NamedTuple):
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Return every claim on one study: its dataset and the columns of `_line`, a row per number."""
     tests = (_misaligned, _changes, _shared_closer)
-    lines = [{"dataset": study.dataset} | of for test in tests for of in test(study, estimates)]
-    return pd.DataFrame(lines).sort_values("claim", kind="stable", ignore_index=True)
+    lines = pd.DataFrame([of for test in tests for of in test(study, estimates)])
+    lines.insert(0, "dataset", study.dataset)
+    return lines.sort_values("claim", kind="stable", ignore_index=True)
 
 
 def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
@@ -72,10 +73,7 @@ def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
 def _line(
     claim: _Claim, setting: str = "", mean: Interval = NOTHING, ratio: float = 0.0, remark: str = ""
 ) -> Line:
-    """Return a row of `claims`, with the reason `remark` if it has no number.
-
-    `ratio` is the cost of a candidate for the student, over the final ranker's.
-    """
+    """Return a row of `claims`; `ratio` is the student's cost per candidate over the teacher's."""
     found = verdict(mean, claim.side, claim.threshold)
     if found == "holds" and round(ratio, 2) > EARLY:
         remark = f"no early ranker: it costs {100 * ratio:.0f}% of the final ranker per candidate"
@@ -84,7 +82,7 @@ def _line(
         remark = "no repeat has the numbers"
     elif not remark and np.isnan(mean.low):
         remark = "one repeat gives no interval"
-    numbers = {"mean": mean.mean, "low": mean.low, "high": mean.high, "n": mean.n}
+    numbers = {name: getattr(mean, name) for name in ("mean", "low", "high", "n")}
     return claim._asdict() | {"setting": setting, **numbers, "verdict": found, "remark": remark}
 
 
@@ -140,24 +138,23 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
             *(_Claim("f", users, measure, "above", -margin)
               for measure in (study.users_measure, *study.users_at_target)),
         ):  # fmt: skip
-            if rival is None:
-                yield _line(claim, remark="there is no measured ranker without scores")
-            elif chosen is None:
-                absent = f"there is no measured student of mode {mode} that learns from scores"
-                yield _line(claim, remark=absent)
-            else:
-                yield _change(study, estimates, claim, chosen, rival)
+            yield _change(study, estimates, claim, chosen, rival)
     for way, setting in study.chosen.items():
         if setting in set(learned["setting"]) and rival is not None:
             claim = _Claim("g", f"Fewer need passing with {way}", CRITERION, "below")
             yield _change(study, estimates, claim, setting, rival)
 
 
-def _change(study: Study, estimates: Estimates, claim: _Claim, chosen: str, rival: str) -> Line:
-    """Return the line of the change that a setting makes against the rival."""
-    remark = estimates.why_unlabelled([chosen, rival]) if claim.claim == "f" else ""
-    if remark:
-        return _line(claim, remark=f"the log cannot show it: {remark}")
+def _change(
+    study: Study, estimates: Estimates, claim: _Claim, chosen: str | None, rival: str | None
+) -> Line:
+    """Return the line of the change that a setting makes against the rival, if both are known."""
+    if rival is None or chosen is None:
+        absent = "ranker without scores" if rival is None else "student of the mode with scores"
+        return _line(claim, remark=f"there is no measured {absent}")
+    of_users = claim.claim == "f"
+    if of_users and (reason := estimates.why_unlabelled([chosen, rival])):
+        return _line(claim, remark=f"the log cannot show it: {reason}")
     if claim.measure == SAVINGS[0]:
         change = estimates.saving(chosen, over=rival)
     else:
@@ -166,7 +163,7 @@ def _change(study: Study, estimates: Estimates, claim: _Claim, chosen: str, riva
     if study.costs.teacher and study.costs.student:
         ratio = study.costs.student / study.costs.teacher
     line = _line(claim, chosen, change, ratio)
-    if claim.claim == "f" and verdict(change, claim.side, claim.threshold) == "holds":
+    if of_users and verdict(change, claim.side, claim.threshold) == "holds":
         # A ranker that changes nothing costs users nothing.
         fewer = verdict(estimates.gap(chosen, rival, CRITERION), "below", 0.0)
         if fewer != "holds":
@@ -186,9 +183,8 @@ def _rival(study: Study) -> str | None:
 def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(c) `shared` comes closer to the teacher's order than `aux`, with either of its heads.
 
-    The tau of `shared` less that of `aux` in the same repeat and with the same loss, weight and
-    other keys, averaged over these within a repeat, so that nothing is chosen. It is of validation,
-    where all of them are measured.
+    On validation, where all settings are measured: the paired tau of `shared` less that of `aux`,
+    all else equal. It is averaged over settings within a repeat, so that nothing is chosen.
     """
     rows = of_split(study.rows, "validation")
     table, ratios = by_repeat(rows, "teacher_tau"), by_repeat(rows, "cost_ratio")

@@ -188,8 +188,7 @@ def _tested(workdir: Path) -> list[Path]:
 
 
 def _make(workdir: Path) -> str:
-    sweep = f"{command('sweep')} --config=FILE.py --workdir={workdir}"
-    return f"make a sweep with: {sweep}"
+    return f"make a sweep with: {command('sweep')} --config=FILE.py --workdir={workdir}"
 
 
 def _study(dataset: str, workdirs: list[Path]) -> Study:
@@ -266,10 +265,9 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
 
 
 def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
-    """Return the rows with their labels, see `Study`, in the order of tables.
+    """Return the rows with the labels of `Study`, in the order of tables.
 
-    That is by mode, plain mode `none` first, serving choice, keys, and repeat. Modes and serving
-    choices are in the order in which they first occur.
+    Modes and serving choices are in the order in which they occur, plain mode `none` first.
     """
     # A sweep's teachers and references count for its own students, and once per repeat.
     rows = pd.concat([results.in_each_repeat(of) for _, of in rows.groupby("source")])
@@ -311,12 +309,10 @@ def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
 
 
 def _varying(students: pd.DataFrame) -> list[str]:
-    """Return the columns of a setting to name: those that differ, except `NAMED` ones.
-
-    A sweep of the learning rate scales the tables' rate with it, which is not worth a name.
-    """
+    """Return the columns of a setting to name, without `NAMED` and a table rate that follows."""
     columns = results.setting_columns(students)
     varying = [column for column in columns[NAMED:] if students[column].nunique() > 1]
+    # A sweep of the learning rate scales the rate of tables with it.
     if _TABLE_RATE in varying:
         ratio = students[_TABLE_RATE] / students["learning_rate"]
         # The file has seven digits.

@@ -97,18 +97,13 @@ def mean_text(mean: Interval, digits: int, signed: bool = False) -> str:
 
 
 def results_text(workdir: Path, passed: int) -> str:
-    """Return the table of a workdir's `results.csv`, and the path of that file."""
-    path = workdir / results.FILE
-    return f"{summary_table(results.read_csv(path), passed)}\n\nresults: {path}"
+    """Return the main columns of a workdir's `results.csv` as aligned text, and its path.
 
-
-def summary_table(frame: pd.DataFrame, passed: int) -> str:
-    """Return the main columns of `results.csv` on the test split as aligned text.
-
-    Rows that differ only in their seeds become one: the mean and, from two seeds on, half its 95%
-    interval over seeds. `passed` is the k of the funnel's columns.
+    Rows of the test split that differ only in their seeds become one: the mean and, from two seeds
+    on, half its 95% interval over seeds. `passed` is the k of the funnel's columns.
     """
-    frame = of_split(frame, "test")
+    path = workdir / results.FILE
+    frame = of_split(results.read_csv(path), "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
     known = frame.dropna(axis="columns", how="all")
     setting = results.setting_columns(frame)
@@ -123,7 +118,7 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     for measure in main_columns(tasks, passed):
         if measure in known:
             cells[title_of(measure)] = [_over_repeats(of[measure], measure) for _, of in groups]
-    return cells.to_string(index=False)
+    return f"{cells.to_string(index=False)}\n\nresults: {path}"
 
 
 def _over_repeats(values: pd.Series, measure: str) -> str:
@@ -177,11 +172,7 @@ def marked(
     estimated, so the winner is compared with all. The rule is for one column at a time: of twenty
     columns of noise, one may carry a mark.
 
-    Args:
-      estimates: of the study.
-      measure: the column.
-      means: of each setting.
-      direction: which way is better; None and "one" mark nothing.
+    `means` are those of each setting. Without a `direction`, and with "one", there is no best.
     """
     known = {setting: of.mean for setting, of in means.items() if of.n}
     if direction not in ("lower", "higher") or len(known) < 2:

@@ -53,7 +53,10 @@ def write_report(
     _write_csv(output / TABLES / "claims.csv", pd.concat(tested))
     texts = [section.claims.markdown() for section in sections]
     write_atomically(output / TABLES / "claims.md", "\n".join(texts))
-    html = page(sections)
+    # The page holds Vega, the figures' data, styles and scripts.
+    template = templates_of("kd_ranker.report").get_template("page.html")
+    vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
+    html = template.render(sections=sections, chart=figures.page_chart, vega=vega, zip=zip)
     for path, name in (names or {}).items():
         html = html.replace(path, escape(name))
     write_atomically(output / PAGE, html)
@@ -90,10 +93,3 @@ def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Se
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_atomically(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.7g"))
-
-
-def page(sections: Sequence[Section]) -> str:
-    """Return the page's HTML, with Vega, the figures' data, styles and scripts inside."""
-    template = templates_of("kd_ranker.report").get_template("page.html")
-    vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
-    return template.render(sections=sections, chart=figures.page_chart, vega=vega, zip=zip)

@@ -28,11 +28,6 @@ def test_a_diverged_student_gives_nan_only_where_the_teacher_knows_the_candidate
     np.testing.assert_allclose(curves.survival[1], [0.5, 1.0, 1.0])
 
 
-def test_shown_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="shown=0"):
-        funnel.funnel_curves(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 2), bool), 0)
-
-
 @pytest.mark.parametrize("size", [1, 7, 2000, 1 << 16])
 def test_ascending_sorts_as_numpy_does_stably(size):
     rng = np.random.default_rng(size)

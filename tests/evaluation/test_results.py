@@ -22,9 +22,7 @@ TASKS = ("watch", "like")
 def test_the_columns_are_the_contracts_in_its_order():
     columns = results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995)))
     contract = [
-        "dataset", "split", "role", "mode", "distill_loss", "distill_weight", "temperature",
-        "learning_rate", "user_loss", "unshown_weight", "serve", "seed", "data_seed", "step",
-        *results.OTHER_KEYS,
+        *results.KEYS, *results.OTHER_KEYS,
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_calibration/watch",
         "teacher_bce/watch", "teacher_kl/like", "alignment_ratio", "alignment_ratio_bce",
         "survival@10", "survival@50", "value_captured@10", "true_value_captured@50",

@@ -229,7 +229,7 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
 
 
 def write_rows(
-    workdir: Path, rows: Sequence[dict], passed: int = 30, retrieved: int = RETRIEVED
+    workdir: Path, rows: Sequence[dict], retrieved: int = RETRIEVED, title: str = ""
 ) -> Path:
     """A sweep's workdir of one task whose `results.csv` has just these rows, by hand.
 
@@ -241,7 +241,8 @@ def write_rows(
     """
     config = cascade()
     config.data.name, config.tasks = "d", ("watch",)
-    config.funnel.retrieved, config.funnel.passed = retrieved, passed
+    config.funnel.retrieved, config.funnel.passed = retrieved, 30
+    config.data.title = title
     return _write(workdir, rows, config)
 
 

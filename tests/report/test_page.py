@@ -6,7 +6,6 @@ import shutil
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -94,28 +93,13 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(loaded):
     assert [entry for entry in loaded.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def scroll_to(browser, element):
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-    return element
-
-
-def test_a_point_shows_its_numbers_under_the_pointer(loaded):
-    (_, point, *_) = loaded.find_elements(By.CSS_SELECTOR, ".pareto .mark-symbol.role-mark")
-    mark = scroll_to(loaded, point.find_element(By.TAG_NAME, "path"))
-    ActionChains(loaded).move_to_element(mark).perform()
-    shown = "#vg-tooltip-element.visible"
-    WebDriverWait(loaded, 20).until(lambda it: it.find_elements(By.CSS_SELECTOR, shown))
-    text = loaded.find_element(By.CSS_SELECTOR, shown).text
-    assert re.search(r"setting:?\s+none\s", text)
-    assert re.search(r"user BCE[^:]*:?\s+0\.\d{4}\s", text)
-
-
 def click_on_title(browser, title, press=None):
     """Click on a column's title in the main table; return its header and the column's texts."""
     table = browser.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
     headers = table.find_elements(By.CSS_SELECTOR, "th")
     place = [header.text.split(" ↕")[0] for header in headers].index(title)
-    button = scroll_to(browser, headers[place].find_element(By.TAG_NAME, "button"))
+    button = headers[place].find_element(By.TAG_NAME, "button")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
     button.send_keys(press) if press else button.click()
     cells = table.find_elements(By.CSS_SELECTOR, f"td:nth-child({place + 1})")
     texts = browser.execute_script("return arguments[0].map((it) => it.textContent.trim())", cells)
@@ -134,12 +118,3 @@ def test_a_click_on_a_columns_title_sorts_and_a_second_reverses_it(loaded):
         # The teacher, four references and mode none have no weight; empty cells stay last.
         _, weights = click_on_title(loaded, "weight")
         assert weights == ["10", "10", *[""] * 6]
-
-
-@pytest.mark.parametrize("width", [420, 1400])
-def test_the_page_fits_its_window(loaded, width):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    loaded.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    # The plots follow a moment later.
-    wide = "return document.documentElement.scrollWidth"
-    WebDriverWait(loaded, 20).until(lambda it: it.execute_script(wide) <= width)
