@@ -150,26 +150,18 @@ evaluation: a request has them for all of its candidates, or for none.
 
 
 class Field(NamedTuple):
-    """A field of a request.
+    """A field of a request."""
 
-    Attributes:
-      name: of the attribute of `Request`, of `CandidateBatch`, or of both.
-      of: its owner.
-      stored: its type on disk; None if it is computed on the way to a batch.
-      dtype: its type in a batch; None if no model reads it.
-      width: sizes of a dataset -> the number of values per entry; None for a scalar. If it is 0, a
-        field that is optional in `Request` is not stored.
-      nothing: the value of a missing entry.
-      ids: sizes of a dataset -> the number of ids. Stored ids lie in [0, ids), or are `nothing`.
-        None if the field is not an id.
-    """
-
-    name: str
+    name: str  # of the attribute of `Request`, of `CandidateBatch`, or of both
     of: Owner
-    stored: type | None
-    dtype: type | None
+    stored: type | None  # on disk; None if it is computed on the way to a batch
+    dtype: type | None  # in a batch; None if no model reads it
+    # Sizes of a dataset -> the number of values per entry; None for a scalar. A field of width 0
+    # that is optional in `Request` is not stored.
     width: Callable[[FeatureSpec], int] | None = None
-    nothing: float = 0
+    nothing: float = 0  # the value of a missing entry
+    # Sizes of a dataset -> the number of ids; None if the field is not an id. A stored id is in
+    # [0, ids), or is `nothing`.
     ids: Callable[[FeatureSpec], int] | None = None
 
     def shape(self, spec: FeatureSpec) -> tuple[int, ...]:

@@ -54,13 +54,9 @@ def write(
     files: Iterable[str] | None = None,
     known: Mapping[str, list[Any]] = MappingProxyType({}),
 ) -> None:
-    """Write the manifest of a finished folder.
+    """Write the manifest of a finished folder, for `files` relative to it, or all below it.
 
-    Args:
-      folder: with all its files in place.
-      made_of: fingerprints of its dependencies.
-      files: names relative to the folder; None takes all files below it.
-      known: the entries of files that another manifest lists, which are not read.
+    Files that another manifest lists are not read; `known` has their entries.
     """
     if files is None:
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
@@ -95,15 +91,12 @@ def check(
 ) -> MadeOf:
     """Check the files of a folder against its manifest, and return its dependencies.
 
-    Args:
-      folder: the folder.
-      remedy: the end of every message: the command that makes the folder again.
-      made_of: the expected dependencies; None accepts any.
-      thorough: whether to read large files too; their sizes are always compared.
+    These must be `made_of`, if it is given. A `thorough` check reads large files too; their sizes
+    are always compared.
 
     Raises:
       UserError: the manifest is missing, a file is missing or has changed, or the folder depends on
-        something else. The message names the file, or the difference.
+        something else. The message names it and ends with `remedy`, how to make the folder again.
     """
     manifest = read(folder, remedy)
     if made_of is not None and (differing := differences(manifest["made_of"], made_of)):

@@ -74,13 +74,6 @@ def test_what_does_not_exist_is_named_with_what_does():
     assert "h100:8" in line
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
-    config = config_of(tmp_path, **{"batch.requests": 6})
-    sample = ahead.sample_of(config)
-    with pytest.raises(UserError, match=r"batch.requests=6 cannot be shared by 4 devices"):
-        ahead.compile_program("train", config, sample, host(4))
-
-
 def test_a_dataset_that_is_not_there_is_asked_for(tmp_path):
     config = config_of(tmp_path)
     config.data.name = "movielens_1m"

@@ -4,20 +4,25 @@
 
 The first two make the batches of many train steps at once. The last runs before each train step,
 in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX. `training` reads
-the rows of data that devices hold.
+the rows of data that devices hold. Evaluation batches are cut on the host, and never packed.
 """
 
+import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import flax.struct
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kd_ranker.batch import IN_BATCH, CandidateBatch, Stage
+from kd_ranker.batch import IN_BATCH, CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.sampling import Draw, Slots
+from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Parts, unpack_rows
+from kd_ranker.requests.records import Dataset
 
 
 class Layout(NamedTuple):
@@ -115,14 +120,58 @@ def _batch_of(draw: Draw, layout: Layout) -> CandidateBatch:
 def whole_batch(
     columns: Columns, requests: Int[np.ndarray, "R"], places: Int[np.ndarray, "R N"]
 ) -> CandidateBatch:
-    """Return a batch of all fields of some requests, on the host.
+    """Return a batch of all fields of some requests, on the host, in the order of `places`.
 
-    Args:
-      columns: all requests.
-      requests: the numbers of the requests to read.
-      places: the candidates of each, in the order of the batch; -1 for none.
+    These are the numbers of the candidates of each request, -1 for none.
     """
     counts, factors = columns.counts.of(requests), (places >= 0).astype(np.float32)
     draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)
     layout = Layout(columns.spans, Slots(*(places.shape[1],) * 3))
     return _batch_of(read(columns, draw), layout)
+
+
+def evaluation_batches(
+    dataset: Dataset, split: str, *, requests: int, candidates: int, limit: int = 0
+) -> Iterator[EvaluationBatch]:
+    """Yield the batches of one pass over a split, with every candidate of each request.
+
+    A batch has `requests` requests; the last one is padded with repeated ones, masked out. Their
+    candidates are padded to `candidates`, `config.funnel.retrieved`. With a `limit`, only that
+    number of requests is read, from the start.
+
+    Raises:
+      UserError: a request has more candidates than `candidates`.
+    """
+    columns = dataset.columns[split]
+    total = min(limit or len(columns), len(columns))
+    for start in range(0, total, requests):
+        present = min(requests, total - start)
+        numbers = start + np.arange(requests) % present
+        ahead = np.arange(start + present, min(start + present + requests, total))
+        columns.expect(ahead, columns.counts.retrieved[ahead])
+        places = np.full((requests, candidates), -1)
+        counts = columns.counts.of(numbers)
+        for row, (request_id, number) in enumerate(zip(*counts[:2], strict=True)):
+            if number > candidates:
+                raise UserError(
+                    f"funnel.retrieved={candidates} is less than the {number} candidates of "
+                    f"request {request_id}"
+                )
+            # Stored in funnel order: in a tie, a ranker must not get the candidate that the logged
+            # policy preferred for free. Item ids reveal popularity in some datasets, so a fixed
+            # permutation breaks ties.
+            places[row, :number] = np.random.default_rng(request_id).permutation(number)
+        known = np.where(counts.known[:, None] > 0, places, -1)
+        rows: Any = columns.known.at(numbers, known)
+        facts = unpack_rows(rows, columns.known.spans)
+        yield EvaluationBatch(
+            batch=whole_batch(columns, numbers, places),
+            **{name: jnp.asarray(fact) for name, fact in facts.items()},
+            request_mask=jnp.arange(requests) < present,
+        )
+
+
+def num_evaluation_batches(dataset: Dataset, split: str, *, requests: int, limit: int = 0) -> int:
+    """Return the number of batches that `evaluation_batches` yields."""
+    stored = len(dataset.columns[split])
+    return math.ceil(min(limit or stored, stored) / requests)

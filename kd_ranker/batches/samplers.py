@@ -52,15 +52,10 @@ SamplerFunction = Callable[[Counts, Scores, BatchConfig, Key], tuple[Places, Fac
 
 
 class Sampler(NamedTuple):
-    """An entry of `SAMPLERS`.
-
-    Attributes:
-      function: from a request to places and factors; the module's docstring has the contract.
-      needs_scores: whether it reads the scores; if not, they are all NaN, which saves reading them.
-    """
+    """An entry of `SAMPLERS`; the module's docstring has the contract of its function."""
 
     function: SamplerFunction
-    needs_scores: bool = False
+    needs_scores: bool = False  # if not, they are all NaN, which saves reading them
 
 
 def funnel(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[Places, Factors]:

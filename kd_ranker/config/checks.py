@@ -106,12 +106,9 @@ def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]
 
 
 def validate(config: ConfigDict, devices: int | None = None, single: bool = False) -> None:
-    """Raise UserError on the first fault in a config.
+    """Raise UserError on the first fault in a config, for a number of devices, or those of JAX.
 
-    Args:
-      config: the config.
-      devices: how many there are; None takes those of JAX.
-      single: whether it trains one student, with the requests of a batch shared by all devices.
+    If it trains a `single` student, all devices share the requests of a batch.
     """
     keys = check_keys(config)
     found = _num_devices()
@@ -227,10 +224,6 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
 
 def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> None:
     """Check that the training requests of a dataset hold the signals that students learn from.
-
-    Args:
-      dataset: the dataset that they learn from.
-      members: the configs of the students.
 
     Raises:
       UserError: a loss takes probabilities where the log holds positions; or the log has no

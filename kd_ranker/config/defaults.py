@@ -11,11 +11,7 @@ from kd_ranker.errors import UserError
 
 
 def get_config(source: str = "") -> ConfigDict:
-    """The default config of a source.
-
-    Args:
-      source: a value of `data.name`; "" leaves out the keys that only one source has.
-    """
+    """The default config of a source; "" leaves out the keys that only one source has."""
     defaults = {name: copy.deepcopy(key.default) for name, key in keys_of(source).items()}
     config = ConfigDict(unflatten_dict(defaults, sep="."))
     config.data.name = source

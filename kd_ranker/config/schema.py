@@ -24,11 +24,7 @@ NAMED_AXES = {
 
 
 def keys_of(source: str) -> dict[str, Key]:
-    """The keys of a config by name, those of `sweep.axes` included.
-
-    Args:
-      source: `config.data.name`; one that is not in `DATA_KEYS` adds no keys.
-    """
+    """The keys of a config by name, those of its source and of `sweep.axes` included."""
     axes = {key.name: key for key in map(_axis_key, sweepable()) if key.name not in KEYS}
     return KEYS | DATA_KEYS.get(source, {}) | axes
 
@@ -144,11 +140,8 @@ _WITH_FINGERPRINTS = ("data", "teacher.workdir")
 def fingerprint(configs: Mapping[str, ConfigDict], made: Influence) -> str:
     """Return twelve hex digits that identify the rankers that configs make.
 
-    They depend on the names, on their order, and on the values that influence a ranker.
-
-    Args:
-      configs: by the names of the rankers, in the order in which they train.
-      made: "teacher" or "student".
+    They depend on the names of the rankers, on the order in which they train, and on the values
+    that influence a ranker. `made` is "teacher" or "student".
     """
     without = (*without_influence(made), *_WITH_FINGERPRINTS)
     values = [[name, values_by_key(of, without)] for name, of in configs.items()]

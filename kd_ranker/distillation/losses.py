@@ -36,7 +36,7 @@ loss and to its gradient, so padding in a batch changes nothing.
 To add a loss, write such a function and add a `Loss` with it to `LOSSES`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -49,17 +49,11 @@ Number = float | Float[Array, ""]
 
 
 class LossNumbers(NamedTuple):
-    """The numbers that losses take: traced, so that a sweep over them compiles once.
+    """The numbers of `config.distill` that losses take: traced, so a sweep compiles once."""
 
-    Attributes:
-      temperature: τ > 0, `config.distill.temperature`.
-      top_k: k ≥ 1, a whole number, `config.distill.top_k`.
-      own: further numbers by name, see `Loss.numbers`.
-    """
-
-    temperature: Number = 1.0
-    top_k: Number = 10.0
-    own: Mapping[str, Number] = {}
+    temperature: Number = 1.0  # τ > 0
+    top_k: Number = 10.0  # k ≥ 1, a whole number
+    own: Mapping[str, Number] = {}  # further numbers by name, see `Loss.numbers`
 
 
 Logits = Float[Array, "R N T"]
@@ -716,8 +710,3 @@ USER_LOSSES: dict[str, tuple[LossFunction, ...]] = {
     "bce+softmax": (bce, user_softmax),
 }
 """The losses on user labels, by `train.user_loss`: several are summed, each a mean by itself."""
-
-
-def own_numbers(names: Iterable[str]) -> dict[str, float]:
-    """Return the defaults of the own numbers of several losses, in the order of `names`."""
-    return {number: value for name in names for number, value in LOSSES[name].numbers.items()}

@@ -44,27 +44,19 @@ class Mode(NamedTuple):
     serve: dict[str, ToProbability]
 
 
-def _no_transform(tasks: int, affine: bool) -> Transform:
-    del tasks, affine
-    return {}
-
-
 def _affine_transform(tasks: int, affine: bool) -> Transform:
     return {"scale": jnp.ones(tasks), "offset": jnp.zeros(tasks)} if affine else {}
 
 
-def _all_heads(logits: Logits, transform: Transform) -> Float[Array, "R N T"]:
-    del transform
+def _all_heads(logits: Logits, _: Transform) -> Float[Array, "R N T"]:
     return logits
 
 
-def _user_heads(logits: Logits, transform: Transform) -> Float[Array, "R N T"]:
-    del transform
+def _user_heads(logits: Logits, _: Transform | None = None) -> Float[Array, "R N T"]:
     return logits[..., : logits.shape[-1] // 2]
 
 
-def _teacher_heads(logits: Logits, transform: Transform) -> Float[Array, "R N T"]:
-    del transform
+def _teacher_heads(logits: Logits, _: Transform | None = None) -> Float[Array, "R N T"]:
     return logits[..., logits.shape[-1] // 2 :]
 
 
@@ -74,36 +66,34 @@ def _transformed(logits: Logits, transform: Transform) -> Float[Array, "R N T"]:
 
 def _blend(logits: Logits) -> Float[Array, "R N T"]:
     """Return the mean probability of the user and teacher heads."""
-    user, teacher = _user_heads(logits, {}), _teacher_heads(logits, {})
+    user, teacher = _user_heads(logits), _teacher_heads(logits)
     return (jax.nn.sigmoid(user) + jax.nn.sigmoid(teacher)) / 2
 
 
-none = Mode(
-    heads_per_task=1,
-    init_transform=_no_transform,
-    user_logits=_all_heads,
-    teacher_logits=None,
-    serve={"user": jax.nn.sigmoid},
-)
-
-aux = Mode(
-    heads_per_task=2,
-    init_transform=_no_transform,
-    user_logits=_user_heads,
-    teacher_logits=_teacher_heads,
-    serve={
-        "user": lambda logits: jax.nn.sigmoid(_user_heads(logits, {})),
-        "teacher": lambda logits: jax.nn.sigmoid(_teacher_heads(logits, {})),
-        "blend": _blend,
-    },
-)
-
-shared = Mode(
-    heads_per_task=1,
-    init_transform=_affine_transform,
-    user_logits=_all_heads,
-    teacher_logits=_transformed,
-    serve={"user": jax.nn.sigmoid},
-)
-
-MODES: dict[str, Mode] = {"none": none, "aux": aux, "shared": shared}
+MODES: dict[str, Mode] = {
+    "none": Mode(
+        heads_per_task=1,
+        init_transform=lambda tasks, affine: {},
+        user_logits=_all_heads,
+        teacher_logits=None,
+        serve={"user": jax.nn.sigmoid},
+    ),
+    "aux": Mode(
+        heads_per_task=2,
+        init_transform=lambda tasks, affine: {},
+        user_logits=_user_heads,
+        teacher_logits=_teacher_heads,
+        serve={
+            "user": lambda logits: jax.nn.sigmoid(_user_heads(logits)),
+            "teacher": lambda logits: jax.nn.sigmoid(_teacher_heads(logits)),
+            "blend": _blend,
+        },
+    ),
+    "shared": Mode(
+        heads_per_task=1,
+        init_transform=_affine_transform,
+        user_logits=_all_heads,
+        teacher_logits=_transformed,
+        serve={"user": jax.nn.sigmoid},
+    ),
+}

@@ -70,14 +70,9 @@ def read(
 ) -> Num[Array, "... columns"]:
     """Return columns of the rows that this device requests; only these columns travel.
 
-    Rows are read whole and sliced afterwards: a TPU reads parts of rows one by one, in a loop.
-
-    Args:
-      deal: the distribution of the rows; several devices call this in a mapped function.
-      places: this device's share.
-      row: row numbers, in range.
-      columns: the range of columns to return.
-      first: the place of row 0 on each device.
+    Several devices call this in a mapped function, each with its share of the rows, which begins at
+    the place `first`. Row numbers are in range. Rows are read whole and sliced afterwards: a TPU
+    reads parts of rows one by one, in a loop.
     """
     if deal.devices == 1:
         return _take(places, row + first)[..., columns]

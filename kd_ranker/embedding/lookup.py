@@ -32,29 +32,21 @@ _BLOCK = 1 << 16
 
 
 class Lookup(NamedTuple):
-    """One use of a table. Two may share one: candidates and history both read the item table.
-
-    Attributes:
-      table: the name of the table.
-      ids: (batch, items) -> ids of any shape.
-      mask: (batch, items) -> bool of the same shape, False where an id is padding.
-    """
+    """One use of a table. Two may share one: candidates and history both read the item table."""
 
     table: str
-    ids: Callable[[CandidateBatch, Items], Int[Array, "..."]]
-    mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]]
+    ids: Callable[[CandidateBatch, Items], Int[Array, "*shape"]]
+    mask: Callable[[CandidateBatch, Items], Bool[Array, "*shape"]]  # False on padding
 
 
 class TableSpec(NamedTuple):
     """The mapping from ids to rows.
 
-    Attributes:
-      size: the number of rows, without the reserved one.
-      hashed: False gives each id in [0, size) its own row, and every other id the reserved row.
-        True spreads all ids over the rows, so some ids share a row.
+    Each id in [0, size) has its own row, and every other id has the reserved row. If `hashed`, all
+    ids are spread over the rows, so some ids share a row.
     """
 
-    size: int
+    size: int  # the number of rows, without the reserved one
     hashed: bool
 
     @property
@@ -77,16 +69,9 @@ def init_table(
 ) -> Float[Array, "rows W"]:
     """Return a table of normal embeddings without updates; that of the reserved row is 0.
 
-    Args:
-      table: the specification of its rows.
-      width: D, the length of an embedding.
-      slots: the number of optimiser values per row, all 0 at first.
-      scale: standard deviation of the entries.
-      key: the source of all randomness.
-      deal: the distribution of the rows; several devices call this in a mapped function.
-
-    Returns:
-      float32 [rows, D + 1 + slots], the rows of this device, with the same bits for any deal.
+    A row has `width` entries, of standard deviation `scale`, the number of its updates, and
+    `slots` optimiser values, which are 0 as well. Several devices call this in a mapped function:
+    each gets its rows by `deal`, with the same bits for any deal.
     """
     block, length = min(_BLOCK, table.size), length_of_share(table.rows, deal.devices)
 
@@ -138,18 +123,10 @@ def gather_rows(
     whole_rows: bool,
     member: Int[Array, ""] | None = None,
 ) -> Rows:
-    """Return the rows that a batch needs.
+    """Return the rows that a batch needs: lookup name -> float32 [*shape of the ids, W or D].
 
-    Args:
-      spec: the lookups.
-      tables: the tables of one model; or with `member`, of all members of a group.
-      batch: the batch to look up.
-      items: the features and categories of each item.
-      whole_rows: whether to keep the update counts and slots in addition to the embeddings.
-      member: the member to read. On TPUs, a `vmap` over the tables would need another layout.
-
-    Returns:
-      Lookup name -> float32 [*shape of the ids, W or D].
+    Only `whole_rows` have update counts and slots. The tables are those of one model; or with
+    `member`, of all members of a group. On TPUs, a `vmap` over tables would need another layout.
     """
     gathered = {}
     for name, lookup in spec.lookups.items():
@@ -171,12 +148,9 @@ def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:
 def gather_to_serve(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
 ) -> Rows:
-    """Return the embeddings to serve with; an id that was never trained gets the reserved one.
+    """Return the embeddings to serve with: lookup name -> float32 [*shape of the ids, D].
 
-    The row of such an id was drawn at random and contains no information about it.
-
-    Returns:
-      Lookup name -> float32 [*shape of the ids, D].
+    An id that was never trained gets the reserved row: its own was drawn at random.
     """
     served = {}
     trained = was_trained(spec, tables, batch, items)
@@ -219,10 +193,7 @@ def _rows(
 def ids_of_table(
     spec: EmbeddingSpec, batch: CandidateBatch, items: Items, name: str
 ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
-    """Return the M ids that all lookups of a table read, duplicates included, and their mask.
-
-    The mask is False where an id is padding.
-    """
+    """Return the M ids that all lookups of a table read; the mask is False on padding."""
     lookups = [lookup for lookup in spec.lookups.values() if lookup.table == name]
     ids = jnp.concatenate([lookup.ids(batch, items).reshape(-1) for lookup in lookups])
     return ids, jnp.concatenate([lookup.mask(batch, items).reshape(-1) for lookup in lookups])

@@ -42,17 +42,11 @@ class RowOptimizer(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """The duplicate ids of a batch, found once for all members of a group.
+    """The duplicate ids of a batch, found once for all members of a group."""
 
-    Attributes:
-      row: the row of each id.
-      position: for each id, the index among the M that represents all ids of its row.
-      represents: True for an index that represents a row, unless that is to be ignored.
-    """
-
-    row: Int[Array, "M"]
-    position: Int[Array, "M"]
-    represents: Bool[Array, "M"]
+    row: Int[Array, "M"]  # of each id
+    position: Int[Array, "M"]  # for each id, the index that represents all ids of its row
+    represents: Bool[Array, "M"]  # True for such an index, unless it is to be ignored
 
 
 def find_occurrences(
@@ -70,37 +64,6 @@ def find_occurrences(
     return Occurrences(row, position, mask & (position == places)), owner
 
 
-def _update_rows(
-    optimizer: RowOptimizer,
-    tables: Float[Array, "all_rows W"],
-    first_row: Int[Array, ""],
-    occurrences: Occurrences,
-    rows: Float[Array, "M W"] | None,
-    gradients: Float[Array, "M D"],
-    learning_rate: Float[Array, ""],
-    weight_decay: Float[Array, ""],
-    may_change: Bool[Array, ""],
-) -> Float[Array, "all_rows W"]:
-    """Update one table, stored in `tables` from `first_row` on."""
-    width = gradients.shape[1]
-    if rows is None:
-        rows = tables.at[occurrences.row + first_row].get(mode="promise_in_bounds")
-    old, count, slots = jnp.split(rows, [width, width + 1], axis=1)
-    summed = jnp.zeros_like(gradients)
-    summed = summed.at[occurrences.position].add(gradients, mode="promise_in_bounds")
-    step, slots = optimizer.update(summed, slots, count + 1)
-    new = old - learning_rate * (step + weight_decay * old)
-    # A candidate without a label has no gradient, and neither decay nor old moments may move its
-    # row: otherwise mode none would depend on how many such candidates fill a batch.
-    touched = jnp.any(summed != 0, axis=1) & occurrences.represents & may_change
-    place = jnp.where(touched, occurrences.row + first_row, tables.shape[0])
-    # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
-    place, new_rows = jax.lax.optimization_barrier(
-        (place, jnp.concatenate([new, count + 1, slots], axis=1))
-    )
-    return tables.at[place].set(new_rows, mode="drop", unique_indices=True)
-
-
 def update_tables(
     optimizer: RowOptimizer,
     tables: Float[Array, "members rows W"],
@@ -113,40 +76,37 @@ def update_tables(
 ) -> Float[Array, "members rows W"]:
     """Update the touched rows of each member's table; every other row keeps its bits.
 
-    A row is touched if the gradients of its ids add up to something other than zero.
-
-    The members' tables form one flat table, and the program loops over members: on two CPU cores,
-    for 16 members, that was faster than `vmap` over stacked tables or one scatter for all
-    (`docs/benchmarks.md`).
-
-    Args:
-      optimizer: one of `ROW_OPTIMIZERS`.
-      tables: the members' tables; `lookup` describes a row.
-      occurrences: of the ids of the batch, which all members share.
-      gradients: each member's gradient of each id's embedding.
-      learning_rate: traced.
-      weight_decay: traced; decoupled (Loshchilov and Hutter, 2019) and lazy: a row decays by
-        `learning_rate * weight_decay * row` when it is touched.
-      may_change: False leaves a member as it is.
-      gathered: the row of each id, if already read for a single member; None reads it.
+    `lookup` describes a row. One is touched if the gradients of its ids add up to something other
+    than zero. Then it also decays by `learning_rate * weight_decay * row` (decoupled decay,
+    Loshchilov and Hutter, 2019). A member that may not change keeps its table. `gathered` has the
+    row of each id, if already read for a single member.
     """
+    # One flat table and a loop over members: on two CPU cores, for 16 members, that was faster than
+    # `vmap` over stacked tables or one scatter for all (`docs/benchmarks.md`).
     assert gathered is None or tables.shape[0] == 1
-    members, length, columns = tables.shape
+    (members, length, columns), width = tables.shape, gradients.shape[-1]
 
     def update_member(
         member: Int[Array, ""], flat: Float[Array, "all_rows W"]
     ) -> Float[Array, "all_rows W"]:
-        return _update_rows(
-            optimizer,
-            flat,
-            member * length,
-            occurrences,
-            gathered,
-            gradients[member],
-            learning_rate[member],
-            weight_decay[member],
-            may_change[member],
+        first, gradient = member * length, gradients[member]
+        rows = gathered
+        if rows is None:
+            rows = flat.at[occurrences.row + first].get(mode="promise_in_bounds")
+        old, count, slots = jnp.split(rows, [width, width + 1], axis=1)
+        summed = jnp.zeros_like(gradient)
+        summed = summed.at[occurrences.position].add(gradient, mode="promise_in_bounds")
+        step, slots = optimizer.update(summed, slots, count + 1)
+        new = old - learning_rate[member] * (step + weight_decay[member] * old)
+        # A candidate without a label has no gradient, and neither decay nor old moments may move
+        # its row: otherwise mode none would depend on how many such candidates fill a batch.
+        touched = jnp.any(summed != 0, axis=1) & occurrences.represents & may_change[member]
+        place = jnp.where(touched, occurrences.row + first, flat.shape[0])
+        # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
+        place, new_rows = jax.lax.optimization_barrier(
+            (place, jnp.concatenate([new, count + 1, slots], axis=1))
         )
+        return flat.at[place].set(new_rows, mode="drop", unique_indices=True)
 
     flat = tables.reshape(members * length, columns)
     return jax.lax.fori_loop(0, members, update_member, flat).reshape(tables.shape)

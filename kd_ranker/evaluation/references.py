@@ -146,7 +146,7 @@ def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Serv
     del items
     orders = {"incumbent": _incumbent(batch), "random": _random(statistics.seed, batch.batch)}
     for name, of_item in statistics.lists.items():
-        each = features_of_items(of_item[:, None], batch.batch.item_id, 1, of_item.dtype)
+        each = features_of_items(of_item[:, None], batch.batch.item_id)
         orders[name] = each[..., 0]
     # The same number for every task: any value weights order the candidates by it.
     shape = batch.true_probability.shape

@@ -82,40 +82,26 @@ def linear_products(
 
 
 def features_of_items(
-    item_features: Float[Array, "items F"],
+    known: Num[Array, "items W"],
     item_id: Int[Array, "..."],
-    columns: int,
-    dtype: Any,
     deal: Deal = WHOLE,
-) -> Float[Array, "... columns"]:
-    """Return the first features of each item as `dtype`; zeros for an id outside the matrix.
+    columns: int | None = None,
+    missing: int = 0,
+) -> Num[Array, "... columns"]:
+    """Return the first columns, or all, of each item's row; `missing` for an id outside `known`.
 
     Rows are sliced after they are read: slicing the matrix would cost time in its size per step.
     """
-    return _of_items(item_features, item_id, columns, 0, deal).astype(dtype)
-
-
-def categories_of_items(
-    item_category: Int[Array, "items I"], item_id: Int[Array, "..."], deal: Deal = WHOLE
-) -> Int[Array, "... I"]:
-    """Return the category ids of each item; -1 for an id outside the matrix."""
-    return _of_items(item_category, item_id, item_category.shape[1], -1, deal)
-
-
-def _of_items(
-    known: Num[Array, "items W"],
-    item_id: Int[Array, "..."],
-    columns: int,
-    missing: int,
-    deal: Deal,
-) -> Num[Array, "... columns"]:
-    """Return the first columns of the row of each id, or `missing`."""
     is_known = (item_id >= 0) & (item_id < known.shape[0] * deal.devices)
     row = read(deal, jnp.asarray(known), jnp.where(is_known, item_id, 0), slice(columns))
     # A product with 1 separates the read from later operations: for matrix products in bfloat16, a
     # TPU would otherwise convert the whole matrix before it reads a few rows of it.
     known_row = is_known[..., None]
     return jnp.where(known_row, row * known_row.astype(known.dtype), missing)
+
+
+def _categories_of_items(items: Items, item_id: Int[Array, "..."]) -> Int[Array, "... I"]:
+    return features_of_items(items.category, item_id, items.deal, missing=-1)
 
 
 def _categories(
@@ -147,7 +133,7 @@ LOOKUPS = {
         lambda batch, items: batch.candidate_category, lambda batch, items: batch.candidate_mask
     ),
     "item_category": _categories(
-        lambda batch, items: categories_of_items(items.category, batch.item_id, items.deal),
+        lambda batch, items: _categories_of_items(items, batch.item_id),
         lambda batch, items: batch.candidate_mask,
     ),
 }
@@ -158,7 +144,7 @@ HISTORY_LOOKUPS = {
         "item", lambda batch, items: batch.history_id, lambda batch, items: batch.history_mask
     ),
     "history_category": _categories(
-        lambda batch, items: categories_of_items(items.category, batch.history_id, items.deal),
+        lambda batch, items: _categories_of_items(items, batch.history_id),
         lambda batch, items: batch.history_mask,
     ),
 }
@@ -170,10 +156,7 @@ def category_shares(
 ) -> Float[Array, "... L"]:
     """Return the share of each value in the mean of its feature: 1 / their number, 0 for padding.
 
-    Args:
-      category: category ids, concatenated over features; -1 is padding.
-      lengths: the number of ids of each feature; their sum is L.
-      dtype: the dtype of the shares.
+    The ids are concatenated over features, and -1 is padding. A feature has `lengths` of them.
     """
     shares = []
     for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
@@ -187,7 +170,7 @@ def category_means(
 ) -> Float[Array, "... K*D"]:
     """Return the concatenated mean rows of K categorical features, 0 for one without a value.
 
-    See `category_shares` for the arguments; `rows` are those of the ids.
+    `rows` are those of the ids; see `category_shares` for these.
     """
     weighted = category_shares(category, lengths, rows.dtype)[..., None] * rows
     of_features = jnp.split(weighted, list(itertools.accumulate(lengths))[:-1], axis=-2)
@@ -200,10 +183,7 @@ def plus_category_means(
     category: Int[Array, "... L"],
     lengths: Sequence[int],
 ) -> Float[Array, "... D"]:
-    """Return a row plus the mean row of each categorical feature, as one sum over their values.
-
-    See `category_shares` for the arguments; `rows` are those of the ids.
-    """
+    """Return a row plus the mean row of each categorical feature, as one sum over their values."""
     shares = category_shares(category, lengths, rows.dtype)
     return row + jnp.sum(shares[..., None] * rows, axis=-2)
 
@@ -213,16 +193,11 @@ def item_rows(
 ) -> Float[Array, "... D"]:
     """Return the embedding part of items: item row + Σ_f mean row of their categorical feature f.
 
-    Args:
-      rows: the gathered rows.
-      lookup: the lookup of the ids: "item" for candidates, "history" for events.
-      item_id: the ids.
-      items: the items of the dataset.
-      spec: the sizes of the features.
+    The lookup of their ids is "item" for candidates and "history" for events.
     """
     row = rows[lookup]
     if lengths := spec.category_lengths("item"):
-        category = categories_of_items(items.category, item_id, items.deal)
+        category = _categories_of_items(items, item_id)
         row = plus_category_means(row, rows[f"{lookup}_category"], category, lengths)
     return row
 
@@ -245,17 +220,14 @@ def item_inputs(
 
     The item contributes its first `columns` features, those that a ranker can afford.
     """
-    of_item = features_of_items(items.features, item_id, columns, own.dtype, items.deal)
-    return jnp.concatenate([of_item, own], axis=-1)
+    of_item = features_of_items(items.features, item_id, items.deal, columns)
+    return jnp.concatenate([of_item.astype(own.dtype), own], axis=-1)
 
 
 def user_inputs(
     batch: CandidateBatch, rows: Rows, spec: FeatureSpec
 ) -> Float[Array, "R user_width"]:
-    """Return the inputs of the user and the request: row, features, context, category means.
-
-    The category means are the concatenated mean rows of the categorical features of the request.
-    """
+    """Return the inputs of the user and the request: row, features, context, category means."""
     inputs = [rows["user"], batch.user_features, batch.context]
     if of_request := spec.category_lengths("request"):
         means = category_means(rows["request_category"], batch.request_category, of_request)

@@ -33,16 +33,11 @@ from kd_ranker.embedding.lookup import (
 
 
 class Arithmetic(NamedTuple):
-    """The arithmetic of a model.
+    """The arithmetic of a model; parameters, tables and logits are always float32."""
 
-    Attributes:
-      dtype: the dtype of its internal arrays; parameters, tables and logits are always float32.
-      precision: the precision of matrix products and their gradients, as an argument of
-        `jax.default_matmul_precision`. The default is float32 on CPUs, and less on TPUs and on
-        newer GPUs.
-    """
-
-    dtype: Any
+    dtype: Any  # of its internal arrays
+    # Of matrix products, for `jax.default_matmul_precision`. The default is float32 on CPUs, and
+    # less on TPUs and on newer GPUs.
     precision: str
 
 
@@ -84,11 +79,6 @@ class Model(NamedTuple):
     reads_history: bool = True
 
 
-def with_deal(model: Model, deal: Deal) -> Model:
-    """Return the same model with the rows of its tables dealt by `deal`."""
-    return model._replace(embedding=model.embedding._replace(deal=deal))
-
-
 @flax.struct.dataclass
 class Parameters:
     """The learned part of a model: dense parameters (a pytree) and embedding tables."""
@@ -97,24 +87,17 @@ class Parameters:
     tables: Tables
 
 
-Init = Callable[..., Parameters]
-"""A pure function (key, slots, deal=WHOLE) -> initial parameters, see `build_model`."""
+Init = Callable[..., Parameters]  # see `build_model`
 
 
 def build_model(
     module: ModuleClass, spec: FeatureSpec, heads: int, config: ConfigDict
 ) -> tuple[Model, Init]:
-    """Build a model.
-
-    Args:
-      module: a class of `STUDENTS` or `TEACHERS`.
-      spec: the sizes of the dataset's features.
-      heads: the number of logits per candidate.
-      config: `config.student` or `config.teacher`.
+    """Build a model from `config.student` or `config.teacher`, with `heads` logits per candidate.
 
     Returns:
-      The model, and a pure function to initial parameters. Its arguments are a key, the source of
-      all randomness, the number of slots per row of the tables' optimiser, and the deal of rows.
+      The model, and a pure function (key, slots, deal=WHOLE) -> initial parameters. `slots` is the
+      number of values per row of the tables' optimiser.
     """
     reads: bool | Callable[[ConfigDict], bool] = getattr(module, "reads_history", True)
     reads_history = reads(config) if callable(reads) else reads

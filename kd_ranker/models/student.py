@@ -46,15 +46,10 @@ class InParts(Protocol):
 
     It can be served in parts: `users` once per request, embeddings by `item` once per item, and
     `logits` of their products.
-
-    Attributes:
-      spec: the sizes of the features.
-      item: the encoder of items and candidates. Its inputs are the cheap features of the item, then
-        those of the candidate.
     """
 
     spec: FeatureSpec
-    item: ItemEncoder
+    item: ItemEncoder  # of the cheap features of the item, then those of the candidate
 
     def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
         """Return the arrays of a request, [R, ...]: `queries` [R, Q, D] and others."""
@@ -174,9 +169,7 @@ class TwoTower(_Towers):
                                                            [R, N, D]
         z = u · v / sqrt(D) + offset                       [R, N, heads]
 
-    A category mean is the mean row of the values of a categorical feature, of the request in u, of
-    the item and the candidate in v. With `history = "mean"`, h is that of `HistoryMean`; otherwise
-    h is omitted.
+    Category means and h are those of `MultiInterest`.
     """
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):

@@ -59,20 +59,6 @@ class HistoryAttention(nnx.Module):
         return attended / events.shape[1], jnp.mean(hidden, axis=2)
 
 
-class CrossLayer(nnx.Module):
-    """x0 ⊙ (W x + b) + x: a layer of DCN-v2 (Wang et al., WWW 2021)."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        """Build a layer for inputs of size `width`."""
-        self.linear = nnx.Linear(width, width, rngs=rngs)
-
-    def __call__(
-        self, first: Float[Array, "... W"], inputs: Float[Array, "... W"]
-    ) -> Float[Array, "... W"]:
-        """Cross the input of this layer with that of the first layer."""
-        return first * self.linear(inputs) + inputs
-
-
 class ExpertMixture(nnx.Module):
     """A mixture of experts with one gate a head: MMoE (Ma et al., KDD 2018)."""
 
@@ -104,6 +90,7 @@ class FinalRanker(nnx.Module):
              v, item and candidate features, t, t ⊙ v, m]
         z = experts(cross layers(x))              [R, N, heads]
 
+    A cross layer maps y to x ⊙ (W y + b) + y, starting from y = x: DCN-v2 (Wang et al., WWW 2021).
     A category mean is the mean row of the values of a categorical feature: of an event's item in e,
     of the item and the candidate in v, of the request in x.
     """
@@ -123,7 +110,9 @@ class FinalRanker(nnx.Module):
         self.item = ItemEncoder(features, width, rngs=rngs)
         self.attention = HistoryAttention(width, config.attention_hidden, rngs=rngs)
         joined = user_width(spec, width) + 4 * width + features + config.attention_hidden
-        self.crosses = nnx.List([CrossLayer(joined, rngs=rngs) for _ in range(config.cross_layers)])
+        self.crosses = nnx.List(
+            [nnx.Linear(joined, joined, rngs=rngs) for _ in range(config.cross_layers)]
+        )
         self.mixture = ExpertMixture(joined, config.experts, config.expert_hidden, heads, rngs=rngs)
 
     def __call__(
@@ -146,7 +135,7 @@ class FinalRanker(nnx.Module):
 
         crossed = joined
         for layer in self.crosses:
-            crossed = layer(joined, crossed)
+            crossed = joined * layer(crossed) + crossed
         return self.mixture(crossed)
 
 

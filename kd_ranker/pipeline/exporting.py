@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch
-from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import COMPUTE_DTYPES, score

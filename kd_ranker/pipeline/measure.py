@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
-from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
+from kd_ranker.batches.cutting import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve

@@ -293,14 +293,10 @@ def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
 
 
 def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
-    """Drop the fields that are not needed.
+    """Drop the teacher's probabilities if `logged` is None, and histories, which get the length 0.
 
-    Args:
-      columns: the requests, with all fields.
-      logged: the funnel stage that a candidate must reach for its teacher score to count. With
-        None no score counts, and the probabilities are dropped. Otherwise scores that do not
-        count stay with their candidates, and `cutting` leaves them out.
-      history: whether histories are needed; if not, they have the length 0.
+    Otherwise a score counts if its candidate reached the stage `logged`. Scores that do not count
+    stay with their candidates, and `cutting` leaves them out.
     """
     counts, requests, candidates = columns.counts, columns.requests, columns.candidates
     reached = 0 if logged is None else counts.reached(logged)

@@ -29,26 +29,17 @@ _NAME, _FORMAT = "requests", "array_record"
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A built dataset, opened for reading.
-
-    Attributes:
-      directory: its folder.
-      identity: under `dataset`, its name and the fingerprint of its content. With the scores of a
-        teacher that was trained on it, their name and fingerprint are under `scored`.
-      spec: the sizes of its features.
-      item_features: the features of each item.
-      item_category: the category ids of each item.
-      columns: split -> its requests, in files.
-      earlier: the identities of the datasets that it extends, the oldest first. Their ids are the
-        first ones of this dataset.
-    """
+    """A built dataset, opened for reading."""
 
     directory: Path
+    # Under `dataset`, its name and the fingerprint of its content. With the scores of a teacher
+    # that was trained on it, their name and fingerprint are under `scored`.
     identity: Mapping[str, str]
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
-    columns: Mapping[str, Columns] = dataclasses.field(repr=False)
+    columns: Mapping[str, Columns] = dataclasses.field(repr=False)  # split -> requests, in files
+    # The identities of the datasets that it extends, the oldest first. Their ids come first.
     earlier: tuple[str, ...] = ()
 
     @property

@@ -50,16 +50,11 @@ def runs(
 
 
 class Block(NamedTuple):
-    """A block of n requests.
+    """A block of n requests."""
 
-    Attributes:
-      values: stored field -> its entries, grouped by request; of width 0 if the dataset lacks the
-        field.
-      numbers: owner -> the number of entries of each request.
-    """
-
+    # Stored field -> its entries, grouped by request; of width 0 if the dataset lacks the field.
     values: Mapping[str, Shaped[np.ndarray, "sum ..."]]
-    numbers: Mapping[Owner, Int64[np.ndarray, "n"]]
+    numbers: Mapping[Owner, Int64[np.ndarray, "n"]]  # of entries per request
 
     def requests(self) -> Iterator[Request]:
         """Yield the requests one by one; their arrays are views of the arrays of the block."""
@@ -97,27 +92,15 @@ def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A dataset before it is built.
-
-    Attributes:
-      spec: the sizes of its features.
-      item_features: float32 [num_items, F], the features of each item; stored once.
-      requests: split (one of `SPLITS`) -> its requests, the same ones at every call.
-      num_requests: split -> the number of requests that `requests` yields, for progress bars.
-      item_category: the category ids of each item, -1 for a missing one; None without any.
-      shards: split -> its requests in blocks, each returned by a call that a thread makes; None
-        reads `requests` instead.
-      threads: the number of threads that make the calls of `shards`.
-      write_beside: writes additional files into the dataset's folder.
-      close: releases the files of the source; nothing can be read after it.
-    """
+    """A dataset before it is built."""
 
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
-    requests: Callable[[str], Iterator[Request]]
-    num_requests: dict[str, int]
-    item_category: Int32[np.ndarray, "items I"] | None = None
+    requests: Callable[[str], Iterator[Request]]  # of a split, the same ones at every call
+    num_requests: dict[str, int]  # split -> the number that `requests` yields
+    item_category: Int32[np.ndarray, "items I"] | None = None  # -1 for a missing id
+    # Split -> its requests in blocks, each returned by a call; None reads `requests` instead.
     shards: Callable[[str], Sequence[Callable[[], Block]]] | None = None
-    threads: int = 1
-    write_beside: Callable[[Path], None] | None = None
-    close: Callable[[], None] = lambda: None
+    threads: int = 1  # that make these calls
+    write_beside: Callable[[Path], None] | None = None  # of more files, into the dataset's folder
+    close: Callable[[], None] = lambda: None  # nothing can be read after it

@@ -69,17 +69,11 @@ def directory_of(name: str, data_dir: str) -> Path:
 def build(
     open_source: Callable[[], Source], name: str, data_dir: str, earlier: Dataset | None = None
 ) -> Path:
-    """Write a source to disk unless the dataset exists already, and return its folder.
+    """Write a source to disk unless the dataset `name` exists already, and return its folder.
 
     The folder is claimed before the source is opened, and the source is closed at the end. The
-    leftovers of a build that was killed are removed.
-
-    Args:
-      open_source: returns the source.
-      name: of the dataset.
-      data_dir: `config.data.dir`.
-      earlier: a dataset of requests that come before these and become training requests; its ids
-        are valid in the source.
+    leftovers of a build that was killed are removed. Requests of an `earlier` dataset come before
+    these and become training requests; its ids are valid in the source.
 
     Raises:
       UserError: the source is at fault, or another process builds the same dataset.
@@ -260,12 +254,8 @@ def with_column(
 ) -> Dataset:
     """Return a dataset with the probabilities of a teacher in place of those of its log.
 
-    Args:
-      dataset: the dataset that the teacher has scored.
-      folder: the column of each split, with a manifest.
-      made_by: the command that makes the column.
-      version: of the teacher.
-      stage: the stage of the training candidates that it has scored; of other splits, all are.
+    The folder has the column of each split. Of training requests, the teacher has scored the
+    candidates that reached `stage`; of other splits, all.
 
     Raises:
       UserError: the column is missing or damaged, or of another content of the dataset.

@@ -23,7 +23,6 @@ from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import BatchIterator
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import MadeOf
-from kd_ranker.models.model import with_deal
 from kd_ranker.training import checkpoints
 from kd_ranker.training.interruption import deferred
 from kd_ranker.training.mapping import DeviceMap, shared_evenly
@@ -88,7 +87,8 @@ def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: Devi
     """Build the step of groups by `make_step`, for devices that may each hold a share of rows."""
 
     def dealt(of: Any) -> Any:
-        return of._replace(model=with_deal(of.model, devices.deal))
+        embedding = of.model.embedding._replace(deal=devices.deal)
+        return of._replace(model=of.model._replace(embedding=embedding))
 
     recipes = [dealt(group.recipe) for group in groups]
     return make_step(recipes, teacher and dealt(teacher), devices.members)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import WHOLE, Deal, FeatureSpec, Stage
 from kd_ranker.batches.training import Needs
-from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers, own_numbers
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ADAM, ROW_OPTIMIZERS
 from kd_ranker.errors import UserError
@@ -220,7 +220,7 @@ def _student_numbers(config: ConfigDict) -> Hyperparameters:
     # Without a teacher there is nothing else to learn from.
     user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
     term_weights = distill.term_weights or (1.0,) * max(len(distill.terms), 1)
-    own = own_numbers(term.loss for term in terms)
+    own = {name: value for term in terms for name, value in LOSSES[term.loss].numbers.items()}
     if terms and distill.numbers and len(distill.numbers) != len(own):
         names = ", ".join(own) or "none"
         raise UserError(

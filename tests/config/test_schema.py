@@ -2,7 +2,6 @@
 
 import pytest
 
-from kd_ranker.config.keys import KEYS
 from kd_ranker.config.schema import fingerprint
 from kd_ranker.configs import cascade
 from kd_ranker.pipeline.datasets import dataset_name
@@ -71,8 +70,3 @@ def test_a_config_that_was_written_and_read_is_the_same(tmp_path):
     workdirs.write_config(tmp_path, "train", config, {"dataset": "d"})
     read = workdirs.read_config(tmp_path)
     assert fingerprint({"": read}, "student") == fingerprint({"": config}, "student")
-
-
-def test_the_numbers_of_losses_are_keys_that_a_sweep_varies():
-    for name in ("temperature", "top_k", "numbers"):
-        assert KEYS[f"distill.{name}"].sweep == "members"

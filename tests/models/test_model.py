@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_ranker.models.layers import categories_of_items
+from kd_ranker.models.layers import features_of_items
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
@@ -50,5 +50,5 @@ def test_a_model_that_reads_no_history_does_not_look_it_up():
 
 def test_an_item_that_is_not_known_has_no_categories():
     category = np.array([[4, 7], [5, -1]], np.int32)
-    found = categories_of_items(category, jnp.array([1, 0, -1, 2, 2**31 - 1]))
+    found = features_of_items(category, jnp.array([1, 0, -1, 2, 2**31 - 1]), missing=-1)
     np.testing.assert_array_equal(found, [[5, -1], [4, 7], [-1, -1], [-1, -1], [-1, -1]])

@@ -100,42 +100,38 @@ def users_and_items(parameters, batch, items, spec):
     return np.array(users), item
 
 
+def multi_interest(parameters, users, item):
+    """The logits of one candidate, from the outputs of the user tower [E, D] and the item."""
+    kernel, bias = dense(parameters.dense["heads"])
+    match = users @ item
+    return np.concatenate([softmax(match) @ users, item, match]) @ kernel + bias
+
+
+def two_tower(parameters, users, item):
+    """The logits of one candidate, from the outputs of the user tower [heads, D] and the item."""
+    return users @ item / np.sqrt(STUDENT.width) + np.asarray(parameters.dense["offset"][...])
+
+
 @pytest.mark.parametrize(
-    ("mode", "history", "spec"),
-    [("none", "none", SPEC), ("aux", "mean", CATEGORY_SPEC)],
-    ids=["none", "aux-history-categories"],
+    ("module", "formula", "mode", "history", "spec"),
+    [
+        (MultiInterest, multi_interest, "none", "none", SPEC),
+        (MultiInterest, multi_interest, "aux", "mean", CATEGORY_SPEC),
+        (TwoTower, two_tower, "none", "mean", CATEGORY_SPEC),
+    ],
 )
-def test_multi_interest_is_the_formula(mode, history, spec):
+def test_a_student_is_its_formula(module, formula, mode, history, spec):
     heads = MODES[mode].heads_per_task * len(SPEC.tasks)
-    model, parameters = make_model(MultiInterest, heads, student(history), spec=spec)
+    model, parameters = make_model(module, heads, student(history), spec=spec)
     batch, items = random_batch(0, spec=spec), random_items(spec=spec)
     batch.history_mask[0] = False
     users, item = users_and_items(parameters, batch, items, spec)
     users = mlp(parameters.dense["user"]["layers"], users)
-    users = users.reshape(-1, STUDENT.interests, STUDENT.width)
-    kernel, bias = dense(parameters.dense["heads"])
-    expected = np.zeros((*batch.item_id.shape, heads))
-    for request, candidate in np.ndindex(batch.item_id.shape):
-        match = users[request] @ item[request, candidate]
-        combined = softmax(match) @ users[request]
-        joined = np.concatenate([combined, item[request, candidate], match])
-        expected[request, candidate] = joined @ kernel + bias
-
-    logits = logits_of(model, parameters, batch, items)
-    np.testing.assert_allclose(logits, expected, atol=2e-5)
-
-
-def test_two_tower_is_the_formula():
-    spec, heads = CATEGORY_SPEC, len(SPEC.tasks)
-    model, parameters = make_model(TwoTower, heads, student("mean"), spec=spec)
-    batch, items = random_batch(0, spec=spec), random_items(spec=spec)
-    batch.history_mask[0] = False
-    users, item = users_and_items(parameters, batch, items, spec)
-    users = mlp(parameters.dense["user"]["layers"], users).reshape(-1, heads, STUDENT.width)
-    offset = np.asarray(parameters.dense["offset"][...])
-    expected = np.stack(
-        [item[r] @ users[r].T / np.sqrt(STUDENT.width) + offset for r in range(len(users))]
-    )
+    users = users.reshape(len(users), -1, STUDENT.width)
+    expected = [
+        [formula(parameters, of_request, of) for of in of_items]
+        for of_request, of_items in zip(users, item, strict=True)
+    ]
     np.testing.assert_allclose(logits_of(model, parameters, batch, items), expected, atol=2e-5)
 
 

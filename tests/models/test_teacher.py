@@ -65,7 +65,7 @@ def test_final_ranker_is_the_formula():
             joined = np.concatenate([*known_of_user, *of_candidate])
             crossed = joined
             for index in range(TEACHER.cross_layers):
-                kernel, bias = dense(layers["crosses"][index]["linear"])
+                kernel, bias = dense(layers["crosses"][index])
                 crossed = joined * (crossed @ kernel + bias) + crossed
             mixture = layers["mixture"]
             kernel, bias = dense(mixture["experts"])

@@ -11,7 +11,7 @@ import pytest
 
 from kd_ranker import api, manifest
 from kd_ranker.batch import IN_BATCH
-from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import exporting

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kd_ranker import api, manifest
-from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.policy import FILE, named

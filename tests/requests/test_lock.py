@@ -45,32 +45,34 @@ def can_be_held(folder):
     return not {path.name for path in folder.iterdir()} & lock.FILES
 
 
-def test_a_second_process_is_refused_with_the_holder_until_that_ends(tmp_path, other):
+def end(other):
+    other.communicate("\n")
+
+
+def kill(other):
+    """Kill the process; its parent has not reaped it yet."""
+    other.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+
+
+@pytest.mark.parametrize("stop", [end, kill])
+def test_a_second_process_is_refused_with_the_holder_until_that_ends(tmp_path, other, stop):
     fault = fault_in(tmp_path)
     who = f"{tmp_path} is held by process {other.pid} on {socket.gethostname()} since 20"
     assert fault.startswith(who)
     assert fault.endswith("; wait for its end")
-    other.communicate("\n")
+    stop(other)
     assert can_be_held(tmp_path)
 
 
-def test_a_killed_process_holds_nothing_even_before_its_parent_reaps_it(tmp_path, other):
-    other.send_signal(signal.SIGKILL)
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-    assert (tmp_path / lock.FILE).exists()
-    assert can_be_held(tmp_path)
-
-
-def test_a_path_that_cannot_be_locked_is_one_line(tmp_path):
+@pytest.mark.parametrize(("name", "reason"), [("file", "File exists"), ("folder", "Is a dir")])
+def test_a_path_that_cannot_be_locked_is_one_line(tmp_path, name, reason):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / lock.FILE).mkdir(parents=True)
-    for name, reason in {
-        "file": "File exists",
-        "file/below": "Not a directory",
-        "folder": "Is a directory",
-    }.items():
-        assert f"{tmp_path / name} cannot be locked: " in (fault := fault_in(tmp_path / name))
-        assert f": {reason}; use a folder" in fault
+    fault = fault_in(tmp_path / name)
+    assert f"{tmp_path / name} cannot be locked: " in fault
+    assert f": {reason}" in fault
+    assert "; use a folder" in fault
 
 
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])

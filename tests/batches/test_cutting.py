@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
+from kd_ranker.batches.cutting import evaluation_batches, num_evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import read_requests
 from tests.requests.random_requests import built, random_request, random_source, with_facts
