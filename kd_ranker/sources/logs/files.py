@@ -125,13 +125,13 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
     files, item = tuple(itertools.compress(manifest, is_new)), layout.columns["item"]
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
         footers = list(pool.map(lambda file: _footer(system, file, item), files))
-    names = sorted({name for of_file, *_ in footers for name in of_file})
+    schemas = {file: of for file, (of, *_) in zip(files, footers, strict=True)}
+    names = sorted({name for of in schemas.values() for name in of.names})
     # A column in a file takes precedence over the names of folders.
     of_all = given_by_folders(manifest)
     given = {name: of.filter(is_new) for name, of in of_all.items() if name not in names}
-    _check_columns(
-        layout, {file: [*of, *given] for file, (of, *_) in zip(files, footers, strict=True)}
-    )
+    _check_columns(layout, {file: [*of.names, *given] for file, of in schemas.items()})
+    _check_ids(layout, schemas)
     if not any(rows for _, rows, _ in footers):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
     candidates = sum(of for *_, of in footers)
@@ -315,16 +315,16 @@ def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _footer(system: Any, file: str, item: str) -> tuple[list[str], int, int]:
+def _footer(system: Any, file: str, item: str) -> tuple[pa.Schema, int, int]:
     """Return the columns of a file, its number of rows, and about that of values in `item`."""
     with _opened(system, file) as parquet:
-        names, metadata = parquet.schema_arrow.names, parquet.metadata
+        schema, metadata = parquet.schema_arrow, parquet.metadata
     # A list counts as many values as it has, and an empty one counts 1.
     paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
     places = [place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}.")]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return names, metadata.num_rows, candidates or metadata.num_rows
+    return schema, metadata.num_rows, candidates or metadata.num_rows
 
 
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
@@ -370,6 +370,20 @@ def _check_columns(layout: LogLayout, names: Mapping[str, Sequence[str]]) -> Non
         if lack := sum(of.column not in of_file for of_file in names.values()):
             missing = f"is missing in {_count(lack, 'file')} of {len(names)}, where it is null"
             logging.warning("column %r (%s) %s", of.column, of.key, missing)
+
+
+def _check_ids(layout: LogLayout, schemas: Mapping[str, pa.Schema]) -> None:
+    """Refuse ids that are texts in one file and fractions in another: "5" is not "5.0"."""
+    for of in (of for of in wanted_columns(layout) if of.use == "id"):
+        have = [file for file, schema in schemas.items() if of.column in schema.names]
+        types = {str(inner_type(schemas[file].field(of.column).type)): file for file in have}
+        texts = [type_ for type_ in types if re.fullmatch(_TEXT, type_)]
+        others = [type_ for type_ in types if not re.fullmatch(rf"{_TEXT}|u?int\d+|null", type_)]
+        for other in others if texts else ():
+            raise UserError(
+                f"column {of.column!r} ({of.key}) is {other} in {types[other]} and {texts[0]} in "
+                f"{types[texts[0]]}; give it one type"
+            )
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:

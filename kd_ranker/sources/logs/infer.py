@@ -9,7 +9,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,15 +80,17 @@ class _Guess(NamedTuple):
     check: str = ""
 
 
-def identifier(name: str) -> str:
-    """Return a name as a key of a config.
+def identifier(name: str, taken: Collection[str] = ()) -> str:
+    """Return a name as a key of a config, other than those that are taken.
 
     >>> identifier("item.views (7d)"), identifier("7d"), identifier("items"), identifier("点击")
     ('item_views_7d', 'c_7d', 'items_', '点击')
     """
     text = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", name)).strip("_") or "column"
     text = text if text.isidentifier() else f"c_{text}"
-    return f"{text}_" if keyword.iskeyword(text) or hasattr(ConfigDict, text) else text
+    while text in taken or keyword.iskeyword(text) or hasattr(ConfigDict, text):
+        text += "_"
+    return text
 
 
 def _named(sample: Sample, section: str) -> dict[str, _Guess]:
@@ -149,7 +151,7 @@ def _find_labels(sample: Sample) -> dict[str, _Guess]:
     is_sure = "only_shown or (task != '' and ones_out <= 0.2 * ones_in)"
     likely: Iterable[Any] = free.query(is_sure).itertuples()
     for f in likely:
-        task = f.task if f.task and f.task not in labels else identifier(f.Index)
+        task = f.task if f.task and f.task not in labels else identifier(f.Index, labels)
         why = "0 or 1, and its name" if f.task else "0 or 1, known only where shown"
         labels[task] = _Guess(f.Index, why)
     return labels or {"label": _Guess("", "", _which("label, 0 or 1", free.index))}
@@ -177,7 +179,7 @@ def _find_teacher(sample: Sample, labels: Mapping[str, _Guess]) -> tuple[dict[st
     return found, _which("teacher", maybe) if maybe else ""
 
 
-def _feature_line(f: Any, sample: Sample, item: str, is_doubtful: bool) -> str:
+def _feature_line(f: Any, name: str, sample: Sample, item: str, is_doubtful: bool) -> str:
     """Return the line of the config for a column without a role: its feature, or why not."""
     kind, *more = _kind_of_feature(f, sample, item)
     afterwards = has_word(f.Index, "afterwards", "predictions", "teacher")
@@ -205,7 +207,7 @@ def _feature_line(f: Any, sample: Sample, item: str, is_doubtful: bool) -> str:
         owner = next((of for of, its in NAMES["owners"].items() if words & {*its}), "candidate")
     else:
         owner = ("user" if f.user == 1 else "context") if f.request else "candidate"
-    owner, name = "user" if kind == "history" else owner, identifier(f.Index)
+    owner = "user" if kind == "history" else owner
     arguments = [repr(owner), repr(kind), *[f"column={f.Index!r}"] * (name != f.Index), *more]
     return _line(f"data.features.{name}", f"configs.feature({', '.join(arguments)})", "", doubt)
 
@@ -292,8 +294,10 @@ def _config_lines(path: str, name: str, sample: Sample) -> list[str]:
         lines.append(_line(prefix + key, code, why, check))
     used = {of.value for of in (*columns.values(), *labels.values(), *teacher.values())}
     checks = " ".join(of.check for of in guesses.values())
+    names: list[str] = []
     for f in sample.facts[~sample.facts.index.isin([*used])].itertuples():
-        lines += [_feature_line(f, sample, item, repr(f.Index) in checks)]
+        names.append(identifier(str(f.Index), names))
+        lines.append(_feature_line(f, names[-1], sample, item, repr(f.Index) in checks))
     return lines
 
 

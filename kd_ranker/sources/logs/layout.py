@@ -235,10 +235,12 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
         )
-    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("teacher", data.labels))
-    for section, names in known:
-        for name in data[section]:
+    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("labels", data.labels))
+    for section, names in (*known, ("teacher", data.labels)):
+        for name, text in data[section].items():
             check_choice(f"data.{section}", name, names)
+            if not isinstance(text, str):
+                raise UserError(f"data.{section}.{name}={text!r} must be a text")
     by = {"user": "user", "column": "split"}.get(data.split)
     if by and not data.columns.get(by):
         raise UserError(f"data.split={data.split!r} needs data.columns.{by}; name its column")

@@ -61,7 +61,13 @@ def longer_encoding(
             new, last = _shifted(new, last - 1), last + len(new)
         # An empty vocabulary does not know the type of its values.
         schema = before.schema if len(before) else new.schema
-        vocabularies[name] = pa.concat_tables([before.cast(schema), new.cast(schema)])
+        try:
+            vocabularies[name] = pa.concat_tables([before.cast(schema), new.cast(schema)])
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"new values of {name!r} are no {schema.types[0]}, as those of the dataset are: "
+                f"{error}; make a dataset of the whole log: leave data.extends out"
+            ) from error
     spec = dataclasses.replace(
         known.spec,
         num_users=len(vocabularies[USER]),

@@ -218,6 +218,14 @@ def test_ids_of_new_files_may_lack_a_sign(second, day_one, tmp_path):
     assert all(comparable(found[id_]) == comparable(expected[id_]) for id_ in found)
 
 
+LARGE = pa.scalar(2**63, pa.uint64())
+
+
+def unsigned_and_large(table):
+    values = pc.add(pc.max_element_wise(table["item_id"], 0).cast(pa.uint64()), LARGE)
+    return table.set_column(table.column_names.index("item_id"), "item_id", values)
+
+
 EARLY = make_rows(0, requests=1)[0]
 EARLY.of_request |= {"request_id": 7, "time": 1_000_000 + 60}
 
@@ -229,6 +237,10 @@ REFUSED = {
     "ids of another type": (
         dict(change=with_type("user_id", pa.string())),
         "column 'user_id' .* holds texts, and in training it held whole numbers",
+    ),
+    "ids too large for the type of before": (
+        dict(change=rewritten(unsigned_and_large)),
+        "new values of 'item' are no int64, .* leave data.extends out",
     ),
     "requests of another type": (
         dict(change=with_type("request_id", pa.string())),

@@ -151,6 +151,19 @@ def test_a_feature_may_begin_with_a_later_file(tmp_path, log, caplog):
     assert "column 'age' (data.features.age) is missing in 1 file of 2, where" in caplog.text
 
 
+@pytest.mark.parametrize("type_", [pa.float64(), pa.bool_(), pa.int64()])
+def test_ids_of_two_files_are_no_texts_and_fractions(tmp_path, log, type_):
+    path, config = log / "part-0.parquet", faulty_logs.config(log, tmp_path)
+    table = pq.read_table(path).drop_columns(["author"])
+    for name, of in (("part-0", type_), ("part-1", pa.string())):
+        column = pa.array([1] * len(table)).cast(of)
+        pq.write_table(table.append_column("author", column), log / f"{name}.parquet")
+    if pa.types.is_integer(type_):
+        opened(config)
+    else:
+        assert fault_of(config).startswith("column 'author' (data.features.author) is ")
+
+
 @pytest.mark.parametrize(
     ("key", "type_", "by_request", "message"),
     [

@@ -341,6 +341,14 @@ def test_a_log_of_only_shown_candidates(columns, tmp_path):
     assert "left out: 'f': perhaps a label" in text
 
 
+def test_columns_whose_keys_are_equal_have_a_key_each(columns, tmp_path):
+    """A label without a key would be a feature."""
+    twice = {"is_click": columns["click"], "source id": columns["age"], "source_id": columns["age"]}
+    _, config = infer(tmp_path, logs.table_of(columns | twice))
+    assert {"click", "is_click", "like"} == {*config.data.labels.values()}
+    assert {"source id", "source_id"} < features_of(config).keys()
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.parquet").write_text("no Parquet")

@@ -1,4 +1,5 @@
 import pytest
+from ml_collections import ConfigDict
 
 from kd_ranker.config import checks
 from kd_ranker.config.defaults import feature
@@ -34,6 +35,8 @@ def config_with(**changes):
         ({"labels__watch": ""}, "data.labels.watch is empty"),
         ({"teacher__share": "score"}, "data.teacher='share' does not exist; choose one of: like"),
         ({"stages__shown": ""}, "data.stages.shown is empty"),
+        ({"stages": ConfigDict(dict(retrieved=0, shown=2))}, "data.stages.retrieved=0 must be a t"),
+        ({"labels": ConfigDict(dict(watch=3))}, "data.labels.watch=3 must be a text"),
         ({"stages__passed": "shown"}, "gives two stages the same text"),
         ({"stages__sent": "x"}, "data.stages='sent' does not exist; choose one of: passed"),
         ({"features__new": "dense"}, "data.features.new must be made by kd_ranker.config."),
