@@ -154,7 +154,7 @@ def _join_processes(config: "ConfigDict") -> None:
 
     from kd_ranker.training import processes
 
-    processes.start(give_up=_end)
+    processes.start()
     processes.check_same("config", config.to_json(sort_keys=True))
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
@@ -306,16 +306,9 @@ def _fail(error: Exception) -> NoReturn:
     if not processes.ends_with_all() and not processes.is_first():
         sys.stderr.write(f"error of process {processes.index()}: {line}")
     if processes.are_distributed():
-        _end()
+        sys.stderr.flush()
+        os._exit(_BAD_INPUT)  # at once, without waiting for the others
     sys.exit(_BAD_INPUT)
-
-
-def _end(error: UserError | None = None) -> NoReturn:
-    """End the process at once without waiting for the others."""
-    if error:
-        sys.stderr.write(f"error: {error}\n")
-    sys.stderr.flush()
-    os._exit(_BAD_INPUT)
 
 
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
