@@ -102,8 +102,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
       program: the way to start it, for its help.
       arguments: its arguments.
     """
-    interruption.stop_on_signal()
-    try:
+    with interruption.clean_up_on_signal():
         try:
             parser = _parser(command, program)
             if _HELP & {*arguments}:
@@ -114,10 +113,6 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
         except Exception as error:
             _fail(error)
         _run(command, config, given)
-    except interruption.Stopped as stopped:
-        interruption.exit_after(stopped)
-    finally:
-        interruption.end_on_signal()
 
 
 def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
