@@ -1,5 +1,5 @@
-import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,41 +46,32 @@ def test_a_signal_ends_the_process_with_one_line_and_a_second_one_at_once(progra
     assert finished.stderr == line
 
 
-class Asked(BaseException):
-    pass
-
-
 @pytest.fixture
-def asked():
-    """Sends a signal that raises `Asked`."""
-
-    def ask(*_):
-        raise Asked
-
-    before = signal.signal(signal.SIGTERM, ask)
-    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
+def handlers():
+    """SIGTERM exits this process, and it ignores SIGHUP, as of nohup."""
+    ours = {signal.SIGTERM: lambda *_: sys.exit("asked"), signal.SIGHUP: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield ours
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("error", [None, OSError("no room")])
-def test_a_signal_sets_a_flag_and_is_raised_after_work_without_an_error(asked, error):
-    flags, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_a_signal_sets_a_flag_and_is_raised_after_work_without_an_error(handlers, error):
+    flags = []
 
     def work():
         with deferred() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)  # stays ignored
-            flags.append(stop())
-            asked()
-            flags.append(stop())
+            for number in handlers:
+                flags.append(stop())
+                signal.raise_signal(number)
             if error:
                 raise error
 
-    with pytest.raises(OSError if error else Asked):
+    with pytest.raises(OSError if error else SystemExit, match="no room" if error else "asked"):
         work()
     assert flags == [False, True]
-    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
-    with pytest.raises(Asked):
-        asked()
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_a_thread_gets_no_signals():
