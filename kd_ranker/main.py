@@ -102,8 +102,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
       program: the way to start it, for its help.
       arguments: its arguments.
     """
-    interruption.stop_on_signal()
-    try:
+    with interruption.clean_up_on_signal():
         try:
             parser = _parser(command, program)
             if _HELP & {*arguments}:
@@ -114,10 +113,6 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
         except Exception as error:
             _fail(error)
         _run(command, config, given)
-    except interruption.Stopped as stopped:
-        interruption.exit_after(stopped)
-    finally:
-        interruption.end_on_signal()
 
 
 def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
@@ -154,7 +149,7 @@ def _join_processes(config: "ConfigDict") -> None:
 
     from kd_ranker.training import processes
 
-    processes.start(give_up=_end)
+    processes.start()
     processes.check_same("config", config.to_json(sort_keys=True))
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
@@ -308,16 +303,9 @@ def _fail(error: Exception) -> NoReturn:
     if not processes.ends_with_all() and not processes.is_first():
         sys.stderr.write(f"error of process {processes.index()}: {line}")
     if processes.are_distributed():
-        _end()
+        sys.stderr.flush()
+        os._exit(_BAD_INPUT)  # at once, without waiting for the others
     sys.exit(_BAD_INPUT)
-
-
-def _end(error: UserError | None = None) -> NoReturn:
-    """End the process at once without waiting for the others."""
-    if error:
-        sys.stderr.write(f"error: {error}\n")
-    sys.stderr.flush()
-    os._exit(_BAD_INPUT)
 
 
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:

@@ -28,6 +28,11 @@ FOLDER, RECORD = "checkpoints", "record"
 _KEEP = 3
 
 
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Return False for records that Orbax logs; it also raises these errors."""
+    return "orbax" not in Path(record.pathname).parts
+
+
 @contextlib.contextmanager
 def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointManager]:
     """Open the checkpoints of a workdir; on exit, all of them are complete.
@@ -39,6 +44,7 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
     """
     folder, mine = (workdir / FOLDER).absolute(), index()
     on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    absl.logging.get_absl_logger().addFilter(_is_not_of_orbax)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_KEEP,
         create=False,
@@ -49,39 +55,32 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
             primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=str(mine)
         ),
     )
-    log = absl.logging.get_absl_logger()
-    log.addFilter(_is_not_of_orbax)
     manager = ocp.CheckpointManager(folder, options=options)
     try:
         yield manager
         _wait(manager)
     finally:
-        with _writing(manager):
+        with _one_line(manager):
             manager.close()
-        log.removeFilter(_is_not_of_orbax)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Return False for records that Orbax logs; it also raises these errors."""
-    return "orbax" not in Path(record.pathname).parts
 
 
 @contextlib.contextmanager
-def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _one_line(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
     """Turn the error of a failed write, whatever its type, into one line."""
     try:
         yield
     except Exception as error:
         raise UserError(
-            f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); check "
-            "the disk, and start the same command again: it resumes from the previous checkpoint"
+            f"a checkpoint could not be written to {checkpoints.directory} ({_reason(error)}); "
+            "check the disk, and start the same command again: it resumes from the previous "
+            "checkpoint"
         ) from error
 
 
-def _wait(manager: ocp.CheckpointManager) -> None:
+def _wait(checkpoints: ocp.CheckpointManager) -> None:
     """Wait until the last checkpoint is complete; if that fails, all processes raise."""
-    with _writing(manager):
-        on_first(manager.wait_until_finished)
+    with _one_line(checkpoints):
+        on_first(checkpoints.wait_until_finished)
 
 
 def save(
@@ -106,7 +105,7 @@ def save(
     record = {"step": step, "made_of": dict(made_of), "batches": position}
     state = ocp.args.StandardSave(jax.device_get(state))
     items = ocp.args.Composite(state=state, **{RECORD: ocp.args.JsonSave(record)})
-    with _writing(checkpoints):
+    with _one_line(checkpoints):
         if step in checkpoints.all_steps():  # one that could not be restored
             checkpoints.delete(step)
         checkpoints.save(step, args=items, force=True)
@@ -118,35 +117,31 @@ def restore(
     batches: grain.DatasetIterator | None,
     made_of: MadeOf,
 ) -> tuple[Any, int]:
-    """Restore the newest checkpoint that all processes can read; warn of later ones.
+    """Restore the newest checkpoint that can be read, and warn of later ones.
 
-    Args:
-      checkpoints: those of the workdir.
-      state: a state of the same shapes and dtypes, or `jax.eval_shape` of one.
-      batches: the iterator to move to the saved position, or None.
-      made_of: the fingerprints of the run.
+    `state` has the same shapes and dtypes, maybe abstract; `batches`, if any, moves to the saved
+    position.
 
     Returns:
       The state, on the host, and its step; `state` as given and 0 without checkpoints.
 
     Raises:
-      UserError: the checkpoint is of another run, or none can be read.
+      UserError: the checkpoint is of a run with other fingerprints, or none can be read.
     """
     # Another host may have an older listing of the folder.
     steps, reason = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True)), ""
     for step in steps:
-        restored, reason = None, "another process cannot read it"
+        read, reason = None, "another process cannot read it"
         try:
-            restored = _read(checkpoints, step, state, made_of)
+            read = _read(checkpoints, step, state, made_of)
         except (UserError, MemoryError, PermissionError):
             raise  # not the fault of the checkpoint
         except Exception as error:
             reason = _reason(error)
-        if first_without(restored is not None) is None and restored is not None:
-            read, position = restored
+        if first_without(read is not None) is None and read is not None:
             if batches is not None:
-                batches.set_state(position)
-            return read, step
+                batches.set_state(read[1])
+            return read[0], step
         absl.logging.warning("%s cannot be restored: %s", checkpoints.directory / str(step), reason)
     if steps:
         raise UserError(

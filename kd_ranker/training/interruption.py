@@ -6,20 +6,32 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 _ASK_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last is of a closed terminal
 
 
-class Stopped(SystemExit):
-    """A signal requested the end of this process; `code` is 128 and its number.
+class _Stopped(SystemExit):
+    """The first signal, with its exit code; asyncio loops let a SystemExit pass."""
 
-    It is a subclass of SystemExit, so it passes through asyncio loops.
+
+@contextlib.contextmanager
+def clean_up_on_signal() -> Iterator[None]:
+    """Exit at a signal after clean-up: with one line and its exit code, 128 and its number.
+
+    A second signal, and any after the context, ends the process at once.
     """
+    _handle(_stop)
+    try:
+        yield
+    except _Stopped as stopped:
+        _print(int(stopped.code or 0) - 128)
+        raise
+    finally:
+        end_on_signal()
 
 
 @contextlib.contextmanager
@@ -32,9 +44,9 @@ def deferred() -> Iterator[Callable[[], bool]]:
     """
     received: list[int] = []
 
-    def receive(number: int, _: FrameType | None) -> None:
+    def receive(number: int, frame: FrameType | None) -> None:
         if received:
-            _end(number, None)
+            _end(number, frame)
         received.append(number)
 
     in_main = threading.current_thread() is threading.main_thread()
@@ -48,41 +60,31 @@ def deferred() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(received[0])
 
 
-def stop_on_signal() -> None:
-    """From now on, raise `Stopped` for the first signal, and end at once for a second one."""
-    _handle(_stop)
-
-
 def end_on_signal() -> None:
     """From now on, end the process at once: there is nothing to clean up."""
     _handle(_end)
 
 
-def exit_after(stopped: Stopped) -> NoReturn:
-    """Print that the process was stopped, as one line, and exit with the signal's code."""
-    sys.stderr.write(_line(int(stopped.code or 0) - 128))
-    sys.exit(stopped.code)
-
-
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Install a handler, and return the previous ones; an ignored signal stays so, as of nohup."""
     previous = {number: signal.getsignal(number) for number in _ASK_TO_END}
-    changed: dict[int, Any] = {of: by for of, by in previous.items() if by != signal.SIG_IGN}
-    for number in changed:
-        signal.signal(number, handler)
-    return changed
+    return {
+        number: signal.signal(number, handler)
+        for number, before in previous.items()
+        if before != signal.SIG_IGN
+    }
 
 
 def _stop(number: int, _: FrameType | None) -> None:
     end_on_signal()
-    raise Stopped(128 + number)
+    raise _Stopped(128 + number)
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    os.write(2, _line(number).encode())
+    _print(number)
     os._exit(128 + number)
 
 
-def _line(number: int) -> str:
+def _print(number: int) -> None:
     name = signal.Signals(number).name
-    return f"stopped by {name}; the same command resumes from what is saved\n"
+    os.write(2, f"stopped by {name}; the same command resumes from what is saved\n".encode())

@@ -32,9 +32,10 @@ from kd_ranker.training.state import (
     Hyperparameters,
     LiveTeacher,
     States,
+    TrainState,
     steps_of_members,
 )
-from kd_ranker.training.step import Losses, Step, in_turn, make_step
+from kd_ranker.training.step import Losses, Step, Stepped, in_turn, make_step
 from kd_ranker.training.workdir import MetricsWriter
 
 Evaluate = Callable[[States], dict[str, float]]
@@ -52,7 +53,7 @@ class Run(NamedTuple):
     batches: BatchIterator  # endless
     frozen: Frozen
     devices: DeviceMap
-    take: Callable[..., tuple[States, tuple[Losses, ...]]]  # the mapped `step.in_turn`
+    take: Callable[..., Stepped]  # the mapped `step.in_turn`
 
     @property
     def numbers(self) -> tuple[Hyperparameters, ...]:
@@ -104,9 +105,7 @@ def initial_states(run: Run) -> States:
     return run.devices.create(lambda deal: tuple(group.init(deal=deal) for group in run.filled))
 
 
-def take_steps(
-    run: Run, states: States, batches: PackedBatches, span: Span
-) -> tuple[States, tuple[Losses, ...]]:
+def take_steps(run: Run, states: States, batches: PackedBatches, span: Span) -> Stepped:
     """Return the states after a range of steps and the losses of the last; donates the states.
 
     The results are on the devices and may still be computing.
@@ -115,23 +114,15 @@ def take_steps(
 
 
 def states_on_host(run: Run, states: States) -> States:
-    """Return the states of the run's members with the shapes of `Group.init`.
+    """Return the states of the run's members, without those repeated to fill groups or rows.
 
-    They are on the host or on one device.
+    They have the shapes of `Group.init` and are on the host or on one device.
     """
 
-    def without_padding(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+    def cut(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
         return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
 
-    return jax.tree.map(without_padding, on_host(run, states), abstract_states(run.groups))
-
-
-def on_host(run: Run, of_groups: Sequence[Any]) -> tuple[Any, ...]:
-    """Return each group's pytree without repeated members, on the host or on one device."""
-    return tuple(
-        run.devices.unreplicate(of_group, len(group.names))
-        for group, of_group in zip(run.groups, of_groups, strict=True)
-    )
+    return jax.tree.map(cut, run.devices.unreplicate(states), abstract_states(run.groups))
 
 
 def fit(
@@ -153,9 +144,9 @@ def fit(
       run: the members, their batches and devices.
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
-      made_of: the fingerprints of the members, which the checkpoints record.
+      made_of: the fingerprints of the members, for the checkpoints.
       evaluate: states -> scalars by name; called every `train.eval_every` steps.
-      bar: shows the progress; `run.steps` are added to it.
+      bar: the progress bar; `run.steps` are added to it.
       begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
 
     Returns:
@@ -285,34 +276,22 @@ def scalar_name(scalar: str, member: str) -> str:
     return f"{scalar}/{member}" if member else scalar
 
 
-def _by_name(run: Run, of_groups: Sequence[Shaped[Array, "members"]]) -> dict[str, float]:
+def _by_name(run: Run, of_groups: Iterable[Shaped[Array, "members"]]) -> dict[str, float]:
     """Return the number of each member by its name, from one array per group."""
     return {
         name: number
-        for group, of_members in zip(run.groups, of_groups, strict=True)
-        for name, number in zip(group.names, np.asarray(of_members).tolist(), strict=True)
+        for group, of_members in zip(
+            run.groups, run.devices.unreplicate(list(of_groups)), strict=True
+        )
+        # Repeated members follow the others.
+        for name, number in zip(group.names, np.asarray(of_members).tolist(), strict=False)
     }
 
 
 def _diverged_members(run: Run, states: States) -> dict[str, int]:
     """Return the step at which the loss stopped being finite, by diverged member."""
-    # Copy only this field to the host, not the whole states.
-    at = on_host(run, [state.non_finite_step for state in states])
-    return {name: int(step) for name, step in _by_name(run, at).items() if step}
-
-
-def _non_finite_steps(
-    states: States, numbers: tuple[Hyperparameters, ...]
-) -> list[Int[Array, "members"]]:
-    steps = []
-    for state, own in zip(states, numbers, strict=True):
-        finite = [
-            jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
-            for leaf in jax.tree.leaves(state.parameters)
-        ]
-        new = (state.non_finite_step == 0) & ~jnp.stack(finite).all(axis=0)
-        steps.append(jnp.where(new, steps_of_members(state, own), state.non_finite_step))
-    return steps
+    steps = _by_name(run, (state.non_finite_step for state in states))
+    return {name: int(step) for name, step in steps.items() if step}
 
 
 def _mark_diverged(run: Run, states: States) -> States:
@@ -320,11 +299,18 @@ def _mark_diverged(run: Run, states: States) -> States:
 
     The loss of the next step would show it, but there may be no next step.
     """
+
+    def marked(state: TrainState, numbers: Hyperparameters) -> Int[Array, "members"]:
+        leaves = jax.tree.leaves(state.parameters)
+        finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+        new = (state.non_finite_step == 0) & ~jnp.stack(finite).all(axis=0)
+        return jnp.where(new, steps_of_members(state, numbers), state.non_finite_step)
+
     places = [state.non_finite_step.sharding for state in states]
-    steps = jax.jit(_non_finite_steps, out_shardings=places)(states, run.numbers)
+    mark = jax.jit(lambda *of_groups: list(map(marked, *of_groups)), out_shardings=places)
     return tuple(
         dataclasses.replace(state, non_finite_step=at)
-        for state, at in zip(states, steps, strict=True)
+        for state, at in zip(states, mark(states, run.numbers), strict=True)
     )
 
 
@@ -347,12 +333,11 @@ def _scalars(
     """Return the losses of some members, and the number of trained ids without a row, by table."""
     scalars = {
         scalar_name(scalar, name): value
-        for group, of_group in zip(run.groups, on_host(run, losses), strict=True)
-        for scalar, of_members in of_group.items()
-        for name, value in zip(group.names, np.asarray(of_members).tolist(), strict=True)
+        for scalar in losses[0]
+        for name, value in _by_name(run, (of[scalar] for of in losses)).items()
         if name in members
     }
-    for tables in on_host(run, [state.unknown_ids for state in states]):
+    for tables in run.devices.unreplicate([state.unknown_ids for state in states]):
         for table, number in tables.items():
             name = f"unknown_ids/{table}"
             # A group without a use for the teacher trains on fewer candidates of the same batches.

@@ -69,59 +69,49 @@ def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
 
-def _specs_of(members: int, deal: Deal, tree: Any) -> Any:
-    """The partition of arrays by field names: members over `MEMBERS`, dealt rows over `AXIS`."""
-
-    def spec(path: jax.tree_util.KeyPath, leaf: Any) -> PartitionSpec:
-        has_members = members > 1 and names_of(path) & MEMBERS_FIRST
-        axes: list[str | None] = [MEMBERS] if has_members else []
-        rows = _axis_of_rows(path, leaf)
-        if deal != WHOLE and rows is not None:
-            axes += [None] * (rows - len(axes)) + [AXIS]
-        return PartitionSpec(*axes)
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
+def _spec(members: int, deal: Deal, path: jax.tree_util.KeyPath, leaf: Any) -> PartitionSpec:
+    """The partition of an array by its field: members over `MEMBERS`, dealt rows over `AXIS`."""
+    has_members = members > 1 and names_of(path) & MEMBERS_FIRST
+    axes: list[str | None] = [MEMBERS] if has_members else []
+    rows = _axis_of_rows(path, leaf)
+    if deal != WHOLE and rows is not None:
+        axes += [None] * (rows - len(axes)) + [AXIS]
+    return PartitionSpec(*axes)
 
 
-def _by_row(tree: Any, shardings: Any) -> Any:
-    """Return the device placement of each array; on a TPU, tables are stored row by row.
+def _specs(members: int, deal: Deal, tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(functools.partial(_spec, members, deal), tree)
+
+
+def _by_row(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
+    """The placement of an array; on a TPU, tables are stored row by row.
 
     By default XLA stores them column by column there. Each program that reads or writes rows would
     then copy whole tables.
     """
-
-    def place(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
-        devices: set[Any] = sharding.device_set
-        if next(iter(devices)).platform != "tpu" or not is_of_tables(path):
-            return sharding
-        return Format(Layout(tuple(range(leaf.ndim))), sharding)
-
-    return jax.tree_util.tree_map_with_path(place, tree, shardings)
+    devices: set[Any] = sharding.device_set
+    if next(iter(devices)).platform != "tpu" or not is_of_tables(path):
+        return sharding
+    return Format(Layout(tuple(range(leaf.ndim))), sharding)
 
 
-def _put_on(tree: Any, places: Any) -> Any:
-    """Put a pytree of the host, the same in all processes, on the devices of all.
-
-    Abstract arrays stay abstract and get their placement.
-    """
-
-    def put(leaf: Any, place: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, place, host.__getitem__)
-
-    leaves = jax.tree.leaves(tree)
-    if jax.process_count() == 1 and not any(isinstance(of, jax.ShapeDtypeStruct) for of in leaves):
-        return jax.device_put(tree, places)
+def _put_at(place: Sharding | Format, leaf: Any) -> Any:
+    """Put an array of the host, the same in all processes; an abstract one gets its placement."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, place)
     # With `device_put`, JAX would compare the values of all processes.
-    return jax.tree.map(put, tree, places)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, place, host.__getitem__)
 
 
 def put(tree: Any, device: jax.Device | None = None) -> Any:
     """Put a pytree on one device, by default the first, for programs of that device only."""
-    on_one = SingleDeviceSharding(device or jax.local_devices()[0])
-    return jax.device_put(tree, _by_row(tree, jax.tree.map(lambda _: on_one, tree)))
+    place = functools.partial(
+        _by_row, sharding=SingleDeviceSharding(device or jax.local_devices()[0])
+    )
+    return jax.device_put(tree, jax.tree_util.tree_map_with_path(place, tree))
 
 
 def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
@@ -129,24 +119,17 @@ def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
     XLA itself splits programs on such arrays over the devices. Rows of padding may follow.
     """
-    mesh = Mesh(np.array(devices), (AXIS,))
+    spread = DeviceMap(Mesh(np.array(devices), (AXIS,)), Deal(len(devices), AXIS))
 
-    def filled(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+    def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
         axis = _axis_of_rows(path, leaf)
-        if axis is None:
-            return leaf
-        widths = [(0, 0)] * leaf.ndim
-        widths[axis] = (0, -leaf.shape[axis] % len(devices))
-        return np.pad(np.asarray(leaf), widths, constant_values=_filler(path))
+        if axis is not None:
+            widths = [(0, 0)] * leaf.ndim
+            widths[axis] = (0, -leaf.shape[axis] % len(devices))
+            leaf = np.pad(np.asarray(leaf), widths, constant_values=_filler(path))
+        return _put_at(spread.place_of(path, leaf), leaf)
 
-    evenly = jax.tree_util.tree_map_with_path(filled, tree)
-    return _put_on(evenly, _places_on(mesh, evenly, Deal(len(devices), AXIS)))
-
-
-def _places_on(mesh: Mesh, tree: Any, deal: Deal) -> Any:
-    """Return the placement of arrays on a mesh, by members and dealt rows."""
-    specs = _specs_of(mesh.shape.get(MEMBERS, 1), deal, tree)
-    return _by_row(tree, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+    return jax.tree_util.tree_map_with_path(put, tree)
 
 
 def join_over_devices(arrays: Any, axis: int) -> Any:
@@ -191,22 +174,13 @@ def members_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
     8
     >>> members_axis(devices=8, sizes=[1, 4, 4], requests=32)
     4
-    """
-
-    def held(axis: int) -> int:
-        return sum(-(-size // axis) for size in sizes)
-
-    return next(axis for axis in shares(devices, requests) if held(axis) == held(devices))
-
-
-def shares(devices: int, requests: int) -> list[int]:
-    """Return the sizes of `MEMBERS` with which devices can share a batch of `requests`.
-
-    >>> shares(devices=8, requests=6)
-    [4, 8]
+    >>> members_axis(devices=7, sizes=[3], requests=24)
+    7
     """
     axes = [axis for axis in range(1, devices + 1) if devices % axis == 0]
-    return [axis for axis in axes if requests % (devices // axis) == 0]
+    axes = [axis for axis in axes if requests % (devices // axis) == 0]
+    held = [sum(-(-size // axis) for size in sizes) for axis in axes]
+    return axes[held.index(held[-1])]
 
 
 def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
@@ -280,8 +254,16 @@ class DeviceMap(Devices):
             # A step donates its states, so they must not share memory with arrays of the caller.
             return leaf.copy()
 
-        copies = jax.tree_util.tree_map_with_path(copied, tree)
-        return _put_on(copies, self._places(copies))
+        def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+            return _put_at(self.place_of(path, leaf), copied(path, leaf))
+
+        return jax.tree_util.tree_map_with_path(put, tree)
+
+    def place_of(self, path: jax.tree_util.KeyPath, leaf: Any) -> Sharding | Format:
+        """Return the placement of a leaf of a pytree, by its field, on these devices."""
+        sharding = NamedSharding(self.mesh, _spec(self.members, self.deal, path, leaf))
+        # `pmap` takes no layouts.
+        return sharding if self.by_pmap else _by_row(path, leaf, sharding)
 
     def create(self, make: Callable[[Deal], States]) -> States:
         """Compute states on their devices only, by a pure function of a deal, see `Group.init`."""
@@ -289,9 +271,9 @@ class DeviceMap(Devices):
         own: Callable[[], States] = functools.partial(make, self.deal)
         if self.deal != WHOLE:
             # Each device makes its own rows; XLA splits the members.
-            specs = _specs_of(1, self.deal, shapes)
-            own = self._over_mesh(own, (), specs, axis_names={AXIS})
-        return jax.jit(own, out_shardings=self._places(shapes))()
+            own = self._over_mesh(own, (), _specs(1, self.deal, shapes), axis_names={AXIS})
+        places = jax.tree_util.tree_map_with_path(self.place_of, shapes)
+        return jax.jit(own, out_shardings=places)()
 
     def shard(self, batch: Any) -> Any:
         """Put this process's part of a batch, [requests, ...], on its devices.
@@ -326,7 +308,7 @@ class DeviceMap(Devices):
         if self.by_pmap:
             axes: Any = (None, 0, None, None)
             return self._pmap(step, in_axes=axes, out_axes=None, donate_argnums=0)
-        laid_out = None if states is None else self._places(states)
+        laid_out = states and jax.tree_util.tree_map_with_path(self.place_of, states)
         of_members = PartitionSpec(MEMBERS) if self.members > 1 else PartitionSpec()
 
         @functools.wraps(step)
@@ -336,7 +318,7 @@ class DeviceMap(Devices):
                 lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
             )
             of_states, of_frozen = (
-                _specs_of(self.members, self.deal, tree) for tree in (states, frozen)
+                _specs(self.members, self.deal, tree) for tree in (states, frozen)
             )
             specs = (of_states, PartitionSpec(AXIS), of_numbers, of_frozen)
             on_mesh = self._over_mesh(step, specs, (of_states, of_members))
@@ -349,11 +331,11 @@ class DeviceMap(Devices):
             compiler_options=self.options,
         )
 
-    def unreplicate(self, tree: Any, number: int | None = None) -> Any:
+    def unreplicate(self, tree: Any) -> Any:
         """Invert `place`: return a pytree on one device, or on the host.
 
-        It is the host where devices hold different members or rows. Rows of padding then follow
-        the others. `number` counts the first members to return; None returns all.
+        It is the host where devices hold different members or rows. Repeated members and rows of
+        padding follow the others.
         """
 
         def on_one(array: Any) -> Any:
@@ -362,16 +344,9 @@ class DeviceMap(Devices):
             own = array.is_fully_addressable
             host = np.asarray(array) if own else process_allgather(array, tiled=True)
             axes = tuple(array.sharding.spec)
-            host = gathered(host, axes.index(AXIS), self.deal.devices) if AXIS in axes else host
-            return host[:number] if MEMBERS in axes else host
+            return gathered(host, axes.index(AXIS), self.deal.devices) if AXIS in axes else host
 
         return jax.tree.map(on_one, tree)
-
-    def _places(self, tree: Any) -> Any:
-        # `pmap` takes no layouts, and replicates.
-        if self.by_pmap:
-            return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
-        return _places_on(self.mesh, tree, self.deal)
 
     def _over_mesh(self, function: Callable, in_specs: Any, out_specs: Any, **how: Any) -> Callable:
         # A step sums over the axis itself; the replication check would add more sums.

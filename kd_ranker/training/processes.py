@@ -8,7 +8,6 @@ and makes every decision that depends on a clock or a disk. The others follow it
 import contextlib
 import os
 import pickle
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,43 +23,32 @@ from kd_ranker.errors import UserError
 
 _Result = TypeVar("_Result")
 
-# Timeouts for processes that start one after the other and end together.
-_SECONDS_TO_START, _SECONDS_TO_END = 120, 10
+_SECONDS_TO_END = 10  # for processes that end together
 
 
-def start(give_up: Callable[[UserError], object]) -> None:
+def start() -> None:
     """Join the processes of a run, before JAX has looked for devices.
 
     Their number, the index of this one and the address of process 0 come from Slurm, Open MPI,
     Kubernetes or a pod of TPUs, or else from the variables JAX_COORDINATOR_ADDRESS (host and port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-
-    If the others do not join in time, a thread calls `give_up` with the error, to end this process.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. If the others do not join in time, JAX ends this process.
 
     Raises:
       UserError: no scheduler or variable defines the processes.
     """
     # This service would take the signals to end a command; `loop.fit` agrees on these by itself.
     jax.config.update("jax_enable_preemption_service", False)
-    late = UserError(
-        f"not all processes were there within {_SECONDS_TO_START} seconds, or process 0 could not "
-        "be reached; start them together, and see that its address is that of its host"
-    )
     # JAX reads the address itself.
     named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given: Any = {key: int(os.environ[name]) for key, name in named.items() if name in os.environ}
-    timer = threading.Timer(_SECONDS_TO_START, give_up, [late])
-    timer.start()
     try:
-        jax.distributed.initialize(initialization_timeout=2 * _SECONDS_TO_START, **given)
+        jax.distributed.initialize(**given)
     except ValueError as error:
         raise UserError(
             "parallel.processes=True, and neither Slurm, Open MPI nor a pod defines their number; "
             "set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each "
             f"({error})"
         ) from error
-    finally:
-        timer.cancel()
 
 
 def index() -> int:

@@ -6,7 +6,7 @@ The optimizers of the dense parameters and the schedules of rates are here by na
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,7 @@ TRACED_KEYS = (
     *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
 )
 
-TEACHER_STAGES = {
-    "shown": Stage.SHOWN,
-    "passed": Stage.PASSED,
-    "retrieved": Stage.RETRIEVED,
-}
-
+TEACHER_STAGES = {"shown": Stage.SHOWN, "passed": Stage.PASSED, "retrieved": Stage.RETRIEVED}
 
 # Directions without a learning rate: the step scales them, so that the rate stays a traced value.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -172,8 +167,7 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     if terms:
         mode = mode._replace(teacher_logits=mode.user_logits)
     recipe = _recipe(model, mode, terms, config.teacher)
-    numbers = _numbers(1.0, log_weight, (1.0,), DEFAULT_NUMBERS, 0.0, config.teacher)
-    numbers = stack_members([numbers])
+    numbers = stack_members([_numbers(config.teacher, distill_weight=log_weight)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
@@ -228,31 +222,22 @@ def _student_numbers(config: ConfigDict) -> Hyperparameters:
             f"({names}); give one for each, or ()"
         )
     given = dict(zip(own, distill.numbers or own.values(), strict=False))
-    loss = LossNumbers(distill.temperature, distill.top_k, given)
-    unshown_weight = config.train.unshown_weight
-    return _numbers(user_weight, distill.weight, term_weights, loss, unshown_weight, config)
-
-
-def _numbers(
-    user_weight: float,
-    distill_weight: float,
-    term_weights: Sequence[float],
-    loss: LossNumbers,
-    unshown_weight: float,
-    trainee: ConfigDict,
-) -> Hyperparameters:
-    """Return the traced numbers of one member; `trainee` is `config` or `config.teacher`."""
-    return Hyperparameters(
-        user_weight=jnp.float32(user_weight),
-        distill_weight=jnp.float32(distill_weight),
-        term_weights=tuple(map(jnp.float32, term_weights)),
-        loss=jax.tree.map(jnp.float32, loss),
-        optimizer=OptimizerNumbers(
-            *(jnp.float32(trainee.optimizer[name]) for name in OptimizerNumbers._fields)
-        ),
-        steps=jnp.float32(trainee.train.steps),
-        unshown_weight=jnp.float32(unshown_weight),
+    return _numbers(
+        config,
+        user_weight=user_weight,
+        distill_weight=distill.weight,
+        term_weights=tuple(term_weights),
+        loss=LossNumbers(distill.temperature, distill.top_k, given),
+        unshown_weight=config.train.unshown_weight,
     )
+
+
+def _numbers(trainee: ConfigDict, **numbers: Any) -> Hyperparameters:
+    """The traced numbers of one member; `trainee` is `config` or `config.teacher`."""
+    optimizer = OptimizerNumbers(*(trainee.optimizer[name] for name in OptimizerNumbers._fields))
+    of_teacher = {"user_weight": 1, "term_weights": (1,), "loss": DEFAULT_NUMBERS}
+    numbers = {**of_teacher, "unshown_weight": 0, "steps": trainee.train.steps, **numbers}
+    return jax.tree.map(jnp.float32, Hyperparameters(optimizer=optimizer, **numbers))
 
 
 def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:

@@ -12,7 +12,7 @@ so a step compiles once for all their values.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,10 @@ from kd_ranker.training.state import (
 )
 
 _LOSSES = ("loss", "user_loss", "distill_loss")
+_Dense = tuple[Any, Transform]  # dense parameters and the transform, or their gradients
 Losses = dict[str, Float[Array, "members"]]
-Step = Callable[
-    [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Frozen],
-    tuple[States, tuple[Losses, ...]],
-]
+Stepped = tuple[States, tuple[Losses, ...]]
+Step = Callable[[Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Frozen], Stepped]
 
 
 def make_step(
@@ -83,7 +82,7 @@ def make_step(
         batch: CandidateBatch,
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
-    ) -> tuple[States, tuple[Losses, ...]]:
+    ) -> Stepped:
         scored = with_live_teacher(teacher, batch, frozen, sharing)
         trained = [
             _train_group(recipe, state, scored, numbers, frozen.items)
@@ -94,7 +93,7 @@ def make_step(
     return step
 
 
-def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
+def in_turn(step: Step) -> Callable[..., Stepped]:
     """Build the function that takes a step of `make_step` on each of a range of batches.
 
     A step is many small operations. In one program they run without the host in between, and one
@@ -111,12 +110,10 @@ def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
         batches: PackedBatches,
         same_on_all: tuple[Span, Sequence[Hyperparameters]],
         frozen: Frozen,
-    ) -> tuple[States, tuple[Losses, ...]]:
+    ) -> Stepped:
         span, hyperparameters = same_on_all
 
-        def take(
-            at: Any, before: tuple[States, tuple[Losses, ...]]
-        ) -> tuple[States, tuple[Losses, ...]]:
+        def take(at: Any, before: Stepped) -> Stepped:
             return step(before[0], unpack(batches, at), hyperparameters, frozen)
 
         of_members = [jnp.zeros(state.non_finite_step.shape) for state in states]
@@ -148,14 +145,6 @@ def with_live_teacher(
     )
 
 
-class _Gradients(NamedTuple):
-    """The gradients of a group's members, stacked."""
-
-    dense: Any
-    transform: Transform
-    rows: Rows  # by lookup name, of this device; the others are summed over devices
-
-
 def _train_group(
     recipe: Recipe,
     state: TrainState,
@@ -163,11 +152,55 @@ def _train_group(
     numbers: Hyperparameters,
     items: Items,
 ) -> tuple[TrainState, Losses]:
-    """One step of all members of a group."""
+    """One step of all members of a group; one without a finite loss is frozen from this step."""
     signals = [SIGNALS[term.signal](batch) for term in recipe.terms]
     if not recipe.unshown_are_negatives:
         # Candidates without a label or a signal would only cost time.
         batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in signals)]))
+    gradients, rows, losses, gathered = _gradients(recipe, state, batch, signals, numbers, items)
+    # Counted from 1: a factor of 0 at the first step would waste a batch.
+    step, finite = state.step + 1, jnp.isfinite(losses["loss"])
+    takes_part = (state.non_finite_step == 0) & (step <= numbers.steps)
+    may_change = takes_part & finite
+    factor = recipe.schedule(step, numbers.steps)
+    rates = numbers.optimizer._replace(
+        learning_rate=factor * numbers.optimizer.learning_rate,
+        table_learning_rate=factor * numbers.optimizer.table_learning_rate,
+    )
+    (dense, transform), optimizer_state = _update_dense(
+        recipe.optimizer, state, gradients, rates, may_change
+    )
+    tables, owners, unknown_ids = {}, {}, {}
+    for name in state.parameters.tables:
+        tables[name], owners[name], unknown_ids[name] = _update_table(
+            name, recipe, state, batch, items, rows, gathered, rates, may_change
+        )
+    after = dataclasses.replace(
+        state,
+        step=step,
+        parameters=Parameters(dense, tables),
+        transform=transform,
+        optimizer_state=optimizer_state,
+        non_finite_step=jnp.where(takes_part & ~finite, step, state.non_finite_step),
+        unknown_ids=unknown_ids,
+        owners=owners,
+    )
+    return after, losses
+
+
+def _gradients(
+    recipe: Recipe,
+    state: TrainState,
+    batch: CandidateBatch,
+    signals: Sequence[TeacherSignal],
+    numbers: Hyperparameters,
+    items: Items,
+) -> tuple[_Dense, Rows, Losses, Rows | None]:
+    """Return gradients and losses of a group's members, and the rows that it read, [1, ...].
+
+    Gradients of rows are of this device, by lookup; all others are summed over devices. Without
+    rows, the update has to read them itself.
+    """
     spec, tables = recipe.model.embedding, state.parameters.tables
     # With one member on one device, reuse the gathered rows for the update. Those of many members
     # would not stay in a cache, and each device gathers other rows.
@@ -175,24 +208,20 @@ def _train_group(
 
     def of_member(
         member: Int[Array, ""], dense: Any, transform: Transform, numbers: Hyperparameters
-    ) -> tuple[_Gradients, dict[str, Float[Array, ""]], Rows]:
+    ) -> tuple[Any, dict[str, Float[Array, ""]], Rows]:
         rows = gather_rows(spec, tables, batch, items, whole_rows=reuses_rows, member=member)
         embedded = embeddings(spec, rows)
         gradients, losses = jax.grad(_losses, argnums=(0, 1, 2), has_aux=True)(
             dense, transform, embedded, recipe, numbers, batch, signals, items
         )
-        return _Gradients(*gradients), losses, rows
+        return gradients, losses, rows
 
     members = jnp.arange(len(state.non_finite_step))
-    gradients, losses, rows = jax.vmap(of_member)(
+    (dense, transform, of_rows), losses, rows = jax.vmap(of_member)(
         members, state.parameters.dense, state.transform, numbers
     )
-    summed = gradients.dense, gradients.transform
-    (dense, transform), losses = jax.lax.psum((summed, losses), AXIS)
-    gradients = _Gradients(dense, transform, gradients.rows)
-    finite, gathered = jnp.isfinite(losses["loss"]), rows if reuses_rows else None
-    after = _update_group(recipe, state, batch, items, numbers, gradients, finite, gathered)
-    return after, losses
+    summed, losses = jax.lax.psum(((dense, transform), losses), AXIS)
+    return summed, of_rows, losses, rows if reuses_rows else None
 
 
 def _losses(
@@ -250,84 +279,34 @@ def _mean_over_devices(
     return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
 
 
-def _update_group(
-    recipe: Recipe,
-    state: TrainState,
-    batch: CandidateBatch,
-    items: Items,
-    numbers: Hyperparameters,
-    gradients: _Gradients,
-    finite: Bool[Array, "members"],
-    gathered: Rows | None,
-) -> TrainState:
-    """The state after one step. Members without a `finite` loss are frozen from this step.
-
-    `gathered` are the whole rows of the tables that the batch looks up, [1, ...]; None reads them.
-    """
-    # Counted from 1: a factor of 0 at the first step would waste a batch.
-    step = state.step + 1
-    takes_part = (state.non_finite_step == 0) & (step <= numbers.steps)
-    may_change = takes_part & finite
-    non_finite_step = jnp.where(takes_part & ~finite, step, state.non_finite_step)
-    factor = recipe.schedule(step, numbers.steps)
-    rates = numbers.optimizer._replace(
-        learning_rate=factor * numbers.optimizer.learning_rate,
-        table_learning_rate=factor * numbers.optimizer.table_learning_rate,
-    )
-    dense, transform, optimizer_state = _update_dense(
-        recipe.optimizer, state, gradients, rates, may_change
-    )
-    tables, owners, unknown_ids = {}, {}, {}
-    for name in state.parameters.tables:
-        tables[name], owners[name], unknown_ids[name] = _update_table(
-            name, recipe, state, batch, items, gradients.rows, gathered, rates, may_change
-        )
-    return dataclasses.replace(
-        state,
-        step=step,
-        parameters=Parameters(dense, tables),
-        transform=transform,
-        optimizer_state=optimizer_state,
-        non_finite_step=non_finite_step,
-        unknown_ids=unknown_ids,
-        owners=owners,
-    )
-
-
 def _update_dense(
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    gradients: _Gradients,
+    gradients: _Dense,
     rates: OptimizerNumbers,
     may_change: Bool[Array, "members"],
-) -> tuple[Any, Transform, optax.OptState]:
+) -> tuple[_Dense, optax.OptState]:
     """Dense parameters, transform and optimizer state after a step; only the first decay."""
 
     def update_member(
-        old: tuple[Any, Transform],
-        gradients: tuple[Any, Transform],
-        optimizer_state: optax.OptState,
-        rate: Float[Array, ""],
-        decay: Float[Array, ""],
+        old: _Dense,
+        gradients: _Dense,
+        before: optax.OptState,
+        rates: OptimizerNumbers,
         may_change: Bool[Array, ""],
-    ) -> tuple[Any, Transform, optax.OptState]:
-        direction, new_state = optimizer.update(gradients, optimizer_state, old)
+    ) -> tuple[_Dense, optax.OptState]:
+        rate, decay = rates.learning_rate, rates.weight_decay
+        direction, after = optimizer.update(gradients, before, old)
         dense, transform = jax.tree.map(lambda value, step: value - rate * step, old, direction)
         dense = jax.tree.map(lambda new, old: new - rate * decay * old, dense, old[0])
         return jax.tree.map(
             lambda new, old: jnp.where(may_change, new, old),
-            (dense, transform, new_state),
-            (*old, optimizer_state),
+            ((dense, transform), after),
+            (old, before),
         )
 
-    return jax.vmap(update_member)(
-        (state.parameters.dense, state.transform),
-        (gradients.dense, gradients.transform),
-        state.optimizer_state,
-        rates.learning_rate,
-        rates.weight_decay,
-        may_change,
-    )
+    old = (state.parameters.dense, state.transform)
+    return jax.vmap(update_member)(old, gradients, state.optimizer_state, rates, may_change)
 
 
 def _update_table(
@@ -343,7 +322,8 @@ def _update_table(
 ) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"], Int[Array, ""]]:
     """Return a table, its owners and its number of unknown ids after a step.
 
-    Devices exchange ids and the gradients of their rows, never an array of a table's size.
+    Devices exchange ids and the gradients of their rows, never an array of a table's size. Without
+    the `gathered` rows of the batch, [1, ...], the update reads them.
     """
     spec = recipe.model.embedding
     table = spec.tables[name]

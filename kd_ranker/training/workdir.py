@@ -92,11 +92,10 @@ def check(
 ) -> None:
     """Check that `workdir` is free or holds a run of this command, config and dataset.
 
-    The run may then claim it by `write_config`. Keys and sections in `without` may differ.
+    Keys and sections in `without` may differ.
 
     Raises:
-      UserError: it holds a run of another command, config or dataset, which the message names; or
-        its config is missing or damaged.
+      UserError: it holds a run of another one, which the message names, or a file is damaged.
     """
     if not (workdir / CONFIG_FILE).exists():
         return
@@ -148,13 +147,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Writer of scalars to `metrics.jsonl` and to TensorBoard event files.
-
-    A resumed run discards lines that an earlier one wrote after the step of the checkpoint.
-    """
+    """Writer of scalars to `metrics.jsonl` and to TensorBoard event files, on process 0 only."""
 
     def __init__(self, workdir: Path, start: int):
-        """Open both files for a run that resumes after step `start`."""
+        """Open both for a run that resumes after step `start`, and discard later lines."""
         self._path = workdir / METRICS_FILE
         lines = read_metrics(self._path) if self._path.exists() else []
         kept = (f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start)
@@ -168,7 +164,7 @@ class MetricsWriter:
             self._events.write_event(Event(step=start + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one line with the scalars of a step, on process 0 only."""
+        """Append one line with the scalars of a step."""
         if self._events is None:
             return
         with self._path.open("a") as file:
@@ -179,6 +175,6 @@ class MetricsWriter:
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Close the event file."""
         if self._events is not None:
             self._events.close()

@@ -94,38 +94,24 @@ def state_of(mode, optimizer, spec, student, seeds):
     )
 
 
-def hyperparameters(**changes):
+def hyperparameters(temperature=1.0, top_k=2.0, **changes):
     numbers = {
         "user_weight": 1.0,
         "distill_weight": 0.7,
         "term_weights": (1.0,),
-        "temperature": 1.0,
-        "top_k": 2.0,
         "learning_rate": 0.01,
         "table_learning_rate": 0.02,
         "weight_decay": 0.1,
         "table_weight_decay": 0.1,
         "steps": 1000,
         "unshown_weight": 0.0,
-    }
-    numbers = jax.tree.map(jnp.float32, numbers | changes)
-    return Hyperparameters(
-        loss=LossNumbers(numbers.pop("temperature"), numbers.pop("top_k")),
-        optimizer=OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields)),
-        **numbers,
-    )
+    } | changes
+    optimizer = OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields))
+    loss = LossNumbers(temperature, top_k)
+    return jax.tree.map(jnp.float32, Hyperparameters(loss=loss, optimizer=optimizer, **numbers))
 
 
-def run_groups(
-    recipes,
-    states,
-    batches,
-    numbers,
-    mapping="pmap",
-    devices=1,
-    live=False,
-    spec=SPEC,
-):
+def run_groups(recipes, states, batches, numbers, mapping="pmap", devices=1, live=False, spec=SPEC):
     """The states after a step on each batch, and the losses of the last, per group"""
     teacher, frozen = world_of(spec) if live else (None, Frozen(random_items(spec=spec), None))
     spread, step = program_of(tuple(recipes), teacher, mapping, devices)
@@ -146,6 +132,22 @@ def member_of(state, member=0):
     """A member's state without the axis of members, and without fields of no meaning."""
     own = select_member(state.replace(step=None, unknown_ids=None, owners=None), member)
     return own.replace(step=state.step, unknown_ids=state.unknown_ids)
+
+
+def lowered(recipe, state, batch, frozen, teacher=None, devices=1):
+    """The program of a step, before XLA compiles it."""
+    step = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(make_step([recipe], teacher))
+    numbers = stack_members([hyperparameters()] * len(state.non_finite_step))
+    return step.lower((state,), batch, (numbers,), frozen)
+
+
+def learned(state):
+    """What training changes in a state."""
+    return state.parameters, state.transform, state.optimizer_state
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def assert_close(one, other, atol):

@@ -22,6 +22,17 @@ def state_of(step):
     return {"step": np.array(step, np.int32), "table": values.reshape(100, 500) + step, "empty": {}}
 
 
+def save(workdir, *steps):
+    """What a run in `workdir` would save, with the numbers of its loader."""
+    iterator, taken = numbers(), 0
+    with checkpoints.open_in(workdir, to_write=True) as saved:
+        for step in steps:
+            for _ in range(step - taken):
+                next(iterator)
+            checkpoints.save(saved, step, state_of(step), iterator, OURS)
+            taken = step
+
+
 def numbers():
     return iter(grain.MapDataset.range(100).to_iter_dataset())
 
@@ -33,14 +44,18 @@ def restore(workdir, iterator=None, identity=OURS):
         return checkpoints.restore(saved, blank, iterator, identity)
 
 
+def assert_starts_at(workdir, step):
+    iterator = numbers()
+    state, found = restore(workdir, iterator)
+    assert found == step
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
+    assert next(iterator) == step
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    workdir, iterator = tmp_path_factory.mktemp("run"), numbers()
-    with checkpoints.open_in(workdir) as saved:
-        for step in range(1, STEPS[-1] + 1):
-            next(iterator)
-            if step in STEPS:
-                checkpoints.save(saved, step, state_of(step), iterator, OURS)
+    workdir = tmp_path_factory.mktemp("run")
+    save(workdir, *STEPS)
     return workdir
 
 
@@ -54,38 +69,30 @@ def folder(workdir, step):
     return workdir / checkpoints.FOLDER / str(step)
 
 
-def truncate(workdir, step):
-    files = (path for path in (folder(workdir, step) / "state").rglob("*") if path.is_file())
+def truncate(folder):
+    files = (path for path in (folder / "state").rglob("*") if path.is_file())
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
 
 
-def delete_the_state(workdir, step):
-    shutil.rmtree(folder(workdir, step) / "state")
+def delete_the_state(folder):
+    shutil.rmtree(folder / "state")
 
 
-def rename(workdir, step):
-    """As if an older checkpoint were the newest one."""
-    shutil.rmtree(folder(workdir, step))
-    shutil.copytree(folder(workdir, 2), folder(workdir, step))
+def damage_the_record(folder):
+    (folder / "record" / "metadata").write_text("{")
 
 
-def damage_the_record(workdir, step):
-    (folder(workdir, step) / "record" / "metadata").write_text("{")
+def exchange(folder):
+    """An older checkpoint under this name."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("2"), folder)
 
 
-def test_the_newest_checkpoint_comes_back_with_the_loaders_position(workdir):
-    iterator = numbers()
-    state, step = restore(workdir, iterator)
-    assert step == 6
-    jax.tree.map(np.testing.assert_array_equal, state, state_of(6))
-    assert next(iterator) == 6
-
-
-def test_without_checkpoints_a_run_starts_at_its_start(tmp_path):
-    state, step = restore(tmp_path, numbers())
-    assert step == 0
-    assert state["step"] == 0
+def test_a_run_starts_at_its_newest_checkpoint_or_at_its_start(workdir, tmp_path):
+    assert_starts_at(workdir, 6)
+    state, step = restore(tmp_path / "new", numbers())
+    assert step == state["step"] == 0
 
 
 @pytest.mark.parametrize(
@@ -94,92 +101,69 @@ def test_without_checkpoints_a_run_starts_at_its_start(tmp_path):
         (truncate, ""),
         (delete_the_state, ""),
         (damage_the_record, ""),
-        (rename, "it was saved at step 2"),
+        (exchange, "it was saved at step 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, damage, reason, caplog):
-    damage(workdir, 6)
-    iterator = numbers()
+    damage(folder(workdir, 6))
     with caplog.at_level(logging.WARNING):
-        state, step = restore(workdir, iterator)
-    assert step == 4
-    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
-    assert next(iterator) == 4
+        assert_starts_at(workdir, 4)
     (warning,) = caplog.records
     assert f"{folder(workdir, 6)} cannot be restored: {reason}" in warning.getMessage()
     assert "\n" not in warning.getMessage()
-    with checkpoints.open_in(workdir, to_write=True) as saved:
-        checkpoints.save(saved, 6, state_of(6), None, OURS)
-    assert restore(workdir)[1] == 6
+    save(workdir, 6)
+    assert_starts_at(workdir, 6)
 
 
 def test_a_checkpoint_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, caplog):
     found = iter([1, None])  # the first process that cannot read the newest one, and the one before
     monkeypatch.setattr(checkpoints, "first_without", lambda _: next(found))
     with caplog.at_level(logging.WARNING):
-        assert restore(workdir)[1] == 4
+        assert_starts_at(workdir, 4)
     assert "cannot be restored: another process cannot read it" in caplog.text
 
 
-def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
+def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next(workdir):
     left = folder(workdir, "5.orbax-checkpoint-tmp") / "state"
     left.mkdir(parents=True)
-    assert restore(workdir)[1] == 6
+    assert_starts_at(workdir, 6)
     assert left.exists()  # a reader must not disturb the writer
-    with checkpoints.open_in(workdir, to_write=True) as saved:
-        checkpoints.save(saved, 8, state_of(8), None, OURS)
+    save(workdir, 8)
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
 
 
-@pytest.mark.parametrize(
-    ("identity", "differing"),
-    [
-        ({"config": "5678"}, "config (1234 there, 5678 now)"),
-        ({"scored": "s"}, "scored (None there, s now)"),
-        ({"dataset": "e", "config": "5678"}, "config (1234 there, 5678 now), dataset (d there,"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(
-    workdir, identity, differing
-):
-    iterator = numbers()
-    fault = fault_of(restore, workdir, iterator, OURS | identity)
-    assert f"{folder(workdir, 6)} belongs to another run: {differing}" in fault
-    assert f"another --workdir, or remove {workdir / checkpoints.FOLDER}" in fault
-    assert next(iterator) == 0
-    assert restore(workdir)[1] == 6
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(workdir):
+    other = OURS | {"config": "5678", "scored": "s"}
+    assert fault_of(restore, workdir, None, other) == (
+        f"{folder(workdir, 6)} belongs to another run: config (1234 there, 5678 now), scored (None "
+        f"there, s now); use another --workdir, or remove {workdir / checkpoints.FOLDER} to train "
+        "from the start"
+    )
+    assert_starts_at(workdir, 6)
 
 
 def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
-    state = jax.device_put({"table": state_of(1)["table"]})
+    state = jax.device_put(state_of(1))
     with checkpoints.open_in(tmp_path) as saved:
-        checkpoints.save(saved, 1, state, None, OURS)
+        checkpoints.save(saved, 1, state, numbers(), OURS)
         for _ in range(5):
             state = add(state)
-    with checkpoints.open_in(tmp_path) as saved:
-        blank = {"table": np.zeros_like(state_of(1)["table"])}
-        restored, _ = checkpoints.restore(saved, blank, None, OURS)
-    np.testing.assert_array_equal(restored["table"], state_of(1)["table"])
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path)[0], state_of(1))
 
 
 def test_if_none_can_be_restored_nothing_is_overwritten(workdir):
     for step in STEPS:
-        truncate(workdir, step)
-    iterator = numbers()
+        truncate(folder(workdir, step))
     with pytest.raises(UserError, match=r"none of the checkpoints in .* can be restored \("):
-        restore(workdir, iterator)
-    assert next(iterator) == 0
+        restore(workdir)
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"2", "4", "6"}
 
 
-@pytest.mark.parametrize("fault", [MemoryError("no more is free"), PermissionError("denied")])
+@pytest.mark.parametrize("fault", [MemoryError, PermissionError])
 def test_an_error_of_the_machine_is_raised(workdir, monkeypatch, fault):
-    def fail(*_):
-        raise fault
-
-    monkeypatch.setattr(checkpoints, "_read", fail)
-    with pytest.raises(type(fault)):
+    monkeypatch.setattr(checkpoints, "_read", lambda *_: (_ for _ in ()).throw(fault))
+    with pytest.raises(fault):
         restore(workdir)
 
 
@@ -188,16 +172,10 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stay
     workdir, caplog, steps
 ):
     line = r"^a checkpoint could not be written to .*/checkpoints \(.*File too large.*the previous"
-
-    def save(steps):
-        with small_files(), checkpoints.open_in(workdir, to_write=True) as saved:
-            for step in steps:
-                checkpoints.save(saved, step, state_of(step), None, OURS)
-
-    with pytest.raises(UserError, match=line):
-        save(steps)
+    with pytest.raises(UserError, match=line), small_files():
+        save(workdir, *steps)
     assert [record.pathname for record in caplog.records if record.name == "absl"] == []
-    assert restore(workdir)[1] == 6
+    assert_starts_at(workdir, 6)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,85 +15,63 @@ async def main():
     asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.{name})
     await asyncio.sleep(30)
 
-interruption.stop_on_signal()
-try:
+with interruption.clean_up_on_signal():
     asyncio.run(main())
-except interruption.Stopped as stopped:
-    interruption.exit_after(stopped)
 """
 
 _TWICE = """
 import os, signal
 from kd_ranker.training import interruption
 
-interruption.stop_on_signal()
-with interruption.deferred():
-    for number in (signal.SIGTERM, signal.SIGINT):
+with interruption.clean_up_on_signal(), interruption.deferred():
+    for number in (signal.SIGTERM, signal.SIG{name}):
         os.kill(os.getpid(), number)
         print("after", number.name, flush=True)
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_within_a_loop_of_asyncio_ends_the_process(name, code):
-    finished = small.run("-c", _IN_A_LOOP.format(name=name))
-    assert finished.returncode == code, finished.stderr
-    (line,) = finished.stderr.splitlines()
-    assert line.startswith(f"stopped by {name}")
-
-
-def test_a_second_signal_ends_the_process_at_once():
-    finished = small.run("-c", _TWICE)
-    assert finished.returncode == 130
-    assert finished.stdout == "after SIGTERM\n"
-    assert finished.stderr == "stopped by SIGINT; the same command resumes from what is saved\n"
-
-
-class Asked(BaseException):
-    pass
+@pytest.mark.parametrize(
+    ("program", "name", "code", "out"),
+    [
+        (_IN_A_LOOP, "SIGTERM", 143, ""),
+        (_IN_A_LOOP, "SIGINT", 130, ""),
+        (_TWICE, "INT", 130, "after SIGTERM\n"),
+    ],
+)
+def test_a_signal_ends_the_process_with_one_line_and_a_second_one_at_once(program, name, code, out):
+    finished = small.run("-c", program.format(name=name))
+    assert (finished.returncode, finished.stdout) == (code, out), finished.stderr
+    ended_by = signal.Signals(code - 128).name
+    line = f"stopped by {ended_by}; the same command resumes from what is saved\n"
+    assert finished.stderr == line
 
 
 @pytest.fixture
-def asked():
-    """Sends a signal that raises `Asked`."""
-
-    def ask(*_):
-        raise Asked
-
-    before = signal.signal(signal.SIGTERM, ask)
-    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
+def handlers():
+    """SIGTERM exits this process, and it ignores SIGHUP, as of nohup."""
+    ours = {signal.SIGTERM: lambda *_: sys.exit("asked"), signal.SIGHUP: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield ours
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_a_signal_sets_a_flag_and_is_raised_once_the_work_has_ended(asked):
+@pytest.mark.parametrize("error", [None, OSError("no room")])
+def test_a_signal_sets_a_flag_and_is_raised_after_work_without_an_error(handlers, error):
     flags = []
 
     def work():
         with deferred() as stop:
-            flags.append(stop())
-            asked()
-            flags.append(stop())
+            for number in handlers:
+                flags.append(stop())
+                signal.raise_signal(number)
+            if error:
+                raise error
 
-    with pytest.raises(Asked):
+    with pytest.raises(OSError if error else SystemExit, match="no room" if error else "asked"):
         work()
     assert flags == [False, True]
-    with pytest.raises(Asked):
-        asked()
-
-
-def test_the_error_of_interrupted_work_is_raised_and_ignored_signals_stay_so(asked):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    def work():
-        with deferred() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop()
-            asked()
-            raise OSError("no room")
-
-    with pytest.raises(OSError, match="no room"):
-        work()
-    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_a_thread_gets_no_signals():

@@ -11,19 +11,13 @@ from kd_ranker.training import recipes
 from kd_ranker.training.loop import (
     initial_states,
     make_run,
-    on_host,
     states_on_host,
     step_for,
 )
-from kd_ranker.training.mapping import (
-    MAPPINGS,
-    first_devices,
-    members_axis,
-    share_of,
-    shares,
-)
+from kd_ranker.training.mapping import MAPPINGS, first_devices, share_of
+from kd_ranker.training.state import TrainState
 from tests.random_batches import SPEC, random_batch
-from tests.training.steps import config_of, world_of
+from tests.training.steps import assert_close, config_of, world_of
 
 long = pytest.mark.long
 
@@ -45,41 +39,33 @@ MEMBERS = {"none": member("none", 0)} | {
 
 @functools.cache
 def made(mapping, devices, members, sharded=False):
-    """A run of all members."""
+    """A run of all members, that takes its steps on batches by themselves."""
     teacher, frozen = world_of(SPEC)
-    run = make_run(
-        recipes.student_groups(MEMBERS, SPEC),
-        teacher,
-        None,
-        frozen,
-        MAPPINGS[mapping](jax.devices()[:devices], members, sharded=sharded),
-    )
+    devices = MAPPINGS[mapping](jax.devices()[:devices], members, sharded=sharded)
+    run = make_run(recipes.student_groups(MEMBERS, SPEC), teacher, None, frozen, devices)
     step = step_for(run.groups, teacher, run.devices)
-    # A step on a batch by itself.
-    return run._replace(
-        take=run.devices.map_step(step, jax.eval_shape(lambda: initial_states(run)))
-    )
-
-
-def numbers_of(run):
-    return tuple(group.numbers for group in run.filled)
+    return run._replace(take=devices.map_step(step, jax.eval_shape(lambda: initial_states(run))))
 
 
 def trained(run, states, start, stop):
     """On the host, the states after these steps, and the losses of the last one."""
     for batch in BATCHES[start:stop]:
-        states, losses = run.take(states, run.devices.shard(batch), numbers_of(run), run.frozen)
-    return jax.tree.map(np.asarray, (states_on_host(run, states), on_host(run, losses)))
+        states, losses = run.take(states, run.devices.shard(batch), run.numbers, run.frozen)
+    losses = [
+        {name: of_members[: len(group.names)] for name, of_members in of_group.items()}
+        for group, of_group in zip(run.groups, run.devices.unreplicate(losses), strict=True)
+    ]
+    return jax.tree.map(np.asarray, (states_on_host(run, states), losses))
 
 
-def assert_same(states, others, atol):
+def assert_same(trees, others, atol):
     """All fields except those that mean nothing between steps."""
-    for one, other in zip(states, others, strict=True):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0),
-            one.replace(owners={}),
-            other.replace(owners={}),
-        )
+    trees, others = jax.tree.map(
+        lambda of: of.replace(owners={}) if isinstance(of, TrainState) else of,
+        (trees, others),
+        is_leaf=lambda of: isinstance(of, TrainState),
+    )
+    assert_close(trees, others, atol)
 
 
 @functools.cache
@@ -116,13 +102,7 @@ def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
     assert_same(states_on_host(second, states), half, atol=0)
     states, losses = trained(second, states, STEPS // 2, STEPS)
     assert [len(state.non_finite_step) for state in states] == [1, 5]
-    expected, expected_losses = on_one_device()
-    assert_same(states, expected, atol=1e-5)
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
-        losses,
-        expected_losses,
-    )
+    assert_same((states, losses), on_one_device(), atol=1e-5)
 
 
 def test_a_device_holds_only_its_own_members_and_they_exchange_nothing():
@@ -134,29 +114,13 @@ def test_a_device_holds_only_its_own_members_and_they_exchange_nothing():
                 members = () if name in ("step", "unknown_ids", "owners") else (1,)
                 expected = members + leaf.shape[len(members) :]
                 assert leaf.addressable_data(3).shape == expected
-    arguments = states, run.devices.shard(BATCHES[0]), numbers_of(run), run.frozen
+    arguments = states, run.devices.shard(BATCHES[0]), run.numbers, run.frozen
     text = run.take.lower(*arguments).compile().as_text()
     # Those of a group of devices, and not of each with itself; releases of XLA write them so or so.
     together = re.compile(r"replica_groups=(\{\{0,1|mesh\[.*?\] \{'members'\})")
     exchanges = [line for line in text.splitlines() if together.search(line)]
     # Only the teacher's probabilities: [requests, candidates, tasks].
     assert [line.split(" = ")[1].split("{")[0] for line in exchanges] == ["f32[8,5,3]"]
-
-
-def test_the_axis_of_members_is_the_least_with_which_a_device_holds_as_few_as_it_can():
-    for devices in (1, 2, 6, 8):
-        for sizes in ([1], [3], [8], [2, 8, 8], [1, 1, 1], [16, 9]):
-            held = {
-                axis: sum(-(-size // axis) for size in sizes)
-                for axis in range(1, devices + 1)
-                if devices % axis == 0
-            }
-            axis = members_axis(devices, sizes, requests=24)
-            assert held[axis] == min(held.values())
-            assert all(held[less] > held[axis] for less in held if less < axis)
-    # A batch that seven devices cannot share leaves none of them over.
-    assert members_axis(7, [3], requests=24) == 7
-    assert shares(64, 32) == [2, 4, 8, 16, 32, 64]
 
 
 class Device:

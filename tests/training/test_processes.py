@@ -149,29 +149,6 @@ def test_processes_that_differ_end_with_one_line_of_the_first(world, tmp_path, d
     assert not list(tmp_path.iterdir())
 
 
-_IMPATIENT = """
-import runpy, sys
-from kd_ranker.training import processes
-processes._SECONDS_TO_START = 3
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__")
-"""
-
-
-@long
-def test_a_process_that_waits_in_vain_ends_with_one_line(world, tmp_path):
-    environment = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{small.free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_PROCESS_ID": "1",
-    }
-    given = flags(world, tmp_path / "run", parallel__processes=True)
-    finished = forked.Program("-c", _IMPATIENT, "experiments.train", *given, **environment).ended()
-    assert finished.returncode == 2
-    (line,) = finished.stderr.splitlines()
-    assert line.startswith("error: not all processes were there within 3 seconds, or process 0")
-
-
 @long
 def test_processes_that_get_a_signal_save_and_resume(world, tmp_path):
     workdir = tmp_path / "run"

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from kd_ranker.batch import Stage
-from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.training import recipes
 from kd_ranker.training.state import LiveTeacher
@@ -18,6 +17,16 @@ NONE, AUX, SHARED = ({"distill__mode": mode} for mode in ("none", "aux", "shared
 STAGES = AUX | {"distill__loss": "softmax", "teacher__signal": "stage"}
 UNSHOWN = NONE | {"train__unshown_weight": 0.1}
 POOLS = NONE | {"student__history": "mean"}
+
+
+def groups_of(members):
+    members = {name: config_of(**changes) for name, changes in members.items()}
+    return recipes.student_groups(members, SPEC)
+
+
+def group_of(**changes):
+    (group,) = groups_of({"": changes})
+    return group
 
 
 @pytest.mark.parametrize(
@@ -39,20 +48,16 @@ POOLS = NONE | {"student__history": "mean"}
     ],
 )
 def test_a_batch_needs_what_some_member_has_a_use_for(members, teacher, expected):
-    members = {str(index): config_of(**changes) for index, changes in enumerate(members)}
-    groups = recipes.student_groups(members, SPEC)
-    model, _ = recipes.teacher_model(members["0"], SPEC)
+    model, _ = recipes.teacher_model(config_of(), SPEC)
     live = LiveTeacher(model, teacher) if teacher else None
+    groups = groups_of(dict(enumerate(members)))
     assert recipes.needs(groups, live, Stage.PASSED) == expected
 
 
-def test_a_teacher_in_training_needs_only_labels_and_histories():
-    group = recipes.teacher_group(cascade("small"), SPEC)
+def test_a_teacher_learns_from_labels_and_may_learn_from_the_log_by_the_same_logits():
+    config = config_of()
+    group = recipes.teacher_group(config, SPEC)
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
-
-
-def test_a_teacher_that_learns_from_the_log_compares_it_with_the_logits_that_it_serves():
-    config = cascade("small")
     config.teacher.log_weight = 2.0
     group = recipes.teacher_group(config, SPEC)
     assert group.recipe.terms == (("bce", "logged"),)
@@ -63,10 +68,7 @@ def test_a_teacher_that_learns_from_the_log_compares_it_with_the_logits_that_it_
 
 
 def names_of_groups(**members):
-    groups = recipes.student_groups(
-        {name: config_of(**changes) for name, changes in members.items()}, SPEC
-    )
-    return [group.names for group in groups]
+    return [group.names for group in groups_of(members)]
 
 
 def test_members_that_differ_in_traced_numbers_are_one_group(monkeypatch):
@@ -83,49 +85,47 @@ def test_members_that_differ_in_traced_numbers_are_one_group(monkeypatch):
     first = {"train__unshown_weight": 0.6}
     members = {key: first | {key: value} for key, value in changes.items()}
     assert names_of_groups(first=first, **members) == [("first", *changes)]
-    (group,) = recipes.student_groups({"": config_of(distill__mode="aux", **changes)}, SPEC)
-    numbers = [float(leaf[0]) for leaf in jax.tree.leaves(group.numbers)]
+    numbers = group_of(distill__mode="aux", **changes).numbers
+    numbers = [float(leaf[0]) for leaf in jax.tree.leaves(numbers)]
     assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 2, 3, 4, 5, 6, 7])
 
 
-def test_terms_take_the_signal_that_they_name_or_else_the_configs():
-    terms = {
-        (): [("bce", "logged")],
-        ("softmax",): [("softmax", "logged")],
-        ("softmax", "topk:stage", "bce:logged"): [
-            ("softmax", "logged"), ("topk", "stage"), ("bce", "logged"),
-        ],
-    }  # fmt: skip
-    for named, expected in terms.items():
-        config = config_of(distill__mode="aux", distill__terms=named)
-        assert list(recipes.terms_of(config)) == expected
-        (group,) = recipes.student_groups({"": config}, SPEC)
-        assert group.recipe.terms == tuple(expected)
-        assert [float(weight[0]) for weight in group.numbers.term_weights] == [1.0] * len(expected)
-    config.teacher.signal = "stage"
-    assert [term.signal for term in recipes.terms_of(config)] == ["stage", "stage", "logged"]
-    config.distill.terms, config.distill.loss = (), "topk:logged"
-    assert recipes.terms_of(config) == (("topk", "logged"),)
-    config.distill.mode = "none"
-    assert recipes.terms_of(config) == ()
+@pytest.mark.parametrize(
+    ("named", "signal", "expected"),
+    [
+        ((), "logged", [("bce", "logged")]),
+        (("softmax",), "logged", [("softmax", "logged")]),
+        (
+            ("softmax", "topk:stage", "bce:logged"), "stage",
+            [("softmax", "stage"), ("topk", "stage"), ("bce", "logged")],
+        ),
+    ],
+)  # fmt: skip
+def test_terms_take_the_signal_that_they_name_or_else_the_configs(named, signal, expected):
+    how = {"distill__terms": named, "teacher__signal": signal}
+    group = group_of(distill__mode="aux", **how)
+    assert group.recipe.terms == tuple(expected)
+    assert [float(weight[0]) for weight in group.numbers.term_weights] == [1.0] * len(expected)
+    assert group_of(distill__mode="none", **how).recipe.terms == ()
+    if not named:
+        group = group_of(distill__mode="aux", distill__loss="topk:stage", **how)
+        assert group.recipe.terms == (("topk", "stage"),)
 
 
 def test_weights_of_terms_are_traced_and_terms_are_not():
     terms = {"distill__mode": "aux", "distill__terms": ("softmax", "topk:stage")}
     weighed = terms | {"distill__term_weights": (1.0, 0.3)}
     other = terms | {"distill__terms": ("softmax", "topk")}
-    assert names_of_groups(a=terms, b=weighed, c=other) == [("a", "b"), ("c",)]
-    members = {"a": config_of(**terms), "b": config_of(**weighed)}
-    (group,) = recipes.student_groups(members, SPEC)
+    group, second = groups_of({"a": terms, "b": weighed, "c": other})
+    assert (group.names, second.names) == (("a", "b"), ("c",))
     np.testing.assert_allclose(group.numbers.term_weights, [[1.0, 1.0], [1.0, 0.3]])
 
 
-def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_their_loss():
-    for mode, weight in (("none", 1), ("shared", 0), ("aux", 0)):
-        config = config_of(distill__mode=mode, distill__user_weight=0.0)
-        (group,) = recipes.student_groups({"": config}, SPEC)
-        assert group.numbers.user_weight == weight
-    assert recipes.teacher_group(config, SPEC).numbers.user_weight == 1
+@pytest.mark.parametrize(("mode", "weight"), [("none", 1), ("shared", 0), ("aux", 0)])
+def test_without_a_teacher_a_student_learns_from_users_whatever_their_weight(mode, weight):
+    how = {"distill__mode": mode, "distill__user_weight": 0.0}
+    assert group_of(**how).numbers.user_weight == weight
+    assert recipes.teacher_group(config_of(**how), SPEC).numbers.user_weight == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import contextlib
 import struct
-import threading
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,32 +10,62 @@ from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.workdir import MetricsWriter
 from tests.faults import fault_of
 
-DATASET = {"dataset": "small/0123456789ab"}
+
+def claim(folder, command="train", dataset="small/0123456789ab", without=(), **changes):
+    """What each run does before it writes anything else; returns its config."""
+    config = ConfigDict({"seed": 0, "sizes": (1, 2), "train": {"steps": 3}} | changes)
+    workdirs.check(folder, command, config, {"dataset": dataset}, without)
+    workdirs.write_config(folder, command, config, {"dataset": dataset})
+    return config
 
 
-def config_with(**changes):
-    return ConfigDict({"seed": 0, "sizes": (1, 2), "train": {"steps": 3}} | changes)
-
-
-def claim(folder, command, config, dataset, without=()):
-    """What each run does before it writes anything else."""
-    workdirs.check(folder, command, config, dataset, without)
-    workdirs.write_config(folder, command, config, dataset)
-
-
-def test_a_workdir_is_claimed_by_one_config(tmp_path):
+def test_a_workdir_belongs_to_one_command_config_and_dataset(tmp_path):
     workdir = tmp_path / "a" / "b"
-    claim(workdir, "train", config_with(), DATASET)
-    claim(workdir, "train", config_with(), DATASET)
-    assert workdirs.read_config(workdir).train.steps == 3
-    other = config_with(train={"steps": 4}, extra=1)
-    fault = fault_of(claim, workdir, "train", other, DATASET)
-    assert "another --workdir" in fault
-    assert "train.steps (3 there, 4 now)" in fault
-    assert "extra (None there, 1 now)" in fault
-    assert "seed" not in fault
+    config = claim(workdir)
+    assert claim(workdir) == config
+    before = {path: path.read_bytes() for path in workdir.iterdir()}
+    for changes, message in [
+        ({"command": "sweep"}, f"{workdir} belongs to a run of train; use another --workdir"),
+        (
+            {"train": {"steps": 4}, "extra": 1},
+            f"{workdir} holds a run of another config; use another --workdir or set back: "
+            "extra (None there, 1 now), train.steps (3 there, 4 now)",
+        ),
+        (
+            {"dataset": "small/ba9876543210"},
+            f"{workdir} holds a run on the dataset small/0123456789ab, and data.dir holds "
+            "small/ba9876543210, which has other content; name the data.dir of the first one, or "
+            "use another --workdir",
+        ),
+    ]:
+        assert fault_of(claim, workdir, **changes) == message
+    assert {path: path.read_bytes() for path in workdir.iterdir()} == before
     # As it was written, tuples and all: flags can only set what is one.
-    assert workdirs.read_config(workdir) == config_with()
+    assert workdirs.read_config(workdir) == config
+
+
+def test_what_does_not_matter_to_a_run_may_change(tmp_path):
+    claim(tmp_path, trainer=1)
+    claim(tmp_path, trainer=1, train={"steps": 4}, without=("train",))
+    # A section is left out whole, and not what merely begins with its name.
+    with pytest.raises(UserError, match=r"trainer \(1 there, 2 now\)"):
+        claim(tmp_path, trainer=2, without=("train",))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (workdirs.CONFIG_FILE, r"config.json is damaged: .*; restore it, or use another"),
+        (workdirs.ENVIRONMENT_FILE, r"environment.json is .*; remove it: it only records"),
+    ],
+)
+@pytest.mark.parametrize("damaged", ['{"seed', "\x00", "[]"])
+def test_a_damaged_file_is_named_with_a_remedy_and_stays(tmp_path, file, message, damaged):
+    claim(tmp_path)
+    (tmp_path / file).write_text(damaged)
+    with pytest.raises(UserError, match=message):
+        claim(tmp_path)
+    assert (tmp_path / file).read_text() == damaged
 
 
 def test_a_file_is_replaced_whole_or_stays_and_nothing_else_is_left(tmp_path, monkeypatch):
@@ -49,82 +78,36 @@ def test_a_file_is_replaced_whole_or_stays_and_nothing_else_is_left(tmp_path, mo
     assert [(path.name, path.read_text()) for path in path.parent.iterdir()] == [("file", "two")]
 
 
+def write_metrics(workdir, start, scalars):
+    with contextlib.closing(MetricsWriter(workdir, start)) as writer:
+        for step, of_step in scalars.items():
+            writer.write(step, of_step)
+
+
 def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
-    writer = MetricsWriter(tmp_path, 0)
-    for step in (1, 2, 3, 4):
-        writer.write(step, {"loss": step / 2})
-    writer.close()
+    write_metrics(tmp_path, 0, {step: {"loss": step / 2} for step in (1, 2, 3, 4)})
     file = tmp_path / workdirs.METRICS_FILE
     # The last line of a killed run may be cut short.
     file.write_text(file.read_text()[:-5])
-    writer = MetricsWriter(tmp_path, 2)
-    writer.write(3, {"loss": 9.0})
-    writer.close()
+    write_metrics(tmp_path, 2, {3: {"loss": 9.0}})
     assert workdirs.read_metrics(file) == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0},
     ]  # fmt: skip
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) >= 1
 
 
-def events_of(path):
-    """The events of a file of TFRecords, without their checksums."""
+def test_tensorboard_gets_each_scalar_and_hides_those_of_a_killed_run(tmp_path):
+    write_metrics(tmp_path, 4, {5: {"loss": 0.5, "unknown_ids/item": 3.0}})
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    # A file of TFRecords: a length and its checksum, an event and its checksum.
     content, events = path.read_bytes(), []
     while content:
         (length,) = struct.unpack("<Q", content[:8])
         events.append(Event.FromString(content[12 : 12 + length]))
         content = content[16 + length :]
-    return events
-
-
-def test_tensorboard_is_told_as_it_goes_and_by_no_thread(tmp_path):
-    threads = threading.active_count()
-    with contextlib.closing(MetricsWriter(tmp_path, 4)) as writer:
-        writer.write(5, {"loss": 0.5, "unknown_ids/item": 3.0})
-        (path,) = tmp_path.glob("events.out.tfevents.*")
-        first, session, *told = events_of(path)
-        assert threading.active_count() == threads
+    first, session, *scalars = events
     assert first.file_version == "brain.Event:2"
-    # It hides what a killed run wrote from here on.
     assert (session.step, session.session_log.status) == (5, SessionLog.START)
-    values = [of.summary.value[0] for of in told]
-    assert [of.step for of in told] == [5, 5]
-    assert [(of.tag, of.simple_value) for of in values] == [("loss", 0.5), ("unknown_ids/item", 3)]
-
-
-def test_what_does_not_matter_to_a_run_may_change(tmp_path):
-    claim(tmp_path, "train", config_with(trainer=1), DATASET)
-    claim(
-        tmp_path, "train", config_with(train={"steps": 4}, trainer=1), DATASET, without=("train",)
-    )
-    # A section is left out whole, and not what merely begins with its name.
-    with pytest.raises(UserError, match=r"trainer \(1 there, 2 now\)"):
-        claim(tmp_path, "train", config_with(trainer=2), DATASET, without=("train",))
-
-
-def test_a_workdir_of_another_dataset_is_refused(tmp_path):
-    claim(tmp_path, "train", config_with(), DATASET)
-    other = {"dataset": "small/ba9876543210"}
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert fault_of(claim, tmp_path, "train", config_with(), other) == (
-        f"{tmp_path} holds a run on the dataset small/0123456789ab, and data.dir holds "
-        "small/ba9876543210, which has other content; name the data.dir of the first one, or "
-        "use another --workdir"
-    )
-    claim(tmp_path, "train", config_with(), DATASET)
-    assert {path: path.read_bytes() for path in before} == before
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        (workdirs.CONFIG_FILE, r"config.json is damaged: .*; restore it, or use another"),
-        (workdirs.ENVIRONMENT_FILE, r"environment.json is .*; remove it: it only records"),
-    ],
-)
-@pytest.mark.parametrize("damaged", ['{"seed', "\x00", "[]"])
-def test_a_damaged_file_is_named_with_a_remedy_and_stays(tmp_path, file, message, damaged):
-    claim(tmp_path, "train", config_with(), DATASET)
-    (tmp_path / file).write_text(damaged)
-    with pytest.raises(UserError, match=message):
-        claim(tmp_path, "train", config_with(), DATASET)
-    assert (tmp_path / file).read_text() == damaged
+    values = [
+        (of.step, value.tag, value.simple_value) for of in scalars for value in of.summary.value
+    ]
+    assert values == [(5, "loss", 0.5), (5, "unknown_ids/item", 3)]
