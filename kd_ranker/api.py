@@ -25,7 +25,7 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import cohorts, datasets, runs, scoring
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.job import config_of, open_finished, ranker_line
+from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
@@ -400,7 +400,7 @@ def export(
         raise UserError(f"{folder} exists; name a folder that does not as --out")
     finished = open_finished(workdir, member, serve, "", trust, policy)
     export_ranker(finished, folder, formats)
-    show(ranker_line(finished))
+    show(str(finished))
     return folder
 
 

@@ -37,46 +37,27 @@ _KEY = re.compile(r"--?(?:no)?config\.([^=]+)")  # in a flag that sets a key of 
 
 
 class Flag(NamedTuple):
-    """A flag of a command.
-
-    Attributes:
-      help: its help text.
-      default: its value when it is not given; False makes it a switch, and None is an error.
-    """
+    """A flag of a command."""
 
     help: str
-    default: str | bool | None = ""
+    default: str | bool | None = ""  # False makes it a switch; None requires it
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command."""
 
-    Attributes:
-      call: (the module `api`, the config, the parsed flags) -> an object to print, or None.
-      flags: its flags by name, without --config.
-      example: flags to show in its help.
-      config_from: the flag that gives its config: --config, the --workdir of a finished run, or ""
-        for an empty config.
-      workdirs: whether any number of workdirs may follow the flags.
-      as_one: whether several processes may run it as one, see `training.processes`.
-      text: its help; "" takes the docstring of the function of its name in `api`.
-    """
-
+    # (the module `api`, the config, the parsed flags) -> an object to print, or None
     call: Callable[[Any, "ConfigDict", argparse.Namespace], object]
-    flags: Mapping[str, Flag]
-    example: str
-    config_from: str = "config"
-    workdirs: bool = False
-    as_one: bool = False
-    text: str = ""
+    flags: Mapping[str, Flag]  # by name, without --config
+    example: str  # flags to show in its help
+    config_from: str = "config"  # or "workdir", that of a finished run; "" for an empty config
+    workdirs: bool = False  # whether any number of workdirs may follow the flags
+    as_one: bool = False  # whether several processes may run it as one, see `training.processes`
+    text: str = ""  # its help; "" takes the docstring of the function of its name in `api`
 
 
 def main(name: str = "") -> None:
-    """Run a command and exit with 2 on bad input.
-
-    Args:
-      name: of the command; "" takes the first argument of the process.
-    """
+    """Run the command `name`, or the first argument of the process; exit with 2 on bad input."""
     # Until there is something to clean up, a signal ends the process at once.
     interruption.end_on_signal()
     name, *arguments = [name, *sys.argv[1:]] if name else sys.argv[1:] or ["--help"]
@@ -97,10 +78,7 @@ def main(name: str = "") -> None:
 def run_command(command: Command, program: str, arguments: Sequence[str]) -> None:
     """Run a command under its own flags; errors that a user can mend become one line.
 
-    Args:
-      command: the command.
-      program: the way to start it, for its help.
-      arguments: its arguments.
+    Its help names `program` as the way to start it.
     """
     with interruption.clean_up_on_signal():
         try:
@@ -239,13 +217,9 @@ def _parse(
 def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
     """Load the config file that `--config` names, and set the keys that flags override.
 
-    Args:
-      named: a file, or the name of a config of the package (`cascade`, `sweeps/cascade` or
-        `configs/cascade.py`), with `:VARIANT` or without.
-      overrides: flags such as `--config.train.steps=3`.
-
-    Raises:
-      UserError: there is no such file, it does not load, or a flag names no key.
+    `named` is a file, or the name of a config of the package (`cascade`, `sweeps/cascade` or
+    `configs/cascade.py`), with `:VARIANT` or without. A file that is missing or does not load, and
+    a flag without a key, is a UserError.
     """
     import kd_ranker.configs
 
@@ -271,11 +245,7 @@ def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
 
 
 def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
-    """Set the keys of a config that flags override, each flag parsed as the type of its key.
-
-    Raises:
-      UserError: a flag does not name a key, or is not a flag.
-    """
+    """Set the keys of a config that flags override, each flag parsed as the type of its key."""
     from absl import flags
     from ml_collections import config_flags
 

@@ -261,20 +261,14 @@ def free_memory(config: ConfigDict) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep, started or not.
-
-    Attributes:
-      workdir: its folder.
-      members: the configs of all its members, by name.
-      plan: the names of each cohort's members, in the order of training; incomplete if the sweep
-        has not started or will be extended.
-      dataset: the fingerprint of its dataset.
-    """
+    """A sweep, started or not."""
 
     workdir: Path
-    members: Members
+    members: Members  # all of them
+    # The names of each cohort's members, in the order of training; incomplete if the sweep has not
+    # started or will be extended.
     plan: Sequence[Sequence[str]]
-    dataset: MadeOf
+    dataset: MadeOf  # the fingerprint of its dataset
 
     @property
     def cohorts(self) -> list[Members]:
@@ -357,8 +351,7 @@ class Sweep:
 def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
     """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
 
-    Raises:
-      UserError: the workdir has a cohort with a member that the config does not name.
+    UserError if one of these has a member that the config does not name.
     """
     members = sweep_members(config)
     plan = read_plan(workdir)

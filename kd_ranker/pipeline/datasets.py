@@ -74,10 +74,7 @@ def path_of(log: Any, directory: str) -> str:
 
 
 def build_dataset(config: ConfigDict, thorough: bool) -> Path:
-    """Build the dataset of a valid config, or check one that exists; return its folder.
-
-    See `api.prepare`. A log with faults that the config does not allow raises UserError, too.
-    """
+    """Build the dataset of a valid config, or check one that exists, see `api.prepare`."""
     name = dataset_name(config)
     directory = storage.directory_of(name, config.data.dir)
     entry, before = SOURCES[config.data.name], config.data.get("extends", "")
@@ -101,11 +98,9 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
 
 
 def dataset_of(config: ConfigDict, unchanged: bool = False) -> Dataset:
-    """Open the config's dataset.
+    """Open the config's dataset; UserError if it is missing, does not suit, or is of other files.
 
-    Raises:
-      UserError: it was not built, or does not suit the config; or with `unchanged`, its raw files
-        have changed.
+    Only with `unchanged` are its raw files checked.
     """
     dataset = storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
     if config.data.name == given.NAME:

@@ -74,18 +74,15 @@ def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> N
 def write_export(
     trained: Servable, batch: CandidateBatch, about: Mapping[str, Any], dataset: Path, folder: Path
 ) -> None:
-    """Write the folder of an export atomically.
+    """Write the new folder of an export atomically; UserError if a format lacks an operation.
 
     Args:
       trained: the ranker.
       batch: the requests of the example.
       about: more entries of `export.json`: `formats`, some of `FORMATS`; `run`, the fingerprints of
         the ranker; and others for the README.
-      dataset: the folder with the vocabularies and transforms of a log; it may be absent.
-      folder: the folder to write, which must not exist.
-
-    Raises:
-      UserError: a format lacks an operation; nothing is written then.
+      dataset: the folder with the vocabularies and transforms of a log, if there are any.
+      folder: the folder to write.
     """
     exported = make_programs(trained)
     example = _example(exported, trained, batch)

@@ -45,20 +45,13 @@ _RUNS = ("train_teacher", "train", "sweep")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Rankers that train together, and all that training and measuring them reads.
+    """Rankers that train together, and all that training and measuring them reads."""
 
-    Attributes:
-      config: the values that its members have in common.
-      members: the configs of the students; none in the job of a teacher.
-      built: the dataset as it was built.
-      last_teacher: the teacher that was opened last, and the dataset with its scores, by
-        `teacher_key`. The jobs of a sweep share it, so those of one teacher should follow each
-        other.
-    """
-
-    config: ConfigDict
-    members: Members
-    built: Dataset
+    config: ConfigDict  # the values that its members have in common
+    members: Members  # the configs of the students; none in the job of a teacher
+    built: Dataset  # as it was built
+    # The teacher that was opened last, and the dataset with its scores, by `teacher_key`. The jobs
+    # of a sweep share it, so those of one teacher should follow each other.
     last_teacher: dict[tuple[str, str], tuple["Finished | None", Dataset]] = dataclasses.field(
         default_factory=dict
     )
@@ -89,8 +82,7 @@ class Job:
     def teacher(self) -> "Finished | None":
         """The final ranker of the students; None where the dataset's logs replace it.
 
-        Raises:
-          UserError: it is missing, or its scores are that students learn from.
+        UserError if it, or its scores, are missing.
         """
         return self._read[0]
 
@@ -164,8 +156,7 @@ class Job:
     def restored(self, workdir: Path, made_of: MadeOf | None = None) -> tuple[States, int]:
         """Restore the newest checkpoint that can be read, by default of exactly this job.
 
-        Returns:
-          The states on the host, and their step; abstract states and 0 without a checkpoint.
+        Return the states on the host and their step; abstract states and 0 without a checkpoint.
         """
         with checkpoints.open_in(workdir) as saved:
             states = abstract_states(self.groups)
@@ -180,10 +171,7 @@ def teacher_key(config: ConfigDict) -> tuple[str, str]:
 def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool = False) -> Job:
     """Open the dataset of students that train together, or without members of their teacher.
 
-    `unchanged` makes raw files that have changed an error.
-
-    Raises:
-      UserError: the dataset was not built, or its raw files have changed.
+    UserError if it was not built, or with `unchanged` if its raw files have changed.
     """
     built = datasets.dataset_of(config, unchanged)
     return Job(common(members) if members else config, members or {}, built)
@@ -207,6 +195,9 @@ class Finished(NamedTuple):
         """Its role in the results: "teacher" or "student"."""
         return "student" if self.job.members else "teacher"
 
+    def __str__(self) -> str:
+        return f"ranker: {self.title}, by its probabilities {self.serve!r}"
+
     @property
     def config(self) -> ConfigDict:
         """The config that it was trained with."""
@@ -224,14 +215,11 @@ class Finished(NamedTuple):
 
 
 def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
-    """Read the config of the run in a workdir.
+    """Read the config of the run in a workdir; UserError if it is missing.
 
     A run may use a loss, a mode or the like that its config file registers. A workdir can come from
-    anyone, so the file at `registered_by` is executed only with `trust`, and if it is needed.
-
-    Raises:
-      UserError: there is no run, or its config names something that only that file registers and
-        the file is not trusted, or is missing.
+    anyone, so the file at `registered_by` is executed only with `trust`, and if it is needed. A
+    file that is needed and missing, or not trusted, is a UserError.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -270,11 +258,8 @@ def open_finished(
 
     By default it is the best member of a sweep, with its own serving choice, on the dataset in its
     own `data.dir`, without a policy, and without the slots of the optimizers of tables. `trust` is
-    that of `config_of`.
-
-    Raises:
-      UserError: there is no run or it is not finished, its dataset is missing or has changed, or
-        there is no such member, serving choice or policy.
+    that of `config_of`. A missing or unfinished run or dataset, or a member, serving choice or
+    policy that it lacks, is a UserError.
     """
     if policy_name:
         check_choice("--policy", policy_name, POLICIES)
@@ -305,12 +290,7 @@ def open_finished(
 
 
 def load_teacher(config: ConfigDict) -> Finished:
-    """Load the trained teacher in `config.teacher.workdir`.
-
-    Raises:
-      UserError: it is missing or unfinished, its files have changed, or it is of other tasks or
-        other data.
-    """
+    """Load the finished teacher in `config.teacher.workdir`; UserError if it is of other data."""
     if not config.teacher.workdir:
         raise UserError(
             f"teacher.workdir is empty; make a teacher with: {TRAIN_TEACHER}, and name its workdir"
@@ -327,11 +307,6 @@ def load_teacher(config: ConfigDict) -> Finished:
     if found.role != "teacher":
         raise UserError(f"{place} holds a {found.role}, not a teacher; {remedy}")
     return found
-
-
-def ranker_line(ranker: Finished) -> str:
-    """The line on a ranker for the terminal."""
-    return f"ranker: {ranker.title}, by its probabilities {ranker.serve!r}"
 
 
 def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, int, str, str]:
@@ -373,13 +348,7 @@ def _policy(folder: Path, student: Finished, name: str) -> Policy:
 
 
 def _finished(
-    title: str,
-    job: Job,
-    member: str,
-    serve: str,
-    folder: Path,
-    remedy: str,
-    with_slots: bool = False,
+    title: str, job: Job, member: str, serve: str, folder: Path, remedy: str, with_slots: bool
 ) -> Finished:
     """A ranker of a job, from its checkpoint; UserError if it is unfinished or diverged."""
     made_of = job.own
@@ -399,8 +368,10 @@ def _finished(
     if len(mode.serve) > 1:
         default = job.members[member].distill.serve
     check_choice("--serve", serve or default, mode.serve)
-    parameters = select_member(state.parameters, place)
-    version = _digest_of(parameters)
+    parameters, digest = select_member(state.parameters, place), hashlib.sha256()
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    version = digest.hexdigest()[:12]
     if not with_slots:
         parameters = served(model, parameters, jax.default_backend())
     ranker = Ranker(make_serve(model, mode), put(parameters))
@@ -414,11 +385,3 @@ def served(model: Model, parameters: Parameters, platform: str) -> Parameters:
     return dataclasses.replace(
         parameters, tables=without_slots(model.embedding, parameters.tables, lanes)
     )
-
-
-def _digest_of(parameters: Parameters) -> str:
-    """A name for exact weights: twelve hex digits."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(parameters):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:12]

@@ -253,10 +253,9 @@ def teacher_flops(job: Job) -> float:
 
 
 def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) -> None:
-    """Write the tables of a run, `results.csv` last; see `results.write_tables`.
+    """Write the tables of a run: rows of all splits, curves and calibration of the last.
 
-    Rows are those of all splits; curves and calibration are those of the last. `owner` has the
-    fingerprints of the rankers.
+    `owner` has the fingerprints of the rankers.
     """
     tasks, last = job.config.tasks, splits[-1]
     files: dict[str, str | bytes] = {}

@@ -68,11 +68,9 @@ def fetched(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
-    """Open the workdir of a run for writing, by this process only.
+    """Open the workdir of a run for writing; UserError if another process holds it.
 
-    Raises:
-      UserError: another process holds it, the URL cannot be read, or the last upload fails; then
-        the message names the local copy, which stays.
+    If the last upload to a URL fails, the error names the local copy, which stays.
     """
     if isinstance(place, Path):
         with first_holds(place, lock.hold(place)):

@@ -104,11 +104,8 @@ def prepare_run(
 ) -> Run:
     """The run of a job: its groups on their batches, spread over devices.
 
-    Args:
-      job: the job; its dataset may have only the shapes of items, and its teacher only those of
-        parameters.
-      devices: the devices; None takes the first `parallel.devices`.
-      batches_on: the devices that make the batches; None takes the same.
+    The items of its dataset and the parameters of its teacher may be only shapes. Without
+    `devices` they are the first `parallel.devices`, which by default make the batches too.
     """
     config, dataset, groups, batch = job.config, job.dataset, job.groups, job.trainee.batch
     parallel = config.parallel
@@ -151,10 +148,7 @@ def warm_start(job: Job) -> Begin | None:
     The dataset is that of the earlier run, or one that extends it (`data.extends`), so known ids
     keep their rows. The parameters are those of that run, with the slots of embedding rows. Rows of
     new ids are as initialized. The step, the schedule and the optimizer of dense parameters start
-    from zero.
-
-    The function raises UserError: there is no such run or it is not finished, it was trained on
-    other ids, or its model has other sizes.
+    from zero. A run that is missing, unfinished, or of other ids or sizes, is a UserError.
     """
 
     def begin(states: States) -> States:
@@ -191,7 +185,7 @@ def _model_to_start_from(job: Job) -> tuple[Model, Parameters]:
 def _grown(
     job: Job, model: Model, start: Parameters, group: Group, fresh: Parameters
 ) -> Parameters:
-    """Return the parameters of a group's members, the same for each except in rows of new ids."""
+    """The parameters of a group's members, the same for each except in rows of new ids."""
     old, new = model.embedding.tables, group.recipe.model.embedding.tables
 
     def sizes(of: Parameters, tables: Mapping[str, TableSpec], members: int) -> tuple:

@@ -42,7 +42,7 @@ from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.policy import Policy, to_json
 from kd_ranker.pipeline import datasets
-from kd_ranker.pipeline.job import Finished, config_of, load_teacher, open_finished, ranker_line
+from kd_ranker.pipeline.job import Finished, config_of, load_teacher, open_finished
 from kd_ranker.pipeline.remote import Place
 from kd_ranker.requests import lock, storage
 from kd_ranker.requests.columns import Columns, columns_of_block
@@ -173,9 +173,6 @@ def score_dataset(config: ConfigDict) -> Scored:
 
     Training requests get those of the candidates of `config.teacher.stage`, all others those of
     every candidate. They are written as a table, and as the column that students learn from.
-
-    Raises:
-      UserError: see `api.log_teacher`.
     """
     dataset = datasets.dataset_of(config, unchanged=True)
     ranker = load_teacher(config)
@@ -236,11 +233,8 @@ def score_unseen(
 ) -> tuple[Scored, list[str]]:
     """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
-    The log is read with the ids, means and deviations of the training log. Arguments and errors
-    are those of `api.score`.
-
-    Returns:
-      The scores, and lines on the ranker and the candidates.
+    The log is read with the ids, means and deviations of the training log. Return the scores, and
+    lines on the ranker and the candidates. Arguments and errors are those of `api.score`.
     """
     log, layout, trained = _open_log(config, config_of(workdir, trust), workdir)
     ranker = open_finished(workdir, member, "", str(config.data.dir), trust, policy)
@@ -274,7 +268,7 @@ def score_unseen(
         for name, number in counts["new"].items()
     )
     return Scored(output), [
-        ranker_line(ranker),
+        str(ranker),
         datasets.candidates_line(counts["used"], "scored", counts["rejected"]),
         f"unknown to training: {', '.join(unknown)}",
     ]

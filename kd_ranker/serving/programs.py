@@ -13,12 +13,11 @@ A student with separate parts (`models.student.InParts`) becomes three programs:
 Any other ranker becomes one program, `rank`, of the whole request.
 """
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,24 +103,35 @@ class Exported(NamedTuple):
 
 def make_programs(trained: Servable) -> Exported:
     """Build the programs of a ranker."""
+    spec, cheap = trained.spec, trained.spec.cheap_item_features
+    in_parts = isinstance(nnx.merge(trained.model.graph, trained.parameters.dense), InParts)
+    features, category = np.asarray(trained.items.features), np.asarray(trained.items.category)
+    known = {"item_features": features[:, :cheap] if in_parts else features}
     held = served_tables(trained.model.embedding, trained.parameters.tables)
-    known = {"item_features": trained.items.features, "item_category": trained.items.category}
-    module = nnx.merge(trained.model.graph, trained.parameters.dense)
-    if not isinstance(module, InParts):
-        held |= {name: np.asarray(of) for name, of in known.items() if of.size}
-        offered = _fields(trained.seen, "request", "event", "candidate") | _types_of(held)
-        programs = [_program("rank", functools.partial(_rank, trained), offered)]
-    else:
-        known["item_features"] = known["item_features"][:, : trained.spec.cheap_item_features]
-        held |= {name: np.asarray(of) for name, of in known.items() if of.size}
+    held |= {name: of for name, of in {**known, "item_category": category}.items() if of.size}
+    if in_parts:
         held[ITEM_EMBEDDING] = _item_embeddings(trained, held)
-        offered = _fields(trained.seen, "request", "event") | _types_of(held)
+    # Item embeddings may have more rows, for new items.
+    types = {
+        name: typed(("rows", *of.shape[1:]) if name == ITEM_EMBEDDING else of.shape, of.dtype)
+        for name, of in held.items()
+    }
+    fields = functools.partial(_fields, trained.seen)
+    if in_parts:
+        offered = fields("request", "event") | types
         user = _program("user", functools.partial(_user, trained), offered)
-        offered = _one_item(trained.spec) | _types_of(held)
-        item = _program("item", functools.partial(_item, trained), offered)
-        offered = user.outputs | _fields(trained.seen, "candidate") | _types_of(held)
+        of_item = {
+            "item_id": typed(("items",), np.int32),
+            "features": typed(("items", cheap), np.float32),
+            "category": typed(("items", spec.category_width("item")), np.int32),
+        }
+        item = _program("item", functools.partial(_item, trained), of_item | types)
         score = functools.partial(_score, trained, tuple(user.outputs))
+        offered = user.outputs | fields("candidate") | types
         programs = [user, item, _program("score", score, offered)]
+    else:
+        offered = fields("request", "event", "candidate") | types
+        programs = [_program("rank", functools.partial(_rank, trained), offered)]
     read = {name for program in programs for name in program.inputs}
     named = {program.name: program for program in programs}
     return Exported(named, {name: table for name, table in held.items() if name in read})
@@ -168,15 +178,12 @@ class _Recorded(dict[str, Any]):
 
 def _program(name: str, function: Callable[[Arrays], dict[str, Any]], offered: Types) -> Program:
     """Build a program that takes only the offered arrays that its function reads."""
+    # Formats do not support empty arrays.
+    offered = {of: found for of, found in offered.items() if 0 not in found.shape}
     read: set[str] = set()
     results = jax.eval_shape(lambda arrays: function(_Recorded(arrays, read)), offered)
     outputs = {of: jax.ShapeDtypeStruct(found.shape, found.dtype) for of, found in results.items()}
     return Program(name, function, {of: offered[of] for of in offered if of in read}, outputs)
-
-
-def _there(types: Types) -> Types:
-    """Return the nonempty arrays: formats do not support empty ones."""
-    return {name: of for name, of in types.items() if 0 not in of.shape}
 
 
 def _fields(spec: FeatureSpec, *owners: str) -> Types:
@@ -194,25 +201,7 @@ def _fields(spec: FeatureSpec, *owners: str) -> Types:
     }
     if "candidate" in owners:
         fields["candidate_mask"] = typed(sizes["candidate"], np.bool_)
-    return _there(fields)
-
-
-def _one_item(spec: FeatureSpec) -> Types:
-    """Return the inputs of the encoder of items."""
-    features = typed(("items", spec.cheap_item_features), np.float32)
-    category = typed(("items", spec.category_width("item")), np.int32)
-    item_id = typed(("items",), np.int32)
-    return _there({"item_id": item_id, "features": features, "category": category})
-
-
-def _types_of(held: Tables) -> Types:
-    """Return the types of tables; item embeddings may have more rows, for new items."""
-    return _there(
-        {
-            name: typed(("rows", *of.shape[1:]) if name == ITEM_EMBEDDING else of.shape, of.dtype)
-            for name, of in held.items()
-        }
-    )
+    return fields
 
 
 def _batch_and_items(spec: FeatureSpec, arrays: Arrays) -> tuple[CandidateBatch, Items]:
@@ -319,7 +308,7 @@ def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[st
         "features": np.asarray(trained.items.features)[ids, :cheap],
         "category": np.asarray(trained.items.category)[ids],
     }
-    return {name: known[name] for name in _one_item(trained.spec)}
+    return {name: of for name, of in known.items() if 0 not in of.shape[1:]}
 
 
 def _item_embeddings(trained: Servable, held: Tables) -> Float32[np.ndarray, "items+1 D"]:
@@ -363,8 +352,7 @@ def to_jax(program: Program) -> bytes:
 def to_onnx(program: Program) -> bytes:
     """Return the program as an ONNX model, with the names of inputs and outputs.
 
-    Raises:
-      UserError: jax2onnx is not installed, or ONNX lacks an operation of the program.
+    UserError if jax2onnx is not installed, or ONNX lacks an operation of the program.
     """
     names, outputs = list(program.inputs), list(program.outputs)
 
@@ -372,40 +360,28 @@ def to_onnx(program: Program) -> bytes:
         results = program.function(dict(zip(names, arrays, strict=True)))
         return tuple(results[name] for name in outputs)
 
-    with _quiet():
-        try:
-            import jax2onnx
-        except ImportError as error:
-            raise UserError(
-                "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only "
-                "--formats=jax"
-            ) from error
-        types, named = (
-            list(program.inputs.values()),
-            {"input_names": names, "output_names": outputs},
-        )
-        try:
-            model = jax2onnx.to_onnx(positional, types, model_name=program.name, **named)
-        # The converter of an operation may raise any exception.
-        except Exception as error:
-            raise UserError(
-                f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
-                "--formats=jax"
-            ) from error
-    return model.SerializeToString()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the converter's logs and warnings on other packages and its intermediate results."""
-    before = logging.root.manager.disable
+    types, before = list(program.inputs.values()), logging.root.manager.disable
+    named = {"input_names": names, "output_names": outputs}
+    # Without the converter's logs and warnings on other packages and its intermediate results.
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        with warnings.catch_warnings(action="ignore"):
+            import jax2onnx
+
+            model = jax2onnx.to_onnx(positional, types, model_name=program.name, **named)
+    except ImportError as error:
+        raise UserError(
+            "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only --formats=jax"
+        ) from error
+    # The converter of an operation may raise any exception.
+    except Exception as error:
+        raise UserError(
+            f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
+            "--formats=jax"
+        ) from error
     finally:
         logging.disable(before)
+    return model.SerializeToString()
 
 
 FORMATS: dict[str, Callable[[Program], bytes]] = {"jax": to_jax, "onnx": to_onnx}

@@ -1,6 +1,5 @@
 import collections
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -165,9 +164,7 @@ def test_the_names_of_members_tell_every_two_apart():
     shorts = collections.Counter(key.short for key in schema.sweepable())
     assert {name for name, number in shorts.items() if number > 1} <= {"name"}
     members = valid_members(config_of(AXES))
-    assert len({json.dumps(of.to_dict(), sort_keys=True) for of in members.values()}) == len(
-        members
-    )
+    assert len({of.to_json(sort_keys=True) for of in members.values()}) == len(members)
 
 
 def test_ways_are_the_union_of_their_products():
@@ -238,14 +235,8 @@ NO_KEY = "is not KEY=VALUE,VALUE with a key that a sweep varies"
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ({"axes": {"distill.temperature": (0.0,)}}, "temperature has 0.0; it takes numbers > 0"),
         ({"axes": {"distill.loss": ("hinge",)}}, "sweep.axes.distill.loss='hinge' does not exist"),
-        ({"axes": {"student.width": (16.0,)}}, "has 16.0; it takes whole numbers > 0"),
-        ({"axes": {"student.width": ((16,),)}}, "has (16,); it takes whole numbers > 0"),
-        ({"axes": {"student.hidden": (16,)}}, "has 16; it takes tuples"),
         ({"axes": {"student.hidden": ((16, 0),)}}, "has 0; it takes whole numbers > 0"),
-        ({"axes": {"distill.terms": ((1,),)}}, "sweep.axes.distill.terms has 1; it takes names"),
-        ({"axes": {"distill.affine": ("no",)}}, "has 'no'; it takes True or False"),
         # Values that other keys replace.
         ({"whole_repeats": True, "axes": {"batch.seed": (0,)}}, "leave sweep.axes.batch.seed out"),
         (
@@ -265,12 +256,7 @@ NO_KEY = "is not KEY=VALUE,VALUE with a key that a sweep varies"
             ({"ways": ("distill.mode=none", way)}, f"sweep.ways={way!r}: {message}")
             for way, message in {
                 "distil.mode=none": f"'distil.mode=none' {NO_KEY}",
-                "data.seed=1": f"'data.seed=1' {NO_KEY}",
-                "none": f"'none' {NO_KEY}",
                 "train.steps=5.0": "sweep.axes.train.steps has '5.0'; it takes whole numbers",
-                "distill.mode=all": "sweep.modes='all' does not exist",
-                "distill.affine=yes": "sweep.axes.distill.affine has 'yes'; it takes True or False",
-                "student.hidden=8xa": "sweep.axes.student.hidden has 'a'; it takes whole numbers",
             }.items()
         ),
     ],
