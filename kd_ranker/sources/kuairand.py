@@ -15,10 +15,8 @@ from kd_ranker.sources.converted import Converter, columns, connect, draw, find_
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 TESTS = ("random", "standard")
 # Action -> its prior rate, which counts as much as 20 impressions.
-ACTIONS = {
-    "long_view": 0.3, "is_like": 0.02, "is_forward": 0.001, "is_follow": 0.001,
-    "is_comment": 0.002, "is_click": 0.4,
-}  # fmt: skip
+ACTIONS = {"long_view": 0.3, "is_like": 0.02, "is_forward": 0.001, "is_follow": 0.001}
+ACTIONS |= {"is_comment": 0.002, "is_click": 0.4}
 CANDIDATE_ACTIONS = ("long_view", "is_like", "is_forward")
 HISTORY = 100  # the latest engaged impressions of a user
 LOGS_END = 1_652_025_600  # 2022-05-09 00:00 in Beijing, after the last day

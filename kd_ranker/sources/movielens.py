@@ -34,21 +34,21 @@ SIZES = {
     "32m": "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
 }
 _URL = "https://files.grouplens.org/datasets/movielens/ml-{}.zip"
-# Set -> its files of ratings, films and users -> the separator, and the fields of a line.
+# Size -> its files of ratings, films and users -> the separator, and the fields of a line.
 _RATING, _FILM = "user movie rating time", "movie title genres"
 _FLAGS = [f"g{place}" for place in range(len(GENRES) - 1)]
 _FILES = {
-    "movielens_100k": {
+    "100k": {
         "u.data": ("\t", _RATING),
         "u.item": ("|", " ".join(["movie title date video url", *_FLAGS])),
         "u.user": ("|", "user age gender occupation zip"),
     },
-    "movielens_1m": {
+    "1m": {
         "ratings.dat": ("::", _RATING),
         "movies.dat": ("::", _FILM),
         "users.dat": ("::", "user gender age occupation zip"),
     },
-    "movielens_32m": {"ratings.csv": (",", _RATING), "movies.csv": (",", _FILM)},
+    "32m": {"ratings.csv": (",", _RATING), "movies.csv": (",", _FILM)},
 }
 _TYPES = {"user": "INT", "movie": "INT", "rating": "FLOAT", "time": "BIGINT", "age": "INT"}
 
@@ -65,22 +65,15 @@ def find_files(data: ConfigDict) -> list[Path]:
     url, folder = _URL.format(size), ""
     if not data.path:
         folder = str(fetch(url, SIZES[size], data.dir) / f"ml-{size}")
-    return find_raw(data, _FILES[data.name], f"the contents of {url}", folder)
+    return find_raw(data, _FILES[size], f"the contents of {url}", folder)
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per request, in the order of time."""
-    scale = tuple(stars_of(data.name).tolist())
-    faults = {
-        "a rating is not on the scale": f"WHERE rating NOT IN {scale}",
-        "a film is not in the file of films": "ANTI JOIN movies USING (movie)",
-        "a user is not in the file of users": "ANTI JOIN users USING (user)",
-    }
-    tables = zip(("ratings", "movies", "users"), files, strict=False)
     with connect(data, folder) as con:
         con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
-        for name, file in tables:
-            delimiter, fields = _FILES[data.name][file.name]
+        for name, file in zip(("ratings", "movies", "users"), files, strict=False):
+            delimiter, fields = _FILES[data.name.removeprefix("movielens_")][file.name]
             columns = {field: _TYPES.get(field, "VARCHAR") for field in fields.split()}
             kind = "header = true" if delimiter == "," else "quote = '', encoding = 'latin-1'"
             sql = f"""CREATE OR REPLACE TABLE {name} AS FROM read_csv($file, columns = {columns},
@@ -88,36 +81,34 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
             con.execute(sql, {"file": str(file)})
         if len(files) == 2:
             con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
-        for fault, sql in faults.items():
-            for row in con.sql(f"FROM ratings {sql} LIMIT 1").fetchall():
-                raise UserError(f"{files[0].parent}: {fault}: {', '.join(map(str, row))}")
+        fault = con.execute(f"""FROM ratings WHERE (rating IN {tuple(stars_of(data.name).tolist())}
+            AND movie IN (SELECT movie FROM movies) AND user IN (SELECT user FROM users))
+            IS NOT TRUE""").fetchone()
+        if fault:
+            line = ", ".join(map(str, fault))
+            raise UserError(f"{files[0].parent}: unknown user, film or stars of a rating: {line}")
         write_rows(folder / "log.parquet", _rows(con, data))
-
-
-def _films(con: duckdb.DuckDBPyConnection, name: str) -> pa.Table:
-    """The films by number, with their year of release and genres."""
-    year, genres = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)", "string_split(genres, '|')"
-    if name == "movielens_100k":
-        flags = zip(_FLAGS, GENRES, strict=False)
-        year = "split_part(date, '-', 3)"
-        genres = f"[{', '.join(f'''if({flag} = '1', '{of}', NULL)''' for flag, of in flags)}]"
-    return con.sql(f"""
-        SELECT DISTINCT ON (movie) movie, try_cast({year} AS FLOAT) AS year,
-            coalesce([replace(of, '''s', '') for of in {genres} if of[1] <> '('], []) AS genres
-        FROM movies ORDER BY movie""").to_arrow_table()
 
 
 def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str, Any]]:
     """The requests as rows of the log."""
-    films = _films(con, data.name)
-    movie, genres = films["movie"].to_numpy(), films["genres"].combine_chunks()
-    decade = (films["year"].to_numpy() - 1990) / 10  # NaN where unknown
-    flags = np.array([[of in row for of in GENRES] for row in genres.to_pylist()], np.float32)
+    year, genres = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)", "string_split(genres, '|')"
+    if data.name == "movielens_100k":
+        flagged = zip(_FLAGS, GENRES, strict=False)
+        year = "split_part(date, '-', 3)"
+        genres = f"[{', '.join(f'''if({flag} = '1', '{of}', NULL)''' for flag, of in flagged)}]"
+    films = con.sql(f"""
+        SELECT DISTINCT ON (movie) movie, (try_cast({year} AS FLOAT) - 1990) / 10 AS decade,
+            coalesce([replace(of, '''s', '') for of in {genres} if of[1] <> '('], []) AS genres
+        FROM movies ORDER BY movie""").to_arrow_table()
+    movie, genres_of = films["movie"].to_numpy(), films["genres"].combine_chunks()
+    decade = films["decade"].to_numpy()  # NaN where unknown
+    flags = np.array([[of in row for of in GENRES] for row in genres_of.to_pylist()], np.float32)
     everyone = con.sql("FROM ratings ORDER BY time").fetchnumpy()
     rated = np.searchsorted(movie, everyone["movie"])
     count, total, seen = np.zeros(len(movie)), np.zeros(len(movie)), 0
     scale = stars_of(data.name)
-    for number, (time, user, block, split, first, end, line) in enumerate(_blocks(con, data)):
+    for number, (time, user, block, split, first, end, line) in enumerate(_requests(con, data)):
         # What was known strictly before the request.
         before = int(np.searchsorted(everyone["time"], time))
         np.add.at(count, rated[seen:before], 1.0)
@@ -150,7 +141,7 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
             # The inverse of the rate at which films that are not rated were drawn.
             "label_weight": np.where(stars > 0, 1, absent / max(len(others), 1)).astype(np.float32),
             **{task: (stars >= lowest).astype(np.int8) for task, lowest in LOWEST_RATING.items()},
-            "genres": genres.take(pa.array(listed)), "decade": decade[listed],
+            "genres": genres_of.take(pa.array(listed)), "decade": decade[listed],
             "ratings_before": (np.log1p(count[listed]) / 3).astype(np.float32),
             "mean_before": _mean(total[listed], count[listed]).astype(np.float32),
         }  # fmt: skip
@@ -161,11 +152,8 @@ def _mean(total: Any, count: Any) -> Any:
     return (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
 
 
-def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[tuple[Any, ...]]:
-    """The blocks that become requests, in the order of time.
-
-    Each has its time, user, number and split, and is the ratings [first, end) of the user's line.
-    """
+def _requests(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[tuple[Any, ...]]:
+    """The time and user of each request, its block (see `blocks_of`), and the user's ratings."""
     types = {"movie": np.int32, "rating": np.float32, "time": np.int64}
     # The order within a second depends on nothing but the seed, the user and the film.
     lines = con.sql(f"""
@@ -179,42 +167,35 @@ def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[tuple[Any,
     found = []
     for line in lines.to_pylist():
         line |= {name: np.array(line[name], type_) for name, type_ in types.items()}
-        starts, total = block_starts(line["time"], int(data.ratings_per_request)), len(line["time"])
-        test = _cut(starts, total, data.test_share)
-        validation = _cut(starts[:test], total, data.test_share + data.validation_share)
-        kept = {
-            "train": range(validation),
-            "validation": range(validation, test)[: data.validation_requests_per_user or None],
-            "test": range(test, len(starts))[: data.test_requests_per_user or None],
-        }
-        ends = [*starts[1:].tolist(), total]
-        for split, of in ((split, of) for split, blocks in kept.items() for of in blocks):
-            first = int(starts[of])
-            found.append((int(line["time"][first]), line["user"], of, split, first, ends[of], line))
-    return sorted(found, key=lambda block: block[:3])
+        for block, split, first, end in blocks_of(line["time"], data):
+            found.append((int(line["time"][first]), line["user"], block, split, first, end, line))
+    return sorted(found, key=lambda request: request[:3])
 
 
-def block_starts(time: Int64[np.ndarray, "n"], ratings: int) -> Int64[np.ndarray, "blocks"]:
-    """The places at which the blocks of a user's ratings begin; `time` ascends.
+def blocks_of(
+    time: Int64[np.ndarray, "n"], data: ConfigDict
+) -> Iterator[tuple[int, str, int, int]]:
+    """The blocks of a user's ratings that become requests: number, split, first rating, end.
 
-    A block takes `ratings` ratings, and then all that share the last one's second. A last block of
-    less than half of that joins the one before it, if there is one.
-
-    >>> block_starts(np.array([1, 2, 2, 3, 4, 5]), 2).tolist()
-    [0, 3, 5]
+    A block takes `data.ratings_per_request` ratings, and then all that share the last one's
+    second. A last block of less than half of that joins the one before it, if there is one. A
+    split starts with the block, not the first, that starts nearest to its share. `time` ascends.
     """
-    starts = [0]
-    while (last := starts[-1] + ratings - 1) < len(time):
-        starts.append(int(np.searchsorted(time, time[last], side="right")))
-    short = starts[-1] == len(time) or 2 * (len(time) - starts[-1]) < ratings
-    return np.array(starts[:-1] if short and len(starts) > 1 else starts, np.int64)
-
-
-def _cut(starts: Int64[np.ndarray, "blocks"], total: int, share: float) -> int:
-    """The block, not the first, that starts nearest to (1 - `share`) · `total` ratings."""
-    if share == 0 or len(starts) == 1:
-        return len(starts)
-    return 1 + int(np.abs(starts[1:] - (1 - share) * total).argmin())
+    size, total, starts = int(data.ratings_per_request), len(time), [0]
+    while starts[-1] + size <= total:
+        starts.append(int(np.searchsorted(time, time[starts[-1] + size - 1], side="right")))
+    if len(starts) > 1 and 2 * (total - starts[-1]) < size:
+        starts.pop()
+    ends, stop, later = [*starts[1:], total], len(starts), 0.0
+    for split in ("test", "validation", "train"):
+        cut = 0
+        if split != "train":
+            later += data[f"{split}_share"]
+            distance = np.abs(np.array(starts[1:stop]) - (1 - later) * total)
+            cut = 1 + int(distance.argmin()) if later and stop > 1 else stop
+        for block in range(cut, stop)[: data.get(f"{split}_requests_per_user") or None]:
+            yield block, split, starts[block], ends[block]
+        stop = cut
 
 
 _KEYS = (

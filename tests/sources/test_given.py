@@ -153,26 +153,35 @@ def test_the_funnel_is_that_of_the_requests():
     assert given.funnel_of(some)["passed"] == 3
 
 
+def faulty(**change):
+    """Ten requests, the first with other fields; None leaves a field out."""
+    return [{of: x for of, x in (GOOD | change).items() if x is not None}, *[GOOD] * 9]
+
+
+NO_REQUESTS = r"requests must be mappings, .* or a table"
+TOO_FEW = "yields no requests for its split"
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("requests", "message"),
     [
-        ({"item_id": None}, "request 0 lacks item_id"),
-        ({"label": 1}, "request 0: 'label' is not a field of a request: candidate_category, "),
-        ({"user_label": [1]}, r"user_label has the shape \(1,\), and should have \(1, 2\)"),
-        ({"user_label": [[1, 0]] * 3}, "3 labels, num_passed=2 and 2 items; the shown are first"),
-        ({"num_passed": 3}, "1 labels, num_passed=3 and 2 items"),
-        ({"user_label": np.zeros((0, 2))}, "0 labels, num_passed=2"),
-        ({"context": "x"}, "request 0: context: could not convert"),
-        ({"item_id": [1, 30], "request_id": 9}, r"request 9: item_id must lie in \[0, 30\)"),
-        ({"propensity": [0, 1]}, r"request 0: propensity is 0; it must be in \(0, 1\]"),
-        ({"propensity": [1.5, 1]}, "propensity is 1.5; it must be in"),
-        ({"teacher_weight": [1.0]}, r"teacher_weight has the shape \(1,\), and should have \(0,\)"),
+        (faulty(item_id=None), "request 0 lacks item_id"),
+        (faulty(label=1), "request 0: 'label' is not a field of a request: candidate_category, "),
+        (faulty(user_label=[1]), r"user_label has the shape \(1,\), and should have \(1, 2\)"),
+        (faulty(user_label=[[1, 0]] * 3), "3 labels, num_passed=2 and 2 items; the shown are fir"),
+        (faulty(num_passed=3), "1 labels, num_passed=3 and 2 items"),
+        (faulty(user_label=np.zeros((0, 2))), "0 labels, num_passed=2"),
+        (faulty(context="x"), "request 0: context: could not convert"),
+        (faulty(item_id=[1, 30], request_id=9), r"request 9: item_id must lie in \[0, 30\)"),
+        (faulty(propensity=[0, 1]), r"request 0: propensity is 0; it must be in \(0, 1\]"),
+        (faulty(teacher_weight=[1.0]), r"has the shape \(1,\), and should have \(0,\)"),
+        *((of, NO_REQUESTS) for of in ({}, [1, 2], {"user_id": [1]}, None)),
+        *((of, TOO_FEW) for of in ([], [GOOD])),
     ],
-)  # fmt: skip
-def test_a_fault_is_one_line_that_names_the_request(tmp_path, change, message):
-    bad = {name: value for name, value in (GOOD | change).items() if value is not None}
+)
+def test_a_fault_is_one_line_that_names_the_request(tmp_path, requests, message):
     with pytest.raises(kd.UserError, match=message):
-        kd.Dataset.from_requests([bad] + [GOOD] * 9, SPEC, directory=tmp_path)
+        kd.Dataset.from_requests(requests, SPEC, directory=tmp_path)
 
 
 def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):
@@ -188,19 +197,3 @@ def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):
     shutil.rmtree(config.data.path)
     with pytest.raises(kd.UserError, match=r"no requests at .*; make them with kd\.Dataset"):
         kd.prepare(config)
-
-
-NOT_MADE = r"requests must be mappings, .* or a table"
-TOO_FEW = "yields no requests for its split"
-
-
-@pytest.mark.parametrize(
-    ("requests", "message"),
-    [
-        *((of, NOT_MADE) for of in ({}, [1, 2], [[1, 2]], {"user_id": [1]}, None, 5)),
-        *((of, TOO_FEW) for of in ([], [GOOD])),
-    ],
-)
-def test_requests_are_mappings_or_a_table_and_enough_for_all_splits(tmp_path, requests, message):
-    with pytest.raises(kd.UserError, match=message):
-        kd.Dataset.from_requests(requests, SPEC, directory=tmp_path)

@@ -11,7 +11,7 @@ from kd_ranker.configs import movielens
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import ALLOWABLE
-from kd_ranker.sources.movielens import DAY, block_starts, find_files, write
+from kd_ranker.sources.movielens import DAY, blocks_of, find_files, write
 from kd_ranker.sources.registry import SOURCES
 
 # Number, title, genres; number, gender, age, occupation.
@@ -119,14 +119,11 @@ def test_hand_worked_files_of_each_layout_become_rows(variant, write_files, tmp_
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
-        ([(7, 9, 5.5, 1)], "a rating is not on the scale: 7, 9, 5.5, 1"),
-        ([(7, 9, 3.5, 1)], "a rating is not on the scale"),
-        ([(7, 8, 5, 1)], "a film is not in the file of films: 7, 8"),
-        ([(4, 9, 5, 1)], "a user is not in the file of users: 4, 9"),
-        ([("MovieLens",), *RATINGS], "CSV Error on Line: 1"),
+        ([(7, 9, 3.5, 1)], "unknown user, film or stars of a rating: 7, 9, 3.5, 1"),
+        ([(7, 8, 5, 1)], "unknown user, film or stars of a rating: 7, 8"),
+        ([(4, 9, 5, 1)], "unknown user, film or stars of a rating: 4, 9"),
         ([*RATINGS, (7, 9, 3, 1, 5)], "Expected Number of Columns: 4 Found: 5"),
         ([(7, 9, "x", 1)], 'cannot be made a log: .*"x"'),
-        ([(7, 9, 5)], "cannot be made a log"),
     ],
 )
 def test_a_fault_of_the_files_is_one_line(ratings, message, tmp_path):
@@ -190,12 +187,21 @@ def test_drawn_films_stand_for_all_that_are_not_rated(tmp_path):
 
 
 @pytest.mark.parametrize("ratings", [1, 3, 10, 500])
-def test_no_second_is_split(ratings):
+def test_blocks_split_no_second_and_splits_have_their_shares(ratings):
     time = np.sort(np.random.default_rng(1).integers(0, 60, 200))
-    starts = block_starts(time, ratings)
-    assert starts[0] == 0
+    config = config_of("32m", Path("raw"), ratings_per_request=ratings)
+    config.data.update(validation_requests_per_user=0, test_requests_per_user=0)
+    blocks = sorted(blocks_of(time, config.data))
+    starts, ends = (np.array([of[at] for of in blocks]) for at in (2, 3))
+    assert [*starts, 200] == [0, *ends]
     assert (time[starts[1:]] > time[starts[1:] - 1]).all()
-    assert (np.diff(starts) >= ratings).all()
+    sizes = ends - starts
+    assert (sizes[:-1] >= ratings).all()
+    assert len(blocks) == 1 or sizes[-1] >= ratings / 2
+    splits = [of[1] for of in blocks]
+    assert splits == sorted(splits, key=SPLITS.index)
+    tested = sum(end - start for _, split, start, end in blocks if split == "test")
+    assert len(blocks) == 1 or abs(tested - 0.3 * 200) <= sizes.max()
 
 
 def test_the_log_is_made_once_and_opened_as_any_other(tmp_path):

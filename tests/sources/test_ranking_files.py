@@ -244,13 +244,9 @@ LAYOUT = "not “grade qid:query 1:number 2:number ...”"
     [
         ("1 qid:900 1:1 2:1 3:1 4:1", FEATURES),
         ("1 qid:900 1:1 2:1 3:1 4:1 5:1 6:1", FEATURES),
-        ("1 qid:900 1:1 2:1 3:1 5:1 4:1", FEATURES),
-        ("1 qid:900 1:1 2:one 3:1 4:1 5:1", LAYOUT),
         ("1 qid:900 1:1 2:nan 3:1 4:1 5:1", LAYOUT),
-        ("1 qid:900 1:1 2 1 3:1 4:1 5:1", LAYOUT),
         ("1 900 1:1 2:1 3:1 4:1 5:1", LAYOUT),
         ("1.5 qid:900 1:1 2:1 3:1 4:1 5:1", LAYOUT),
-        ("1 qid: 1:1 2:1 3:1 4:1 5:1", LAYOUT),
         ("1 qid:50 1:1 2:1 3:1 4:1 5:1 # docid = GX050-00-1234", "its query has this document"),
         ("1 qid:11 1:1 2:1 3:1 4:1 5:1", "its query was there before, with others between"),
     ],
@@ -281,9 +277,7 @@ def test_scores_of_another_length_are_named(fold):
     [
         ("qrels.txt", "7 0 b", "qrels.txt, line 7: not “query 0 document grade”"),
         ("qrels.txt", "7 0 a 1", "qrels.txt, line 7: its query has this document already"),
-        ("qrels.txt", "7 0 b x", "qrels.txt, line 7: not “query"),
         ("gpt.run", "7 Q0 c 4 1.0", "gpt.run, line 4: not “query Q0 document rank score tag”"),
-        ("gpt.run", "7 Q0 c 4 inf g", "gpt.run, line 4: not “query"),
         ("gpt.run", "7 Q0 c 4 1e39 g", "cannot be made a log: Conversion Error: .*1e\\+39"),
         ("gpt.run", "7 Q0 a 4 0.5 g", "gpt.run, line 4: its query has this document already"),
         ("gpt.run", b"\n", "gpt.run is empty"),
@@ -301,19 +295,14 @@ def test_a_trec_file_at_fault_leaves_nothing(lists, file, line, message):
 
 
 def test_keys_at_fault_are_named(lists, fold):
-    with pytest.raises(UserError, match=r"data\.final='llm' is not one of data\.runs: bm25, dense"):
-        kd.prepare(trec_config(lists, final="llm"))
-    with pytest.raises(
-        UserError, match=r"does not exist; set data\.path to the folder of the rank"
-    ):
-        kd.prepare(trec_config(lists, path=""))
-    with pytest.raises(UserError, match=r"test2\.txt does not exist"):
-        kd.prepare(letor_config(fold, splits=dict(test="test2")))
-
-
-def test_a_query_in_the_files_of_two_splits_is_named(fold):
-    lines = (fold / "train.txt").read_text().splitlines(keepends=True)
-    path = fold / "vali.txt"
-    path.write_text(lines[0] + path.read_text())
-    with pytest.raises(UserError, match=r"vali\.txt, line 1: its query is in the file of an"):
-        kd.prepare(letor_config(fold))
+    copied = (fold / "train.txt").read_text().partition("\n")[0]
+    (fold / "other.txt").write_text(f"{copied}\n" + (fold / "vali.txt").read_text())
+    for config, message in (
+        (trec_config(lists, final="llm"), r"data\.final='llm' is not one of data\.runs: bm25"),
+        (trec_config(lists, path=""), r"does not exist; set data\.path to the folder of the rank"),
+        (letor_config(fold, splits=dict(test="test2")), r"test2\.txt does not exist"),
+        (letor_config(fold, "mq2008", splits=dict(validation="other")),
+         r"other\.txt, line 1: its query is in the file of an"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            kd.prepare(config)
