@@ -8,7 +8,7 @@ import pytest
 from kd_ranker.errors import UserError
 
 
-def fault_of(command: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+def fault_of(command: Callable[..., Any], /, *arguments: Any, **options: Any) -> str:
     """The message of the `UserError` that a call raises, which has to be one line."""
     with pytest.raises(UserError) as caught:
         command(*arguments, **options)

@@ -209,3 +209,14 @@ def test_help_has_an_example_and_every_key_with_its_value_in_the_config():
     shown = small.run("-m", "experiments.report", "-h")
     assert "    kd-ranker report --workdir=runs/report runs/sweep" in shown.stdout
     assert "--config" not in shown.stdout
+
+
+def test_a_benchmark_writes_what_it_promises(tmp_path):
+    """The shape of the JSON; whether a bar is met is measured by hand, on a quiet machine."""
+    path = tmp_path / "layout.json"
+    finished = small.run("-m", "scripts.bench", "layout", "--members=2", f"--json={path}")
+    assert finished.returncode == 0, finished.stderr
+    written = json.loads(path.read_text())
+    assert json.loads(finished.stdout) == written
+    assert {"name", "ratio", "bar", "passed", "floor", "device", "versions"} <= written.keys()
+    assert written["passed"] == (written["ratio"] <= written["bar"])

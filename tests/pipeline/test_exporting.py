@@ -1,6 +1,7 @@
 """Exports of the small cascade's rankers, used by a process that does not know this project."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import open_finished
 from kd_ranker.serving import check, programs
-from kd_ranker.training import workdir as workdirs
 from tests import small
+from tests.faults import fault_of
 from tests.serving.test_programs import batch_of, trained_ranker
 
 SERVE = "blend"
@@ -90,9 +91,7 @@ def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted
         lambda: api.export(run, tmp_path / "out", formats=("jax",)),
         lambda: api.score(run, tmp_path / "log"),
     ):
-        with pytest.raises(UserError, match=message) as caught:
-            refused()
-        assert "\n" not in str(caught.value)
+        assert re.match(message, fault_of(refused))
     shown = small.run("-m", "experiments.export", f"--workdir={run}", f"--out={tmp_path / 'out'}")
     assert (shown.returncode, f"needs {file}" in shown.stderr) == (2, True)
     assert not marks.exists()
@@ -213,48 +212,41 @@ def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     described = json.loads((tmp_path / "out" / "export.json").read_text())
     assert described["difference"] < 1e-5
     assert (described["member"], described["serve"]) == (name, "teacher")
-    message = "has no member 'aux'; it has: none-seed0, aux-weight1.0-seed0, none-seed1, aux-wei"
-    finds_fault(message, swept, tmp_path / "none", "aux")
 
 
-def finds_fault(message, workdir, folder, *arguments, formats=("jax",)):
-    with pytest.raises(UserError, match=message) as caught:
-        api.export(workdir, folder, *arguments, formats=formats)
-    assert "\n" not in str(caught.value)
-    assert not list(folder.parent.glob(f".{folder.name}*"))
+REFUSED = [
+    ({"ranker": "nowhere"}, "no run at nowhere: it holds no config.json"),
+    ({"member": "aux"}, "only a sweep has 'aux'; leave --member out"),
+    ({"serve": "best"}, "--serve='best' does not exist; choose one of: blend, teac"),
+    ({"formats": ("tflite",)}, "--formats='tflite' does not exist; choose one of: jax, on"),
+]
 
 
-def test_bad_input_gives_one_line_and_leaves_nothing(trained, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_bad_input_gives_one_line_and_leaves_nothing(trained, tmp_path, changes, message):
+    arguments = {"ranker": trained, "output": tmp_path / "out", "formats": ("jax",)} | changes
+    assert message in fault_of(api.export, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_or_a_type_that_cannot_be_exported_is_one_line(trained, tmp_path):
+    out, finished = tmp_path / "out", open_finished(trained)
+    finished.config.student.compute_dtype = "bfloat16"
+    fault = fault_of(exporting.export_ranker, finished, out, ("jax", "onnx"))
+    assert "compute_dtype='bfloat16': the converter to ONNX" in fault
+    out.mkdir()
+    assert "out exists; name a folder that does not" in fault_of(api.export, trained, out)
     shutil.copytree(trained, unfinished := tmp_path / "unfinished")
     (unfinished / manifest.FILE).unlink()
-    for message, workdir, *arguments in (
-        ("no run at .*nowhere: it holds no config.json", tmp_path / "nowhere"),
-        ("only a sweep has 'aux'; leave --member out", trained, "aux"),
-        ("--serve='best' does not exist; choose one of: blend, teac", trained, "", "best"),
-        ("is not finished; finish it with: kd-ranker train", unfinished),
-    ):
-        finds_fault(message, workdir, out, *arguments)
-    tflite = "--formats='tflite' does not exist; choose one of: jax, on"
-    finds_fault(tflite, trained, out, formats=("tflite",))
-    finished = open_finished(trained)
-    finished.config.student.compute_dtype = "bfloat16"
-    with pytest.raises(UserError, match="compute_dtype='bfloat16': the converter to ONNX"):
-        exporting.export_ranker(finished, out, ("jax", "onnx"))
-    assert not out.exists()
-    out.mkdir()
-    finds_fault("out exists; name a folder that does not", trained, out)
-    assert not list(out.iterdir())
+    fault = fault_of(api.export, unfinished, tmp_path / "other")
+    assert "is not finished; finish it with: kd-ranker train" in fault
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_dataset_of_another_fingerprint_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "fingerprint", lambda *_: "000000000000")
-    message = "holds a run on the dataset .*, and data.dir holds .*/000000000000, which has other"
-    finds_fault(message, trained, tmp_path / "out")
-    # The checkpoints know their dataset too.
-    run = shutil.copytree(trained, tmp_path / "run")
-    (run / workdirs.ENVIRONMENT_FILE).write_text('{"command": "train"}')
-    finds_fault("belongs to another run: dataset .*/000000000000 now", run, tmp_path / "out")
+    fault = fault_of(api.export, trained, tmp_path / "out")
+    assert "/000000000000, which has other" in fault
 
 
 def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monkeypatch):
@@ -262,7 +254,7 @@ def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monk
         raise UserError("no such operation")
 
     monkeypatch.setitem(programs.FORMATS, "jax", fail)
-    finds_fault("no such operation", trained, tmp_path / "out")
+    assert fault_of(api.export, trained, tmp_path / "out", formats=("jax",)) == "no such operation"
     assert not list(tmp_path.iterdir())
 
 

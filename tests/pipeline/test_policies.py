@@ -9,7 +9,6 @@ import pytest
 
 from kd_ranker import api, manifest
 from kd_ranker.batches.cutting import evaluation_batches
-from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.policy import FILE, named
 from kd_ranker.pipeline.job import open_finished
@@ -17,6 +16,7 @@ from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.serving import check
 from kd_ranker.serving.programs import fields_of
+from tests.faults import fault_of
 from tests.small import SWEEP
 
 POLICIES = ("uniform", "threshold")
@@ -79,9 +79,7 @@ def test_an_export_answers_with_the_measured_k(swept, tmp_path):
 
 def test_a_policy_that_there_is_not_is_named_in_a_line(swept, world, tmp_path):
     def fault(workdir, **options):
-        with pytest.raises(UserError) as caught:
-            api.export(workdir, tmp_path / "out", **{"formats": ("jax",)} | options)
-        return str(caught.value)
+        return fault_of(api.export, workdir, tmp_path / "out", **{"formats": ("jax",)} | options)
 
     assert "choose one of: learned, threshold, uniform" in fault(swept, policy="best")
     assert "leave --policy out" in fault(world.student("aux"), policy="threshold")

@@ -1,10 +1,11 @@
-"""A log that training has never seen, scored by what was trained on another one."""
+"""Scores of a log that training has never seen, and of a dataset that was made of a log."""
 
 import copy
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,20 +15,20 @@ from ml_collections import ConfigDict
 from kd_ranker import api
 from kd_ranker.batch import Items
 from kd_ranker.configs import cascade
-from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import make_serve
+from kd_ranker.evaluation.evaluate import Ranker, Served, make_serve
 from kd_ranker.pipeline import datasets, scoring
-from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.job import Finished, open_job
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving import check
-from kd_ranker.sources.logs import encode, unseen
+from kd_ranker.sources.logs import encode
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
-from kd_ranker.sweep import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests.batches.packing_by_hand import full_batch
+from tests.faults import fault_of
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Row, make_rows, write_log
 from tests.sources.log_server import Server
@@ -126,15 +127,11 @@ def ids_in(dataset: Any, name: str) -> dict[Any, int]:
 
 
 def student_of(workdir: Path):
+    """What serves a student, and its parameters in the newest checkpoint."""
     config = workdirs.read_config(workdir)
-    return serve_and_parameters(open_job(config, {"": config}), workdir)
-
-
-def serve_and_parameters(job, workdir: Path, name: str = ""):
-    """What serves the student of this name, and its parameters in the newest checkpoint."""
-    states, _ = job.restored(workdir)
-    ((group, state),) = (of for of in zip(job.groups, states, strict=True) if name in of[0].names)
-    parameters = select_member(state.parameters, group.names.index(name))
+    job = open_job(config, {"": config})
+    ((state,), _), (group,) = job.restored(workdir), job.groups
+    parameters = select_member(state.parameters, 0)
     return make_serve(group.recipe.model, group.recipe.mode), parameters
 
 
@@ -264,25 +261,6 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, score):
     assert_close(score("student", rows)[0], expected)
 
 
-def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
-    """It has ids in the vocabularies, and training has met none of them."""
-    rows = make_rows(2, requests=20, texts=True)
-    rows[-1].of_request["user_id"] = "late"
-    config = faulty_logs.config(write_log(tmp_path / "log", rows), tmp_path / "datasets")
-    api.prepare(config)
-    layout = faulty_logs.layout(config)
-    log, own = unseen.open_unseen(layout, layout)
-    dataset = datasets.dataset_of(config)
-    new = unseen.read_unseen(log, own, layout, dataset, tmp_path / "read").counts["new"]
-    in_train = rows[: 20 - round(0.4 * 20)]
-    users = {row.of_request["user_id"] for row in in_train}
-    known = {of["item_id"] for row in in_train for of in row.candidates}
-    of_new = [len(row.candidates) for row in rows if row.of_request["user_id"] not in users]
-    assert new["user"] == sum(of_new) >= len(rows[-1].candidates)
-    number = sum(of["item_id"] not in known for row in rows for of in row.candidates)
-    assert new["item"] == number > 0
-
-
 def test_what_cannot_be_scored_is_absent_and_counted(world, score):
     rows = copy.deepcopy(world.tested)
     rows[0].of_request["user_id"] = None
@@ -302,11 +280,8 @@ def test_what_cannot_be_scored_is_absent_and_counted(world, score):
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
@@ -324,18 +299,15 @@ def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
     assert not pq.read_metadata(tmp_path / "whole" / names[2]).num_rows
     written, table_of = [], scoring._Scorer._table
 
-    class Killed(BaseException):
-        pass
-
     def dying(scorer, part):
         written.append(part.path.name)
         if part.path.name == killed_at:
-            raise Killed
+            raise KeyboardInterrupt
         return table_of(scorer, part)
 
     monkeypatch.setattr(scoring._Scorer, "_table", dying)
     output, killed_at = tmp_path / "out", names[1]
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         scoring.score_unseen(config, workdir, output=output)
     (work,) = output.glob(".scoring-*")
     assert not [*output.glob("*.parquet")]
@@ -376,13 +348,8 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
         "probabilities 'user'"
     )
     config = config_for(world, "sweep", tmp_path / "log")
-    named, lines = scoring.score_unseen(config, workdir, "none-seed1", tmp_path / "named")
+    _, lines = scoring.score_unseen(config, workdir, "none-seed1", tmp_path / "named")
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
-    (cohort,) = (workdir / "cohorts").iterdir()
-    members = sweep_members(workdirs.read_config(workdir))
-    own = serve_and_parameters(open_job(world.config, members), cohort, "none-seed1")
-    expected = served(world, *own, "user")
-    assert_close(scores_in(named), expected)
 
 
 def test_a_policy_marks_the_candidates_to_pass(world, tmp_path):
@@ -406,8 +373,9 @@ def test_a_policy_marks_the_candidates_to_pass(world, tmp_path):
     assert 0 < table["passed"].mean() < 1
     assert described["policy"] == "threshold"
     config.value_weights = (4.0, *config.value_weights[1:])
-    with pytest.raises(UserError, match="--policy: fitted with value_weights="):
-        scoring.score_unseen(config, workdir, output=tmp_path / "other", policy="threshold")
+    options = {"output": tmp_path / "other", "policy": "threshold"}
+    fault = fault_of(scoring.score_unseen, config, workdir, **options)
+    assert fault.startswith("--policy: fitted with value_weights=")
 
 
 def test_a_student_scores_where_its_teacher_is_gone(world, score):
@@ -418,76 +386,172 @@ def test_a_student_scores_where_its_teacher_is_gone(world, score):
         (world.folder / "elsewhere").rename(world.folder / "teacher")
 
 
-def fault_of(config: ConfigDict, workdir: Path, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        scoring.score_unseen(config, workdir, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, pa.array(values))
 
 
-OTHER_LOGS = [
-    (
-        lambda table: table.drop_columns(["age", "tags"]),
-        "'age' (data.features.age), 'tags' (data.features.tags)",
-    ),
-    (
-        lambda table: with_column(table, "item_id", range(len(table))),
-        "a history holds item ids",
-    ),
+# How a column of the log is replaced (None: it lacks it), or a key of the config, and the message.
+REFUSED = [
+    ({"age": None, "tags": None}, {}, "'age' (data.features.age), 'tags' (data.features.tags)"),
+    ({"item_id": range}, {}, "a history holds item ids"),
     # Hashed values have no vocabulary, and each would get some row.
-    *(
-        (
-            lambda table, name=name, of=of: with_column(table, name, [of] * len(table)),
-            f"column '{name}' (data.features.{name}) holds whole numbers, and in training it held "
-            "texts; give it the type that it had",
-        )
-        for name, of in (("country", 1), ("spots", [0, 1]))
-    ),
-    (
-        lambda table: with_column(table, "item_id", pa.nulls(len(table), pa.string())),
-        "not one row of the log can be used",
-    ),
-]
+    ({"country": lambda number: [1] * number}, {},
+     "column 'country' (data.features.country) holds whole numbers, and in training it held texts"),
+    ({"spots": lambda number: [[0, 1]] * number}, {}, "(data.features.spots) holds whole numbers"),
+    ({"item_id": lambda number: pa.nulls(number, pa.string())}, {}, "not one row of the log"),
+    ({}, {"data.features.age.kind": "category"}, "data.features.age; leave --config out"),
+    ({}, {"data.dir": "nowhere"}, "no dataset at"),
+]  # fmt: skip
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path):
+@pytest.mark.parametrize(("columns", "keys", "message"), REFUSED)
+def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, columns, keys, message):
     log = write_raw(tmp_path / "log", world.tested)
-    config, workdir = config_for(world, "sweep", log), world.folder / "sweep"
-    out = {"output": tmp_path / "out"}
-    assert "no run at" in fault_of(config, tmp_path, **out)
-    message = fault_of(config, workdir, member="x", **out)
-    assert message.endswith("has no member 'x'; it has: none-seed0, none-seed1")
-    assert "leave --member out" in fault_of(config, world.folder / "student", member="x", **out)
-    other = config.copy_and_resolve_references()
-    other.data.features.age.kind = "category"
-    assert "data.features.age; leave --config out" in fault_of(other, workdir, **out)
-    other = config_for(world, "sweep", log, **{"data.dir": str(tmp_path)})
-    assert "no dataset at" in fault_of(other, workdir, **out)
-    assert "and one is of cascade; kd-ranker log-teacher" in fault_of(cascade("small"), workdir)
     file = log / "part-0.parquet"
     table = pq.read_table(file)
-    for change, message in OTHER_LOGS:
-        pq.write_table(change(table), file)
-        assert message in fault_of(config, workdir, **out)
+    for name, values in columns.items():
+        place = table.column_names.index(name)
+        table = table.remove_column(place)
+        if values:
+            table = table.add_column(place, name, pa.array(values(len(table))))
+    pq.write_table(table, file)
+    config, workdir = config_for(world, "sweep", log, **keys), world.folder / "sweep"
+    assert message in fault_of(scoring.score_unseen, config, workdir, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("workdir", "member", "message"),
+    [
+        ("", "", "no run at"),
+        ("sweep", "x", "has no member 'x'; it has: none-seed0, none-seed1"),
+        ("student", "x", "leave --member out"),
+    ],
+)
+def test_a_ranker_that_there_is_not_is_one_line(world, tmp_path, workdir, member, message):
+    workdir, log = world.folder / workdir, write_raw(tmp_path / "log", world.tested)
+    assert message in fault_of(api.score, workdir, log, tmp_path / "out", member)
+    assert not (tmp_path / "out").exists()
+
+
+def test_requests_that_are_no_log_are_for_log_teacher(world):
+    fault = fault_of(scoring.score_unseen, cascade("small"), world.folder / "sweep")
+    assert "and one is of cascade; kd-ranker log-teacher" in fault
+
+
 def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
-    log = write_raw(tmp_path / "log", world.tested)
-    config, workdir = config_for(world, "teacher", log), world.folder / "teacher"
-    out = tmp_path / "out"
+    log, out = write_raw(tmp_path / "log", world.tested), tmp_path / "out"
+
+    def fault(workdir: str, output: Path = out) -> str:
+        config, folder = config_for(world, workdir, log), world.folder / workdir
+        return fault_of(scoring.score_unseen, config, folder, output=output)
+
     out.mkdir()
     (out / "mine.txt").write_text("")
-    assert "give another folder with --out" in fault_of(config, workdir, output=out)
-    assert "is inside the log" in fault_of(config, workdir, output=log / "scored")
+    assert "give another folder with --out" in fault("teacher")
+    assert "is inside the log" in fault("teacher", log / "scored")
     (out / "mine.txt").unlink()
-    scoring.score_unseen(config, workdir, output=out)
-    other = config_for(world, "student", log)
-    assert "give another folder with --out" in fault_of(other, world.folder / "student", output=out)
+    config = config_for(world, "teacher", log)
+    scoring.score_unseen(config, world.folder / "teacher", output=out)
+    assert "give another folder with --out" in fault("student")
     # Nor is a finished log with a file that is gone.
     next(out.rglob("*.parquet")).unlink()
-    assert ".parquet is missing; remove the folder" in fault_of(config, workdir, output=out)
+    assert ".parquet is missing; remove the folder" in fault("teacher")
+
+
+VERSION = "0123456789ab"
+
+
+def stub_teacher(config: Any) -> Finished:
+    """A teacher whose probability of a candidate depends on all that it may know of it."""
+
+    def serve(parameters: Any, batch: Any, items: Any) -> Served:
+        of_item = np.asarray(items.features)[np.maximum(np.asarray(batch.item_id), 0)].sum(-1)
+        of_request = np.asarray(batch.user_features).sum(-1) + 0.37 * np.asarray(batch.user_id)
+        history = 0.11 * np.asarray(batch.history_id).sum(-1)
+        of_candidate = np.asarray(batch.candidate_features).sum(-1) + of_item
+        logit = of_candidate + (of_request + history)[:, None] + 0.7 * np.asarray(batch.item_id)
+        both = np.stack([0.1 * logit, 0.2 * logit + 1], -1)
+        return Served({"user": (1 / (1 + np.exp(-both))).astype(np.float32)}, {})
+
+    ranker = Ranker(serve, None)  # type: ignore[arg-type]
+    of = ("stub", open_job(config), "", "user", None, ranker, VERSION, {})
+    return Finished(*of)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    monkeypatch.setattr(scoring, "load_teacher", stub_teacher)
+
+
+def test_scores_of_a_select_are_one_file(tmp_path, stubbed):
+    log = write_log(tmp_path / "log", make_rows(3, requests=40), files=3)
+    config = faulty_logs.config(log, tmp_path / "datasets")
+    select = faulty_logs.config("", tmp_path / "datasets", sql=f"SELECT * FROM '{log}/*.parquet'")
+    tables = []
+    for of in (config, select):
+        of.evaluation.requests = 8
+        api.prepare(of)
+        names = sorted(api.log_teacher(of).directory.glob("*.parquet"))
+        table = pa.concat_tables(map(pq.read_table, names))
+        tables.append(table.sort_by([("request", "ascending"), ("item", "ascending")]))
+    assert [path.name for path in names] == ["00000-data.parquet"]
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("by_request", [False, True])
+@pytest.mark.parametrize("stage", ["shown", "passed", "retrieved"])
+def test_scores_of_a_log_join_its_rows_by_request_and_item(tmp_path, stubbed, by_request, stage):
+    rows = make_rows(3, requests=40, faults=0.05, texts=True)
+    log = write_log(tmp_path / "log", rows, by_request, files=3, shuffle=5)
+    config = faulty_logs.config(log, tmp_path / "datasets")
+    config.data.rows = "request" if by_request else "candidate"
+    config.evaluation.requests, config.teacher.stage = 8, stage
+    api.prepare(config)
+    directory = api.log_teacher(config).directory
+    assert directory == datasets.scores_folder(config, VERSION)
+    # The files of the log, and each request in one of those that have its rows.
+    files = sorted(file.name for file in Path(log).iterdir())
+    named = [f"{number:05d}-{file}" for number, file in enumerate(files)]
+    assert sorted(path.name for path in directory.glob("*.parquet")) == named
+    requests = {file: {*pq.read_table(log / file)["request_id"].to_pylist()} for file in files}
+    scored = [{*pq.read_table(directory / name)["request"].to_pylist()} for name in named]
+    assert all(of <= requests[file] for of, file in zip(scored, files, strict=True))
+    assert len(set().union(*scored)) == sum(map(len, scored))
+    source = f"'{log}/*.parquet'"
+    if by_request:
+        source = f"(SELECT request_id, unnest(item_id) AS item_id FROM {source})"
+    joined = duckdb.sql(
+        f"SELECT DISTINCT request_id, item_id, probability_watch, probability_like "
+        f"FROM {source} AS log "
+        f"JOIN '{directory}/*.parquet' AS scores ON request = request_id AND item = item_id"
+    ).fetchall()
+    # Of a request whose rows have several times, the dataset knows the earliest, a full minute.
+    name = {}
+    for row in rows:
+        if isinstance(time := row.of_request["time"], int):
+            name[time - (time - 1_000_000) % 60] = row.of_request["request_id"]
+    dataset = datasets.dataset_of(config)
+    table = read_vocabulary(dataset.directory, "item").to_pydict()
+    items = dict(zip(table["id"], table["value"], strict=True))
+    expected = {}
+    for split in SPLITS:
+        for request in read_requests(datasets.dataset_under(config, dataset, VERSION), split):
+            reached = {
+                "shown": len(request.user_label),
+                "passed": request.num_passed,
+                "retrieved": len(request.item_id),
+            }
+            # Rankers are measured on all candidates.
+            number = reached[stage if split == "train" else "retrieved"]
+            assert len(request.teacher_probability) == number
+            for item, probability in zip(
+                request.item_id, request.teacher_probability, strict=False
+            ):
+                expected[name[request.time], items[item]] = probability
+    assert len(expected) > 100
+    found = {(request, item): probability for request, item, *probability in joined}
+    assert len(found) == len(joined)
+    assert found.keys() == expected.keys()
+    np.testing.assert_array_equal([found[key] for key in expected], [*expected.values()])
+    assert len({tuple(of) for of in found.values()}) > 0.9 * len(found)
