@@ -8,7 +8,7 @@ from scipy.special import kl_div
 from scipy.stats import kendalltau
 
 from kd_ranker.evaluation import agreement
-from kd_ranker.evaluation.agreement import binary_cross_entropy, divergence, weighted_sum
+from kd_ranker.evaluation.agreement import divergence, weighted_sum
 
 teacher_tau = jax.jit(agreement.teacher_tau)
 
@@ -21,23 +21,6 @@ def test_the_divergence_keeps_its_digits_where_it_is_small():
     measured = divergence(jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32))
     found = weighted_sum(measured, jnp.ones((1, 2000, 1)))
     np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-2)
-
-
-def test_weight_zero_contributes_exactly_nothing():
-    generator = np.random.default_rng(1)
-    probability, label = generator.uniform(size=(2, 3, 20, 2)).astype(np.float32)
-    weight = generator.choice([0.0, 1.0, 2.5], size=(3, 20, 2)).astype(np.float32)
-    values = probability, np.round(label)
-    holes = [jnp.where(weight > 0, of, jnp.nan) for of in values]
-    clean = [jnp.where(weight > 0, of, 0.5) for of in values]
-    for measure in (
-        lambda p, y, w: weighted_sum(binary_cross_entropy(p, y), w),
-        lambda p, y, w: weighted_sum(divergence(p, y), w),
-        agreement.user_auc,
-        agreement.calibration_bin_sums,
-    ):
-        with_nan, without = measure(*holes, weight), measure(*clean, weight)
-        jax.tree.map(np.testing.assert_array_equal, with_nan, without)
 
 
 @pytest.mark.parametrize("known_share", [0.1, 1.0])

@@ -10,15 +10,6 @@ from kd_ranker.evaluation import funnel
 funnel_curves = jax.jit(funnel.funnel_curves, static_argnums=3)
 
 
-def test_candidates_without_a_value_come_after_the_others_and_before_the_padding() -> None:
-    # A logged teacher as a student: it does not know the first one, which was shown.
-    value = np.array([[np.nan, 0.2, 0.9, np.nan]])
-    mask = np.array([[True, True, True, False]])
-    shown = np.array([[True, False, True, False]])
-    curves = funnel_curves(value, value, mask, 1, None, shown)
-    np.testing.assert_allclose(curves.shown_kept, [[1.0, 1.0, 2.0, 2.0]])
-
-
 def test_a_diverged_student_gives_nan_only_where_the_teacher_knows_the_candidate() -> None:
     student = np.array([[0.3, np.nan, 0.1], [0.3, np.nan, 0.1]])
     teacher = np.array([[0.5, 0.5, 0.5], [0.5, np.nan, 0.5]])

@@ -1,6 +1,5 @@
 """The metrics: the row of results against its restatement, and entries of one's own."""
 
-import dataclasses
 import itertools
 from unittest import mock
 
@@ -83,32 +82,6 @@ def test_row_has_the_measured_columns_of_the_results_in_their_order():
     assert empty_of(row) == set()
     # More than there are means all.
     assert row["survival@99"] == row["value_captured@99"] == 1
-
-
-def test_the_sums_of_each_request_are_those_of_a_batch_of_it():
-    case = random_case()
-    case.label_weight[1] = 0  # nothing was shown
-    case.teacher_weight[2] = 0  # nothing is known
-    case.request_mask[5] = False
-    ks, candidates = (1, 7, 99), case.stage.shape[1]
-    single, curves = case.summed(ks).each
-    assert not single.keys() & curves.keys()
-    for request in range(6):
-        # All other requests only fill the batch, and may hold anything.
-        only = case.request_mask & (np.arange(6) == request)
-        noise = {
-            name: np.where(only[:, None, None], getattr(case, name), np.nan)
-            for name in ("student", "teacher", "true", "label")
-        }
-        sums = dataclasses.replace(case, request_mask=only, **noise).sums()
-        sums = {name: of for name, of in sums.items() if not name.startswith("bin_")}
-        assert sums.keys() == single.keys() | curves.keys()
-        for name, of in sums.items():
-            expected = of[np.minimum(ks, candidates) - 1] if name in curves else of
-            found = (single | curves)[name][request]
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert curves["positives_kept"].shape == (6, len(ks), len(TASKS))
-    assert single["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
 
 
 def test_sums_of_many_batches_keep_all_digits():
@@ -194,11 +167,3 @@ def test_a_metric_that_is_put_into_the_table_is_measured_and_has_its_columns():
         pytest.raises(ValueError, match="two sums of the metrics are named user_bce"),
     ):
         case.sums()
-
-
-def test_the_columns_and_titles_of_the_main_table():
-    assert [metrics.title_of(column) for column in metrics.main_columns(("a", "b"), 200)] == [
-        "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "true value@200",
-        "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio",
-        "users' NDCG", "AUC a", "AUC b", "user BCE a", "user BCE b",
-    ]  # fmt: skip

@@ -180,17 +180,6 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("column", "expected"), [("distill.user_weight", 3), ("unshown_weight", 2)]
-)
-def test_a_weight_that_is_not_tuned_makes_ways_and_a_switch_makes_two(column, expected):
-    first = row("student", "shared", 0, 1.0, 10.0)
-    frame = labelled(*(first | {column: weight} for weight in (0.0, 0.1, 0.3)))
-    assert frame["setting"].nunique() == 3
-    assert frame["way"].nunique() == expected
-    assert frame["way"].iloc[0] != frame["way"].iloc[1]
-
-
 def student(mode, seed, passed, serve="user", rate=0.01):
     more = {"serve": serve, "learning_rate": rate, "member": f"{mode}-rate{rate}-seed{seed}"}
     return row("student", mode, seed, passed, 10.0, **more)

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from kd_ranker.config import defaults
-from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
 
@@ -25,16 +24,6 @@ def test_flops_are_those_of_a_product_wherever_the_arrays_are() -> None:
         assert saving.flops(lambda w, x: x @ w["first"], weights, inputs) == 2 * 8 * 16 * 4
     with pytest.raises(UserError, match="reports no FLOPs"):
         saving.flops(lambda a: a[0], jnp.ones(3))
-
-
-def test_the_heads_that_a_serving_choice_reads() -> None:
-    read = {
-        (name, serve): saving.heads_read(served, mode.heads_per_task * 3)
-        for name, mode in MODES.items()
-        for serve, served in mode.serve.items()
-    }
-    of_aux = {("aux", "user"): 3, ("aux", "teacher"): 3, ("aux", "blend"): 6}
-    assert read == {("none", "user"): 3, ("shared", "user"): 3} | of_aux
 
 
 def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
@@ -73,21 +62,6 @@ def rows_of(passed_by_setting, split="validation"):
         if passed is not None
     ]  # fmt: skip
     return pd.DataFrame(lines)
-
-
-def test_of_each_way_the_setting_that_needs_the_fewest_on_validation_is_chosen():
-    rows = rows_of(
-        {
-            "none": {"slow": [400, 420], "fast": [380, 430]},  # 405 against 410
-            # 275, though worse in one repeat
-            "shared bce": {"weight 1": [310, 290], "weight 3": [200, 350]},
-            "aux": {"user": [320, 310], "blend": [300, 310]},
-        }
-    )
-    chosen = {"none": "none fast", "shared bce": "shared bce weight 3", "aux": "aux blend"}
-    assert list(saving.best_of_ways(rows).items()) == list(chosen.items())
-    savings = ("funnel_cost_saving", "saving_over_none")
-    assert saving.baselines(rows) == dict.fromkeys(savings, "none fast")
 
 
 def test_only_validation_decides():

@@ -57,14 +57,6 @@ def test_modes_times_weights_times_seeds_and_none_once_a_seed():
     ]
 
 
-def test_data_seeds_repeat_the_whole_population():
-    members = valid_members(config_of({"batch.seed": (0, 3)}, modes=("none", "shared")))
-    assert list(members) == [
-        "none-seed0", "shared-weight1.0-seed0", "none-seed0-data3", "shared-weight1.0-seed0-data3",
-    ]  # fmt: skip
-    assert value_in(members, "batch.seed") == [0, 0, 3, 3]
-
-
 def test_numbers_are_swept_and_the_tables_rate_keeps_its_ratio():
     axes = {"distill.temperature": (1.0, 2.0), "optimizer.learning_rate": (0.01, 0.02)}
     config = config_of(axes, modes=("none", "shared"))
@@ -108,26 +100,6 @@ def test_any_key_that_a_sweep_may_vary_is_an_axis():
         assert {*value_in(members, key.name)} == {*values}, key.name
         # Mode none reads nothing of `distill`, so it stands once for all that is swept there.
         assert len(members) == (1 if key.of_distillation else 2) + 2, key.name
-
-
-@pytest.mark.parametrize(
-    ("axes", "suffixes"),
-    [
-        (
-            {"distill.term_weights": ((1.0, 0.3), (1.0, 1.0))},
-            ["-term_weights1.0x0.3", "-term_weights1.0x1.0"],
-        ),
-        (
-            {"distill.terms": (("softmax", "listmle:stage"), ("softmax",), ("bce", "topk:stage"))},
-            ["", "-termssoftmax", "-termsbce+topk:stage"],
-        ),
-    ],
-)
-def test_terms_and_their_weights_are_swept(axes, suffixes):
-    config = config_of(axes, modes=("none", "aux"))
-    config.distill.terms = ("softmax", "listmle:stage")
-    members = [f"aux-weight1.0{suffix}-seed0" for suffix in suffixes]
-    assert list(valid_members(config)) == ["none-seed0", *members]
 
 
 def test_a_key_that_a_member_does_not_read_is_not_varied():
@@ -242,10 +214,6 @@ NO_KEY = "is not KEY=VALUE,VALUE with a key that a sweep varies"
         (
             {"axes": {"distill.terms": (("topk:stage",),), "teacher.signal": ("logged", "stage")}},
             "no member of the sweep has 'stage'",
-        ),
-        (
-            {"axes": {"distill.terms": (("topk",), ("bce",)), "distill.loss": ("topk",)}},
-            "no member of the sweep has 'topk'",
         ),
         (
             {"ways": ("train.steps=7", "train.steps=8"), "axes": {"train.steps": (5, 6)}},
