@@ -1,21 +1,10 @@
-import dataclasses
 import importlib
-import itertools
-import math
-import os
-import re
 
 import jax
-import psutil
 import pytest
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
 
 from kd_ranker.batch import empty_batch
-from kd_ranker.config import checks, schema
-from kd_ranker.config.key import Bound
 from kd_ranker.configs import cascade
-from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
 from tests.faults import fault_of
 from tests.random_batches import SPEC
@@ -96,53 +85,3 @@ def test_free_memory_is_that_of_the_machine_on_a_cpu():
     assert 10**6 < whole < 10**13
     config.parallel.devices = 4
     assert sweep.free_memory(config) < whole / 3
-
-
-def sizes(key):
-    """Values of a key of all sizes, most of them its type's."""
-    named = [] if key.allowed is None or isinstance(key.allowed, Bound) else list(key.allowed)
-    by_type = {
-        bool: st.booleans(),
-        int: st.sampled_from([8, 1000, 10**6, 2**31 - 1, 10**10, 10**13, 10**18, 1, 0, -1]),
-        float: st.sampled_from([0.5, 1.0, 0.0, 1e-300, 1e300, math.inf, math.nan, -1.0]),
-        str: st.sampled_from([*map(str, named)] * 5 + ["nonsense"]),
-    }
-    element = by_type.get(key.type, st.just(()))
-    return st.lists(element, max_size=3) if isinstance(key.default, tuple) else element
-
-
-_FOLDERS = ("data.name", "data.dir", "data.path", "teacher.workdir")
-EDITED = [
-    key
-    for name, key in sorted(schema.keys_of("cascade").items())
-    if key.type in (bool, int, float, str) and name not in _FOLDERS
-]
-
-
-@settings(max_examples=int(os.environ.get("EXAMPLES", "20")), deadline=None)
-@given(st.data())
-def test_a_config_of_any_sizes_can_be_trained_or_is_one_line(data):
-    config = cascade("small")
-    try:
-        for key in data.draw(st.lists(st.sampled_from(EDITED), min_size=1, max_size=4)):
-            config.update_from_flattened_dict({key.name: data.draw(sizes(key), key.name)})
-        checks.validate(config)
-        spec = dataclasses.replace(
-            SPEC,
-            tasks=tuple(config.tasks),
-            num_users=config.data.num_users,
-            num_items=config.data.num_items,
-            history_length=config.data.history_length,
-        )
-        members = itertools.islice(sweep.sweep_members(config).items(), 3)
-        groups = recipes.student_groups(dict(members), spec)
-        sweep.check_memory(config, groups, config.batch, spec)
-        teacher = [recipes.teacher_group(config, spec)]
-        sweep.check_memory(config, teacher, config.teacher.batch, spec)
-    except UserError as error:
-        event(re.sub(r"[^a-z ]", "", str(error))[:30])
-        assert "\n" not in str(error)  # noqa: PT017
-    else:
-        state = jax.eval_shape(teacher[0].init)
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        assert held <= psutil.virtual_memory().total
