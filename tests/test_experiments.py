@@ -23,12 +23,10 @@ OFTEN = {"train__log_every": 1, "train__checkpoint_every": 3, "train__eval_every
     ("flags", "message"),
     [
         (["--config=configs/nope.py"], "--config=configs/nope.py: there is no file configs/nope"),
-        (["--config", "configs/nope.py:small", "--config.seed=3"], "no file configs/nope.py"),
         (["--config=configs/cascade.py:huge"], "no variant :huge; the variants are: :items"),
         ([CONFIG, "--config.train.step=3"], "'train.step' does not exist; did you mean 'train.ste"),
         ([CONFIG, "--config.bogus", "3"], "config key 'bogus' does not exist; docs/config.md"),
         ([CONFIG, "--noconfig.distill.afine"], "did you mean 'distill.affine'?"),
-        ([CONFIG, "--config.tasks.first=like"], "'tasks.first' does not exist"),
         ([CONFIG, "--config.train.steps=abc"], "--config.train.steps=abc"),
         ([CONFIG, "--bogus"], "Unknown command line flag 'bogus'"),
         ([CONFIG, "more"], "'more' is not a flag; flags look like --name=value"),
@@ -52,18 +50,14 @@ def test_what_is_wrong_with_flags_is_one_line_and_exit_code_2(
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def get_config(:\n", "does not load: SyntaxError: invalid syntax"),
+def test_a_config_file_that_does_not_load_says_why(tmp_path):
+    file = tmp_path / "config.py"
+    for text, message in (
         ("import kd_rankerr\n", "does not load: ModuleNotFoundError: No module named 'kd_rankerr'"),
         ("config = 3\n", "does not load: KeyError: 'get_config'"),
-    ],
-)
-def test_a_config_file_that_does_not_load_says_why(tmp_path, text, message):
-    file = tmp_path / "config.py"
-    file.write_text(text)
-    assert message in fault_of(main.read_config, str(file))
+    ):
+        file.write_text(text)
+        assert message in fault_of(main.read_config, str(file))
 
 
 @pytest.mark.parametrize("given", ["cascade:small", "configs/cascade.py:small"])
@@ -200,15 +194,11 @@ def test_help_has_an_example_and_every_key_with_its_value_in_the_config():
     assert shown.returncode == 0, shown.stderr
     assert "Train a student for each combination of the swept values" in shown.stdout
     assert "    kd-ranker sweep --config=configs/sweeps/cascade.py --workdir=runs" in shown.stdout
-    assert "Args:" not in shown.stdout
     words = shown.stdout.split()
     assert {f"--config.{key}" for key in KEYS | DATA_KEYS["cascade"]} <= {*words}
     assert words[words.index("--config.data.num_users") + 1] == "50"  # 4000 without :small
     help_of_steps = " ".join(words[words.index("--config.train.steps") + 1 :][:3])
     assert help_of_steps == f"20 {KEYS['train.steps'].help}"
-    shown = small.run("-m", "experiments.report", "-h")
-    assert "    kd-ranker report --workdir=runs/report runs/sweep" in shown.stdout
-    assert "--config" not in shown.stdout
 
 
 def test_a_benchmark_writes_what_it_promises(tmp_path):

@@ -36,11 +36,7 @@ def mapped(devices, function, *specs):
     )
 
 
-@given(
-    rows=st.integers(1, 100),
-    devices=st.integers(1, 9),
-    axis=st.integers(0, 1),
-)
+@given(rows=st.integers(1, 100), devices=st.integers(1, 9), axis=st.integers(0, 1))
 @settings(max_examples=50, deadline=None)
 def test_dealt_rows_come_back_in_their_order(rows, devices, axis):
     array = np.arange(2 * rows).reshape((2, rows) if axis else (rows, 2))

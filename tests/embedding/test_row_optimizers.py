@@ -1,6 +1,5 @@
 import functools
 
-import hypothesis.extra.numpy as arrays
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,28 +44,6 @@ def update_one(optimizer, table, rows, gradients, rate, decay, mask=None):
     new = update_many(*arguments)
     np.testing.assert_array_equal(new, update_many(*arguments, gathered=table[rows]))
     return new[0]
-
-
-@given(
-    # Few lengths, for each is compiled.
-    rows=arrays.arrays(np.int32, st.sampled_from([1, 4, 12]), elements=st.integers(0, ROWS - 1)),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=50, deadline=None)
-def test_one_place_stands_for_all_that_are_equal(rows, seed):
-    generator = np.random.default_rng(seed)
-    mask = generator.random(len(rows)) < 0.7
-    owner = generator.integers(-5, 99, ROWS).astype(np.int32)
-    (_, position, stands), owner = find_occurrences(jnp.asarray(rows), mask, jnp.asarray(owner))
-    position, stands = np.asarray(position), np.asarray(stands)
-    # One place stands for each of the different rows.
-    np.testing.assert_array_equal(np.sort(rows[stands]), np.unique(rows[mask]))
-    np.testing.assert_array_equal(rows[position], rows)
-    assert stands[position[mask]].all()
-    # What is masked stands for nothing and adds to nothing else.
-    np.testing.assert_array_equal(position[~mask], np.flatnonzero(~mask))
-    assert not stands[~mask].any()
-    assert owner.shape == (ROWS,)
 
 
 def dense_update(name, table, gradient, touched, rate, decay):

@@ -1,33 +1,11 @@
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kd_ranker.models.layers import features_of_items
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
-from tests.random_batches import CATEGORY_SPEC, SPEC, STUDENT, TEACHER
-
-
-@pytest.mark.parametrize(
-    ("owners", "expected"),
-    [
-        ((), set()),
-        (("request",), {"request_category"}),
-        (("candidate",), {"candidate_category"}),
-        (("item",), {"item_category", "history_category"}),
-    ],
-)
-def test_only_lookups_that_find_something_are_there_and_their_tables(owners, expected):
-    categories = tuple(of for of in CATEGORY_SPEC.categories if of.of in owners)
-    spec = dataclasses.replace(SPEC, categories=categories)
-    embedding = build_model(FinalRanker, spec, 3, TEACHER)[0].embedding
-    assert embedding.lookups.keys() == {"user", "item", "history"} | expected
-    sizes = {name: table.size for name, table in embedding.tables.items()}
-    own = {"user": SPEC.num_users, "item": SPEC.num_items}
-    assert sizes == own | ({"category": spec.num_categories} if owners else {})
+from tests.random_batches import CATEGORY_SPEC, STUDENT, TEACHER
 
 
 def test_a_model_that_reads_no_history_does_not_look_it_up():

@@ -9,7 +9,6 @@ from jax import export
 
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.embedding.lookup import EmbeddingSpec, TableSpec
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest
@@ -29,9 +28,7 @@ BLEND = MODES["aux"].serve["blend"]
 
 # A ranker, what of its config is not the default, and the features of the dataset.
 CASES = {
-    "two_tower": ("two_tower", {}, "plain"),
     "two_tower, history": ("two_tower", {"history": "mean"}, "categories"),
-    "multi_interest": ("multi_interest", {}, "categories"),
     "multi_interest, history": ("multi_interest", {"history": "mean"}, "plain"),
     "multi_interest, hashed": (
         "multi_interest",
@@ -131,17 +128,6 @@ def test_a_student_without_parts_is_exported_whole():
     assert list(whole.programs) == ["rank"]
 
 
-def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_nothing():
-    trained = trained_ranker("multi_interest", {"history": "mean"}, "categories")
-    user, item, score = programs.make_programs(trained).programs.values()
-    assert {name for name, of in user.inputs.items() if "candidates" in map(str, of.shape)} == set()
-    of_item = [of for name, of in item.inputs.items() if "table" not in name]
-    assert {str(of.shape[0]) for of in of_item} == {"items"}
-    assert {"user_id", "user_features", "context", "history_id"}.isdisjoint(score.inputs)
-    # Labels and stages are of those who measure.
-    assert {"stage", "user_label", "teacher_probability"}.isdisjoint(user.inputs | score.inputs)
-
-
 @open_formats
 def test_a_new_item_has_the_embedding_of_its_program(open_program):
     """Its row goes before the last one, which stays that of unknown items."""
@@ -159,15 +145,6 @@ def test_a_new_item_has_the_embedding_of_its_program(open_program):
     before = check.rank(read, arrays_of(batch) | held)
     after = check.rank(read, arrays_of(same) | held | {"item_embedding": grown})
     np.testing.assert_allclose(before["probability"], after["probability"], atol=1e-6)
-
-
-def test_an_untrained_row_and_the_last_one_are_the_reserved_row():
-    spec = EmbeddingSpec(2, {"user": TableSpec(3, hashed=False)}, {})
-    # Two numbers of an embedding, the number of updates, a slot of the optimiser.
-    trained = np.zeros((8, 4), np.float32)
-    trained[:4] = [[1, 2, 5, 9], [3, 4, 0, 9], [5, 6, 1, 9], [7, 8, 0, 9]]
-    served = programs.served_tables(spec, {"user": jnp.asarray(trained)})
-    assert served["user_table"].tolist() == [[1, 2], [7, 8], [5, 6], [7, 8]]
 
 
 def test_what_onnx_lacks_is_named():
