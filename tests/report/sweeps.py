@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas as pd
+import pytest
 import vl_convert
 from ml_collections import ConfigDict
 
@@ -112,12 +112,11 @@ def change(workdir: Path, change_rows: Callable[[pd.DataFrame], pd.DataFrame]) -
 @contextlib.contextmanager
 def without_pictures(*, with_charts: bool = False) -> Iterator[None]:
     """Leave out a report's pictures, which take most of its time; `test_charts` draws them."""
-    replaced = [(figures, "files", dict.fromkeys(figures.FORMATS, b""))]
-    if not with_charts:
-        replaced += [(figures, "page_chart", ""), (vl_convert, "javascript_bundle", "")]
-    with contextlib.ExitStack() as patches:
-        for module, name, value in replaced:
-            patches.enter_context(mock.patch.object(module, name, return_value=value))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(figures, "files", lambda _: dict.fromkeys(figures.FORMATS, b""))
+        if not with_charts:
+            patched.setattr(figures, "page_chart", lambda _: "")
+            patched.setattr(vl_convert, "javascript_bundle", lambda _: "")
         yield
 
 

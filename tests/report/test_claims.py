@@ -55,8 +55,7 @@ GOOD = [0.70, 0.71, 0.69]
         ([-0.3, -0.32, -0.31], GOOD, 0.8, FAILS, "better than this teacher"),
         # The ratio of an exact copy of the teacher is 0 over 0.
         ([math.nan] * 3, GOOD, 0.8, UNKNOWN, "agrees with the teacher"),
-        # A constant, and one whose interval includes 0.5.
-        ([0.1] * 3, [0.5] * 3, 0.8, FAILS, "by chance"),
+        # An interval that includes 0.5.
         ([0.1] * 3, [0.50, 0.56, 0.52], 0.8, FAILS, "by chance"),
         ([0.1] * 3, GOOD, 0.49, FAILS, "by chance"),
     ],
@@ -65,18 +64,13 @@ def test_a_misalignment_without_distillation(
     tmp_path, ratios, of_none, of_teacher, expected, remark
 ):
     numbers = {"alignment": ratios, "user_auc/watch": of_none}
-    # The test counts, and the ratio of the post has a line of its own.
-    other = {"alignment_ratio_bce": 0.1, "split": "test"}
-    frame = claims_on(
-        tmp_path, ({"mode": "none"} | other, numbers),
-        ({"mode": "none", "split": "validation"}, {"alignment": [7.0] * len(ratios)}),
-        teacher={"user_auc/watch": of_teacher},
-    )  # fmt: skip
+    # The ratio of the post has a line of its own.
+    students = {"mode": "none", "alignment_ratio_bce": 0.1}
+    frame = claims_on(tmp_path, (students, numbers), teacher={"user_auc/watch": of_teacher})
     line, of_bce = of(frame, "a")
     assert (of_bce["measure"], of_bce["mean"]) == ("alignment_ratio_bce", pytest.approx(0.1))
     assert (line["verdict"], line["threshold"]) == (expected, 0.25)
     assert remark in line["remark"]
-    assert bool(remark) == bool(line["remark"])
     known = np.array([ratio for ratio in ratios if not math.isnan(ratio)])
     found = (line["mean"], line["low"], line["high"], line["n"])
     assert found == pytest.approx(interval(known)[:4], nan_ok=True)
@@ -182,15 +176,11 @@ def test_b_to_g_are_against_a_list_where_that_is_better(tmp_path, name):
 
 
 def test_the_share_of_a_candidates_cost_is_that_of_the_costs_where_they_are_given(tmp_path):
-    study = study_on(
-        tmp_path, ({"mode": "none"}, {"tau": [0.2, 0.21]}), ({"mode": "aux"}, {"tau": [0.3, 0.31]})
-    )
-    for of_student, expected in ((0.0, HOLDS), (0.05, HOLDS), (0.06, FAILS)):
-        costs = study.costs._replace(teacher=1.0, student=of_student)
-        priced = study._replace(costs=costs)
-        (line,) = of(claims(priced, Estimates(priced)), "b", "aux")
-        assert line["verdict"] == expected
-    assert "it costs 6% of the final ranker per candidate" in line["remark"]
+    settings = ({"mode": "none"}, {"tau": [0.2, 0.21]}), ({"mode": "aux"}, {"tau": [0.3, 0.31]})
+    study = study_on(tmp_path, *settings)
+    for of_student, expected in ((0.05, HOLDS), (0.06, FAILS)):
+        priced = study._replace(costs=study.costs._replace(teacher=1.0, student=of_student))
+        assert of(claims(priced, Estimates(priced)), "b", "aux")[0]["verdict"] == expected
 
 
 USERS = [0.9, 0.91, 0.9]
@@ -201,10 +191,8 @@ CANNOT, NO_SAVING = "the log cannot show it", "no saving is shown"
     ("measure", "aux", "options", "expected", "remark"),
     [
         # A margin of 0.002 of the truth, and none of labels: they have a sign and no size.
-        ("covered", [0.92, 0.93, 0.92], {}, HOLDS, ""),
         ("true_value", [0.8995, 0.9095, 0.8996], {}, HOLDS, ""),
         ("covered", [0.8995, 0.9095, 0.8996], {}, FAILS, ""),
-        ("true_value", USERS, {}, HOLDS, ""),
         ("true_value", [0.89, 0.90, 0.89], {}, FAILS, ""),
         # Labels have to cover what would be shown, and cannot compare with today's ranker.
         ("covered", [0.92, 0.93, 0.92], {"coverage": 0.36}, HOLDS, ""),
@@ -214,8 +202,6 @@ CANNOT, NO_SAVING = "the log cannot show it", "no saving is shown"
         ("true_value", USERS, {"passed": [410, 410, 411]}, FAILS, NO_SAVING),
         ("true_value", USERS, {"passed": SAME}, OPEN, NO_SAVING),
         ("true_value", USERS, {"passed": [math.nan] * 3}, UNKNOWN, NO_SAVING),
-        # Without a saving, another verdict stays.
-        ("true_value", [math.nan] * 3, {"passed": [410] * 3}, UNKNOWN, "no repeat"),
     ],
 )
 def test_f_users_keep_what_they_have(tmp_path, measure, aux, options, expected, remark):
@@ -281,14 +267,11 @@ def held_by(tmp_path, **students):
           for mode, serve in heads),
         references=[reference_row("show_rate", **LIST)],
     )  # fmt: skip
-    held = frame[frame["verdict"] == "holds"]
+    held = frame[frame["verdict"] == HOLDS]
     # Claim (c) names no setting, and is one on shared.
-    mode = (
-        held["setting"]
-        .str.extract("^(aux|shared)", expand=False)
-        .where(held["claim"] != "c", "shared")
-    )
-    return {name: set(held.loc[mode == name, "claim"]) for name in students}
+    on_shared = held["setting"].str.startswith("shared") | (held["claim"] == "c")
+    of_mode = {"shared": on_shared, "aux": held["setting"].str.startswith("aux")}
+    return {name: set(held.loc[of_mode[name], "claim"]) for name in students}
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)

@@ -103,12 +103,10 @@ def test_without_the_measure_there_is_no_interval():
     # A repeat without the measure does not count: a ratio over nothing.
     values[3, :, 1] = 0
     assert crossed_interval(measured(values, counts, share)) == whole
-    nothing = crossed_interval(measured(0 * values, counts, share))
-    assert (math.isnan(nothing.mean), nothing.n, nothing.covers) == (True, 0, "nothing")
     # Settings without a common repeat have no difference.
     pair = (measured(values[:1], counts, share, [name]) for name in "ab")
-    gap = crossed_interval(combined(np.subtract, *pair))
-    assert (math.isnan(gap.mean), gap.n, gap.covers) == (True, 0, "nothing")
+    for unknown in (measured(0 * values, counts, share), combined(np.subtract, *pair)):
+        assert crossed_interval(unknown)[3:] == (0, "nothing")
 
 
 def test_draws_without_the_measure_are_left_out_if_they_are_few():
@@ -119,10 +117,7 @@ def test_draws_without_the_measure_are_left_out_if_they_are_few():
     assert crossed_interval(Measured((0, 1), numbers, 30)) == kept
     numbers[6, 1] = math.nan
     unknown = crossed_interval(Measured((0, 1), numbers, 30))
-    assert unknown.mean == 1
-    assert math.isnan(unknown.low)
-    assert math.isnan(unknown.high)
-    assert (unknown.n, unknown.covers) == (2, "nothing")
+    assert unknown == pytest.approx((1, math.nan, math.nan, 2, "nothing"), nan_ok=True)
 
 
 def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
@@ -158,8 +153,4 @@ def test_nominal_95_percent_intervals_are_neither_narrow_nor_wide(repeats, most,
 def test_the_script_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coverage.py", "--studies=2", "--requests=30"])
     runpy.run_path("scripts/coverage.py", run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
-        "difference", "mean", "passed_for_99", "saving",
-    ]  # fmt: skip
-    assert len(lines) == 2 + 4 * 2 * 4
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * 2 * 4
