@@ -197,7 +197,7 @@ def _remarks(report: Report) -> Iterator[str]:
         is_label = key.startswith("data.labels.")
         if bad and (hint or not is_label):
             valid = "0 or 1" if is_label else "in [0, 1]"
-            fault = f"are not {valid}: {hint}" if hint else "are invalid"
+            fault = f"are not {valid}; it holds {hint}" if hint else "are invalid"
             yield f"{key}: {bad:,} values of {name} {fault}."
         if column["values"] and column["missing"] == column["values"]:
             yield f"{key}: {name} is empty."

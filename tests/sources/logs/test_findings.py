@@ -172,12 +172,14 @@ def as_logits(lists):
          False, "they are between 1970-01-20 and 1970-01-20; if this is expected, add", ""),
         ("watch", lambda of: [y and 100 * y for y in of], False,
          "one_label: every label of watch in train is 0, every label of watch in validation",
-         r"data\.labels\.watch: \d+ values of column 'watch' are not 0 or 1: 0 to 100"),
+         r"data\.labels\.watch: \d+ values of column 'watch' are not 0 or 1; it holds 0 to 100"),
         ("teacher_probability_watch", lambda of: [None if p is None else 100 * p for p in of],
          False, "teacher_coverage: that of watch covers",
-         r"data\.teacher\.watch: \d+ values .* are not in \[0, 1\]: .* divide percentages by 100"),
+         r"data\.teacher\.watch: \d+ values .* are not in \[0, 1\]; it holds .* "
+         "divide percentages by 100"),
         ("teacher_probability_watch", as_logits, True, "teacher_coverage: that of watch covers",
-         r"not in \[0, 1\]: -.* take the sigmoid of logits, or set data\.teacher_signal='score'"),
+         r"not in \[0, 1\]; it holds -.* take the sigmoid of logits, "
+         r"or set data\.teacher_signal='score'"),
     ],
 )  # fmt: skip
 def test_a_column_in_another_unit_is_refused(tmp_path, column, change, by_request, line, remark):
