@@ -13,7 +13,7 @@ Widths and order of the features:
   history: completed, liked, log(1 + age in minutes) / 4.
   item: category (one-hot), noisy popularity, an uninformative number; then the costly ones, the
     noisy topic mixture, part of the quality, the noisy style.
-  candidate: `standardised_age`.
+  candidate: the standardised age, (days since the upload − 36) / 17.
 
 The shape of the funnel follows Covington, Adams and Sargin, "Deep Neural Networks for YouTube
 Recommendations", RecSys 2016; interests that show only in the history relevant to a candidate
@@ -64,43 +64,115 @@ RETRIEVAL_NOISE, POLICY_NOISE = np.float32(1.0), np.float32(0.7)
 
 DAY = 24 * 3600  # seconds
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
-# The first day of each split, counted from START, and how many it has.
-DAYS = {"train": (0, 7), "validation": (7, 1), "test": (8, 2)}
-# What a split adds to the seeds of its requests; 0 is the world's, 4 that of tastes and styles.
-_SEED_OF_SPLIT = {"train": 1, "test": 2, "validation": 3}
+# Split -> its first day, counted from START, the number of its days, and that in the seeds of its
+# requests; 0 is the world's, 4 that of tastes and styles.
+_SPLITS = {"train": (0, 7, 1), "validation": (7, 1, 3), "test": (8, 2, 2)}
 UPLOAD_DAYS = 60
 HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
 CATEGORY_HIT_RATE = 0.4
 CONTEXT_FEATURES, HISTORY_FEATURES = 8, 3
 
 
-class World(NamedTuple):
+class World:
     """The users and items: their true properties, and the features that show part of these.
 
-    `history_distribution[k]` is k plus the cumulative distribution over items from which an event
-    of topic k is drawn, so that the flattened array is sorted and one search draws many events.
+    Depends only on `data.seed` and the sizes in `data`.
     """
 
-    interests: Float32[np.ndarray, "users K"]
-    generosity: Float32[np.ndarray, "users tasks"]
-    activity: Float64[np.ndarray, "users"]  # cumulative share of requests
-    history_size: Int64[np.ndarray, "users"]
-    user_features: Float32[np.ndarray, "users U"]
-    topics: Float32[np.ndarray, "items K"]
-    quality: Float32[np.ndarray, "items"]
-    popularity: Float32[np.ndarray, "items"]  # in standard deviations of its logarithm
-    upload_time: Int64[np.ndarray, "items"]  # seconds
-    item_features: Float32[np.ndarray, "items F"]
-    cheap_item_features: int
-    # Each has deviation 1, the taste `data.taste`; D is 0 if that is 0.
-    taste: Float32[np.ndarray, "users D"]
-    style: Float32[np.ndarray, "items D"]
-    policy_taste: Float32[np.ndarray, "users D"]
-    policy_style: Float32[np.ndarray, "items D"]
-    moment_taste: Float32[np.ndarray, "context K"]
-    history_distribution: Float64[np.ndarray, "K items"]
-    teacher_item_error: Float32[np.ndarray, "items tasks"]
-    teacher_user_error: Float32[np.ndarray, "users tasks"]
+    def __init__(self, data: ConfigDict) -> None:
+        users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
+        self._draw_tastes(np.random.default_rng([data.seed, 4]), users, items, float(data.taste))
+        rng = np.random.default_rng([data.seed, 0])
+        self._draw_users(rng, users, topics, int(data.history_length))
+        self._draw_items(rng, items, topics)
+        self.moment_taste: Float32[np.ndarray, "context K"] = _normal(rng, CONTEXT_FEATURES, topics)
+        # k plus the cumulative distribution over items from which an event of topic k is drawn, so
+        # that the flattened array is sorted and one search draws many events.
+        weight = self.topics.T.astype(np.float64) ** 2 * np.exp(0.5 * self.popularity)
+        cumulative = weight.cumsum(axis=1)
+        cumulative /= cumulative[:, -1:]
+        self.events: Float64[np.ndarray, "K items"] = cumulative + np.arange(topics)[:, None]
+        self.teacher_item_error: Float32[np.ndarray, "items tasks"]
+        self.teacher_item_error = _normal(rng, items, len(TASKS), scale=0.2)
+        self.teacher_user_error: Float32[np.ndarray, "users tasks"]
+        self.teacher_user_error = _normal(rng, users, len(TASKS), scale=0.1)
+
+    def _draw_tastes(self, rng: np.random.Generator, users: int, items: int, scale: float) -> None:
+        """Tastes and styles of deviation 1, times the scale of tastes; D is 0 if that is 0."""
+        size = TASTE_SIZE if scale else 0
+        taste = _normal(rng, users, size)
+        self.taste: Float32[np.ndarray, "users D"] = scale * taste
+        self.style: Float32[np.ndarray, "items D"] = _normal(rng, items, size)
+        # The policy knows a taste from the profile, and a style from past user actions on the item.
+        self.shown_taste = (taste + 0.5 * _normal(rng, users, size)) / 1.25**0.5
+        self.policy_taste: Float32[np.ndarray, "users D"] = scale * self.shown_taste
+        self.policy_style: Float32[np.ndarray, "items D"]
+        self.policy_style = (self.style + _normal(rng, items, size)) / 2**0.5
+        self.shown_style = self.style + 0.05 * _normal(rng, items, size)
+
+    def _draw_users(
+        self, rng: np.random.Generator, users: int, topics: int, history_length: int
+    ) -> None:
+        interest_rank = rng.random((users, topics)).argsort(axis=1).argsort(axis=1)
+        interest_count = rng.integers(2, 5, (users, 1))
+        weight = rng.gamma(3.0, size=(users, topics)) * (interest_rank < interest_count)
+        self.interests: Float32[np.ndarray, "users K"]
+        self.interests = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+        self.generosity: Float32[np.ndarray, "users tasks"]
+        self.generosity = _normal(rng, users, 1, scale=0.4)
+        self.generosity = self.generosity + _normal(rng, users, len(TASKS), scale=0.2)
+        log_activity = _normal(rng, users, scale=0.7)
+        activity = np.exp(log_activity, dtype=np.float64)
+        # The cumulative share of requests.
+        self.activity: Float64[np.ndarray, "users"] = activity.cumsum() / activity.sum()
+        history_share = 1 / (1 + np.exp(-1.5 - log_activity - _normal(rng, users, scale=0.5)))
+        self.history_size: Int64[np.ndarray, "users"]
+        self.history_size = np.ceil(history_length * history_share).astype(np.int64)
+        features = [
+            topics**0.5 * (self.interests + _normal(rng, users, topics, scale=0.2)),
+            log_activity[:, None],
+            self.generosity.mean(axis=1, keepdims=True) + _normal(rng, users, 1, scale=0.3),
+            _normal(rng, users, 2),  # age and time since joining, both uninformative
+            self.shown_taste,
+        ]
+        self.user_features: Float32[np.ndarray, "users U"]
+        self.user_features = np.concatenate(features, axis=1, dtype=np.float32)
+
+    def _draw_items(self, rng: np.random.Generator, items: int, topics: int) -> None:
+        mixture = rng.gamma(0.05, size=(items, topics)) + 1e-3
+        mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
+        self.topics: Float32[np.ndarray, "items K"]
+        self.topics = (mixture / mixture.sum(axis=1, keepdims=True)).astype(np.float32)
+        shown_quality, hidden_quality = _normal(rng, items), _normal(rng, items)
+        self.quality: Float32[np.ndarray, "items"] = 0.8 * shown_quality + 0.6 * hidden_quality
+        # In standard deviations of its logarithm.
+        self.popularity: Float32[np.ndarray, "items"]
+        self.popularity = 0.4 * self.quality + 0.9 * _normal(rng, items)
+        first_event = START - HISTORY_DAYS * DAY
+        self.upload_time: Int64[np.ndarray, "items"]  # seconds
+        self.upload_time = first_event - rng.integers(1, UPLOAD_DAYS * DAY, items)
+        # The uploader names the main topic, or any.
+        names_topic = rng.random(items) < CATEGORY_HIT_RATE
+        any_topic = rng.integers(topics, size=items)
+        category = np.where(names_topic, self.topics.argmax(axis=1), any_topic)
+        features = [
+            np.eye(topics, dtype=np.float32)[category],
+            self.popularity[:, None] + _normal(rng, items, 1, scale=0.3),
+            _normal(rng, items, 1),  # log duration, uninformative
+            # A video model computes these; it is too costly to run on every candidate.
+            2 * (self.topics + _normal(rng, items, topics, scale=0.05)),
+            shown_quality[:, None],
+            self.shown_style,
+        ]
+        self.item_features: Float32[np.ndarray, "items F"]
+        self.item_features = np.concatenate(features, axis=1, dtype=np.float32)
+        self.cheap_item_features = topics + 2
+
+
+def _normal(
+    rng: np.random.Generator, *shape: int, scale: float = 1.0
+) -> Float32[np.ndarray, "..."]:
+    return scale * rng.standard_normal(shape, np.float32)
 
 
 class History(NamedTuple):
@@ -128,7 +200,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         )
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
-    world = make_world(data)
+    world = World(data)
     columns = np.array([TASKS.index(task) for task in tasks])
     num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
 
@@ -153,114 +225,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     return Source(spec, world.item_features, requests, num_requests)
 
 
-def make_world(data: ConfigDict) -> World:
-    """Draw users and items; depends only on `data.seed` and the sizes in `data`."""
-    rng = np.random.default_rng([data.seed, 0])
-    users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
-    size = TASTE_SIZE if data.taste else 0
-    tastes = np.random.default_rng([data.seed, 4])
-    taste, style = _normal(tastes, users, size), _normal(tastes, items, size)
-    # The policy knows a taste from the profile, and a style from past user actions on the item.
-    seen_taste = (taste + 0.5 * _normal(tastes, *taste.shape)) / 1.25**0.5
-    seen_style = (style + _normal(tastes, *style.shape)) / 2**0.5
-    population = _draw_users(rng, users, topics, int(data.history_length), seen_taste)
-    catalogue = _draw_items(rng, items, topics, style + 0.05 * _normal(tastes, *style.shape))
-    mixture, popularity = catalogue["topics"], catalogue["popularity"]
-    event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
-    event_cumulative = event_weight.cumsum(axis=1)
-    event_cumulative /= event_cumulative[:, -1:]
-    return World(
-        **population,
-        **catalogue,
-        taste=data.taste * taste,
-        style=style,
-        policy_taste=data.taste * seen_taste,
-        policy_style=seen_style,
-        moment_taste=_normal(rng, CONTEXT_FEATURES, topics),
-        history_distribution=event_cumulative + np.arange(topics)[:, None],
-        teacher_item_error=_normal(rng, items, len(TASKS), scale=0.2),
-        teacher_user_error=_normal(rng, users, len(TASKS), scale=0.1),
-    )
-
-
-def _normal(
-    rng: np.random.Generator, *shape: int, scale: float = 1.0
-) -> Float32[np.ndarray, "..."]:
-    return scale * rng.standard_normal(shape, np.float32)
-
-
-def _draw_users(
-    rng: np.random.Generator,
-    users: int,
-    topics: int,
-    history_length: int,
-    seen_taste: Float32[np.ndarray, "users D"],
-) -> dict[str, Any]:
-    """The fields of `World` about users."""
-    interest_rank = rng.random((users, topics)).argsort(axis=1).argsort(axis=1)
-    interest_count = rng.integers(2, 5, (users, 1))
-    interests = rng.gamma(3.0, size=(users, topics)) * (interest_rank < interest_count)
-    interests = (interests / interests.sum(axis=1, keepdims=True)).astype(np.float32)
-    generosity = _normal(rng, users, 1, scale=0.4) + _normal(rng, users, len(TASKS), scale=0.2)
-    log_activity = _normal(rng, users, scale=0.7)
-    activity = np.exp(log_activity, dtype=np.float64)
-    history_share = 1 / (1 + np.exp(-1.5 - log_activity - _normal(rng, users, scale=0.5)))
-    features = [
-        topics**0.5 * (interests + _normal(rng, users, topics, scale=0.2)),
-        log_activity[:, None],
-        generosity.mean(axis=1, keepdims=True) + _normal(rng, users, 1, scale=0.3),
-        _normal(rng, users, 2),  # age and time since joining, both uninformative
-        seen_taste,
-    ]
-    return {
-        "interests": interests,
-        "generosity": generosity,
-        "activity": activity.cumsum() / activity.sum(),
-        "history_size": np.ceil(history_length * history_share).astype(np.int64),
-        "user_features": np.concatenate(features, axis=1, dtype=np.float32, casting="same_kind"),
-    }
-
-
-def _draw_items(
-    rng: np.random.Generator, items: int, topics: int, seen_style: Float32[np.ndarray, "items D"]
-) -> dict[str, Any]:
-    """The fields of `World` about items."""
-    mixture = rng.gamma(0.05, size=(items, topics)) + 1e-3
-    mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
-    mixture = (mixture / mixture.sum(axis=1, keepdims=True)).astype(np.float32)
-    shown_quality, hidden_quality = _normal(rng, items), _normal(rng, items)
-    quality = 0.8 * shown_quality + 0.6 * hidden_quality
-    popularity = 0.4 * quality + 0.9 * _normal(rng, items)
-    first_event = START - HISTORY_DAYS * DAY
-    upload_time = first_event - rng.integers(1, UPLOAD_DAYS * DAY, items)
-    # The uploader names the main topic, or any.
-    category = np.where(
-        rng.random(items) < CATEGORY_HIT_RATE,
-        mixture.argmax(axis=1),
-        rng.integers(topics, size=items),
-    )
-    cheap_features = [
-        np.eye(topics, dtype=np.float32)[category],
-        popularity[:, None] + _normal(rng, items, 1, scale=0.3),
-        _normal(rng, items, 1),  # log duration, uninformative
-    ]
-    # A video model computes these; it is too costly to run on every candidate.
-    costly_features = [
-        2 * (mixture + _normal(rng, items, topics, scale=0.05)),
-        shown_quality[:, None],
-        seen_style,
-    ]
-    features = np.concatenate(cheap_features + costly_features, axis=1)
-    return {
-        "topics": mixture,
-        "quality": quality,
-        "popularity": popularity,
-        "upload_time": upload_time,
-        "item_features": features.astype(np.float32),
-        "cheap_item_features": sum(columns.shape[1] for columns in cheap_features),
-    }
-
-
 def taste_match(
     taste: Float[np.ndarray, "D"], style: Float[np.ndarray, "N D"]
 ) -> Float[np.ndarray, "N"]:
@@ -268,82 +232,42 @@ def taste_match(
     return style @ taste / max(len(taste), 1) ** 0.5
 
 
-def topic_fatigue(
-    event_topics: Float[np.ndarray, "H K"], age_hours: Float[np.ndarray, "H"]
-) -> Float[np.ndarray, "K"]:
-    """A user's fatigue with each topic after the recent events, in [0, 1).
-
-    With the recent count n_k = Σ_h exp(−age_h / FATIGUE_HOURS) θ_hk, completed or not, fatigue is
-    n_k² / (n_k² + FATIGUE_HALF²): nearly nothing after one event, strong after a handful.
-    """
-    count = np.exp(-age_hours / FATIGUE_HOURS) @ event_topics
-    return count**2 / (count**2 + FATIGUE_HALF**2)
-
-
-def topic_mood(
-    event_topics: Float[np.ndarray, "H K"],
-    completed: Bool[np.ndarray, "H"],
-    liked: Bool[np.ndarray, "H"],
-    age_hours: Float[np.ndarray, "H"],
-) -> Float[np.ndarray, "K"]:
-    """The mood that the recent events of each topic have left, in (−1, 1).
-
-    tanh(½ Σ_h exp(−age_h / MOOD_HOURS) g_h θ_hk), where g_h is 1 for a completed event and −1 for
-    one that was not, plus 1 where it was liked.
-    """
-    reception = np.where(completed, 1.0, -1.0) + liked
-    weight = np.exp(-age_hours / MOOD_HOURS) * reception
-    return np.tanh(0.5 * (weight @ event_topics)).astype(event_topics.dtype)
-
-
-def standardised_age(time: int, upload_time: Int64[np.ndarray, "N"]) -> Float32[np.ndarray, "N"]:
-    """(Days since the upload − 36) / 17: about mean 0 and deviation 1."""
-    days = (time - upload_time) / DAY
-    return ((days - 36) / 17).astype(np.float32)
-
-
 def logit_terms(
-    interests: Float[np.ndarray, "K"],
-    moment: Float[np.ndarray, "K"],
-    fatigue: Float[np.ndarray, "K"],
-    mood: Float[np.ndarray, "K"],
-    topics: Float[np.ndarray, "N K"],
-    quality: Float[np.ndarray, "N"],
-    age: Float[np.ndarray, "N"],
-) -> Float[np.ndarray, "N terms"]:
+    world: World,
+    user: int,
+    context: Float32[np.ndarray, "C"],
+    history: History,
+    item: Int64[np.ndarray, "N"],
+    age: Float32[np.ndarray, "N"],
+) -> Float32[np.ndarray, "N terms"]:
     """The terms of the true logits of N candidates, in the order of `TERM_WEIGHT`.
 
     For topics θ of a candidate, the user's interests φ, and c, how well each topic suits the moment
     (θ and φ sum to 1): interest 4 θ·φ; the quality, in standard deviations; freshness, which is
     minus the standardised age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
+
+    With the recent count n_k = Σ_h exp(−age_h / FATIGUE_HOURS) θ_hk of the user's events, completed
+    or not, fatigue f_k with a topic is n_k² / (n_k² + FATIGUE_HALF²), in [0, 1): nearly nothing
+    after one event, strong after a handful. The mood m_k that recent events have left, in (−1, 1),
+    is tanh(½ Σ_h exp(−age_h / MOOD_HOURS) g_h θ_hk). There g_h is 1 for a completed event and −1
+    for one that was not, plus 1 where it was liked.
     """
-    by_topic = np.stack([4 * interests, moment, fatigue, mood, moment * fatigue], axis=1)
-    interest, suits, tired, received, relieved = (topics @ by_topic).T
-    return np.stack([interest, quality, -age, suits, tired, received, relieved], axis=1)
-
-
-def true_logits(
-    terms: Float32[np.ndarray, "N terms"], generosity: Float32[np.ndarray, "tasks"]
-) -> Float32[np.ndarray, "N tasks"]:
-    """INTERCEPTS + the user's generosity + terms · TERM_WEIGHTS, with tasks in order of `TASKS`."""
-    return terms @ TERM_WEIGHTS + (INTERCEPTS + generosity)
+    event_topics = world.topics[history.item_id]
+    count = np.exp(-history.age_hours / FATIGUE_HOURS) @ event_topics
+    fatigue = count**2 / (count**2 + FATIGUE_HALF**2)
+    reception = np.where(history.completed, 1.0, -1.0) + history.liked
+    weight = np.exp(-history.age_hours / MOOD_HOURS) * reception
+    mood = np.tanh(0.5 * (weight @ event_topics)).astype(event_topics.dtype)
+    moment = context @ world.moment_taste / CONTEXT_FEATURES**0.5
+    effects = [4 * world.interests[user], moment, fatigue, mood, moment * fatigue]
+    interest, suits, tired, received, relieved = (world.topics[item] @ np.stack(effects, axis=1)).T
+    terms = [interest, world.quality[item], -age, suits, tired, received, relieved]
+    return np.stack(terms, axis=1)
 
 
 def sigmoid(logits: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """1 / (1 + exp(−logits))."""
     return 1 / (1 + np.exp(-logits))
-
-
-class _Candidates(NamedTuple):
-    """The candidates of a request in funnel order."""
-
-    item_id: Int64[np.ndarray, "N"]
-    age: Float32[np.ndarray, "N"]  # see `standardised_age`
-    terms: Float32[np.ndarray, "N terms"]  # see `logit_terms`
-    logits: Float32[np.ndarray, "N tasks"]  # the true ones
-    teacher_probability: Float32[np.ndarray, "N tasks"]  # of the production final ranker
-    policy: Float32[np.ndarray, "N"]  # scores of the early ranker
-    propensity: Float32[np.ndarray, "N"]  # of the shown, given the passed; NaN on the others
 
 
 def _draw_request(
@@ -355,28 +279,40 @@ def _draw_request(
     index: int,
 ) -> Request:
     """Draw a request; `columns` are the indices in `TASKS` of the requested tasks."""
-    rng = np.random.default_rng([data.seed, _SEED_OF_SPLIT[split], index])
+    first, days, seed = _SPLITS[split]
+    rng = np.random.default_rng([data.seed, seed, index])
     # A moment in the request's own slice of its split's days: times rise with `index`.
-    first, days = DAYS[split]
     offset = days * DAY * (index + rng.random()) / data[f"{split}_requests"]
     time = START + first * DAY + int(offset)
     context = _draw_context(rng, time)
     user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))
     history = draw_history(rng, world, user)
-    candidates = _draw_candidates(rng, world, data, funnel, time, context, user, history)
+    item, age, policy = _retrieve(rng, world, funnel, time, user, history)
 
-    truth = sigmoid(candidates.logits)[:, columns]
+    terms = logit_terms(world, user, context, history, item, age)
+    logits = terms @ TERM_WEIGHTS + (INTERCEPTS + world.generosity[user])
+    logits += taste_match(world.taste[user], world.style[item])[:, None] * TASTE_WEIGHTS
+    noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
+    error = world.teacher_item_error[item] + world.teacher_user_error[user]
+    probability = sigmoid(logits + error + noise)  # of the production final ranker
+
+    value = probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS
+    order = np.arange(funnel.retrieved)
+    order[: funnel.passed] = _shown_first(rng, value, funnel.shown, data.exploration)
+    chance = shown_probability(int(funnel.passed), int(funnel.shown), float(data.exploration))
+    propensity = np.full(funnel.retrieved, np.nan, np.float32)
+    propensity[: funnel.shown] = chance[(-value).argsort().argsort()[order[: funnel.shown]]]
+
+    truth = sigmoid(logits[order])[:, columns]
     # Drawn for all tasks, so that a draw does not depend on the requested tasks.
     luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
-    probability = candidates.teacher_probability[:, columns]
-    version, weight, known = TEACHER_VERSION, np.ones(funnel.retrieved, np.float32), None
+    probability = probability[order][:, columns]
+    known, teacher_weight = None, np.ones(funnel.retrieved, np.float32)
+    teacher: dict[str, Any] = dict(teacher_probability=probability, teacher_weight=teacher_weight)
+    teacher["teacher_version"] = TEACHER_VERSION
     if split == "train":
-        known, probability = 0, probability[: funnel.passed]
-        if rng.random() < data.fault_version:
-            version = OLD_TEACHER_VERSION
-            old = _old_teacher_probability(rng, candidates.terms[: funnel.passed])
-            probability = old[:, columns]
-        probability, weight = _teacher_log(rng, probability, data)
+        known, passed = 0, order[: funnel.passed]
+        teacher |= _log_teacher(rng, probability[: funnel.passed], terms[passed], columns, data)
     return Request(
         request_id=index,
         time=time,
@@ -387,39 +323,41 @@ def _draw_request(
         history_features=np.stack(
             [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4], axis=1
         ).astype(np.float32),
-        item_id=candidates.item_id.astype(np.int32),
-        candidate_features=candidates.age[:, None],
+        item_id=item[order].astype(np.int32),
+        candidate_features=age[order, None],
         num_passed=int(funnel.passed),
         user_label=(luck < truth[: funnel.shown]).astype(np.uint8),
         label_weight=np.ones(funnel.shown, np.float32),
-        teacher_probability=probability,
-        teacher_weight=weight,
-        teacher_version=version,
         true_probability=truth[:known],
-        incumbent=candidates.policy[:known],
-        propensity=candidates.propensity[:known],
+        incumbent=policy[order][:known],
+        propensity=propensity[:known],
+        **teacher,
     )
 
 
-def _teacher_log(
-    rng: np.random.Generator, probability: Float32[np.ndarray, "L T"], data: ConfigDict
-) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
+def _log_teacher(
+    rng: np.random.Generator,
+    probability: Float32[np.ndarray, "L T"],
+    terms: Float32[np.ndarray, "L terms"],
+    columns: Int[np.ndarray, "T"],
+    data: ConfigDict,
+) -> dict[str, Any]:
     """Log probabilities with faults; the weight is 0 where nothing was written, NaN, and else 1."""
+    version = TEACHER_VERSION
+    if rng.random() < data.fault_version:
+        # A worse model, which knows no history, shrinks its logits, and is noisy.
+        version = OLD_TEACHER_VERSION
+        logits = 0.5 * (terms * ~IS_OF_HISTORY) @ TERM_WEIGHTS + 0.7 * INTERCEPTS
+        noise = 0.7 * rng.standard_normal(logits.shape, np.float32)
+        probability = sigmoid(logits + noise)[:, columns]
     lost = rng.random(len(probability)) < data.fault_missing
     fault = rng.random(probability.shape)
     nonsense = rng.choice(np.array([1.7, -0.3, np.inf, -np.inf], np.float32), probability.shape)
     is_wrong = fault < data.fault_nan + data.fault_out_of_range
     logged = np.where(is_wrong, nonsense, probability)
     logged[(fault < data.fault_nan) | lost[:, None]] = np.nan
-    return logged, np.where(lost, 0, 1).astype(np.float32)
-
-
-def _old_teacher_probability(
-    rng: np.random.Generator, terms: Float32[np.ndarray, "L terms"]
-) -> Float32[np.ndarray, "L tasks"]:
-    """Probabilities of a worse model, which knows no history, shrinks its logits, and is noisy."""
-    logits = 0.5 * (terms * ~IS_OF_HISTORY) @ TERM_WEIGHTS + 0.7 * INTERCEPTS
-    return sigmoid(logits + 0.7 * rng.standard_normal(logits.shape, np.float32))
+    weight = np.where(lost, 0, 1).astype(np.float32)
+    return dict(teacher_probability=logged, teacher_weight=weight, teacher_version=version)
 
 
 def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
@@ -447,7 +385,7 @@ def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
     is_recent = np.arange(size) >= size - in_session
     is_in_mood = is_recent & (rng.random(size) < 0.85)
     topic = np.where(is_in_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
-    flat = world.history_distribution.ravel()
+    flat = world.events.ravel()
     item = np.searchsorted(flat, topic + rng.random(size)) % len(world.topics)
 
     session_age = rng.exponential(2 / 60, in_session).cumsum()[::-1]
@@ -462,71 +400,31 @@ def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
     return History(item, completed, liked, age_hours.astype(np.float32))
 
 
-def _draw_candidates(
+def _retrieve(
     rng: np.random.Generator,
     world: World,
-    data: ConfigDict,
     funnel: ConfigDict,
     time: int,
-    context: Float32[np.ndarray, "C"],
     user: int,
     history: History,
-) -> _Candidates:
-    """Take a request through the funnel: retrieved, passed, shown."""
+) -> tuple[Int64[np.ndarray, "N"], Float32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
+    """Draw the candidates, the passed first: items, standardised ages, scores of the policy."""
     # By interest, popularity and noise; just watched ones only if no others are left.
     score = world.topics @ (4 * world.interests[user]) + 0.5 * world.popularity
     score += RETRIEVAL_NOISE * rng.standard_normal(len(score), np.float32)
     score[history.item_id] = -np.inf
     item = _highest_first(rng, score, funnel.retrieved)[: funnel.retrieved]
-    age = standardised_age(time, world.upload_time[item])
-    policy = _policy_score(rng, world, user, item, age)
-    order = _highest_first(rng, policy, funnel.passed)
-    item, age, policy = item[order], age[order], policy[order]
-
-    event_topics = world.topics[history.item_id]
-    terms = logit_terms(
-        world.interests[user],
-        context @ world.moment_taste / CONTEXT_FEATURES**0.5,
-        topic_fatigue(event_topics, history.age_hours),
-        topic_mood(event_topics, history.completed, history.liked, history.age_hours),
-        world.topics[item],
-        world.quality[item],
-        age,
-    )
-    logits = true_logits(terms, world.generosity[user])
-    logits += taste_match(world.taste[user], world.style[item])[:, None] * TASTE_WEIGHTS
-    noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
-    error = world.teacher_item_error[item] + world.teacher_user_error[user]
-    probability = sigmoid(logits + error + noise)
-
-    value = probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS
-    order = _shown_first(rng, value, funnel.shown, data.exploration)
-    rank = (-value).argsort().argsort()[order[: funnel.shown]]
-    chance = shown_probability(int(funnel.passed), int(funnel.shown), float(data.exploration))
-    propensity = np.full(funnel.retrieved, np.nan, np.float32)
-    propensity[: funnel.shown] = chance[rank]
-    order = np.concatenate([order, np.arange(funnel.passed, funnel.retrieved)])
-    return _Candidates(
-        *(item[order], age[order], terms[order], logits[order], probability[order], policy[order]),
-        propensity,
-    )
-
-
-def _policy_score(
-    rng: np.random.Generator,
-    world: World,
-    user: int,
-    item: Int64[np.ndarray, "N"],
-    age: Float32[np.ndarray, "N"],
-) -> Float32[np.ndarray, "N"]:
-    """The logging policy: linear in noisy views of interest, popularity, freshness and taste."""
+    age = (((time - world.upload_time[item]) / DAY - 36) / 17).astype(np.float32)
+    # The policy is linear in noisy views of interest, popularity, freshness and taste.
     num_topics = world.topics.shape[1]
     interests = world.user_features[user, :num_topics] / num_topics**0.5
     category = world.item_features[item, :num_topics]
     popularity = world.item_features[item, num_topics]
-    score = 2 * category @ interests + 0.4 * popularity - 0.2 * age
-    score += taste_match(world.policy_taste[user], world.policy_style[item])
-    return score + POLICY_NOISE * rng.standard_normal(len(item), np.float32)
+    policy = 2 * category @ interests + 0.4 * popularity - 0.2 * age
+    policy += taste_match(world.policy_taste[user], world.policy_style[item])
+    policy = policy + POLICY_NOISE * rng.standard_normal(len(item), np.float32)
+    order = _highest_first(rng, policy, funnel.passed)
+    return item[order], age[order], policy[order]
 
 
 def _highest_first(

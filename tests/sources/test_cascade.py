@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_times_rise_and_nothing_is_used_before_it_was_uploaded():
     assert times == sorted(times)
     days = {split: {(of.time - cascade.START) // 86400 for of in draw(split)} for split in SPLITS}
     assert days == {"train": set(range(7)), "validation": {7}, "test": {8, 9}}
-    world = cascade.make_world(make_data())
+    world = cascade.World(make_data())
     for request in everything:
         moment = datetime.datetime.fromtimestamp(request.time, datetime.UTC)
         hour = moment.hour + moment.minute / 60 + moment.second / 3600
@@ -189,30 +190,38 @@ def test_faults_come_at_their_rates():
             assert request.teacher_version == cascade.TEACHER_VERSION
 
 
-def test_fatigue_is_its_formula_and_fades():
-    event_topics = np.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], np.float32)
-    count = np.array([2.5, 0.5])
-    for hours, expected in ((0.0, count**2 / (count**2 + 4)), (48.0, np.zeros(2))):
-        fatigue = cascade.topic_fatigue(event_topics, np.full(3, hours, np.float32))
-        np.testing.assert_allclose(fatigue, expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("hours", [0.0, 48.0])
+def test_fatigue_and_mood_are_their_formulas_and_fade(hours):
+    topics = np.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], np.float32)
+    world = SimpleNamespace(topics=topics, quality=np.zeros(3), interests=np.zeros((1, 2)))
+    world.moment_taste = np.ones((8, 2)) / 8**0.5
+    completed, liked = np.array([True, True, False]), np.array([True, False, False])
+    history = cascade.History(np.arange(3), completed, liked, np.full(3, hours, np.float32))
+    terms = cascade.logit_terms(world, 0, np.ones(8), history, np.arange(3), np.zeros(3))
+    count = np.array([2.5, 0.5]) * np.exp(-hours / 0.5)
+    mood = np.tanh(np.array([2 + 1 - 0.5, -0.5]) * np.exp(-hours / 12) / 2)
+    fatigue = count**2 / (count**2 + 4)
+    expected = topics @ np.stack([np.ones(2), fatigue, mood, fatigue], axis=1)
+    np.testing.assert_allclose(terms[:, 3:], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_history_and_the_taste_matter_within_a_request(monkeypatch):
-    drawn, keep = [], cascade.true_logits
+    drawn, keep = [], cascade.logit_terms
 
-    def spy(terms, generosity):
-        drawn.append((terms, keep(terms, generosity)))
-        return drawn[-1][1].copy()
+    def spy(*arguments):
+        drawn.append(keep(*arguments))
+        return drawn[-1]
 
-    monkeypatch.setattr(cascade, "true_logits", spy)
+    monkeypatch.setattr(cascade, "logit_terms", spy)
     # Without slots to fill, candidates keep the order in which the logits were taken.
     monkeypatch.setattr(cascade, "_shown_first", lambda rng, value, *_: np.arange(len(value)))
-    world = cascade.make_world(make_data(taste=2.0, seed=5))
-    for request, (_, logits) in zip(draw("test", taste=2.0, seed=5), drawn, strict=True):
+    world = cascade.World(make_data(taste=2.0, seed=5))
+    for request, terms in zip(draw("test", taste=2.0, seed=5), drawn, strict=True):
+        logits = terms @ cascade.TERM_WEIGHTS + cascade.INTERCEPTS
         match = world.style[request.item_id] @ world.taste[request.user_id] / 16**0.5
-        expected = logits + np.outer(match, [1.0, 0.9, 0.8])
+        expected = logits + world.generosity[request.user_id] + np.outer(match, [1.0, 0.9, 0.8])
         np.testing.assert_allclose(request.true_probability, cascade.sigmoid(expected), rtol=1e-4)
-    terms = np.stack([terms for terms, _ in drawn])
+    terms = np.stack(drawn)
     terms -= terms.mean(axis=1, keepdims=True)
     for column in cascade.TERM_WEIGHTS.T:
         without = (terms @ (column * ~cascade.IS_OF_HISTORY)).ravel()
@@ -247,7 +256,7 @@ def test_impossible_settings_are_named(sizes, tasks, changes, named):
 
 
 def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world():
-    without, tasted = cascade.make_world(make_data()), cascade.make_world(make_data(taste=1.5))
+    without, tasted = cascade.World(make_data()), cascade.World(make_data(taste=1.5))
     for name in ("interests", "topics", "quality", "upload_time", "teacher_item_error"):
         np.testing.assert_array_equal(getattr(without, name), getattr(tasted, name))
     assert without.taste.shape == (60, 0)
