@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,11 +67,6 @@ class Collection(NamedTuple):
     queries: list[str]
     labels: list[dict[int, int]]  # of each query, film -> 1 if a person wanted it, 0 if not
 
-    @property
-    def words(self) -> list[list[str]]:
-        """The words of each query."""
-        return [words_of(text) for text in self.queries]
-
 
 class Candidates(NamedTuple):
     """The retrieved films of a query, the best first by BM25."""
@@ -117,21 +111,6 @@ def read(folder: Path) -> Collection:
     return Collection(films, queries, labels)
 
 
-def _texts(films: pd.DataFrame) -> dict[str, list[list[str]]]:
-    """The words of each field of all films."""
-    texts = {
-        "title": films["title"],
-        "overview": films["overview"],
-        "people": films["actors"].str.join(" ")
-        + " "
-        + films["director"].astype("string").fillna(""),
-        "characters": films["characters"].str.join(" "),
-        "tags": (films["tags"] + films["genres"]).str.join(" "),
-        "year": films["year"].astype("string").fillna(""),
-    }
-    return {field: [words_of(text) for text in texts[field]] for field in FIELDS}
-
-
 def retriever(
     collection: Collection,
     cosine: Callable[[int, Int64[np.ndarray, "n"]], Float32[np.ndarray, "n"]],
@@ -144,20 +123,25 @@ def retriever(
     known = collection.films[[*FACTS, "year"]].fillna(0).astype(np.float64)
     known[["popularity", "votes", "budget"]] = np.log1p(known[["popularity", "votes", "budget"]])
     facts = known.to_numpy(np.float32)
-    indices = []
-    for words in _texts(collection.films).values():
-        index = bm25s.BM25(k1=1.2, b=0.75)
-        index.index(words, show_progress=False)
-        indices.append(index)
-    popularity, queries = facts[:, 0], collection.words
+    films = collection.films
+    director = films["director"].astype("string").fillna("")
+    films = films.assign(
+        people=films["actors"].str.join(" ") + " " + director,
+        characters=films["characters"].str.join(" "),
+        tags=(films["tags"] + films["genres"]).str.join(" "),
+    )
+    indices = [bm25s.BM25(k1=1.2, b=0.75) for _ in FIELDS]
+    for index, field in zip(indices, FIELDS, strict=True):
+        texts = films[field].astype("string").fillna("")
+        index.index([words_of(text) for text in texts], show_progress=False)
 
     def retrieve(query: int) -> Candidates:
-        words = queries[query]
+        words = words_of(collection.queries[query])
         scores = np.stack(
             [index.get_scores_from_ids(index.get_tokens_ids(words)) for index in indices]
         )
         total = _TITLE_WEIGHT * scores[0] + scores[1:].sum(axis=0)
-        film = np.lexsort((-popularity, -total))[:RETRIEVED].copy()  # not a view of all films
+        film = np.lexsort((-facts[:, 0], -total))[:RETRIEVED].copy()  # not a view of all films
         title_share = scores[0] / max(scores[0].max(), 1e-6)
         columns = [of[film] for of in (*scores, total, title_share, *facts.T)]
         features = np.stack([*columns, cosine(query, film)], axis=1).astype(np.float32)
@@ -173,12 +157,10 @@ def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray
     Two queries share a group if the same film is the best one wanted for both, or if their words
     are nearly the same. Of the films wanted for a query, `best` has the one that BM25 puts first.
     """
-    words, number = collection.words, len(collection.queries)
-    vocabulary = {word: place for place, word in enumerate(sorted({*chain(*words)}))}
-    pairs = [(query, vocabulary[word]) for query, of in enumerate(words) for word in {*of}]
-    row, column = np.array(pairs).T
-    shape = (number, len(vocabulary))
-    has = scipy.sparse.csr_matrix((np.ones(len(row)), (row, column)), shape)
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    number = len(collection.queries)
+    has = CountVectorizer(analyzer=words_of, binary=True).fit_transform(collection.queries)
     shared = (has @ has.T).tocoo()
     size = np.asarray(has.sum(axis=1)).ravel()
     near = shared.data >= SAME_QUERY * (size[shared.row] + size[shared.col] - shared.data)
@@ -231,7 +213,7 @@ def fit_ranker(
     generator = np.random.default_rng(seed)
     place_of_group = generator.permutation(groups.max() + 1)[groups]
     order = np.argsort(place_of_group, kind="stable")
-    kept = []
+    kept: list[tuple[Any, Any]] = []
     for _, features, label in (queries[place] for place in order):
         unknown = np.flatnonzero(label < 0)
         extra = generator.choice(unknown, min(_NEGATIVES, len(unknown)), replace=False)
@@ -240,36 +222,32 @@ def fit_ranker(
     ordered = place_of_group[order]
     cut = int(np.searchsorted(ordered, ordered[len(queries) * 4 // 5]))
 
-    def part(some: Sequence[tuple[Any, Any]]) -> tuple[Any, Any, list[int]]:
-        features, labels = (np.concatenate(of) for of in zip(*some, strict=True))
-        return features, labels, [len(label) for _, label in some]
-
-    inputs, wanted, sizes = part(kept[:cut])
-    others, known, others_sizes = part(kept[cut:])
+    inputs, labels = (np.concatenate(of) for of in zip(*kept, strict=True))
+    sizes = [len(label) for _, label in kept]
+    stop, wanted = sum(sizes[:cut]), np.maximum(labels, 0)
     trees = lightgbm.LGBMRanker(
         n_estimators=300, num_leaves=31, learning_rate=0.1, min_child_samples=50, verbose=-1,
         random_state=seed, deterministic=True, force_row_wise=True, n_jobs=_THREADS,
     )  # fmt: skip
     trees.fit(
-        inputs,
-        np.maximum(wanted, 0),
-        group=sizes,
-        eval_X=others,
-        eval_y=np.maximum(known, 0),
-        eval_group=[others_sizes],
+        inputs[:stop],
+        wanted[:stop],
+        group=sizes[:cut],
+        eval_X=inputs[stop:],
+        eval_y=wanted[stop:],
+        eval_group=[sizes[cut:]],
         eval_at=[10],
         callbacks=[lightgbm.early_stopping(20, verbose=False)],
     )
-    labelled = known >= 0
-    score = np.asarray(trees.predict(others[labelled]))
-    return Ranker(trees, LogisticRegression().fit(score[:, None], known[labelled]))
+    known = stop + np.flatnonzero(labels[stop:] >= 0)
+    score = np.asarray(trees.predict(inputs[known]))
+    return Ranker(trees, LogisticRegression().fit(score[:, None], labels[known]))
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per query that the final ranker has not learned from."""
-    for package in ("bm25s", "lightgbm", "sklearn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
+    if not all(map(importlib.util.find_spec, ("bm25s", "lightgbm"))):
+        raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
     collection = read(files[0].parent)
     films, queries = vectors_of(collection, Path(data.dir) / "logs")
     retrieve = retriever(collection, lambda query, film: films[film] @ queries[query])
@@ -293,12 +271,10 @@ def vectors_of(
     """The sentence vectors of films and queries, kept in `folder`: they take most of the time."""
     path = folder / f"filmsearch-vectors-{sentences.VERSION}.npz"
     if not path.exists():
+        films = sentences.embed(texts_of(collection.films), "embed films")
+        queries = sentences.embed(collection.queries, "embed queries")
         part = path.with_suffix(".part.npz")
-        np.savez(
-            part,
-            films=sentences.embed(texts_of(collection.films), "embed films"),
-            queries=sentences.embed(collection.queries, "embed queries"),
-        )
+        np.savez(part, films=films, queries=queries)
         part.rename(path)
     stored = np.load(path)
     return stored["films"], stored["queries"]
@@ -315,31 +291,25 @@ def texts_of(films: pd.DataFrame) -> list[str]:
 
 
 def _rows(
-    collection: Collection,
-    candidates: Sequence[Candidates],
-    splits: Sequence[str],
-    ranker: Ranker,
+    collection: Collection, candidates: Sequence[Candidates], splits: Sequence[str], ranker: Ranker
 ) -> Iterator[dict[str, Any]]:
     """The rows of the log; labelled films count as shown, since people have seen them."""
     films = collection.films
-    bags = {
-        "title": films["title"].map(words_of),
-        "people": films["actors"].str[:3],
-        "genres": films["genres"].map(lambda names: [name.lower() for name in names]),
-        "tags": films["tags"],
-    }
+    bags = dict(title=films["title"].map(words_of), people=films["actors"].str[:3])
+    bags["genres"] = films["genres"].map(lambda names: [name.lower() for name in names])
+    bags["tags"] = films["tags"]
     of_film = {name: pa.array(bag.tolist(), pa.list_(pa.string())) for name, bag in bags.items()}
     numbers = [query for query, split in enumerate(splits) if split != RANKER]
     for query in tqdm(numbers, desc="write the log", disable=None, leave=False):
         film, features, label = candidates[query]
         words = words_of(collection.queries[query])
         column = dict(zip(FEATURES, features.T, strict=True))
-        stage = np.where(np.arange(len(film)) < PASSED, 1, 0)
+        stage = np.where(label >= 0, 2, np.arange(len(film)) < PASSED)
         yield {
             "request": query, "time": _TIME + query, "split": splits[query],
             "words": words, "trigrams": trigrams_of(words),
             "item": films["id"].to_numpy()[film],
-            "stage": pa.array(np.array(STAGES)[np.where(label >= 0, 2, stage)]),
+            "stage": pa.array(np.array(STAGES)[stage]),
             "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
             "final_score": ranker.probability(features).astype(np.float32),
             **{name: column[name] for name in (*STUDENT_FEATURES, *FACTS, "year")},

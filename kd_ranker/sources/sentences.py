@@ -44,18 +44,17 @@ def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 3
       UserError: the encoder is not installed.
     """
     weights, tokenizer = _pretrained()
-    ids = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
-    by_length = np.argsort([len(of) for of in ids], kind="stable")
+    encoded = tokenizer.encode_batch(list(texts))
+    by_length = np.argsort([len(of) for of in encoded], kind="stable")
     vectors = np.empty((len(texts), WIDTH), np.float32)
     for start in tqdm(range(0, len(texts), _TEXTS), desc=title, disable=None, leave=False):
         batch = by_length[start : start + _TEXTS]
-        length = -(-len(ids[batch[-1]]) // _STEP) * _STEP
-        tokens = np.zeros((_TEXTS, length), np.int32)
-        mask = np.zeros((_TEXTS, length), np.bool_)
-        mask[:, 0] = True
-        for row, text in enumerate(batch):
-            tokens[row, : len(ids[text])] = ids[text]
-            mask[row, : len(ids[text])] = True
+        rows = [encoded[text] for text in np.resize(batch, _TEXTS)]  # the last one repeats texts
+        length = -(-len(encoded[batch[-1]]) // _STEP) * _STEP
+        for row in rows:
+            row.pad(length)
+        tokens = np.array([row.ids for row in rows], np.int32)
+        mask = np.array([row.attention_mask for row in rows], np.bool_)
         vectors[batch] = _encode(weights, tokens, mask)[: len(batch)]
     return vectors
 
