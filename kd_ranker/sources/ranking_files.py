@@ -8,6 +8,7 @@
 `docs/ranking_files.md` describes stages, labels and columns. Errors name the file and the line.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from kd_ranker.sources.logs.layout import literal
 
 SPLIT = "{split}"
 """In the name of a file: replaced by the word that `data.splits` has for a split."""
-
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _GRADE = r"(?P<grade>[-+]?\d+)(?:\.0*)?"
@@ -77,7 +77,7 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
         raise UserError(f"k={k}, within={within}: k must be at least 1, and within 0 or at least k")
     with duckdb.connect() as con:
         for name, path in (("one", first), ("other", second)):
-            _read_run(con, name, Path(path))
+            _read_run(con, name, [Path(path)])
         found = con.sql(f"""
             WITH sizes AS (SELECT query, least({k}, size, others) AS depth
                 FROM (SELECT query, max(place) AS size FROM one GROUP BY query)
@@ -94,71 +94,82 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
     return Agreement(float(np.mean(shares)), float(low), float(high), len(shares))
 
 
-def _read(con: duckdb.DuckDBPyConnection, name: str, path: Path, layout: str) -> None:
-    """Make a table of the lines of a file that are not blank, from one of `_LAYOUTS`.
+def _read(
+    con: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path], layout: str
+) -> list[int]:
+    """Make a table of the lines of files that are not blank, from one of `_LAYOUTS`.
+
+    Its columns `part` and `line` number the files from 0 and their lines from 1.
 
     UserError names a line of another layout, and one with a document that its query has already.
+
+    Returns:
+      The number of lines of each file.
     """
     pattern = rf"^\s*{_LAYOUTS[layout]}\s*$"
+    numbers: list[int] = []
     groups = [*re.compile(pattern).groupindex]
-    try:
-        con.execute(
-            f"""CREATE OR REPLACE TABLE {name} AS SELECT line, unnest(regexp_extract(text, $pattern,
-                {groups})) FROM (SELECT row_number() OVER () AS line, text FROM read_csv($path,
+    for part, path in enumerate(paths):
+        try:
+            created = con.execute(
+                f"""{f"INSERT INTO {name}" if part else f"CREATE OR REPLACE TABLE {name} AS"}
+                SELECT {part} AS part, line, unnest(regexp_extract(text, $pattern, {groups}))
+                FROM (SELECT row_number() OVER () AS line, text FROM read_csv($path,
                     columns = {{'text': 'VARCHAR'}}, auto_detect = false, header = false,
                     delim = '', quote = '', escape = '', strict_mode = false))
                 WHERE regexp_matches(text, '\\S')""",
-            {"path": str(path), "pattern": pattern},
-        )
-    except duckdb.Error as error:
-        raise UserError(
-            f"{path} cannot be read as plain text in UTF-8: {line_of(error)}"
-        ) from error
-    _check(con, path, f"not “{layout}”", f"SELECT line FROM {name} WHERE {groups[0]} = ''")
+                {"path": str(path), "pattern": pattern},
+            )
+        except duckdb.Error as error:
+            raise UserError(
+                f"{path} cannot be read as plain text in UTF-8: {line_of(error)}"
+            ) from error
+        numbers += created.fetchone() or ()
+        if not numbers[-1]:
+            raise UserError(f"{path} is empty")
+    _check(con, paths, f"not “{layout}”", f"FROM {name} WHERE {groups[0]} = ''")
     if "document" in groups:
-        twice = f"""SELECT max(line) AS line FROM {name} WHERE document <> ''
-            GROUP BY query, document HAVING count(*) > 1"""
-        _check(con, path, "its query has this document already", twice)
-    if not con.sql(f"FROM {name}").limit(1).fetchall():
-        raise UserError(f"{path} is empty")
+        twice = f"""FROM (SELECT part, max(line) AS line FROM {name} WHERE document <> ''
+            GROUP BY part, query, document HAVING count(*) > 1)"""
+        _check(con, paths, "its query has this document already", twice)
+    return numbers
 
 
-def _check(con: duckdb.DuckDBPyConnection, path: Path, fault: str, lines: str) -> None:
-    """Raise UserError with the number of the first of the lines that SQL finds at fault."""
-    ((line,),) = con.sql(f"SELECT min(line) FROM ({lines})").fetchall()
-    if line:
-        raise UserError(f"{path}, line {line}: {fault}")
+def _check(con: duckdb.DuckDBPyConnection, paths: Sequence[Path], fault: str, lines: str) -> None:
+    """Raise UserError with the file and number of the first of the lines that are at fault."""
+    for part, line in con.sql(f"SELECT part, line {lines} ORDER BY ALL LIMIT 1").fetchall():
+        raise UserError(f"{paths[part]}, line {line}: {fault}")
 
 
-def _read_run(con: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+def _read_run(con: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path]) -> None:
     """Make a table of a TREC run; the order is that of scores, and of ranks if these are equal."""
-    _read(con, name, path, _RUN)
+    _read(con, name, paths, _RUN)
     con.execute(f"""
-        CREATE OR REPLACE TABLE {name} AS SELECT query, document, score::DOUBLE AS score,
-            row_number() OVER (PARTITION BY query
+        CREATE OR REPLACE TABLE {name} AS SELECT part, query, document, score::DOUBLE AS score,
+            row_number() OVER (PARTITION BY part, query
                 ORDER BY score::DOUBLE DESC, rank::DOUBLE, line) AS place FROM {name}""")
 
 
-def _splits_of(*names: str) -> Sequence[str]:
-    """The splits of files with these names; one "" if no name has `SPLIT`."""
-    return SPLITS if any(SPLIT in name for name in names) else [""]
-
-
-def _name(data: ConfigDict, name: str, split: str) -> str:
-    return name.replace(SPLIT, data.splits[split]) if split else name
+def _files(data: ConfigDict, *names: str) -> list[list[Path]]:
+    """The files with each name, one per split; a single one if no name has `SPLIT`."""
+    has_splits = any(SPLIT in name for name in names)
+    words = [data.splits[split] for split in SPLITS] if has_splits else [""]
+    folder = Path(data.path).absolute()
+    return [[folder / name.replace(SPLIT, word) for word in words] for name in names]
 
 
 def _find(data: ConfigDict, *names: str) -> list[Path]:
     """The files with these names, of all splits."""
-    found = [_name(data, name, split) for name in names for split in _splits_of(name)]
-    return find_raw(data, found, "the ranking files; data.splits has the words of {split}")
+    paths = dict.fromkeys(map(str, itertools.chain(*_files(data, *names))))
+    return find_raw(data, paths, "the ranking files; data.splits has the words of {split}")
 
 
 def _columns(data: ConfigDict, has_splits: bool) -> str:
     """SQL for the columns of both kinds of files: a query's number makes its time."""
-    labels = "".join(f", (grade >= {least})::TINYINT AS grade_{least}" for least in data.grades)
-    split = ", split" if has_splits else ""
-    return f"query AS request, {_TIME} + number AS time{split}, document AS item, grade{labels}"
+    labels = "".join(f", (grade::INT >= {of})::TINYINT AS grade_{of}" for of in data.grades)
+    split = f", {[*SPLITS]}[part + 1] AS split" if has_splits else ""
+    return f"""query AS request, {_TIME} + number AS time{split}, document AS item,
+        grade::INT AS grade{labels}"""
 
 
 def _find_letor(data: ConfigDict) -> list[Path]:
@@ -167,46 +178,31 @@ def _find_letor(data: ConfigDict) -> list[Path]:
 
 def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per document; all of them count as shown."""
-    splits, number = _splits_of(data.documents, data.scores), int(data.num_features)
+    documents, scores = _files(data, data.documents, data.scores)
+    number = int(data.num_features)
+    wrong, features = f"places <> range(1, {number + 1})", "numbers"
     if data.sparse:
         wrong = f"len(list_intersect(places, range(1, {number + 1}))) <> len(places)"
         features = f"""list_transform(range(1, {number + 1}),
-            lambda place: coalesce(numbers[list_position(places, place)], 0))"""
-    else:
-        wrong, features = f"places <> range(1, {number + 1})", "numbers"
+            lambda place: coalesce(numbers[list_position(places, place)], 0))::FLOAT[]"""
     with connect(data, folder) as con:
+        lines = _read(con, "lines", documents, _LETOR)
+        apart = """FROM (SELECT part, line, query, lag((part, query)) OVER (ORDER BY part, line) AS
+            before, row_number() OVER (PARTITION BY query ORDER BY part, line) AS turn FROM lines)
+            WHERE turn > 1 AND before <> (part, query)"""
+        _check(con, documents, "its query was before others, or in an earlier split", apart)
+        con.execute("CREATE TABLE scores AS SELECT NULL AS score FROM lines")
+        others = _read(con, "scores", scores, _SCORE) if data.scores else lines
         con.execute("""
-            CREATE TABLE documents (part INT, split VARCHAR, line BIGINT, query VARCHAR,
-                document VARCHAR, grade INT, features FLOAT[], score DOUBLE)""")
-        for part, split in enumerate(splits):
-            path = Path(data.path) / _name(data, data.documents, split)
-            _read(con, "lines", path, _LETOR)
-            apart = """SELECT line FROM (SELECT *, lag(query) OVER (ORDER BY line) AS before,
-                row_number() OVER (PARTITION BY query ORDER BY line) AS turn FROM lines)
-                WHERE turn > 1 AND before <> query"""
-            _check(con, path, "its query was there before, with others between", apart)
-            earlier = "SELECT line FROM lines SEMI JOIN documents USING (query)"
-            _check(con, path, "its query is in the file of an earlier split too", earlier)
-            con.execute("""
-                CREATE OR REPLACE TABLE lines AS SELECT * EXCLUDE pairs,
-                    regexp_extract_all(pairs, '(\\d+):', 1)::BIGINT[] AS places,
-                    regexp_extract_all(pairs, ':(\\S+)', 1)::FLOAT[] AS numbers FROM lines""")
-            fault = (
-                f"its features are not {'some of ' * data.sparse}1 to data.num_features={number}"
-            )
-            _check(con, path, fault, f"SELECT line FROM lines WHERE {wrong}")
-            con.execute("CREATE OR REPLACE TABLE scores AS SELECT line, NULL AS score FROM lines")
-            if data.scores:
-                scores = Path(data.path) / _name(data, data.scores, split)
-                _read(con, "scores", scores, _SCORE)
-                ((lines, others),) = con.sql(
-                    "SELECT (SELECT count(*) FROM lines), (SELECT count(*) FROM scores)"
-                ).fetchall()
-                if lines != others:
-                    raise UserError(f"{scores} has {others} scores for {lines} lines of {path}")
-            con.execute(f"""
-                INSERT INTO documents SELECT {part}, '{split}', lines.line, query, document,
-                    grade::INT, {features}, score::DOUBLE FROM lines POSITIONAL JOIN scores""")
+            CREATE TABLE documents AS SELECT lines.* EXCLUDE pairs, score::DOUBLE AS score,
+                regexp_extract_all(pairs, '(\\d+):', 1)::BIGINT[] AS places,
+                regexp_extract_all(pairs, ':(\\S+)', 1)::FLOAT[] AS numbers
+            FROM lines POSITIONAL JOIN scores""")
+        fault = f"its features are not {'some of ' * data.sparse}1 to data.num_features={number}"
+        _check(con, documents, fault, f"FROM documents WHERE {wrong}")
+        for path, of_path, one, other in zip(documents, scores, lines, others, strict=True):
+            if one != other:
+                raise UserError(f"{of_path} has {other} scores for {one} lines of {path}")
         ranks = ", score::FLOAT AS final_score, final_rank" if data.scores else ""
         con.sql(f"""
             WITH placed AS (SELECT *, min(line) OVER of_query AS first,
@@ -215,7 +211,8 @@ def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 FROM documents WINDOW of_query AS (PARTITION BY part, query)),
             numbered AS (SELECT * REPLACE (if(document = '', query || '-' || place, document) AS
                 document), dense_rank() OVER (ORDER BY part, first) AS number FROM placed)
-            SELECT {_columns(data, splits is SPLITS)}, 'shown' AS stage, features{ranks}
+            SELECT {_columns(data, len(documents) > 1)}, 'shown' AS stage,
+                {features} AS features{ranks}
             FROM numbered ORDER BY number, line""").write_parquet(str(folder / "log.parquet"))
 
 
@@ -229,53 +226,45 @@ def _find_trec(data: ConfigDict) -> list[Path]:
 
 def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per document of a run, of the queries that have a graded one among these."""
-    splits = _splits_of(data.qrels, *data.runs.values())
+    qrels, *runs = _files(data, data.qrels, *data.runs.values())
     with connect(data, folder) as con:
+        _read(con, "qrels", qrels, _QRELS)
+        for turn, (name, paths) in enumerate(zip(data.runs, runs, strict=True)):
+            _read_run(con, "run", paths)
+            known = con.sql("SELECT DISTINCT part FROM run SEMI JOIN qrels USING (part, query)")
+            for part in {*range(len(paths))} - {of for (of,) in known.fetchall()}:
+                raise UserError(f"{paths[part]}: {qrels[part]} has none of its queries")
+            con.execute(f"""{"INSERT INTO runs" if turn else "CREATE TABLE runs AS"}
+                SELECT {literal(name)} AS run, {turn} AS turn, * FROM run""")
         con.execute("""
-            CREATE TABLE qrels (part INT, split VARCHAR, line BIGINT, query VARCHAR,
-                document VARCHAR, grade INT);
-            CREATE TABLE runs (part INT, run VARCHAR, turn INT, query VARCHAR,
-                document VARCHAR, score DOUBLE, place INT)""")
-        for part, split in enumerate(splits):
-            path = Path(data.path) / _name(data, data.qrels, split)
-            _read(con, "lines", path, _QRELS)
-            con.execute(f"INSERT INTO qrels SELECT {part}, '{split}', * FROM lines")
-            for turn, (name, of_split) in enumerate(data.runs.items()):
-                run = Path(data.path) / _name(data, of_split, split)
-                _read_run(con, "run", run)
-                if not con.sql("FROM run SEMI JOIN lines USING (query)").limit(1).fetchall():
-                    raise UserError(f"{run}: {path} has none of its queries")
-                con.execute(f"INSERT INTO runs SELECT {part}, {literal(name)}, {turn}, * FROM run")
-        con.execute("""
-            CREATE TABLE numbered AS SELECT part, split, query,
+            CREATE TABLE numbered AS SELECT part, query,
                 row_number() OVER (ORDER BY part, min(line)) AS number
             FROM qrels SEMI JOIN (FROM qrels SEMI JOIN runs USING (part, query, document)) AS judged
-            USING (part, query) GROUP BY part, split, query""")
+            USING (part, query) GROUP BY part, query""")
         ((left_out,),) = con.sql(
             "SELECT count(DISTINCT query) FROM runs ANTI JOIN numbered USING (query)"
         ).fetchall()
         if left_out:
             logging.warning("left out %d queries of the runs without graded documents", left_out)
         of_runs = ", ".join(
-            f"max({of}) FILTER (run = {literal(run)})::FLOAT AS {name}"
+            f'max({of}) FILTER (run = {literal(run)})::FLOAT AS "{run}_{name}"'
             for run in data.runs
-            for name, of in ((f'"{run}_score"', "score"), (f'"{run}_rank"', "place"))
+            for name, of in (("score", "score"), ("rank", "place"))
         )
         passed = f'"{data.final}_rank" IS NOT NULL' if data.final else "false"
         con.sql(f"""
             WITH listed AS (SELECT part, query, document, min((turn, place)) AS first, {of_runs}
                 FROM runs GROUP BY ALL)
-            SELECT {_columns(data, splits is SPLITS)}, CASE WHEN grade IS NOT NULL THEN 'shown'
+            SELECT {_columns(data, len(qrels) > 1)}, CASE WHEN grade IS NOT NULL THEN 'shown'
                 WHEN {passed} THEN 'passed' ELSE 'retrieved' END AS stage,
                 listed.* EXCLUDE (part, query, document, first)
             FROM listed JOIN numbered USING (part, query)
-            LEFT JOIN qrels USING (part, query, document, split)
+            LEFT JOIN qrels USING (part, query, document)
             ORDER BY number, first""").write_parquet(str(folder / "log.parquet"))
 
 
+_SHARED = ("splits", "grades")
 LETOR = Converter(
-    ("documents", "scores", "splits", "grades", "num_features", "sparse"),
-    _find_letor,
-    _write_letor,
+    ("documents", "scores", "num_features", "sparse", *_SHARED), _find_letor, _write_letor
 )
-TREC = Converter(("qrels", "runs", "final", "splits", "grades"), _find_trec, _write_trec)
+TREC = Converter(("qrels", "runs", "final", *_SHARED), _find_trec, _write_trec)

@@ -248,7 +248,7 @@ LAYOUT = "not “grade qid:query 1:number 2:number ...”"
         ("1 900 1:1 2:1 3:1 4:1 5:1", LAYOUT),
         ("1.5 qid:900 1:1 2:1 3:1 4:1 5:1", LAYOUT),
         ("1 qid:50 1:1 2:1 3:1 4:1 5:1 # docid = GX050-00-1234", "its query has this document"),
-        ("1 qid:11 1:1 2:1 3:1 4:1 5:1", "its query was there before, with others between"),
+        ("1 qid:11 1:1 2:1 3:1 4:1 5:1", "its query was before others, or in an earlier split"),
     ],
 )
 def test_a_letor_line_at_fault_leaves_nothing(fold, line, message):
@@ -302,7 +302,7 @@ def test_keys_at_fault_are_named(lists, fold):
         (trec_config(lists, path=""), r"does not exist; set data\.path to the folder of the rank"),
         (letor_config(fold, splits=dict(test="test2")), r"test2\.txt does not exist"),
         (letor_config(fold, "mq2008", splits=dict(validation="other")),
-         r"other\.txt, line 1: its query is in the file of an"),
+         r"other\.txt, line 1: its query was .* in an earlier split"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             kd.prepare(config)
