@@ -81,7 +81,17 @@ class World:
 
     def __init__(self, data: ConfigDict) -> None:
         users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
-        self._draw_tastes(np.random.default_rng([data.seed, 4]), users, items, float(data.taste))
+        # Tastes and styles of deviation 1, times `data.taste`; D is 0 if that is 0.
+        rng, size = np.random.default_rng([data.seed, 4]), TASTE_SIZE if data.taste else 0
+        taste = _normal(rng, users, size)
+        self.taste: Float32[np.ndarray, "users D"] = data.taste * taste
+        self.style: Float32[np.ndarray, "items D"] = _normal(rng, items, size)
+        # The policy knows a taste from the profile, and a style from past user actions on the item.
+        self.shown_taste = (taste + 0.5 * _normal(rng, users, size)) / 1.25**0.5
+        self.policy_taste: Float32[np.ndarray, "users D"] = data.taste * self.shown_taste
+        self.policy_style: Float32[np.ndarray, "items D"]
+        self.policy_style = (self.style + _normal(rng, items, size)) / 2**0.5
+        self.shown_style = self.style + 0.05 * _normal(rng, items, size)
         rng = np.random.default_rng([data.seed, 0])
         self._draw_users(rng, users, topics, int(data.history_length))
         self._draw_items(rng, items, topics)
@@ -96,19 +106,6 @@ class World:
         self.teacher_item_error = _normal(rng, items, len(TASKS), scale=0.2)
         self.teacher_user_error: Float32[np.ndarray, "users tasks"]
         self.teacher_user_error = _normal(rng, users, len(TASKS), scale=0.1)
-
-    def _draw_tastes(self, rng: np.random.Generator, users: int, items: int, scale: float) -> None:
-        """Tastes and styles of deviation 1, times the scale of tastes; D is 0 if that is 0."""
-        size = TASTE_SIZE if scale else 0
-        taste = _normal(rng, users, size)
-        self.taste: Float32[np.ndarray, "users D"] = scale * taste
-        self.style: Float32[np.ndarray, "items D"] = _normal(rng, items, size)
-        # The policy knows a taste from the profile, and a style from past user actions on the item.
-        self.shown_taste = (taste + 0.5 * _normal(rng, users, size)) / 1.25**0.5
-        self.policy_taste: Float32[np.ndarray, "users D"] = scale * self.shown_taste
-        self.policy_style: Float32[np.ndarray, "items D"]
-        self.policy_style = (self.style + _normal(rng, items, size)) / 2**0.5
-        self.shown_style = self.style + 0.05 * _normal(rng, items, size)
 
     def _draw_users(
         self, rng: np.random.Generator, users: int, topics: int, history_length: int
