@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
 from kd_ranker.config.defaults import feature, features
-from kd_ranker.sources.movielens import stars_of
+from kd_ranker.sources.movielens import STARS
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -15,9 +15,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     defaults.check_variant(variant, "1m", "32m")
     config = defaults.get_config(f"movielens_{variant or '100k'}")
-    config.data.labels = ConfigDict(dict(watch="watch", like="like", share="share"))
-    stars = len(stars_of(config.data.name))
-    config.data.features = ConfigDict(
+    config.data.labels = {task: task for task in config.tasks}
+    stars = len(STARS[variant or "100k"])
+    config.data.features = (
         features("user", "dense", "rated", "mean_rating", standardise=False)
         | features("user", "dense", "genres_rated", "genres_liked", length=20, standardise=False)
         | dict(recent=feature("user", "history", "history", length=20))
@@ -34,22 +34,16 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant != "32m":  # which knows nothing of users
         config.data.features.update(features("user", "dense", "age"))
         config.data.features.update(features("user", "category", "gender", "occupation"))
-    config.funnel.passed = 100
-    config.funnel.report_at = (10, 50, 100, 200, 400)
+    # In the larger sets it holds the negatives and the rated items of one request.
+    config.funnel.update(retrieved=1000 if variant else 1682, passed=100)
     for batch in (config.batch, config.teacher.batch):
-        batch.requests = 48
-        batch.candidates = 80 if variant == "32m" else 64
+        batch.update(requests=48, candidates=80 if variant == "32m" else 64)
         # A weight of 1 / 0.03 keeps probabilities calibrated.
         batch.negative_rate = 0.1 if variant else 0.03
     for optimizer, rate in ((config.optimizer, 1e-2), (config.teacher.optimizer, 5e-3)):
         optimizer.learning_rate = optimizer.table_learning_rate = rate
-        optimizer.weight_decay = 0.1
-        optimizer.table_weight_decay = 1.0
-    # In the larger sets it holds the negatives and the rated items of one request.
-    config.funnel.retrieved = 1000 if variant else 1682
+        optimizer.update(weight_decay=0.1, table_weight_decay=1.0)
     if variant == "32m":
-        config.data.ratings_per_request = 16
-        config.data.max_users = (
-            10_000  # of 200,948; 0 takes all, for twenty times the disk and time
-        )
+        # Of 200,948 users; 0 takes all, for twenty times the disk and time.
+        config.data.update(ratings_per_request=16, max_users=10_000)
     return config
