@@ -17,29 +17,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.taste = 0.0 if variant == "items" else 1.0
     config.data.test_requests = 2000
     for optimizer in (config.optimizer, config.teacher.optimizer):
-        optimizer.learning_rate = 1e-2
-        optimizer.weight_decay = 0.1
-        optimizer.table_weight_decay = 1.0
+        optimizer.update(learning_rate=1e-2, weight_decay=0.1, table_weight_decay=1.0)
     # An early ranker must learn by item id what the final ranker reads from costly features.
     config.optimizer.table_learning_rate = 6e-3
-    config.train.steps = 1000
-    config.teacher.train.steps = 600
+    config.train.steps, config.teacher.train.steps = 1000, 600
     if variant == "small":
-        _shrink(config)
+        config.data.update(num_users=50, num_items=300, train_requests=64)
+        config.data.update(validation_requests=12, test_requests=12)
+        config.funnel.update(retrieved=100, passed=30, report_at=(10, 30, 60))
+        config.batch.update(requests=8, candidates=32)
+        config.teacher.batch.requests = 16
+        for train in (config.train, config.teacher.train):
+            train.update(steps=20, log_every=5, checkpoint_every=10, eval_every=10, eval_limit=8)
     return config
-
-
-def _shrink(config: ConfigDict) -> None:
-    config.data.num_users = 50
-    config.data.num_items = 300
-    config.data.train_requests = 64
-    config.data.validation_requests = config.data.test_requests = 12
-    config.funnel.retrieved, config.funnel.passed = 100, 30
-    config.funnel.report_at = (10, 30, 60)
-    config.batch.requests, config.batch.candidates = 8, 32
-    config.teacher.batch.requests = 16
-    for train in (config.train, config.teacher.train):
-        train.steps = 20
-        train.log_every = 5
-        train.checkpoint_every = train.eval_every = 10
-        train.eval_limit = 8

@@ -10,15 +10,13 @@ def get_config(variant: str = "") -> ConfigDict:
     """Give `--config.data.path`, the log; see `docs/datasets.md`."""
     config = parquet(variant)
     config.tasks, config.value_weights = ("click", "read"), (1.0, 1.0)
-    config.data.title = "EB-NeRD"
-    config.data.rows = "request"
+    config.data.title, config.data.rows = "EB-NeRD", "request"
     # All articles of an impression were shown, in an order that the publishers have shuffled.
-    config.data.columns = ConfigDict(
-        dict(request="impression_id", time="impression_time", user="user_id", item="item")
+    config.data.columns = dict(
+        request="impression_id", time="impression_time", user="user_id", item="item"
     )
-    config.data.labels = ConfigDict(dict(click="click", read="read"))
-    config.data.teacher = ConfigDict()
-    config.data.features = ConfigDict(
+    config.data.labels, config.data.teacher = dict(click="click", read="read"), {}
+    config.data.features = (
         dict(
             subscriber=feature("user", "category", "is_subscriber"),
             logged_in=feature("user", "category", "is_sso_user"),
@@ -35,8 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         | features("candidate", "dense", "hours_old")
     )
     # Some five of a hundred impressions have more articles than that.
-    config.funnel.retrieved, config.funnel.passed, config.funnel.shown = 100, 5, 1
-    config.funnel.report_at = (1, 3, 5, 10)
+    config.funnel.update(retrieved=100, passed=5, shown=1, report_at=(1, 3, 5, 10))
     config.batch.candidates = 32
     config.teacher.source = "live"
     return config

@@ -13,10 +13,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config = defaults.get_config("filmsearch")
     config.tasks, config.value_weights = ("wanted",), (1.0,)
     config.data.title = "film search"
-    config.data.columns = ConfigDict(dict(incumbent="bm25"))
-    config.data.labels = ConfigDict(dict(wanted="wanted"))
-    config.data.teacher = ConfigDict(dict(wanted="final_score"))
-    config.data.features = ConfigDict(
+    config.data.columns = dict(incumbent="bm25")
+    config.data.labels, config.data.teacher = dict(wanted="wanted"), dict(wanted="final_score")
+    config.data.features = (
         dict(
             words=feature("context", "bag", length=8, size=8000),
             trigrams=feature("context", "bag", length=32, size=8000),
@@ -28,14 +27,12 @@ def get_config(variant: str = "") -> ConfigDict:
         | features("item", "dense", *FACTS, "year")
         | features("candidate", "dense", *STUDENT_FEATURES)
     )
-    config.funnel.retrieved, config.funnel.passed, config.funnel.shown = RETRIEVED, PASSED, 10
-    config.funnel.report_at = (10, 20, 50, 100, 200)
-    config.teacher.source = "logged"
-    config.teacher.stage = "passed"
+    config.funnel.update(retrieved=RETRIEVED, passed=PASSED, report_at=(10, 20, 50, 100, 200))
+    config.teacher.update(source="logged", stage="passed")
     # Microseconds on one machine, by `scripts/bench.py film_search`: docs/filmsearch.md has more.
     config.costs.teacher.candidate, config.costs.teacher.request = 2.2, 1850.0
     config.costs.student.candidate = 0.12
     config.student.name = "two_tower"
-    config.batch.requests, config.batch.candidates = 32, 100
+    config.batch.candidates = 100
     config.optimizer.learning_rate = config.optimizer.table_learning_rate = 1e-2
     return config

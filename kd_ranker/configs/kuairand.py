@@ -18,27 +18,14 @@ def get_config(variant: str = "") -> ConfigDict:
     defaults.check_variant(variant, "pure", "1k", "27k")
     is_large = variant in ("1k", "27k")
     config = defaults.get_config(f"kuairand_{variant or 'pure'}")
-    config.data.labels = ConfigDict(
-        dict(watch="long_view", like="is_like", share="is_forward", follow="is_follow",
-            comment="is_comment", click="is_click")
-    )  # fmt: skip
+    config.data.labels = dict(watch="long_view", like="is_like", share="is_forward")
+    config.data.labels.update(follow="is_follow", comment="is_comment", click="is_click")
     config.data.allow = ("few_positives", "one_label")  # some actions are rare
-    config.data.features = _features(hashed_into=1 << 20 if is_large else 8192)
-    if is_large:
-        # Most of the millions of videos occur once or twice.
-        config.student.item_rows = config.teacher.item_rows = 1 << 20
-    config.funnel.retrieved, config.funnel.passed = 100, 30
-    config.funnel.report_at = (10, 20, 30, 50)
-    config.batch.requests, config.batch.candidates = 64, 48
-    config.train.steps = config.teacher.train.steps = 3000
-    return config
-
-
-def _features(hashed_into: int) -> ConfigDict:
-    """The features, from the columns of the log that `sources/kuairand.py` writes."""
+    # From the columns of the log that `sources/kuairand.py` writes.
+    size = 1 << 20 if is_large else 8192
     of_user = (*USER_NUMBERS, *USER_FLAGS, *(f"user_{of}" for of in ("seen", *ACTIONS)))
     of_video = (f"video_{of}" for of in ("seen", *CANDIDATE_ACTIONS))
-    return ConfigDict(
+    config.data.features = (
         features("user", "dense", *of_user, standardise=False)
         | features("user", "category", *USER_CATEGORIES)
         | features("context", "dense", "hour_sin", "hour_cos", standardise=False)
@@ -47,11 +34,18 @@ def _features(hashed_into: int) -> ConfigDict:
         | dict(recent=feature("user", "history", "history", length=20))
         | features("event", "dense", "history_actions", length=len(ACTIONS), standardise=False)
         | features("event", "dense", "history_age", standardise=False)
-        | dict(author=feature("item", "category", "author_id", hashed=True, size=hashed_into))
-        | dict(music=feature("item", "category", "music_id", hashed=True, size=hashed_into))
+        | dict(author=feature("item", "category", "author_id", hashed=True, size=size))
+        | dict(music=feature("item", "category", "music_id", hashed=True, size=size))
         | features("item", "category", "video_type", "upload_type", "music_type")
         | features("item", "bag", "tags", length=4)
         | features("item", "dense", "duration", "shape", "days_to_end")
         | features("candidate", "dense", *of_video, standardise=False)
         | features("candidate", "dense", "days_old")
     )
+    if is_large:
+        # Most of the millions of videos occur once or twice.
+        config.student.item_rows = config.teacher.item_rows = 1 << 20
+    config.funnel.update(retrieved=100, passed=30, report_at=(10, 20, 30, 50))
+    config.batch.update(requests=64, candidates=48)
+    config.train.steps = config.teacher.train.steps = 3000
+    return config

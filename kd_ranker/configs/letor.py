@@ -24,16 +24,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tasks = tuple(f"grade_{least}" for least in config.data.grades)
     # The sum of these over the labels that hold is 2 ** grade - 1, the gain of nDCG.
     config.value_weights = tuple(2.0 ** (least - 1) for least in config.data.grades)
-    config.data.labels = ConfigDict({task: task for task in config.tasks})
-    config.data.features = ConfigDict(dict(features=feature("candidate", "dense")))
+    config.data.labels = {task: task for task in config.tasks}
+    config.data.features = dict(features=feature("candidate", "dense"))
     config.data.features.features.length = config.data.get_ref("num_features")
-    config.funnel.retrieved, config.funnel.passed, config.funnel.shown = 1500, 100, 10
-    config.funnel.report_at = (10, 20, 50, 100)
+    config.funnel.update(retrieved=1500, passed=100, report_at=(10, 20, 50, 100))
     config.student.item_rows = config.teacher.item_rows = 1  # documents occur once
     config.distill.loss = "softmax"  # takes an order
     if variant.endswith(_SCORED):
         config.data.scores = "{split}.scores"
-        config.data.teacher = ConfigDict(dict.fromkeys(config.tasks, "final_rank"))
+        config.data.teacher = dict.fromkeys(config.tasks, "final_rank")
         config.data.teacher_signal, config.teacher.source = "rank", "logged"
-    config.batch.requests, config.batch.candidates = 32, 64
+    config.batch.candidates = 64
     return config

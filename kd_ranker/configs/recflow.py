@@ -18,44 +18,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tasks, config.value_weights = ("effective_view",), (1.0,)
     # The mirror lacks the day before (docs/recflow.md).
     config.data.train_days = _days("2024-01-14", "2024-02-16")
-    config.data.validation_days = ("2024-02-17",)
-    config.data.test_days = ("2024-02-18",)
-    _name_columns(config.data)
-    config.funnel.retrieved = 600  # no less than the rows of any request in the log
-    config.funnel.report_at = (50, 100, 200)
-    config.batch.order = "time"
-    config.batch.requests = config.batch.candidates = 64
-    config.student.name = "two_tower"
-    config.student.hidden = (128, 64)
-    config.student.item_rows = 1 << 22  # for up to 82 million videos
-    config.distill.loss = "softmax"
-    config.teacher.source = "logged"  # the log's own positions
-    for optimizer in (config.optimizer, config.teacher.optimizer):
-        optimizer.learning_rate = optimizer.table_learning_rate = 1e-2
-        optimizer.schedule = "constant"
-    # One pass, if days are equal: 34 of 37, of 9.37 million requests.
-    config.train.steps = 134_500
-    config.train.eval_every = 10_000
-    config.train.checkpoint_every = 5_000
-    if variant == "small":
-        _shrink(config)
-    if variant == "lcron":
-        _follow_lcron(config)
-    return config
-
-
-def _name_columns(data: ConfigDict) -> None:
-    """Name the columns of the log that `sources/recflow.py` writes."""
-    data.time_unit = "ms"
-    data.labels = ConfigDict(
-        dict(watch="long_view", effective_view="effective_view", like="like", share="forward",
-            follow="follow", comment="comment")
-    )  # fmt: skip
+    config.data.update(validation_days=("2024-02-17",), test_days=("2024-02-18",))
+    # The columns of the log that `sources/recflow.py` writes.
+    config.data.time_unit = "ms"
+    config.data.labels = dict(watch="long_view", effective_view="effective_view", like="like")
+    config.data.labels.update(share="forward", follow="follow", comment="comment")
     # The final ranker's order is the same for all tasks.
-    data.teacher = ConfigDict(dict.fromkeys(data.labels, "position"))
-    data.teacher_signal = "rank"
-    data.allow = ("teacher_coverage",)  # rows that only passed may have no position
-    data.features = ConfigDict(
+    config.data.teacher = dict.fromkeys(config.data.labels, "position")
+    config.data.teacher_signal = "rank"
+    config.data.allow = ("teacher_coverage",)  # rows that only passed may have no position
+    config.data.features = (
         features("user", "dense", "views", standardise=False)
         | features("user", "category", "gender", "province", "age")
         | dict(recent=feature("user", "history", "history", length=50))
@@ -69,6 +41,27 @@ def _name_columns(data: ConfigDict) -> None:
         | features("item", "dense", "duration")
         | features("candidate", "dense", "days_old")
     )
+    # No less than the rows of any request in the log.
+    config.funnel.update(retrieved=600, report_at=(50, 100, 200))
+    config.batch.update(order="time", requests=64, candidates=64)
+    # The rows are for up to 82 million videos.
+    config.student.update(name="two_tower", hidden=(128, 64), item_rows=1 << 22)
+    config.distill.loss = "softmax"
+    config.teacher.source = "logged"  # the log's own positions
+    for optimizer in (config.optimizer, config.teacher.optimizer):
+        optimizer.update(learning_rate=1e-2, table_learning_rate=1e-2, schedule="constant")
+    # One pass, if days are equal: 34 of 37, of 9.37 million requests.
+    config.train.update(steps=134_500, eval_every=10_000, checkpoint_every=5_000)
+    if variant == "small":
+        config.data.update(train_days=_days("2024-02-15", "2024-02-16"), max_requests_per_day=2000)
+        config.data.features.author.size = 1 << 14
+        config.student.item_rows = 0
+        config.batch.requests = 32
+        one_pass = 2 * 2000 // 32
+        config.train.update(steps=one_pass, log_every=10, checkpoint_every=100, eval_every=100)
+    if variant == "lcron":
+        _follow_lcron(config)
+    return config
 
 
 def _days(first: str, last: str) -> tuple[str, ...]:
@@ -76,34 +69,18 @@ def _days(first: str, last: str) -> tuple[str, ...]:
     return tuple(pd.date_range(first, last).strftime("%Y-%m-%d"))
 
 
-def _shrink(config: ConfigDict) -> None:
-    config.data.train_days = _days("2024-02-15", "2024-02-16")
-    config.data.max_requests_per_day = 2000
-    config.data.features.author.size = 1 << 14
-    config.student.item_rows = 0
-    config.batch.requests = 32
-    config.train.steps = 2 * 2000 // 32  # one pass
-    config.train.log_every = 10
-    config.train.checkpoint_every = config.train.eval_every = 100
-
-
 def _follow_lcron(config: ConfigDict) -> None:
     config.data.train_days = _days("2024-01-14", "2024-02-02")
-    config.data.validation_days = ("2024-02-03",)
-    config.data.test_days = ("2024-02-04",)
-    config.data.of_each_stage = 10
-    config.funnel.retrieved, config.funnel.passed = 40, 30
-    config.funnel.report_at = (10, 20, 30)  # survival@30 is their Recall@10@30
-    config.batch.requests, config.batch.candidates = 1024, 40
+    config.data.update(validation_days=("2024-02-03",), test_days=("2024-02-04",), of_each_stage=10)
+    # survival@30 is their Recall@10@30.
+    config.funnel.update(retrieved=40, passed=30, report_at=(10, 20, 30))
+    config.batch.update(requests=1024, candidates=40)
     config.student.history = "mean"
     # As their baseline FS-RankNet: pairs of candidates at different stages, without user labels.
     config.teacher.signal = "stage"
-    config.distill.loss = "ranknet"
-    config.distill.user_weight = 0.0
-    config.distill.affine = False
-    config.train.steps = 4_950  # a pass, if days are equal: 20 of 37, of 9.37 million requests
-    config.train.eval_every = config.train.checkpoint_every = 1_000
-    config.sweep.modes = ("none", "shared")
+    config.distill.update(loss="ranknet", user_weight=0.0, affine=False)
+    # A pass, if days are equal: 20 of 37, of 9.37 million requests.
+    config.train.update(steps=4_950, eval_every=1_000, checkpoint_every=1_000)
+    config.sweep.update(modes=("none", "shared"), seeds=(0, 1, 2))
     config.sweep.axes.distill.loss = ("ranknet", "softmax", "topk")
     config.sweep.axes.optimizer.learning_rate = (5e-3, 1e-2)
-    config.sweep.seeds = (0, 1, 2)
