@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_weights = (1.0, 2.0)  # one per task
 
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
+    config.data.sql = ""  # instead of path: a SELECT, as DuckDB runs it
     config.data.rows = "candidate"  # one row per candidate; or request: one per request
     # Role -> column; "" if the log lacks it. Of the first four, only user may be "".
     config.data.columns = dict(
