@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Request
@@ -16,7 +18,6 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import COUNTED_BY, SPLITS, Source, block_of
-from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
 NAME = "requests"
 NO_REQUESTS = "requests must be mappings, kd.Request or a table, or a mapping of splits to these"
@@ -96,6 +97,34 @@ def _rows(requests: Any) -> Iterable[Any]:
     if not isinstance(requests, Iterable):
         raise UserError(NO_REQUESTS)
     return requests
+
+
+def is_table(value: Any) -> bool:
+    """Return True for a DataFrame of pandas or polars, and for an Arrow table."""
+    return hasattr(value, "iloc") or hasattr(value, "__arrow_c_stream__")
+
+
+def arrow_of(table: Any) -> pa.Table:
+    """Return a table of pandas, without its index, of polars or of Arrow as an Arrow table.
+
+    Raises:
+      UserError: it is not a table, has no rows, or a column holds values of several types.
+    """
+    kind = type(table).__name__
+    if isinstance(table, pd.Series):
+        raise UserError("a Series is not a table; give a DataFrame")
+    try:
+        is_pandas = hasattr(table, "iloc")
+        rows = pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
+        if any(getattr(of.type, "value_type", None) == pa.string_view() for of in rows.schema):
+            # Parquet takes no dictionary of these, as polars has it.
+            rows = duckdb.from_arrow(rows).to_arrow_table()
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"a {kind} cannot be read as a table: {line}") from error
+    if not rows.num_rows:
+        raise UserError(f"a {kind} has no rows")
+    return rows
 
 
 def _digest(source: Source) -> str:
