@@ -100,13 +100,13 @@ def _key(name: str, table: Mapping[str, Sequence[str]]) -> str:
     return next((key for key, of in table.items() if bare in map("".join, map(_words, of))), "")
 
 
+def _without(name: str, *groups: str) -> tuple[str, ...]:
+    """Return the words of a name that are in no group of `_NAMES`."""
+    return tuple(word for word in _words(name) if not any(word in _NAMES[of] for of in groups))
+
+
 def _has_word(name: str, *groups: str) -> bool:
-    return any(word in _NAMES[group] for word in _words(name) for group in groups)
-
-
-def _action(name: str) -> str:
-    """Return the words of a label or of its prediction that name the action: click of p_clicked."""
-    return "_".join(of for of in _words(name) if not _has_word(of, "affixes", "outputs", "teacher"))
+    return _without(name, *groups) != _words(name)
 
 
 def identifier(name: str, taken: Collection[str] = ()) -> str:
@@ -230,7 +230,8 @@ class _Sample:
         t["is_id"] = t.kind.isin(["integer", "text"]) & ~t.is_time & (t.distinct > 1)
         t["is_few"] = t.is_id & (t.distinct <= 9)
         t["binary"] = (t.kind == "integer") & (t.low >= 0) & (t.high == 1)
-        t["task"] = [_key(_action(of), _NAMES["tasks"]) for of in t.index]
+        actions = ("_".join(_without(of, "affixes", "outputs", "teacher")) for of in t.index)
+        t["task"] = [_key(of, _NAMES["tasks"]) for of in actions]
         t[["request", "item", "user"]] = float("nan")
         return t
 
@@ -340,10 +341,11 @@ def _find_teacher(sample: _Sample, labels: Mapping[str, _Guess]) -> tuple[dict[s
     # An early ranker's score is known of all candidates, and a final ranker's of those passed.
     maybe = [*scores.query("known < 0.99 and known_in > 0.9").index]
     maybe += [of for of in free.index if _has_word(of, "teacher") and _has_word(of, "ranks")]
-    predicted = [of for of in free.index if _has_word(of, "outputs", "predictions", "teacher")]
+    outputs = [of for of in free.index if _has_word(of, "outputs", "predictions", "teacher")]
+    stems = {of: _without(of, "outputs", "teacher") for of in outputs}
     for task, label in labels.items():
-        action = _action(label.value) or task
-        names = [of for of in predicted if free.task[of] == task or _action(of) == action]
+        words = _words(label.value) or None
+        names = [of for of, stem in stems.items() if stem == words or free.task[of] == task]
         names = [of for of in names if _has_word(of, "teacher")] or names
         maybe = names + maybe
         is_sure = len(names) == 1 and names[0] in scores.index and task not in found

@@ -118,7 +118,7 @@ RENAMED = {
     "english": "impressionId ts member_id video_id funnel_stage slot sample_weight is_clicked like",
     "german": "anfrage_id zeitstempel kunden_id Artikel_ID Stufe Platz label_weight klick gefallen",
     "chinese": "请求ID 时间 用户ID 商品ID 阶段 位置 label_weight 点击 点赞",
-    "partly": "session_id created_at device_id target_id status rank weight f1 f2",
+    "partly": "session_id created_at device_id target_id status rank weight y f2",
     "unknown": "x1 x2 x3 x4 x5 x6 x7 x8 x9",
 }
 OPEN_ROLES = {"request", "time", "user", "item", "position", "label_weight"}
