@@ -188,7 +188,7 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
 
     Args:
       log: a file, directory or URL as in `data.path`, or a table of pandas, polars or Arrow, which
-        is written to `folder` as a Parquet file.
+        is kept in `folder` as a Parquet file.
       folder: the folder of the new file, which is called after the log.
       named: key of the config -> its value, as `{"data.columns.user": "uid"}`: taken as given.
 
@@ -203,7 +203,9 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
     for key in named or {}:
         if not key.startswith(("data.labels.", "data.teacher.", "data.features.")):
             checks.check_key(template, key)
-    return write_first_config(log, local_folder("--workdir", folder), named or {})
+    folder = local_folder("--workdir", folder)
+    is_path, path = isinstance(log, (str, os.PathLike)), datasets.path_of(log, str(folder))
+    return write_first_config(path, folder, named or {}, "" if is_path else "log")
 
 
 def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:

@@ -19,7 +19,6 @@ from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources import given
 from kd_ranker.sources.logs import findings
-from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.recipes import TEACHER_STAGES
@@ -59,11 +58,11 @@ def path_of(log: Any, directory: str) -> str:
     """Return the path of a log; a table is written to a Parquet file named by its content."""
     if isinstance(log, (str, PathLike)):
         return str(log)
-    if not is_table(log):
+    if not given.is_table(log):
         raise UserError(f"a {type(log).__name__} is not a table, and not a path")
     buffer = pa.BufferOutputStream()
     try:
-        pq.write_table(arrow_of(log), buffer)
+        pq.write_table(given.arrow_of(log), buffer)
     except pa.ArrowException as error:
         raise UserError(f"the table cannot be written to a Parquet file: {error}") from error
     content = buffer.getvalue().to_pybytes()

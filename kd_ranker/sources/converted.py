@@ -44,28 +44,45 @@ class Converter(NamedTuple):
     write: Callable[[ConfigDict, Sequence[Path], Path], None]
     version: int = 1  # raised whenever `write` writes another log for the same files and keys
 
+    def open_source(self, data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+        """Open the dataset as a source; the log is stored below `data.dir`, in `logs`."""
+        files = self.find_files(data)
+        folder = self._folder(data, files)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".log-", dir=folder.parent) as temporary:
+                log = Path(temporary) / "log"
+                log.mkdir()
+                try:
+                    self.write(data, files, log)
+                except (duckdb.Error, pa.ArrowException) as error:
+                    raise UserError(
+                        f"{files[0].parent} cannot be made a log: {line_of(error)}"
+                    ) from error
+                log.rename(folder)
+        source = parquet.open_source(_own(data, folder), tasks, funnel)
+        spec = dataclasses.replace(source.spec, dataset=str(data.name))
+        return dataclasses.replace(source, spec=spec)
 
-def open_source(
-    converter: Converter, data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict
-) -> Source:
-    """Open a public dataset as a source; the log is stored below `data.dir`, in `logs`."""
-    files = converter.find_files(data)
-    folder = _folder(converter, data, files)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".log-", dir=folder.parent) as temporary:
-            log = Path(temporary) / "log"
-            log.mkdir()
-            try:
-                converter.write(data, files, log)
-            except (duckdb.Error, pa.ArrowException) as error:
-                raise UserError(
-                    f"{files[0].parent} cannot be made a log: {line_of(error)}"
-                ) from error
-            log.rename(folder)
-    source = parquet.open_source(_own(data, folder), tasks, funnel)
-    spec = dataclasses.replace(source.spec, dataset=str(data.name))
-    return dataclasses.replace(source, spec=spec)
+    def check_unchanged(self, data: ConfigDict, directory: Path) -> None:
+        """Raise UserError if raw files are not those of the dataset in `directory`, or missing."""
+        manifest = directory / MANIFEST
+        if not data.path or not Path(data.path).exists() or not manifest.exists():
+            return
+        name = self._folder(data, self.find_files(data)).name
+        if any(Path(file).parent.name != name for file in json.loads(manifest.read_text())):
+            raise UserError(
+                f"the files at {data.path} have changed since {directory} was made of them; give "
+                "another data.dir to make a dataset of them as they are now, or restore them"
+            )
+
+    def _folder(self, data: ConfigDict, files: Sequence[Path]) -> Path:
+        """The folder of the log, named by all that decides its content."""
+        logs = Path(data.dir) / "logs"
+        contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
+        given = data.copy_and_resolve_references().to_dict()
+        values = {key: given.get(key) for key in (*self.keys, "seed")}
+        return logs / f"{data.name}-{digest([self.version, values, contents])}"
 
 
 def _own(data: ConfigDict, folder: Path) -> ConfigDict:
@@ -81,28 +98,6 @@ def _own(data: ConfigDict, folder: Path) -> ConfigDict:
         if own.split == "column" and "split" not in named:
             own.split = "request"
     return own
-
-
-def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> None:
-    """Raise UserError if raw files are not those of the dataset in `directory`, or missing."""
-    manifest = directory / MANIFEST
-    if not data.path or not Path(data.path).exists() or not manifest.exists():
-        return
-    name = _folder(converter, data, converter.find_files(data)).name
-    if any(Path(file).parent.name != name for file in json.loads(manifest.read_text())):
-        raise UserError(
-            f"the files at {data.path} have changed since {directory} was made of them; give "
-            "another data.dir to make a dataset of them as they are now, or restore them"
-        )
-
-
-def _folder(converter: Converter, data: ConfigDict, files: Sequence[Path]) -> Path:
-    """The folder of the log, named by all that decides its content."""
-    logs = Path(data.dir) / "logs"
-    contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
-    given = data.copy_and_resolve_references().to_dict()
-    values = {key: given.get(key) for key in (*converter.keys, "seed")}
-    return logs / f"{data.name}-{digest([converter.version, values, contents])}"
 
 
 def _digests(files: Sequence[Path], logs: Path) -> list[str]:

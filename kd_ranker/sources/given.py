@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import STORED, FeatureSpec, Field, Request
-from kd_ranker.errors import UserError
+from kd_ranker.batch import STORED, FeatureSpec, Request
+from kd_ranker.errors import UserError, check_choice
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import COUNTED_BY, SPLITS, Source, block_of
-from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
 NAME = "requests"
 NO_REQUESTS = "requests must be mappings, kd.Request or a table, or a mapping of splits to these"
@@ -98,6 +99,34 @@ def _rows(requests: Any) -> Iterable[Any]:
     return requests
 
 
+def is_table(value: Any) -> bool:
+    """Return True for a DataFrame of pandas or polars, and for an Arrow table."""
+    return hasattr(value, "iloc") or hasattr(value, "__arrow_c_stream__")
+
+
+def arrow_of(table: Any) -> pa.Table:
+    """Return a table of pandas, without its index, of polars or of Arrow as an Arrow table.
+
+    Raises:
+      UserError: it is not a table, has no rows, or a column holds values of several types.
+    """
+    kind = type(table).__name__
+    if isinstance(table, pd.Series):
+        raise UserError("a Series is not a table; give a DataFrame")
+    try:
+        is_pandas = hasattr(table, "iloc")
+        rows = pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
+        if any(getattr(of.type, "value_type", None) == pa.string_view() for of in rows.schema):
+            # Parquet takes no dictionary of these, as polars has it.
+            rows = duckdb.from_arrow(rows).to_arrow_table()
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"a {kind} cannot be read as a table: {line}") from error
+    if not rows.num_rows:
+        raise UserError(f"a {kind} has no rows")
+    return rows
+
+
 def _digest(source: Source) -> str:
     """Eight hex digits that differ where the contents differ."""
     digest = hashlib.sha256(source.spec.to_json().encode())
@@ -150,11 +179,8 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
         raise UserError(NO_REQUESTS)
     given: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
     who = f"request {given.get('request_id', place)}"
-    known = {field.name for field in STORED}
-    if wrong := sorted({*given} - known):
-        raise UserError(
-            f"{who}: {wrong[0]!r} is not a field of a request: {', '.join(sorted(known))}"
-        )
+    if wrong := {*given}.difference(known := {field.name for field in STORED}):
+        check_choice(f"{who}: field", min(wrong), known)
     if lacking := [name for name in _NEEDED if name not in given]:
         raise UserError(f"{who} lacks {lacking[0]}")
 
@@ -167,8 +193,16 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     numbers["known"] = numbers["known"] or length("incumbent") or length("propensity")
     values: dict[str, Any] = {}
     for field in STORED:
-        per_entry = (numbers[field.of],) if field.of != "request" else ()
-        values[field.name] = _value(field, given.get(field.name), per_entry, spec, who)
+        name, value, of_request = field.name, given.get(field.name), field.of == "request"
+        shape = (() if of_request else (numbers[field.of],)) + field.shape(spec)
+        if value is None:
+            default = 1 if name.endswith("_weight") else max(field.nothing, -1)
+            values[name] = np.full(shape, default, field.stored)
+        elif field.stored is str:
+            values[name] = str(value)
+        else:
+            array = _array(value, field.stored, shape, f"{who}: {name}", np.isnan(field.nothing))
+            values[name] = array if shape or not of_request else int(array)
     request = Request(**values)
     shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
     if not 0 < shown <= passed <= all_:
@@ -182,19 +216,6 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     if (bad := (propensity <= 0) | (propensity > 1)).any():
         raise UserError(f"{who}: propensity is {propensity[bad][0]:g}; it must be in (0, 1]")
     return request
-
-
-def _value(
-    field: Field, value: Any, per_entry: tuple[int, ...], spec: FeatureSpec, who: str
-) -> Any:
-    shape = (*per_entry, *field.shape(spec))
-    if value is None:
-        weighs = field.name.endswith("_weight")
-        return np.full(shape, 1 if weighs else max(field.nothing, -1), field.stored)
-    if field.stored is str:
-        return str(value)
-    array = _array(value, field.stored, shape, f"{who}: {field.name}", np.isnan(field.nothing))
-    return array if shape or field.of != "request" else int(array)
 
 
 def _array(

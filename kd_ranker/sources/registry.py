@@ -4,7 +4,6 @@ To add one, write a module with `TASKS` and `open_source(data, tasks, funnel) ->
 it in `SOURCES`. A public dataset needs only a `Converter` of its files to a log.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,6 @@ from ml_collections import ConfigDict
 from kd_ranker.requests.request import Source
 from kd_ranker.sources import (
     cascade,
-    converted,
     filmsearch,
     given,
     kuairand,
@@ -63,12 +61,7 @@ SOURCES: dict[str, SourceEntry] = {
     ),
     given.NAME: SourceEntry(None, given.open_source),
     **{
-        name: SourceEntry(
-            None,
-            functools.partial(converted.open_source, converter),
-            version=2,
-            check_unchanged=functools.partial(converted.check_unchanged, converter),
-        )
-        for name, converter in _CONVERTERS.items()
+        name: SourceEntry(None, of.open_source, 2, of.check_unchanged)
+        for name, of in _CONVERTERS.items()
     },
 }

@@ -166,7 +166,10 @@ TOO_FEW = "yields no requests for its split"
     ("requests", "message"),
     [
         (faulty(item_id=None), "request 0 lacks item_id"),
-        (faulty(label=1), "request 0: 'label' is not a field of a request: candidate_category, "),
+        (
+            faulty(label=1),
+            "request 0: field='label' does not exist; choose one of: candidate_category, ",
+        ),
         (faulty(user_label=[1]), r"user_label has the shape \(1,\), and should have \(1, 2\)"),
         (faulty(user_label=[[1, 0]] * 3), "3 labels, num_passed=2 and 2 items; the shown are fir"),
         (faulty(num_passed=3), "1 labels, num_passed=3 and 2 items"),

@@ -54,7 +54,7 @@ def letor_config(folder, variant="mq2008_scores", **changes):
 
 def rows_of(config, folder):
     """The log as pandas reads it, a row per document."""
-    converter = SOURCES[config.data.name].open_source.args[0]
+    converter = SOURCES[config.data.name].open_source.__self__
     folder.mkdir(exist_ok=True)
     converter.write(config.data, converter.find_files(config.data), folder)
     return pq.read_table(folder / "log.parquet").to_pandas()

@@ -6,6 +6,5 @@ DuckDB, `spark_engine` in Spark. Both run `templates/log.sql`, which makes reque
 requests and candidates in their final order, and turns a piece of them into requests as they are
 stored. `source` connects the steps. `data_report` and `findings` report on the log. `vocabulary`
 writes files next to the dataset. By the ids and scales of a dataset (`Encoding`), `source` reads
-the new files of a log, and `unseen` a log to score. `infer` writes a first config, by the facts of
-`column_facts`.
+the new files of a log, and `unseen` a log to score. `infer` writes a first config.
 """

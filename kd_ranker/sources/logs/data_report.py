@@ -1,6 +1,5 @@
 """Report on a log before a model is trained on it: `data_report.json`, `.html`, rejected rows."""
 
-import contextlib
 import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -307,6 +306,8 @@ def write_rejected(
 
     The folder is made if any row was rejected. `types` are those of the columns of the log.
     """
+    if not database.number("SELECT count(*) FROM rejected"):
+        return
     listed = {wanted.column for wanted in wanted_columns(layout) if wanted.per_candidate}
     columns = []
     for name, type_ in types.items():
@@ -320,15 +321,12 @@ def write_rejected(
         FROM log JOIN (SELECT *, row_number() OVER (PARTITION BY why ORDER BY file, "row") AS turn
             FROM rejected) AS counted USING (file, "row")
         WHERE turn <= {MOST_ROWS} ORDER BY file, "row", place""")
-    paths, writer = pa.array(log.files or [SQL]), None
-    with contextlib.ExitStack() as stack:
-        for batch in filter(len, batches):
-            rows = pa.Table.from_batches([batch]).set_column(1, "file", paths.take(batch["file"]))
-            if writer is None:
-                folder.mkdir()
-                path = folder / "rejected.parquet"
-                writer = stack.enter_context(pq.ParquetWriter(path, rows.schema))
-            writer.write_table(rows)
+    paths = pa.array(log.files or [SQL])
+    folder.mkdir()
+    schema = batches.schema.set(1, pa.field("file", pa.string()))
+    with pq.ParquetWriter(folder / "rejected.parquet", schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch.set_column(1, "file", paths.take(batch["file"])))
 
 
 def read_data_report(folder: Path) -> Report | None:

@@ -202,8 +202,7 @@ def share_revealed(values: pd.Series, answer: pd.Series) -> float:
         places = (values.rank() - 0.5) / values.count() if is_number else None
         bins, _ = pd.factorize(values.isna() if places is None else np.floor(_BINS * places))
     cells = 2 * (bins + 1) + (answer == 1).to_numpy()
-    counts = np.bincount(cells, minlength=2 * (bins.max(initial=-1) + 2))
-    counts = counts.reshape(-1, 2)
+    counts = np.bincount(cells, minlength=2 * (bins.max(initial=-1) + 2)).reshape(-1, 2)
     counts = counts[counts.any(axis=1)]
     if counts.sum(axis=0).min() < _LEAST_ANSWERS:
         return 0.0

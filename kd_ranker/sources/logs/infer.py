@@ -4,34 +4,38 @@ A role needs a name of `names.json` and values that fit. Otherwise it stays open
 the two likeliest columns, and `prepare_data` reports it as missing.
 """
 
+import functools
+import json
 import keyword
-import math
 import re
-import textwrap
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
-import pyarrow.parquet as pq
+import numpy as np
+import pandas as pd
+from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError, check_choice, command
-from kd_ranker.sources.logs.column_facts import (
-    NAMES,
-    Sample,
-    arrow_of,
-    has_word,
-    predicts,
-    words_of,
-)
-from kd_ranker.sources.logs.files import line_of
+from kd_ranker.sources.logs.files import find_files, line_of, register_store
+from kd_ranker.sources.logs.layout import TIME_UNITS, is_text_log, literal, sql_of_texts
 from kd_ranker.sources.logs.query import quoted
 
 CHECK = "CHECK: "
 OPEN = "?"  # an optional role that the user has to settle
-# Role -> the facts that its column has, see `Sample`, in the order of their search.
+_NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
+_MOST_ROWS, _MOST_BYTES, _MOST_FILES = 120_000, 200_000_000, 24  # of the sample
+_KINDS = {
+    r".*\]": "list",
+    r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|BOOLEAN": "integer",
+    "FLOAT|DOUBLE|DECIMAL.*": "float",
+    "VARCHAR|BLOB|UUID|ENUM.*": "text",
+    "DATE|TIMESTAMP.*": "time",
+}
+# Role -> the facts that its column has, see `_Sample`, in the order of their search.
 _FITS = {
     "request": "is_id and groups",
     "item": "is_id and known > 0.95 and request != 1 and in_requests > 0.95 * rows",
@@ -45,7 +49,8 @@ _FITS = {
     "incumbent": "is_number",
     "propensity": "is_number and low >= 0 and high <= 1 and item != 1",
 }
-_LABEL = "binary and request != 1 and item != 1 and sure == '' and not is_shown"
+_LABEL = "binary and request != 1 and item != 1 and sure == ''"
+_SURE_LABEL = "only_shown or (task != '' and ones_out <= 0.2 * ones_in)"
 _SCORE = "kind == 'float' and low >= 0 and high <= 1 and distinct >= 10"
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
 _TEMPLATE = '''"""A first config for the log {name}, inferred from {rows:,} rows."""
@@ -59,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """The template with the columns of this log; CHECK marks lines to verify or to fill in."""
     config = configs.parquet(variant)
     data = config.data
+    data.labels, data.teacher, data.features = ConfigDict(), ConfigDict(), ConfigDict()
 {body}
     return config
 '''
@@ -80,6 +86,29 @@ class _Guess(NamedTuple):
     check: str = ""
 
 
+@functools.cache
+def _words(name: str) -> tuple[str, ...]:
+    """Return the words of a name in lower case and the singular: last, item, id of lastItemIDs."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    words = filter(None, re.split(r"[\W_]+", spaced.lower()))
+    return tuple(re.sub(r"(?<=[^\W_]{2})(?<![suio])s$", "", word) for word in words)
+
+
+def _key(name: str, table: Mapping[str, Sequence[str]]) -> str:
+    """Return the first key of a table that lists a name; "" for none."""
+    bare = "".join(_words(name))
+    return next((key for key, of in table.items() if bare in map("".join, map(_words, of))), "")
+
+
+def _without(name: str, *groups: str) -> tuple[str, ...]:
+    """Return the words of a name that are in no group of `_NAMES`."""
+    return tuple(word for word in _words(name) if not any(word in _NAMES[of] for of in groups))
+
+
+def _has_word(name: str, *groups: str) -> bool:
+    return _without(name, *groups) != _words(name)
+
+
 def identifier(name: str, taken: Collection[str] = ()) -> str:
     """Return a name as a key of a config, other than those that are taken.
 
@@ -93,10 +122,178 @@ def identifier(name: str, taken: Collection[str] = ()) -> str:
     return text
 
 
-def _named(sample: Sample, section: str) -> dict[str, _Guess]:
+class _Sample:
+    """A sample of a log: a table `candidates` in DuckDB, and facts of its columns.
+
+    Attributes:
+      layout: `data.rows`.
+      numbers: the number in each row and column, NaN for others.
+      codes: the same number for the same value of a column; NaN where it is missing.
+      request: a number of the request of each row; of the row if that is unknown.
+      stages: stage -> its text in the stage column.
+      shown, passed: whether the candidate of each row was; False if unknown.
+      facts: column -> its kind, distinct, known (a share), low and high; the role and the task of
+        its name; and 1 if it is constant in each request, item or user, 0 if not, NaN if unknown.
+    """
+
+    def __init__(self, path: str, named: Mapping[str, Any]) -> None:
+        """Read the beginnings of the files at a path, of which the user may have named columns."""
+        self.named, self.con = named, duckdb.connect()
+        self.con.execute("SET enable_progress_bar = false")
+        self.con.execute(f"CREATE TABLE candidates AS {self._select(path)}")
+        self.facts = self._facts()
+        self.request = pd.Series(range(len(self.codes)))
+        self.layout, listed = self._find_layout()
+        if listed:
+            lists = ", ".join(f"unnest({of}) AS {of}" for of in map(quoted, listed))
+            self.request = self.frame(f"rowid, {lists}").iloc[:, 0]
+            rows = f"SELECT * REPLACE ({lists}) FROM candidates"
+            self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {rows}")
+            self.facts = self._facts()
+        if self.request.empty:
+            raise UserError(f"the log has no rows, or its lists {listed} are empty")
+        self.stages: dict[str, str] = {}
+        self.shown = self.passed = pd.Series(False, self.request.index)
+        t = self.facts
+        t["has_stages"] = [bool(self._stage_texts(f)) for _, f in t.iterrows()]
+        t["groups"] = t.distinct < t.rows / 1.5
+        if self.layout.value == "request":
+            t["request"] = 1.0 - t.index.isin(listed)
+            t["groups"] = t.distinct == self.request.nunique()
+
+    def _select(self, path: str) -> str:
+        """Return the SELECT of some rows of text files, or of Parquet files at even distances."""
+        if not path:
+            raise UserError("data.path is empty; give a file, a directory or a glob of them")
+        if is_text_log(path):
+            return f"SELECT * FROM ({sql_of_texts(path)}) LIMIT {_MOST_ROWS}"
+        system, manifest = find_files(path)
+        read = [*manifest][:: len(manifest) // _MOST_FILES + 1]
+        if not isinstance(system, LocalFileSystem):
+            register_store(self.con, system)
+            read = [system.unstrip_protocol(of) for of in read]
+        # A name is a pattern to DuckDB.
+        files = [literal(re.sub(r"[*?\[]", r"[\g<0>]", of)) for of in read]
+        size = "sum(total_uncompressed_size) / sum(row_group_num_rows)"
+        row = f"count(DISTINCT path_in_schema) * {size}"
+        size_of_row: Any = self.frame(row, f"parquet_metadata({files[0]})").iat[0, 0]
+        most = int(min(_MOST_ROWS, _MOST_BYTES / (size_of_row or 1)) / len(files)) + 1
+        tables = (f"read_parquet({of}, hive_partitioning = true)" for of in files)
+        return " UNION ALL BY NAME ".join(f"(FROM {of} LIMIT {most})" for of in tables)
+
+    def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
+        """Return the rows of a SELECT."""
+        return self.con.execute(f"SELECT {values} FROM {source}").df()
+
+    def _find_layout(self) -> tuple[_Guess, list[str]]:
+        """Find the layout, and the lists with one value per candidate."""
+        t, given = self.facts, self.named.get("data.rows", "")
+        is_list = t.kind == "list"
+        is_item = (t.sure == "item") | (t.index == self.named.get("data.columns.item"))
+        has_item = (is_item & ~is_list & (t.known > 0.9)).any()
+        if given == "candidate" or not is_list.any() or (has_item and not given):
+            return _Guess(given or "candidate"), []
+        lists, items = t.index[is_list], t.index[is_list & is_item]
+        if items.empty:
+            is_unique = ((t.sure == "request") & (t.distinct == t.rows)).any()
+            doubt = "" if given else "no column of lists is called like the item"
+            return _Guess(given or ("request" if is_unique else "candidate"), "", doubt), []
+        lengths = self.frame(", ".join(f"len({quoted(of)}) AS {quoted(of)}" for of in lists))
+        is_equal = (lengths.sub(lengths[items[0]], axis=0).fillna(0) == 0).all()
+        why = f"{is_equal.sum()} columns hold lists as long as {items[0]!r}"
+        return _Guess("request", why), [*lists[is_equal]]
+
+    def _facts(self) -> pd.DataFrame:
+        """Return the facts of the columns that need no role."""
+        types = self.con.execute("DESCRIBE candidates").df()
+        t = types.set_index("column_name")[["column_type"]].rename_axis(None)
+        t["kind"] = t.column_type.map(_kind)
+        t["is_number"] = t.kind.isin(["integer", "float"])
+        values = (quoted(str(of)) if number else "NULL" for of, number in t.is_number.items())
+        numbers = self.frame(", ".join(f"({of})::DOUBLE" for of in values))
+        code = "CASE WHEN COLUMNS(*) IS NOT NULL THEN (hash(COLUMNS(*)) >> 12)::DOUBLE END"
+        codes = self.frame(code)
+        numbers.columns = codes.columns = t.index
+        floats = t.index[t.kind == "float"]
+        codes[floats] = numbers[floats]  # NaN is missing, too
+        # Integers next to missing ones may be floats.
+        is_whole = numbers.isna() | ((numbers % 1 == 0) & (numbers.abs() < 2**53))
+        t.loc[t.is_number & is_whole.all(), "kind"] = "integer"
+        self.numbers, self.codes = numbers, codes
+        t["rows"], t["distinct"], t["unit"] = len(codes), codes.nunique(), ""
+        t["known"] = codes.notna().mean()
+        t["low"], t["high"], middle = numbers.min(), numbers.max(), numbers.median()
+        for unit, by in TIME_UNITS.items():  # dates from 2000 to 2049
+            t.loc[middle.between(946684800 * by, 2524608000 * by), "unit"] = unit
+        t["sure"], t["hint"] = ([_key(of, _NAMES[x]) for of in t.index] for x in ("sure", "maybe"))
+        t["is_time"] = (t.kind == "time") | ((t.unit != "") & (t.sure + t.hint == "time"))
+        t["is_id"] = t.kind.isin(["integer", "text"]) & ~t.is_time & (t.distinct > 1)
+        t["is_few"] = t.is_id & (t.distinct <= 9)
+        t["binary"] = (t.kind == "integer") & (t.low >= 0) & (t.high == 1)
+        actions = ("_".join(_without(of, "affixes", "outputs", "teacher")) for of in t.index)
+        t["task"] = [_key(of, _NAMES["tasks"]) for of in actions]
+        t[["request", "item", "user"]] = float("nan")
+        return t
+
+    def set_role(self, role: str, column: str) -> None:
+        """Complete the facts by the column of a role, "" for none."""
+        t = self.facts
+        if role == "request":
+            if column and self.layout.value == "candidate":
+                self.request = self.codes[column]
+                t[role] = self._constant_in(self.request)
+            of_items = self.codes.loc[:, t.sure == "item"]
+            t["in_requests"] = of_items.groupby(self.request).nunique().sum()
+        elif role in ("item", "user") and column:
+            t[role] = self._constant_in(self.codes[column])
+        elif role == "stage":
+            # Who was shown, and the shares known and 1 of shown and other candidates.
+            partly = t.binary & (t.task != "") & (t.known < 0.99)
+            self.shown = self.codes.loc[:, partly].notna().any(axis=1)
+            if column and t.has_stages[column]:
+                texts, self.stages = self.texts(column), self._stage_texts(t.loc[column])
+                self.shown = texts == self.stages["shown"]
+                self.passed = (texts != self.stages.get("retrieved")) & (len(self.stages) == 3)
+            is_known = bool(self.shown.any())
+            shown = self.shown if is_known else ~self.shown
+            for suffix, rows in (("in", shown), ("out", ~shown)):
+                t[f"known_{suffix}"] = self.codes[rows].notna().mean().fillna(0)
+                t[f"ones_{suffix}"] = self.numbers[rows].mean().fillna(0)
+            t["only_shown"] = (t.known_out <= 0.01) & (t.known_in >= 0.5) & is_known
+            # Without a stage, a candidate with a position counts as shown.
+            t["placed"] = t.only_shown | (not is_known)
+
+    def _constant_in(self, owner: pd.Series) -> pd.Series:
+        """Return 1 for columns with one value in each owner of two rows or more, else 0."""
+        by_owner = self.codes.fillna(-1)[owner.duplicated(keep=False)].groupby(owner)
+        return np.floor((by_owner.min() == by_owner.max()).mean())
+
+    def texts(self, column: str) -> pd.Series:
+        """Return the values of a column as the texts that a config names."""
+        texts = self.frame(f"{quoted(column)}::VARCHAR").iloc[:, 0]
+        texts = texts.where(self.codes[column].notna())
+        return texts.str.title() if self.facts.column_type[column] == "BOOLEAN" else texts
+
+    def _stage_texts(self, f: Any) -> dict[str, str]:
+        """Return the text of each stage in a column, {} if not all of its values name one."""
+        values = sorted(self.texts(f.name).dropna().unique()) if f.is_few else []
+        if f.binary and f.sure == "shown":
+            return dict(zip(("retrieved", "shown"), values, strict=False))
+        texts = {_key(value, _NAMES["stages"]): value for value in values}
+        has_all = {"shown"} < {*texts} and "" not in texts and len(texts) == len(values)
+        return texts if has_all else {}
+
+
+def _kind(type_: str) -> str:
+    return next((kind for like, kind in _KINDS.items() if re.fullmatch(like, type_)), "other")
+
+
+def _named(sample: _Sample, section: str) -> dict[str, _Guess]:
     """Return the columns that the user named in a section such as `data.labels.`."""
     named = {key: of for key, of in sample.named.items() if key.startswith(section) and of}
-    return {key.removeprefix(section): _Guess(of, "named by you") for key, of in named.items()}
+    for key, column in named.items():
+        check_choice(key, column, sample.facts.index)
+    return {key.removeprefix(section): _Guess(of) for key, of in named.items()}
 
 
 def _which(role: str, likely: Iterable[str]) -> str:
@@ -104,10 +301,8 @@ def _which(role: str, likely: Iterable[str]) -> str:
     return f"which column has the {role}: {' or '.join(map(repr, two)) or 'none looks like it'}?"
 
 
-def _choose(role: str, sample: Sample) -> _Guess:
+def _choose(role: str, sample: _Sample) -> _Guess:
     """Return the column that has the facts and the name of a role, or the two likeliest."""
-    if given := _named(sample, "data.columns.").get(role):
-        return given
     facts = sample.facts
     fitting = facts.query(_FITS[role])
     sure = [*fitting.index[fitting.sure == role]]
@@ -117,74 +312,55 @@ def _choose(role: str, sample: Sample) -> _Guess:
         return _Guess(fitting.index[0], "its values name stages")
     likely = [*sure, *fitting.index[fitting.hint == role]]
     if is_required := role in ("request", "item", "time"):
-        words = {word for of in NAMES["sure"][role] for word in words_of(of)} - {"id"}
-        likely += [of for of in facts.index if words & {*words_of(of)}]
+        words = {word for of in _NAMES["sure"][role] for word in _words(of)} - {"id"}
+        likely += [of for of in facts.index if words & {*_words(of)}]
         likely += [*facts.index[facts.unit != "" if role == "time" else facts.is_id]]
     if not likely:
         return _Guess("", "no column looks like it")
     return _Guess("" if is_required else OPEN, "", _which(role, likely))
 
 
-def _find_columns(sample: Sample) -> dict[str, _Guess]:
-    """Find the column of each role, and complete the facts by it."""
-    columns = {}
-    for key, column in sample.named.items():
-        if key.startswith(("data.columns.", "data.labels.", "data.teacher.")) and column:
-            check_choice(key, column, sample.facts.index)
-    for role in _FITS:
-        columns[role] = _choose(role, sample)
-        column = columns[role].value.strip(OPEN)
-        if role == "request":
-            sample.set_request(column)
-        elif role == "stage":
-            sample.set_shown(column)
-        elif role in ("item", "user") and column:
-            sample.set_constant(role, quoted(column))
-    return columns
-
-
-def _find_labels(sample: Sample) -> dict[str, _Guess]:
+def _find_labels(sample: _Sample) -> dict[str, _Guess]:
     """Find the label of each task: 0 or 1, by its name, or known only where shown."""
     labels = _named(sample, "data.labels.")
-    free = sample.facts.query(_LABEL)
-    free = free[~free.index.isin([of.value for of in labels.values()])]
-    is_sure = "only_shown or (task != '' and ones_out <= 0.2 * ones_in)"
-    likely: Iterable[Any] = free.query(is_sure).itertuples()
-    for f in likely:
-        task = f.task if f.task and f.task not in labels else identifier(f.Index, labels)
-        why = "0 or 1, and its name" if f.task else "0 or 1, known only where shown"
-        labels[task] = _Guess(f.Index, why)
+    free = sample.facts.query(_LABEL).drop([of.value for of in labels.values()], errors="ignore")
+    for column, known in free.query(_SURE_LABEL).task.items():
+        task = known if known and known not in labels else identifier(str(column), labels)
+        why = "0 or 1, and its name" if known else "0 or 1, known only where shown"
+        labels[task] = _Guess(column, why)
     return labels or {"label": _Guess("", "", _which("label, 0 or 1", free.index))}
 
 
-def _find_teacher(sample: Sample, labels: Mapping[str, _Guess]) -> tuple[dict[str, _Guess], str]:
+def _find_teacher(sample: _Sample, labels: Mapping[str, _Guess]) -> tuple[dict[str, _Guess], str]:
     """Find the teacher's column of each task; the doubt names other columns that may be one."""
-    found, maybe = _named(sample, "data.teacher."), []
+    found = _named(sample, "data.teacher.")
     used = [of.value for of in (*labels.values(), *found.values())]
     free = sample.facts.query("is_number and request != 1 and item != 1 and sure == ''")
-    free = free[~free.index.isin([of for of in free.index if of in used or has_word(of, "early")])]
+    free = free.loc[[of not in used and not _has_word(of, "early") for of in free.index]]
     scores = free.query(_SCORE)
-    for task, label in labels.items():
-        names = [of for of in free.index if predicts(of, task, label.value)]
-        names = [of for of in names if has_word(of, "teacher")] or names
-        is_sure = len(names) == 1 and names[0] in scores.index and task not in found
-        if is_sure and sample.correlates(names[0], label.value):
-            found[task] = _Guess(names[0], "its name, and it correlates with the label")
-        else:
-            maybe += names
     # An early ranker's score is known of all candidates, and a final ranker's of those passed.
-    maybe += [*scores.query("known < 0.99 and known_in > 0.9").index]
-    maybe += [of for of in free.index if has_word(of, "teacher") and has_word(of, "ranks")]
+    maybe = [*scores.query("known < 0.99 and known_in > 0.9").index]
+    maybe += [of for of in free.index if _has_word(of, "teacher") and _has_word(of, "ranks")]
+    outputs = [of for of in free.index if _has_word(of, "outputs", "predictions", "teacher")]
+    stems = {of: _without(of, "outputs", "teacher") for of in outputs}
+    for task, label in labels.items():
+        words = _words(label.value) or None
+        names = [of for of, stem in stems.items() if stem == words or free.task[of] == task]
+        names = [of for of in names if _has_word(of, "teacher")] or names
+        maybe = names + maybe
+        is_sure = len(names) == 1 and names[0] in scores.index and task not in found
+        known = sample.numbers[[*names, label.value]].dropna() if is_sure else pd.DataFrame()
+        if is_sure and known.corr().iat[0, 1] * len(known) ** 0.5 >= 3:  # standard errors
+            found[task] = _Guess(names[0], "its name, and it correlates with the label")
     maybe = [of for of in maybe if of not in {guess.value for guess in found.values()}]
     return found, _which("teacher", maybe) if maybe else ""
 
 
-def _feature_line(f: Any, name: str, sample: Sample, item: str, is_doubtful: bool) -> str:
+def _feature_line(f: Any, name: str, sample: _Sample, item: str, is_doubtful: bool) -> str:
     """Return the line of the config for a column without a role: its feature, or why not."""
     kind, *more = _kind_of_feature(f, sample, item)
-    afterwards = has_word(f.Index, "afterwards", "predictions", "teacher")
-    afterwards |= has_word(f.Index, "uses") and has_word(f.Index, "amounts")
-    afterwards |= f.task != "" and not f.binary
+    is_use = _has_word(f.Index, "uses") and _has_word(f.Index, "amounts")
+    is_output = _has_word(f.Index, "afterwards", "predictions", "teacher") or is_use
     may_vary = f.item != 1 and f.user != 1
     number = sample.facts.distinct[item] if f.item == 1 else f.rows
     left_out = {
@@ -194,104 +370,105 @@ def _feature_line(f: Any, name: str, sample: Sample, item: str, is_doubtful: boo
         "perhaps a column of an open role": is_doubtful,
         "missing where a candidate was not shown": f.only_shown,
         "perhaps a label": may_vary and f.request != 1 and f.binary and not f.ones_out,
-        "known only afterwards, by its name": may_vary and afterwards,
+        "known only afterwards, by its name": may_vary and (is_output or (f.task and not f.binary)),
         "an id or a text": kind == "category" and f.distinct > 0.8 * number,
     }
     if reasons := [reason for reason, holds in left_out.items() if holds]:
         return f"    # left out: {f.Index!r}: {reasons[0]}"
-    doubt = ""
-    if f.item == 1 and f.request != 1:
-        owner = "item"
-    elif math.isnan(f.request):
-        words, doubt = {*words_of(f.Index)}, "or another owner?"
-        owner = next((of for of, its in NAMES["owners"].items() if words & {*its}), "candidate")
-    else:
-        owner = ("user" if f.user == 1 else "context") if f.request else "candidate"
-    owner = "user" if kind == "history" else owner
+    owner = "candidate"
+    if kind == "history" or (f.user == 1 and f.request != 0):
+        owner = "user"
+    elif f.request == 1 or f.item == 1:
+        owner = "context" if f.request == 1 else "item"
+    is_open = owner == "candidate" and np.isnan(f.request)
     arguments = [repr(owner), repr(kind), *[f"column={f.Index!r}"] * (name != f.Index), *more]
-    return _line(f"data.features.{name}", f"configs.feature({', '.join(arguments)})", "", doubt)
+    code, doubt = f"configs.feature({', '.join(arguments)})", "or another owner?" if is_open else ""
+    return _line(f"data.features.{name}", code, "", doubt)
 
 
-def _kind_of_feature(f: Any, sample: Sample, item: str) -> tuple[str, ...]:
+def _kind_of_feature(f: Any, sample: _Sample, item: str) -> tuple[str, ...]:
     """Return the kind of a feature, "" for none, and further arguments of `feature`."""
     hashed = ["hashed=True"] * (f.distinct > 10_000)
     if f.is_time or f.kind == "other":
         return ("",)
     if f.kind != "list":
-        is_amount = (f.distinct > 32 and abs(f.high) < 2**31) or has_word(f.Index, "quantities")
-        is_amount &= f.kind == "integer" and not has_word(f.Index, "identifiers")
+        is_amount = (f.distinct > 32 and abs(f.high) < 2**31) or _has_word(f.Index, "quantities")
+        is_amount &= f.kind == "integer" and not _has_word(f.Index, "identifiers")
         return ("dense",) if f.kind == "float" or is_amount else ("category", *hashed)
     lists = f"(SELECT DISTINCT {quoted(f.Index)} AS l FROM candidates)"
-    short, long = sample.row("min(len(l))", "quantile_disc(len(l), 0.95)", source=lists)
-    length = f"length={min(max(long or 1, 1), 200)}"
-    if f.element not in ("integer", "text"):
-        return "dense" if f.element == "float" and short == long else "", length
+    lengths = "min(len(l)), coalesce(quantile_disc(len(l), 0.95), 1)::INT"
+    short, long = sample.frame(lengths, lists).iloc[0]
+    length = f"length={min(max(long, 1), 200)}"
+    element = _kind(re.sub(r"\[\d*\]$", "", f.column_type))
+    if element not in ("integer", "text"):
+        return "dense" if element == "float" and short == long else "", length
     if item and f.request != 0:
         known = f"avg((e::VARCHAR IN (SELECT {quoted(item)}::VARCHAR FROM candidates))::INT) > 0.5"
         elements = f"(SELECT unnest(l) e FROM {lists})"
-        if all(sample.row(known, "count(DISTINCT e) > 20", source=elements)):
+        if sample.frame(f"{known} AND count(DISTINCT e) > 20", elements).iat[0, 0]:
             return "history", length
     return "bag", *hashed, length
 
 
-def _find_sizes(sample: Sample) -> dict[str, _Guess]:
+def _find_sizes(sample: _Sample) -> dict[str, _Guess]:
     """Return the sizes of the funnel, from the requests of the sample."""
-    shown, passed = (f"count(*) FILTER ({of})" for of in (sample.shown, sample.passed))
-    requests = f"FROM candidates GROUP BY {sample.request or 'rowid'}"
-    requests = f"(SELECT count(*) a, {shown} s, {passed} p {requests})"
-    most, page, few = map(int, sample.row("max(a)", "median(s)", "median(p)", source=requests))
-    doubt = "" if sample.request and page and few else "what are the sizes of your funnel?"
+    requests = pd.DataFrame({"passed": sample.passed, "shown": sample.shown}).groupby(
+        sample.request
+    )
+    most, few, page = map(int, (requests.size().max(), *requests.sum().median()))
+    is_known = sample.facts.request.notna().any() and few and page
     page = page or min(10, most)
     few = max(page, few or min(most, 2 * page))
+    doubt = "" if is_known else "what are the sizes of your funnel?"
+    report_at = tuple(sorted({page, few, min(2 * few, most)}))
     return {
         "funnel.retrieved": _Guess(most, "the largest request of the sample", doubt),
         "funnel.passed": _Guess(few),
         "funnel.shown": _Guess(page),
-        "funnel.report_at": _Guess(tuple(sorted({page, few, min(2 * few, most)}))),
+        "funnel.report_at": _Guess(report_at),
     }
 
 
 def _line(key: str, code: str, why: str = "", check: str = "") -> str:
-    """An assignment, with the reason next to it and the doubt above."""
-    above = textwrap.indent(textwrap.fill(CHECK + check, 94), "    # ") + "\n" if check else ""
-    return f"{above}    {key} = {code}" + f"  # {why}" * bool(why)
+    """Return an assignment, with the reason next to it and the doubt above."""
+    above = f"    # {CHECK}{check}\n" if check else ""
+    return f"{above}    {key} = {code}{f'  # {why}' if why else ''}"
 
 
-def _config_lines(path: str, name: str, sample: Sample) -> list[str]:
+def _config_lines(path: str, name: str, sample: _Sample) -> list[str]:
     """Return the lines of the config of a log."""
-    columns, labels = _find_columns(sample), _find_labels(sample)
+    columns = _named(sample, "data.columns.")
+    for role in _FITS:
+        columns[role] = columns.get(role) or _choose(role, sample)
+        sample.set_role(role, columns[role].value.strip(OPEN))
+    labels = _find_labels(sample)
     teacher, teacher_doubt = _find_teacher(sample, labels)
-    if teacher and sample.passed == "false":
-        sample.passed = " OR ".join(f"{quoted(of.value)} IS NOT NULL" for of in teacher.values())
+    if not sample.passed.any():
+        scored = sample.codes[[of.value for of in teacher.values()]]
+        sample.passed = scored.notna().any(axis=1)
     item, time, version = (columns[of].value for of in ("item", "time", "teacher_version"))
     if version := version.strip(OPEN):
-        version = sample.row(f"mode({quoted(version)})::VARCHAR")[0]
-    worth = tuple(float(of not in NAMES["unwanted"]) for of in labels)
+        version = sample.texts(version).mode()[0]
+    worth = tuple(float(of not in _NAMES["unwanted"]) for of in labels)
+    stages = {stage: _Guess(text) for stage, text in sample.stages.items()}
+    sections = {"columns": columns, "stages": stages, "labels": labels, "teacher": teacher}
     guesses = {
         "data.path": _Guess(path),
         "data.title": _Guess(name),
-        "data.rows": _Guess(*sample.layout),
-        **{f"data.columns.{role}": of for role, of in columns.items()},
+        "data.rows": sample.layout,
+        **{f"data.{of}.{key}": guess for of, its in sections.items() for key, guess in its.items()},
         "data.time_unit": _Guess(sample.facts.unit.get(time) or "s"),
         "data.split": _Guess("time" if time else "request"),
-        **{f"data.stages.{stage}": _Guess(of) for stage, of in sample.stages.items()},
-        "data.labels": _Guess(ConfigDict()),
-        **{f"data.labels.{task}": of for task, of in labels.items()},
-        "data.teacher": _Guess(ConfigDict()),
-        **{f"data.teacher.{task}": of for task, of in teacher.items()},
         "data.teacher_version": _Guess(version),
         "teacher.source": _Guess("logged" if teacher else "live", "", teacher_doubt),
         "tasks": _Guess(tuple(labels)),
         "value_weights": _Guess(worth, "", "what is each task worth? 0 without a teacher"),
         **_find_sizes(sample),
-        "data.features": _Guess(ConfigDict()),
     } | {key: _Guess(of, "named by you") for key, of in sample.named.items() if key != "data.infer"}
     lines = []
     for key, (value, why, check) in guesses.items():
         prefix = "" if key.startswith("data.") else "config."
-        is_section = isinstance(value, ConfigDict)
-        code = f"ConfigDict({value.to_dict() or ''})" if is_section else repr(value)
-        lines.append(_line(prefix + key, code, why, check))
+        lines.append(_line(prefix + key, repr(value), why, check))
     used = {of.value for of in (*columns.values(), *labels.values(), *teacher.values())}
     checks = " ".join(of.check for of in guesses.values())
     names: list[str] = []
@@ -301,27 +478,22 @@ def _config_lines(path: str, name: str, sample: Sample) -> list[str]:
     return lines
 
 
-def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> FirstConfig:
-    """Write a config for a log, a path or a table, into a folder; see `api.infer`."""
-    is_path, name = isinstance(log, (str, Path)), "log"
-    if is_path:  # the last part of the path without wildcards
-        parts = [of for of in re.split(r"[/\\]+", str(log)) if of and not re.search(r"[*?\[]", of)]
-        name = identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else name
-    file, copy = folder / f"{name}.py", folder / f"{name}.parquet"
-    if old := [of for of in (file, copy) if of.exists() and not (of == copy and is_path)]:
-        raise UserError(f"{old[0]} exists already; move it away, or give another --workdir")
-    path, table = (str(log), None) if is_path else (str(copy), arrow_of(log))
+def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: str) -> FirstConfig:
+    """Write a config for a log into a folder, see `api.infer`; name "" is that of the path."""
+    if not name:  # the last part of the path without wildcards
+        parts = [of for of in re.split(r"[/\\]+", path) if of and not re.search(r"[*?\[]", of)]
+        name = identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
+    file = folder / f"{name}.py"
+    if file.exists():
+        raise UserError(f"{file} exists already; move it away, or give another --workdir")
     try:
-        sample = Sample(path if table is None else table, named)
+        sample = _Sample(path, named)
         body = "\n".join(_config_lines(path, name, sample))
     except duckdb.Error as error:
         raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
-    text = _TEMPLATE.format(name=name, rows=sample.facts.rows.max(), body=body)
     folder.mkdir(parents=True, exist_ok=True)
-    if table is not None:
-        pq.write_table(table, path)
+    text = _TEMPLATE.format(name=name, rows=len(sample.codes), body=body)
     file.write_text(text)
-    commands = [f"{command('prepare')} --config={file}"]
     step = "train" if "config.teacher.source = 'logged'" in text else "train_teacher"
-    commands.append(f"{command(step)} --config={file} --workdir=runs/{name}-{step}")
-    return FirstConfig(file, text.count(CHECK), tuple(commands))
+    train = f"{command(step)} --config={file} --workdir=runs/{name}-{step}"
+    return FirstConfig(file, text.count(CHECK), (f"{command('prepare')} --config={file}", train))
