@@ -78,8 +78,8 @@ def measure(
     referred: tuple[str, ...] = ()
     if with_references:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
-        referred = references.known_references([of for of in splits if len(of)], job.statistics)
-        groups.append(references.reference_ranker([job.statistics])._replace(serves=[referred]))
+        referred = references.known_references([of for of in splits if len(of)], job.lists)
+        groups.append(references.reference_ranker(job.lists)._replace(serves=[referred]))
     keep = keep or split == "test"
     of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit, costs)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
