@@ -207,8 +207,8 @@ def sums(
 ) -> Sums:
     """The value that fitted policies, and the bound, keep on each test request of one ranker.
 
-    `tested` [R, K] are its curves of `evaluate.Each` at the values `ks`. A ranker whose curves had
-    NaN or no value in validation has no fitted policies.
+    `tested` [R, K] are its curves of `evaluate.Each` at the values `ks`. A ranker with NaN in its
+    curves of validation, or without value there, has no fitted policies.
 
     Returns:
       `policy_<curve>/<policy>` -> that curve at the chosen k, [R], for the policies of `named`. All
