@@ -117,8 +117,8 @@ def check(
     return manifest["made_of"]
 
 
-def is_made_of(folder: Path, made_of: MadeOf) -> bool:
-    """Test whether a folder is finished, unchanged and depends on exactly these fingerprints."""
+def is_made_of(folder: Path, made_of: MadeOf | None = None) -> bool:
+    """Test whether a folder is finished, unchanged and depends on exactly `made_of`, if given."""
     try:
         check(folder, "", made_of)
     except UserError:

@@ -27,7 +27,7 @@ from kd_ranker.config.key import Key
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import policy, results
-from kd_ranker.evaluation.results import is_whole, write_tables
+from kd_ranker.evaluation.results import write_tables
 from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
 from kd_ranker.manifest import MadeOf
 from kd_ranker.training import recipes
@@ -291,10 +291,10 @@ class Sweep:
         A table that changed since it was written does not count, nor do tables joined from it.
         """
         joined = not self._unplaced() and manifest.is_made_of(self.workdir, self._made_of())
-        if not (joined and all(map(is_whole, self.folders))):
+        if not (joined and all(map(manifest.is_made_of, self.folders))):
             return False
         tested = self.with_any(results.chosen(self.validation()))
-        return all(is_whole(folder / TEST) for folder in tested)
+        return all(manifest.is_made_of(folder / TEST) for folder in tested)
 
     def planned(self, size: int) -> "Sweep":
         """Assign every member to a cohort of at most `size`, and write the plan to the workdir.

@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from kd_ranker.evaluation.funnel import passed_for
+from kd_ranker.evaluation.metrics import passed_for
 from kd_ranker.report.estimates import DRAWS
 from kd_ranker.report.intervals import (
     Measured,
@@ -28,6 +28,7 @@ from kd_ranker.report.intervals import (
 )
 
 KS = np.array([50, 60, 75, 90, 110, 135, 165, 200, 250, 320, 420, 2000])
+AT_EVERY_K = np.stack([np.interp(np.arange(1, KS[-1] + 1), KS, of) for of in np.eye(len(KS))])
 DEPTHS = np.array([30.0, 24.0])  # of the baseline and of the distilled student
 REPEATS = (1, 2, 3, 5)
 # Deviation of log depth among requests: of both students alike, of one in all repeats, and of one
@@ -56,8 +57,9 @@ MEASURES = {
 
 def numbers(sums: Float[np.ndarray, "*shape 2 K"]) -> Float[np.ndarray, "*shape 2 2"]:
     """The value captured at the second k, and `passed_for_99`, of each student."""
-    needed = passed_for(np.moveaxis(sums, -1, 0), KS, 0.99)
-    return np.stack([sums[..., 1] / sums[..., -1], needed], axis=-1)
+    share = sums / sums[..., -1:]
+    needed = passed_for(np.moveaxis(share @ AT_EVERY_K, -1, 0), 0.99)
+    return np.stack([share[..., 1], needed], axis=-1)
 
 
 def captured(log_depth: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape K"]:

@@ -16,10 +16,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kd_ranker.evaluation.references import item_share
 from kd_ranker.requests import storage
 
 LIMIT = 500  # requests of a dataset
+
+
+def item_share(request: np.ndarray, item: np.ndarray, value: np.ndarray) -> float:
+    """Share of the variance of `value` within requests that only the item explains.
+
+        (1 − 1 / M) Σ_i n_i · c_i / Σ u v
+
+    v is the value less its request's mean, and u = v / (1 − 1 / n) in a request of n entries. n_i
+    is the number of entries of item i, c_i the mean product of two different ones of its u, and
+    M = (Σ n_i)² / Σ n_i² corrects for distinct items in a request. It is the method of moments
+    (Searle, Casella and McCulloch 1992). Items and requests with one entry are left out. The share
+    of labels, which also vary by chance, is a lower bound of that of the probabilities.
+    """
+    values = pd.Series(value).groupby(request)
+    within, number = value - values.transform("mean"), values.transform("size")
+    u = (within * number / (number - 1))[number > 1]
+    entries = pd.DataFrame({"n": 1, "u": u, "squares": u**2, "total": u * within})
+    sums = entries.loc[u.index].groupby(item[number > 1]).sum()
+    often = sums[sums["n"] > 1]
+    explained = (often["u"] ** 2 - often["squares"]) / (often["n"] - 1)
+    distinct = 1 - (often["n"] ** 2).sum() / max(often["n"].sum(), 1) ** 2
+    return distinct * explained.sum() / (often["total"].sum() or np.nan)
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ from jaxtyping import Array, Bool, Float
 
 MARGIN = float(np.finfo(np.float32).eps)
 CALIBRATION_BINS = 20
-# A mean divergence in nats that float32 probabilities cannot distinguish from 0.
-NO_DISTANCE = 1e-6
 # The number of following candidates that `teacher_tau` pairs with a candidate.
 NEIGHBOURS = 8
 
@@ -73,25 +71,23 @@ def user_auc(
     within a request a sampled negative represents others that rank as it does. The area is in
     [0, 1], 0 where the request does not count, and NaN where a probability is NaN.
     """
-    over_tasks = jax.vmap(_auc_of_list, in_axes=-1)
-    return jax.vmap(over_tasks)(probability, label, weight > 0)
 
+    def of_list(
+        probability: Float[Array, "N"], label: Float[Array, "N"], takes_part: Bool[Array, "N"]
+    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+        # By a sort: pairs would need N² memory, and N may be thousands.
+        positive, negative = takes_part & (label > 0.5), takes_part & (label <= 0.5)
+        negatives = jnp.sort(jnp.where(negative, probability, jnp.inf))
+        below, below_or_tied = (
+            jnp.searchsorted(negatives, probability, side=side) for side in ("left", "right")
+        )
+        won_twice = jnp.sum(below + below_or_tied, where=positive)
+        pairs = positive.sum() * negative.sum()
+        area = jnp.where(pairs > 0, won_twice / (2 * jnp.maximum(pairs, 1)), 0.0)
+        diverged = (pairs > 0) & jnp.any(takes_part & jnp.isnan(probability))
+        return jnp.where(diverged, jnp.nan, area).astype(probability.dtype), pairs > 0
 
-def _auc_of_list(
-    probability: Float[Array, "N"], label: Float[Array, "N"], takes_part: Bool[Array, "N"]
-) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """The area of one list by a sort: pairs would need N² memory, and N may be thousands."""
-    positive, negative = takes_part & (label > 0.5), takes_part & (label <= 0.5)
-    negatives = jnp.sort(jnp.where(negative, probability, jnp.inf))
-    below, below_or_tied = (
-        jnp.searchsorted(negatives, probability, side=side) for side in ("left", "right")
-    )
-    won_twice = jnp.sum(below + below_or_tied, where=positive)
-    pairs = positive.sum() * negative.sum()
-    area = won_twice / (2 * jnp.maximum(pairs, 1))
-    area = jnp.where(jnp.any(takes_part & jnp.isnan(probability)), jnp.nan, area)
-    counts = pairs > 0
-    return jnp.where(counts, area, 0.0).astype(probability.dtype), counts
+    return jax.vmap(jax.vmap(of_list, in_axes=-1))(probability, label, weight > 0)
 
 
 def calibration_bin_sums(
@@ -112,26 +108,6 @@ def calibration_bin_sums(
         return jnp.where(inside, entries[..., None], 0.0).sum(axis=(0, 1))
 
     return summed(weight), summed(weight * probability), summed(weight * label)
-
-
-def alignment_ratio(
-    student_user_bce: Float[np.ndarray, "T *more"],
-    teacher_user_bce: Float[np.ndarray, "T *more"],
-    distance: Float[np.ndarray, "T *more"],
-    known: Bool[np.ndarray, "T *more"],
-) -> Float[np.ndarray, "*more"]:
-    """(user BCE of the student − user BCE of the teacher) / distance, averaged over known tasks.
-
-    The distance is the student's `teacher_kl` or `teacher_bce`; all are in nats and on the same
-    items. Near 0, a student predicts users as well as the teacher does; near 1, it only lacks the
-    teacher's knowledge; below 0, it predicts users better. NaN where a task's distance is at most
-    `NO_DISTANCE`, as of an exact copy, and where it is not known.
-    """
-    ratio = (student_user_bce - teacher_user_bce) / np.where(
-        distance > NO_DISTANCE, distance, np.nan
-    )
-    tasks = known.sum(axis=0)
-    return np.where(known, ratio, 0.0).sum(axis=0) / np.where(tasks > 0, tasks, np.nan)
 
 
 def ndcg(

@@ -7,6 +7,7 @@ rankers share it, so it compiles once for a dataset. `metrics.summarise` divides
 Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -27,7 +28,7 @@ from kd_ranker.evaluation.agreement import calibration_bin_sums
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions, sums_curves
 from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes, ranked
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.mapping import put, put_by_rows
+from kd_ranker.training.mapping import put, put_by_rows, shared_evenly
 from kd_ranker.training.state import Frozen
 
 # The least bound on a number of candidates.
@@ -69,7 +70,7 @@ class Ranker(NamedTuple):
     """
 
     serve: Serve
-    parameters: Any  # `Parameters`, or for references `references.Statistics`
+    parameters: Any  # `Parameters`, or for references `references.Lists`
     sees_truth: bool = False  # whether `serve` takes the `EvaluationBatch`, as only a reference may
     serves: Sequence[Collection[str]] | None = None  # to measure of each member; None takes all
 
@@ -83,6 +84,10 @@ class Plan(NamedTuple):
     keep: bool = False  # whether to keep the sums of each request; the program is the same
     devices: Sequence[jax.Device] = ()  # that share the work; none takes the default one
     sharded: bool = False  # whether to spread the rows of tables and items over them
+
+
+_Put = Callable[[Any], Any]  # a pytree on the devices of a place
+_Slot = tuple[int, int, str]  # a measured ranker: numbers of its group and member, a serve name
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
@@ -120,28 +125,27 @@ def _serve_group(
     scored = []
     for member in range(len(jax.tree.leaves(parameters)[0])):
         own = jax.tree.map(operator.itemgetter(member), served)
-        of_names = own.probability.items()
+        by_name = own.probability.items()
         scored.append(
-            {name: Scored.of(of, own.seen, evaluation_batch.batch) for name, of in of_names}
+            {name: Scored.of(of, own.seen, evaluation_batch.batch) for name, of in by_name}
         )
     return _everywhere(scored, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sharding"))
-def _score_by_teacher(
-    serve: Serve | None, held: Frozen, batch: CandidateBatch, sharding: Sharding | None
-) -> tuple[Probability, Probability, Scored]:
-    """The teacher's probabilities and their weights, and its scores as those of a ranker."""
-    if serve is None:
-        served = Served({"logged": batch.teacher_probability}, {})
-        weight = batch.teacher_weight
-    else:
-        served = serve(held.teacher, batch, held.items)
-        weight = batch.candidate_mask[..., None]
-    (probability,) = served.probability.values()
-    weight = jnp.broadcast_to(weight, probability.shape).astype(jnp.float32)
-    own = Scored.of(probability, served.seen, batch)
-    return _everywhere((probability, weight, own), sharding)
+def _judge(
+    serve: Serve | None, held: Frozen, evaluation_batch: EvaluationBatch, sharding: Sharding | None
+) -> tuple[Scored, EvaluationBatch]:
+    """The teacher's scores as those of a ranker, and the batch with them."""
+    batch, seen = evaluation_batch.batch, dict[str, Any]()
+    if serve:
+        by_name, seen = serve(held.teacher, batch, held.items)
+        (probability,) = by_name.values()
+        weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
+        scores = {"teacher_probability": probability, "teacher_weight": weight.astype(jnp.float32)}
+        batch = dataclasses.replace(batch, **scores)
+    own = Scored.of(batch.teacher_probability, seen, batch)
+    return _everywhere((own, dataclasses.replace(evaluation_batch, batch=batch)), sharding)
 
 
 def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
@@ -200,76 +204,32 @@ def _measure(
     return jax.vmap(of_ranker)(stacked, is_teacher)
 
 
-class _Place(NamedTuple):
-    """A device for serving programs, or all devices if these share the rows of tables."""
-
-    put: Callable[[Any], Any]
-    held: Frozen  # the items, and at the first place the live teacher
-    sharding: Sharding | None  # of results that each of several devices needs whole
-
-
-def _places(
-    teacher: Ranker | None, items: Items, devices: Sequence[jax.Device], sharded: bool
-) -> list[_Place]:
-    puts: list[Callable[[Any], Any]] = [functools.partial(put, device=of) for of in devices]
-    sharding = None
-    if sharded and len(devices) > 1:
-        puts = [functools.partial(put_by_rows, devices=devices)]
-        sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-    parameters = teacher.parameters if teacher else None
-    return [
-        _Place(put, put(Frozen(items, parameters if put is puts[0] else None)), sharding)
-        for put in puts
-    ]
-
-
 class _Part(NamedTuple):
-    """Members of a group that one program serves at one place, given by their numbers."""
+    """Members of a group that one device serves, or all devices if these share the rows."""
 
     group: int
-    members: range
-    place: int
-    ranker: Ranker  # its parameters may repeat the last member
+    members: Sequence[int]  # may repeat the last one
+    place: int  # in the list of places
+    ranker: Ranker  # there
 
 
-def _parts(groups: Sequence[Ranker], places: Sequence[_Place]) -> Iterator[_Part]:
+def _parts(groups: Sequence[Ranker], places: Sequence[_Put]) -> Iterator[_Part]:
     """The members of each group, shared by the places."""
     for number, group in enumerate(groups):
         members = _num_members(group)
-        size = -(-members // len(places))
-        for place, first in enumerate(range(0, members, size)):
+        shares = shared_evenly(members, len(places)).reshape(len(places), -1)
+        used = -(-members // shares.shape[1])
+        for place, share in enumerate(shares[:used]):
             parameters = group.parameters
             if len(places) > 1:
-                chosen = np.minimum(np.arange(first, first + size), members - 1)
                 # On the host, because no device need hold all members.
-                parameters = jax.tree.map(operator.itemgetter(chosen), jax.device_get(parameters))
-            ranker = group._replace(parameters=places[place].put(parameters))
-            yield _Part(number, range(first, min(first + size, members)), place, ranker)
+                parameters = jax.tree.map(operator.itemgetter(share), jax.device_get(parameters))
+            ranker = group._replace(parameters=places[place](parameters))
+            yield _Part(number, share.tolist(), place, ranker)
 
 
 def _num_members(group: Ranker) -> int:
     return len(jax.tree.leaves(group.parameters)[0])
-
-
-# A measured ranker: the numbers of a group and a member, and a serve name.
-_Slot = tuple[int, int, str]
-
-
-def _scores(
-    places: Sequence[_Place], there: Sequence[EvaluationBatch], part: _Part
-) -> dict[_Slot, Scored]:
-    """The scores to measure of a part's members, for a batch that is at each place."""
-    ranker, place = part.ranker, places[part.place]
-    served = _serve_group(
-        *(ranker.serve, ranker.sees_truth, ranker.parameters),
-        *(there[part.place], place.held.items, place.sharding),
-    )
-    return {
-        (part.group, member, name): scored
-        for member, by_name in zip(part.members, served, strict=False)
-        for name, scored in by_name.items()
-        if ranker.serves is None or name in ranker.serves[member]
-    }
 
 
 def evaluate(
@@ -291,26 +251,42 @@ def evaluate(
     """
     devices = [*plan.devices] or jax.local_devices()[:1]
     own_devices = [device for device in devices if device.process_index == jax.process_index()]
-    places = _places(teacher, items, devices, plan.sharded)
+    places: list[_Put] = [functools.partial(put, device=of) for of in devices]
+    sharding = None
+    if plan.sharded and len(devices) > 1:
+        places = [functools.partial(put_by_rows, devices=devices)]
+        sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
+    # The teacher scores at the first place only.
+    teachers = [teacher.parameters if teacher else None, *[None] * (len(places) - 1)]
+    held = [place(Frozen(items, of)) for place, of in zip(places, teachers, strict=True)]
     parts = [*_parts(groups, places)]
+
+    def scores(part: _Part, there: Sequence[EvaluationBatch]) -> dict[_Slot, Scored]:
+        serve, parameters, sees_truth, serves = part.ranker
+        batch, own_items = there[part.place], held[part.place].items
+        served = _serve_group(serve, sees_truth, parameters, batch, own_items, sharding)
+        return {
+            (part.group, member, name): scored
+            for member, by_name in zip(part.members, served, strict=True)
+            for name, scored in by_name.items()
+            if serves is None or name in serves[member]
+        }
+
     sizes, slots = Sizes(plan.shown, 0, 0), dict[_Slot, Scored]()
     sums: Sums | None = None
     each: list[Each] = []
     with ThreadPoolExecutor() as pool:
         # Programs that share rows exchange them, so all devices must start them in one order.
-        map_parts = map if places[0].sharding else pool.map
+        map_parts = map if sharding else pool.map
         for evaluation_batch in batches:
             sizes = _sizes(evaluation_batch, sizes)
-            there = [place.put(evaluation_batch) for place in places]
-            probability, weight, of_teacher = _score_by_teacher(
-                *(teacher.serve if teacher else None, places[0].held),
-                *(there[0].batch, places[0].sharding),
-            )
+            there = [place(evaluation_batch) for place in places]
+            serve = teacher.serve if teacher else None
+            of_teacher, judged = _judge(serve, held[0], there[0], sharding)
             slots = {}
-            for found in map_parts(functools.partial(_scores, places, there), parts):
+            for found in map_parts(scores, parts, itertools.repeat(there)):
                 slots |= found
-            batch = there[0].batch.replace(teacher_probability=probability, teacher_weight=weight)
-            scored, judged = [of_teacher, *slots.values()], there[0].replace(batch=batch)
+            scored = [of_teacher, *slots.values()]
             measured = _measured(scored, judged, plan, sizes, own_devices, pool)
             sums = add(sums, measured.sums)
             if plan.keep:
@@ -319,16 +295,13 @@ def evaluate(
     if sums is None:
         raise ValueError("there are no evaluation requests")
     terms = jax.tree.map(lambda *of: np.concatenate(of, 1), *(each or [Each({}, {})]))
-    of_teacher, *of_slots = (
-        jax.tree.map(operator.itemgetter(place), Summed(sums, terms))
-        for place in range(1 + len(slots))
-    )
+    of_all = Summed(sums, terms)
     of_groups: list[list[dict[str, Summed]]] = [
         [{} for _ in range(_num_members(group))] for group in groups
     ]
-    for (number, member, name), of_slot in zip(slots, of_slots, strict=True):
-        of_groups[number][member][name] = of_slot
-    return of_teacher, of_groups
+    for place, (number, member, name) in enumerate(slots, start=1):
+        of_groups[number][member][name] = jax.tree.map(operator.itemgetter(place), of_all)
+    return jax.tree.map(operator.itemgetter(0), of_all), of_groups
 
 
 def _measured(
@@ -366,16 +339,10 @@ def _measured(
 
 def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:
     """The sizes of a batch, at least those of the batches before: few programs are compiled."""
-
-    def bound(which: Bool[np.ndarray, "R N"]) -> int:
-        return min(max(_FEW, _power(int(which.sum(axis=1).max()))), which.shape[1])
-
     batch = evaluation_batch.batch
-    return Sizes(
-        before.shown,
-        max(before.labelled, bound(np.asarray(batch.label_weight) > 0)),
-        max(before.passed, bound(np.asarray(batch.stage) >= Stage.PASSED)),
-    )
+    counted = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage) >= Stage.PASSED
+    bounds = [min(max(_FEW, _power(int(of.sum(axis=1).max()))), of.shape[1]) for of in counted]
+    return Sizes(before.shown, *np.maximum(before[1:], bounds).tolist())
 
 
 def _power(number: int) -> int:

@@ -14,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
+from kd_ranker.batch import Stage
 from kd_ranker.config.keys import POLICIES
 from kd_ranker.evaluation import agreement, funnel
 from kd_ranker.evaluation.agreement import weighted_sum
-from kd_ranker.evaluation.ranked import Ranked, covered_user_value, curves_of
+from kd_ranker.evaluation.ranked import Ranked, covered_user_value
 
 # By name: of each request of a batch, [R, ...], or over all of a batch or a pass, [...].
 Sums = dict[str, Float[Array | np.ndarray, "..."]]
@@ -29,6 +31,8 @@ Better = Literal["lower", "higher", "one"]
 
 # The share of the value that a funnel must keep to be as good as the whole: that of the criterion.
 TARGET = 0.99
+# A mean divergence in nats that float32 probabilities cannot distinguish from 0.
+_NO_DISTANCE = 1e-6
 
 
 class ReportAt(NamedTuple):
@@ -103,10 +107,13 @@ def _user_ndcg(ranked: Ranked) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
 def _of_teacher(ranked: Ranked) -> Sums:
     teacher, weight = ranked.teacher_probability, ranked.teacher_weight
     losses = agreement.binary_cross_entropy(ranked.probability, teacher)
+    tau, tau_counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
     return {
         "teacher_bce": weighted_sum(losses, weight),
         "teacher_weight": weight.sum(axis=1),
         "teacher_entropy": weighted_sum(agreement.entropy(teacher), weight),
+        "teacher_tau": tau,
+        "teacher_tau_requests": tau_counts,
     }
 
 
@@ -126,37 +133,59 @@ def _on_shown(ranked: Ranked) -> Sums:
     }
 
 
-def _of_order(ranked: Ranked) -> Sums:
-    tau, tau_counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
-    top = funnel.top_values(ranked.value, ranked.true_value, ranked.mask, ranked.sizes.shown)
+def _of_funnel(ranked: Ranked) -> Sums:
+    mask, shown = ranked.mask, ranked.sizes.shown
+    candidates = mask.sum(axis=1, keepdims=True)
+    was_shown = mask & (ranked.batch.stage == Stage.SHOWN)
+    # Requests with all or none shown cannot distinguish students.
+    differs = was_shown.sum(axis=1, keepdims=True) < candidates
+    weighted = ranked.user_value / ranked.evaluation_batch.propensity
+    # A slot that was not filled at random has no propensity, and no weight.
+    weighted = jnp.where((ranked.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
+    found = funnel.funnel_curves(
+        *(ranked.value, ranked.teacher_value, mask, shown),
+        of_passed={"shown_kept": was_shown & differs, "positives_kept": ranked.positive},
+        of_shown={
+            "value_captured": ranked.teacher_value,
+            "true_value_captured": ranked.true_value,
+            "ips_user_value": weighted,
+            "positives_shown": ranked.positive,
+            "passed_shown": ranked.was_passed,
+            "all_shown": mask,
+        },
+    )
+    ndcg, ndcg_counts = agreement.ndcg(found.gain, found.ideal_gain)
     return {
-        "teacher_tau": tau,
-        "teacher_tau_requests": tau_counts,
-        **dict(zip(("top_promised", "top_true", "top_best"), top, strict=True)),
+        **found.curves,
+        "funnel_requests": found.counts,
+        "covered_user_value": covered_user_value(ranked),
+        # Candidates that the teacher scores if k are passed: all of a request with fewer.
+        "scored": jnp.minimum(jnp.arange(1, mask.shape[1] + 1), candidates),
+        "teacher_ndcg": ndcg,
+        "teacher_ndcg_requests": ndcg_counts,
+        **_of_top(ranked, found.first),
     }
 
 
-def _of_funnel(ranked: Ranked) -> Sums:
-    curves, candidates = curves_of(ranked), ranked.mask.sum(axis=1, keepdims=True)
-    k = jnp.arange(1, ranked.mask.shape[1] + 1)
-    ndcg, ndcg_counts = agreement.ndcg(curves.gain, curves.ideal_gain)
+def _of_top(ranked: Ranked, first: Int[Array, "R m"]) -> Sums:
+    """The value of a ranker's own top m, promised and true, and the most that any m have.
+
+    A candidate with a value of NaN is never chosen, and a request with only these counts for
+    nothing. Sums are NaN where the dataset does not know a true value.
+    """
+    promised, true, there = (
+        jnp.take_along_axis(of, first, axis=1)
+        for of in (ranked.value, ranked.true_value, ranked.mask)
+    )
+    chosen = there & ~jnp.isnan(promised)
+    known = ranked.mask & ~jnp.isnan(ranked.true_value)
+    best, _ = lax.top_k(jnp.where(known, ranked.true_value, -jnp.inf), first.shape[1])
+    counted = jnp.isfinite(best) & chosen.any(axis=1, keepdims=True)
+    unknown = jnp.any(ranked.mask & ~known, axis=1)
+    sums = {"promised": (promised, chosen), "true": (true, chosen), "best": (best, counted)}
     return {
-        "score": curves.score,
-        "survival": curves.survival,
-        "funnel_requests": curves.counts,
-        "value_captured": curves.value_captured,
-        "true_value_captured": curves.true_value_captured[..., 0],
-        "ips_user_value": curves.true_value_captured[..., 1],
-        "covered_user_value": covered_user_value(ranked),
-        # Candidates that the teacher scores if k are passed: all of a request with fewer.
-        "scored": jnp.minimum(k, candidates),
-        "shown_kept": curves.shown_kept,
-        "positives_kept": curves.positives_kept[..., :-2],
-        "positives_shown": curves.positives_shown[..., :-2],
-        "passed_shown": curves.positives_shown[..., -2],
-        "all_shown": curves.positives_shown[..., -1],
-        "teacher_ndcg": ndcg,
-        "teacher_ndcg_requests": ndcg_counts,
+        f"top_{name}": jnp.where(unknown, jnp.nan, jnp.sum(of, axis=1, where=where))
+        for name, (of, where) in sums.items()
     }
 
 
@@ -171,7 +200,7 @@ def _of_requests(ranked: Ranked) -> Sums:
 
 
 # The functions of the sums that every metric may use; the curves are those of `_of_funnel`.
-SUMS = (_of_users, _of_teacher, _on_shown, _of_funnel, _of_order, _of_requests)
+SUMS = (_of_users, _of_teacher, _on_shown, _of_funnel, _of_requests)
 
 
 def ratio(
@@ -198,40 +227,44 @@ def _at_target(curve: Ends) -> Ends:
 
 
 def _alignment(distance: str) -> Ends:
-    mean, of_distance = (_ratio(name, "shown_weight") for name in ("shown_user_bce", distance))
-    return lambda sums, teacher: agreement.alignment_ratio(
-        mean(sums, teacher),
-        mean(teacher, teacher),
-        of_distance(sums, teacher),
-        np.asarray(sums["shown_weight"]) > 0,
-    )
+    """A mean over the tasks that are known.
+
+    Near 0, a student predicts users as well as the teacher does; near 1, it only lacks the
+    teacher's knowledge; below 0, it predicts users better.
+    """
+    bce, of_distance = (_ratio(name, "shown_weight") for name in ("shown_user_bce", distance))
+
+    def ends(sums: Sums, teacher: Sums) -> Float[np.ndarray, "*draws"]:
+        away, known = of_distance(sums, teacher), np.asarray(sums["shown_weight"]) > 0
+        each = (bce(sums, teacher) - bce(teacher, teacher)) / np.where(
+            away > _NO_DISTANCE, away, np.nan
+        )
+        return ratio(np.where(known, each, 0.0).sum(axis=0), known.sum(axis=0))
+
+    return ends
 
 
 # The name of the bound, which is measured with any policy; see `evaluation.policy`.
 HINDSIGHT = "hindsight"
+_POLICIES = (*POLICIES, HINDSIGHT)
 
 
-def policies_of(sums: Sums) -> tuple[str, ...]:
-    """The policies that sums have, in the order of `POLICIES`, then the bound."""
-    return tuple(name for name in (*POLICIES, HINDSIGHT) if f"policy_scored/{name}" in sums)
-
-
-def _policy_sums(sums: Sums, curve: str) -> Float[np.ndarray, "P"]:
-    """The sums of a curve at the k of each policy; KeyError without any policy."""
-    names = policies_of(sums) or (HINDSIGHT,)
-    return np.array([sums[f"policy_{curve}/{name}"] for name in names])
+def _policy_sums(sums: Sums, curve: str) -> Float[np.ndarray, "P *draws"]:
+    """The sums of a curve at the k of each policy; NaN of those that were not measured."""
+    unknown = np.full(np.shape(sums["requests"]), np.nan)
+    return np.array([sums.get(f"policy_{curve}/{name}", unknown) for name in _POLICIES])
 
 
 def _by_policy(curve: str) -> Ends:
     return lambda sums, _: ratio(_policy_sums(sums, curve), sums[curve][-1])
 
 
-def _saving_by(sums: Sums, _: Sums) -> Float[np.ndarray, "P"]:
+def _saving_by(sums: Sums, teacher: Sums) -> Float[np.ndarray, "P *draws"]:
     """1 − candidates scored with a policy / with the same k for all that keeps as much value."""
-    every, curve = np.arange(1, len(sums["value_captured"]) + 1), np.asarray(sums["value_captured"])
+    captured = _captured("value_captured")(sums, teacher)
     # Sums in another order may differ in their last digits.
-    shares = ratio(_policy_sums(sums, "value_captured"), curve[-1]) * (1 - 1e-6)
-    uniform = np.array([funnel.passed_for(curve, every, share) for share in shares])
+    shares = _by_policy("value_captured")(sums, teacher) * (1 - 1e-6)
+    uniform = np.array([passed_for(captured, share) for share in shares])
     return 1 - ratio(_policy_sums(sums, "scored"), _at(np.asarray(sums["scored"]), uniform))
 
 
@@ -453,20 +486,13 @@ METRICS: dict[str, Metric] = {
             better="lower",
             ends=lambda sums, _: ratio(_policy_sums(sums, "scored"), sums["requests"]),
         ),
-        _per_policy(
-            name="value_by",
-            formula="`value_captured` of the same",
-            ends=_by_policy("value_captured"),
-        ),
-        _per_policy(
-            name="true_value_by",
-            formula="`true_value_captured` of the same",
-            ends=_by_policy("true_value_captured"),
-        ),
-        _per_policy(
-            name="covered_user_value_by",
-            formula="`covered_user_value` of the same",
-            ends=_by_policy("covered_user_value"),
+        *(
+            _per_policy(
+                name=f"{captured.removesuffix('_captured')}_by",
+                formula=f"`{captured}` of the same",
+                ends=_by_policy(captured),
+            )
+            for captured in ("value_captured", "true_value_captured", "covered_user_value")
         ),
         _per_policy(
             name="saving_by",
@@ -638,16 +664,27 @@ def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
     return list(dict.fromkeys(filled))
 
 
+def passed_for(captured: Float[np.ndarray, "N *draws"], share: Any) -> Float[np.ndarray, "*draws"]:
+    """Return the smallest k at which a curve over k = 1..N is at least a share; NaN if none is.
+
+    >>> passed_for(np.array([0.5, 0.9, 0.99, 1.0]), 0.9)
+    array(2.)
+    """
+    reached = captured >= share
+    return np.where(reached.any(axis=0), reached.argmax(axis=0) + 1.0, np.nan)
+
+
 def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray, "columns *draws"]:
     """The numbers of `ended`, the result of `metric.ends`, in the order of `result_columns`."""
     if "target" in metric.per:
         captured, *other = ended if isinstance(ended, tuple) else (ended,)
-        every = np.arange(1, len(captured) + 1)
-        passed = np.array([funnel.passed_for(captured, every, of) for of in report_at.targets])
+        passed = np.array([passed_for(captured, target) for target in report_at.targets])
         return _at(other[0], passed) if other else passed
     array = np.asarray(ended, np.float64)
     if "k" in metric.per:
         array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
+    if "policy" in metric.per:
+        array = array[[_POLICIES.index(name) for name in report_at.policies]]
     return array.reshape(-1, *array.shape[len(metric.per) :])
 
 
@@ -655,7 +692,7 @@ def _at(
     curve: Float[np.ndarray, "N *draws"], k: Float[np.ndarray, "targets *draws"]
 ) -> Float[np.ndarray, "targets *draws"]:
     """The values of a curve at each k; NaN where k is."""
-    index = np.where(np.isnan(k), 1, k).astype(int) - 1
+    index = np.nan_to_num(k, nan=1).astype(int) - 1
     return np.where(np.isnan(k), np.nan, np.take_along_axis(np.asarray(curve), index, axis=0))
 
 
@@ -677,17 +714,15 @@ def summarise(
     without: set[str] = {"teacher"} if is_order else set()
     if only_order or (of_teacher and is_order):
         without.add("ranker")
-    own = report_at._replace(policies=policies_of(sums))
     row: dict[str, float] = {}
     for metric in METRICS.values():
-        if metric.ends is None:
-            continue
-        row |= dict.fromkeys(result_columns(metric, tasks, report_at), float("nan"))
-        columns = result_columns(metric, tasks, own)
-        defined = metric.of_teacher or not of_teacher
-        if columns and defined and not without.intersection(metric.probabilities_of):
-            found = numbers(metric, metric.ends(sums, teacher or sums), own).tolist()
+        columns = result_columns(metric, tasks, report_at)
+        known = metric.of_teacher or not of_teacher
+        if metric.ends and known and not without.intersection(metric.probabilities_of):
+            found = numbers(metric, metric.ends(sums, teacher or sums), report_at).tolist()
             row |= zip(columns, found, strict=True)
+        elif metric.ends:
+            row |= dict.fromkeys(columns, float("nan"))
     return row
 
 

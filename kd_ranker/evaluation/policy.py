@@ -55,6 +55,12 @@ class Curves(NamedTuple):
         return 1 - float(self.lost[np.arange(len(choice)), choice].mean())
 
 
+def curves_of(sums: Sums, ks: Sequence[int]) -> Curves:
+    """The curves of one ranker, from those of `evaluate.Each` at the values `ks`."""
+    names = "score", "value_captured", "scored"
+    return Curves(np.asarray(ks), *(np.asarray(sums[name], np.float64) for name in names))
+
+
 class Policy(NamedTuple):
     """A fitted rule of `POLICIES` that chooses k for each request.
 
@@ -62,12 +68,11 @@ class Policy(NamedTuple):
     """
 
     name: str
-    ks: Int[np.ndarray, "K"]
-    numbers: Numbers
+    numbers: Numbers  # with the values `ks` to choose among
 
     def choose(self, score: Score) -> Choice:
         """Choose the place of each request's k."""
-        return POLICIES[self.name].choose(score, self.ks, self.numbers)
+        return POLICIES[self.name].choose(score, self.numbers)
 
     def passed(self, value: Float[Array, "R N"], mask: Bool[Array, "R N"]) -> Int[Array, "R"]:
         """The number of candidates to pass of each request: from 1 to all, or 0 of none.
@@ -76,18 +81,18 @@ class Policy(NamedTuple):
           value: the student's value of each candidate, in any order.
           mask: False on padding.
         """
-        candidates = mask.sum(axis=1)
+        candidates, ks = mask.sum(axis=1), jnp.asarray(self.numbers["ks"])
         ordered = -jnp.sort(jnp.where(mask, -value, jnp.inf), axis=1)
-        at = jnp.minimum(self.ks, jnp.maximum(candidates, 1)[:, None]) - 1
+        at = jnp.minimum(ks, jnp.maximum(candidates, 1)[:, None]) - 1
         score = jnp.take_along_axis(ordered, at, axis=1, mode="clip")
-        return jnp.minimum(jnp.asarray(self.ks)[self.choose(score)], candidates)
+        return jnp.minimum(ks[self.choose(score)], candidates)
 
 
 class Rule(NamedTuple):
     """A way to choose k: `fit` finds numbers that keep a share of the value over all requests."""
 
     fit: Callable[[Curves, float], Numbers]
-    choose: Callable[[Score, Int[np.ndarray, "K"], Numbers], Choice]
+    choose: Callable[[Score, Numbers], Choice]
 
 
 def _fit_uniform(curves: Curves, target: float) -> Numbers:
@@ -95,7 +100,7 @@ def _fit_uniform(curves: Curves, target: float) -> Numbers:
     return {"place": int((1 - curves.lost.mean(axis=0) >= target).argmax())}
 
 
-def _choose_uniform(score: Score, _: Any, numbers: Numbers) -> Choice:
+def _choose_uniform(score: Score, numbers: Numbers) -> Choice:
     return score.__array_namespace__().full(score.shape[0], int(numbers["place"]))
 
 
@@ -104,13 +109,13 @@ def _fit_threshold(curves: Curves, target: float) -> Numbers:
     known = np.unique(curves.score)
 
     def enough(place: int) -> bool:
-        choice = _choose_threshold(curves.score, curves.ks, {"threshold": known[place]})
+        choice = _choose_threshold(curves.score, {"threshold": known[place]})
         return curves.kept(choice) >= target
 
     return {"threshold": float(known[_last_true(len(known), enough)])}
 
 
-def _choose_threshold(score: Score, _: Any, numbers: Numbers) -> Choice:
+def _choose_threshold(score: Score, numbers: Numbers) -> Choice:
     reached = (score >= numbers["threshold"]).sum(axis=1)
     return score.__array_namespace__().maximum(reached - 1, 0)
 
@@ -155,11 +160,11 @@ def _fit_learned(curves: Curves, target: float) -> Numbers:
     return {"price": _least_price(curves, out_of_fold, curves.ks, target), **scale, **layers}
 
 
-def _choose_learned(score: Score, ks: Int[np.ndarray, "K"], numbers: Numbers) -> Choice:
+def _choose_learned(score: Score, numbers: Numbers) -> Choice:
     xp = score.__array_namespace__()
     hidden = xp.tanh(_standard(_features(score), numbers) @ numbers["inner"] + numbers["offset"])
     lost = xp.exp(hidden @ numbers["outer"] + numbers["level"])
-    return _cheapest(ks, lost, numbers["price"])
+    return _cheapest(numbers["ks"], lost, numbers["price"])
 
 
 POLICIES: Mapping[str, Rule] = {
@@ -170,9 +175,9 @@ POLICIES: Mapping[str, Rule] = {
 """The ways to choose k, by `config.funnel.policies`."""
 
 
-def fit_policy(name: str, curves: Curves, target: float = TARGET) -> Policy:
+def fit(name: str, curves: Curves, target: float = TARGET) -> Policy:
     """Fit a rule of `POLICIES` so that it keeps a share of the value over all requests."""
-    return Policy(name, curves.ks, POLICIES[name].fit(curves, target))
+    return Policy(name, {"ks": curves.ks, **POLICIES[name].fit(curves, target)})
 
 
 def hindsight(curves: Curves, target: float) -> Choice:
@@ -197,29 +202,20 @@ def named(policies: Sequence[str]) -> tuple[str, ...]:
     return (*(name for name in POLICIES if name in policies), HINDSIGHT) if policies else ()
 
 
-def fit(curves: Sums, ks: Sequence[int], policies: Sequence[str]) -> dict[str, Policy]:
-    """Fit policies to the validation requests of one ranker, so that each keeps `TARGET`.
-
-    `curves` [R, K] are those of `evaluate.Each` at the values `ks`. There are no policies for a
-    ranker with NaN in its curves, or without value to keep.
-    """
-    known = _curves(curves, ks)
-    return {name: fit_policy(name, known) for name in policies if known.have_value}
-
-
 def sums(
     fitted: Mapping[str, Policy], tested: Sums, ks: Sequence[int], policies: Sequence[str]
 ) -> Sums:
     """The value that fitted policies, and the bound, keep on each test request of one ranker.
 
-    `tested` [R, K] are its curves of `evaluate.Each` at the values `ks`.
+    `tested` [R, K] are its curves of `evaluate.Each` at the values `ks`. A ranker with NaN in its
+    curves of validation, or without value there, has no fitted policies.
 
     Returns:
       `policy_<curve>/<policy>` -> that curve at the chosen k, [R], for the policies of `named`. All
       are NaN for a ranker without fitted policies or with NaN in its curves, and if there is no
       value to keep.
     """
-    test = _curves(tested, ks)
+    test = curves_of(tested, ks)
     requests = np.arange(len(test.scored))
     choices: dict[str, Choice] = {}
     if fitted and test.have_value:
@@ -238,10 +234,10 @@ def sums(
 def to_json(fitted: Mapping[Who, Mapping[str, Policy]]) -> str:
     """Return the text of `FILE`, with the policies by member and serve name.
 
-    It is a list of objects, each with the name of a policy, its `ks` and its numbers.
+    It is a list of objects, each with the name of a policy and its numbers.
     """
     listed = [
-        {"member": member, "serve": serve, "policy": name, "ks": of.ks, **of.numbers}
+        {"member": member, "serve": serve, "policy": name, **of.numbers}
         for (member, serve), policies in fitted.items()
         for name, of in policies.items()
     ]
@@ -254,13 +250,8 @@ def from_json(text: str) -> dict[Who, dict[str, Policy]]:
     for of in json.loads(text):
         who, name = (of.pop("member"), of.pop("serve")), of.pop("policy")
         numbers = {key: np.asarray(value) for key, value in of.items()}
-        fitted.setdefault(who, {})[name] = Policy(name, numbers.pop("ks"), numbers)
+        fitted.setdefault(who, {})[name] = Policy(name, numbers)
     return fitted
-
-
-def _curves(curves: Sums, ks: Sequence[int]) -> Curves:
-    names = "score", "value_captured", "scored"
-    return Curves(np.asarray(ks), *(np.asarray(curves[name], np.float64) for name in names))
 
 
 def _last_true(number: int, test: Callable[[int], bool]) -> int:

@@ -126,28 +126,6 @@ def ranked(
     )
 
 
-def curves_of(of: Ranked) -> funnel.FunnelCurves:
-    """The funnel's curves of each request; every candidate is retrieved.
-
-    The true values have two columns: the true value, and the value of user labels over the
-    propensity of the label. The positives have two more columns than tasks: candidates that the
-    logged funnel passed, and every candidate.
-    """
-    weighted = of.user_value / of.evaluation_batch.propensity
-    # A slot that was not filled at random has no propensity, and no weight.
-    weighted = jnp.where((of.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
-    more = jnp.stack([of.was_passed, of.mask], axis=-1)
-    return funnel.funnel_curves(
-        student_value=of.value,
-        teacher_value=of.teacher_value,
-        candidate_mask=of.mask,
-        shown=of.sizes.shown,
-        true_value=jnp.stack([of.true_value, weighted], axis=-1),
-        was_shown=of.mask & (of.batch.stage == Stage.SHOWN),
-        positive=jnp.concatenate([of.positive, more], axis=-1),
-    )
-
-
 def covered_user_value(of: Ranked) -> Float[Array, "R N"]:
     """Summed `user_value` of the items shown by a funnel of the candidates that were passed.
 
@@ -159,12 +137,13 @@ def covered_user_value(of: Ranked) -> Float[Array, "R N"]:
         jnp.take_along_axis(array, places, axis=1)
         for array in (of.value, of.teacher_value, of.was_passed, of.user_value)
     )
-    curves = funnel.funnel_curves(value, teacher_value, mask, of.sizes.shown, user_value)
+    of_shown = {"user_value": user_value}
+    found = funnel.funnel_curves(value, teacher_value, mask, of.sizes.shown, of_shown=of_shown)
     passed, candidates = (array.sum(axis=1)[:, None] for array in (of.was_passed, of.mask))
     k = jnp.arange(1, of.mask.shape[1] + 1)
     of_passed = -(-k * passed // jnp.maximum(candidates, 1))
     index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)) - 1
-    return jnp.take_along_axis(curves.true_value_captured, index, axis=1)
+    return jnp.take_along_axis(found.curves["user_value"], index, axis=1)
 
 
 def _first(which: Bool[Array, "R N"], number: int) -> Int[Array, "R number"]:

@@ -4,7 +4,7 @@
     incumbent     sorts by the score of the early ranker that filled the log, where it is known
     random        sorts at random
     popularity, show_rate, pass_rate, top_rate, static_list
-                  sort by a number of the item in training, see `Statistics`
+                  sort by a number of the item in training, see `lists_of`
 
 `reference_ranker` makes one `Ranker` of all references, with a serve name each, which
 `evaluate.evaluate` measures like a group of students.
@@ -12,11 +12,11 @@
 
 from collections.abc import Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+import pandas as pd
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.evaluation.evaluate import Ranker, Served
@@ -43,9 +43,12 @@ _PRIOR_FAILURES = 10
 _SOME, _NEARLY_ALL = 1000, 0.9
 
 
-@flax.struct.dataclass
-class Statistics:
-    """Numbers of each item from the training split, in [0, 1], float32, by the name of the list.
+Lists = dict[str, Float[Array, "items"]]
+"""Numbers of each item, by the name of the list."""
+
+
+def lists_of(dataset: Dataset, value_weights: Sequence[float], top: int) -> Lists:
+    """Return the lists of a dataset, from one pass over its training requests.
 
         popularity   the summed label weight of its impressions, over that of the most popular item;
                      a sampled negative represents others
@@ -57,19 +60,8 @@ class Statistics:
         static_list  the mean of Σ_t w_t p_t / Σ_t w_t over the same requests; in a dataset without
                      any, of the user labels by label weight, and there is no top_rate
 
-    A share or mean of n has n + 10 as its denominator.
-    """
-
-    lists: dict[str, Float[Array, "items"]]
-    seed: Int[Array, ""]  # of `random`
-
-
-def train_statistics(
-    dataset: Dataset, value_weights: Sequence[float], top: int, seed: int
-) -> Statistics:
-    """Return the statistics of a dataset, from one pass over its training requests.
-
-    `top` is the number of candidates that the final ranker shows. True probabilities are not read.
+    Numbers are in [0, 1], float32; a share or mean of n has n + 10 as its denominator. `top` is the
+    number of candidates that the final ranker shows. True probabilities are not read.
     """
     weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)
     counted = weights > 0
@@ -90,7 +82,10 @@ def train_statistics(
         known = ~np.isnan(each)
         np.add.at(scored, logged["item_id"][known], 1)
         np.add.at(value, logged["item_id"][known], each[known])
-        np.add.at(first, logged["item_id"][_is_first(each, of.scored, top)], 1)
+        request = np.repeat(np.arange(len(of.scored)), of.scored)
+        # Of equal values the first logged comes first; an unknown one has no place.
+        place = pd.Series(each).groupby(request).rank(method="first", ascending=False)
+        np.add.at(first, logged["item_id"][place <= top], 1)
     lists = {
         "popularity": labelled / (labelled.max() or 1),
         "show_rate": _rate(shown, passed if (passed > shown).any() else retrieved),
@@ -99,25 +94,13 @@ def train_statistics(
     }
     if scored.any():
         lists |= {"top_rate": _rate(first, scored), "static_list": _rate(value, scored)}
-    rounded = {name: jnp.asarray(of, jnp.float32) for name, of in lists.items()}
-    return Statistics(rounded, jnp.int32(seed))
+    return {name: jnp.asarray(of, jnp.float32) for name, of in lists.items()}
 
 
 def _rate(
     through: Float[np.ndarray, "items"], had_the_chance: Float[np.ndarray, "items"]
 ) -> Float[np.ndarray, "items"]:
     return through / (had_the_chance + _PRIOR_FAILURES)
-
-
-def _is_first(
-    value: Float[np.ndarray, "sum"], numbers: Int[np.ndarray, "R"], top: int
-) -> Bool[np.ndarray, "sum"]:
-    """True for the `top` largest known values of each request; of equal ones, the first logged."""
-    request = np.repeat(np.arange(len(numbers)), numbers)
-    order = np.lexsort((-value, request))  # NaN last
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order)) - np.repeat(numbers.cumsum() - numbers, numbers)
-    return (place < top) & ~np.isnan(value)
 
 
 def _incumbent(batch: EvaluationBatch) -> Float[Array, "R N"]:
@@ -130,9 +113,9 @@ def _incumbent(batch: EvaluationBatch) -> Float[Array, "R N"]:
     return lower / score.shape[1]
 
 
-def _random(seed: Int[Array, ""], batch: CandidateBatch) -> Float[Array, "R N"]:
-    """Uniform numbers, determined by the seed, the user and the candidates."""
-    key = jax.random.key(seed)
+def _random(batch: CandidateBatch) -> Float[Array, "R N"]:
+    """Uniform numbers, determined by the user and the candidates."""
+    key = jax.random.key(0)
 
     def of_request(user_id: Int[Array, ""], item_id: Int[Array, "N"]) -> Float[Array, "N"]:
         of_user = jax.random.fold_in(key, user_id)
@@ -141,11 +124,11 @@ def _random(seed: Int[Array, ""], batch: CandidateBatch) -> Float[Array, "R N"]:
     return jax.vmap(of_request)(batch.user_id, batch.item_id)
 
 
-def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Served:
+def _serve(lists: Lists, batch: EvaluationBatch, items: Items) -> Served:
     """The numbers that each reference sorts by, NaN where they are not known."""
     del items
-    orders = {"incumbent": _incumbent(batch), "random": _random(statistics.seed, batch.batch)}
-    for name, of_item in statistics.lists.items():
+    orders = {"incumbent": _incumbent(batch), "random": _random(batch.batch)}
+    for name, of_item in lists.items():
         each = features_of_items(of_item[:, None], batch.batch.item_id)
         orders[name] = each[..., 0]
     # The same number for every task: any value weights order the candidates by it.
@@ -154,14 +137,14 @@ def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Serv
     return Served({"oracle": batch.true_probability, **of_tasks}, seen={})
 
 
-def reference_ranker(members: Sequence[Statistics]) -> Ranker:
-    """All references as one ranker, with statistics of one or more seeds as its members."""
-    return Ranker(_serve, stack_members(members), sees_truth=True)
+def reference_ranker(lists: Lists) -> Ranker:
+    """All references as one ranker with one member."""
+    return Ranker(_serve, stack_members([lists]), sees_truth=True)
 
 
-def known_references(splits: Sequence[Columns], statistics: Statistics) -> tuple[str, ...]:
+def known_references(splits: Sequence[Columns], lists: Lists) -> tuple[str, ...]:
     """The names of the references with a known input for nearly all candidates of all splits."""
-    known = {"random", *statistics.lists}
+    known = {"random", *lists}
     for name, field in (("oracle", "true_probability"), ("incumbent", "incumbent")):
         if min(_known_share(columns, field) for columns in splits) > _NEARLY_ALL:
             known.add(name)
@@ -175,39 +158,3 @@ def _known_share(columns: Columns, field: str) -> float:
     facts = columns.known.fields(some, columns.counts.known[some])[field]
     unknown = np.isnan(facts).any(axis=tuple(range(1, facts.ndim)))
     return float((~unknown).sum() / max(number, 1))
-
-
-def item_share(
-    request: Shaped[np.ndarray, "n"],
-    item: Shaped[np.ndarray, "n"],
-    value: Float[np.ndarray, "n"],
-) -> float:
-    """Share of the variance of `value` within requests that only the item explains.
-
-        (1 − 1 / M) Σ_i n_i · c_i / Σ u v
-
-    v is the value less its request's mean, and u = v / (1 − 1 / n) in a request of n entries. n_i
-    is the number of entries of item i, c_i the mean product of two different ones of its u, and
-    M = (Σ n_i)² / Σ n_i² corrects for distinct items in a request. It is the method of moments
-    (Searle, Casella and McCulloch 1992). Items and requests with one entry are left out. The share
-    of labels, which also vary by chance, is a lower bound of that of the probabilities.
-
-    Each entry has a request, an item and a value. The result is about 1 where the item explains
-    everything, about 0 where it explains nothing, and NaN without two entries of an item.
-
-    >>> item_share(np.array([0, 0, 1, 1]), np.array([5, 7, 5, 7]), np.array([1.0, 0.0, 3.0, 2.0]))
-    1.0
-    """
-    requests, items = (np.unique(ids, return_inverse=True)[1] for ids in (request, item))
-    sizes = np.bincount(requests)[requests]
-    within = value - (np.bincount(requests, value) / np.bincount(requests))[requests]
-    scaled = within * sizes / np.maximum(sizes - 1, 1)
-    number, sums, squares, total = (
-        np.bincount(items[sizes > 1], of[sizes > 1], minlength=items.max(initial=0) + 1)
-        for of in (np.ones_like(within), scaled, scaled**2, scaled * within)
-    )
-    often = number > 1
-    distinct = 1 - (number[often] ** 2).sum() / max(number[often].sum(), 1) ** 2
-    explained = ((sums**2 - squares)[often] / (number[often] - 1)).sum()
-    whole = total[often].sum()
-    return float(distinct * explained / whole) if whole else float("nan")

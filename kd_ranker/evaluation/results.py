@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.config import schema
-from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns, result_columns
@@ -110,16 +109,14 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     rows = in_each_repeat(rows)
     setting = setting_columns(rows)
     rows = rows.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
-    labelled = {"setting": rows[setting], "way": ways(rows), "repeat": rows[list(REPEAT)]}
+    reference = rows["member"].where(rows["role"] == "reference")
+    of_settings, of_ways = (of.assign(reference=reference) for of in (rows[setting], ways(rows)))
+    tables = {"setting": of_settings, "way": of_ways, "repeat": rows[list(REPEAT)]}
     labels = {
         label: table.groupby(list(table), dropna=False).ngroup().astype(str)
-        for label, table in labelled.items()
+        for label, table in tables.items()
     }
-    rows = rows.assign(**labels)
-    reference = rows["role"] == "reference"
-    for label in ("setting", "way"):
-        rows[label] = rows[label].where(~reference, rows["member"])
-    return rows
+    return rows.assign(**labels)
 
 
 def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
@@ -261,15 +258,6 @@ def check_whole(folder: Path) -> None:
     )
 
 
-def is_whole(folder: Path) -> bool:
-    """Test whether a folder holds unchanged tables of any rankers."""
-    try:
-        check_whole(folder)
-    except UserError:
-        return False
-    return True
-
-
 class Kept(NamedTuple):
     """The terms of the sums over test requests, by ranker."""
 
@@ -342,13 +330,12 @@ def _rankers(path: Path) -> dict[Who, pd.DataFrame]:
 
 def _arrays(rows: pd.DataFrame, over: tuple[int, ...]) -> Sums:
     """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T]."""
+    known = rows.drop(columns=["member", "serve", "request", "k"], errors="ignore")
+    # The name of a policy is part of the name of a sum, that of a task is not.
+    columns = map(str, known)
+    names = [of if of.startswith("policy_") else of.partition("/")[0] for of in columns]
     sums: Sums = {}
-    for column, values in rows.items():
-        name, task = str(column), ""
-        # The name of a policy is part of the name of a sum.
-        if not name.startswith("policy_"):
-            name, _, task = name.partition("/")
-        if name not in ("member", "serve", "request", "k"):
-            shaped = values.to_numpy().reshape(-1, *over, *([1] if task else []))
-            sums[name] = np.concatenate([sums[name], shaped], -1) if name in sums else shaped
+    for name in dict.fromkeys(names):
+        of = known.loc[:, [other == name for other in names]].to_numpy()
+        sums[name] = of.reshape(-1, *over, *([] if name in known else of.shape[1:]))
     return sums

@@ -1,8 +1,8 @@
 """The cost of a model and of a funnel, the choice of settings on validation, and their savings.
 
 Rows are students and references of `results.csv` with three labels, see `results.with_labels`:
-`setting` of all keys of a student except its seeds, or the name of a reference; `way` of the keys
-that are not tuned; and `repeat` of the seeds. No choice sees the requests of `test`.
+`setting` of all keys of a student except its seeds, or of a reference; `way` of the keys that are
+not tuned; and `repeat` of the seeds. No choice sees the requests of `test`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -114,11 +114,6 @@ def funnel_cost(
     return of_requests + candidates * student + scored * teacher
 
 
-def whole_cost(candidates: float, teacher_flops: float, costs: Costs = FLOPS) -> float:
-    """The cost of one request if the teacher scores all retrieved candidates, without a student."""
-    return costs.teacher_request + candidates * (costs.teacher or teacher_flops)
-
-
 def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return the rows of a split, one of `request.SPLITS`."""
     return rows[rows["split"] == split]
@@ -171,13 +166,11 @@ def needs_scores(rows: pd.DataFrame) -> pd.Series:
     def of_terms(losses: object) -> bool:
         return any(not term.endswith(":stage") for term in str(losses).split("+"))
 
-    distilled = (rows["role"] == "student") & rows["distill_loss"].notna()
-    by_terms = rows["distill_loss"].map(of_terms).astype(bool)
-    sampled = pd.Series(False, rows.index)
-    if "batch.sampler" in rows:
-        with_scores = [name for name, sampler in SAMPLERS.items() if sampler.needs_scores]
-        sampled = (rows["role"] == "student") & rows["batch.sampler"].isin(with_scores)
-    return (distilled & by_terms) | sampled | rows["member"].isin(NEED_SCORES)
+    distilled = rows["distill_loss"].notna() & rows["distill_loss"].map(of_terms).astype(bool)
+    with_scores = [name for name, sampler in SAMPLERS.items() if sampler.needs_scores]
+    sampled = rows.get("batch.sampler", pd.Series(index=rows.index)).isin(with_scores)
+    students = (rows["role"] == "student") & (distilled | sampled)
+    return students | rows["member"].isin(NEED_SCORES)
 
 
 def baselines(rows: pd.DataFrame) -> dict[str, str]:
@@ -190,14 +183,11 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
     """
     splits = rows.groupby("setting")["split"].transform("nunique")
     rows = rows[(rows["role"] == "student") | (splits == rows["split"].nunique())]
-    plain = (rows["role"] == "student") & (rows["mode"] == "none")
-    for key, value in PLAIN.items():
-        if key in rows:
-            plain &= rows[key].isin([value])
+    plain = (rows["mode"] == "none") & (rows[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1)
     without = ~needs_scores(rows) & ~rows["member"].isin(NO_RANKERS)
     pools = {
         "funnel_cost_saving": without,
-        "saving_over_none": plain,
+        "saving_over_none": plain & (rows["role"] == "student"),
         "saving_over_incumbent": rows["member"] == "incumbent",
     }
     found = {column: _best_ranker(rows, rows[pool]) for column, pool in pools.items()}

@@ -23,7 +23,7 @@ from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.policy import POLICIES, Policy
-from kd_ranker.evaluation.references import Statistics, train_statistics
+from kd_ranker.evaluation.references import Lists, lists_of
 from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters
@@ -148,10 +148,10 @@ class Job:
         return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)
 
     @functools.cached_property
-    def statistics(self) -> Statistics:
-        """The statistics of the training requests, which some references need."""
+    def lists(self) -> Lists:
+        """The lists of items from the training requests, which are references."""
         weights, shown = self.config.value_weights, self.config.funnel.shown
-        return train_statistics(self.dataset, weights, shown, seed=0)
+        return lists_of(self.dataset, weights, shown)
 
     def restored(self, workdir: Path, made_of: MadeOf | None = None) -> tuple[States, int]:
         """Restore the newest checkpoint that can be read, by default of exactly this job.

@@ -78,8 +78,8 @@ def measure(
     referred: tuple[str, ...] = ()
     if with_references:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
-        referred = references.known_references([of for of in splits if len(of)], job.statistics)
-        groups.append(references.reference_ranker([job.statistics])._replace(serves=[referred]))
+        referred = references.known_references([of for of in splits if len(of)], job.lists)
+        groups.append(references.reference_ranker(job.lists)._replace(serves=[referred]))
     keep = keep or split == "test"
     of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit, costs)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
@@ -180,8 +180,9 @@ def _add(
     """Add a ranker's rows of all tables, and the contribution of each request."""
     key = str(row["member"]), str(row["serve"])
     if key in fitted and row["role"] == "student":
-        names = job.config.funnel.policies
-        measured.policies[key] = policy.fit(fitted[key].curves, job.kept_ks, names)
+        known = policy.curves_of(fitted[key].curves, job.kept_ks)
+        names = job.config.funnel.policies if known.have_value else ()
+        measured.policies[key] = {name: policy.fit(name, known) for name in names}
         summed = _with_policies(job, measured.policies[key], summed)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
     only_order = row["member"] in NO_PROBABILITIES

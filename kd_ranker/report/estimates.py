@@ -24,7 +24,6 @@ from kd_ranker.evaluation.metrics import (
     ReportAt,
     Sums,
     curve_columns,
-    policies_of,
     ratio,
     result_columns,
 )
@@ -34,7 +33,6 @@ from kd_ranker.evaluation.saving import (
     funnel_cost,
     of_split,
     student_cost,
-    whole_cost,
 )
 from kd_ranker.report.intervals import (
     Interval,
@@ -104,9 +102,10 @@ class Estimates:
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
+        none, costs = student_cost({"role": "reference"}, self.study.costs)
 
         def share(cost: Any, candidates: Any) -> Any:
-            return cost / whole_cost(candidates, self._teacher_flops, self.study.costs)
+            return cost / funnel_cost(candidates, candidates, none, self._teacher_flops, costs)
 
         parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))
         return crossed_interval(combined(share, *parts))
@@ -246,8 +245,7 @@ class Estimates:
         """Return a ranker's measures, means over tasks where a metric has one, and curves."""
         # The sweeps of a study may have kept other k. `sums` have every k.
         ks = self.study.kept[0][1].ks
-        points, at = self._points._replace(policies=policies_of(sums)), ks - 1
-        tasks, known = self.study.tasks, set(self.study.rows)
+        points, at, tasks, known = self._points, ks - 1, self.study.tasks, set(self.study.rows)
         drawn: _Drawn = {}
         for metric in METRICS.values():
             # A metric that was added later has no sums here.

@@ -11,10 +11,10 @@ from jax import export
 from kd_ranker.config import keys
 from kd_ranker.evaluation import funnel, policy
 from kd_ranker.evaluation.metrics import TARGET
-from kd_ranker.evaluation.policy import POLICIES, Curves, fit_policy
+from kd_ranker.evaluation.policy import POLICIES, Curves
 
 
-def curves_of(requests: int, seed: int, known: float = 1, candidates: int = 200) -> Curves:
+def drawn(requests: int, seed: int, known: float = 1, candidates: int = 200) -> Curves:
     """Requests of different difficulty, which the student's scores show as far as `known` is 1.
 
     The student's error is the same everywhere. Where values differ much, it matters less.
@@ -40,11 +40,11 @@ def passed_by(curves, choice):
 
 @pytest.mark.parametrize("target", [0.9, 0.99])
 def test_uniform_and_threshold_are_the_extreme_ones_that_keep_the_target(target):
-    curves = curves_of(30, 1)
+    curves = drawn(30, 1)
     of_rows = range(len(curves.score))
     share = curves.captured.sum(axis=0) / curves.captured[:, -1].sum()
     smallest = next(k for k, kept in zip(curves.ks, share, strict=True) if kept >= target)
-    assert {*curves.ks[fit_policy("uniform", curves, target).choose(curves.score)]} == {smallest}
+    assert {*curves.ks[policy.fit("uniform", curves, target).choose(curves.score)]} == {smallest}
 
     def places(threshold):
         return [max(int((row >= threshold).sum()), 1) - 1 for row in curves.score]
@@ -53,12 +53,12 @@ def test_uniform_and_threshold_are_the_extreme_ones_that_keep_the_target(target)
         of for of in np.unique(curves.score)
         if curves.captured[of_rows, places(of)].sum() / curves.captured[:, -1].sum() >= target
     )  # fmt: skip
-    choice = fit_policy("threshold", curves, target).choose(curves.score)
+    choice = policy.fit("threshold", curves, target).choose(curves.score)
     assert choice.tolist() == places(largest)
 
 
 def test_hindsight_is_no_worse_than_any_choice_that_keeps_as_much():
-    curves = curves_of(4, 2, candidates=12)
+    curves = drawn(4, 2, candidates=12)
     choice = policy.hindsight(curves, 0.95)
     kept, passed = curves.kept(choice), passed_by(curves, choice).sum()
     assert kept >= 0.95
@@ -69,8 +69,8 @@ def test_hindsight_is_no_worse_than_any_choice_that_keeps_as_much():
 
 @pytest.mark.parametrize("known", [1, 0])
 def test_learned_saves_only_where_scores_tell_how_hard_a_request_is(known):
-    fitted, tested = curves_of(800, 3, known), curves_of(800, 4, known)
-    choices = {name: fit_policy(name, fitted).choose(tested.score) for name in POLICIES}
+    fitted, tested = drawn(800, 3, known), drawn(800, 4, known)
+    choices = {name: policy.fit(name, fitted).choose(tested.score) for name in POLICIES}
     passed = {name: passed_by(tested, choice).mean() for name, choice in choices.items()}
     assert tested.kept(choices["learned"]) == pytest.approx(TARGET, abs=0.004)
     if known:
@@ -83,32 +83,33 @@ def test_learned_saves_only_where_scores_tell_how_hard_a_request_is(known):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_requests_with_fewer_candidates_and_one_request(name):
-    curves = curves_of(40, 7)
+    curves = drawn(40, 7)
     few = np.where(np.arange(40) % 2, 200, 9)
     last = (curves.ks <= few[:, None]).sum(axis=1) - 1
     score = np.maximum(curves.score, curves.score[range(40), last][:, None])
     some = curves._replace(score=score, scored=np.minimum(curves.scored, few[:, None]))
-    choice = fit_policy(name, some, 0.9).choose(score)
+    choice = policy.fit(name, some, 0.9).choose(score)
     assert some.kept(choice) >= 0.85
     assert passed_by(some, policy.hindsight(some, 0.9))[::2].max() <= 9
     # The same requests give the same policy.
-    assert choice.tolist() == fit_policy(name, some, 0.9).choose(score).tolist()
-    one = curves_of(1, 8)
-    assert fit_policy(name, one).choose(one.score).shape == (1,)
+    assert choice.tolist() == policy.fit(name, some, 0.9).choose(score).tolist()
+    one = drawn(1, 8)
+    assert policy.fit(name, one).choose(one.score).shape == (1,)
 
 
 @pytest.mark.parametrize("factor", [1.0, np.nan, 0.0])
 def test_sums_are_the_curves_at_the_chosen_k_and_unknown_without_value(factor):
-    curves = curves_of(20, 10)
+    curves = drawn(20, 10)
     captured = factor * curves.captured
     sums = {"score": curves.score, "scored": curves.scored, "value_captured": captured}
     sums |= {"true_value_captured": 2 * captured, "covered_user_value": 3 * captured}
-    fitted = policy.fit(sums, curves.ks, ("uniform",))
+    known = policy.curves_of(sums, curves.ks)
+    fitted = {"uniform": policy.fit("uniform", curves)} if known.have_value else {}
     found = policy.sums(fitted, sums, curves.ks, ("uniform",))
     if factor != 1:
         assert np.isnan(np.stack([*found.values()])).all()
         return
-    place = fit_policy("uniform", curves).numbers["place"]
+    place = policy.fit("uniform", curves).numbers["place"]
     np.testing.assert_allclose(found["policy_scored/uniform"], curves.ks[place])
     for curve, times in (("value", 1), ("true_value", 2)):
         of_policy = found[f"policy_{curve}_captured/uniform"]
@@ -118,8 +119,8 @@ def test_sums_are_the_curves_at_the_chosen_k_and_unknown_without_value(factor):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_stored_and_exported_policy_chooses_the_measured_k(name):
-    curves = curves_of(300, 11)
-    fitted = fit_policy(name, curves, 0.95)
+    curves = drawn(300, 11)
+    fitted = policy.fit(name, curves, 0.95)
     stored = policy.from_json(policy.to_json({("a", "user"): {name: fitted}}))["a", "user"][name]
     generator = np.random.default_rng(12)
     value = generator.uniform(0, 1, (64, 200)).astype(np.float32) ** generator.uniform(
@@ -128,7 +129,7 @@ def test_a_stored_and_exported_policy_chooses_the_measured_k(name):
     mask = np.arange(200) < generator.integers(1, 201, (64, 1))
     # As the evaluation reads the scores, which differ in the order of the candidates.
     measured = funnel.funnel_curves(jnp.asarray(value), jnp.asarray(value), jnp.asarray(mask), 5)
-    choice = fitted.choose(np.asarray(measured.score, np.float64)[:, curves.ks - 1])
+    choice = fitted.choose(np.asarray(measured.curves["score"], np.float64)[:, curves.ks - 1])
     expected = np.minimum(curves.ks[choice], mask.sum(axis=1))
     sizes = export.symbolic_shape("requests, candidates")
     types = (jax.ShapeDtypeStruct(sizes, of) for of in (np.float32, np.bool_))

@@ -14,15 +14,13 @@ from kd_ranker.evaluation.references import (
     LISTS,
     NO_PROBABILITIES,
     REFERENCES,
-    Statistics,
-    item_share,
     known_references,
+    lists_of,
     reference_ranker,
-    train_statistics,
 )
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
-from kd_ranker.training.state import stack_members
+from scripts.personal import item_share
 from tests.random_batches import SPEC, random_batch, random_items
 from tests.requests.random_requests import random_source
 
@@ -91,31 +89,29 @@ def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path)
         expected["top_rate"] = total["first"] / (10 + of["value"].count())
         assert total["first"].max() > 1
 
-    found = train_statistics(dataset, WEIGHTS, SHOWN, seed=5)
-    assert found.lists.keys() == expected.keys()
+    found = lists_of(dataset, WEIGHTS, SHOWN)
+    assert found.keys() == expected.keys()
     for name, numbers in expected.items():
         every = numbers.reindex(range(SPEC.num_items), fill_value=0)
-        np.testing.assert_allclose(found.lists[name], every, rtol=1e-5, err_msg=name)
-    assert int(found.seed) == 5
+        np.testing.assert_allclose(found[name], every, rtol=1e-5, err_msg=name)
 
 
 def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
     dataset = built(tmp_path, lambda request, _: {"num_passed": len(request.label_weight)})
-    lists = train_statistics(dataset, WEIGHTS, SHOWN, seed=0).lists
+    lists = lists_of(dataset, WEIGHTS, SHOWN)
     np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
     assert len(np.unique(lists["show_rate"])) > 3
     # A training split has no facts for the evaluation, and a log may have no teacher.
-    columns, statistics = dataset.columns, Statistics(lists, np.int32(0))
-    assert known_references([columns["train"]], statistics) == ("random", *LISTS)
+    columns = dataset.columns
+    assert known_references([columns["train"]], lists) == ("random", *LISTS)
     del lists["top_rate"]
     without = tuple(name for name in REFERENCES if name != "top_rate")
-    assert known_references([columns["test"]], statistics) == without
+    assert known_references([columns["test"]], lists) == without
 
 
-def statistics(seed=0):
-    generator = np.random.default_rng(0)
-    numbers = generator.random((len(LISTS), SPEC.num_items), dtype=np.float32)
-    return Statistics(lists=dict(zip(LISTS, numbers, strict=True)), seed=np.int32(seed))
+def random_lists():
+    numbers = np.random.default_rng(0).random((len(LISTS), SPEC.num_items), dtype=np.float32)
+    return dict(zip(LISTS, numbers, strict=True))
 
 
 def evaluation_batch(seed, known=True):
@@ -129,16 +125,15 @@ def evaluation_batch(seed, known=True):
     return EvaluationBatch(batch, truth, score, unknown, request_mask=np.arange(4) < 3)
 
 
-def measured(batches, seeds=(0,)):
-    """The sums of the references by name, with an axis of seeds."""
-    ranker = reference_ranker([statistics(seed) for seed in seeds])
-    _, (summed,) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
-    members = [{name: of.sums for name, of in member.items()} for member in summed]
-    return stack_members(members)
+def measured(batches):
+    """The sums of the references by name."""
+    ranker = reference_ranker(random_lists())
+    _, ((summed,),) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
+    return {name: of.sums for name, of in summed.items()}
 
 
 def survival(sums):
-    return sums["survival"][0] / sums["funnel_requests"][0]
+    return sums["survival"] / sums["funnel_requests"]
 
 
 def test_references_are_measured_as_the_order_that_they_stand_for():
@@ -146,7 +141,7 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
     batches = [evaluation_batch(seed) for seed in (1, 2)]
     sums = measured(batches)
     assert set(sums) == set(REFERENCES) == {"oracle", *NO_PROBABILITIES}
-    lists = statistics().lists.items()
+    lists = random_lists().items()
     values = {
         "oracle": lambda batch: batch.true_probability @ np.array(WEIGHTS),
         "incumbent": lambda batch: np.nan_to_num(batch.incumbent, nan=-1e38),
@@ -184,20 +179,18 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
 
     dataset = built(tmp_path, change)
     columns = [dataset.columns[name] for name in ("validation", "test")]
-    found = known_references(columns, statistics())
+    found = known_references(columns, random_lists())
     absent = {"incumbent": "incumbent", "true_probability": "oracle"}[field]
     assert found == tuple(name for name in REFERENCES if known or name != absent)
 
 
-def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
+def test_random_orders_follow_from_the_request_and_not_from_the_batch():
     one = evaluation_batch(1)
     backwards = jax.tree.map(lambda of: of[::-1], one)
-    sums = measured([one], seeds=(0, 1))
-    of_backwards = measured([backwards], seeds=(0, 1))
+    sums, of_backwards = measured([one]), measured([backwards])
     for name in REFERENCES:
         found, same = sums[name]["survival"], of_backwards[name]["survival"]
         np.testing.assert_allclose(found, same, rtol=1e-5)
-        assert np.array_equal(*found) == (name != "random")
 
 
 @pytest.mark.parametrize(("items", "size", "noise"), [(50, 20, 2.0), (50, 2, 0.0), (3, 3, 0.0)])
