@@ -185,7 +185,7 @@ class Estimates:
         flops, costs = saving.student_cost(row, self.study.costs)
         (column,) = metrics.result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
         return combined(
-            lambda *numbers: saving.funnel_cost(*numbers, flops, of_teacher, costs),
+            lambda total, scored: saving.funnel_cost(total, scored, flops, of_teacher, costs),
             self._measured(setting, "candidates"),
             self._measured(setting, column),
         )

@@ -21,6 +21,8 @@ from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import Study
 
+Chart = alt.LayerChart | alt.FacetChart
+
 FORMATS = ("svg", "pdf", "png")
 # After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008), then of Tol's
 # muted one (personal.sron.nl/~pault, 2021). All are visible on a white and on a black page.
@@ -56,7 +58,7 @@ class Figure(NamedTuple):
     title: str
     caption: str
     data: pd.DataFrame
-    chart: alt.LayerChart
+    chart: Chart
     height: int = 270
 
 
@@ -77,7 +79,7 @@ def page_chart(figure: Figure) -> str:
     return json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
 
 
-def _sized(figure: Figure, width: Any, height: float, **theme: str) -> alt.LayerChart:
+def _sized(figure: Figure, width: Any, height: float, **theme: str) -> Chart:
     # Legends do not wrap by themselves: about 6 pixels per character, and the symbol.
     columns = max(1, _WIDTH // (6 * int(figure.data["line"].str.len().max()) + 50))
     legend = _THEME["legend"] | {"columns": columns}
@@ -244,9 +246,9 @@ def _over_k(
     """
     if not study.chosen:
         return None
-    drawn = (None, *study.chosen.values())
-    others = [of for of in (study.incumbent, study.baseline) if of not in drawn]
-    rankers = study.chosen | dict(zip(others, others, strict=True))
+    others = [of for of in (study.incumbent, study.baseline) if of is not None]
+    drawn = study.chosen.values()
+    rankers = study.chosen | {name: name for name in others if name not in drawn}
     curves = [
         estimates.curve(setting, measure).assign(
             way=way, setting=setting, passed=estimates.of(setting, CRITERION).mean

@@ -34,7 +34,7 @@ class Table(NamedTuple):
     @property
     def marks(self) -> np.ndarray:
         """True where a cell is marked, [lines, columns]."""
-        return np.zeros(self.cells.shape, bool) if self.best is None else self.best.to_numpy()
+        return np.zeros(self.cells.shape, bool) if self.best is None else self.best.to_numpy(bool)
 
     @property
     def numeric(self) -> list[bool]:
@@ -193,9 +193,7 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
     cells = _with_means(cells, "repeats", means)
     winners = numbers[numbers["best"] & numbers["measure"].isin(list(means))]
     won = {*zip(winners["setting"], winners["measure"].map(title_of), strict=True)}
-    best = pd.DataFrame(
-        [[(setting, title) in won for title in cells] for setting in rows["setting"]]
-    )
+    best = pd.DataFrame({of: [(name, of) in won for name in rows["setting"]] for of in cells})
     notes = [
         "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
         "setting that did best on validation. ± is half the 95% interval, over test requests and "

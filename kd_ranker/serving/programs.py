@@ -195,13 +195,13 @@ def _program(name: str, function: Callable[[Arrays], dict[str, Any]], offered: T
 
 def _fields(spec: FeatureSpec, *owners: str) -> Types:
     """Return the fields of these owners in a request, as a ranker receives them."""
-    requests, candidates = export.symbolic_shape("requests, candidates", scope=_SIZES)
-    batch = abstract_batch(spec, requests, candidates)
+    sizes: Any = export.symbolic_shape("requests, candidates", scope=_SIZES)
+    batch = abstract_batch(spec, *sizes)
     # How far a candidate came is for those who measure.
     names = [of.name for of in IN_BATCH if of.of in owners and of.name != "stage"]
     fields = {name: getattr(batch, name) for name in names}
     if "candidate" in owners:
-        fields["candidate_mask"] = jax.ShapeDtypeStruct((requests, candidates), np.bool_)
+        fields["candidate_mask"] = jax.ShapeDtypeStruct(sizes, np.bool_)
     return fields
 
 
