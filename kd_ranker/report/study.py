@@ -85,8 +85,8 @@ class Study(NamedTuple):
         """The columns that measure the value for users: at `funnel.passed`, then at `TARGET`.
 
         They are the true value where it is known. Else it is the value of user labels that a funnel
-        keeps of the candidates that the logged funnel passed, which can have labels. These cannot
-        compare funnels that pass different numbers, so there is none at `TARGET`.
+        keeps of the candidates that the logged funnel passed, which can have labels. Labels cannot
+        compare funnels that pass different numbers, so the second column is left out then.
         """
         if not self.knows_truth:
             return [f"covered_user_value@{self.passed}"]
