@@ -155,12 +155,11 @@ def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
 def _name(config: ConfigDict, member: ConfigDict, swept: Iterable[Key]) -> str:
     """A name that no other member of the sweep has."""
     keys = sorted(swept, key=lambda key: _PLACES_OF_NAME.index(_place(key)))
+    named = {"distill.mode": True, "seed": True, "distill.weight": _distils(member.distill.mode)}
     parts = []
     for key in keys:
         value, own = schema.value_of(member, key.name), schema.value_of(config, key.name)
-        always = key.name in ("distill.mode", "seed")
-        weighed = key.name == "distill.weight" and _distils(member.distill.mode)
-        if always or weighed or (value != own and key.name != "distill.weight"):
+        if named.get(key.name, value != own):
             parts.append(_text(key, value))
     return "-".join(parts)
 
@@ -194,11 +193,11 @@ def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: Feature
         return config.sweep.group_size
     across, sharing = _spread(config)
     one_per_group = {shared_part(member): member for member in members}
-    largest = max(
-        _bytes_of_states(recipes.student_groups({"": member}, spec)) / sharing
-        + _bytes(abstract_batch(spec, member.batch.requests, member.batch.candidates))
+    sizes = (
+        _bytes(recipes.student_groups({"": member}, spec), member.batch, spec)
         for member in one_per_group.values()
     )
+    largest = max(states / sharing + of_batch for states, of_batch in sizes)
     return max(1, int(free_memory(config) / (_MARGIN * largest))) * across
 
 
@@ -211,10 +210,9 @@ def check_memory(
     """
     across, sharing = _spread(config)
     try:
-        states = _bytes_of_states(groups)
+        states, of_batch = _bytes(groups, batch, spec)
     except (OverflowError, ValueError, TypeError) as error:
         raise UserError(f"no model can have this size: {error}; {_REMEDY}") from error
-    of_batch = _bytes(abstract_batch(spec, batch.requests, batch.candidates))
     needed = states / (across * sharing) + of_batch / len(first_devices(config.parallel.devices))
     if needed > (free := free_memory(config)):
         raise UserError(
@@ -235,12 +233,15 @@ def exhaustion_reported() -> Iterator[None]:
         raise UserError(f"a device has too little memory: {first}; {_REMEDY}") from error
 
 
-def _bytes_of_states(groups: Sequence[Group]) -> int:
-    return _bytes([jax.eval_shape(group.init) for group in groups])
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _bytes(groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec) -> tuple[int, int]:
+    """The bytes of the states of groups, and of a batch."""
+    trees = (
+        [jax.eval_shape(group.init) for group in groups],
+        abstract_batch(spec, batch.requests, batch.candidates),
+    )
+    leaves = map(jax.tree.leaves, trees)
+    states, of_batch = (sum(leaf.size * leaf.dtype.itemsize for leaf in of) for of in leaves)
+    return states, of_batch
 
 
 def _spread(config: ConfigDict) -> tuple[int, int]:
@@ -299,9 +300,17 @@ class Sweep:
     def planned(self, size: int) -> "Sweep":
         """Assign every member to a cohort of at most `size`, and write the plan to the workdir.
 
-        Existing cohorts do not change.
+        Existing cohorts do not change. The members of a new one are on the same batches.
         """
-        plan = [*self.plan, *_new_cohorts(self._unplaced(), size)]
+        keys, plan = [of.name for of in schema.sweepable() if of.sweep == "cohorts"], [*self.plan]
+        sharing: dict[str, list[str]] = {}
+        for name, member in self._unplaced().items():
+            batches = repr([schema.value_of(member, key) for key in keys])
+            sharing.setdefault(batches, []).append(name)
+        for names in sharing.values():
+            # Of equal sizes, so that no small cohort pays for a whole teacher pass.
+            number = -(-len(names) // size)
+            plan += [names[index::number] for index in range(number)]
         write_atomically(self.workdir / FILE, json.dumps({"cohorts": plan}, indent=2))
         return dataclasses.replace(self, plan=plan)
 
@@ -368,16 +377,3 @@ def read_plan(workdir: Path) -> list[list[str]]:
     """The names of the members of each cohort of a sweep; empty if it has not started."""
     path = workdir / FILE
     return read_json(path, "use another --workdir")["cohorts"] if path.exists() else []
-
-
-def _new_cohorts(members: Members, size: int) -> Iterator[list[str]]:
-    """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
-    of_batches = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
-    sharing: dict[str, list[str]] = {}
-    for name, member in members.items():
-        batches = repr([schema.value_of(member, key) for key in of_batches])
-        sharing.setdefault(batches, []).append(name)
-    for names in sharing.values():
-        # Of equal sizes, so that no small cohort pays for a whole teacher pass.
-        number = -(-len(names) // size)
-        yield from (names[index::number] for index in range(number))

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from kd_ranker import manifest
@@ -22,16 +21,8 @@ from kd_ranker.errors import UserError
 from kd_ranker.models.model import COMPUTE_DTYPES, score
 from kd_ranker.pipeline.job import Finished
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.serving import check
-from kd_ranker.serving.programs import (
-    FORMATS,
-    Exported,
-    Servable,
-    fields_of,
-    inputs_of_items,
-    make_programs,
-    name_of,
-)
+from kd_ranker.serving import check, programs
+from kd_ranker.serving.programs import Exported, Servable
 from kd_ranker.sources.logs.vocabulary import TRANSFORMS, VOCABULARIES_FOLDER
 
 _REQUESTS, _ITEMS = 4, 32  # of the example
@@ -79,16 +70,20 @@ def write_export(
     Args:
       trained: the ranker.
       batch: the requests of the example.
-      about: more entries of `export.json`: `formats`, some of `FORMATS`; `run`, the fingerprints of
-        the ranker; and others for the README.
+      about: more entries of `export.json`: `formats`, some of `programs.FORMATS`; `run`, the
+        fingerprints of the ranker; and others for the README.
       dataset: the folder with the vocabularies and transforms of a log, if there are any.
       folder: the folder to write.
     """
-    exported = make_programs(trained)
+    exported = programs.make_programs(trained)
     example = _example(exported, trained, batch)
+    # The probabilities of the ranker as it is evaluated.
+    evaluate = jax.jit(lambda *arrays: trained.probability(score(trained.model, *arrays)))
+    evaluated = np.asarray(evaluate(trained.parameters, batch, trained.items))
+    differences = np.abs(evaluated - example["out.probability"])[np.asarray(batch.candidate_mask)]
     described = {
         **about,
-        "difference": _difference(trained, batch, example["out.probability"]),
+        "difference": float(differences.max()),
         "tasks": list(trained.spec.tasks),
         "value_weights": list(trained.value_weights),
         "policy": trained.policy.name if trained.policy else "",
@@ -98,7 +93,9 @@ def write_export(
         },
         "tables": _types(exported.tables),
         "hashed_tables": [
-            name_of(name) for name, of in trained.model.embedding.tables.items() if of.hashed
+            programs.name_of(name)
+            for name, of in trained.model.embedding.tables.items()
+            if of.hashed
         ],
         "features": json.loads(trained.spec.to_json()),
     }
@@ -106,7 +103,7 @@ def write_export(
     temporary.mkdir(parents=True)
     try:
         for program, name in itertools.product(exported.programs.values(), about["formats"]):
-            (temporary / f"{program.name}.{name}").write_bytes(FORMATS[name](program))
+            (temporary / f"{program.name}.{name}").write_bytes(programs.FORMATS[name](program))
         contiguous = {name: np.ascontiguousarray(of) for name, of in exported.tables.items()}
         save_file(contiguous, temporary / "tables.safetensors")
         np.savez(temporary / "example.npz", **example)
@@ -127,27 +124,18 @@ def write_export(
 
 def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
     """Return inputs of requests and of items under `in.`, and their results under `out.`."""
-    programs, tables = exported
-    needed = {name for program in programs.values() for name in program.inputs}
-    inputs = {name: np.asarray(of) for name, of in fields_of(batch).items() if name in needed}
-    found = jax.jit(lambda arrays: check.rank(programs, arrays))(inputs | tables)
-    if "item" in programs:
+    parts, tables = exported
+    needed = {name for program in parts.values() for name in program.inputs}
+    fields = programs.fields_of(batch)
+    inputs = {name: np.asarray(of) for name, of in fields.items() if name in needed}
+    found = jax.jit(lambda arrays: check.rank(parts, arrays))(inputs | tables)
+    if "item" in parts:
         ids = np.arange(min(_ITEMS, trained.spec.num_items), dtype=np.int32)
-        items = inputs_of_items(trained, ids)
-        found |= jax.jit(programs["item"])(tables | items)
+        items = programs.inputs_of_items(trained, ids)
+        found |= jax.jit(parts["item"])(tables | items)
         inputs |= {f"item.{name}": array for name, array in items.items()}
     named = {f"in.{name}": array for name, array in inputs.items()}
     return named | {f"out.{name}": np.asarray(array) for name, array in found.items()}
-
-
-def _difference(
-    trained: Servable, batch: CandidateBatch, served: Float[np.ndarray, "R N T"]
-) -> float:
-    """The largest difference of probabilities from those of the ranker as it is evaluated."""
-    evaluate = jax.jit(lambda *arrays: trained.probability(score(trained.model, *arrays)))
-    evaluated = evaluate(trained.parameters, batch, trained.items)
-    differences = np.abs(np.asarray(evaluated) - served)
-    return float(differences[np.asarray(batch.candidate_mask)].max())
 
 
 def _types(described: Mapping[str, Any]) -> dict[str, Any]:

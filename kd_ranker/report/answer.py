@@ -48,7 +48,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         "study": study, "chosen": chosen, "without": without, "criterion": CRITERION,
         "target": f"{100 * TARGET:g}%", "effect": _EFFECT, "lists": LISTS, "of": estimates.of,
         "passed": lambda name: number(estimates.of(name, CRITERION).mean, 0),
-        "number": number, "title_of": title_of, "in_percent": _in_percent,
+        "number": number, "title_of": title_of,
     }  # fmt: skip
     caveats = []
     if chosen is not None and without is not None:
@@ -66,7 +66,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
 def _of_rankers(study: Study, estimates: Estimates, chosen: str) -> dict[str, Any]:
     """Return doubts about the final ranker, and a simple order that may be as good as a student."""
     chance, below = [], []
-    for task in study.tasks:
+    for task in study.config.tasks:
         measure, plain = f"user_auc/{task}", study.plain
         area = estimates.of(TEACHER, measure)
         found = f"AUC {task} {number(area.mean, 3)}"
@@ -95,7 +95,7 @@ def _of_saving(
     }
     return {
         "gap": gap,
-        "fewer": Interval(-gap.mean, -gap.high, -gap.low, gap.n),
+        "fewer": gap.scaled(-1),
         "today": {name: title for name, title in today.items() if name is not None},
         "saving": estimates.of(chosen, SAVINGS[0]),
         "others": {
@@ -111,13 +111,12 @@ def _of_users(
 ) -> dict[str, Any]:
     """Return the change for users; `paid` is that on validation if they may pay for the saving."""
     truth, paid = study.knows_truth, study.users_change(pair[0])
-    if not gap.high < 0 or paid is None or paid.low > -study.margin:
+    if not gap.high < 0 or study.keeps_users(pair[0]):
         paid = None
-    measures = [study.users_measure, *study.users_at_target]
     live = None if truth else estimates.live_test(*pair, _EFFECT)
     return {
         "truth": truth,
-        "users": {measure: estimates.gap(*pair, measure) for measure in measures},
+        "users": {measure: estimates.gap(*pair, measure) for measure in study.users_measures},
         "paid": paid,
         "unlabelled": estimates.why_unlabelled(pair),
         "covered": estimates.coverage(pair),
@@ -143,10 +142,3 @@ def _caveats(study: Study, gap: Interval) -> list[str]:
         "validation; the best of each way was then read on the test.",
         f"Intervals cover {covered}; the repeats have {teachers} and {orders} of the data.",
     ]
-
-
-def _in_percent(share: Interval) -> Interval:
-    """Return a share without its sign, in percent."""
-    sign = -100 if share.mean < 0 else 100
-    low, high = sorted((sign * share.low, sign * share.high))
-    return Interval(sign * share.mean, low, high, share.n)

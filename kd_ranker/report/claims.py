@@ -1,16 +1,11 @@
-"""Test claims about distilling into an early ranker on a study.
+"""Test claims about distilling into an early ranker on a study; `docs/report.md` lists them.
 
-A claim is a number, the side of a threshold, and a text; `docs/report.md` lists them. It *holds* if
-the whole 95% interval is on the claimed side, *does not hold* if the whole interval is on the
-other, and is *undecided* if the interval includes the threshold or there is too little data for
-one. It is *not measured* if the study lacks the numbers.
-
-Numbers are of the test split, at the setting that validation chose for each way (see
-`saving.best_of_ways`), with its serving choice; claim (c) compares all settings. Differences are
-paired, against the rival: the best on validation of the ranker without scores of the final ranker
-and the lists of items that need them. A student that costs more than `EARLY` of the final ranker
-per candidate is no early ranker, and no claim holds for it. So no claim holds for a list of items,
-for an exact copy of the teacher, or for a useless student.
+A claim is a number, the side of a threshold, and a text. Numbers are of the test split, at the
+setting that validation chose for each way, with its serving choice; claim (c) compares all settings
+on validation. Differences are paired, against the rival: the best on validation of the ranker
+without scores of the final ranker and the lists of items that need them. No claim holds for a
+student that costs more than `EARLY` of the final ranker per candidate. So none holds for a list of
+items, for an exact copy of the teacher, or for a useless student.
 """
 
 from collections.abc import Iterator
@@ -89,28 +84,25 @@ def _line(
 def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it.
 
-    The ratio is undefined for a student that agrees with the teacher. Below 0, the student
-    predicts users better than the teacher, which is no misalignment of a good student.
+    Below 0, the student predicts users better than the teacher: no misalignment of a good student.
     """
     statement = (
         "Without distillation the student predicts users nearly as well as the teacher, and not "
         "the teacher (alignment ratio below 1/4)"
     )
+    plain = study.plain or ""
     by_chance = [
         f"AUC {task} of {name} includes 0.5: it predicts users by chance"
-        for name in (str(study.plain), TEACHER)
-        for task in study.tasks
+        for name in (plain, TEACHER)
+        for task in study.config.tasks
         if estimates.of(name, f"user_auc/{task}").low <= 0.5
     ]
+    unknown = "undefined: the student agrees with the teacher on the shown items"
     for measure in ("alignment_ratio", "alignment_ratio_bce"):
-        claim = _Claim("a", statement, measure, "below", MISALIGNED_BELOW)
-        if study.plain is None:
-            yield _line(claim, remark="there is no student of mode none")
-            continue
-        mean = estimates.of(study.plain, measure)
-        line = _line(claim, study.plain, mean)
+        mean = estimates.of(plain, measure)
+        line = _line(_Claim("a", statement, measure, "below", MISALIGNED_BELOW), plain, mean)
         if mean.n == 0:
-            line["remark"] = "undefined: the student agrees with the teacher on the shown items"
+            line["remark"] = unknown if plain else "there is no student of mode none"
         elif by_chance or mean.high < 0:
             below = "below 0: the student predicts users better than this teacher does"
             line |= {"verdict": "does not hold", "remark": [*by_chance, below][0]}
@@ -121,9 +113,11 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(b) and (d) to (g) The changes that chosen settings with scores make against the rival."""
     goal = f"{100 * TARGET:g}% of the final value"
     # An estimate from labels has a sign and no size, so no loss of users is surely small.
-    margin = study.margin if study.knows_truth else 0.0
+    margin = study.config.report.margin if study.knows_truth else 0.0
+    ranked = of_split(pd.concat([study.rows, study.references]), "validation")
+    lists = [name for name in NEED_SCORES if (ranked["setting"] == name).any()]
+    rival = study.baseline and best(ranked, [study.baseline, *lists])
     learned = study.tested[study.tested["needs_scores"]]
-    rival = _rival(study)
     for mode in ("aux", "shared"):
         chosen = best(study.rows, list(learned.loc[learned["mode"] == mode, "setting"].unique()))
         top = f"the teacher's own top survive at {study.passed} passed"
@@ -136,11 +130,11 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
             _Claim("e", f"With mode {mode} fewer candidates need passing for {goal}", CRITERION,
                    "below"),
             *(_Claim("f", users, measure, "above", -margin)
-              for measure in (study.users_measure, *study.users_at_target)),
+              for measure in study.users_measures),
         ):  # fmt: skip
             yield _change(study, estimates, claim, chosen, rival)
     for way, setting in study.chosen.items():
-        if setting in set(learned["setting"]) and rival is not None:
+        if rival and setting in set(learned["setting"]):
             claim = _Claim("g", f"Fewer need passing with {way}", CRITERION, "below")
             yield _change(study, estimates, claim, setting, rival)
 
@@ -171,15 +165,6 @@ def _change(
     return line
 
 
-def _rival(study: Study) -> str | None:
-    """Return the best on validation of the baseline and the lists that need scores, if any."""
-    if study.baseline is None:
-        return None
-    rows = pd.concat([study.rows, study.references])
-    known = set(of_split(study.references, "validation")["setting"])
-    return best(rows, [study.baseline, *(name for name in NEED_SCORES if name in known)])
-
-
 def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(c) `shared` comes closer to the teacher's order than `aux`, with either of its heads.
 
@@ -187,28 +172,27 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     all else equal. It is averaged over settings within a repeat, so that nothing is chosen.
     """
     rows = of_split(study.rows, "validation")
-    table, ratios = by_repeat(rows, "teacher_tau"), by_repeat(rows, "cost_ratio")
-    keys = [key for key in setting_columns(rows) if key not in ("mode", "serve")]
-    settings = rows.drop_duplicates("setting")
-    shared, aux = (settings[settings["mode"] == mode] for mode in ("shared", "aux"))
+    alike = [key for key in (*setting_columns(rows), "repeat") if key not in ("mode", "serve")]
+    rows = rows.reindex(columns=["setting", "mode", "serve", *alike, "teacher_tau", "cost_ratio"])
+    shared, aux = (rows[rows["mode"] == mode] for mode in ("shared", "aux"))
     for heads in ("user", "teacher"):
         statement = f"Mode shared comes closer to the teacher than mode aux with its {heads} heads"
         claim = _Claim("c", statement, "teacher_tau", "above")
-        pairs = shared.merge(aux[aux["serve"] == heads], on=keys, suffixes=("", "_of_aux"))
+        pairs = shared.merge(aux[aux["serve"] == heads], on=alike, suffixes=("", "_of_aux"))
         if pairs.empty:
             why = "there are no students of mode shared and mode aux that differ in nothing else"
             yield _line(claim, remark=why)
             continue
-        names = list(pairs["setting"])
-        gaps = table[names] - table[list(pairs["setting_of_aux"])].to_numpy()
+        gap = pairs["teacher_tau"] - pairs["teacher_tau_of_aux"]
         # Only repeats that have every setting: the mean of another one is of other settings.
-        whole = gaps.dropna().mean(axis="columns").to_numpy()
+        gaps = by_repeat(pairs.assign(gap=gap), "gap").dropna()
+        whole = gaps.mean(axis="columns").to_numpy()
         # Two one-sided tests at 5% each (Schuirmann, J. Pharmacokinet. Biopharm. 1987).
-        mean, narrower = interval(whole), interval(whole, 0.90)
-        setting = f"mean over {len(pairs)} settings, on validation"
-        line = _line(claim, setting, mean, float(ratios[names].max().max()))
+        narrower = interval(whole, 0.90)
+        setting = f"mean over {gaps.shape[1]} settings, on validation"
+        line = _line(claim, setting, interval(whole), float(pairs["cost_ratio"].max()))
         if narrower.low > -TAU_MARGIN and narrower.high < TAU_MARGIN:
             line |= {"verdict": "equivalent", "remark": f"within ±{TAU_MARGIN:g}"}
-        elif line["verdict"] == "holds" and (table[names].mean() <= 0).any():
+        elif line["verdict"] == "holds" and (by_repeat(pairs, "teacher_tau").mean() <= 0).any():
             line |= {"verdict": "does not hold", "remark": "a student of mode shared has no order"}
         yield line

@@ -15,32 +15,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from kd_ranker.evaluation import metrics
+from kd_ranker.evaluation import metrics, saving
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.interleaving import RequestsNeeded, number_needed
-from kd_ranker.evaluation.metrics import (
-    METRICS,
-    TARGET,
-    ReportAt,
-    Sums,
-    curve_columns,
-    ratio,
-    result_columns,
-)
+from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, Sums
 from kd_ranker.evaluation.results import TEACHER, Kept
-from kd_ranker.evaluation.saving import (
-    SAVINGS,
-    funnel_cost,
-    of_split,
-    student_cost,
-)
-from kd_ranker.report.intervals import (
-    Interval,
-    Measured,
-    combined,
-    crossed_interval,
-    request_counts,
-)
+from kd_ranker.report import intervals
+from kd_ranker.report.intervals import Interval, Measured, combined, crossed_interval
 from kd_ranker.report.study import Study
 
 DRAWS = 500
@@ -65,7 +46,9 @@ class Estimates:
         self.study = study
         self._points = _points(study)
         self.targets, self.policies = self._points.targets, self._points.policies
-        self._read = pd.concat([study.tested, of_split(study.references, "test"), study.teachers])
+        self._read = pd.concat(
+            [study.tested, saving.of_split(study.references, "test"), study.teachers]
+        )
         self._rows = {
             str(setting): rows.set_index("repeat")
             for setting, rows in self._read.groupby("setting", sort=False)
@@ -102,10 +85,12 @@ class Estimates:
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
-        none, costs = student_cost({"role": "reference"}, self.study.costs)
+        none, _ = saving.student_cost({"role": "reference"}, self.study.costs)
 
         def share(cost: Any, candidates: Any) -> Any:
-            return cost / funnel_cost(candidates, candidates, none, self._teacher_flops, costs)
+            return cost / saving.funnel_cost(
+                candidates, candidates, none, self._teacher_flops, self.study.costs
+            )
 
         parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))
         return crossed_interval(combined(share, *parts))
@@ -179,7 +164,7 @@ class Estimates:
         return f"it could have labels of only {seen}"
 
     def _measured(self, setting: str, measure: str) -> Measured:
-        if measure in SAVINGS:
+        if measure in saving.SAVINGS:
             return self._saving(setting, self.study.baselines.get(measure))
         rows = self._rows.get(setting, pd.DataFrame())
         if measure not in rows:
@@ -200,12 +185,12 @@ class Estimates:
     def _cost(self, setting: str, target: float) -> Measured:
         """Return the mean cost of a request at a target."""
         row, of_teacher = self._rows[setting].iloc[0].to_dict(), self._teacher_flops
-        flops, costs = student_cost(row, self.study.costs)
-        (scored,) = result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
+        flops, costs = saving.student_cost(row, self.study.costs)
+        (column,) = metrics.result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
         return combined(
-            lambda candidates, scored: funnel_cost(candidates, scored, flops, of_teacher, costs),
+            lambda total, scored: saving.funnel_cost(total, scored, flops, of_teacher, costs),
             self._measured(setting, "candidates"),
-            self._measured(setting, scored),
+            self._measured(setting, column),
         )
 
     def _stacked(self, setting: str, repeats: Iterable[Any], column: str) -> Measured:
@@ -228,7 +213,7 @@ class Estimates:
             members = {member for member, _ in kept.each}
             seeds = rows.loc[(rows["role"] == "student") & rows["member"].isin(members), "seed"]
             teacher = kept.each[TEACHER, "user"]
-            counts = request_counts(len(teacher.sums["funnel_requests"]), DRAWS)
+            counts = intervals.request_counts(len(teacher.sums["funnel_requests"]), DRAWS)
             of_teacher = _resampled(kept, teacher, counts)
             for (member, serve), each in kept.each.items():
                 named = rows[(rows["member"] == member) & (rows["serve"] == serve)]
@@ -245,21 +230,22 @@ class Estimates:
         """Return a ranker's measures, means over tasks where a metric has one, and curves."""
         # The sweeps of a study may have kept other k. `sums` have every k.
         ks = self.study.kept[0][1].ks
-        points, at, tasks, known = self._points, ks - 1, self.study.tasks, set(self.study.rows)
+        points, at = self._points, ks - 1
+        tasks, known = self.study.config.tasks, set(self.study.rows)
         drawn: _Drawn = {}
         for metric in METRICS.values():
             # A metric that was added later has no sums here.
             with contextlib.suppress(KeyError):
                 ended = metric.ends(sums, of_teacher) if metric.ends else None
-                columns = result_columns(metric, tasks, points)
+                columns = metrics.result_columns(metric, tasks, points)
                 if ended is not None and columns and set(columns) <= known:
                     numbers = metrics.numbers(metric, ended, points)
                     drawn |= zip(columns, numbers, strict=True)
                     if metric.averaged:
                         of_task = ~np.isnan(numbers)
                         whole = np.where(of_task, numbers, 0.0).sum(axis=0)
-                        drawn[metric.name] = ratio(whole, of_task.sum(axis=0))
-                if ended is not None and (columns := curve_columns(metric, tasks)):
+                        drawn[metric.name] = metrics.ratio(whole, of_task.sum(axis=0))
+                if ended is not None and (columns := metrics.curve_columns(metric, tasks)):
                     by_column = np.asarray(ended)[at].reshape(len(ks), len(columns), -1)
                     drawn |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
         return drawn

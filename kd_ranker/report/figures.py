@@ -106,11 +106,10 @@ def figures(study: Study, estimates: Estimates) -> list[Figure]:
             "The same items, valued by the true probabilities: the share of the value if all "
             "retrieved candidates reach the final ranker. It can exceed 1 if an early ranker drops "
             "candidates that the final ranker overrates.",
-        ),
+        ) if study.knows_truth else None,
         _pareto(study),
     )  # fmt: skip
-    known = (figure for figure in drawn if figure is not None)
-    return [of for of in known if study.knows_truth or of.name != "true_value_captured"]
+    return [figure for figure in drawn if figure is not None]
 
 
 def _values(data: pd.DataFrame) -> alt.InlineData:
@@ -129,10 +128,7 @@ def _axis(
 
 
 def _color(study: Study, data: pd.DataFrame, symbol: str) -> alt.Color:
-    """Return the colors of the lines by their ways; a reference is gray, or brown if it is a list.
-
-    `symbol` is that of the legend.
-    """
+    """Return the colors of the lines by their ways; the incumbent is gray, a list is brown."""
     lines = data.drop_duplicates("line")
     colors: dict[str | None, str] = dict(zip(study.chosen, itertools.cycle(_COLORS), strict=False))
     colors[study.incumbent] = _INCUMBENT
@@ -154,12 +150,11 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         "best without scores": study.baseline, "best with scores": study.best_with_scores,
     }  # fmt: skip
     lines = [
-        (step, setting, *estimates.of(setting, CRITERION)[:3])
+        (step, setting, *estimates.of(setting or "", CRITERION)[:3])
         for step, setting in steps.items()
-        if setting is not None
     ]
-    data = pd.DataFrame(lines, columns=["line", "setting", "mean", "low", "high"])
-    data = data.dropna(subset=["mean"])
+    columns = ["line", "setting", "mean", "low", "high"]
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["mean"])
     if data.empty:
         return None
     data = data.assign(end=data[["mean", "high"]].max(axis=1))
@@ -220,7 +215,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
     lines = [
         (way, way, setting, *estimates.of(setting, SAVINGS[0])[:3],
          *estimates.gap(setting, study.baseline, measure)[:3])
-        for measure in study.users_at_target[:1]
+        for measure in study.users_measures[1:]
         for way, setting in study.chosen.items()
         if study.baseline not in (None, setting)
     ]  # fmt: skip
@@ -237,8 +232,8 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
         "the test split, with as many passed as each needs for 99% of the final value: the share "
         f"of the funnel's cost, {study.costs.unit}, that is saved, and the change of the value for "
         "users, as a share of that if all are passed. The dashed line is the margin of "
-        f"{100 * study.margin:g}%. Bars are 95% intervals.",
-        data, alt.layer(_rule(y, -study.margin), *marks, data=_values(data)),
+        f"{100 * study.config.report.margin:g}%. Bars are 95% intervals.",
+        data, alt.layer(_rule(y, -study.config.report.margin), *marks, data=_values(data)),
     )  # fmt: skip
 
 
@@ -251,10 +246,9 @@ def _over_k(
     """
     if not study.chosen:
         return None
-    references = {of: of for of in (study.incumbent, study.baseline) if of is not None}
-    rankers = study.chosen | {
-        name: of for name, of in references.items() if of not in study.chosen.values()
-    }
+    others = [of for of in (study.incumbent, study.baseline) if of is not None]
+    drawn = study.chosen.values()
+    rankers = study.chosen | {name: name for name in others if name not in drawn}
     curves = [
         estimates.curve(setting, measure).assign(
             way=way, setting=setting, passed=estimates.of(setting, CRITERION).mean

@@ -49,6 +49,11 @@ class Interval(NamedTuple):
     n: int
     covers: Covers = "repeats"
 
+    def scaled(self, factor: float) -> "Interval":
+        """Return the interval of `factor` times the measure."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return self._replace(mean=factor * self.mean, low=low, high=high)
+
 
 _NAN = float("nan")
 NOTHING = Interval(_NAN, _NAN, _NAN, 0, "nothing")

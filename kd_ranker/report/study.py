@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from ml_collections import ConfigDict
@@ -11,32 +11,13 @@ from ml_collections import ConfigDict
 from kd_ranker import manifest
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError, command
-from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
-from kd_ranker.evaluation.results import REPEAT, Kept, check_whole, read_requests
-from kd_ranker.evaluation.saving import (
-    PLAIN,
-    Costs,
-    baselines,
-    best,
-    best_of,
-    best_of_ways,
-    by_repeat,
-    costs_of,
-    needs_scores,
-    of_split,
-    with_savings,
-)
+from kd_ranker.evaluation import results, saving
+from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
+from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sweep import FOLDER, TEST
-from kd_ranker.training.workdir import (
-    CONFIG_FILE,
-    as_json,
-    read_config,
-    read_environment,
-    values_by_key,
-)
+from kd_ranker.training import workdir as workdirs
 
 # How many columns of a setting tables always show: mode, serving choice, weight.
 NAMED = 3
@@ -56,9 +37,8 @@ class Study(NamedTuple):
 
     dataset: str  # `data.title` of an own log, or `data.name`
     config: ConfigDict  # of the first sweep; the others may differ in members and random seeds
-    tasks: list[str]
     passed: int  # k, the number of candidates that the config passes
-    costs: Costs
+    costs: saving.Costs
     rows: pd.DataFrame  # of students on both splits
     chosen: dict[str, str]  # by way, the setting that validation chose, of those read on test
     baselines: dict[str, str]  # see `saving.baselines`
@@ -66,14 +46,13 @@ class Study(NamedTuple):
     teachers: pd.DataFrame  # on the test split, one per repeat of the students
     num_teachers: int  # which differ in their seeds
     references: pd.DataFrame  # of rankers without a model, on both splits
-    margin: float  # a loss of users that counts as none, see `report.margin`
     frozen: pd.DataFrame  # of members with a loss that stopped being finite
     varying: list[str]  # columns of a setting that differ, without mode, serving choice and weight
     allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
     configs: dict[str, str]  # texts, by the folder of each sweep
     environments: dict[str, dict]  # the same; empty if unknown
     # Of each sweep's number and cohort, what each test request adds to the measures of its rankers.
-    kept: list[tuple[int, Kept]]
+    kept: list[tuple[int, results.Kept]]
 
     @property
     def baseline(self) -> str | None:
@@ -102,24 +81,16 @@ class Study(NamedTuple):
         return true_value in self.tested and bool(self.tested[true_value].notna().any())
 
     @property
-    def users_measure(self) -> str:
-        """The column that measures the value for users if `funnel.passed` are passed.
+    def users_measures(self) -> list[str]:
+        """The columns that measure the value for users: at `funnel.passed`, then at `TARGET`.
 
-        The true value where it is known; else the value of user labels that a funnel keeps of the
-        candidates that the logged funnel passed, which can have labels.
-        """
-        name = "true_value_captured" if self.knows_truth else "covered_user_value"
-        return f"{name}@{self.passed}"
-
-    @property
-    def users_at_target(self) -> list[str]:
-        """The columns of the same if each funnel passes as many as it needs for `TARGET`.
-
-        Empty without a truth: labels of a log cannot compare funnels that pass different numbers.
+        They are the true value where it is known. Else it is the value of user labels that a funnel
+        keeps of the candidates that the logged funnel passed, which can have labels. Labels cannot
+        compare funnels that pass different numbers, so the second column is left out then.
         """
         if not self.knows_truth:
-            return []
-        return result_columns(METRICS["true_value_for"], (), ReportAt((), (TARGET,)))
+            return [f"covered_user_value@{self.passed}"]
+        return [f"true_value_captured@{self.passed}", "true_value_for_99"]
 
     @property
     def best_with_scores(self) -> str | None:
@@ -131,130 +102,122 @@ class Study(NamedTuple):
         settings = [*self.tested.loc[self.tested["needs_scores"], "setting"].unique()]
         kept = [setting for setting in settings if self.keeps_users(setting)] or settings
         costs = by_repeat(of_split(self.rows, "validation"), "funnel_cost")
-        return best_of(costs[kept]) or best(self.rows, kept)
+        return saving.best_of(costs[kept]) or saving.best(self.rows, kept)
 
     def keeps_users(self, setting: str) -> bool:
-        """Return True if the interval of `users_change` is above −`margin`, or unknown."""
+        """Return True if the interval of `users_change` is above −`report.margin`, or unknown."""
         change = self.users_change(setting)
-        return change is None or change.low > -self.margin
+        return change is None or change.low > -self.config.report.margin
 
     def users_change(self, setting: str) -> Interval | None:
-        """Return the change for users against the best ranker without scores, on validation.
+        """Return the change for users at `TARGET` against the baseline, on validation.
 
-        The paired difference in the measure of `users_at_target`, with a 95% interval over repeats.
-        None if the truth is not known, or no ranker without scores is measured.
+        The paired difference, with a 95% interval over repeats. None if the truth is not known, or
+        no ranker without scores is measured.
         """
-        measures = self.users_at_target
-        if self.baseline is None or not measures:
+        if self.baseline is None or not self.knows_truth:
             return None
         rows = of_split(pd.concat([self.rows, self.references]), "validation")
-        table = by_repeat(rows[rows["setting"].isin([setting, self.baseline])], measures[0])
+        rows = rows[rows["setting"].isin([setting, self.baseline])]
+        table = by_repeat(rows, self.users_measures[1])
         return interval((table[setting] - table[self.baseline]).to_numpy())
 
 
-def read_studies(workdirs: Sequence[Path]) -> list[Study]:
-    """Read sweeps and join those of the same dataset, in the order of the arguments.
+def read_studies(folders: Sequence[Path]) -> list[Study]:
+    """Read the workdirs of sweeps and join those of the same dataset, in their order.
 
     Raises:
       UserError: a folder is not a sweep's; two sweeps of a dataset have a member in common, or
         differ in more than members and random seeds; or two titles give the same file name.
     """
     by_dataset: dict[str, list[Path]] = {}
-    for workdir in workdirs:
-        data = _checked_config(workdir).data
-        by_dataset.setdefault(data.get("title") or data.name, []).append(workdir)
-    studies = [_study(dataset, folders) for dataset, folders in by_dataset.items()]
-    names = ["claims", *(study.file_name for study in studies)]
-    if duplicates := {name for name in names if names.count(name) > 1}:
-        name = min(duplicates)
+    for folder in folders:
+        data = _checked_config(folder).data
+        by_dataset.setdefault(data.get("title") or data.name, []).append(folder)
+    studies = [_study(dataset, of) for dataset, of in by_dataset.items()]
+    names = pd.Series(["claims", *(study.file_name for study in studies)])
+    if len(duplicates := names[names.duplicated()]):
+        name = duplicates.min()
         raise UserError(f"two tables would both be called {name}; choose another data.title")
     return studies
 
 
-def _checked_config(workdir: Path) -> ConfigDict:
-    if not workdir.is_dir():
-        raise UserError(f"there is no folder {workdir}; {_make(workdir)}")
-    for name in (results.FILE, CONFIG_FILE):
-        if not (workdir / name).is_file():
-            raise UserError(f"{workdir} holds no {name}; {_make(workdir)}")
-    for folder in dict.fromkeys([workdir, *_tested(workdir)]):
-        check_whole(folder)
-    return read_config(workdir)
+def _checked_config(folder: Path) -> ConfigDict:
+    for name in (results.FILE, workdirs.CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}; {_make(folder)}")
+    for measured in dict.fromkeys([folder, *_tested(folder)]):
+        results.check_whole(measured)
+    return workdirs.read_config(folder)
 
 
-def _tested(workdir: Path) -> list[Path]:
+def _tested(folder: Path) -> list[Path]:
     """Return the folders with the test of a sweep's cohorts, or that of a single run."""
-    return sorted(workdir.glob(f"{FOLDER}/*/{TEST}")) or [workdir]
+    return sorted(folder.glob(f"{FOLDER}/*/{TEST}")) or [folder]
 
 
-def _make(workdir: Path) -> str:
-    return f"make a sweep with: {command('sweep')} --config=FILE.py --workdir={workdir}"
+def _make(folder: Path) -> str:
+    return f"make a sweep with: {command('sweep')} --config=FILE.py --workdir={folder}"
 
 
-def _study(dataset: str, workdirs: list[Path]) -> Study:
-    configs = {str(workdir): read_config(workdir) for workdir in workdirs}
+def _study(dataset: str, folders: list[Path]) -> Study:
+    configs = {str(folder): workdirs.read_config(folder) for folder in folders}
     _check_alike(configs)
     first = next(iter(configs.values()))
-    tables = [
-        results.read_csv(workdir / results.FILE).assign(source=source)
-        for source, workdir in enumerate(workdirs)
-    ]
+    tables = (
+        results.read_csv(folder / results.FILE).assign(source=source)
+        for source, folder in enumerate(folders)
+    )
     joined = pd.concat(tables, ignore_index=True)
-    # The member of a single run has no name.
-    joined["member"] = joined["member"].astype(object).fillna("")
-    rows = _labelled(joined, list(first.tasks))
+    if "student" not in set(joined["role"]):
+        names = ", ".join(configs)
+        raise UserError(f"{names}: {results.FILE} has no student; {_make(folders[0])}")
+    rows = _labelled(joined, first.tasks)
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
     )
-    if students.empty:
-        names = ", ".join(map(str, workdirs))
-        raise UserError(f"{names}: {results.FILE} has no student; {_make(workdirs[0])}")
-    _check_distinct(students, workdirs)
-    healthy = students[students["non_finite_step"].isna()]
-    frozen = students[students["non_finite_step"].notna()]
+    _check_distinct(students, folders)
+    is_healthy = students["non_finite_step"].isna()
+    healthy = students[is_healthy]
     # Each sweep has measured the choices of its validation on test. The validation of all decides.
-    read = of_split(healthy, "test")["setting"].unique()
-    chosen = best_of_ways(healthy[healthy["setting"].isin(read)])
-    compared = healthy["setting"].isin(list(chosen.values()))
-    against = baselines(pd.concat([healthy[compared], references]))
-    teacher_flops, costs = float(teachers["flops_per_candidate"].mean()), costs_of(first)
-    ranked = with_savings(pd.concat([healthy, references]), against, teacher_flops, costs)
+    read = of_split(healthy, "test")["setting"]
+    chosen = saving.best_of_ways(healthy[healthy["setting"].isin(read)])
+    compared = healthy[healthy["setting"].isin([*chosen.values()])]
+    against = saving.baselines(pd.concat([compared, references]))
+    teacher_flops, costs = float(teachers["flops_per_candidate"].mean()), saving.costs_of(first)
+    ranked = saving.with_savings(pd.concat([healthy, references]), against, teacher_flops, costs)
     healthy, references = (ranked[ranked["role"] == of] for of in ("student", "reference"))
-    tested = of_split(healthy, "test")
-    reports = filter(None, map(read_data_report, workdirs))
+    reports = filter(None, map(read_data_report, folders))
     faults = (of for report in reports for of in report["allowed"])
     return Study(
         dataset=dataset,
         config=first,
-        tasks=list(first.tasks),
-        passed=int(first.funnel.passed),
+        passed=first.funnel.passed,
         costs=costs,
         rows=healthy,
         chosen=chosen,
         baselines=against,
-        tested=tested[tested["setting"].isin(list(chosen.values()))],
-        teachers=of_split(teachers, "test").reindex(columns=healthy.columns),
+        tested=of_split(healthy[healthy["setting"].isin([*chosen.values()])], "test"),
+        teachers=of_split(teachers, "test"),
         num_teachers=joined.loc[joined["role"] == "teacher", "seed"].nunique(dropna=False),
         references=references,
-        margin=float(first.report.margin),
-        frozen=frozen.drop_duplicates(["source", "member"]),
+        frozen=students[~is_healthy].drop_duplicates(["source", "member"]),
         varying=_varying(students),
-        # Those that `data.allow` accepted.
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
-        configs={name: as_json(config) for name, config in configs.items()},
-        environments={str(workdir): read_environment(workdir) for workdir in workdirs},
+        configs={name: workdirs.as_json(config) for name, config in configs.items()},
+        environments={str(folder): workdirs.read_environment(folder) for folder in folders},
         kept=[
-            (source, read_requests(folder))
-            for source, workdir in enumerate(workdirs)
-            for folder in _tested(workdir)
-            if (folder / results.REQUESTS_FILE).exists()
+            (source, results.read_requests(tested))
+            for source, folder in enumerate(folders)
+            for tested in _tested(folder)
+            if (tested / results.REQUESTS_FILE).exists()
         ],
     )
 
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
     free = [*schema.may_differ(), *schema.without_influence("report")]
-    flat = {name: values_by_key(config, free) for name, config in configs.items()}
+    flat = {name: workdirs.values_by_key(config, free) for name, config in configs.items()}
     (first, here), *others = flat.items()
     for other, there in others:
         if differing := manifest.differences(here, there):
@@ -264,48 +227,56 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
             )
 
 
-def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
+def _labelled(rows: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
     """Return the rows with the labels of `Study`, in the order of tables.
 
     Modes and serving choices are in the order in which they occur, plain mode `none` first.
     """
     # A sweep's teachers and references count for its own students, and once per repeat.
-    rows = pd.concat([results.in_each_repeat(of) for _, of in rows.groupby("source")])
-    once = ["split", "role", "member", "serve", *REPEAT]
-    rows = rows[(rows["role"] == "student") | ~rows.duplicated(once)].reset_index(drop=True)
-    for metric in METRICS.values():
-        if metric.averaged:
-            columns = result_columns(metric, tasks, ReportAt())
-            # A task that the teacher lacks has no number.
-            rows[metric.name] = rows.reindex(columns=columns).mean(axis=1)
-
-    def places(column: pd.Series) -> pd.Series:
-        named = column.name in ("mode", "serve")
-        return pd.Series(pd.factorize(column)[0], column.index) if named else column
-
+    each = [results.in_each_repeat(of) for _, of in rows.groupby("source")]
+    rows = pd.concat(each, ignore_index=True)
+    once = ["split", "role", "member", "serve", *results.REPEAT]
+    rows = rows[(rows["role"] == "student") | ~rows.duplicated(once)]
+    averages = {
+        # A task that the teacher lacks has no number.
+        metric.name: rows.reindex(columns=result_columns(metric, tasks, ReportAt())).mean(axis=1)
+        for metric in METRICS.values()
+        if metric.averaged
+    }
     plain = (rows["mode"] != "none") | (rows[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1)
-    rows = rows.assign(needs_scores=needs_scores(rows), variant=~plain)
-    keys = ["mode", "variant", *results.setting_columns(rows)[1:], *REPEAT]
-    rows = rows.sort_values(keys, key=places, kind="stable", na_position="first")
-    rows = rows.drop(columns="variant").reset_index(drop=True)
-    of_students = rows["role"] == "student"
-    students = rows[of_students]
+    seeds = rows[list(results.REPEAT)].itertuples(index=False, name=None)
+    rows = rows.assign(
+        **averages,
+        # The member of a single run has no name.
+        member=rows["member"].astype(object).fillna(""),
+        needs_scores=saving.needs_scores(rows),
+        variant=~plain,
+        repeat=["/".join(f"{seed:g}" for seed in of) for of in seeds],
+    )
+
+    def places(column: pd.Series) -> Any:
+        return pd.factorize(column)[0] if column.name in ("mode", "serve") else column
+
+    order = ["mode", "variant", *results.setting_columns(rows)[1:], *results.REPEAT]
+    rows = rows.sort_values(
+        order, key=places, kind="stable", na_position="first", ignore_index=True
+    )
+    students = rows[rows["role"] == "student"]
     varying, ways = _varying(students), results.ways(students)
-    choices = students.groupby("mode")["serve"].nunique()
-
-    def setting(row: pd.Series) -> str:
-        mode = f"{row['mode']} ({row['serve']})" if choices[row["mode"]] > 1 else str(row["mode"])
-        weight = [] if pd.isna(row["distill_loss"]) else [f"weight {row['distill_weight']:g}"]
-        return ", ".join([mode, *weight, *named_values(row, varying)])
-
-    def way(row: pd.Series) -> str:
-        return ", ".join([row["mode"], *named_values(row, [of for of in varying if of in ways])])
-
-    rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
-    rows.loc[of_students, "setting"] = [setting(row) for _, row in students.iterrows()]
-    rows.loc[of_students, "way"] = [way(row) for _, row in ways.iterrows()]
-    repeats = rows[list(REPEAT)].itertuples(index=False, name=None)
-    return rows.assign(repeat=["/".join(f"{seed:g}" for seed in of) for of in repeats])
+    mode, weight = students["mode"], students["distill_weight"].map("weight {:g}".format)
+    has_choice = students.groupby("mode")["serve"].transform("nunique") > 1
+    labels = {
+        "setting": [
+            mode + (" (" + students["serve"] + ")").where(has_choice, ""),
+            weight.where(students["distill_loss"].notna(), ""),
+            *(_named(students[column]) for column in varying),
+        ],
+        "way": [mode, *(_named(ways[column]) for column in varying if column in ways)],
+    }
+    for label, parts in labels.items():
+        texts = [", ".join(filter(None, of)) for of in zip(*parts, strict=True)]
+        rows[label] = pd.Series(texts, students.index).reindex(rows.index).fillna(rows["member"])
+    return rows
 
 
 def _varying(students: pd.DataFrame) -> list[str]:
@@ -321,12 +292,11 @@ def _varying(students: pd.DataFrame) -> list[str]:
     return varying
 
 
-def named_values(row: pd.Series, columns: Sequence[str]) -> list[str]:
-    """Return the values of a row, each with its name; without unknown and `PLAIN` ones."""
+def _named(column: pd.Series) -> list[str]:
+    """Return the values of a column, each with its name; "" for unknown and `PLAIN` ones."""
+    title, plain = key_title(str(column.name)), PLAIN.get(str(column.name))
     return [
-        f"{key_title(column)} {value_text(row[column])}".rstrip()
-        for column in columns
-        if pd.notna(row[column]) and row[column] != PLAIN.get(column)
+        "" if pd.isna(of) or of == plain else f"{title} {value_text(of)}".rstrip() for of in column
     ]
 
 
@@ -347,10 +317,9 @@ def value_text(value: object) -> str:
     return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
 
 
-def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
+def _check_distinct(students: pd.DataFrame, folders: list[Path]) -> None:
     duplicates = students[students.duplicated(["split", "setting", "repeat"], keep=False)]
     if len(duplicates):
         names = ", ".join(duplicates["member"].astype(str).unique())
-        sources = sorted(duplicates["source"].unique())
-        folders = ", ".join(str(workdirs[source]) for source in sources)
-        raise UserError(f"{folders}: these members occur more than once: {names}; leave one out")
+        named = ", ".join(str(folders[source]) for source in sorted(duplicates["source"].unique()))
+        raise UserError(f"{named}: these members occur more than once: {names}; leave one out")

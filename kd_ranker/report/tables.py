@@ -7,23 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import (
-    HINDSIGHT,
-    TARGET,
-    Better,
-    main_columns,
-    metric_of,
-    title_of,
-)
+from kd_ranker.evaluation import metrics, results
+from kd_ranker.evaluation.metrics import TARGET, metric_of, title_of
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import NAMED, Study, key_title, value_text
 
-# The columns of a paired difference to the baseline.
-_GAP = ("difference", "difference_low", "difference_high", "pairs")
 # A mean, with or without the half-width of its interval, or a count.
 _NUMBER = r"[−+]?[\d.,]+%?(?: ± .*)?|"
 
@@ -43,7 +34,7 @@ class Table(NamedTuple):
     @property
     def marks(self) -> np.ndarray:
         """True where a cell is marked, [lines, columns]."""
-        return np.zeros(self.cells.shape, bool) if self.best is None else self.best.to_numpy()
+        return np.zeros(self.cells.shape, bool) if self.best is None else self.best.to_numpy(bool)
 
     @property
     def numeric(self) -> list[bool]:
@@ -72,11 +63,13 @@ class Table(NamedTuple):
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:
-    """Return a number for people: a true minus sign, no negative zero.
+    """Return a number for people: a true minus sign, no negative zero; "" for NaN.
 
     >>> number(-0.0314, 2), number(-0.0001, 2), number(0.5, 1, signed=True)
     ('−0.03', '0.00', '+0.5')
     """
+    if np.isnan(value):
+        return ""
     # Adding 0 turns the -0 of a tiny negative number into 0.
     rounded = round(value, digits) + 0.0
     return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
@@ -88,8 +81,6 @@ def mean_text(mean: Interval, digits: int, signed: bool = False) -> str:
     >>> mean_text(Interval(0.5, 0.375, 0.625, 3), 3)
     '0.500 ± 0.125'
     """
-    if np.isnan(mean.mean):
-        return ""
     half = mean.high - mean.mean
     # Counts, such as FLOPs, do not vary.
     error = f" ± {number(half, digits)}" if half > 1e-9 else ""
@@ -115,7 +106,7 @@ def results_text(workdir: Path, passed: int) -> str:
     )
     cells = _key_cells(groups.head(1), varying)
     cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
-    for measure in main_columns(tasks, passed):
+    for measure in metrics.main_columns(tasks, passed):
         if measure in known:
             cells[title_of(measure)] = [_over_repeats(of[measure], measure) for _, of in groups]
     return f"{cells.to_string(index=False)}\n\nresults: {path}"
@@ -127,11 +118,9 @@ def _over_repeats(values: pd.Series, measure: str) -> str:
 
 def important_columns(study: Study) -> list[str]:
     """Return the columns of a paper's table that were measured: the funnel's first."""
-    return [
-        column
-        for column in main_columns(study.tasks, study.passed)
-        if any(column in of and of[column].notna().any() for of in (study.tested, study.teachers))
-    ]
+    known = pd.concat([study.tested, study.teachers]).dropna(axis="columns", how="all")
+    columns = metrics.main_columns(study.config.tasks, study.passed)
+    return [column for column in columns if column in known]
 
 
 def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
@@ -156,12 +145,13 @@ def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
                 gap = estimates.gap(setting, str(study.baseline), measure)
             lines.append((study.dataset, setting, *settings.loc[setting], measure, *mean,
                           *gap[:4], setting == winner))  # fmt: skip
-    columns = ["dataset", "setting", *keys, "measure", *Interval._fields, *_GAP, "best"]
+    gaps = ["difference", "difference_low", "difference_high", "pairs"]
+    columns = ["dataset", "setting", *keys, "measure", *Interval._fields, *gaps, "best"]
     return pd.DataFrame(lines, columns=columns)
 
 
 def marked(
-    estimates: Estimates, measure: str, means: Mapping[str, Interval], direction: Better | None
+    estimates: Estimates, measure: str, means: Mapping[str, Interval], better: str | None
 ) -> str | None:
     """Return the setting to mark as the best in its column, or None.
 
@@ -172,15 +162,15 @@ def marked(
     estimated, so the winner is compared with all. The rule is for one column at a time: of twenty
     columns of noise, one may carry a mark.
 
-    `means` are those of each setting. Without a `direction`, and with "one", there is no best.
+    `means` are those of each setting. Unless `better` is "lower" or "higher", there is no best.
     """
     known = {setting: of.mean for setting, of in means.items() if of.n}
-    if direction not in ("lower", "higher") or len(known) < 2:
+    sign = {"lower": -1, "higher": 1}.get(str(better), 0)
+    if not sign or len(known) < 2:
         return None
-    sign = 1 if direction == "higher" else -1
     winner = max(known, key=lambda setting: sign * known[setting])
     gaps = (estimates.gap(winner, other, measure) for other in known if other != winner)
-    return winner if all(sign * gap.low > 0 and sign * gap.high > 0 for gap in gaps) else None
+    return winner if all(gap.scaled(sign).low > 0 for gap in gaps) else None
 
 
 def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Table:
@@ -193,40 +183,50 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
     rows = rows.drop_duplicates("setting")
     passed = [estimates.of(str(setting), CRITERION).mean for setting in rows["setting"]]
     rows = rows.assign(passed=passed).sort_values("passed", kind="stable", na_position="last")
-    measures = important_columns(study)
     means = {
-        title_of(measure): [estimates.of(str(setting), measure) for setting in rows["setting"]]
-        for measure in measures
+        measure: [estimates.of(str(setting), measure) for setting in rows["setting"]]
+        for measure in important_columns(study)
     }
     cells = _key_cells(rows, study.varying)
     others = (rows["role"] == "teacher") | rows["member"].isin(NO_RANKERS)
     cells["scores"] = rows["needs_scores"].map({True: "yes", False: "no"}).mask(others, "").values
-    cells["repeats"] = [str(max(of.n for of in row)) for row in zip(*means.values(), strict=True)]
-    best = pd.DataFrame(False, index=cells.index, columns=[*cells, *means])
-    for measure, (title, column) in zip(measures, means.items(), strict=True):
-        cells[title] = [mean_text(mean, _digits(measure)) for mean in column]
-        of_measure = numbers[(numbers["measure"] == measure) & numbers["best"]]
-        best[title] = rows["setting"].isin(of_measure["setting"]).to_numpy()
-    return Table(f"{study.dataset}: the best of each way, on test", cells, _notes(study), best)
+    cells = _with_means(cells, "repeats", means)
+    winners = numbers[numbers["best"] & numbers["measure"].isin(list(means))]
+    won = {*zip(winners["setting"], winners["measure"].map(title_of), strict=True)}
+    best = pd.DataFrame({of: [(name, of) in won for name in rows["setting"]] for of in cells})
+    notes = [
+        "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
+        "setting that did best on validation. ± is half the 95% interval, over test requests and "
+        "repeats where the sums of each request were kept. Teacher KL is the mean over tasks. "
+        f"Saving is the share of the funnel's cost, {study.costs.unit}, that is saved against the "
+        "best ranker that needs no scores of the final ranker; cost ratio is of FLOPs. Scores: "
+        "whether it needs the final ranker's scores or order.",
+        "Bold: the best mean of the column, where the 95% interval of its paired difference to "
+        "every other setting excludes 0. Otherwise nothing is bold. The winner "
+        "needs no further correction for the number of settings (Hung and Fithian 2019), but the "
+        "rule is for one column at a time.",
+    ]
+    if len(study.frozen):
+        names = ", ".join(
+            f"{line['member'] or line['setting']} (step {line['non_finite_step']:g})"
+            for line in study.frozen.to_dict("records")
+        )
+        notes.append(f"Left out, because their loss stopped being finite: {names}.")
+    return Table(f"{study.dataset}: the best of each way, on test", cells, notes, best)
 
 
-def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
+def difference_table(study: Study, estimates: Estimates) -> Table | None:
     """Return the changes against the baseline on the main measures; None without a baseline."""
-    compared = numbers[numbers["setting"] != study.baseline]
-    if study.baseline is None or compared.empty:
+    settings = study.tested[study.tested["setting"] != study.baseline].drop_duplicates("setting")
+    if study.baseline is None or settings.empty:
         return None
-    settings = compared.drop_duplicates("setting")
-    cells = _key_cells(settings, study.varying)
-    pairs = compared.groupby("setting", sort=False)["pairs"].max()
-    cells["pairs"] = pairs.astype(int).astype(str).to_numpy()
-    for measure in important_columns(study):
+    gaps = {
+        measure: [estimates.gap(of, study.baseline, measure) for of in settings["setting"]]
+        for measure in important_columns(study)
         # A saving is a difference to the baseline already.
-        if measure not in SAVINGS:
-            of_measure = compared[compared["measure"] == measure].set_index("setting")
-            gaps = of_measure.loc[settings["setting"], list(_GAP)].itertuples(index=False)
-            cells[title_of(measure)] = [
-                mean_text(Interval(*gap), _digits(measure), signed=True) for gap in gaps
-            ]
+        if measure not in SAVINGS
+    }
+    cells = _with_means(_key_cells(settings, study.varying), "pairs", gaps, signed=True)
     notes = [
         f"The setting less {study.baseline} in the same repeat, on the same test requests; ± is "
         "half the 95% interval of that paired difference, not corrected for the number of settings."
@@ -234,10 +234,21 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     return Table(f"{study.dataset}: difference to {study.baseline}", cells, notes)
 
 
+def _with_means(
+    cells: pd.DataFrame, repeats: str, means: Mapping[str, list[Interval]], signed: bool = False
+) -> pd.DataFrame:
+    """Return cells with a column of the numbers of repeats, and one of texts per measure."""
+    counts = [str(max(of.n for of in row)) for row in zip(*means.values(), strict=True)]
+    texts = {
+        title_of(measure): [mean_text(mean, _digits(measure), signed) for mean in column]
+        for measure, column in means.items()
+    }
+    return cells.assign(**{repeats: counts}, **texts)
+
+
 def policy_table(study: Study, estimates: Estimates) -> Table | None:
     """Return what choosing k per request saves, by ranker and policy; None without policies."""
-    policies = estimates.policies
-    if not policies:
+    if not estimates.policies:
         return None
     user = "true_value_by" if study.knows_truth else "covered_user_value_by"
     columns = {
@@ -250,14 +261,14 @@ def policy_table(study: Study, estimates: Estimates) -> Table | None:
         (ranker, policy, *(mean_text(estimates.of(str(ranker), f"{name}/{policy}"), _digits(name))
                            for name in columns.values()))
         for ranker in study.tested["setting"].unique()
-        for policy in policies
+        for policy in estimates.policies
     ]  # fmt: skip
     notes = [
         f"Each policy is fitted on validation requests to keep {100 * TARGET:g}% of the final "
         "value over all requests, and measured on test requests. The saving is in candidates that "
         "the final ranker scores, against one k for all test requests that keeps as much value "
-        f"with the same ranker. {HINDSIGHT} is chosen on the test requests themselves, with the "
-        "value lost at each k known. ± is half the 95% interval."
+        f"with the same ranker. {metrics.HINDSIGHT} is chosen on the test requests themselves, "
+        "with the value lost at each k known. ± is half the 95% interval."
     ]
     titles = ["ranker", "k per request", *columns]
     return Table(f"{study.dataset}: k per request", pd.DataFrame(lines, columns=titles), notes)
@@ -270,14 +281,13 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
     """
     if not len(study.teachers):
         return None
-    users, targets = study.users_at_target, estimates.targets
+    users, targets = study.users_measures[1:], estimates.targets
     of_teacher = float(study.teachers["flops_per_candidate"].mean())
     empty = [""] * (len(users) + len(targets))
     lines = [["only the teacher", "", f"{of_teacher:,.0f}", "100%", *empty]]
     flops = study.tested.drop_duplicates("setting").set_index("setting")["flops_per_candidate"]
     for setting, own in zip(map(str, flops.index), flops, strict=True):
-        share = estimates.cost_share(setting)
-        percent = Interval(100 * share.mean, 100 * share.low, 100 * share.high, share.n)
+        percent = estimates.cost_share(setting).scaled(100)
         passed = mean_text(estimates.of(setting, CRITERION), 0)
         of_users = (mean_text(estimates.of(setting, of), 4) for of in users)
         saved = (mean_text(estimates.saving(setting, target), 3) for target in targets)
@@ -305,7 +315,7 @@ def tuning_table(study: Study) -> Table:
     cells[""] = np.where(chosen, "chosen", "")
     groups = rows.groupby("setting", sort=False)
     cells["repeats"] = groups.size().astype(str).to_numpy()
-    for measure in (CRITERION, f"value_captured@{study.passed}", study.users_measure):
+    for measure in (CRITERION, f"value_captured@{study.passed}", study.users_measures[0]):
         cells[title_of(measure)] = [_over_repeats(values, measure) for _, values in groups[measure]]
     notes = [
         "All that was tried, on the validation split; of each way the setting with the smallest "
@@ -316,21 +326,17 @@ def tuning_table(study: Study) -> Table:
 
 def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     """Return the claims of `claims.claims` on a dataset as a table for people."""
-    texts = {
-        column: [
-            "" if np.isnan(value) else number(value, _digits(measure))
-            for value, measure in zip(claims[column], claims["measure"], strict=True)
-        ]
-        for column in ("mean", "low", "high")
-    }
-    ends = zip(texts["low"], texts["high"], strict=True)
+    low, mean, high = (
+        [number(of, _digits(at)) for of, at in zip(claims[end], claims["measure"], strict=True)]
+        for end in ("low", "mean", "high")
+    )
+    ends = [f"{of} to {to}" if of else "" for of, to in zip(low, high, strict=True)]
     cells = pd.DataFrame(
         {
             "": claims["claim"], "claim": claims["statement"], "verdict": claims["verdict"],
             "setting": claims["setting"], "measure": claims["measure"].map(title_of),
-            "value": texts["mean"],
-            "95% interval": [f"{low} to {high}" if low else "" for low, high in ends],
-            "repeats": claims["n"].astype(str), "remark": claims["remark"],
+            "value": mean, "95% interval": ends, "repeats": claims["n"].astype(str),
+            "remark": claims["remark"],
         }
     )  # fmt: skip
     notes = [
@@ -355,33 +361,10 @@ def _key_cells(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     is_student = rows["mode"].notna()
     # Mode none has no distillation loss to weigh.
     weights = rows["distill_weight"].where(rows["distill_loss"].notna())
-    varying = {column: rows[column].where(is_student) for column in columns}
     cells = {
         "mode": rows["mode"].fillna(rows["setting"]),
         "serves": rows["serve"].where(is_student, ""),
         "weight": weights.map(value_text),
-        **{key_title(column): values.map(value_text) for column, values in varying.items()},
+        **{key_title(name): rows[name].where(is_student).map(value_text) for name in columns},
     }
     return pd.DataFrame(cells, dtype=object).reset_index(drop=True)
-
-
-def _notes(study: Study) -> list[str]:
-    notes = [
-        "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
-        "setting that did best on validation. ± is half the 95% interval, over test requests and "
-        "repeats where the sums of each request were kept. Teacher KL is the mean over tasks. "
-        f"Saving is the share of the funnel's cost, {study.costs.unit}, that is saved against the "
-        "best ranker that needs no scores of the final ranker; cost ratio is of FLOPs. Scores: "
-        "whether it needs the final ranker's scores or order.",
-        "Bold: the best mean of the column, where the 95% interval of its paired difference to "
-        "every other setting excludes 0. Otherwise nothing is bold. The winner "
-        "needs no further correction for the number of settings (Hung and Fithian 2019), but the "
-        "rule is for one column at a time.",
-    ]
-    if len(study.frozen):
-        names = ", ".join(
-            f"{line['member'] or line['setting']} (step {line['non_finite_step']:g})"
-            for line in study.frozen.to_dict("records")
-        )
-        notes.append(f"Left out, because their loss stopped being finite: {names}.")
-    return notes

@@ -27,15 +27,22 @@ from flax import nnx
 from jax import export
 from jaxtyping import Array, Float, Float32, Int
 
-from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
+from kd_ranker.batch import (
+    IN_BATCH,
+    CandidateBatch,
+    FeatureSpec,
+    Items,
+    abstract_batch,
+    abstract_items,
+)
 from kd_ranker.distillation.modes import ToProbability
-from kd_ranker.embedding.lookup import EmbeddingSpec, Rows, gather_rows, rows_of_ids
+from kd_ranker.embedding.lookup import EmbeddingSpec, gather_rows, rows_of_ids
 from kd_ranker.embedding.lookup import Tables as TrainedTables
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.funnel import value
 from kd_ranker.evaluation.policy import Policy
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
-from kd_ranker.models.model import Model, Parameters, apply_model, apply_part
+from kd_ranker.models.model import Model, Parameters, apply_part
 from kd_ranker.models.student import InParts
 
 ITEM_EMBEDDING = "item_embedding"
@@ -103,12 +110,13 @@ class Exported(NamedTuple):
 
 def make_programs(trained: Servable) -> Exported:
     """Build the programs of a ranker."""
-    spec, cheap = trained.spec, trained.spec.cheap_item_features
     in_parts = isinstance(nnx.merge(trained.model.graph, trained.parameters.dense), InParts)
     features, category = np.asarray(trained.items.features), np.asarray(trained.items.category)
-    known = {"item_features": features[:, :cheap] if in_parts else features}
+    if in_parts:
+        features = features[:, : trained.spec.cheap_item_features]
     held = served_tables(trained.model.embedding, trained.parameters.tables)
-    held |= {name: of for name, of in {**known, "item_category": category}.items() if of.size}
+    known = {"item_features": features, "item_category": category}
+    held |= {name: of for name, of in known.items() if of.size}
     if in_parts:
         held[ITEM_EMBEDDING] = _item_embeddings(trained, held)
     # Item embeddings may have more rows, for new items.
@@ -121,9 +129,8 @@ def make_programs(trained: Servable) -> Exported:
         offered = fields("request", "event") | types
         user = _program("user", functools.partial(_user, trained), offered)
         of_item = {
-            "item_id": typed(("items",), np.int32),
-            "features": typed(("items", cheap), np.float32),
-            "category": typed(("items", spec.category_width("item")), np.int32),
+            name: typed(("items", *of.shape[1:]), of.dtype)
+            for name, of in inputs_of_items(trained, np.zeros(1, np.int32)).items()
         }
         item = _program("item", functools.partial(_item, trained), of_item | types)
         score = functools.partial(_score, trained, tuple(user.outputs))
@@ -188,54 +195,41 @@ def _program(name: str, function: Callable[[Arrays], dict[str, Any]], offered: T
 
 def _fields(spec: FeatureSpec, *owners: str) -> Types:
     """Return the fields of these owners in a request, as a ranker receives them."""
-    sizes: dict[str, tuple[int | str, ...]] = {
-        "request": ("requests",),
-        "event": ("requests", spec.history_length),
-        "candidate": ("requests", "candidates"),
-    }
-    fields = {
-        field.name: typed((*sizes[field.of], *field.shape(spec)), field.dtype)
-        for field in IN_BATCH
-        # How far a candidate came is for those who measure.
-        if field.of in owners and field.name != "stage"
-    }
+    sizes: Any = export.symbolic_shape("requests, candidates", scope=_SIZES)
+    batch = abstract_batch(spec, *sizes)
+    # How far a candidate came is for those who measure.
+    names = [of.name for of in IN_BATCH if of.of in owners and of.name != "stage"]
+    fields = {name: getattr(batch, name) for name in names}
     if "candidate" in owners:
-        fields["candidate_mask"] = typed(sizes["candidate"], np.bool_)
+        fields["candidate_mask"] = jax.ShapeDtypeStruct(sizes, np.bool_)
     return fields
 
 
-def _batch_and_items(spec: FeatureSpec, arrays: Arrays) -> tuple[CandidateBatch, Items]:
-    """Return the arrays as inputs of a model; missing ones are empty, or dead code."""
-    requests = arrays["user_id"].shape[0]
+def _on_requests(trained: Servable, part: Callable[..., Any], arrays: Arrays) -> Any:
+    """Return the results of `part(module, batch, rows, items)` on the requests in the arrays.
+
+    Missing arrays are empty, or dead code.
+    """
+    spec, requests = trained.seen, arrays["user_id"].shape[0]
     candidates = arrays["item_id"].shape[1] if "item_id" in arrays else 0
-    sizes = {"request": (requests,), "event": (requests, spec.history_length)}
-
-    def field_of(field: Field) -> Any:
-        number = sizes.get(field.of, (requests, candidates))
-        return _or_zeros(arrays, field.name, (*number, *field.shape(spec)), field.dtype)
-
-    batch = CandidateBatch(**{field.name: field_of(field) for field in IN_BATCH})
-    if not candidates and not spec.history_length:
-        arrays = {}  # no id of an item is read
-    size = spec.num_items
-    return batch, Items(
-        _or_zeros(arrays, "item_features", (size, spec.cheap_item_features), jnp.float32),
-        _or_zeros(arrays, "item_category", (size, spec.category_width("item")), jnp.int32),
-    )
-
-
-def _or_zeros(arrays: Arrays, name: str, shape: tuple[Any, ...], dtype: Any) -> Any:
-    return arrays[name] if name in arrays else jnp.zeros(shape, dtype)
-
-
-def _rows(trained: Servable, arrays: Arrays, batch: CandidateBatch, items: Items) -> Rows:
-    """Gather the embedding rows that a batch needs."""
+    like, of_items = abstract_batch(spec, requests, candidates), abstract_items(spec)
+    fields = {of.name: _or_zeros(arrays, of.name, getattr(like, of.name)) for of in IN_BATCH}
+    # Without candidates and a history no id of an item is read.
+    known = arrays if candidates or spec.history_length else {}
+    features = _or_zeros(known, "item_features", of_items.features)
+    category = _or_zeros(known, "item_category", of_items.category)
+    batch, items = CandidateBatch(**fields), Items(features, category)
     embedding = trained.model.embedding
     lookups = embedding.lookups.items()
     used = {name: lookup for name, lookup in lookups if lookup.ids(batch, items).size != 0}
-    tables = {lookup.table for lookup in used.values()}
-    held = {name: jnp.asarray(arrays[name_of(name)]) for name in tables}
-    return gather_rows(embedding._replace(lookups=used), held, batch, items, whole_rows=False)
+    held = {of.table: jnp.asarray(arrays[name_of(of.table)]) for of in used.values()}
+    only = embedding._replace(lookups=used)
+    rows = gather_rows(only, held, batch, items, whole_rows=False)
+    return _part(trained, lambda module, *of: part(module, *of, items), batch, rows)
+
+
+def _or_zeros(arrays: Arrays, name: str, like: Any) -> Any:
+    return arrays[name] if name in arrays else jnp.zeros(like.shape, like.dtype)
 
 
 def _read(arrays: Arrays, name: str, row: Int[Array, "..."]) -> Any:
@@ -272,23 +266,18 @@ def _answer(trained: Servable, logits: Float[Array, "R N heads"], arrays: Arrays
 
 
 def _rank(trained: Servable, arrays: Arrays) -> dict[str, Any]:
-    batch, items = _batch_and_items(trained.seen, arrays)
-    rows = _rows(trained, arrays, batch, items)
-    logits = apply_model(trained.model, trained.parameters.dense, rows, batch, items)
+    logits = _on_requests(trained, lambda module, *of: module(*of), arrays)
     return _answer(trained, logits, arrays)
 
 
 def _user(trained: Servable, arrays: Arrays) -> dict[str, Any]:
-    batch, items = _batch_and_items(trained.seen, arrays)
-    rows = _rows(trained, arrays, batch, items)
-    return _part(trained, lambda module, *of: module.users(*of, items), batch, rows)
+    return _on_requests(trained, lambda module, *of: module.users(*of), arrays)
 
 
 def _item(trained: Servable, arrays: Arrays) -> dict[str, Any]:
     row = _rows_of(trained, "item", arrays["item_id"], arrays)
     row = _plus_categories(trained, row, "item", "category", arrays)
-    cheap = trained.spec.cheap_item_features
-    features = _or_zeros(arrays, "features", (*row.shape[:-1], cheap), jnp.float32)
+    features = _or_zeros(arrays, "features", row[..., :0])
     return {ITEM_EMBEDDING: _part(trained, _embedding, row, features)}
 
 
@@ -337,8 +326,7 @@ def _score(trained: Servable, of_user: Sequence[str], arrays: Arrays) -> dict[st
     # The last row is that of unknown items.
     row = _read(arrays, ITEM_EMBEDDING, jnp.where((ids >= 0) & (ids < last), ids, last))
     row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
-    shape = (*row.shape[:-1], spec.candidate_features)
-    features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
+    features = _or_zeros(arrays, "candidate_features", row[..., :0])
     users = {name: arrays[name] for name in of_user}
     return _answer(trained, _part(trained, logits, users, row, features), arrays)
 

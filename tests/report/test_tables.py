@@ -89,7 +89,7 @@ def test_tables_without_a_baseline(tmp_path, modes, passed, shown):
     estimates = Estimates(study)
     numbers = tables.comparison(study, estimates)
     assert list(tables.main_table(study, estimates, numbers).cells["mode"]) == shown
-    assert tables.difference_table(study, numbers) is None
+    assert tables.difference_table(study, estimates) is None
 
 
 def assert_cell(text, mean, digits):
@@ -117,7 +117,7 @@ def test_every_ranker_is_once_in_a_table_with_its_estimates(estimates):
     settings = sorted(estimates.settings, key=lambda name: estimates.of(name, "passed_for_99").mean)
     assert_numbers(table, settings, columns, estimates.of)
     # The second has the others against the baseline; a saving is a difference already.
-    table = tables.difference_table(study, numbers)
+    table = tables.difference_table(study, estimates)
     assert study.baseline == "none"
     settings = [study.chosen[mode] for mode in ("aux", "shared")]
     columns = [of for of in columns if of not in ("funnel_cost_saving", "alignment_ratio")]
