@@ -292,11 +292,12 @@ def _unusable(
     if not counts.used:
         return f"not one row of the log can be used{times}"
     if missing := [split for split in splits if split not in report["splits"]]:
+        by_time = f"; each split needs another time{times}" if layout.split == "time" else ""
         return (
             f"no request is left for the split {missing[0]!r} by data.split={layout.split!r} with "
             f"data.validation_share={layout.validation_share} and data.test_share="
-            f"{layout.test_share}" + "; each split needs another time" * (layout.split == "time")
-        ) + times
+            f"{layout.test_share}{by_time}"
+        )
     propensities = counts.row("propensities")
     if bad := propensities.get("bad"):
         return (
