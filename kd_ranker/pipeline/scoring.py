@@ -48,11 +48,11 @@ from kd_ranker.requests import lock, storage
 from kd_ranker.requests.columns import Columns, columns_of_block
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, runs
-from kd_ranker.sources.logs import unseen, vocabulary
+from kd_ranker.sources.logs import source, vocabulary
 from kd_ranker.sources.logs.encode import ITEM, encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.unseen import Unseen
+from kd_ranker.sources.logs.source import Unseen
 from kd_ranker.training.recipes import TEACHER_STAGES
 from kd_ranker.training.workdir import read_json
 
@@ -257,7 +257,7 @@ def score_unseen(
         )
     with _writing(output, made_of) as work:
         if work:
-            read = unseen.read_unseen(log, layout, trained, ranker.dataset, work / ".read")
+            read = source.read_unseen(log, layout, trained, ranker.dataset, work / ".read")
             items = jax.device_put(read.items)
             scorer = _Scorer(ranker, config, items, read.largest, read.item_names)
             paths = _paths_like(log.files or [SQL], work)
@@ -287,18 +287,18 @@ def _open_log(
     # One device scores, however many were used for training.
     checks.validate(config, config.parallel.devices or config.parallel.members or 1)
     layout, trained_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
-    return *unseen.open_unseen(layout, trained_layout), trained_layout
+    return *source.open_unseen(layout, trained_layout), trained_layout
 
 
 def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Iterator[_Part]:
     """Yield the requests of each file that an earlier run has not written, piece by piece."""
     first = 0
     for piece in read.pieces:
-        requests, candidates = piece.read()
+        requests, _ = piece.read()
         file, ids = requests["file"].to_numpy(), requests["request"].combine_chunks()
         last = len(paths) - 1 if piece is read.pieces[-1] else file[-1]
         if left := [of for of in range(first, last + 1) if not paths[of].exists()]:
-            block = encode_requests(layout, read.encoding, requests, candidates)
+            block = encode_requests(layout, read.encoding, piece)
             columns = columns_of_block(block, read.encoding.spec)
             for of in left:
                 own = np.flatnonzero(file == of)

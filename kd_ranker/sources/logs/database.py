@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
@@ -16,8 +15,8 @@ from kd_ranker.sources.logs.files import Log, line_of, register_store, register_
 from kd_ranker.sources.logs.layout import literal
 from kd_ranker.sources.logs.query import PREFIX, logged, quoted
 
-# Bytes of a candidate in all tables that exist at a time, about.
-_BYTES_A_CANDIDATE = 300
+# Bytes in memory of all tables that exist at a time, for a byte of the log on disk, about.
+_BYTES_A_BYTE = 12
 # Rows of a result that are handed over at a time.
 ROWS_AT_A_TIME = 2**16
 
@@ -57,8 +56,8 @@ class Database:
         """Make a table of rows."""
         self.connection.register(name, rows)
 
-    def open_log(self, log: Log) -> pa.Schema:
-        """Make the view `log` and return its columns.
+    def open_log(self, log: Log) -> None:
+        """Make the view `log`.
 
         It has `file`, the number of the file, `row`, the number of the row in it from 0, and all
         columns of the log with `PREFIX` before their names.
@@ -77,17 +76,16 @@ class Database:
             options = "union_by_name = true, hive_partitioning = false"
             rows = f"read_parquet([{', '.join(paths)}], {options})"
             kind, file, row = "VIEW", "file_index", "file_row_number"
-        with log_errors(log.url):
+        with log_errors(log.name):
             self.connection.execute(f"SET preserve_insertion_order = {kind == 'TABLE'}")
             self.connection.execute(f"""
                 CREATE {kind} log AS FROM (
                     SELECT {file}::BIGINT AS file, {row} AS "row", {names} FROM {rows}) {join}""")
             self.connection.execute("SET preserve_insertion_order = false")
-        return self.fetch("FROM log LIMIT 0").schema
 
     def _paths(self, log: Log) -> list[str]:
         """The files of a log as DuckDB reads them."""
-        system, _ = fsspec.core.url_to_fs(log.url)
+        system = log.system
         if isinstance(system, LocalFileSystem):
             return list(log.files)
         try:
@@ -108,24 +106,19 @@ def log_errors(fault: str = "the log cannot be read") -> Iterator[None]:
         yield
     except duckdb.OutOfMemoryException as error:
         raise UserError(f"reading takes more than data.memory allows: {line_of(error)}") from error
-    except (
-        duckdb.IOException,
-        duckdb.InvalidInputException,
-        duckdb.ConversionException,
-        duckdb.OutOfRangeException,
-    ) as error:
+    except (duckdb.IOException, duckdb.InvalidInputException, duckdb.DataError) as error:
         raise UserError(f"{fault}: {line_of(error)}") from error
 
 
 @contextlib.contextmanager
-def open_duckdb(memory: float, threads: int, folder: Path, candidates: int) -> Iterator[Database]:
+def open_duckdb(memory: float, threads: int, folder: Path, size: int) -> Iterator[Database]:
     """Open DuckDB with at most `memory` GiB, and with a folder for tables that do not fit in it.
 
-    The log has about this number of `candidates`; 0 if it is not known.
+    The log has `size` bytes on disk; 0 if it is not known.
     """
     # A database in a file is compressed. That takes longer than to keep tables in memory, but half
     # as long as to spill them.
-    fits = 0 < candidates * _BYTES_A_CANDIDATE <= memory * 2**30
+    fits = 0 < size * _BYTES_A_BYTE <= memory * 2**30
     connection = duckdb.connect(
         ":memory:" if fits else str(folder / "tables.duckdb"),
         config={

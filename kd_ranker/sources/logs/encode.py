@@ -1,7 +1,6 @@
 """The last pass: requests and candidates in their final order, and pieces of them as blocks."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.feather as feather
 from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import FeatureSpec, Items, Owner, Stage
@@ -38,11 +39,10 @@ class Piece(NamedTuple):
 
     def read(self) -> tuple[pa.Table, pa.Table]:
         """Return the requests and their candidates; columns that are not used stay on disk."""
-        return self._rows("request", self.requests), self._rows("candidate", self.candidates)
-
-    def _rows(self, name: str, rows: slice) -> pa.Table:
-        with pa.memory_map(str(self.folder / f"{name}.arrow")) as file:
-            return pa.ipc.open_file(file).read_all()[rows]
+        requests, candidates = (
+            feather.read_table(self.folder / f"{name}.arrow", memory_map=True) for name in _ORDERS
+        )
+        return requests[self.requests], candidates[self.candidates]
 
 
 def write_ordered(database: Database) -> list[Piece]:
@@ -88,26 +88,11 @@ class Encoding:
     vocabularies: Mapping[str, pa.Table]
     rules: Mapping[str, Any]
 
-    @functools.cached_property
-    def _known(self) -> dict[str, tuple[pd.Index, Int32[np.ndarray, "values+1"]]]:
-        """The values and ids of each vocabulary that is looked up here; -1 is the last id."""
-        tables = {name: of for name, of in self.vocabularies.items() if name != USER}
-        return {
-            name: (
-                pd.Index(of["value"].combine_chunks().to_numpy(zero_copy_only=False)),
-                np.append(of["id"].to_numpy(), np.int32(-1)),
-            )
-            for name, of in tables.items()
-        }
-
     def ids_of(self, name: str, values: pa.Array, missing: int) -> Int64[np.ndarray, "n"]:
         """Return the id of each value in a vocabulary, and `missing` for null and others."""
-        known, ids = self._known[name]
-        encoded = values.dictionary_encode()
-        distinct = encoded.dictionary.to_numpy(zero_copy_only=False)
-        places = np.append(known.get_indexer(distinct) if len(distinct) else [], -1).astype(int)
-        of_distinct = np.where(places < 0, missing, ids[places])
-        return of_distinct[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        known = self.vocabularies[name]
+        places = pc.index_in(values, known["value"])
+        return known["id"].take(places).fill_null(missing).to_numpy().astype(np.int64)
 
 
 def item_matrix(
@@ -123,46 +108,46 @@ def item_matrix(
     )
     if known is None:
         return logged
-    places, wholes = items["id"].to_numpy(), []
-    for own, before in zip(logged, (known.features, known.category), strict=True):
-        whole = np.zeros((max(len(before), places.max() + 1), own.shape[1]), own.dtype)
-        whole[: len(before)] = before
-        whole[places] = own
-        wholes.append(whole)
-    return wholes[0], wholes[1]
+    places = items["id"].to_numpy()
+    new = max(0, places.max() + 1 - len(known.features))
+    features, category = (np.pad(of, ((0, new), (0, 0))) for of in (known.features, known.category))
+    features[places], category[places] = logged
+    return features, category
 
 
-def encode_requests(
-    layout: LogLayout,
-    encoding: Encoding,
-    requests: pa.Table,
-    candidates: pa.Table,
-    for_training: bool = False,
-    before: int = 0,
-) -> Block:
-    """Return the consecutive requests of a `Piece` as a block.
+def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before: int = 0) -> Block:
+    """Return the requests of a piece as a block; the dataset has `before` requests of older files.
 
-    Facts for the evaluation are left out `for_training`. The dataset has `before` requests before
-    those of the log.
+    Facts for the evaluation are left out for training.
     """
+    requests, candidates = piece.read()
     spec, tasks, number = encoding.spec, layout.tasks, requests.num_rows
     owner = candidates["number"].to_numpy() - requests["number"][0].as_py()
     stage = candidates["stage"].to_numpy()
-    teacher_weight = floats_of(candidates, "teacher_weight").astype(np.float32)
+    teacher_weight = candidates["teacher_weight"].to_numpy()
     label = np.stack([candidates[f"label:{task}"].to_numpy() for task in tasks], axis=1)
-    scored = {task: floats_of(candidates, f"teacher:{task}") for task in layout.scored_tasks}
-    retrieved, passed, shown, judged = _stage_counts(owner, stage, scored, number)
+    probability = np.full((len(owner), len(tasks)), np.nan)
+    for task in layout.scored_tasks:
+        probability[:, tasks.index(task)] = floats_of(candidates, f"teacher:{task}")
+
+    def count(chosen: np.ndarray) -> Int64[np.ndarray, "requests"]:
+        return np.bincount(owner[chosen], minlength=number).astype(np.int64)
+
+    retrieved, passed, shown = (
+        count(stage >= of) for of in (Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN)
+    )
+    # A teacher that scored more than what was passed is kept for all.
+    beyond = count(~np.isnan(probability).all(axis=1) & (stage < Stage.PASSED)) > 0
+    judged = np.where(beyond, retrieved, passed) if layout.scored_tasks else 0 * passed
     if layout.teacher_signal == "rank":
-        scored = {task: _ranks(of, teacher_weight, owner) for task, of in scored.items()}
+        probability = _ranks(probability, teacher_weight, owner)
     elif layout.teacher_signal == "score":
-        scored = {task: probability_of_score(of) for task, of in scored.items()}
-    unscored = np.full(len(owner), np.nan)
-    probability = np.stack([scored.get(task, unscored) for task in tasks], axis=1)
+        probability = probability_of_score(probability)
     events, history_id, history_features = _history(encoding, requests)
     facts = {
         name: floats_of(candidates, name).astype(np.float32)
         for name in ("incumbent", "propensity")
-        if name in candidates.column_names and not for_training
+        if name in candidates.column_names and piece.split != "train"
     }
     if "propensity" in facts:
         facts["propensity"][stage < Stage.SHOWN] = np.nan
@@ -172,14 +157,17 @@ def encode_requests(
         "candidate": retrieved,
         "shown": shown,
         "scored": judged,
-        "known": retrieved if facts else np.zeros(number, np.int64),
+        "known": retrieved if facts else 0 * retrieved,
     }
     unknown = np.full(numbers["known"].sum(), np.nan, np.float32)
     # Both are of the first candidates of each request.
     first = starts_of(retrieved)[:-1]
     of_shown, of_judged = runs(first, shown), runs(first, judged)
+    request_id = before + requests["number"].to_numpy()
+    if pa.types.is_integer(requests["request"].type):  # without the sign
+        request_id = requests["request"].to_numpy().astype(np.int64) & np.int64(2**63 - 1)
     values = {
-        "request_id": _request_ids(requests, before),
+        "request_id": request_id,
         "time": requests["time"].to_numpy(),
         "user_id": requests["user_id"].to_numpy().astype(np.int32),
         "user_features": _dense(encoding, "user_features", spec.user_features, requests),
@@ -194,7 +182,7 @@ def encode_requests(
         "candidate_category": _categories(encoding, "candidate_category", candidates),
         "num_passed": passed,
         "user_label": np.maximum(label[of_shown], 0).astype(np.uint8),
-        "label_weight": floats_of(candidates, "label_weight").astype(np.float32)[of_shown],
+        "label_weight": candidates["label_weight"].to_numpy()[of_shown],
         "teacher_probability": probability[of_judged].astype(np.float32),
         "teacher_weight": teacher_weight[of_judged],
         "teacher_version": np.full(number, spec.teacher_version, object),
@@ -204,47 +192,20 @@ def encode_requests(
     return Block(values, numbers)
 
 
-def _request_ids(requests: pa.Table, before: int) -> Int64[np.ndarray, "n"]:
-    """The ids of requests as whole numbers: their own without the sign, or the places of texts."""
-    ids = requests["request"]
-    if pa.types.is_integer(ids.type):
-        own = ids.combine_chunks().to_numpy(zero_copy_only=False)
-        return (own.view(np.uint64) & np.uint64(2**63 - 1)).astype(np.int64)
-    return before + requests["number"].to_numpy()
-
-
-def _stage_counts(
-    owner: Int[np.ndarray, "n"],
-    stage: Int[np.ndarray, "n"],
-    scored: Mapping[str, np.ndarray],
-    requests: int,
-) -> list[Int64[np.ndarray, "requests"]]:
-    """Numbers of retrieved, passed and shown candidates of each request, and of scored ones."""
-
-    def count(chosen: np.ndarray) -> Int64[np.ndarray, "requests"]:
-        return np.bincount(owner[chosen], minlength=requests).astype(np.int64)
-
-    counts = [count(stage >= of) for of in (Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN)]
-    if not scored:
-        return [*counts, np.zeros(requests, np.int64)]
-    written = np.any([~np.isnan(of) for of in scored.values()], axis=0)
-    beyond = count(written & (stage < Stage.PASSED)) > 0
-    return [*counts, np.where(beyond, counts[0], counts[1])]
-
-
 def _ranks(
-    position: np.ndarray, weight: Float32[np.ndarray, "n"], owner: Int[np.ndarray, "n"]
-) -> Float32[np.ndarray, "n"]:
+    position: Float64[np.ndarray, "n T"],
+    weight: Float32[np.ndarray, "n"],
+    owner: Int[np.ndarray, "n"],
+) -> Float64[np.ndarray, "n T"]:
     """Positions as numbers in (0, 1), by the rank in the request; equal ones share their mean."""
-    proper = (position >= 0) & np.isfinite(position) & (weight > 0)
-    rank = pd.Series(np.where(proper, position, np.nan)).groupby(owner).rank() - 1
-    return probability_of_rank(rank.to_numpy()).astype(np.float32)
+    proper = (position >= 0) & np.isfinite(position) & (weight > 0)[:, None]
+    ranks = pd.DataFrame(np.where(proper, position, np.nan)).groupby(owner).rank() - 1
+    return probability_of_rank(ranks.to_numpy())
 
 
 def floats_of(table: pa.Table, name: str) -> Float64[np.ndarray, "n"]:
     """A column of numbers, NaN where it is null."""
-    column = table[name].combine_chunks().cast(pa.float64()).fill_null(float("nan"))
-    return column.to_numpy(zero_copy_only=False)
+    return table[name].cast(pa.float64()).fill_null(np.nan).to_numpy()
 
 
 def _history(
@@ -255,17 +216,16 @@ def _history(
     if not history:
         empty = np.zeros(0, np.int32), np.zeros((0, 1), np.float32)
         return np.zeros(requests.num_rows, np.int64), *empty
-    start, values = _lists(requests, history["name"])
+    lengths, values = _lists(requests, history["name"])
     ids = encoding.ids_of(ITEM, values, -1)
     known = ids >= 0
     features = np.ones((len(ids), encoding.spec.history_features), np.float32)
     for place, feature in enumerate(history["features"]):
-        logged, numbers = _lists(requests, feature["name"])
+        of_events, numbers = _lists(requests, feature["name"])
         # A request has a number for each event, or none.
-        has = np.repeat(np.diff(logged) > 0, np.diff(start))
         features[:, place] = 0
-        features[has, place] = numbers.fill_null(0).to_numpy(zero_copy_only=False)
-    events = np.diff(starts_of(known)[start])
+        features[np.repeat(of_events > 0, lengths), place] = numbers.fill_null(0).to_numpy()
+    events = np.diff(starts_of(known)[starts_of(lengths)])
     return events, ids[known].astype(np.int32), features[known]
 
 
@@ -287,47 +247,35 @@ def _categories(encoding: Encoding, field: str, table: pa.Table) -> Int32[np.nda
     """A field of category ids; -1 fills bags up."""
     columns = [np.zeros((table.num_rows, 0), np.int32)]
     for feature in encoding.rules["categories"][field]:
-        if feature["kind"] == "bag":
-            start, values = _lists(table, feature["name"])
-            lengths = np.diff(start)
-            row = np.repeat(np.arange(table.num_rows), lengths)
-            place = runs(np.zeros_like(lengths), lengths)
+        first, buckets = feature["first_id"], feature["buckets"]
+        lengths, values = _lists(table, feature["name"])
+        if buckets is None:
+            known = encoding.ids_of(f"feature:{feature['name']}", values, first)
         else:
-            values = table[f"feature:{feature['name']}"].combine_chunks()
-            row = np.arange(table.num_rows)
-            place = np.zeros_like(row)
+            bucket = first + 1 + (hashes_of(values) % np.uint64(buckets)).astype(np.int64)
+            known = np.where(values.is_valid().to_numpy(zero_copy_only=False), bucket, first)
         ids = np.full((table.num_rows, feature["length"]), -1, np.int32)
-        ids[row, place] = _category_ids(encoding, feature, values)
+        ids[np.arange(feature["length"]) < lengths[:, None]] = known
         columns.append(ids)
     return np.concatenate(columns, axis=1)
 
 
-def _category_ids(
-    encoding: Encoding, feature: Mapping[str, Any], values: pa.Array
-) -> Int64[np.ndarray, "n"]:
-    first, buckets = feature["first_id"], feature["buckets"]
-    if buckets is None:
-        return encoding.ids_of(f"feature:{feature['name']}", values, first)
-    bucket = 1 + (hashes_of(values) % np.uint64(buckets)).astype(np.int64)
-    return first + np.where(values.is_null().to_numpy(zero_copy_only=False), 0, bucket)
-
-
-def _lists(table: pa.Table, feature: str) -> tuple[Int64[np.ndarray, "n+1"], pa.Array]:
-    """The start of each row's list, and the values of all, one after the other."""
+def _lists(table: pa.Table, feature: str) -> tuple[Int64[np.ndarray, "n"], pa.Array]:
+    """The length of each row's list, and the values of all; a single value is a list of one."""
     column = table[f"feature:{feature}"].combine_chunks()
+    if not pa.types.is_list(column.type):
+        return np.ones(len(column), np.int64), column
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    return starts_of(lengths), column.flatten()
+    return lengths.astype(np.int64), column.flatten()
 
 
 def hashes_of(values: pa.Array) -> UInt64[np.ndarray, "n"]:
-    """A hash of each value: of integers by splitmix64, of texts by SipHash."""
+    """A hash of each value: of integers by splitmix64, of texts by SipHash; any one of null."""
     if pa.types.is_integer(values.type):
         numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
         return splitmix64(numbers.astype(np.uint64, casting="unsafe"))
-    encoded = values.dictionary_encode()
-    texts = np.append(encoded.dictionary.to_numpy(zero_copy_only=False), "").astype(object)
-    hashed = splitmix64(pd.util.hash_array(texts, categorize=False))
-    return hashed[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    texts = values.fill_null("").to_numpy(zero_copy_only=False)
+    return splitmix64(pd.util.hash_array(texts))
 
 
 def splitmix64(bits: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:

@@ -44,7 +44,6 @@ _NONE = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = r"u?int\d+|bool|null"
 _NUMBER = rf"{_INTEGER}|halffloat|float|double|decimal.*"
 _TEXT = r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|extension<arrow\.uuid>"
-_IDS = [f"data.columns.{of}" for of in ("request", "user", "item")]
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
     "id": (f"{_NUMBER}|{_TEXT}", f"{NUMBERS} or {TEXTS}"),
@@ -75,15 +74,20 @@ class Wanted(NamedTuple):
 class Log(NamedTuple):
     """A log, found and checked; one that a SELECT yields has no `files` and nothing `given`."""
 
-    url: str  # the first path in `data.path`; of a SELECT, the name in messages
+    name: str  # for messages
+    system: Any  # the file system
     files: tuple[str, ...]  # the paths to read, sorted
     # File -> its size in bytes, and a text that changes when it is rewritten. A SELECT has the
     # files that it reads, and `SQL`.
     manifest: dict[str, list]
-    candidates: int  # their approximate number; 0 if it is not known
     names: tuple[str, ...]  # all columns of any file, sorted
     given: pa.Table  # columns from names of folders such as `date=2024-05-01/`, one row per file
     sql: str = ""  # `data.sql`, or the SELECT of text files at `data.path`
+
+    @property
+    def size(self) -> int:
+        """The bytes of all files to read; 0 if it is not known."""
+        return sum(self.manifest[file][0] for file in self.files)
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
@@ -92,28 +96,24 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
     wanted = []
     for name in (of for of in (*IDENTIFYING, *OPTIONAL) if of in layout.columns):
         is_listed = name not in ("request", "time", "user")
-        most = listed if is_listed else 0
+        most = listed * is_listed
         # Other columns need no list if all candidates of a request have the same value.
         least = most if name in ("item", "stage", "position", "incumbent") else 0
-        use = _USE_OF_COLUMN.get(name, "number")
-        column = layout.columns[name]
-        wanted.append(Wanted(f"data.columns.{name}", column, use, most, least, is_listed))
+        key, use = f"data.columns.{name}", _USE_OF_COLUMN.get(name, "number")
+        wanted.append(Wanted(key, layout.columns[name], use, most, least, is_listed))
     for section, use in (("labels", "label"), ("teacher", "number")):
         for task, column in getattr(layout, section).items():
             wanted.append(Wanted(f"data.{section}.{task}", column, use, listed, listed, True))
     for feature in layout.features:
         lists = (feature.kind in ("bag", "history")) + (feature.of == "event")
-        lists += feature.place is not None
-        lists += 0 if feature.of_request else listed
+        lists += (feature.place is not None) + listed * (not feature.of_request)
         key, use = f"data.features.{feature.key}", _USE_OF_KIND[feature.kind]
         wanted.append(Wanted(key, feature.column, use, lists, lists, not feature.of_request))
     return list(dict.fromkeys(wanted))
 
 
 def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
-    """Find the files of a log, and check by their footers that they have the columns of the config.
-
-    Files in `earlier` are in the manifest only.
+    """Find the files of a log, and check their footers; those in `earlier` are only listed.
 
     Raises:
       UserError: there are no files, one is not a Parquet file, or a column is missing.
@@ -122,21 +122,22 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
         return _open_select(layout)
     system, manifest = find_files(layout.path)
     is_new = [file not in earlier for file in manifest]
-    files, item = tuple(itertools.compress(manifest, is_new)), layout.columns["item"]
+    files = tuple(itertools.compress(manifest, is_new))
+
+    def schema_of(file: str) -> pa.Schema:
+        with _opened(system, file) as parquet:
+            return parquet.schema_arrow
+
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
-        footers = list(pool.map(lambda file: _footer(system, file, item), files))
-    schemas = {file: of for file, (of, *_) in zip(files, footers, strict=True)}
+        schemas = dict(zip(files, pool.map(schema_of, files), strict=True))
     names = sorted({name for of in schemas.values() for name in of.names})
     # A column in a file takes precedence over the names of folders.
     of_all = given_by_folders(manifest)
     given = {name: of.filter(is_new) for name, of in of_all.items() if name not in names}
     _check_columns(layout, {file: [*of.names, *given] for file, of in schemas.items()})
     _check_ids(layout, schemas)
-    if not any(rows for _, rows, _ in footers):
-        raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
-    candidates = sum(of for *_, of in footers)
     url = split_path(layout.path)[0]
-    return Log(url, files, manifest, candidates, tuple(names), pa.table(given))
+    return Log(url, system, files, manifest, tuple(names), pa.table(given))
 
 
 def _open_select(layout: LogLayout) -> Log:
@@ -152,25 +153,19 @@ def _open_select(layout: LogLayout) -> Log:
             if is_text_log(path):
                 if not rows.limit(1).fetchall():
                     raise UserError(f"{path} has no rows")
+                types = zip(rows.columns, map(str, rows.types), strict=True)
+                ids = [layout.columns.get(of) for of in ("request", "user", "item")]
                 # Among ids that look like fractions, 1e5 and 100000 would be one number.
-                fractions = [
-                    of
-                    for of, type_ in zip(rows.columns, rows.types, strict=True)
-                    if type_ == "DOUBLE"
-                ]
-                texts = [
-                    of for of in wanted_columns(layout) if of.key in _IDS and of.column in fractions
-                ]
-                for file in split_path(path) if texts else ():
-                    _check_there(file, texts, connection.sql(sql_of_texts(file)).columns)
-                sql = sql_of_texts(path, [of.column for of in texts])
+                sql = sql_of_texts(
+                    path, [of for of, type_ in types if type_ == "DOUBLE" and of in ids]
+                )
             schema = connection.sql(sql).limit(0).to_arrow_table().schema
     except duckdb.Error as error:
         raise UserError(f"{path}: {line_of(error)}") from error
     _check_columns(layout, {path: schema.names})
     check_types(layout, dict(zip(schema.names, schema.types, strict=True)))
     manifest = manifest_of("", layout.sql)
-    return Log(path, (), manifest, 0, tuple(schema.names), pa.table({}), sql)
+    return Log(path, None, (), manifest, tuple(schema.names), pa.table({}), sql)
 
 
 def line_of(error: duckdb.Error) -> str:
@@ -230,19 +225,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def find_files(path: str) -> tuple[Any, dict[str, list]]:
-    """Find the Parquet files that `data.path` names: one or several URLs, with commas between.
-
-    Returns:
-      The file system, and `Log.manifest` of the files in the order of their names.
+    """Return the file system and the `Log.manifest`, by name, of the Parquet files at `data.path`.
 
     Raises:
       UserError: there are no files, or they are on several file systems.
     """
     try:
-        urls = split_path(path)
-        if not all(urls):
-            raise UserError(f"data.path={path} has a comma without a path on either side of it")
-        places = [(url, *fsspec.core.url_to_fs(url)) for url in urls]
+        places = [(url, *fsspec.core.url_to_fs(url)) for url in split_path(path)]
         system = places[0][1]
         # Of one kind there may be several: two hosts, two archives.
         if any(other is not system for _, other, _ in places):
@@ -267,11 +256,7 @@ def _at(url: str, system: Any, path: str) -> list[str]:
         return [path]
     below = {file: file.removeprefix(path).strip("/").split("/") for file in system.find(path)}
     if any("_delta_log" in names for names in below.values()):
-        logging.warning(
-            "%s is a Delta table: all its files are read, of earlier versions too; if there are "
-            "several versions, write the right one to a separate folder",
-            url,
-        )
+        logging.warning("%s is a Delta table: all its files are read, of earlier versions too", url)
     # Names that begin with _ or . belong to the writer, as unfinished files and metadata do.
     visible = [
         file
@@ -280,11 +265,11 @@ def _at(url: str, system: Any, path: str) -> list[str]:
     ]
     if files := [file for file in visible if file.endswith(_SUFFIXES)]:
         return files
-    content = "is empty"
-    if visible:
-        content = f"holds {below[visible[0]][-1]}; give a pattern for files of other kinds, such "
-        content += "as logs/*.csv, or a SELECT by data.sql"
-    raise UserError(f"data.path={url} holds no file that ends in {_SUFFIXES[0]}; it {content}")
+    content = f"holds {below[visible[0]][-1]}" if visible else "is empty"
+    raise UserError(
+        f"data.path={url} holds no file that ends in {_SUFFIXES[0]}; it {content}; give a pattern "
+        "for files of other kinds, such as logs/*.csv, or a SELECT by data.sql"
+    )
 
 
 def given_by_folders(files: Collection[str]) -> dict[str, pa.Array]:
@@ -294,11 +279,9 @@ def given_by_folders(files: Collection[str]) -> dict[str, pa.Array]:
     """
     folders = [dict(re.findall(r"([^/=]+)=([^/]*)(?=/)", file)) for file in files]
     columns = {}
-    for name in dict.fromkeys(name for folder in folders for name in folder):
-        texts = [folder.get(name, _NONE) for folder in folders]
-        columns[name] = pa.array(
-            [None if of == _NONE else unquote(of) for of in texts], pa.string()
-        )
+    for name in dict.fromkeys(itertools.chain(*folders)):
+        texts = [None if of.get(name, _NONE) == _NONE else unquote(of[name]) for of in folders]
+        columns[name] = pa.array(texts, pa.string())
         with contextlib.suppress(pa.ArrowInvalid):
             columns[name] = columns[name].cast(pa.int64())
     return columns
@@ -315,32 +298,15 @@ def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _footer(system: Any, file: str, item: str) -> tuple[pa.Schema, int, int]:
-    """Return the columns of a file, its number of rows, and about that of values in `item`."""
-    with _opened(system, file) as parquet:
-        schema, metadata = parquet.schema_arrow, parquet.metadata
-    # A list counts as many values as it has, and an empty one counts 1.
-    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
-    places = [place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}.")]
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    candidates = sum(group.column(place).num_values for group in groups for place in places[:1])
-    return schema, metadata.num_rows, candidates or metadata.num_rows
-
-
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
-    """Compare the pages of some columns with their checksums, if the writer has stored any.
+    """Raise UserError for a damaged page in some columns, if the writer has stored checksums.
 
-    DuckDB ignores them and reads a damaged page as other numbers. Files without checksums are not
-    read.
-
-    Raises:
-      UserError: a page is damaged.
+    DuckDB ignores these. Files without checksums are not read.
     """
-    system, _ = fsspec.core.url_to_fs(log.url)
 
     def check(file: str) -> None:
-        with _opened(system, file) as parquet:
-            if has_checksums(system, file, parquet.metadata):
+        with _opened(log.system, file) as parquet:
+            if has_checksums(log.system, file, parquet.metadata):
                 names = [name for name in parquet.schema_arrow.names if name in columns]
                 for _ in parquet.iter_batches(columns=names, use_threads=False):
                     pass
@@ -379,17 +345,14 @@ def _check_ids(layout: LogLayout, schemas: Mapping[str, pa.Schema]) -> None:
         types = {str(inner_type(schemas[file].field(of.column).type)): file for file in have}
         texts = [type_ for type_ in types if re.fullmatch(_TEXT, type_)]
         others = [type_ for type_ in types if not re.fullmatch(rf"{_TEXT}|u?int\d+|null", type_)]
-        for other in others if texts else ():
-            raise UserError(
-                f"column {of.column!r} ({of.key}) is {other} in {types[other]} and {texts[0]} in "
-                f"{types[texts[0]]}; give it one type"
-            )
+        if texts and others:
+            where = " and ".join(f"{type_} in {types[type_]}" for type_ in (others[0], texts[0]))
+            raise UserError(f"column {of.column!r} ({of.key}) is {where}; give it one type")
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:
     """Refuse names that the engine cannot distinguish, from others or from its own."""
-    added = ("file_index", "file_row_number")
-    seen = {name: f"{name!r}, which the engine adds," for name in added}
+    seen = {of: f"{of!r}, which the engine adds," for of in ("file_index", "file_row_number")}
     for name in names:
         if other := seen.get(name.lower()):
             raise UserError(
@@ -408,11 +371,7 @@ def _check_there(where: str, wanted: Sequence[Wanted], names: Collection[str]) -
 
 
 def check_types(layout: LogLayout, types: Mapping[str, pa.DataType]) -> None:
-    """Check that each column has a type that fits its use, given those that the engine returns.
-
-    Raises:
-      UserError: one does not.
-    """
+    """Raise UserError for a column with a type, as the engine returns it, that is not allowed."""
     for of in wanted_columns(layout):
         name, (takes, words) = f"column {of.column!r} ({of.key})", _TAKES[of.use]
         type_ = types[of.column]
@@ -421,8 +380,7 @@ def check_types(layout: LogLayout, types: Mapping[str, pa.DataType]) -> None:
             if of.use == "id" and of.most_lists:
                 raise UserError(f"{name} holds nothing in any file; leave it out of the config")
         elif not (re.fullmatch(takes, str(inner)) and of.least_lists <= lists <= of.most_lists):
-            flatten = "; flatten it: make each of its fields a column"
-            flatten = flatten if pa.types.is_nested(inner) else ""
+            flatten = "; flatten it: make each of its fields a column" * pa.types.is_nested(inner)
             raise UserError(
                 f"{name} is {type_}; it takes {'lists of ' * of.most_lists}{words}{flatten}"
             )
@@ -438,10 +396,10 @@ def check_types(layout: LogLayout, types: Mapping[str, pa.DataType]) -> None:
 
 def _inner_and_lists(type_: pa.DataType) -> tuple[pa.DataType, int]:
     """Return the type of the values of a column, and the number of lists around them."""
-    if not (is_list(type_) or pa.types.is_dictionary(type_)):
-        return type_, 0
-    inner, lists = _inner_and_lists(type_.value_type)
-    return inner, lists + is_list(type_)
+    lists = 0
+    while is_list(type_) or pa.types.is_dictionary(type_):
+        lists, type_ = lists + is_list(type_), type_.value_type
+    return type_, lists
 
 
 def inner_type(type_: pa.DataType) -> pa.DataType:

@@ -146,12 +146,13 @@ class LogLayout:
 
 def split_path(path: str) -> list[str]:
     """Return the paths in `data.path`, which commas separate."""
-    return [of.strip() for of in path.split(",")]
+    return list(filter(None, map(str.strip, path.split(","))))
 
 
 def is_text_log(path: str) -> bool:
     """Return True if all paths in `data.path` name text files."""
-    return all(re.search(_TEXT_FILE, of, re.IGNORECASE) for of in split_path(path))
+    paths = split_path(path)
+    return bool(paths) and all(re.search(_TEXT_FILE, of, re.IGNORECASE) for of in paths)
 
 
 def sql_of(data: ConfigDict) -> str:
@@ -235,10 +236,10 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
         )
-    known = (("columns", (*IDENTIFYING, *OPTIONAL)), ("stages", STAGES), ("labels", data.labels))
-    for section, names in (*known, ("teacher", data.labels)):
+    names = {"columns": (*IDENTIFYING, *OPTIONAL), "stages": STAGES}
+    for section in ("columns", "stages", "labels", "teacher"):
         for name, text in data[section].items():
-            check_choice(f"data.{section}", name, names)
+            check_choice(f"data.{section}", name, names.get(section, data.labels))
             if not isinstance(text, str):
                 raise UserError(f"data.{section}.{name}={text!r} must be a text")
     by = {"user": "user", "column": "split"}.get(data.split)

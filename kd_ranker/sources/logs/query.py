@@ -7,11 +7,9 @@ the type of its column.
 
 import collections
 import dataclasses
-import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import jinja2
 import pyarrow as pa
 
 from kd_ranker.requests.request import SPLITS
@@ -34,8 +32,6 @@ _LATEST = 10**12
 _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 # A row has one number in the log, that of its file times this plus its own.
 _ROWS_OF_A_FILE = 2**40
-# Numbers of a column that are enough to guess what they are.
-_SOME = 1000
 
 
 def quoted(name: str) -> str:
@@ -87,7 +83,8 @@ class Query:
         facts = [of for of in ("incumbent", "propensity") if of in layout.columns]
         merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
         methods = {name: getattr(self, name) for name in dir(Query) if not name.startswith("_")}
-        text = _template(template).render(
+        templates = templates_of(__package__).overlay(line_comment_prefix="--")
+        text = templates.get_template(template).render(
             methods,
             name=quoted,
             logged=logged,
@@ -95,7 +92,7 @@ class Query:
             vocabulary=vocabulary_table,
             names=lambda columns: ", ".join(map(logged, columns)),
             and_names=lambda columns: "".join(f", {logged(of)}" for of in columns),
-            and_features=_and_features,
+            and_features=lambda of: "".join(f", {quoted(f'feature:{each.name}')}" for each in of),
             length=lambda column: f"array_length({logged(column)})",
             digest=lambda share: f"{int(share * 2**52):013x}",
             layout=layout,
@@ -118,20 +115,14 @@ class Query:
             # A missing position comes last.
             funnel_order="stage DESC, position NULLS LAST, item",
         )
-        lines = [line for line in text.splitlines() if not line.strip().startswith("--")]
-        parts = re.split(r";\s*\n", "\n".join(lines) + "\n")
-        return [part for part in map(str.strip, parts) if part]
-
-    def some_numbers(self, column: str) -> str:
-        """The query for the first numbers of a column; "" for one that holds something else."""
-        if not (pa.types.is_integer(self._inner(column)) or self.is_float(column)):
-            return ""
-        number = self.number(column)
-        known = f"FROM unfolded WHERE {number} IS NOT NULL"
-        return f'SELECT {number} AS number {known} ORDER BY file, "row" LIMIT {_SOME}'
+        return [part for part in map(str.strip, re.split(r";\s*\n", text + "\n")) if part]
 
     def _inner(self, column: str) -> pa.DataType:
         return inner_type(self.types[column])
+
+    def is_number(self, column: str) -> bool:
+        """True if the values of a column are integers or floats."""
+        return pa.types.is_integer(self._inner(column)) or self.is_float(column)
 
     def is_float(self, column: str) -> bool:
         """True if the values of a column are floats."""
@@ -154,11 +145,11 @@ class Query:
     def seconds(self, column: str) -> str:
         """Seconds since 1970 (UTC), rounded down, or NULL."""
         value, type_ = logged(column), self._inner(column)
-        if is_text(type_):
-            value = f"try_cast({value} AS TIMESTAMPTZ)"
-        is_time = is_text(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_)
         number = f"{self.number(column)} / {self.layout.units_per_second}"
-        number = f"epoch({value})" if is_time else number
+        if is_text(type_):
+            number = f"epoch(try_cast({value} AS TIMESTAMPTZ))"
+        elif pa.types.is_timestamp(type_) or pa.types.is_date(type_):
+            number = f"epoch({value})"
         return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
 
     def code(self, column: str, codes: Mapping[str, int]) -> str:
@@ -191,24 +182,17 @@ class Query:
 
     def is_aligned(self, value: str, history: str = "") -> str:
         """The condition for a list with an entry for each id of the history."""
-        column = self._history.column
-        ids = self.ids_in(column, history or f"log.{logged(column)}")
+        (of,) = self.layout.of(kind="history")
+        ids = self.ids_in(of.column, history or f"log.{logged(of.column)}")
         return f"array_length({value}) = array_length({ids})"
-
-    @property
-    def _history(self) -> Feature:
-        """The history, which a log with features of events has."""
-        assert self.layout.history
-        return self.layout.history
 
     def feature_value(self, feature: Feature, value: str = "") -> str:
         """The value of a feature: a number, an id, or a list of ids, cut to its length."""
         column, value = feature.column, value or logged(feature.column)
         if feature.of == "event":
             numbers = f"list_transform({value}, lambda each: {self._dense(feature, 'each')})"
-            return (
-                f"CASE WHEN {self.is_aligned(value)} THEN {numbers}[-{self._history.length}:] END"
-            )
+            cut = f"[-{self.layout.history_length}:]"
+            return f"CASE WHEN {self.is_aligned(value)} THEN {numbers}{cut} END"
         if feature.kind == "dense":
             return self._dense(feature, value)
         if feature.kind == "category":
@@ -232,12 +216,3 @@ class Query:
             value = self.feature_value(of, f"log.{logged(of.column)}")
             selected.append(f"{value} AS {quoted(f'feature:{of.name}')}")
         return "".join(f",\n        {of}" for of in selected)
-
-
-def _and_features(features: Iterable[Feature]) -> str:
-    return "".join(f", {quoted(f'feature:{feature.name}')}" for feature in features)
-
-
-@functools.cache
-def _template(name: str) -> jinja2.Template:
-    return templates_of(__package__).get_template(name)

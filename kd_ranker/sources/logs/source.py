@@ -1,9 +1,12 @@
-"""`data.name = "parquet"`: from a log to a source of requests, and the files next to them.
+"""`data.name = "parquet"`: from a log to requests, and the files next to their dataset.
 
 Of a log that has grown by files, `data.extends` reads the new files only, by the ids, vocabularies,
 means and deviations of a dataset of the older ones. New users, items and values get the ids after
 those. Requests of that dataset stay as they are, and are all for training. Only the new requests
 are split; the last of them are the test.
+
+A log to score (`open_unseen`) gives requests, their candidates and the features of these. No column
+that is known only after a request is read.
 """
 
 import contextlib
@@ -14,18 +17,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Block, Source
 from kd_ranker.sources.logs import data_report, encode, files, findings, vocabulary
-from kd_ranker.sources.logs.data_report import Counts, Report, count_rejected
+from kd_ranker.sources.logs.data_report import Counts, Report, count_rejected, read_data_report
 from kd_ranker.sources.logs.database import Database, open_duckdb
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, Piece
 from kd_ranker.sources.logs.files import Log
@@ -35,35 +39,40 @@ from kd_ranker.sources.logs.query import PREFIX, Query
 
 # Folder below `data.dir` for the report of a log that makes no dataset.
 REFUSED = "refused_log"
+# Numbers of a column that are enough to guess what they are.
+_SOME_NUMBERS = 1000
 _REMEDY = "or make a dataset of the whole log: leave data.extends out"
 
 
 class _Earlier(NamedTuple):
-    """A dataset that was made of the older files of a log, with the files next to it."""
+    """A dataset of older files of a log, with the files next to it; empty for a whole log."""
 
-    dataset: Dataset
-    encoding: Encoding
-    files: dict[str, list]
-    report: Report
+    directory: Path = Path()
+    encoding: Encoding | None = None
+    files: Mapping[str, list] = {}
+    report: Report = {}
+    items: Items | None = None
+    requests: int = 0
+    last: int = 0  # the time of the last request
 
-    @property
-    def requests(self) -> int:
-        return sum(map(len, self.dataset.columns.values()))
 
-
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """A log in an engine, with the tables of `log.sql`."""
 
     log: Log
     layout: LogLayout
-    earlier: _Earlier | None
     database: Database
     query: Query
 
     def some_numbers(self, column: str) -> Float64[np.ndarray, "n"]:
         """Some finite numbers of a column; none of one that holds something else."""
-        text = self.query.some_numbers(column)
-        numbers = self.database.fetch(text)["number"].to_numpy() if text else np.zeros(0)
+        if not self.query.is_number(column):
+            return np.zeros(0)
+        number = self.query.number(column)
+        numbers = self.database.fetch(
+            f"SELECT {number} AS number FROM unfolded WHERE {number} IS NOT NULL "
+            f'ORDER BY file, "row" LIMIT {_SOME_NUMBERS}'
+        )["number"].to_numpy()
         return numbers[np.isfinite(numbers)]
 
     def time_hint(self) -> str:
@@ -97,26 +106,20 @@ def open_source(
         cannot extend that dataset.
     """
     layout = read_layout(data, tasks, funnel)
-    earlier = _open_earlier(layout, extended) if extended else None
-    log = files.open_log(layout, earlier.files if earlier else ())
+    earlier = _open_earlier(layout, extended) if extended else _Earlier()
+    log = files.open_log(layout, earlier.files)
     Path(layout.directory).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
-        known = earlier.encoding if earlier else None
-        opened = open_tables(log, layout, work, known, known.vocabularies if known else ())
-        tables = _Tables(log, layout, earlier, *stack.enter_context(opened))
-        source = _source(tables)
+        opened = open_tables(log, layout, work, earlier.encoding)
+        source = _source(stack.enter_context(opened), earlier)
         # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
 
 
 def check_unchanged(data: ConfigDict, directory: Path) -> None:
-    """Check that a log has not changed since `directory` was made of it; a missing one is fine.
-
-    Raises:
-      UserError: files have been added, removed or changed.
-    """
+    """Raise UserError if a log has changed since `directory` was made of it; it may be missing."""
     now = files.manifest_of(data.path, sql_of(data))
     if not now.keys() - {files.SQL}:
         return
@@ -137,12 +140,12 @@ def open_tables(
     layout: LogLayout,
     folder: Path,
     known: Encoding | None = None,
-    names: Iterable[str] = (),
-) -> Iterator[tuple[Database, Query]]:
+    has_new_values: bool = True,
+) -> Iterator[Tables]:
     """Read a log into the tables of `log.sql`, in the engine that the config names.
 
-    With the ids that are `known`, those of a dataset, new ones follow in the vocabularies `names`.
-    Tables that do not fit in memory go to `folder`.
+    New ids follow those that are `known` in a dataset, `has_new_values` also of features. Tables
+    that do not fit in memory go to `folder`.
 
     Raises:
       UserError: a file is damaged, a column has a type that does not fit its use, the engine is not
@@ -150,20 +153,20 @@ def open_tables(
     """
     with contextlib.ExitStack() as stack:
         database = _enter_engine(stack, log, layout, folder)
-        schema = database.open_log(log)
-        types = {
-            of.name.removeprefix(PREFIX): of.type for of in schema if of.name.startswith(PREFIX)
-        }
+        database.open_log(log)
+        schema = database.fetch("FROM log LIMIT 0").schema
+        logged = (of for of in schema if of.name.startswith(PREFIX))
+        types = {of.name.removeprefix(PREFIX): of.type for of in logged}
         files.check_types(layout, types)
-        vocabularies = {name: known.vocabularies[name] for name in names} if known else {}
-        for name, table in vocabularies.items():
-            database.put(f"known_{name}", table)
-        sizes = {f"known_{name}": len(table) for name, table in vocabularies.items()}
-        query = Query(layout, types, sizes)
+        sizes = {}
         if known:
             vocabulary.check_kinds(layout, types, known)
+            for name in known.vocabularies if has_new_values else (USER, ITEM):
+                database.put(f"known_{name}", known.vocabularies[name])
+                sizes[f"known_{name}"] = len(known.vocabularies[name])
+        query = Query(layout, types, sizes)
         database.run(query.statements("log.sql"))
-        yield database, query
+        yield Tables(log, layout, database, query)
 
 
 def _enter_engine(
@@ -172,8 +175,7 @@ def _enter_engine(
     if layout.engine == "duckdb":
         columns = {of.column for of in files.wanted_columns(layout)}
         files.check_pages(log, columns, layout.processes)  # Spark checks pages itself
-        opened = open_duckdb(layout.memory, layout.processes, folder, log.candidates)
-        return stack.enter_context(opened)
+        return stack.enter_context(open_duckdb(layout.memory, layout.processes, folder, log.size))
     try:
         from kd_ranker.sources.logs.spark_engine import open_spark
 
@@ -186,42 +188,40 @@ def _enter_engine(
         ) from error
 
 
-def _source(tables: _Tables) -> Source:
-    log, layout, earlier, database, query = tables
-    if earlier:
+def _source(tables: Tables, earlier: _Earlier) -> Source:
+    log, layout, database, query = tables
+    if earlier.encoding:
         _check_new(earlier, layout, database)
-    _check_splits(tables)
     counts = _count(tables)
     pieces = encode.write_ordered(database) if counts.used else []
-    report = _report(tables, counts)
+    report = _report(tables, counts, SPLITS[1:] if earlier.encoding else SPLITS)
+    moments = {of.name: counts.moments(of.name) for of in layout.of(kind="dense")}
     kinds = vocabulary.kinds_of(layout, query.types)
-    if earlier:
-        _extend_report(earlier, layout, report, database)
-        encoding = vocabulary.longer_encoding(earlier.encoding, database, layout, kinds)
-    else:
-        moments = {of.name: counts.moments(of.name) for of in layout.of(kind="dense")}
-        encoding = vocabulary.new_encoding(database, layout, moments, kinds)
+    encoding = vocabulary.encoding_of(database, layout, kinds, moments, earlier.encoding)
+    if earlier.encoding:
+        _extend_report(earlier, encoding, tables, report)
     items = database.fetch("SELECT * FROM item_fields ORDER BY id")
-    known = earlier.dataset.items if earlier else None
-    features, category = encode.item_matrix(encoding, items, known)
-    before = earlier.requests if earlier else 0
-
-    def block_of(piece: Piece) -> Block:
-        of_training = piece.split == "train"
-        return encode.encode_requests(layout, encoding, *piece.read(), of_training, before)
+    features, category = encode.item_matrix(encoding, items, earlier.items)
 
     def shards(split: str) -> list[Callable[[], Block]]:
-        return [functools.partial(block_of, piece) for piece in pieces if piece.split == split]
+        return [
+            functools.partial(encode.encode_requests, layout, encoding, piece, earlier.requests)
+            for piece in pieces
+            if piece.split == split
+        ]
 
     def write_beside(directory: Path) -> None:
         _write_report(tables, report, directory)
         vocabulary.write(encoding, log.manifest, directory)
         for split in SPLITS:
-            read = (piece.read()[0] for piece in pieces if piece.split == split)
-            own = [requests.select(["request", "file"]) for requests in read]
-            if earlier:
-                own = _all_requests(earlier, split, own, log.manifest)
-            vocabulary.write_requests(own, directory, split)
+            requests: list[tuple[pa.Table, Iterable[str]]] = [
+                (vocabulary.read_requests_of(earlier.directory, of), earlier.files)
+                for of in SPLITS
+                if earlier.encoding and split == "train"
+            ]
+            own = log.files or [files.SQL]
+            requests += [(piece.read()[0], own) for piece in pieces if piece.split == split]
+            vocabulary.write_requests(requests, log.manifest, directory, split)
 
     return Source(
         spec=encoding.spec,
@@ -237,28 +237,17 @@ def _source(tables: _Tables) -> Source:
     )
 
 
-def _check_splits(tables: _Tables) -> None:
-    """Raise UserError for times, or a column of splits, that cannot split the requests."""
+def _count(tables: Tables) -> Counts:
+    """Count by the tables of `report.sql`; UserError for requests without one valid split."""
     layout, database = tables.layout, tables.database
-    unsplit = "SELECT count(*) FROM requests CROSS JOIN cutoffs WHERE test IS NULL"
-    if layout.split == "time" and database.number(unsplit):
-        raise UserError(
-            f"data.split='time', but the requests of {layout.path} have less than three different "
-            f"times, one a split; split by 'request' or 'user'{tables.time_hint()}"
-        )
-    count = "SELECT count(*) FROM bad_splits"
-    if layout.split == "column" and (number := database.number(count)):
-        (example,) = database.rows("SELECT min(request) AS request FROM bad_splits")
-        raise UserError(
-            f"data.columns.split: in column {layout.columns['split']!r}, {number:,} requests, such "
-            f"as {example['request']!r}, do not have one of {', '.join(SPLITS)} in all of their "
-            "rows"
-        )
-
-
-def _count(tables: _Tables) -> Counts:
-    """Count by the tables of `report.sql`."""
-    database, statements = tables.database, tables.query.statements("report.sql")
+    if layout.split == "column":
+        bad, example = database.rows("SELECT count(*), min(request) FROM bad_splits")[0].values()
+        if bad:
+            raise UserError(
+                f"data.columns.split: in column {layout.columns['split']!r}, {bad:,} requests, "
+                f"such as {example!r}, do not have one of {', '.join(SPLITS)} in all of their rows"
+            )
+    statements = tables.query.statements("report.sql")
     database.run(statements)
     names = re.findall(r'^CREATE TABLE ("[^"]+"|\w+)', "\n".join(statements), re.M)
     names.remove("sampled")
@@ -266,13 +255,11 @@ def _count(tables: _Tables) -> Counts:
     counts = Counts(count_rejected(database), rows, {})
     if counts.candidates != counts.used + sum(counts.rejected.values()):
         raise RuntimeError(f"{counts.candidates} candidates, {counts.used} used, {counts.rejected}")
-    return counts._replace(
-        leaks=findings.find_leaks(database, tables.layout) if counts.used else {}
-    )
+    return counts._replace(leaks=findings.find_leaks(database, layout) if counts.used else {})
 
 
-def _report(tables: _Tables, counts: Counts) -> Report:
-    """Return the report on a log, and raise UserError for a log that makes no dataset."""
+def _report(tables: Tables, counts: Counts, splits: Sequence[str]) -> Report:
+    """Return the report on a log; UserError for one that makes no dataset with these splits."""
     layout = tables.layout
     report = data_report.make_data_report(tables.log, layout, counts, tables.some_numbers)
     found = findings.find(report, tables.time_hint)
@@ -280,7 +267,7 @@ def _report(tables: _Tables, counts: Counts) -> Report:
     for name, text in found:
         verdict = "Allowed" if name in layout.allow else "Refused"
         report["remarks"].append(f"{verdict}, {name}: {text}.")
-    if why := _unusable(tables, counts, report, found):
+    if why := _unusable(layout, counts, report, found, splits):
         directory = Path(layout.directory) / REFUSED
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -293,19 +280,24 @@ def _report(tables: _Tables, counts: Counts) -> Report:
     return report
 
 
-def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[Finding]) -> str:
+def _unusable(
+    layout: LogLayout,
+    counts: Counts,
+    report: Report,
+    found: Sequence[Finding],
+    splits: Sequence[str],
+) -> str:
     """A reason for making no dataset of a log, or ""."""
-    layout = tables.layout
+    times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
     if not counts.used:
-        times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
         return f"not one row of the log can be used{times}"
-    needed = SPLITS[1:] if tables.earlier else SPLITS
-    if missing := [split for split in needed if split not in report["splits"]]:
-        shares = ("validation_share", "test_share")
-        by = " and ".join(f"data.{name}={getattr(layout, name)}" for name in shares)
-        if layout.split == "column":
-            by = f"column {layout.columns['split']!r}"
-        return f"no request is left for the split {missing[0]!r}, with {by}"
+    if missing := [split for split in splits if split not in report["splits"]]:
+        by_time = f"; each split needs another time{times}" if layout.split == "time" else ""
+        return (
+            f"no request is left for the split {missing[0]!r} by data.split={layout.split!r} with "
+            f"data.validation_share={layout.validation_share} and data.test_share="
+            f"{layout.test_share}{by_time}"
+        )
     propensities = counts.row("propensities")
     if bad := propensities.get("bad"):
         return (
@@ -325,7 +317,7 @@ def _unusable(tables: _Tables, counts: Counts, report: Report, found: Sequence[F
     return findings.refusal(found, layout.allow)
 
 
-def _write_report(tables: _Tables, report: Report, directory: Path) -> None:
+def _write_report(tables: Tables, report: Report, directory: Path) -> None:
     """Write the report and the rejected rows."""
     data_report.write_data_report(report, directory)
     types, folder = tables.query.types, directory / data_report.REJECTED_FOLDER
@@ -350,18 +342,26 @@ def _open_earlier(layout: LogLayout, dataset: Dataset) -> _Earlier:
         )
     if len(now) == len(before):
         raise UserError(f"the log at {layout.path} has no file that {directory} lacks")
-    return _Earlier(dataset, encoding, before, vocabulary.read_report(directory))
+    columns = dataset.columns.values()
+    return _Earlier(
+        directory,
+        encoding,
+        before,
+        read_data_report(directory) or {},
+        dataset.items,
+        sum(map(len, columns)),
+        max(int(of.counts.time.max()) for of in columns),
+    )
 
 
 def _check_new(earlier: _Earlier, layout: LogLayout, database: Database) -> None:
     """Refuse new requests that the dataset has, or that are earlier than its last one."""
-    directory = earlier.dataset.directory
-    read = (vocabulary.read_requests_of(directory, split) for split in SPLITS)
-    known = pa.concat_tables([requests.select(["request"]) for requests in read])
-    type_, (here,) = (
-        known["request"].type,
-        database.fetch("SELECT request FROM requests LIMIT 0").schema.types,
+    directory = earlier.directory
+    known = pa.concat_tables(
+        vocabulary.read_requests_of(directory, split).select(["request"]) for split in SPLITS
     )
+    type_ = known["request"].type
+    here = database.fetch("SELECT request FROM requests LIMIT 0")["request"].type
     if here != type_:
         raise UserError(
             f"column {layout.columns['request']!r} (data.columns.request) holds ids of type {here} "
@@ -375,55 +375,113 @@ def _check_new(earlier: _Earlier, layout: LogLayout, database: Database) -> None
             f"{number:,} requests of the new files, such as {example['request']!r}, are in "
             f"{directory} already; write all rows of a request to one file, {_REMEDY}"
         )
-    last = max(int(of.counts.time.max()) for of in earlier.dataset.columns.values())
-    if number := database.number(f"SELECT count(*) FROM requests WHERE time < {last}"):
+    early = f"SELECT count(*) FROM requests WHERE time < {earlier.last}"
+    if number := database.number(early):
         raise UserError(
-            f"{number:,} requests of the new files are earlier than {np.datetime64(last, 's')}, "
-            f"the last time in {directory}; add files in the order of time, {_REMEDY}"
+            f"{number:,} requests of the new files are earlier than "
+            f"{np.datetime64(earlier.last, 's')}, the last time in {directory}; add files in the "
+            f"order of time, {_REMEDY}"
         )
 
 
-def _all_requests(
-    earlier: _Earlier, split: str, new: Sequence[pa.Table], manifest: Mapping[str, list]
-) -> list[pa.Table]:
-    """Return the tables of `vocabulary.write_requests` for a split, with files of the whole log."""
-    place = {file: number for number, file in enumerate(manifest)}
-    old_files = [place[file] for file in earlier.files]
-    new_files = [place[file] for file in manifest if file not in earlier.files]
-    before = SPLITS if split == "train" else ()
-    old = (vocabulary.read_requests_of(earlier.dataset.directory, of) for of in before)
-    numbered = [(table, old_files) for table in old] + [(table, new_files) for table in new]
-    return [
-        table.set_column(1, "file", pa.array(of, pa.int32()).take(table["file"]))
-        for table, of in numbered
-    ]
-
-
-def _extend_report(
-    earlier: _Earlier, layout: LogLayout, report: Report, database: Database
-) -> None:
+def _extend_report(earlier: _Earlier, encoding: Encoding, tables: Tables, report: Report) -> None:
     """Complete a report on new files by the moments and numbers of ids of the longer dataset."""
-    directory = earlier.dataset.directory
     before = {feature["name"]: feature for feature in earlier.report["features"]}
-    for feature, new in zip(layout.features, report["features"], strict=True):
+    for feature, new in zip(tables.layout.features, report["features"], strict=True):
         old = before[feature.name]
         varies = new.get("deviation") or new.get("mean", old.get("mean")) != old.get("mean")
         if feature.standardise and not old.get("deviation") and varies:
             raise UserError(
-                f"data.features.{feature.key} had at most one value in {directory}, so there is no "
-                f"deviation to divide new values by; leave it out, {_REMEDY}"
+                f"data.features.{feature.key} had at most one value in {earlier.directory}, so "
+                f"there is no deviation to divide new values by; leave it out, {_REMEDY}"
             )
         for moment in ("mean", "deviation"):
             new.pop(moment, None)
             new |= {moment: old[moment]} if moment in old else {}
+    known = earlier.encoding.vocabularies if earlier.encoding else {}
     for name in (USER, ITEM):
-        known = len(earlier.encoding.vocabularies[name])
-        count = f"SELECT count(*) FROM {name}s WHERE id >= {known}"
-        report["ids"][f"{name}s"] = known + database.number(count)
-        report["ids"][f"{name}s_not_in_train"] = database.number(f"{count} AND train = 0")
+        unknown = f"SELECT count(*) FROM {name}s WHERE id >= {len(known[name])} AND train = 0"
+        report["ids"][f"{name}s"] = len(encoding.vocabularies[name])
+        report["ids"][f"{name}s_not_in_train"] = tables.database.number(unknown)
     report["remarks"].insert(
         0,
-        f"The dataset extends {directory} (requests: {earlier.requests:,}, files: "
+        f"The dataset extends {earlier.directory} (requests: {earlier.requests:,}, files: "
         f"{len(earlier.files):,}); the counts here are of the new files, and the means and "
         "deviations of features are those of that dataset.",
     )
+
+
+class Unseen(NamedTuple):
+    """A log that was read by the `encoding` of a dataset."""
+
+    pieces: list[Piece]  # in the order of the files of the log
+    encoding: Encoding
+    largest: int  # the most candidates that a request has
+    items: Items  # of the dataset and of the log
+    item_names: pa.Table  # the `value` and `id` of the items of the log, by id
+    # Of candidates: `used`, `rejected` by reason, and by `user` and `item` the `new` ones, of users
+    # and items that no training request has.
+    counts: dict[str, Any]
+
+
+def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
+    """Find a log to score, and the layout of the columns that are read; footers only.
+
+    Raises:
+      UserError: the layout has other features or tasks than that of training, or the log lacks a
+        column.
+    """
+    here, there = _fields(layout), _fields(trained)
+    if differing := [key for key in here | there if here.get(key) != there.get(key)]:
+        raise UserError(
+            f"the config reads a log in another way than the dataset that was trained on: "
+            f"{', '.join(differing)}; leave --config out, which takes the config of training"
+        )
+    log = files.open_log(to_score := layout.to_score(has_time=False))
+    if layout.columns["time"] in (*log.names, *log.given.column_names):
+        log = files.open_log(to_score := layout.to_score(has_time=True))
+    return log, to_score
+
+
+def _fields(layout: LogLayout) -> dict[str, object]:
+    """The keys that decide the fields of a request, whatever the names of columns."""
+    features = {f"data.features.{of.key}": vars(of) | {"column": ""} for of in layout.features}
+    others = {"tasks": layout.tasks, "data.history_length": layout.history_length}
+    return {**features, **others, "data.columns.user": "user" in layout.columns}
+
+
+def read_unseen(
+    log: Log, layout: LogLayout, trained: LogLayout, dataset: Dataset, folder: Path
+) -> Unseen:
+    """Read a log of `open_unseen` by the ids and scales of a dataset that was `trained` on.
+
+    The log gives new features to the items of the dataset that are candidates in it. New items get
+    the ids after those. The content of `folder` is replaced.
+
+    Raises:
+      UserError: the log cannot be read, a column has a type that does not fit its use, or holds ids
+        of another type than training, or none of its rows can be used; or files next to the dataset
+        are gone.
+    """
+    encoding = vocabulary.read_encoding(trained, dataset.spec, dataset.directory)
+    ids = (read_data_report(dataset.directory) or {})["ids"]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # Ids that training requests have come first.
+    known = {of: ids[f"{of}s"] - ids[f"{of}s_not_in_train"] for of in (USER, ITEM)}
+    with open_tables(log, layout, folder, encoding, has_new_values=False) as tables:
+        database, rejected = tables.database, count_rejected(tables.database)
+        used, *new = database.rows(f"""
+            SELECT count(*) AS used, count(*) FILTER (WHERE user_id >= {known[USER]}) AS by_user,
+                count(*) FILTER (WHERE items.id >= {known[ITEM]}) AS by_item
+            FROM used JOIN request_rows USING (number) JOIN items ON item = value""")[0].values()
+        if not used:
+            raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
+        pieces = encode.write_ordered(database)
+        logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
+        largest = database.number(
+            "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number)"
+        )
+    counts = {"used": used, "rejected": rejected, "new": dict(zip(known, new, strict=True))}
+    items = Items(*encode.item_matrix(encoding, logged, dataset.items))  # type: ignore[arg-type]
+    return Unseen(pieces, encoding, largest, items, logged.select(["value", "id"]), counts)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlglot
@@ -75,34 +74,32 @@ def _translated(node: exp.Expression) -> exp.Expression:
 class Spark(Database):
     """A session, with workers that can read the log and the folder."""
 
-    def __init__(self, session: Any, folder: Path) -> None:
-        super().__init__(session, folder)
-        self.session, self._tables = session, 0
-
     def run(self, statements: Sequence[str]) -> None:
         """Run statements that make tables and views, one after the other."""
         for statement in statements:
             name, is_table, query = created(statement)
-            frame = self.session.sql(query)
+            frame = self.connection.sql(query)
             if is_table:
                 # Not by `persist`: a plan contains all plans before it, and outgrew the memory.
-                path = (self.folder / f"table-{self._tables}").as_uri()
-                self._tables += 1
-                frame.write.parquet(path)
-                frame = self.session.read.parquet(path)
+                frame = self.connection.read.parquet(self._written(frame).as_uri())
             frame.createOrReplaceTempView(f"`{name}`")
+
+    def _written(self, frame: Any) -> Path:
+        """Write rows to a new folder of Parquet files."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder)) / "rows"
+        frame.write.parquet(folder.as_uri())
+        return folder
 
     def fetch(self, query: str) -> pa.Table:
         """The result of a query that fits in memory."""
-        table = self.session.sql(in_spark(query)).toArrow()
+        table = self.connection.sql(in_spark(query)).toArrow()
         return table.cast(_schema(table.schema))
 
     def stream(self, query: str) -> pa.RecordBatchReader:
         """The result of a query in its order; the whole is written to the folder first."""
-        frame = self.session.sql(in_spark(query))
-        written = Path(tempfile.mkdtemp(dir=self.folder)) / "rows"
+        frame = self.connection.sql(in_spark(query))
         schema = _schema(frame.limit(0).toArrow().schema)
-        frame.write.parquet(written.as_uri())
+        written = self._written(frame)
 
         def batches() -> Iterator[pa.RecordBatch]:
             # The names of the parts follow the order of the rows.
@@ -116,15 +113,13 @@ class Spark(Database):
 
     def put(self, name: str, rows: pa.Table) -> None:
         """Make a table of rows."""
-        self.session.createDataFrame(rows).createOrReplaceTempView(name)
+        self.connection.createDataFrame(rows).createOrReplaceTempView(name)
 
-    def open_log(self, log: Log) -> pa.Schema:
-        """Make the view `log` and return its columns, see `database.Database.open_log`."""
-        system, _ = fsspec.core.url_to_fs(log.url)
-        reader = self.session.read.option("mergeSchema", True)
-        # Else columns would be made of the names of folders.
-        reader = reader.option("recursiveFileLookup", True)
-        frame = reader.parquet(*(system.unstrip_protocol(file) for file in log.files))
+    def open_log(self, log: Log) -> None:
+        """Make the view `log`, see `database.Database.open_log`."""
+        # Without the look-up, columns would be made of the names of folders.
+        reader = self.connection.read.options(mergeSchema=True, recursiveFileLookup=True)
+        frame = reader.parquet(*map(log.system.unstrip_protocol, log.files))
         paths = [path for (path,) in frame.select("_metadata.file_path").distinct().collect()]
         urls = map(urlsplit, paths)
         places = [log.files.index(unquote(url.netloc + url.path)) for url in urls]
@@ -133,11 +128,9 @@ class Spark(Database):
             files = files.append_column(PREFIX + name, log.given[name].take(files["file"]))
         self.put("files", files)
         columns = [f"`{name}` AS `{PREFIX}{name}`" for name in log.names]
-        rows = frame.selectExpr(
-            *columns, "_metadata.file_path AS path", "_metadata.row_index AS row"
-        )
-        rows.join(self.session.table("files"), "path").drop("path").createOrReplaceTempView("log")
-        return _schema(self.session.table("log").limit(0).toArrow().schema)
+        columns += ["_metadata.file_path AS path", "_metadata.row_index AS row"]
+        rows = frame.selectExpr(*columns).join(self.connection.table("files"), "path")
+        rows.drop("path").createOrReplaceTempView("log")
 
 
 def _schema(schema: pa.Schema) -> pa.Schema:

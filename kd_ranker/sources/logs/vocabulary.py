@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.data_report import Report, read_data_report
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
 from kd_ranker.sources.logs.layout import Feature, LogLayout
@@ -32,33 +31,45 @@ from kd_ranker.sources.logs.query import vocabulary_table
 VOCABULARIES_FOLDER, TRANSFORMS, MANIFEST = "vocabularies", "transforms.json", "log.json"
 # The version that the probabilities get where every one counts.
 ANY_VERSION = "any"
+# Field of a request -> the owners of its features.
+_DENSE = {"user_features": "user", "context": "context"}
+_DENSE |= {"candidate_features": "candidate", "item_features": "item"}
+_CATEGORIES: dict[str, tuple[str, ...]] = {"request_category": ("user", "context")}
+_CATEGORIES |= {"candidate_category": ("candidate",), "item_category": ("item",)}
 
 
-def new_encoding(
+def encoding_of(
     database: Database,
     layout: LogLayout,
-    moments: Mapping[str, Mapping[str, float]],
     kinds: Mapping[str, str],
+    moments: Mapping[str, Mapping[str, float]],
+    known: Encoding | None = None,
 ) -> Encoding:
-    """Return the encoding of a log, with dense features scaled by their `moments` in training."""
-    found = _find(database, layout, {})
-    spec = _spec_of(layout, {name: len(table) for name, table in found.items()})
-    starts = zip(spec.categories, spec.category_starts, strict=True)
-    first = {f"feature:{of.name}": start for of, start in starts}
-    vocabularies = {name: _shifted(table, first.get(name, 0)) for name, table in found.items()}
-    return Encoding(spec, vocabularies, _rules_of(layout, moments, first, kinds))
+    """Return the encoding of a log, whose dense features have these `moments` in training.
 
-
-def longer_encoding(
-    known: Encoding, database: Database, layout: LogLayout, kinds: Mapping[str, str]
-) -> Encoding:
-    """Return the encoding of a dataset with the ids of new files after its own."""
-    found = _find(database, layout, {of: len(known.vocabularies[of]) for of in (USER, ITEM)})
-    vocabularies, last = {}, known.spec.num_categories
-    for name, before in known.vocabularies.items():
-        new = found[name]
+    That of a dataset, if it is `known`, keeps its ids and scales; new ids follow.
+    """
+    tables = {USER: "users", ITEM: "items"}
+    tables |= {f"feature:{of.name}": vocabulary_table(of) for of in layout.vocabularies}
+    found = {}
+    for name, table in tables.items():
+        first = len(known.vocabularies[name]) if known and name in (USER, ITEM) else 0
+        # Ids of features are numbers from 1 here. Rare, unknown and missing values have none.
+        found[name] = database.fetch(
+            f"SELECT value, id::INT AS id FROM {table} WHERE id >= {first} ORDER BY id"
+        )
+    if known is None:
+        spec = _spec_of(layout, {name: len(table) for name, table in found.items()})
+        starts = zip(spec.categories, spec.category_starts, strict=True)
+        first_ids = {f"feature:{of.name}": start for of, start in starts}
+        shifted = {name: _shifted(table, first_ids.get(name, 0)) for name, table in found.items()}
+        return Encoding(spec, shifted, _rules_of(layout, moments, first_ids, kinds))
+    spec, vocabularies = known.spec, {}
+    for name, new in found.items():
+        before = known.vocabularies[name]
         if name not in (USER, ITEM):
-            new, last = _shifted(new, last - 1), last + len(new)
+            new = _shifted(new, spec.num_categories - 1)
+            spec = dataclasses.replace(spec, later_categories=spec.later_categories + len(new))
         # An empty vocabulary does not know the type of its values.
         schema = before.schema if len(before) else new.schema
         try:
@@ -68,29 +79,10 @@ def longer_encoding(
                 f"new values of {name!r} are no {schema.types[0]}, as those of the dataset are: "
                 f"{error}; make a dataset of the whole log: leave data.extends out"
             ) from error
-    spec = dataclasses.replace(
-        known.spec,
-        num_users=len(vocabularies[USER]),
-        num_items=len(vocabularies[ITEM]),
-        later_categories=known.spec.later_categories + last - known.spec.num_categories,
-    )
+    users, items = (len(vocabularies[of]) for of in (USER, ITEM))
     rules = {**known.rules, "kinds": {**kinds, **known.rules["kinds"]}}
+    spec = dataclasses.replace(spec, num_users=users, num_items=items)
     return Encoding(spec, vocabularies, rules)
-
-
-def _find(database: Database, layout: LogLayout, known: Mapping[str, int]) -> dict[str, pa.Table]:
-    """The vocabularies of a log; of users and items only the ids from `known`.
-
-    Ids of features are numbers from 1 here. Rare, unknown and missing values have none.
-    """
-    tables = {USER: "users", ITEM: "items"}
-    tables |= {f"feature:{of.name}": vocabulary_table(of) for of in layout.vocabularies}
-    return {
-        name: database.fetch(
-            f"SELECT value, id::INT AS id FROM {table} WHERE id >= {known.get(name, 0)} ORDER BY id"
-        )
-        for name, table in tables.items()
-    }
 
 
 def _shifted(vocabulary: pa.Table, by: int) -> pa.Table:
@@ -137,42 +129,33 @@ def _rules_of(
 ) -> dict[str, Any]:
     """Return `Encoding.rules`, which servers follow by the formulas in the README of an export."""
 
-    def dense(*owners: str) -> list[dict[str, Any]]:
-        own = ("name", "column", "place", "length")
+    def dense(owner: str) -> list[dict[str, Any]]:
         # Cheap features of items come first.
         features = sorted(
-            layout.of(*owners, kind="dense"), key=lambda of: "item" in owners and not of.cheap
+            layout.of(owner, kind="dense"), key=lambda of: owner == "item" and not of.cheap
         )
+        own = ("name", "column", "place", "length")
         return [
             {**{name: getattr(of, name) for name in own}, **_scale_of(of, moments[of.name])}
             for of in features
         ]
 
-    def categories(*owners: str) -> list[dict[str, Any]]:
-        entries = []
-        for of in layout.categories(*owners):
-            entry = {name: getattr(of, name) for name in ("name", "column", "kind", "length")}
-            entry["buckets"] = of.size if of.hashed else None
-            if of.hashed:
-                entry["values"] = kinds.get(f"data.features.{of.key}", "")
-            entries.append({**entry, "first_id": first_ids[f"feature:{of.name}"]})
-        return entries
+    def category(of: Feature) -> dict[str, Any]:
+        entry = {name: getattr(of, name) for name in ("name", "column", "kind", "length")}
+        entry["buckets"] = of.size if of.hashed else None
+        if of.hashed:
+            entry["values"] = kinds.get(f"data.features.{of.key}", "")
+        return {**entry, "first_id": first_ids[f"feature:{of.name}"]}
 
     history: dict[str, Any] = {}
     if layout.history:
         history = {"name": layout.history.name, "column": layout.history.column}
         history |= {"length": layout.history_length, "features": dense("event")}
     return {
-        "dense": {
-            "user_features": dense("user"),
-            "context": dense("context"),
-            "candidate_features": dense("candidate"),
-            "item_features": dense("item"),
-        },
+        "dense": {field: dense(owner) for field, owner in _DENSE.items()},
         "categories": {
-            "request_category": categories("user", "context"),
-            "candidate_category": categories("candidate"),
-            "item_category": categories("item"),
+            field: [category(of) for of in layout.categories(*owners)]
+            for field, owners in _CATEGORIES.items()
         },
         "history": history,
         "kinds": dict(kinds),
@@ -194,7 +177,7 @@ def write(encoding: Encoding, manifest: Mapping[str, list], directory: Path) -> 
     """Write the encoding of a dataset and the manifest of its log next to the dataset."""
     (directory / VOCABULARIES_FOLDER).mkdir()
     for name, table in encoding.vocabularies.items():
-        pq.write_table(table, directory / _vocabulary_file(name))
+        pq.write_table(table, _vocabulary_file(directory, name))
     (directory / TRANSFORMS).write_text(json.dumps(encoding.rules, indent=2))
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
@@ -208,23 +191,39 @@ def read_encoding(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Enco
 
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
     """Read `value` and `id` of `user`, `item` or `feature:<name>`."""
-    return _read(directory, _vocabulary_file(name))
+    return pq.read_table(_vocabulary_file(directory, name), partitioning=None)
 
 
-def _vocabulary_file(name: str) -> str:
+def _vocabulary_file(directory: Path, name: str) -> Path:
     file = "".join(c if f"a{c}".isidentifier() or c in ".-" else "-" for c in name)
-    return f"{VOCABULARIES_FOLDER}/{file}.parquet"
+    return directory / VOCABULARIES_FOLDER / f"{file}.parquet"
 
 
-def write_requests(requests: Iterable[pa.Table], directory: Path, split: str) -> None:
-    """Write `request` and `file` of the requests of a split next to a dataset."""
-    path = directory / f"log_requests-{split}.parquet"
-    pq.write_table(pa.concat_tables(requests), path, compression="zstd")
+def write_requests(
+    requests: Iterable[tuple[pa.Table, Iterable[str]]],
+    manifest: Mapping[str, list],
+    directory: Path,
+    split: str,
+) -> None:
+    """Write `request` and `file` of the requests of a split next to a dataset.
+
+    Each table has numbers of the files with it, and the result those of the files in the manifest.
+    """
+    tables = []
+    for table, own in requests:
+        places = pc.index_in(pa.array(own, pa.string()), pa.array([*manifest]))
+        file = places.take(table["file"].combine_chunks())
+        tables.append(table.select(["request"]).append_column("file", file))
+    pq.write_table(pa.concat_tables(tables), _requests_file(directory, split), compression="zstd")
 
 
 def read_requests_of(directory: Path, split: str) -> pa.Table:
     """Return the table that `write_requests` has written."""
-    return _read(directory, f"log_requests-{split}.parquet")
+    return pq.read_table(_requests_file(directory, split), partitioning=None)
+
+
+def _requests_file(directory: Path, split: str) -> Path:
+    return directory / f"log_requests-{split}.parquet"
 
 
 def read_manifest(directory: Path) -> dict[str, list]:
@@ -232,32 +231,20 @@ def read_manifest(directory: Path) -> dict[str, list]:
     return json.loads((directory / MANIFEST).read_text())
 
 
-def read_report(directory: Path) -> Report:
-    """Return the data report of a dataset."""
-    return read_data_report(directory) or {}
-
-
-def _read(directory: Path, file: str) -> pa.Table:
-    # A path only would make pyarrow read a dataset of all its folder.
-    with pq.ParquetFile(directory / file) as parquet:
-        return parquet.read()
-
-
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:
     """Return the `kinds` of a log, see `Encoding.rules`; requests keep their own ids."""
-    wanted = [of for of in files.wanted_columns(layout) if of.use == "id"]
-    kinds = {of.key: files.kind_of(types[of.column]) for of in wanted}
-    del kinds["data.columns.request"]
-    return {key: kind for key, kind in kinds.items() if kind}
+    ids = [of for of in files.wanted_columns(layout) if of.use == "id"]
+    kinds = {of.key: files.kind_of(types[of.column]) for of in ids}
+    return {key: of for key, of in kinds.items() if of and key != "data.columns.request"}
 
 
 def check_kinds(layout: LogLayout, types: Mapping[str, pa.DataType], known: Encoding) -> None:
     """Refuse texts where training had whole numbers, and the reverse: none would match."""
-    column_of = {of.key: of.column for of in files.wanted_columns(layout)}
-    for key, here in kinds_of(layout, types).items():
-        there = known.rules["kinds"].get(key, here)
-        if here != there:
+    kinds = kinds_of(layout, types)
+    for of in files.wanted_columns(layout):
+        here, there = kinds.get(of.key), known.rules["kinds"].get(of.key)
+        if here and there and here != there:
             raise UserError(
-                f"column {column_of[key]!r} ({key}) holds {here}, and in training it held "
-                f"{there}; give it the type that it had"
+                f"column {of.column!r} ({of.key}) holds {here}, and in training it held {there}; "
+                "give it the type that it had"
             )

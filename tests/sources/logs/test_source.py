@@ -491,7 +491,7 @@ def test_a_split_by_hash_follows_the_seed_alone(build):
         # The first row lacks the question mark.
         (["train?", "validation", "test"], "'part', 1 requests, such as 100, do not have one of"),
         (["train", "validation", "Test", ""], "'part', 2 requests, such as 102, do not have one"),
-        (["train", "train", "test"], "no request is left for the split 'validation', with colum"),
+        (["train", "train", "test"], "no request is left for the split 'validation' by data.spl"),
     ],
 )
 def test_a_split_may_be_a_column_that_leaves_none_open(tmp_path, splits, message):
@@ -527,10 +527,10 @@ def test_strict_ends_the_build_and_says_where_the_report_is(config):
     ("seconds", "stage", "changes", "message"),
     [
         (60, "lost", {}, "not one row of the log can be used; .*unknown_stage"),
-        (0.1, "passed", {}, "have less than three different times, one a split; split"),
+        (0.1, "passed", {}, "'validation' by data.split='time' .*; each split needs another time"),
         (60, "passed", {"split": "request", "validation_share": 1e-6},
-         "no request is left for the split 'validation', with data.validation_share=1e-06 and "
-         "data.test_share=0.3; see .*data_report.html"),
+         "no request is left for the split 'validation' by data.split='request' with "
+         "data.validation_share=1e-06 and data.test_share=0.3; see .*data_report.html"),
     ],
 )  # fmt: skip
 def test_a_log_that_leaves_a_split_empty_says_why(build, seconds, stage, changes, message):
@@ -586,7 +586,7 @@ def test_processes_change_nothing(tmp_path):
 
 def test_tables_that_outgrow_memory_change_nothing(config, tmp_path, monkeypatch):
     within = read(config, tmp_path / "within")
-    monkeypatch.setattr(database, "_BYTES_A_CANDIDATE", 2**30)
+    monkeypatch.setattr(database, "_BYTES_A_BYTE", 2**30)
     with contextlib.closing(faulty_logs.open_source(config)) as source:
         assert [*tmp_path.glob("datasets/.parquet-*/tables.duckdb")]
         assert same(faulty_logs.all_requests(source), within.requests)
