@@ -78,8 +78,10 @@ def read(
         return _take(places, row + first)[..., columns]
     asked = jax.lax.all_gather(row.reshape(-1), deal.axis, tiled=True)
 
-    def fill(found: Array, place: Array, mask: Array, _: None, index: Array) -> Array:
+    def fill(found: Array, place: Array, mask: Array, _: None, index: Array | None) -> Array:
         taken = _take(places, place + first)[:, columns]
+        if index is None:
+            return jnp.where(mask[:, None], taken, found)
         return found.at[index].set(taken, mode="drop", unique_indices=True)
 
     number = len(range(*columns.indices(places.shape[1])))
@@ -100,9 +102,10 @@ def with_own(
 ) -> _State:
     """Call `function(state, place, mask, values, index)` on the rows that this device owns.
 
-    They are in order. `index` has the place of each among all M, and M where the mask is False; it
-    is None without a deal. The function updates `state`, in place if possible, and must not depend
-    on masked rows. Row numbers are in range, and the same on all devices, as are mask and values.
+    They are in order. `index` has the place of each among all M, and M where the mask is False; or
+    it is None, and all M are given. The function updates `state`, in place if possible, and must
+    not depend on masked rows. Row numbers are in range, and the same on all devices, as are mask
+    and values.
     """
     if deal.devices == 1:
         return function(state, row, mask, values, None)
@@ -117,7 +120,7 @@ def with_own(
         return function(state, own_place, order < number, own, order)
 
     def every(_: Any, state: _State) -> _State:
-        return function(state, place, mask, values, jnp.where(mask, jnp.arange(number), number))
+        return function(state, place, mask, values, None)
 
     if room >= number:
         return every(0, state)
