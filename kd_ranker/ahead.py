@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from kd_ranker.batch import abstract_items
-from kd_ranker.batches.cutting import Span
 from kd_ranker.config import checks
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.deal import RARELY
@@ -335,16 +334,15 @@ def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
     """Return the bytes of one device's tables, and the entries of arrays not to be copied."""
     # Those are tables, one member's table, and others with an entry per item or row of a table.
-    tables, others = list[Any](), list[Any]()
+    tables, others, rows = list[tuple[int, ...]](), list[tuple[int, ...]](), set[int]()
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        (tables if is_of_tables(path) else others).append((path, shape, leaf.dtype))
-    rows = {shape[-2] for _, shape, _ in tables} | {
-        shape[0] for path, shape, _ in others if names_of(path) & {"features", "category"}
-    }
-    sizes = {math.prod(of) for _, shape, _ in tables for of in (shape, shape[-2:])}
-    sizes |= {math.prod(shape) for _, shape, _ in others if rows & {*shape}}
-    return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in tables), sizes - {0}
+        (tables if is_of_tables(path) else others).append(shape)
+        if is_of_tables(path) or names_of(path) & {"features", "category"}:
+            rows.add(shape[-2])
+    sizes = {math.prod(of) for shape in tables for of in (shape, shape[-2:])}
+    sizes |= {math.prod(shape) for shape in others if rows & {*shape}}
+    return 4 * sum(map(math.prod, tables)), sizes - {0}  # float32
 
 
 def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: Topology) -> Finding:
@@ -363,12 +361,10 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     config.parallel.mapping = "shard_map"
     job = _job_of_shapes(name, config, sample, devices[0].platform)
     run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
-    packed, _ = run.batches.take(1)
-    one: Any = jnp.int32(0)
+    (packed, _), one = run.batches.take(1), jnp.int32(0)
     take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))
-    same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
-    batches, same = jax.eval_shape(lambda: (packed, same_on_all))
+    batches, same = jax.eval_shape(lambda: (packed, ((one, one), run.numbers)))
     lowered = take.lower(states, run.devices.shard(batches), same, run.frozen)
     tables, entries = _tables_and_sizes((states, run.frozen))
     found = Finding(name, topology, len(devices), tables)

@@ -36,8 +36,8 @@ loss and to its gradient, so padding in a batch changes nothing.
 To add a loss, write such a function and add a `Loss` with it to `LOSSES`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,23 @@ _PROBABILITY_FLOOR = 1e-6
 _PAIRS_AT_ONCE = 2**18
 
 
+def of_one_list(
+    loss: LossFunction,
+    logits: Sequence[float],
+    probability: Sequence[float],
+    weight: Sequence[float] | None = None,
+    **numbers: Any,
+) -> tuple[float, ...]:
+    """Return numerator and denominator for one request and one task, to 4 places.
+
+    Weights are 1 by default. A candidate of weight 0 and of values NaN follows the others.
+    """
+    lists = ([*logits, jnp.nan], [*probability, jnp.nan], [*(weight or [1.0] * len(logits)), 0.0])
+    z, p, w = (jnp.array(of)[None, :, None] for of in lists)
+    totals = loss(z, p, w, LossNumbers(**numbers))
+    return tuple(round(float(total[0]), 4) for total in totals)
+
+
 def weighted_totals(values: Logits, weight: Logits) -> Totals:
     """Return the weighted sum of `values` per task, and the sum of weights per task."""
     return jnp.sum(weight * values, axis=(0, 1)), jnp.sum(weight, axis=(0, 1))
@@ -110,9 +127,7 @@ def _teacher_logit(probability: Logits) -> Logits:
     return jax.scipy.special.logit(clipped)
 
 
-def bce(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def bce(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Binary cross entropy against soft labels, in nats.
 
     With temperature τ both sides are softened and the loss is scaled so that its gradient keeps its
@@ -123,15 +138,10 @@ def bce(
     At τ = 1, p is not clipped.
 
     Example:
-      At z = 0 every label costs log 2, and an entry of weight 0 costs nothing:
+      At z = 0 every label costs log 2:
 
-      >>> numerator, denominator = bce(
-      ...     logits=jnp.zeros((1, 2, 1)),
-      ...     probability=jnp.array([[[0.3], [jnp.nan]]]),
-      ...     weight=jnp.array([[[2.0], [0.0]]]),
-      ... )
-      >>> float(numerator[0]) == 2 * float(jnp.log(2.0)), float(denominator[0])
-      (True, 2.0)
+      >>> of_one_list(bce, [0.0], [0.3], [2.0])
+      (1.3863, 2.0)
     """
     temperature = numbers.temperature
     _, logits, probability = _only_known(logits, probability, weight)
@@ -141,9 +151,7 @@ def bce(
     return weighted_totals(values, weight)
 
 
-def mse_logit(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def mse_logit(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Squared difference of logits.
 
         (z − logit(p))²
@@ -155,22 +163,14 @@ def mse_logit(
     Example:
       A probability of 1/2 has the logit 0:
 
-      >>> numerator, denominator = mse_logit(
-      ...     logits=jnp.array([[[3.0], [jnp.inf]]]),
-      ...     probability=jnp.array([[[0.5], [jnp.nan]]]),
-      ...     weight=jnp.array([[[2.0], [0.0]]]),
-      ... )
-      >>> float(numerator[0]), float(denominator[0])
+      >>> of_one_list(mse_logit, [3.0], [0.5], [2.0])
       (18.0, 2.0)
     """
-    del numbers
     _, logits, probability = _only_known(logits, probability, weight)
     return weighted_totals(jnp.square(logits - _teacher_logit(probability)), weight)
 
 
-def mse_margin(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def mse_margin(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Squared difference of the margins of each pair of candidates of a request (MarginMSE).
 
     Hofstätter et al. (2020, arXiv 2010.02666), over all pairs in place of a relevant and another
@@ -189,15 +189,9 @@ def mse_margin(
     Example:
       The teacher sees a margin of 0 where the student has one of 3:
 
-      >>> numerator, denominator = mse_margin(
-      ...     logits=jnp.array([[[4.0], [1.0], [jnp.inf]]]),
-      ...     probability=jnp.array([[[0.5], [0.5], [jnp.nan]]]),
-      ...     weight=jnp.array([[[2.0], [1.0], [0.0]]]),
-      ... )
-      >>> float(numerator[0]), float(denominator[0])
+      >>> of_one_list(mse_margin, [4.0, 1.0], [0.5, 0.5], [2.0, 1.0])
       (18.0, 2.0)
     """
-    del numbers
     known, logits, probability = _only_known(logits, probability, weight)
     comparable = jnp.sum(known, axis=1) > 1  # [R, T]
     total = jnp.sum(weight, axis=1, keepdims=True)
@@ -211,9 +205,7 @@ def mse_margin(
     )
 
 
-def softmax(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def softmax(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Listwise cross entropy between distributions over the candidates of a request, in nats.
 
     ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), softened as in
@@ -231,13 +223,8 @@ def softmax(
     Example:
       Two candidates with equal student logits cost log 2 for any teacher probabilities:
 
-      >>> numerator, denominator = softmax(
-      ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.9], [0.1], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [0.0]]]),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '0.6931 1.0000'
+      >>> of_one_list(softmax, [1.0, 1.0], [0.9, 0.1])
+      (0.6931, 1.0)
     """
     temperature = numbers.temperature
     known, logits, probability = _only_known(logits, probability, weight)
@@ -246,9 +233,7 @@ def softmax(
     return temperature**2 * numerator, denominator
 
 
-def user_softmax(
-    logits: Logits, label: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def user_softmax(logits: Logits, label: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Listwise cross entropy of the positive user labels of a request, in nats.
 
     ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), with the labels y
@@ -269,15 +254,9 @@ def user_softmax(
     Example:
       Two labelled candidates with equal logits: the positive one costs its weight times log 2.
 
-      >>> numerator, denominator = user_softmax(
-      ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
-      ...     label=jnp.array([[[1.0], [0.0], [jnp.nan]]]),
-      ...     weight=jnp.array([[[2.0], [1.0], [0.0]]]),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '1.3863 2.0000'
+      >>> of_one_list(user_softmax, [1.0, 1.0], [1.0, 0.0], [2.0, 1.0])
+      (1.3863, 2.0)
     """
-    del numbers
     known, logits, label = _only_known(logits, label, weight)
     return _listwise(logits, jnp.where(known, label, 0.0), weight, known)
 
@@ -305,9 +284,7 @@ def _listwise(
     )
 
 
-def listmle(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def listmle(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Likelihood of the teacher's order, place by place, in nats (ListMLE).
 
     Xia et al. (ICML 2008, section 4.1): drawn one by one with chances in proportion to exp(z / τ),
@@ -325,13 +302,8 @@ def listmle(
       A student that ties three candidates draws the first one with a chance of 1/3, and the next of
       the two that are left with 1/2: log 3 + log 2.
 
-      >>> numerator, denominator = listmle(
-      ...     logits=jnp.array([[[1.0], [1.0], [1.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.1], [0.9], [0.5], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '1.7918 2.0000'
+      >>> of_one_list(listmle, [1.0, 1.0, 1.0], [0.1, 0.9, 0.5])
+      (1.7918, 2.0)
     """
     temperature = numbers.temperature
     known, logits, probability = _only_known(logits, probability, weight)
@@ -350,9 +322,7 @@ def listmle(
     return weighted_totals(values, jnp.where(below > 0, weight, 0.0))
 
 
-def ranknet(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def ranknet(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Logistic loss of the pairs that the teacher orders, in nats (RankNet).
 
     Burges et al. (ICML 2005), with certain targets: over the pairs of known candidates of a request
@@ -373,23 +343,14 @@ def ranknet(
       The teacher ties one of the three pairs. The logits of the other two differ by one; one of
       these pairs is in the wrong order: log(1 + e⁻¹) + log(1 + e).
 
-      >>> numerator, denominator = ranknet(
-      ...     logits=jnp.array([[[1.0], [0.0], [2.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.9], [0.2], [0.2], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '1.6265 2.0000'
+      >>> of_one_list(ranknet, [1.0, 0.0, 2.0], [0.9, 0.2, 0.2])
+      (1.6265, 2.0)
     """
-
-    def equal_weights(logits: _List, probability: _List, known: _Known) -> _Pairs:
-        return jnp.ones(logits.shape[0] ** 2)
-
-    return _pairwise(logits, probability, weight, numbers, equal_weights)
+    return _pairwise(logits, probability, weight, numbers, lambda z, *_: jnp.ones(len(z) ** 2))
 
 
 def lambda_rank(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers
 ) -> Totals:
     """RankNet's pairs, weighted by the change in NDCG if the two are swapped (LambdaRank).
 
@@ -412,15 +373,11 @@ def lambda_rank(
 
     Example:
       The student puts last what the teacher puts first. Their ideal DCG is 0.5 + 0.25 / log2(3),
-      and swapping the two changes DCG by 0.25 · (1 − 1 / log2(3)), so |ΔNDCG| = 0.1403:
+      and swapping the two changes DCG by 0.25 · (1 − 1 / log2(3)), so |ΔNDCG| = 0.1403. The
+      numerator is that times log(1 + e):
 
-      >>> numerator, denominator = lambda_rank(
-      ...     logits=jnp.array([[[0.0], [1.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.5], [0.25], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [0.0]]]),
-      ... )
-      >>> f"{denominator[0]:.4f} {numerator[0] / denominator[0]:.4f}"  # the latter: log(1 + e)
-      '0.1403 1.3133'
+      >>> of_one_list(lambda_rank, [0.0, 1.0], [0.5, 0.25])
+      (0.1842, 0.1403)
     """
 
     def changes_of_ndcg(logits: _List, probability: _List, known: _Known) -> _Pairs:
@@ -434,7 +391,7 @@ def lambda_rank(
 
 
 def rank_distil(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers
 ) -> Totals:
     """RankNet's pairs with one among the teacher's first k, in nats (RankDistil).
 
@@ -453,14 +410,8 @@ def rank_distil(
       The logit of the first is one above that of the second and one below that of the third. The
       latter two are no pair: log(1 + e⁻¹) + log(1 + e).
 
-      >>> numerator, denominator = rank_distil(
-      ...     logits=jnp.array([[[1.0], [0.0], [2.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.9], [0.3], [0.2], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
-      ...     numbers=LossNumbers(temperature=1.0, top_k=1.0),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '1.6265 2.0000'
+      >>> of_one_list(rank_distil, [1.0, 0.0, 2.0], [0.9, 0.3, 0.2], top_k=1.0)
+      (1.6265, 2.0)
     """
 
     def of_the_first(logits: _List, probability: _List, known: _Known) -> _Pairs:
@@ -471,7 +422,7 @@ def rank_distil(
 
 
 def approx_ndcg(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers
 ) -> Totals:
     """Gap between 1 and a smooth NDCG of the student's order (ApproxNDCG).
 
@@ -494,19 +445,13 @@ def approx_ndcg(
       The student ties two candidates, so both have place 1.5: DCG = 0.75 / log2(2.5) = 0.5674, of
       an ideal 0.5 + 0.25 / log2(3) = 0.6577.
 
-      >>> numerator, denominator = approx_ndcg(
-      ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.5], [0.25], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [0.0]]]),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '0.1374 1.0000'
+      >>> of_one_list(approx_ndcg, [1.0, 1.0], [0.5, 0.25])
+      (0.1374, 1.0)
     """
-    temperature = numbers.temperature
 
     def of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
         ndcg = rax.ndcg_metric(
-            logits / temperature,
+            logits / numbers.temperature,
             probability,
             where=known,
             weights=weight,
@@ -564,10 +509,7 @@ def _list_by_list(
     """
     known, logits, probability = _only_known(logits, probability, weight)
     requests, candidates, tasks = logits.shape
-
-    def with_gradient(arrays: tuple[_List, _List, _Known, _List]) -> tuple[_Sums, _List]:
-        (numerator, denominator), gradient = jax.value_and_grad(of_list, has_aux=True)(*arrays)
-        return (numerator, denominator), gradient
+    with_gradient = jax.value_and_grad(of_list, has_aux=True)
 
     def lists(array: Array) -> Array:
         return jnp.swapaxes(array, 1, 2).reshape(requests * tasks, candidates)
@@ -575,7 +517,7 @@ def _list_by_list(
     # Process some lists at a time, each with its gradient, so that pairs are freed early.
     fixed = jax.lax.stop_gradient(logits)
     (numerator, denominator), gradient = jax.lax.map(
-        with_gradient,
+        lambda arrays: with_gradient(*arrays),
         tuple(map(lists, (fixed, probability, known, weight))),
         batch_size=min(requests * tasks, max(1, _PAIRS_AT_ONCE // candidates**2)),
     )
@@ -588,9 +530,7 @@ def _list_by_list(
     )
 
 
-def topk(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def topk(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """Binary cross entropy of being among the teacher's first k of the request, in nats.
 
         numerator = Σ w · τ BCE(z / τ, y),   denominator = Σ w,   y = [fewer than k have a larger p]
@@ -606,23 +546,17 @@ def topk(
     Example:
       At z = 0 each known candidate costs log 2. A request with a single one does not count:
 
-      >>> numerator, denominator = topk(
-      ...     logits=jnp.zeros((2, 3, 1)),
-      ...     probability=jnp.array([[[0.2], [0.9], [jnp.nan]], [[0.9], [0.2], [0.1]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [0.0]], [[1.0], [0.0], [0.0]]]),
-      ...     numbers=LossNumbers(temperature=1.0, top_k=1.0),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '1.3863 2.0000'
+      >>> of_one_list(topk, [0.0, 0.0], [0.2, 0.9], top_k=1.0)
+      (1.3863, 2.0)
+      >>> of_one_list(topk, [0.0], [0.9], top_k=1.0)
+      (0.0, 0.0)
     """
     known, logits, probability = _only_known(logits, probability, weight)
     first, comparable = _first_k(probability, known, numbers.top_k)
     return _membership(logits, first, jnp.where(comparable, weight, 0.0), numbers.temperature)
 
 
-def dftopk(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
-) -> Totals:
+def dftopk(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
     """`topk` with one threshold per request, in nats (DFTopK).
 
     The differentiable top k of Zhu et al. (2025, arXiv 2510.11472): with z_(k) the k-th largest
@@ -645,14 +579,8 @@ def dftopk(
       The first k = 1 of three are right: the logits minus the threshold 3 are 1, −1 and −3. The
       cost is 2 log(1 + e⁻¹) + log(1 + e⁻³):
 
-      >>> numerator, denominator = dftopk(
-      ...     logits=jnp.array([[[4.0], [2.0], [0.0], [jnp.nan]]]),
-      ...     probability=jnp.array([[[0.9], [0.2], [0.1], [jnp.nan]]]),
-      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
-      ...     numbers=LossNumbers(temperature=1.0, top_k=1.0),
-      ... )
-      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
-      '0.6751 3.0000'
+      >>> of_one_list(dftopk, [4.0, 2.0, 0.0], [0.9, 0.2, 0.1], top_k=1.0)
+      (0.6751, 3.0)
     """
     known, logits, probability = _only_known(logits, probability, weight)
     first, comparable = _first_k(probability, known, numbers.top_k)

@@ -43,51 +43,32 @@ Numbers = TypeVar("Numbers", float, np.ndarray, Array)
 
 
 def probability_of_rank(rank: Numbers) -> Numbers:
-    """Return the pseudo-probability of a position.
+    """Return the pseudo-probability in (0, 1/2] of positions r ≥ 0, of any shape; NaN where r is.
 
-    Args:
-      rank: position r ≥ 0 of any shape, 0 for the best; NaN if unknown.
+    In float32 neighbours differ up to r of some 10⁷.
 
-    Returns:
-      1 / (2 + r), in (0, 1/2]; NaN where r is. In float32 neighbours differ up to r of some 10⁷.
-
-    Example:
-      >>> import numpy as np
-      >>> probability_of_rank(np.array([0.0, 1.0, 8.0, np.nan]))
-      array([0.5       , 0.33333333, 0.1       ,        nan])
+    >>> probability_of_rank(np.array([0.0, 1.0, 8.0, np.nan]))
+    array([0.5       , 0.33333333, 0.1       ,        nan])
     """
     return 1 / (2 + rank)
 
 
 def probability_of_score(score: np.ndarray) -> np.ndarray:
-    """Return the pseudo-probability of a score, its logistic function.
+    """Return the pseudo-probability in (0, 1) of scores of any shape, their logistic function.
 
-    Args:
-      score: score of any shape; NaN if unknown.
+    It is NaN for a score beyond `LARGEST_SCORE`, as for one that is NaN.
 
-    Returns:
-      1 / (1 + exp(−s)) in (0, 1); NaN for a score beyond `LARGEST_SCORE`.
-
-    Example:
-      >>> probability_of_score(np.array([0.0, 2.0, 583.0])).round(3)
-      array([0.5  , 0.881,   nan])
+    >>> probability_of_score(np.array([0.0, 2.0, 583.0])).round(3)
+    array([0.5  , 0.881,   nan])
     """
     return scipy.special.expit(np.where(np.abs(score) <= LARGEST_SCORE, score, np.nan))
 
 
 def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return the pseudo-probability of the last funnel stage of a candidate.
+    """Return the pseudo-probability of each candidate's last `Stage`; NaN for padding.
 
-    Args:
-      stage: a `Stage`, of any shape.
-
-    Returns:
-      `probability_of_rank` of the position that the stage represents; NaN for padding.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> probability_of_stage(jnp.array([Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])).tolist()
-      [0.5, 0.09090909361839294, 0.009900989942252636]
+    >>> probability_of_stage(jnp.array([Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])).tolist()
+    [0.5, 0.09090909361839294, 0.009900989942252636]
     """
     positions = {Stage.SHOWN: 0.0, Stage.PASSED: 9.0, Stage.RETRIEVED: 99.0}
     is_of = [stage == of for of in positions]
@@ -104,9 +85,8 @@ def _logged(batch: CandidateBatch) -> TeacherSignal:
 
 def _stage(batch: CandidateBatch) -> TeacherSignal:
     shape = (*batch.stage.shape, batch.user_label.shape[-1])
-    of_stage = probability_of_stage(batch.stage), batch.candidate_mask.astype(jnp.float32)
-    probability, weight = (jnp.broadcast_to(array[..., None], shape) for array in of_stage)
-    return probability, weight
+    probability = jnp.broadcast_to(probability_of_stage(batch.stage)[..., None], shape)
+    return probability, jnp.broadcast_to(batch.candidate_mask[..., None], shape).astype(jnp.float32)
 
 
 SIGNALS: dict[str, Callable[[CandidateBatch], TeacherSignal]] = {"logged": _logged, "stage": _stage}

@@ -77,19 +77,16 @@ def read(
     if deal.devices == 1:
         return _take(places, row + first)[..., columns]
     asked = jax.lax.all_gather(row.reshape(-1), deal.axis, tiled=True)
-    mine, place = asked % deal.devices == jax.lax.axis_index(deal.axis), asked // deal.devices
 
-    def some(none: Num[Array, "M columns"], order: Int[Array, "room"]) -> Num[Array, "M columns"]:
-        found = _take(places, _at(place, order) + first)[:, columns]
-        return none.at[order].set(found, mode="drop", unique_indices=True)
-
-    def every(none: Num[Array, "M columns"]) -> Num[Array, "M columns"]:
-        found = _take(places, jnp.where(mine, place, 0) + first)[:, columns]
-        return jnp.where(mine[:, None], found, none)
+    def fill(found: Array, place: Array, mask: Array, _: None, index: Array | None) -> Array:
+        taken = _take(places, place + first)[:, columns]
+        if index is None:
+            return jnp.where(mask[:, None], taken, found)
+        return found.at[index].set(taken, mode="drop", unique_indices=True)
 
     number = len(range(*columns.indices(places.shape[1])))
     none = jnp.zeros((asked.shape[0], number), places.dtype)
-    found = _in_the_room(deal, mine, none, some, every)
+    found = with_own(deal, fill, none, asked, jnp.full(asked.shape, True), None)
     # One device has the row, and the others add 0.
     own = jax.lax.psum_scatter(found, deal.axis, scatter_dimension=0, tiled=True)
     return own.reshape(*row.shape, *own.shape[1:])
@@ -97,62 +94,41 @@ def read(
 
 def with_own(
     deal: Deal,
-    function: Callable[
-        [_State, Int[Array, "m"], Bool[Array, "m"], Num[Array, "k m W"]],
-        _State,
-    ],
+    function: Callable[..., _State],
     state: _State,
     row: Int[Array, "M"],
     mask: Bool[Array, "M"],
-    values: Num[Array, "k M W"],
+    values: Num[Array, "k M W"] | None,
 ) -> _State:
-    """Call `function(state, place, mask, values)` on the rows that this device owns, in order.
+    """Call `function(state, place, mask, values, index)` on the rows that this device owns.
 
-    It updates `state`, in place if possible, and must not depend on masked rows. Row numbers are in
-    range, and the same on all devices, as are their mask and values.
+    They are in order. `index` has the place of each among all M, and M where the mask is False; or
+    it is None, and all M are given. The function updates `state`, in place if possible, and must
+    not depend on masked rows. Row numbers are in range, and the same on all devices, as are mask
+    and values.
     """
     if deal.devices == 1:
-        return function(state, row, mask, values)
-    mine = mask & (row % deal.devices == jax.lax.axis_index(deal.axis))
-    place = row // deal.devices
-
-    def some(state: _State, order: Int[Array, "room"]) -> _State:
-        of_each = values.at[:, order].get(mode="fill", fill_value=0)
-        return function(state, _at(place, order), order < row.shape[0], of_each)
-
-    def every(state: _State) -> _State:
-        return function(state, place, mine, values)
-
-    return _in_the_room(deal, mine, state, some, every)
-
-
-def _in_the_room(
-    deal: Deal,
-    mine: Bool[Array, "M"],
-    state: _State,
-    some: Callable[[_State, Int[Array, "room"]], _State],
-    every: Callable[[_State], _State],
-) -> _State:
-    """Apply `some` to the indices of owned rows, padded with M; `every` if they exceed the room."""
-    number = mine.shape[0]
+        return function(state, row, mask, values, None)
+    number, place = row.shape[0], row // deal.devices
+    mask &= row % deal.devices == jax.lax.axis_index(deal.axis)
     room = _ROOM * -(-number // deal.devices)
+
+    def some(_: Any, state: _State) -> _State:
+        (order,) = jnp.nonzero(mask, size=room, fill_value=number)
+        own_place = place.at[order].get(mode="fill", fill_value=0)
+        own = None if values is None else values.at[:, order].get(mode="fill", fill_value=0)
+        return function(state, own_place, order < number, own, order)
+
+    def every(_: Any, state: _State) -> _State:
+        return function(state, place, mask, values, None)
+
     if room >= number:
-        return every(state)
-
-    def ordered(_: Any, state: _State) -> _State:
-        (order,) = jnp.nonzero(mine, size=room, fill_value=number)
-        return some(state, order)
-
+        return every(0, state)
     # Loops of one trip or none: XLA would copy the tables that a condition changes.
-    fits = (jnp.sum(mine) <= room).astype(jnp.int32)
-    state = jax.lax.fori_loop(0, fits, ordered, state)
+    fits = (jnp.sum(mask) <= room).astype(jnp.int32)
+    state = jax.lax.fori_loop(0, fits, some, state)
     with jax.named_scope(RARELY):
-        return jax.lax.fori_loop(0, 1 - fits, lambda _, state: every(state), state)
-
-
-def _at(place: Int[Array, "M"], order: Int[Array, "room"]) -> Int[Array, "room"]:
-    """Return `place` at the indices in `order`; 0 for padding."""
-    return place.at[order].get(mode="fill", fill_value=0)
+        return jax.lax.fori_loop(0, 1 - fits, every, state)
 
 
 def _take(rows: Num[Array, "rows W"], row: Int[Array, "..."]) -> Num[Array, "... W"]:

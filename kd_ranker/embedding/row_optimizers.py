@@ -112,17 +112,9 @@ def update_tables(
     return jax.lax.fori_loop(0, members, update_member, flat).reshape(tables.shape)
 
 
-def _sgd_update(
-    gradients: Float[Array, "M D"], slots: Float[Array, "M 0"], counts: Float[Array, "M 1"]
-) -> tuple[Float[Array, "M D"], Float[Array, "M 0"]]:
-    del counts
-    return gradients, slots
-
-
 def _adagrad_update(
     gradients: Float[Array, "M D"], slots: Float[Array, "M 1"], counts: Float[Array, "M 1"]
 ) -> tuple[Float[Array, "M D"], Float[Array, "M 1"]]:
-    del counts
     total = slots + jnp.mean(jnp.square(gradients), axis=1, keepdims=True)
     return gradients / jnp.sqrt(total + ADAGRAD_EPSILON), total
 
@@ -141,7 +133,7 @@ def _adam_update(
 
 ADAGRAD_EPSILON = 1e-10
 
-sgd = RowOptimizer(slots=lambda width: 0, update=_sgd_update)
+sgd = RowOptimizer(lambda width: 0, lambda gradients, slots, counts: (gradients, slots))
 """Plain gradient descent: step = g."""
 
 adagrad = RowOptimizer(slots=lambda width: 1, update=_adagrad_update)

@@ -26,12 +26,7 @@ class MultiLayerPerceptron(nnx.Module):
 
     def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
         """Build the layers; `widths` runs from the input's width to the output's."""
-        self.layers = nnx.List(
-            [
-                nnx.Linear(fan_in, fan_out, rngs=rngs)
-                for fan_in, fan_out in itertools.pairwise(widths)
-            ]
-        )
+        self.layers = nnx.List([nnx.Linear(*of, rngs=rngs) for of in itertools.pairwise(widths)])
 
     def __call__(self, inputs: Float[Array, "... fan_in"]) -> Float[Array, "... fan_out"]:
         """Apply the layers to the last axis."""
@@ -104,6 +99,19 @@ def _categories_of_items(items: Items, item_id: Int[Array, "..."]) -> Int[Array,
     return features_of_items(items.category, item_id, items.deal, missing=-1)
 
 
+def _field(name: str) -> Callable[[CandidateBatch, Items], Array]:
+    return lambda batch, items: getattr(batch, name)
+
+
+def _of_items(name: str) -> Callable[[CandidateBatch, Items], Int[Array, "... I"]]:
+    """The categories of the items in a field of ids."""
+    return lambda batch, items: _categories_of_items(items, getattr(batch, name))
+
+
+def _every_request(batch: CandidateBatch, items: Items) -> Bool[Array, "R"]:
+    return jnp.full(batch.user_id.shape, True)
+
+
 def _categories(
     ids: Callable[[CandidateBatch, Items], Int[Array, "... L"]],
     mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]],
@@ -116,37 +124,20 @@ def _categories(
     return Lookup("category", ids, known)
 
 
+_CANDIDATES, _EVENTS = _field("candidate_mask"), _field("history_mask")
+
 LOOKUPS = {
-    "user": Lookup(
-        "user",
-        lambda batch, items: batch.user_id,
-        lambda batch, items: jnp.full(batch.user_id.shape, True),
-    ),
-    "item": Lookup(
-        "item", lambda batch, items: batch.item_id, lambda batch, items: batch.candidate_mask
-    ),
-    "request_category": _categories(
-        lambda batch, items: batch.request_category,
-        lambda batch, items: jnp.full(batch.user_id.shape, True),
-    ),
-    "candidate_category": _categories(
-        lambda batch, items: batch.candidate_category, lambda batch, items: batch.candidate_mask
-    ),
-    "item_category": _categories(
-        lambda batch, items: _categories_of_items(items, batch.item_id),
-        lambda batch, items: batch.candidate_mask,
-    ),
+    "user": Lookup("user", _field("user_id"), _every_request),
+    "item": Lookup("item", _field("item_id"), _CANDIDATES),
+    "request_category": _categories(_field("request_category"), _every_request),
+    "candidate_category": _categories(_field("candidate_category"), _CANDIDATES),
+    "item_category": _categories(_of_items("item_id"), _CANDIDATES),
 }
 """The lookups that every ranker can afford: the first two in a dataset without categories."""
 
 HISTORY_LOOKUPS = {
-    "history": Lookup(
-        "item", lambda batch, items: batch.history_id, lambda batch, items: batch.history_mask
-    ),
-    "history_category": _categories(
-        lambda batch, items: _categories_of_items(items, batch.history_id),
-        lambda batch, items: batch.history_mask,
-    ),
+    "history": Lookup("item", _field("history_id"), _EVENTS),
+    "history_category": _categories(_of_items("history_id"), _EVENTS),
 }
 """The items of the user's history, from the tables of the candidates."""
 
@@ -262,8 +253,8 @@ class HistoryMean(nnx.Module):
             return jnp.sum(values * mask, axis=1) / number
 
         # W is linear, so it multiplies the mean of the events and not each of them.
-        features = mean(features)
-        return mean(item_rows(rows, "history", events, items, spec)) + self.features(features)
+        row = item_rows(rows, "history", events, items, spec)
+        return mean(row) + self.features(mean(features))
 
 
 def user_width(spec: FeatureSpec, width: int) -> int:

@@ -115,24 +115,20 @@ def build_model(
     # Frozen, so that models can be compared: equal ones share compiled programs.
     embedding = EmbeddingSpec(config.width, FrozenDict(tables), FrozenDict(lookups))
 
-    def dense_of(key: PRNGKeyArray) -> tuple[nnx.GraphDef, Any]:
-        return nnx.split(module(spec, heads, config, rngs=nnx.Rngs(params=key)), nnx.Param)
+    def build(key: Any) -> nnx.Module:
+        return module(spec, heads, config, rngs=nnx.Rngs(params=key))
 
     def init(key: PRNGKeyArray, slots: int, deal: Deal = WHOLE) -> Parameters:
         dense_key, table_key = jax.random.split(key)
-        _, dense = dense_of(dense_key)
+        _, dense = nnx.split(build(dense_key), nnx.Param)
         keys = jax.random.split(table_key, len(tables))
-        return Parameters(
-            dense,
-            {
-                name: init_table(table, config.width, slots, config.table_scale, key, deal)
-                for (name, table), key in zip(tables.items(), keys, strict=True)
-            },
-        )
+        made = {
+            name: init_table(table, config.width, slots, config.table_scale, key, deal)
+            for (name, table), key in zip(tables.items(), keys, strict=True)
+        }
+        return Parameters(dense, made)
 
-    graph, _ = nnx.split(
-        nnx.eval_shape(lambda: module(spec, heads, config, rngs=nnx.Rngs(params=0))), nnx.Param
-    )
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param)
     return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype], reads_history), init
 
 
@@ -143,19 +139,11 @@ def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
 
 
 def apply_model(
-    model: Model,
-    dense: Any,
-    embedded: Rows,
-    batch: CandidateBatch,
-    items: Items,
+    model: Model, dense: Any, embedded: Rows, batch: CandidateBatch, items: Items
 ) -> Float[Array, "R N heads"]:
     """Return the logits of a batch from gathered rows; differentiable in `dense` and `embedded`."""
-
     # Item features are cast after the lookup, so that a step does not cast all of them.
-    def part(module: Any, batch: CandidateBatch, rows: Rows) -> Float[Array, "R N heads"]:
-        return module(batch, rows, items)
-
-    return apply_part(model, dense, part, batch, embedded)
+    return apply_part(model, dense, lambda module, *arrays: module(*arrays, items), batch, embedded)
 
 
 def apply_part(model: Model, dense: Any, part: Callable[..., Any], *arrays: Any) -> Any:
@@ -176,10 +164,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 
 def score(
-    model: Model,
-    parameters: Parameters,
-    batch: CandidateBatch,
-    items: Items,
+    model: Model, parameters: Parameters, batch: CandidateBatch, items: Items
 ) -> Float[Array, "R N heads"]:
     """Return the logits of a batch, as a trained model serves them.
 

@@ -172,7 +172,7 @@ def fit(
                     checkpoints.save(saved, step, whole, run.batches, made_of)
 
                 states, stopped_at = _train(
-                    run, states, start, train, stop, _Outputs(save, evaluate, writer, bar)
+                    run, states, start, train, stop, save, evaluate, writer, bar
                 )
         if stopped_at and not stop():
             raise UserError(
@@ -181,38 +181,38 @@ def fit(
         return jax.tree.map(np.asarray, states_on_host(run, states))
 
 
-class _Outputs(NamedTuple):
-    """The outputs of a run between two calls of steps; `save` takes a step and whole states."""
-
-    save: Callable[[int, States], None]
-    evaluate: Evaluate
-    writer: MetricsWriter
-    bar: tqdm
-
-
 def _train(
     run: Run,
     states: States,
     step: int,
     train: ConfigDict,
     stop: Callable[[], bool],
-    outputs: _Outputs,
+    save: Callable[[int, States], None],
+    evaluate: Evaluate,
+    writer: MetricsWriter,
+    bar: tqdm,
 ) -> tuple[States, int]:
     """Take the steps after `step`; end with a checkpoint soon after `stop` returns True.
 
     Return the states on the devices, and the step at which a signal ended the run, or 0.
     """
     lengths = _by_name(run, [group.numbers.steps for group in run.groups])
-    diverged, longest, stopping = _diverged_members(run, states), 1, False
+    diverged, longest, stopping = _diverged_members(run, states, before=()), 1, False
     while step < run.steps and not stopping:
         training = {name for name, last in lengths.items() if step < last}
         if training <= diverged.keys():
-            outputs.bar.update(run.steps - step)
+            bar.update(run.steps - step)
             break
-        wanted = _next_stop(step, lengths.values(), train) - step
-        states, losses, taken, longest = _call(run, states, wanted, longest)
+        since, wanted = time.monotonic(), _next_stop(step, lengths.values(), train) - step
+        packed, span = run.batches.take(min(wanted, longest))
+        states, losses = take_steps(run, states, packed, span)
+        if longest < wanted:
+            jax.block_until_ready(losses)
+            room = _LONGEST_CALL / _agreed(time.monotonic() - since)
+            longest = max(1, int(longest * min(room, 2)))
+        taken = span.stop - span.start
         step += taken
-        outputs.bar.update(taken)
+        bar.update(taken)
         stopping = bool(_agreed(stop()))
         saving = step == run.steps or _is_due(step, train.checkpoint_every)
         logs = saving or _is_due(step, train.log_every)
@@ -223,16 +223,16 @@ def _train(
             states = _mark_diverged(run, states)
         # A state is checked before it is saved: a run could not resume from a NaN.
         if logs or saving:
-            diverged = _report(_diverged_members(run, states), before=diverged)
+            diverged = _diverged_members(run, states, before=diverged)
         # It may be a copy of whole tables.
         whole = states_on_host(run, states) if saving or evaluates else ()
-        scalars = _scalars(run, states, losses, {*training} - diverged.keys()) if logs else {}
-        scalars |= outputs.evaluate(whole) if evaluates else {}
+        scalars = _scalars(run, states, losses, training - diverged.keys()) if logs else {}
+        scalars |= evaluate(whole) if evaluates else {}
         if scalars:
-            outputs.writer.write(step, scalars)
-            outputs.bar.set_postfix_str(_progress(run, scalars, diverged))
+            writer.write(step, scalars)
+            bar.set_postfix_str(_progress(run, scalars, diverged))
         if saving:
-            outputs.save(step, whole)
+            save(step, whole)
     return states, step if stopping else 0
 
 
@@ -245,23 +245,6 @@ def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
     every = (train.log_every, train.checkpoint_every, train.eval_every)
     outputs = [(step // steps + 1) * steps for steps in every if steps]
     return min(*outputs, *(int(last) for last in lengths if last > step))
-
-
-def _call(
-    run: Run, states: States, wanted: int, longest: int
-) -> tuple[States, tuple[Losses, ...], int, int]:
-    """Take at most `wanted` and `longest` steps; return also their number, and a new `longest`."""
-    since = time.monotonic()
-    packed, span = run.batches.take(min(wanted, longest))
-    states, losses = take_steps(run, states, packed, span)
-    if longest < wanted:
-        jax.block_until_ready(losses)
-        seconds = _agreed(time.monotonic() - since)
-        if seconds > _LONGEST_CALL:
-            longest = max(1, longest // 2)
-        elif seconds < _LONGEST_CALL / 2:
-            longest *= 2
-    return states, losses, span.stop - span.start, longest
 
 
 def _agreed(number: float) -> float:
@@ -278,20 +261,31 @@ def scalar_name(scalar: str, member: str) -> str:
 
 def _by_name(run: Run, of_groups: Iterable[Shaped[Array, "members"]]) -> dict[str, float]:
     """Return the number of each member by its name, from one array per group."""
+    on_one = run.devices.unreplicate(list(of_groups))
     return {
         name: number
-        for group, of_members in zip(
-            run.groups, run.devices.unreplicate(list(of_groups)), strict=True
-        )
+        for group, of_members in zip(run.groups, on_one, strict=True)
         # Repeated members follow the others.
         for name, number in zip(group.names, np.asarray(of_members).tolist(), strict=False)
     }
 
 
-def _diverged_members(run: Run, states: States) -> dict[str, int]:
-    """Return the step at which the loss stopped being finite, by diverged member."""
+def _diverged_members(run: Run, states: States, before: Collection[str]) -> dict[str, int]:
+    """Return the step at which the loss stopped being finite, by diverged member.
+
+    Warn of members that are not in `before`; raise in a single run.
+    """
     steps = _by_name(run, (state.non_finite_step for state in states))
-    return {name: int(step) for name, step in steps.items() if step}
+    diverged = {name: int(step) for name, step in steps.items() if step}
+    for name, step in diverged.items():
+        finding = f"stopped being finite at step {step}"
+        if not name:
+            raise UserError(f"the loss {finding}; try a smaller learning rate or weight")
+        if name not in before:
+            # The warning must not land in the middle of the bar.
+            with tqdm.external_write_mode():
+                logging.warning("%s %s; it is frozen, and the others continue", name, finding)
+    return diverged
 
 
 def _mark_diverged(run: Run, states: States) -> States:
@@ -312,19 +306,6 @@ def _mark_diverged(run: Run, states: States) -> States:
         dataclasses.replace(state, non_finite_step=at)
         for state, at in zip(states, mark(states, run.numbers), strict=True)
     )
-
-
-def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    """Warn of members that are not in `before`; raise in a single run."""
-    for name, step in diverged.items():
-        finding = f"stopped being finite at step {step}"
-        if not name:
-            raise UserError(f"the loss {finding}; try a smaller learning rate or weight")
-        if name not in before:
-            # The warning must not land in the middle of the bar.
-            with tqdm.external_write_mode():
-                logging.warning("%s %s; it is frozen, and the others continue", name, finding)
-    return diverged
 
 
 def _scalars(

@@ -62,9 +62,9 @@ def _filler(path: jax.tree_util.KeyPath) -> int:
     return -1 if "category" in names_of(path) else 0
 
 
-def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
-    """The axis of the rows that may be dealt to devices; None without rows."""
-    if not names_of(path) & _ROWS:
+def _axis_of_rows(deal: Deal, path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
+    """The axis of the rows that are dealt to devices; None without such rows."""
+    if deal == WHOLE or not names_of(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
@@ -73,8 +73,8 @@ def _spec(members: int, deal: Deal, path: jax.tree_util.KeyPath, leaf: Any) -> P
     """The partition of an array by its field: members over `MEMBERS`, dealt rows over `AXIS`."""
     has_members = members > 1 and names_of(path) & MEMBERS_FIRST
     axes: list[str | None] = [MEMBERS] if has_members else []
-    rows = _axis_of_rows(path, leaf)
-    if deal != WHOLE and rows is not None:
+    rows = _axis_of_rows(deal, path, leaf)
+    if rows is not None:
         axes += [None] * (rows - len(axes)) + [AXIS]
     return PartitionSpec(*axes)
 
@@ -96,9 +96,7 @@ def _by_row(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Shard
 
 
 def _put_at(place: Sharding | Format, leaf: Any) -> Any:
-    """Put an array of the host, the same in all processes; an abstract one gets its placement."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    """Put an array of the host, the same in all processes."""
     if jax.process_count() == 1:
         return jax.device_put(leaf, place)
     # With `device_put`, JAX would compare the values of all processes.
@@ -122,7 +120,7 @@ def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
     spread = DeviceMap(Mesh(np.array(devices), (AXIS,)), Deal(len(devices), AXIS))
 
     def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        axis = _axis_of_rows(path, leaf)
+        axis = _axis_of_rows(spread.deal, path, leaf)
         if axis is not None:
             widths = [(0, 0)] * leaf.ndim
             widths[axis] = (0, -leaf.shape[axis] % len(devices))
@@ -179,8 +177,7 @@ def members_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
     """
     axes = [axis for axis in range(1, devices + 1) if devices % axis == 0]
     axes = [axis for axis in axes if requests % (devices // axis) == 0]
-    held = [sum(-(-size // axis) for size in sizes) for axis in axes]
-    return axes[held.index(held[-1])]
+    return min(axes, key=lambda axis: sum(-(-size // axis) for size in sizes))
 
 
 def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
@@ -239,23 +236,20 @@ class DeviceMap(Devices):
         """
         sharing = self.deal.devices
 
-        def copied(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-            axis = None if self.deal == WHOLE else _axis_of_rows(path, leaf)
+        def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+            place = self.place_of(path, leaf)
+            axis = _axis_of_rows(self.deal, path, leaf)
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 shape = list(leaf.shape)
                 if axis is not None:
                     shape[axis] = sharing * length_of_share(shape[axis], sharing)
-                return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+                return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
             if names_of(path) & MEMBERS_FIRST and len(leaf) % self.members:
                 # On the host, as the members may not fit one device.
                 leaf = np.asarray(leaf)[shared_evenly(len(leaf), self.members)]
-            if axis is not None:
-                return dealt(leaf, axis, sharing, _filler(path))
             # A step donates its states, so they must not share memory with arrays of the caller.
-            return leaf.copy()
-
-        def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-            return _put_at(self.place_of(path, leaf), copied(path, leaf))
+            own = leaf.copy() if axis is None else dealt(leaf, axis, sharing, _filler(path))
+            return _put_at(place, own)
 
         return jax.tree_util.tree_map_with_path(put, tree)
 

@@ -58,36 +58,27 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 # have the same bits.
 
 
-def _rise(step: Int[Array, ""], warmup: Float[Array, "members"]) -> Float[Array, "members"]:
-    """Linear warm-up from 0 at step 0 to 1 at step `warmup`."""
-    return 1 - (1 - step * (1 / jnp.maximum(warmup, 1)))
+def _constant(warmup: int, step: Int[Array, ""], steps: Float[Array, ""]) -> Float[Array, ""]:
+    """`optax.warmup_constant_schedule` from 0 at step 0 to 1 at step `warmup`."""
+    rising = 1 - (1 - step * (1 / jnp.maximum(jnp.full_like(steps, warmup), 1)))
+    return jnp.where(step < warmup, rising, 1.0)
 
 
-def _constant(
-    warmup: int, step: Int[Array, ""], steps: Float[Array, "members"]
-) -> Float[Array, "members"]:
-    """`optax.warmup_constant_schedule` up to 1."""
-    return jnp.where(step < warmup, _rise(step, jnp.full_like(steps, warmup)), 1.0)
-
-
-def _cosine(
-    warmup: int, step: Int[Array, ""], steps: Float[Array, "members"]
-) -> Float[Array, "members"]:
+def _cosine(warmup: int, step: Int[Array, ""], steps: Float[Array, ""]) -> Float[Array, ""]:
     """`optax.warmup_cosine_decay_schedule` up to 1 and down to 0 at the last step.
 
     The warm-up takes half of the steps at most.
     """
     warmed_up = jnp.minimum(warmup, jnp.floor(steps / 2))
+    rising = 1 - (1 - step * (1 / jnp.maximum(warmed_up, 1)))
     fall = steps - warmed_up
     gone = jnp.minimum(step - warmed_up, fall)
     falling = 0.5 * (1 + jnp.cos(gone * (jnp.pi * (1 / fall))))
-    return jnp.where(step < warmed_up, _rise(step, warmed_up), falling)
+    return jnp.where(step < warmed_up, rising, falling)
 
 
-# (warm-up steps; step, counted from 1; the members' numbers of steps) -> factors of the peak rates.
-SCHEDULES: dict[
-    str, Callable[[int, Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
-] = {"constant": _constant, "cosine": _cosine}
+SCHEDULES = {"constant": _constant, "cosine": _cosine}
+"""(warm-up steps; step, counted from 1; number of steps) -> the factor of the peak rates."""
 
 
 class Group(NamedTuple):
@@ -147,8 +138,7 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     configs = list(members.values())
     config = configs[0]
     model, init = student_model(config, spec)
-    recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)
-    recipe = recipe._replace(
+    recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)._replace(
         user_loss=config.train.user_loss, unshown_are_negatives=config.train.unshown_weight > 0
     )
     numbers = stack_members([_student_numbers(config) for config in configs])
@@ -162,11 +152,11 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     probabilities of the previous ranker.
     """
     model, init = teacher_model(config, spec)
-    mode, log_weight = MODES["none"], config.teacher.log_weight
-    terms = (Term("bce", "logged"),) if log_weight else ()
-    if terms:
-        mode = mode._replace(teacher_logits=mode.user_logits)
-    recipe = _recipe(model, mode, terms, config.teacher)
+    log_weight = config.teacher.log_weight
+    recipe = _recipe(model, MODES["none"], (), config.teacher)
+    if log_weight:
+        mode = recipe.mode._replace(teacher_logits=recipe.mode.user_logits)
+        recipe = recipe._replace(mode=mode, terms=(Term("bce", "logged"),))
     numbers = stack_members([_numbers(config.teacher, distill_weight=log_weight)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 

@@ -36,8 +36,8 @@ class Recipe(NamedTuple):
     terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
     optimizer: optax.GradientTransformation  # a direction, to be scaled by minus the learning rate
     row_optimizer: RowOptimizer  # the same for embedding rows
-    # (step, counted from 1; the members' numbers of steps) -> factors of the peak learning rates
-    schedule: Callable[[Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
+    # (step, counted from 1; a member's number of steps) -> factor of the peak learning rates
+    schedule: Callable[[Int[Array, ""], Float[Array, ""]], Float[Array, ""]]
     unshown_are_negatives: bool = False  # whether candidates that were not shown are labelled 0
     user_loss: str = "bce"  # one of `losses.USER_LOSSES`
 

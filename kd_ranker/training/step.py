@@ -12,7 +12,7 @@ so a step compiles once for all their values.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, TeacherSignal
 from kd_ranker.embedding.deal import with_own
 from kd_ranker.embedding.lookup import (
+    EmbeddingSpec,
     Rows,
     embeddings,
     gather_rows,
@@ -34,14 +35,13 @@ from kd_ranker.embedding.lookup import (
     rows_of_ids,
     rows_of_table,
 )
-from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
+from kd_ranker.embedding.row_optimizers import RowOptimizer, find_occurrences, update_tables
 from kd_ranker.models.model import Parameters, apply_model, score
 from kd_ranker.training.mapping import AXIS, in_parts, join_over_devices
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
     LiveTeacher,
-    OptimizerNumbers,
     Recipe,
     States,
     TrainState,
@@ -146,87 +146,78 @@ def with_live_teacher(
 
 
 def _train_group(
-    recipe: Recipe,
-    state: TrainState,
-    batch: CandidateBatch,
-    numbers: Hyperparameters,
-    items: Items,
+    recipe: Recipe, state: TrainState, batch: CandidateBatch, numbers: Hyperparameters, items: Items
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group; one without a finite loss is frozen from this step."""
+    spec, tables = recipe.model.embedding, state.parameters.tables
     signals = [SIGNALS[term.signal](batch) for term in recipe.terms]
     if not recipe.unshown_are_negatives:
         # Candidates without a label or a signal would only cost time.
         batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in signals)]))
-    gradients, rows, losses, gathered = _gradients(recipe, state, batch, signals, numbers, items)
     # Counted from 1: a factor of 0 at the first step would waste a batch.
-    step, finite = state.step + 1, jnp.isfinite(losses["loss"])
-    takes_part = (state.non_finite_step == 0) & (step <= numbers.steps)
-    may_change = takes_part & finite
-    factor = recipe.schedule(step, numbers.steps)
-    rates = numbers.optimizer._replace(
-        learning_rate=factor * numbers.optimizer.learning_rate,
-        table_learning_rate=factor * numbers.optimizer.table_learning_rate,
-    )
-    (dense, transform), optimizer_state = _update_dense(
-        recipe.optimizer, state, gradients, rates, may_change
-    )
-    tables, owners, unknown_ids = {}, {}, {}
-    for name in state.parameters.tables:
-        tables[name], owners[name], unknown_ids[name] = _update_table(
-            name, recipe, state, batch, items, rows, gathered, rates, may_change
+    step, members = state.step + 1, len(state.non_finite_step)
+    # With one member on one device, reuse the gathered rows for the update. Those of many members
+    # would not stay in a cache, and each device gathers other rows.
+    reuses_rows = members == 1 and jax.lax.axis_size(AXIS) == 1
+
+    def train_member(
+        member: Int[Array, ""],
+        dense: _Dense,
+        optimizer_state: optax.OptState,
+        non_finite_step: Int[Array, ""],
+        numbers: Hyperparameters,
+    ) -> tuple[_Dense, optax.OptState, Int[Array, ""], Losses, _OfRows]:
+        rows = gather_rows(spec, tables, batch, items, whole_rows=reuses_rows, member=member)
+        (gradients, of_rows), losses = jax.grad(_losses, argnums=(0, 1), has_aux=True)(
+            dense, embeddings(spec, rows), recipe, numbers, batch, signals, items
         )
-    after = dataclasses.replace(
-        state,
+        gradients, losses = jax.lax.psum((gradients, losses), AXIS)
+        finite = jnp.isfinite(losses["loss"])
+        takes_part = (non_finite_step == 0) & (step <= numbers.steps)
+        may_change = takes_part & finite
+        factor, peak = recipe.schedule(step, numbers.steps), numbers.optimizer
+        rate, decay = factor * peak.learning_rate, peak.weight_decay
+        direction, after = recipe.optimizer.update(gradients, optimizer_state, dense)
+        new, transform = jax.tree.map(lambda value, step: value - rate * step, dense, direction)
+        # The transform does not decay.
+        new = jax.tree.map(lambda new, old: new - rate * decay * old, new, dense[0])
+        updated = jax.tree.map(
+            lambda new, old: jnp.where(may_change, new, old),
+            ((new, transform), after),
+            (dense, optimizer_state),
+        )
+        non_finite_step = jnp.where(takes_part & ~finite, step, non_finite_step)
+        gathered = rows if reuses_rows else None
+        table_rate = factor * peak.table_learning_rate
+        return *updated, non_finite_step, losses, _OfRows(of_rows, gathered, table_rate, may_change)
+
+    (dense, transform), optimizer_state, non_finite_step, losses, of_rows = jax.vmap(train_member)(
+        jnp.arange(members),
+        (state.parameters.dense, state.transform),
+        *(state.optimizer_state, state.non_finite_step, numbers),
+    )
+    decay = numbers.optimizer.table_weight_decay
+    updated = {
+        name: _update_table(name, spec, recipe.row_optimizer, state, batch, items, of_rows, decay)
+        for name in tables
+    }
+    tables, owners, unknown_ids = (
+        {name: of[at] for name, of in updated.items()} for at in range(3)
+    )
+    after = TrainState(
         step=step,
         parameters=Parameters(dense, tables),
         transform=transform,
         optimizer_state=optimizer_state,
-        non_finite_step=jnp.where(takes_part & ~finite, step, state.non_finite_step),
+        non_finite_step=non_finite_step,
         unknown_ids=unknown_ids,
         owners=owners,
     )
     return after, losses
 
 
-def _gradients(
-    recipe: Recipe,
-    state: TrainState,
-    batch: CandidateBatch,
-    signals: Sequence[TeacherSignal],
-    numbers: Hyperparameters,
-    items: Items,
-) -> tuple[_Dense, Rows, Losses, Rows | None]:
-    """Return gradients and losses of a group's members, and the rows that it read, [1, ...].
-
-    Gradients of rows are of this device, by lookup; all others are summed over devices. Without
-    rows, the update has to read them itself.
-    """
-    spec, tables = recipe.model.embedding, state.parameters.tables
-    # With one member on one device, reuse the gathered rows for the update. Those of many members
-    # would not stay in a cache, and each device gathers other rows.
-    reuses_rows = len(state.non_finite_step) == 1 and jax.lax.axis_size(AXIS) == 1
-
-    def of_member(
-        member: Int[Array, ""], dense: Any, transform: Transform, numbers: Hyperparameters
-    ) -> tuple[Any, dict[str, Float[Array, ""]], Rows]:
-        rows = gather_rows(spec, tables, batch, items, whole_rows=reuses_rows, member=member)
-        embedded = embeddings(spec, rows)
-        gradients, losses = jax.grad(_losses, argnums=(0, 1, 2), has_aux=True)(
-            dense, transform, embedded, recipe, numbers, batch, signals, items
-        )
-        return gradients, losses, rows
-
-    members = jnp.arange(len(state.non_finite_step))
-    (dense, transform, of_rows), losses, rows = jax.vmap(of_member)(
-        members, state.parameters.dense, state.transform, numbers
-    )
-    summed, losses = jax.lax.psum(((dense, transform), losses), AXIS)
-    return summed, of_rows, losses, rows if reuses_rows else None
-
-
 def _losses(
-    dense: Any,
-    transform: Transform,
+    trained: _Dense,
     embedded: Rows,
     recipe: Recipe,
     numbers: Hyperparameters,
@@ -235,6 +226,7 @@ def _losses(
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return this device's share of a member's losses."""
+    dense, transform = trained
     mode = recipe.mode
     logits = apply_model(recipe.model, dense, embedded, batch, items)
     if recipe.unshown_are_negatives:
@@ -279,53 +271,29 @@ def _mean_over_devices(
     return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
 
 
-def _update_dense(
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    gradients: _Dense,
-    rates: OptimizerNumbers,
-    may_change: Bool[Array, "members"],
-) -> tuple[_Dense, optax.OptState]:
-    """Dense parameters, transform and optimizer state after a step; only the first decay."""
+class _OfRows(NamedTuple):
+    """The rows of the lookups of members, for the update of tables; all have an axis of members."""
 
-    def update_member(
-        old: _Dense,
-        gradients: _Dense,
-        before: optax.OptState,
-        rates: OptimizerNumbers,
-        may_change: Bool[Array, ""],
-    ) -> tuple[_Dense, optax.OptState]:
-        rate, decay = rates.learning_rate, rates.weight_decay
-        direction, after = optimizer.update(gradients, before, old)
-        dense, transform = jax.tree.map(lambda value, step: value - rate * step, old, direction)
-        dense = jax.tree.map(lambda new, old: new - rate * decay * old, dense, old[0])
-        return jax.tree.map(
-            lambda new, old: jnp.where(may_change, new, old),
-            ((dense, transform), after),
-            (old, before),
-        )
-
-    old = (state.parameters.dense, state.transform)
-    return jax.vmap(update_member)(old, gradients, state.optimizer_state, rates, may_change)
+    gradients: Rows  # of this device; all other gradients are summed over devices
+    gathered: Rows | None  # the rows themselves; without them, the update has to read them
+    learning_rate: Float[Array, "members"]
+    may_change: Bool[Array, "members"]
 
 
 def _update_table(
     name: str,
-    recipe: Recipe,
+    spec: EmbeddingSpec,
+    optimizer: RowOptimizer,
     state: TrainState,
     batch: CandidateBatch,
     items: Items,
-    gradients: Rows,
-    gathered: Rows | None,
-    rates: OptimizerNumbers,
-    may_change: Bool[Array, "members"],
+    of_rows: _OfRows,
+    decay: Float[Array, "members"],
 ) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"], Int[Array, ""]]:
     """Return a table, its owners and its number of unknown ids after a step.
 
-    Devices exchange ids and the gradients of their rows, never an array of a table's size. Without
-    the `gathered` rows of the batch, [1, ...], the update reads them.
+    Devices exchange ids and the gradients of their rows, never an array of a table's size.
     """
-    spec = recipe.model.embedding
     table = spec.tables[name]
     ids, mask = ids_of_table(spec, batch, items, name)
     unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
@@ -336,22 +304,16 @@ def _update_table(
         row: Int[Array, "m"],
         mask: Bool[Array, "m"],
         gradients: Float[Array, "members m D"],
+        _: Int[Array, "m"] | None,
     ) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"]]:
         tables, owner = before
         occurrences, owner = find_occurrences(row, mask, owner)
-        updated = update_tables(
-            recipe.row_optimizer,
-            tables,
-            occurrences,
-            gradients,
-            rates.table_learning_rate,
-            rates.table_weight_decay,
-            may_change,
-            rows_of_table(spec, gathered, name)[0] if gathered else None,
-        )
-        return updated, owner
+        rows = of_rows.gathered
+        gathered = rows_of_table(spec, rows, name)[0] if rows else None
+        numbers = of_rows.learning_rate, decay, of_rows.may_change
+        return update_tables(optimizer, tables, occurrences, gradients, *numbers, gathered), owner
 
-    of_ids = join_over_devices(rows_of_table(spec, gradients, name), axis=1)
+    of_ids = join_over_devices(rows_of_table(spec, of_rows.gradients, name), axis=1)
     before, row = (state.parameters.tables[name], state.owners[name]), rows_of_ids(table, ids)
     updated, owner = with_own(spec.deal, update, before, row, mask, of_ids)
     return updated, owner, state.unknown_ids[name] + unknown

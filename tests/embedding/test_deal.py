@@ -70,7 +70,7 @@ def test_each_device_changes_its_own_rows_alone(devices):
     tables = np.stack([TABLE, -TABLE])
 
     def function(deal, tables, row, mask, values):
-        def add(tables, place, mask, values):
+        def add(tables, place, mask, values, _):
             return tables.at[:, place].add(jnp.where(mask[:, None], values, 0))
 
         return with_own(deal, add, tables[0], row, mask, values)[None]
