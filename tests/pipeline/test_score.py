@@ -19,9 +19,9 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, make_serve
 from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.pipeline.job import Finished, open_job
-from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.row_files import columns_of
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import encode
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary

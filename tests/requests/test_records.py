@@ -124,7 +124,7 @@ def test_counts_are_those_of_each_request(dataset, split):
 @pytest.mark.parametrize("part", ["candidates", "labels", "known"])
 def test_a_place_below_0_is_the_padding_row(dataset, part):
     rows = getattr(dataset.columns["test"], part)
-    nothing = unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
+    nothing = unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.type)
     for name, values in nothing.items():
         if name in ("teacher_probability", "true_probability", "incumbent", "propensity"):
             assert np.isnan(values).all()
