@@ -293,9 +293,7 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     columns = columns_of(list(itertools.islice(requests, _SAMPLE)), spec, for_training=True)
     users, items = users or spec.num_users, items or spec.num_items
     spec = dataclasses.replace(spec, num_users=users, num_items=items)
-    shapes: Any = abstract_items(spec)
-    category, by_split = shapes.category, {"train": columns}
-    return Dataset(Path(), {}, spec, shapes.features, category, by_split)
+    return Dataset(Path(), {}, spec, abstract_items(spec), {"train": columns})
 
 
 PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {

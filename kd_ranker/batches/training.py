@@ -299,9 +299,9 @@ def _in_memory(
     """Copy the candidates that can count to the devices, which cut the batches of a draw."""
     _announce(columns, stage, np.arange(len(columns)))
     # Candidates that were shown always count, since they may have labels.
-    numbers = counting(columns.counts, stage), columns.counts.shown
-    first_candidate, candidates = columns.candidates.prefixes(numbers[0])
-    first_label, labels = columns.labels.prefixes(numbers[1])
+    numbers = counting(columns.counts, stage)
+    first_candidate, candidates = columns.candidates.prefixes(numbers)
+    first_label, labels = columns.labels.prefixes(columns.counts.shown)
     requests = columns.requests.windows[columns.requests.first]
     first, data = devices.place((
         tuple(of.astype(np.int32) for of in (first_candidate, first_label)),

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import STORED, FeatureSpec, Items, Request
 from kd_ranker.requests import row_files
@@ -41,18 +40,10 @@ class Dataset:
     # that was trained on it, their name and fingerprint are under `scored`.
     identity: Mapping[str, str]
     spec: FeatureSpec
-    item_features: Float32[np.ndarray, "items F"]
-    item_category: Int32[np.ndarray, "items I"]
+    items: Items  # their features and categories, on the host
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)  # split -> requests, in files
     # The identities of the datasets that it extends, the oldest first. Their ids come first.
     earlier: tuple[str, ...] = ()
-
-    @property
-    def items(self) -> Items:
-        """The features and categories of the items, on the host."""
-        features: Any = self.item_features  # typed for the device, where they are used
-        category: Any = self.item_category
-        return Items(features, category)
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:

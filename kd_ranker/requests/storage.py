@@ -36,7 +36,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from kd_ranker import manifest
-from kd_ranker.batch import STORED, FeatureSpec, Stage
+from kd_ranker.batch import STORED, FeatureSpec, Items, Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
@@ -55,8 +55,6 @@ _REQUIRED = (
     *("user_features", "context_features", "history_features", "candidate_features"),
     *("item_features", "cheap_item_features"),
 )
-# The prefix of the name of a folder that is being written.
-_UNFINISHED = ".unfinished-"
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -79,10 +77,9 @@ def build(
     directory = directory_of(name, data_dir)
     if directory.exists():
         return directory
-    unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
+    unfinished = directory.with_name(f".unfinished-{directory.name}")
     with hold(directory.parent):
-        for leftover in directory.parent.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.closing(open_source()) as source:
             _check(source, earlier)
             unfinished.mkdir()
@@ -212,8 +209,7 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
         directory=directory,
         identity={"dataset": f"{name}/{fingerprint}"},
         spec=spec,
-        item_features=np.load(directory / _ITEMS_FILE),
-        item_category=np.load(directory / _CATEGORY_FILE),
+        items=Items(np.load(directory / _ITEMS_FILE), np.load(directory / _CATEGORY_FILE)),
         columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
         earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
     )

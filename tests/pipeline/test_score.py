@@ -252,7 +252,7 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, score):
                 candidate.update(features)
     dataset = datasets.dataset_of(world.config)
     id_of = ids_in(dataset, "item")
-    features, category = dataset.item_features.copy(), dataset.item_category.copy()
+    features, category = dataset.items.features.copy(), dataset.items.category.copy()
     for of in (features, category):
         assert of[id_of[one]].tolist() != of[id_of[other]].tolist()
         of[id_of[one]] = of[id_of[other]]
