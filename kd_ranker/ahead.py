@@ -31,8 +31,8 @@ from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
 from kd_ranker.pipeline.job import Finished, Job, served, teacher_key
 from kd_ranker.requests import storage
-from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
+from kd_ranker.requests.row_files import columns_of
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep import Members, sweep_members
 from kd_ranker.training import recipes, workdir
@@ -289,12 +289,10 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     else:
         dataset = datasets.dataset_of(config)
         spec, requests = dataset.spec, read_requests(dataset, "train")
-    columns = columns_of(list(itertools.islice(requests, _SAMPLE)), spec)
+    columns = columns_of(list(itertools.islice(requests, _SAMPLE)), spec, for_training=True)
     users, items = users or spec.num_users, items or spec.num_items
     spec = dataclasses.replace(spec, num_users=users, num_items=items)
-    shapes: Any = abstract_items(spec)
-    category, by_split = shapes.category, {"train": columns}
-    return Dataset(Path(), {}, spec, shapes.features, category, by_split)
+    return Dataset(Path(), {}, spec, abstract_items(spec), {"train": columns})
 
 
 PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {

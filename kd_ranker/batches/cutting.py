@@ -9,13 +9,12 @@ the rows of data that devices hold. Evaluation batches are cut on the host, and 
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.batches import sampling
@@ -28,16 +27,21 @@ from kd_ranker.requests.records import Dataset
 class Layout(NamedTuple):
     """The places of the fields in a packed batch; all of it is static under tracing."""
 
-    spans: Parts  # `Columns.spans`
-    slots: Slots  # of a request
+    row: np.dtype  # of a request: the arguments of `_batch_of`
+    judged: int  # see `Slots`
     logged: Stage = Stage.RETRIEVED  # at which a candidate's teacher probabilities count
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The widths per request: its row, candidates, labels, stages and factors."""
-        of_request, of_candidate, of_label = (spans[-1].columns.stop for spans in self.spans)
-        candidates, labelled = self.slots.candidates, self.slots.labelled
-        return (of_request, candidates * of_candidate, labelled * of_label, candidates, labelled)
+
+def layout_of(types: Parts, slots: Slots, logged: Stage = Stage.RETRIEVED) -> Layout:
+    """Return the layout of batches of requests with these types of rows and slots."""
+    fields: list[Any] = [
+        ("requests", types.requests),
+        ("candidates", types.candidates, (slots.candidates,)),
+        ("labels", types.labels, (slots.labelled,)),
+        ("stage", np.int32, (slots.candidates,)),
+        ("factor", np.float32, (slots.labelled,)),
+    ]
+    return Layout(np.dtype(fields), slots.judged, logged)
 
 
 class Span(NamedTuple):
@@ -63,7 +67,7 @@ def read(columns: Columns, draw: Draw) -> Draw:
     requests, candidates, labels = map(np.asarray, draw.rows)
     own = columns.requests
     rows = Parts(
-        own.values[own.first[requests]],
+        own.windows[own.first[requests]],
         columns.candidates.at(requests, candidates),
         columns.labels.at(requests, labels),
     )
@@ -80,36 +84,33 @@ def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
 
 def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch:
     """Return the batch of a step, counted from 0, in the form that models take."""
-    of_step, slots = batches.rows[:, step], batches.layout.slots
-    ends = np.cumsum([0, *batches.layout.widths])
-    requests, candidates, labels, stage, factor = (
-        of_step[:, start:end] for start, end in pairwise(ends)
-    )
-    rows = Parts(
-        requests=requests,
-        candidates=candidates.reshape(len(candidates), slots.candidates, -1),
-        labels=labels.reshape(len(labels), slots.labelled, -1),
-    )
-    return _batch_of(Draw(rows, stage.astype(np.int8), factor.view(np.float32)), batches.layout)
+    row, judged, logged = batches.layout
+    return _batch_of(**unpack_rows(batches.rows[:, step], row), judged=judged, logged=logged)
 
 
-def _batch_of(draw: Draw, layout: Layout) -> CandidateBatch:
-    xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
-    requests, candidates, labels = map(unpack_rows, draw.rows, layout.spans)
-    fields: dict[str, Any] = requests | candidates | labels
+def _batch_of(
+    requests: dict[str, Any],
+    candidates: dict[str, Any],
+    labels: dict[str, Any],
+    stage: Int[Array, "R N"],
+    factor: Float[Array, "R labelled"],
+    judged: int,
+    logged: Stage,
+) -> CandidateBatch:
+    xp = stage.__array_namespace__()  # type: ignore[attr-defined]
+    fields = requests | candidates | labels
     if "teacher_probability" in fields:
-        probability = fields["teacher_probability"][:, : layout.slots.judged]
+        probability = fields["teacher_probability"][:, :judged]
     else:
         label = fields["user_label"]
-        shape = (len(label), layout.slots.judged, label.shape[-1])
-        probability = xp.full(shape, xp.nan, np.float32)
+        probability = xp.full((len(label), judged, label.shape[-1]), xp.nan, np.float32)
     # NaN marks missing values and values that were not logged properly.
     proper = ~xp.isnan(probability)
-    if layout.logged > Stage.RETRIEVED:
-        proper &= (draw.stage >= layout.logged)[:, : layout.slots.judged, None]
+    if logged > Stage.RETRIEVED:
+        proper &= (stage >= logged)[:, :judged, None]
     fields |= {
-        "stage": draw.stage,
-        "label_weight": draw.factor * fields["label_weight"],
+        "stage": stage,
+        "label_weight": factor * fields["label_weight"],
         "teacher_probability": xp.where(proper, probability, np.float32(0)),
         "teacher_weight": proper,
     }
@@ -126,8 +127,9 @@ def whole_batch(
     """
     counts, factors = columns.counts.of(requests), (places >= 0).astype(np.float32)
     draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)
-    layout = Layout(columns.spans, Slots(*(places.shape[1],) * 3))
-    return _batch_of(read(columns, draw), layout)
+    own, candidates, labels = map(unpack_rows, read(columns, draw).rows, columns.types)
+    judged = places.shape[1]
+    return _batch_of(own, candidates, labels, draw.stage, draw.factor, judged, Stage.RETRIEVED)
 
 
 def evaluation_batches(
@@ -163,7 +165,7 @@ def evaluation_batches(
             places[row, :number] = np.random.default_rng(request_id).permutation(number)
         known = np.where(counts.known[:, None] > 0, places, -1)
         rows: Any = columns.known.at(numbers, known)
-        facts = unpack_rows(rows, columns.known.spans)
+        facts = unpack_rows(rows, columns.known.type)
         yield EvaluationBatch(
             batch=whole_batch(columns, numbers, places),
             **{name: jnp.asarray(fact) for name, fact in facts.items()},

@@ -144,11 +144,41 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
     Takes arrays of NumPy or of JAX.
     """
     xp = starts.__array_namespace__()  # type: ignore[attr-defined]
-    numbers, wanted, request, offset = xp.split(starts, np.cumsum([KINDS, KINDS, 1]), axis=-1)
-    place, factor = _places(numbers, wanted, offset, slots.candidates)
-    shown = numbers[..., POSITIVES] + numbers[..., NEGATIVES]
-    passed = wanted[..., POSITIVES] + wanted[..., NEGATIVES] + numbers[..., OTHERS]
-    return draw_of(request[..., 0], place, factor[..., : slots.labelled], passed, shown)
+    number, k, start = (
+        [starts[..., [first + kind]] for kind in range(KINDS)]
+        for first in (0, KINDS, 2 * KINDS + 1)
+    )
+
+    def around(index: Any, number: Any) -> Any:
+        """`index`, in [0, 2 · number), on a circle of `number` places."""
+        return index - number * (index >= number)
+
+    slot: Any = xp.arange(slots.candidates, dtype=starts.dtype)
+    shown, labelled = (of[POSITIVES] + of[NEGATIVES] for of in (number, k))
+    passed, place = labelled + number[OTHERS], 0 * slot
+    end: Any = 0
+    for kind, first in enumerate((0, number[POSITIVES], 0, passed)):
+        # A sample is a run on the circle of its kind; the places left out follow it there.
+        index = around(start[kind] + slot - end, number[kind])
+        if kind == OTHERS:  # first among them are the shown candidates left out
+            positive = around(start[POSITIVES] + k[POSITIVES] + index, number[POSITIVES])
+            after = index - (number[POSITIVES] - k[POSITIVES])
+            negative = around(start[NEGATIVES] + k[NEGATIVES] + after, number[NEGATIVES])
+            left_out = xp.where(after < 0, positive, number[POSITIVES] + negative)
+            index = xp.where(index < shown - labelled, left_out, labelled + index)
+        place = xp.where(slot >= end, first + index, place)
+        end = end + k[kind]
+
+    of_label = slot[: slots.labelled]
+    positive, negative = (
+        number[kind].astype(xp.float32) / xp.maximum(k[kind], 1).astype(xp.float32)
+        for kind in (POSITIVES, NEGATIVES)
+    )
+    factor = xp.where(of_label < k[POSITIVES], positive, negative)
+    factor = xp.where(of_label < labelled, factor, xp.float32(0))
+    place = xp.where(slot < end, place, -1)
+    request = starts[..., 2 * KINDS]
+    return draw_of(request, place, factor, passed[..., 0], shown[..., 0])
 
 
 def draw_of(request: Any, place: Any, factor: Any, passed: Any, shown: Any) -> Draw:
@@ -171,51 +201,3 @@ def draw_of(request: Any, place: Any, factor: Any, passed: Any, shown: Any) -> D
         stage=xp.where(place >= 0, stage, xp.int8(Stage.PADDING)),
         factor=factor,
     )
-
-
-def _places(
-    numbers: Int[Array, "*R kinds"],
-    wanted: Int[Array, "*R kinds"],
-    offset: Int[Array, "*R kinds"],
-    candidates: int,
-) -> tuple[Int[Array, "*R N"], Float[Array, "*R N"]]:
-    """Return the drawn places of each request, -1 for padding, and the factor on each label."""
-    xp = offset.__array_namespace__()  # type: ignore[attr-defined]
-    slot = xp.arange(candidates, dtype=offset.dtype)
-    # Sums of four, one by one: a compiled scan over so few costs more.
-    ends = [wanted[..., [POSITIVES]]]
-    for kind in (NEGATIVES, OTHERS, REST):
-        ends.append(ends[-1] + wanted[..., [kind]])
-
-    def pick(of_kinds: Any) -> Int[Array, "*R N"]:
-        """The number of each slot's kind: a choice among four costs less than a gather."""
-        picked = of_kinds[REST]
-        for kind in (OTHERS, NEGATIVES, POSITIVES):
-            picked = xp.where(slot < ends[kind], of_kinds[kind], picked)
-        return picked
-
-    def of_kind(array: Int[Array, "*R kinds"]) -> Int[Array, "*R N"]:
-        return pick([array[..., [kind]] for kind in range(KINDS)])
-
-    def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, "..."]:
-        """`index`, in [0, 2 · number), on a circle of `number` places."""
-        return index - number * (index >= number)
-
-    # A sample is a run of places on the circle of its kind; the places left out follow it there.
-    number, k, begin = of_kind(numbers), of_kind(wanted), pick([0 * ends[0], *ends[:-1]])
-    sampled = around(of_kind(offset) + slot - begin, number)
-
-    # Among the others, shown candidates that were not drawn come first: positives, negatives.
-    positives, negatives = numbers[..., [POSITIVES]], numbers[..., [NEGATIVES]]
-    drawn_positives, drawn_negatives = wanted[..., [POSITIVES]], wanted[..., [NEGATIVES]]
-    after_positives = sampled - (positives - drawn_positives)
-    left_positive = around(offset[..., [POSITIVES]] + drawn_positives + sampled, positives)
-    left_negative = around(offset[..., [NEGATIVES]] + drawn_negatives + after_positives, negatives)
-    after_negatives = after_positives - (negatives - drawn_negatives)
-    other = xp.where(after_positives < 0, left_positive, positives + left_negative)
-    other = xp.where(after_negatives < 0, other, positives + negatives + after_negatives)
-    passed = numbers[..., [OTHERS]] + drawn_positives + drawn_negatives
-    place = pick([sampled, positives + sampled, other, passed + sampled])
-    stands_for = number.astype(xp.float32) / xp.maximum(k, 1).astype(xp.float32)
-    factor = xp.where(slot < ends[NEGATIVES], stands_for, xp.float32(0))
-    return xp.where(slot < ends[REST], place, -1), factor

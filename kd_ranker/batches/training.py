@@ -164,7 +164,7 @@ def training_batches(
       UserError: the split has fewer requests than there are parts of a batch.
     """
     stored, (part, parts) = dataset.columns["train"], devices.share
-    columns = needed(stored, needs.logged, needs.history)
+    columns = needed(stored, dataset.spec, needs.logged, needs.history)
     if len(columns) < parts:
         raise UserError(
             f"{dataset.directory} has {len(columns)} training requests for {parts} processes"
@@ -172,7 +172,7 @@ def training_batches(
     logged = needs.logged or Stage.RETRIEVED
     scores = functools.partial(samplers.scores_of, stored, logged)
     slots, draw, chosen = _plan(columns.counts, batch, needs.stage, scores)
-    layout = Layout(columns.spans, slots, logged)
+    layout = cutting.layout_of(columns.types, slots, logged)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = parts == 1 and _fits(columns, needs.stage, copies)
@@ -244,7 +244,7 @@ def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
     candidates = int(counting(columns.counts, stage).sum())
     numbers = (len(columns), candidates, int(columns.counts.shown.sum()))
     rows = zip(numbers, columns.parts, strict=True)
-    size = sum(4 * number * part.width for number, part in rows)
+    size = sum(number * part.type.itemsize for number, part in rows)
     of_device = jax.local_devices()[0].memory_stats() or {}
     room = of_device.get("bytes_limit", float("inf")) - of_device.get("bytes_in_use", 0)
     free = psutil.virtual_memory().available
@@ -254,7 +254,7 @@ def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
 def _steps(requests: int, layout: Layout) -> int:
     """The number of steps for which one pass makes the batches."""
     steps = BLOCK
-    while steps > 1 and 4 * requests * sum(layout.widths) * steps > _PASS:
+    while steps > 1 and requests * layout.row.itemsize * steps > _PASS:
         steps //= 2
     return steps
 
@@ -299,12 +299,13 @@ def _in_memory(
     """Copy the candidates that can count to the devices, which cut the batches of a draw."""
     _announce(columns, stage, np.arange(len(columns)))
     # Candidates that were shown always count, since they may have labels.
-    candidates = columns.candidates.prefixes(counting(columns.counts, stage))
-    labels = columns.labels.prefixes(columns.counts.shown)
-    requests = columns.requests.values[columns.requests.first]
+    numbers = counting(columns.counts, stage)
+    first_candidate, candidates = columns.candidates.prefixes(numbers)
+    first_label, labels = columns.labels.prefixes(columns.counts.shown)
+    requests = columns.requests.windows[columns.requests.first]
     first, data = devices.place((
-        tuple(of.first.astype(np.int32) for of in (candidates, labels)),
-        Parts(requests, candidates.values, labels.values),
+        tuple(of.astype(np.int32) for of in (first_candidate, first_label)),
+        Parts(requests, candidates, labels),
     ))  # fmt: skip
 
     def choose(first: tuple[Any, Any], drawn: Any) -> Draw:

@@ -45,9 +45,10 @@ from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import Finished, config_of, load_teacher, open_finished
 from kd_ranker.pipeline.remote import Place
 from kd_ranker.requests import lock, storage
-from kd_ranker.requests.columns import Columns, columns_of_block
+from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, runs
+from kd_ranker.requests.row_files import columns_of_block
 from kd_ranker.sources.logs import source, vocabulary
 from kd_ranker.sources.logs.encode import ITEM, encode_requests
 from kd_ranker.sources.logs.files import SQL, Log

@@ -9,22 +9,26 @@ and therefore needs this package.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import STORED, FeatureSpec, Items, Request
 from kd_ranker.requests import row_files
-from kd_ranker.requests.columns import Columns, Rows
+from kd_ranker.requests.columns import Columns
+from kd_ranker.requests.request import Block
+from kd_ranker.requests.row_files import block_at
 
 # One record per group, since records are read one by one.
 _RECORDS = "group_size:1,uncompressed"
 _NAME, _FORMAT = "requests", "array_record"
+BLOCK = 256
+"""The number of single requests that are read or combined at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,58 +40,22 @@ class Dataset:
     # that was trained on it, their name and fingerprint are under `scored`.
     identity: Mapping[str, str]
     spec: FeatureSpec
-    item_features: Float32[np.ndarray, "items F"]
-    item_category: Int32[np.ndarray, "items I"]
+    items: Items  # their features and categories, on the host
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)  # split -> requests, in files
     # The identities of the datasets that it extends, the oldest first. Their ids come first.
     earlier: tuple[str, ...] = ()
 
-    @property
-    def items(self) -> Items:
-        """The features and categories of the items, on the host."""
-        features: Any = self.item_features  # typed for the device, where they are used
-        category: Any = self.item_category
-        return Items(features, category)
-
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
-    """Yield the requests of a split in stored order; see `request_at`."""
-    columns = dataset.columns[split]
-    return (request_at(columns, dataset.spec, place) for place in range(len(columns)))
+    """Yield the requests of a split in stored order; see `row_files.block_at`."""
+    for block in blocks_of(dataset.columns[split], dataset.spec):
+        yield from block().requests()
 
 
-def request_at(columns: Columns, spec: FeatureSpec, place: int) -> Request:
-    """Return a request of a split; see `row_files` for the order of its candidates.
-
-    Teacher probabilities that do not count are NaN.
-    """
-    counts = columns.counts.of(place)
-
-    def of(rows: Rows, number: Any) -> dict[str, Any]:
-        return rows.fields(np.array([place]), np.array([number]))
-
-    own = {name: values[0] for name, values in of(columns.requests, 1).items()}
-    is_event = own.pop("history_mask")
-    candidates = of(columns.candidates, counts.retrieved)
-    scored = candidates["teacher_probability"][: counts.scored]
-    values: dict[str, Any] = {
-        **own,
-        **{name: own[name][is_event] for name in ("history_id", "history_features")},
-        **candidates,
-        **of(columns.labels, counts.shown),
-        **of(columns.known, counts.known),
-        "request_id": counts.request_id,
-        "time": counts.time,
-        "num_passed": counts.passed,
-        "teacher_probability": scored,
-        "teacher_weight": (~np.isnan(scored)).any(axis=1),
-    }
-    stored: dict[str, Any] = {"teacher_version": spec.teacher_version if counts.scored else ""}
-    for field in STORED:
-        if field.stored is not str and 0 not in field.shape(spec):
-            value = np.asarray(values[field.name], field.stored)
-            stored[field.name] = value if value.ndim else int(value)
-    return Request(**stored)
+def blocks_of(columns: Columns, spec: FeatureSpec) -> Iterator[Callable[[], Block]]:
+    """Yield a function for each block of consecutive requests, which reads it."""
+    for start in range(0, len(columns), BLOCK):
+        yield functools.partial(block_at, columns, spec, slice(start, start + BLOCK))
 
 
 def teacher_column(task: str) -> str:
@@ -115,7 +83,9 @@ class RequestFeatures(tfds.features.FeaturesDict):
         split, place = bytes(serialized_example).decode().split()
         if split not in self._columns:
             self._columns[split] = row_files.open_columns(self._folder, self._spec, split)
-        fields = dict(vars(request_at(self._columns[split], self._spec, int(place))))
+        own = slice(int(place), int(place) + 1)
+        (request,) = block_at(self._columns[split], self._spec, own).requests()
+        fields = dict(vars(request))
         for index, task in enumerate(self._spec.tasks):
             fields[teacher_column(task)] = fields["teacher_probability"][:, index]
         fields["teacher_version"] = fields["teacher_version"].encode()  # as TFDS returns texts

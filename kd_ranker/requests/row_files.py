@@ -24,18 +24,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64, Shaped
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kd_ranker.batch import FeatureSpec
-from kd_ranker.requests.columns import Columns, Counts, Rows, columns_of
-from kd_ranker.requests.request import runs, starts_of
+from kd_ranker.batch import FIELDS, STORED, FeatureSpec, Owner, Request
+from kd_ranker.requests.columns import Columns, Counts, Rows, Windows, row_type, width_of
+from kd_ranker.requests.request import Block, block_of, runs, starts_of
 
-PLACES = 4
+# The kinds of rows of a request, in the order in which they are stored, by the owners of their
+# fields. Histories and the teacher's values are last in a row, so that `needed` can drop them.
+_KINDS: Sequence[Sequence[Owner]] = (
+    *(("request", "event"), ("shown",), ("candidate", "scored"), ("known",)),
+)
+PLACES = len(_KINDS)
 """The number of columns of a counts file that are places in the rows."""
 
-# The largest gap in bytes between two ranges that are fetched as one.
-_GAP = 2**16
+_FIELD = {field.name: field for field in FIELDS}
+# The largest gap between two ranges that are fetched as one, in numbers.
+_GAP = 2**14
 # The golden ratio's fractional part.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -45,6 +51,187 @@ class Flat(NamedTuple):
 
     numbers: Int32[np.ndarray, "numbers"]
     counts: Int64[np.ndarray, "n columns"]
+
+
+def pack(block: Block, spec: FeatureSpec, for_training: bool = False) -> Flat:
+    """Return at least one request as the numbers of its rows; see above for those of training."""
+    retrieved, shown = block.numbers["candidate"], block.numbers["shown"]
+    positive: Any = block.values["user_label"].any(axis=1)
+    counts = Counts(
+        request_id=block.values["request_id"],
+        retrieved=retrieved,
+        # Stored as it was logged: fewer passed than shown, or more than there are.
+        passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
+        shown=shown,
+        scored=block.numbers["scored"],
+        positives=np.bincount(np.repeat(np.arange(len(shown)), shown)[positive], None, len(shown)),
+        known=0 * shown if for_training else block.numbers["known"],
+        time=block.values["time"],
+    )
+    numbers = np.stack([np.ones_like(shown), shown, retrieved, counts.known], axis=1)
+    types = [row_type(spec, *owners) for owners in _KINDS]
+    sizes = numbers * list(map(width_of, types))
+    ends = np.cumsum(sizes).reshape(sizes.shape)
+    first, whole = ends - sizes, np.empty(ends[-1, -1], np.int32)
+    order = sampling_order(counts, positive) if for_training else {}
+    for owners, row, of_each, to in zip(_KINDS, types, numbers.T, first.T, strict=True):
+        if of_each.any():
+            rows = np.empty(of_each.sum(), row)
+            for name in row.names or ():
+                rows[name] = _entries(name, block, spec).reshape(rows[name].shape)
+            width = width_of(row)
+            packed = rows.view(np.int32).reshape(len(rows), width)
+            window = sliding_window_view(whole, width, writeable=True)
+            window[runs(to, of_each, width)] = packed[order.get(owners[0], slice(None))]
+    return Flat(whole, np.concatenate([first, np.stack(counts, axis=1)], axis=1))
+
+
+def _entries(name: str, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
+    """Return a field of all requests; histories and scores are padded at the end."""
+    field = _FIELD[name]
+    numbers, candidates = block.numbers[field.of], block.numbers["candidate"]
+    if name == "history_mask":
+        values = np.ones(numbers.sum(), np.bool_)
+    elif name == "teacher_probability":
+        values = proper_probability(block, spec.teacher_version)
+    else:
+        values = block.values[name]
+    if field.of not in ("event", "scored"):
+        return values
+    padded = np.full_like(numbers, spec.history_length) if field.of == "event" else candidates
+    kept = np.minimum(numbers, padded)  # the last ones
+    filled = np.full((padded.sum(), *values.shape[1:]), field.nothing, values.dtype)
+    filled[runs(starts_of(padded)[:-1], kept)] = values[runs(starts_of(numbers)[1:] - kept, kept)]
+    return filled
+
+
+def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
+    """Return the teacher's probabilities, NaN where they were not logged properly.
+
+    A proper probability was written according to the log, by the right model version, and is a
+    number in [0, 1].
+    """
+    probability = block.values["teacher_probability"]
+    right = (block.values["teacher_version"] == version) & bool(version)
+    written = np.repeat(right, block.numbers["scored"]) & (block.values["teacher_weight"] > 0)
+    # A comparison with NaN is False, so NaN needs no separate test.
+    in_range = (probability >= 0) & (probability <= 1)
+    return np.where(in_range & written[:, None], probability, np.float32(np.nan))
+
+
+@functools.lru_cache(maxsize=4096)
+def spread_order(number: int) -> Int[np.ndarray, "number"]:
+    """Return an order of n places in which every run is spread evenly over all places.
+
+    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any run
+    of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
+
+    >>> spread_order(8).tolist()
+    [0, 5, 2, 7, 4, 1, 6, 3]
+    """
+    return np.argsort(np.argsort(np.arange(number) * _GOLDEN % 1.0))
+
+
+def sampling_order(
+    counts: Counts, positive: Bool[np.ndarray, "labels"]
+) -> dict[Owner, Int[np.ndarray, "sum"]]:
+    """Return the order of candidates, and of labels, in which any run is a good sample.
+
+    Candidates with a positive label come first, then the others that were shown, then the others
+    that were passed, then the rest. Each of these four groups is in `spread_order`.
+    """
+    shown, starts = counts.shown, starts_of(counts.retrieved)[:-1]
+    # The size of each of the four groups in a request, and where it begins.
+    ends = np.stack([counts.positives, shown, counts.passed, counts.retrieved], axis=1)
+    sizes = np.diff(ends, axis=1, prepend=0)
+    distinct, which = np.unique(sizes.ravel(), return_inverse=True)
+    spread = np.concatenate([spread_order(size) for size in distinct.tolist()])
+    within = spread[runs(starts_of(distinct)[:-1][which], sizes.ravel())]
+    order = np.repeat((starts[:, None] + ends - sizes).ravel(), sizes.ravel()) + within
+    # The first two groups are mixed, in the order in which they were shown.
+    request = np.repeat(np.arange(len(shown)), shown)
+    by_label = np.argsort(2 * request + ~positive, kind="stable")
+    of_shown = runs(starts, shown)
+    # Where the labels of a request begin, less where its candidates do.
+    ahead = np.repeat(starts_of(shown)[:-1] - starts, shown)
+    labels = by_label[order[of_shown] + ahead]
+    order[of_shown] = labels - ahead
+    return {"candidate": order, "shown": labels}
+
+
+def columns_of(
+    requests: Sequence[Request], spec: FeatureSpec, for_training: bool = False
+) -> Columns:
+    """Return the columns of at least one request, in memory."""
+    return columns_of_block(block_of(requests, spec), spec, for_training)
+
+
+def columns_of_block(block: Block, spec: FeatureSpec, for_training: bool = False) -> Columns:
+    """Return the columns of a block, in memory."""
+    nothing, (numbers, counts) = _padding(spec), pack(block, spec, for_training)
+    counts[:, :PLACES] += len(nothing)
+    return _columns([np.concatenate([nothing, numbers])], counts, spec)
+
+
+def block_at(columns: Columns, spec: FeatureSpec, requests: slice) -> Block:
+    """Return some requests of a split as a block; training requests in their stored order.
+
+    Teacher probabilities that do not count are NaN.
+    """
+    counts = columns.counts.of(requests)
+    own = columns.requests.fields(requests, np.ones_like(counts.shown))
+    is_event = own["history_mask"] > 0
+    candidates = columns.candidates.fields(requests, counts.retrieved)
+    scored = runs(starts_of(counts.retrieved)[:-1], counts.scored)
+    probability = candidates["teacher_probability"][scored]
+    values: dict[str, Any] = {
+        **own,
+        **{name: own[name][is_event] for name in ("history_id", "history_features")},
+        **candidates,
+        **columns.labels.fields(requests, counts.shown),
+        **columns.known.fields(requests, counts.known),
+        "request_id": counts.request_id,
+        "time": counts.time,
+        "num_passed": counts.passed,
+        "teacher_probability": probability,
+        "teacher_weight": (~np.isnan(probability)).any(axis=1),
+        "teacher_version": np.where(counts.scored > 0, spec.teacher_version, ""),
+    }
+    numbers: dict[Owner, Any] = {
+        "request": np.ones_like(counts.shown),
+        "event": is_event.sum(axis=1),
+        "candidate": counts.retrieved,
+        "shown": counts.shown,
+        "scored": counts.scored,
+        "known": counts.known,
+    }
+    types = {field.name: object if field.stored is str else field.stored for field in STORED}
+    return Block({name: values[name].astype(of) for name, of in types.items()}, numbers)
+
+
+def _padding(spec: FeatureSpec) -> Int32[np.ndarray, "numbers"]:
+    """Return the padding rows of labels, of candidates and of the facts for the evaluation."""
+    row = row_type(spec, *itertools.chain(*_KINDS[1:]))
+    nothing = np.zeros(1, row)
+    for name in row.names or ():
+        nothing[name] = _FIELD[name].nothing
+    return nothing.view(np.int32)
+
+
+def _columns(
+    arrays: Sequence[Int32[np.ndarray, "_"]],
+    counts: Int64[np.ndarray, "n columns"],
+    spec: FeatureSpec,
+) -> Columns:
+    """Return the columns of requests from the arrays of their numbers."""
+    types = [row_type(spec, *owners) for owners in _KINDS]
+    # A request is never padding.
+    nothing = [0, *starts_of(np.array(list(map(width_of, types[1:])))).tolist()]
+    requests, labels, candidates, known = (
+        Rows(Windows(arrays, width_of(row)), row, first, width_of(row), padding)
+        for row, first, padding in zip(types, counts.T, nothing, strict=False)
+    )
+    return Columns(requests, candidates, labels, known, Counts(*counts.T[PLACES:]))
 
 
 def paths(folder: Path, split: str, part: int = 0) -> tuple[Path, Path]:
@@ -70,25 +257,6 @@ def link(folder: Path, to: Path, split: str) -> list[str]:
     return [path.name for path in found]
 
 
-def flat(columns: Columns, for_training: bool) -> Flat:
-    """Return at least one request as `write` takes it."""
-    counts = columns.counts
-    if for_training:
-        columns, counts = in_sampling_order(columns), counts._replace(known=0 * counts.known)
-    parts = (columns.requests, columns.labels, columns.candidates, columns.known)
-    numbers = (np.ones_like(counts.known), counts.shown, counts.retrieved, counts.known)
-    widths = [part.width for part in parts]
-    sizes = np.stack(numbers, axis=1) * widths
-    ends = np.cumsum(sizes).reshape(sizes.shape)
-    first = ends - sizes
-    whole = np.empty(ends[-1, -1], np.int32)
-    for part, of_each, to, width in zip(parts, numbers, first.T, widths, strict=True):
-        if of_each.any():
-            window = sliding_window_view(whole, width, writeable=True)
-            window[runs(to, of_each, width)] = part.firsts(slice(None), of_each)
-    return Flat(whole, np.concatenate([first, np.stack(counts, axis=1)], axis=1))
-
-
 def write(
     folder: Path,
     split: str,
@@ -101,8 +269,7 @@ def write(
     The number of requests of each part goes to `report` after the part is written.
     """
     rows_path, counts_path = paths(folder, split, len(all_paths(folder, split)))
-    none = columns_of([], spec)
-    nothing = np.concatenate([of.values[0] for of in (none.labels, none.candidates, none.known)])
+    nothing = _padding(spec)
     written, before = [], len(nothing)
     with rows_path.open("wb") as file:
         file.write(nothing.data)
@@ -117,120 +284,35 @@ def write(
     return len(whole)
 
 
-@functools.lru_cache(maxsize=4096)
-def spread_order(number: int) -> Int[np.ndarray, "number"]:
-    """Return an order of n places in which every run is spread evenly over all places.
-
-    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any run
-    of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
-
-    >>> spread_order(8).tolist()
-    [0, 5, 2, 7, 4, 1, 6, 3]
-    """
-    return np.argsort(np.argsort(np.arange(number) * _GOLDEN % 1.0))
-
-
-def in_sampling_order(columns: Columns) -> Columns:
-    """Reorder candidates so that any run of them is a good sample.
-
-    Candidates with a positive label come first, then the others that were shown, then the others
-    that were passed, then the rest. Each of these four groups is in `spread_order`. Facts for the
-    evaluation keep their order.
-    """
-    counts, shown = columns.counts, columns.counts.shown
-    request = np.repeat(np.arange(len(columns)), shown)
-    positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
-    # The size of each of the four groups in a request, and where it begins.
-    ends = np.stack([counts.positives, shown, counts.passed, counts.retrieved], axis=1)
-    sizes = np.diff(ends, axis=1, prepend=0)
-    distinct, which = np.unique(sizes.ravel(), return_inverse=True)
-    spread = np.concatenate([spread_order(size) for size in distinct.tolist()])
-    within = spread[runs(starts_of(distinct)[:-1][which], sizes.ravel())]
-    order = np.repeat((ends - sizes).ravel(), sizes.ravel()) + within
-    # The first two groups are mixed, in the order in which they were shown.
-    start = starts_of(shown)[:-1]
-    by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
-    of_shown = runs(starts_of(counts.retrieved)[:-1], shown)
-    order[of_shown] = by_label[start[request] + order[of_shown]]
-
-    def moved(rows: Rows, numbers: Int[np.ndarray, "n"], order: Int[np.ndarray, "sum"]) -> Rows:
-        """Return the rows in the new order; labels cover a prefix of the candidates."""
-        which = np.repeat(rows.first, numbers) + rows.stride * order
-        first = 1 + starts_of(numbers)[:-1]
-        return Rows(rows.values[np.append(rows.nothing, which)], rows.spans, first)
-
-    return dataclasses.replace(
-        columns,
-        candidates=moved(columns.candidates, counts.retrieved, order),
-        labels=moved(columns.labels, shown, order[of_shown]),
-    )
-
-
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
     """Return the requests of a split, backed by their files."""
-    files, values, counted = [], [], []
+    files, arrays, counted = [], [], []
     for rows_path, counts_path in all_paths(folder, split):
         files.append(rows_path.open("rb"))
         mapped = mmap.mmap(files[-1].fileno(), 0, prot=mmap.PROT_READ)
         # A read far from the last one must not read ahead.
         mapped.madvise(mmap.MADV_RANDOM)
-        values.append(np.frombuffer(mapped, np.int32))
+        arrays.append(np.frombuffer(mapped, np.int32))
         counted.append(np.asarray(np.load(counts_path, mmap_mode="r")))
-    starts = starts_of(np.array(list(map(len, values))))[:-1]
-    numbers = counted[0]
+    starts = starts_of(np.array(list(map(len, arrays))))[:-1]
+    counts = counted[0]
     if len(counted) > 1:
-        numbers = np.concatenate(counted)
-        numbers[:, :PLACES] += np.repeat(starts, list(map(len, counted)))[:, None]
-    none = columns_of([], spec)
-    like = (none.labels, none.candidates, none.known)
-    nothing = starts_of(np.array([of.width for of in like])).tolist()
-
-    def rows(like: Rows, first: Int[np.ndarray, "n"], nothing: int = 0) -> Rows:
-        windows = [sliding_window_view(of, like.width) for of in values]
-        every: Any = _Chain(windows, starts) if len(windows) > 1 else windows[0]
-        return Rows(every, like.spans, first, like.width, nothing)
-
-    first, counts = numbers.T[:PLACES], Counts(*numbers.T[PLACES:])
-    requests = rows(none.requests, first[0])
-    labels, candidates, known = map(rows, like, first[1:], nothing[:-1])
+        counts = np.concatenate(counted)
+        counts[:, :PLACES] += np.repeat(starts, list(map(len, counted)))[:, None]
+    opened = _columns(arrays, counts, spec)
 
     def expect(which: Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]) -> None:
         """Start the reads of many requests, which the disk does during other work."""
-        begin = 4 * first[0][which]
-        end = 4 * (first[2][which] + numbers * candidates.width)
+        begin = opened.requests.first[which]
+        end = opened.candidates.first[which] + numbers * opened.candidates.stride
+        of_file = np.searchsorted(starts, begin, side="right") - 1
         gap = begin[1:] - end[:-1]
-        splits = (gap < 0) | (gap > _GAP)
-        begins, ends = begin[:1].tolist() + begin[1:][splits].tolist(), end[:-1][splits].tolist()
-        of_file = np.searchsorted(4 * starts, begins, side="right") - 1
-        ranges = zip(of_file.tolist(), begins, ends + end[-1:].tolist(), strict=True)
-        for file, start, stop in ranges:
-            place = start - 4 * int(starts[file])
-            os.posix_fadvise(files[file].fileno(), place, stop - start, os.POSIX_FADV_WILLNEED)
+        is_end = np.ones(len(begin) + 1, np.bool_)
+        is_end[1:-1] = (gap < 0) | (gap > _GAP) | (np.diff(of_file) > 0)
+        begin, end, of_file = begin[is_end[:-1]], end[is_end[1:]], of_file[is_end[:-1]]
+        ranges = (of_file, 4 * (begin - starts[of_file]), 4 * (end - begin))
+        for file, start, size in zip(*(of.tolist() for of in ranges), strict=True):
+            os.posix_fadvise(files[file].fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
-    opened = Columns(requests, candidates, labels, known, counts)
     can_expect = hasattr(os, "posix_fadvise")  # not on macOS
     return dataclasses.replace(opened, expect=expect) if can_expect else opened
-
-
-class _Chain:
-    """The rows of several files, read like one array by row numbers.
-
-    The rows of a file are windows over its numbers, so a row number is a place among the numbers of
-    all files.
-    """
-
-    def __init__(self, windows: Sequence[Any], starts: Int64[np.ndarray, "files"]) -> None:
-        self.windows, self.starts = windows, starts
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return copies of rows, int32 [*index, W], or with slices a chain of fewer columns."""
-        if isinstance(index, tuple):
-            return _Chain([of[index] for of in self.windows], self.starts)
-        index = np.asarray(index)
-        rows = np.empty((*index.shape, self.windows[0].shape[1]), np.int32)
-        of_file = np.searchsorted(self.starts, index, side="right") - 1
-        for file, windows in enumerate(self.windows):
-            chosen = of_file == file
-            if chosen.any():
-                rows[chosen] = windows[index[chosen] - self.starts[file]]
-        return rows

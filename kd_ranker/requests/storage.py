@@ -27,7 +27,7 @@ import itertools
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,12 +36,12 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from kd_ranker import manifest
-from kd_ranker.batch import STORED, FeatureSpec, Stage
+from kd_ranker.batch import STORED, FeatureSpec, Items, Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
-from kd_ranker.requests.columns import Columns, Rows, Span, columns_of_block, slices
+from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.records import Dataset, write_index
+from kd_ranker.requests.records import BLOCK, Dataset, blocks_of, write_index
 from kd_ranker.requests.request import SPLITS, Block, Source, block_of, starts_of
 from kd_ranker.requests.row_files import Flat
 
@@ -55,10 +55,6 @@ _REQUIRED = (
     *("user_features", "context_features", "history_features", "candidate_features"),
     *("item_features", "cheap_item_features"),
 )
-# The prefix of the name of a folder that is being written.
-_UNFINISHED = ".unfinished-"
-# The number of single requests that are combined into one block.
-_BLOCK = 256
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -81,10 +77,9 @@ def build(
     directory = directory_of(name, data_dir)
     if directory.exists():
         return directory
-    unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
+    unfinished = directory.with_name(f".unfinished-{directory.name}")
     with hold(directory.parent):
-        for leftover in directory.parent.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.closing(open_source()) as source:
             _check(source, earlier)
             unfinished.mkdir()
@@ -134,13 +129,11 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
 
 def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset | None) -> int:
     """Write the requests of a split, after all those of an earlier dataset; return their number."""
+    own = source.shards(split) if source.shards else _in_blocks(source, split)
     held_out = [earlier.columns[of] for of in SPLITS[1:]] if earlier else []
-    # The order of candidates in training is another one.
-    moved = (
-        row_files.flat(of.of(at), True) for of in held_out for at in slices(of.counts.retrieved)
-    )
+    moved = [blocks_of(columns, source.spec) for columns in held_out]
     expected = source.num_requests[split] + sum(map(len, held_out))
-    parts = itertools.chain(moved, _parts(source, split))
+    parts = _parts(source, split, itertools.chain(*moved, own))
     with tqdm(total=expected, desc=f"writing {split}", unit="request", disable=None) as progress:
         written = row_files.write(folder, split, source.spec, parts, progress.update)
     if written != expected:
@@ -148,18 +141,18 @@ def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset |
     return written + (len(earlier.columns["train"]) if earlier else 0)
 
 
-def _parts(source: Source, split: str) -> Iterator[Flat]:
-    """Yield the requests of a split; threads prepare a few blocks ahead of the writer."""
+def _parts(source: Source, split: str, blocks: Iterable[Callable[[], Block]]) -> Iterator[Flat]:
+    """Yield packed blocks; threads prepare a few ahead of the writer."""
 
-    def encoded(block_of_shard: Callable[[], Block]) -> Flat:
+    def packed(block_of_shard: Callable[[], Block]) -> Flat:
         block = block_of_shard()
         _check_ids(block, source.spec)
-        return row_files.flat(columns_of_block(block, source.spec), split == "train")
+        return row_files.pack(block, source.spec, split == "train")
 
     ahead: deque[Future[Flat]] = deque()
     with ThreadPoolExecutor(source.threads) as executor:
-        for shard in source.shards(split) if source.shards else _in_blocks(source, split):
-            ahead.append(executor.submit(encoded, shard))
+        for block in blocks:
+            ahead.append(executor.submit(packed, block))
             if len(ahead) > 2 * source.threads:
                 yield ahead.popleft().result()
         while ahead:
@@ -168,7 +161,7 @@ def _parts(source: Source, split: str) -> Iterator[Flat]:
 
 def _in_blocks(source: Source, split: str) -> Iterator[Callable[[], Block]]:
     requests = iter(source.requests(split))
-    while chunk := list(itertools.islice(requests, _BLOCK)):
+    while chunk := list(itertools.islice(requests, BLOCK)):
         yield functools.partial(block_of, chunk, source.spec)
 
 
@@ -216,8 +209,7 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
         directory=directory,
         identity={"dataset": f"{name}/{fingerprint}"},
         spec=spec,
-        item_features=np.load(directory / _ITEMS_FILE),
-        item_category=np.load(directory / _CATEGORY_FILE),
+        items=Items(np.load(directory / _ITEMS_FILE), np.load(directory / _CATEGORY_FILE)),
         columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
         earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
     )
@@ -274,12 +266,14 @@ def with_column(
     columns = {}
     for split, of in dataset.columns.items():
         values = np.asarray(np.load(_column_path(folder, split), mmap_mode="r")).view(np.int32)
-        span = Span("teacher_probability", 0, values.shape[1:], "float32")
-        column = Rows(values, (span,), first_rows(of))
+        tasks, logged = values.shape[1], of.candidates
+        windows = Windows([values.reshape(-1)], tasks)
+        column = Rows(windows, row_type(dataset.spec, "scored"), tasks * first_rows(of), tasks)
+        own = logged.first_fields(row_type(dataset.spec, "candidate"))
         scored = of.counts.reached(stage if split == "train" else Stage.RETRIEVED)
         columns[split] = dataclasses.replace(
             of,
-            candidates=of.candidates.without([span.name]).with_column(column),
+            candidates=own._replace(type=logged.type, column=column),
             counts=of.counts._replace(scored=scored),
         )
     spec = dataclasses.replace(dataset.spec, teacher_version=version, teacher_signal="probability")

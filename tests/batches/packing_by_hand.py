@@ -4,10 +4,9 @@ import numpy as np
 
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting, sampling
-from kd_ranker.batches.cutting import Layout, PackedBatches
+from kd_ranker.batches.cutting import PackedBatches, layout_of
 from kd_ranker.batches.sampling import BatchConfig, Slots
 from kd_ranker.requests.columns import Columns
-from kd_ranker.requests.row_files import in_sampling_order
 
 
 def prepared(
@@ -18,7 +17,6 @@ def prepared(
     stage: Stage = Stage.RETRIEVED,
 ) -> tuple[Columns, np.ndarray, Slots]:
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
-    columns = in_sampling_order(columns)
     batch = BatchConfig(1, candidates, passed_share, negative_rate, seed=0)
     return columns, *sampling.kinds_of(columns.counts, stage, batch)
 
@@ -34,7 +32,7 @@ def packed(
 ) -> PackedBatches:
     """The batches of all steps."""
     drawn = cutting.read(columns, sampling.chosen(starts, slots))
-    return cutting.pack_batches(drawn, Layout(columns.spans, slots, logged))
+    return cutting.pack_batches(drawn, layout_of(columns.types, slots, logged))
 
 
 def full_batch(columns: Columns, candidates: int) -> CandidateBatch:

@@ -11,7 +11,7 @@ from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.samplers import SAMPLERS, Sampler, checked, evenly, funnel, hard, scores_of
 from kd_ranker.batches.training import ALL, BatchConfig, Needs, training_batches
 from kd_ranker.errors import UserError
-from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.row_files import columns_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import built, random_request, random_source
 

@@ -9,9 +9,9 @@ from kd_ranker.batch import IN_BATCH, Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.requests.columns import columns_of, needed, proper_probability
+from kd_ranker.requests.columns import needed
 from kd_ranker.requests.request import block_of
-from kd_ranker.requests.row_files import spread_order
+from kd_ranker.requests.row_files import columns_of, proper_probability, spread_order
 from tests.batches.packing_by_hand import full_batch, packed, prepared, starts_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
@@ -55,7 +55,7 @@ def test_every_run_of_the_spread_order_is_spread_evenly():
 def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, negative_rate):
     """Every offset of every kind, one kind at a time: no candidate twice, and none preferred."""
     request = random_request(3, shown=9, passed=16, retrieved=40)
-    data, kinds, slots = prepared(columns_of([request], V1), candidates, negative_rate)
+    data, kinds, slots = prepared(columns_of([request], V1, True), candidates, negative_rate)
     ends = np.cumsum(kinds[0, sampling.KINDS : 2 * sampling.KINDS])
     starts = np.concatenate([[0], ends[:-1]])
     for kind, number in enumerate(kinds[0, : sampling.KINDS]):
@@ -96,7 +96,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
     requests[2] = dataclasses.replace(
         requests[2], teacher_probability=probability, teacher_weight=np.ones(scored, np.float32)
     )
-    whole = columns_of(requests, V1)
+    whole = columns_of(requests, V1, for_training=True)
 
     def batch_of(columns, stage, logged=Stage.RETRIEVED):
         data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
@@ -104,7 +104,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
         return unpack(packed(data, starts, slots, logged), 0)
 
     everything = batch_of(whole, Stage.RETRIEVED)
-    counting = batch_of(needed(whole, logged, history=True), stage, logged or Stage.RETRIEVED)
+    counting = batch_of(needed(whole, V1, logged, history=True), stage, logged or Stage.RETRIEVED)
     for all_of, left in zip(by_item(everything), by_item(counting), strict=True):
         for item, fields in all_of.items():
             # A teacher's score of a shown candidate without drawn labels does not bring it in.
@@ -126,7 +126,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
 def sample_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
     """The fields of a training sample of one request."""
     data, kinds, slots = prepared(
-        columns_of([request], V1), candidates, negative_rate, passed_share
+        columns_of([request], V1, True), candidates, negative_rate, passed_share
     )
     starts = starts_of(kinds, np.zeros((1, 1), int), seed)
     few = dataclasses.asdict(unpack(packed(data, starts, slots), 0))

@@ -15,8 +15,8 @@ from kd_ranker.config import checks
 from kd_ranker.config.key import Bound
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 from kd_ranker.configs import cascade, parquet
-from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.row_files import columns_of
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep import sweep_members
 from tests.faults import fault_of

@@ -19,9 +19,9 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, make_serve
 from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.pipeline.job import Finished, open_job
-from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.row_files import columns_of
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import encode
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
@@ -252,7 +252,7 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, score):
                 candidate.update(features)
     dataset = datasets.dataset_of(world.config)
     id_of = ids_in(dataset, "item")
-    features, category = dataset.item_features.copy(), dataset.item_category.copy()
+    features, category = dataset.items.features.copy(), dataset.items.category.copy()
     for of in (features, category):
         assert of[id_of[one]].tolist() != of[id_of[other]].tolist()
         of[id_of[one]] = of[id_of[other]]

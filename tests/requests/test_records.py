@@ -102,7 +102,7 @@ def test_requests_come_back_to_programs_and_to_tfds(source, dataset, split):
         for name, value in record.items():
             np.testing.assert_array_equal(value, getattr(request, name))
             assert value.dtype == features[name].np_dtype
-    np.testing.assert_array_equal(dataset.item_features, source.item_features)
+    np.testing.assert_array_equal(dataset.items.features, source.item_features)
     assert dataset.spec == source.spec
     part = builder.as_data_source(split=f"{split}[1:3]")
     assert [record["request_id"] for record in part] == [of.request_id for of in requests[1:3]]
@@ -124,7 +124,7 @@ def test_counts_are_those_of_each_request(dataset, split):
 @pytest.mark.parametrize("part", ["candidates", "labels", "known"])
 def test_a_place_below_0_is_the_padding_row(dataset, part):
     rows = getattr(dataset.columns["test"], part)
-    nothing = unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
+    nothing = unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.type)
     for name, values in nothing.items():
         if name in ("teacher_probability", "true_probability", "incumbent", "propensity"):
             assert np.isnan(values).all()

@@ -17,7 +17,7 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import COMPUTE_DTYPES, apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.row_files import columns_of
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.recipes import SCHEDULES
 from kd_ranker.training.state import (
@@ -79,7 +79,7 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
     spec, steps = dataclasses.replace(SPEC, teacher_version="v1"), 4
-    data, kinds, slots = prepared(columns_of(requests, spec), 12, 0.6)
+    data, kinds, slots = prepared(columns_of(requests, spec, for_training=True), 12, 0.6)
     rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
     batches = packed(data, starts_of(kinds, rows), slots)
     recipe, state = make_recipe()

@@ -115,7 +115,7 @@ def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
             last |= {of["item_id"]: (server, of) for of in row.candidates}
     for item, (server, candidate) in last.items():
         id_ = server.ids["item"][item]
-        fields = (of[id_] for of in (grown[-1].item_features, grown[-1].item_category))
+        fields = (of[id_] for of in (grown[-1].items.features, grown[-1].items.category))
         server.check_item(*fields, candidate)
     assert len(read_vocabulary(grown[-1].directory, "feature:author")) == 11
     numbers = {of: len(grown[-1].columns[of]) for of in SPLITS}
