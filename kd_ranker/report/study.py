@@ -32,7 +32,6 @@ from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
-    as_json,
     read_config,
     read_environment,
     values_by_key,
@@ -241,7 +240,9 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         varying=_varying(students),
         # Those that `data.allow` accepted.
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
-        configs={name: as_json(config) for name, config in configs.items()},
+        configs={
+            name: config.to_json(indent=2, sort_keys=True) for name, config in configs.items()
+        },
         environments={str(workdir): read_environment(workdir) for workdir in workdirs},
         kept=[
             (source, read_requests(folder))
