@@ -50,8 +50,8 @@ class Job:
     config: ConfigDict  # the values that its members have in common
     members: Members  # the configs of the students; none in the job of a teacher
     built: Dataset  # as it was built
-    # The teacher that was opened last, and the dataset with its scores, by `teacher_key`. The jobs
-    # of a sweep share it, so those of one teacher should follow each other.
+    # The teacher that was opened last, and the dataset with its scores, by `teacher.workdir` and
+    # `teacher.stage`. The jobs of a sweep share it, so those of one teacher should be neighbours.
     last_teacher: dict[tuple[str, str], tuple["Finished | None", Dataset]] = dataclasses.field(
         default_factory=dict
     )
@@ -69,7 +69,7 @@ class Job:
     def _read(self) -> tuple["Finished | None", Dataset]:
         """The teacher, and the dataset with its scores; UserError if one is missing."""
         config, dataset, teacher = self.config, self.built, None
-        live, key = config.teacher.source == "live", teacher_key(config)
+        live, key = config.teacher.source == "live", (config.teacher.workdir, config.teacher.stage)
         if self.members and key not in self.last_teacher:
             if live or config.teacher.workdir:
                 teacher = load_teacher(config)
@@ -156,11 +156,6 @@ class Job:
         with checkpoints.open_in(workdir) as saved:
             states = abstract_states(self.groups)
             return checkpoints.restore(saved, states, None, made_of or self.made_of)
-
-
-def teacher_key(config: ConfigDict) -> tuple[str, str]:
-    """The keys that decide the teacher of students and the scores that they read."""
-    return config.teacher.workdir, config.teacher.stage
 
 
 def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool = False) -> Job:
