@@ -29,7 +29,7 @@ from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
-from kd_ranker.pipeline.job import Finished, Job, served, teacher_key
+from kd_ranker.pipeline.job import Finished, Job, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.requests.row_files import columns_of
@@ -325,7 +325,8 @@ def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str
         )
         ranker = Ranker(make_serve(model, MODES["none"]), learned)
         finished = Finished("", Job(trained, {}, sample), "", "user", model, ranker, "", {})
-    job.last_teacher[teacher_key(next(iter(members.values())))] = finished, sample
+    of_teacher = next(iter(members.values())).teacher
+    job.last_teacher[of_teacher.workdir, of_teacher.stage] = finished, sample
     return job.of(members)
 
 

@@ -23,7 +23,7 @@ from kd_ranker.config import checks, defaults, schema
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import cohorts, datasets, runs, scoring
+from kd_ranker.pipeline import datasets, runs, scoring
 from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
@@ -300,7 +300,7 @@ def sweep(
             config.update_from_flattened_dict({axis: tuple(values)})
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
-    cohorts.train_sweep(config, place, show)
+    runs.train_sweep(config, place, show)
     return Trained(place)
 
 

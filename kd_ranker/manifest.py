@@ -76,14 +76,11 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
-        for section in ("made_of", "files"):
-            if not isinstance(content[section], dict):
-                raise ValueError(f"{section!r} is not an object")
+        return {section: dict(content[section].items()) for section in ("made_of", "files")}
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
-    return content
 
 
 def check(

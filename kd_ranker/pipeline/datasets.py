@@ -31,13 +31,14 @@ PREPARE_DATA = f"{command('prepare')}, {SAME_FLAGS}"
 LOG_TEACHER = f"{command('log_teacher')}, {SAME_FLAGS}"
 
 
-def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
-    """The name of a config's dataset, or of the scores of a teacher that was trained on it.
+def dataset_name(config: ConfigDict) -> str:
+    """The name of a config's dataset.
 
     It is `data.name` and eight hex digits that differ where the contents would differ; of requests
-    of a program, the name in `data.path`. The name of scores also contains the teacher's
-    `Finished.version` and the stage that it has scored.
+    of a program, the name in `data.path`.
     """
+    if config.data.name == given.NAME and config.data.path:
+        return Path(config.data.path).parent.name
     free = set(without_influence("dataset"))
     of_data, of_funnel = (
         {key: value for key, value in config[section].items() if f"{section}.{key}" not in free}
@@ -47,11 +48,7 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
     text = json.dumps(
         [of_data, list(config.tasks), of_funnel, version], sort_keys=True, default=str
     )
-    name = f"{config.data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    if config.data.name == given.NAME and config.data.path:
-        name = Path(config.data.path).parent.name
-    scored_by = f"{teacher_version}-{config.teacher.stage}"
-    return f"{name}-teacher-{scored_by}" if teacher_version else name
+    return f"{config.data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def path_of(log: Any, directory: str) -> str:
@@ -109,9 +106,10 @@ def dataset_of(config: ConfigDict, unchanged: bool = False) -> Dataset:
     return dataset
 
 
-def scores_folder(config: ConfigDict, teacher_version: str = "") -> Path:
-    """Return the folder of a teacher's scores for the config's dataset."""
-    return Path(config.data.dir) / SCORES_FOLDER / dataset_name(config, teacher_version)
+def scores_folder(config: ConfigDict, teacher_version: str) -> Path:
+    """The folder of a teacher's scores for the config's dataset, by `Finished.version`."""
+    name = f"{dataset_name(config)}-teacher-{teacher_version}-{config.teacher.stage}"
+    return Path(config.data.dir) / SCORES_FOLDER / name
 
 
 def dataset_under(config: ConfigDict, dataset: Dataset, teacher_version: str) -> Dataset:

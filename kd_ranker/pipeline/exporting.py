@@ -30,7 +30,7 @@ _REQUESTS, _ITEMS = 4, 32  # of the example
 
 def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> None:
     """Write a trained ranker as a new folder for a server, see `api.export`."""
-    config, dataset, role = finished.config, finished.dataset, finished.role
+    config, dataset, role = finished.config, finished.dataset, finished.job.role
     mode = config.distill.mode if role == "student" else ""
     if "onnx" in formats and finished.policy:
         raise UserError("--policy: k is exported for JAX only; use --formats=jax")
@@ -42,7 +42,7 @@ def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> N
         )
     trained = Servable(
         model=finished.model,
-        parameters=finished.parameters,
+        parameters=finished.ranker.parameters,
         spec=dataset.spec,
         items=dataset.items,
         probability=MODES[mode or "none"].serve[finished.serve],

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -50,8 +50,8 @@ class Job:
     config: ConfigDict  # the values that its members have in common
     members: Members  # the configs of the students; none in the job of a teacher
     built: Dataset  # as it was built
-    # The teacher that was opened last, and the dataset with its scores, by `teacher_key`. The jobs
-    # of a sweep share it, so those of one teacher should follow each other.
+    # The teacher that was opened last, and the dataset with its scores, by `teacher.workdir` and
+    # `teacher.stage`. The jobs of a sweep share it, so those of one teacher should be neighbours.
     last_teacher: dict[tuple[str, str], tuple["Finished | None", Dataset]] = dataclasses.field(
         default_factory=dict
     )
@@ -60,10 +60,16 @@ class Job:
         """The job of other students on the same dataset, which share batches and a teacher."""
         return dataclasses.replace(self, config=common(members), members=members)
 
-    @functools.cached_property
+    @property
+    def role(self) -> Literal["teacher", "student"]:
+        """The role of its rankers in the results: "teacher" or "student"."""
+        return "student" if self.members else "teacher"
+
+    @property
     def _read(self) -> tuple["Finished | None", Dataset]:
+        """The teacher, and the dataset with its scores; UserError if one is missing."""
         config, dataset, teacher = self.config, self.built, None
-        live, key = config.teacher.source == "live", teacher_key(config)
+        live, key = config.teacher.source == "live", (config.teacher.workdir, config.teacher.stage)
         if self.members and key not in self.last_teacher:
             if live or config.teacher.workdir:
                 teacher = load_teacher(config)
@@ -80,15 +86,12 @@ class Job:
 
     @property
     def teacher(self) -> "Finished | None":
-        """The final ranker of the students; None where the dataset's logs replace it.
-
-        UserError if it, or its scores, are missing.
-        """
+        """The final ranker of the students; None where the dataset's logs replace it."""
         return self._read[0]
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset with the scores of a logged teacher; raises the same errors as `teacher`."""
+        """The dataset with the scores of a logged teacher."""
         return self._read[1]
 
     @property
@@ -100,11 +103,6 @@ class Job:
     def live_teacher(self) -> "Finished | None":
         """The teacher if it scores the batches; None if the dataset holds its probabilities."""
         return self.teacher if self.config.teacher.source == "live" else None
-
-    @property
-    def teacher_version(self) -> str:
-        """The version of the teacher; "" where the dataset's logs replace it."""
-        return self.teacher.version if self.teacher else ""
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -118,10 +116,7 @@ class Job:
     @property
     def own(self) -> MadeOf:
         """The fingerprints of its rankers, without those of a teacher and its scores."""
-        if self.members:
-            config = schema.fingerprint(self.members, "student")
-        else:
-            config = schema.fingerprint({"": self.config}, "teacher")
+        config = schema.fingerprint(self.members or {"": self.config}, self.role)
         return {"config": config, **self.built.identity}
 
     @functools.cached_property
@@ -129,7 +124,7 @@ class Job:
         """The fingerprints of the trained rankers, which their checkpoints and tables record."""
         if not self.members:
             return self.own
-        teacher = self.teacher_version or "of the logs"
+        teacher = self.teacher.version if self.teacher else "of the logs"
         return {**self.own, **self.dataset.identity, "teacher": teacher}
 
     @functools.cached_property
@@ -163,15 +158,10 @@ class Job:
             return checkpoints.restore(saved, states, None, made_of or self.made_of)
 
 
-def teacher_key(config: ConfigDict) -> tuple[str, str]:
-    """The keys that decide the teacher of students and the scores that they read."""
-    return config.teacher.workdir, config.teacher.stage
-
-
 def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool = False) -> Job:
     """Open the dataset of students that train together, or without members of their teacher.
 
-    UserError if it was not built, or with `unchanged` if its raw files have changed.
+    With `unchanged`, it is a UserError if its raw files have changed since it was built.
     """
     built = datasets.dataset_of(config, unchanged)
     return Job(common(members) if members else config, members or {}, built)
@@ -190,11 +180,6 @@ class Finished(NamedTuple):
     made_of: MadeOf  # the fingerprints that its checkpoint records
     policy: Policy | None = None  # chooses how many candidates it passes per request, if named
 
-    @property
-    def role(self) -> str:
-        """Its role in the results: "teacher" or "student"."""
-        return "student" if self.job.members else "teacher"
-
     def __str__(self) -> str:
         return f"ranker: {self.title}, by its probabilities {self.serve!r}"
 
@@ -208,18 +193,13 @@ class Finished(NamedTuple):
         """The dataset that it was trained on, which has its ids, means and deviations."""
         return self.job.built
 
-    @property
-    def parameters(self) -> Parameters:
-        """Its trained parameters, on a device."""
-        return self.ranker.parameters
-
 
 def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     """Read the config of the run in a workdir; UserError if it is missing.
 
     A run may use a loss, a mode or the like that its config file registers. A workdir can come from
-    anyone, so the file at `registered_by` is executed only with `trust`, and if it is needed. A
-    file that is needed and missing, or not trusted, is a UserError.
+    anyone, so the file at `registered_by` is executed only with `trust`. A file that is needed and
+    not trusted, or trusted and missing, is a UserError.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -229,19 +209,17 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
             )
         config = workdirs.read_config(folder)
     file = config.get("registered_by", "")
-    if file and not (trust and Path(file).is_file()):
-        try:
-            checks.validate(config, config.parallel.devices or config.parallel.members or 1)
-        except UserError as error:
-            if not trust:
-                raise UserError(
-                    f"the run at {workdir} needs {file}, which would be executed ({error}); if you "
-                    "trust that file, add --trust, or trust=True in Python"
-                ) from error
-        else:
-            return config  # everything that it names is known without the file
-    register(file)
-    checks.check_keys(config)
+    if trust:
+        register(file)
+    try:
+        checks.validate(config, config.parallel.devices or config.parallel.members or 1)
+    except UserError as error:
+        if trust or not file:
+            raise
+        raise UserError(
+            f"the run at {workdir} needs {file}, which would be executed ({error}); if you trust "
+            "that file, add --trust, or trust=True in Python"
+        ) from error
     return config
 
 
@@ -266,7 +244,7 @@ def open_finished(
     config = config_of(place, trust)
     config.data.dir = data_dir or config.data.dir
     with fetched(place) as workdir:
-        owner = workdirs.owner_of(workdir)
+        owner = workdirs.read_environment(workdir).get("command")
         if owner not in _RUNS:
             raise UserError(f"{place} is of {owner}; name one of {', '.join(_RUNS)}")
         for flag, value in (("--member", member), ("--policy", policy_name)):
@@ -278,7 +256,7 @@ def open_finished(
         workdirs.check_dataset(workdir, job.built.identity)
         remedy = f"finish it with: {command(owner)}, with the flags that started it"
         manifest.check(workdir, remedy)
-        title, folder = f"the {'student' if job.members else 'teacher'} at {place}", workdir
+        title, folder = f"the {job.role} at {place}", workdir
         if owner == "sweep":
             sweep = open_sweep(config, workdir, job.built.identity)
             title, index, member, serve = _member(sweep, place, member, serve)
@@ -304,8 +282,8 @@ def load_teacher(config: ConfigDict) -> Finished:
             f"not on {own} for {', '.join(config.tasks)}; {remedy}"
         )
     found = open_finished(place, data_dir=config.data.dir)
-    if found.role != "teacher":
-        raise UserError(f"{place} holds a {found.role}, not a teacher; {remedy}")
+    if found.job.members:
+        raise UserError(f"{place} holds a {found.job.role}, not a teacher; {remedy}")
     return found
 
 
@@ -351,10 +329,8 @@ def _finished(
     title: str, job: Job, member: str, serve: str, folder: Path, remedy: str, with_slots: bool
 ) -> Finished:
     """A ranker of a job, from its checkpoint; UserError if it is unfinished or diverged."""
-    made_of = job.own
-    if job.members:
-        # The teacher and its scores may be gone: their fingerprints are those recorded.
-        made_of = {**manifest.read(folder, remedy)["made_of"], **made_of}
+    # The teacher of a student and its scores may be gone: their fingerprints are those recorded.
+    made_of = {**manifest.read(folder, remedy)["made_of"], **job.own}
     states, step = job.restored(folder, made_of)
     if step < (steps := job.trainee.train.steps):
         raise UserError(f"{title} stopped at step {step} of {steps}; {remedy}")

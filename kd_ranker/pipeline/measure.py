@@ -87,31 +87,30 @@ def measure(
     measured = Measured([], [], [], {}, {})
     add = functools.partial(_add, measured, job, signal, fitted or {})
 
-    def named(role: str, member: str, serve: str = "user") -> Row:
-        dataset = job.config.data.name
-        return dict(dataset=dataset, split=split, role=role, member=member, serve=serve)
-
-    def cost(flops: float) -> Row:
-        return {"flops_per_candidate": flops, "cost_ratio": flops / flops_of_teacher}
+    def named(role: str, member: str, serve: str, flops: float = _NOT_COUNTED) -> Row:
+        dataset, ratio = job.config.data.name, flops / flops_of_teacher
+        row: Row = dict(dataset=dataset, split=split, role=role, member=member, serve=serve)
+        return row | {"flops_per_candidate": flops, "cost_ratio": ratio}
 
     # A teacher from elsewhere has neither a seed nor a step.
     known = not job.members or job.teacher is not None
     of = job.teacher.config if job.teacher else job.config
     seed, step = (of.seed, of.teacher.train.steps) if known else (None, None)
-    row = named("teacher", results.TEACHER) | {"seed": seed, "step": step}
-    add(row | cost(flops_of_teacher), of_teacher, None)
+    row = named("teacher", results.TEACHER, "user", flops_of_teacher)
+    add(row | {"seed": seed, "step": step}, of_teacher, None)
     for (_, members), of_group in zip(students, of_groups, strict=False):
         flops = _student_flops(job.members[members[0][0]], job.dataset.spec) if costs else {}
         for (name, last_step, non_finite_step), of_member in zip(members, of_group, strict=True):
             for serve in serves[name]:
-                row = named("student", name, serve) | cost(flops.get(serve, _NOT_COUNTED))
+                row = named("student", name, serve, flops.get(serve, _NOT_COUNTED))
                 row |= results.made_of(job.members[name]) | {"step": last_step}
                 if non_finite_step:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                 else:
                     add(row, of_member[serve], of_teacher)
     for name in referred:
-        add(named("reference", name) | {"seed": seed}, of_groups[-1][0][name], of_teacher)
+        row = named("reference", name, "user") | {"seed": seed}
+        add(row, of_groups[-1][0][name], of_teacher)
     return measured
 
 
@@ -182,8 +181,13 @@ def _add(
     if key in fitted and row["role"] == "student":
         known = policy.curves_of(fitted[key].curves, job.kept_ks)
         names = job.config.funnel.policies if known.have_value else ()
-        measured.policies[key] = {name: policy.fit(name, known) for name in names}
-        summed = _with_policies(job, measured.policies[key], summed)
+        of_row = {name: policy.fit(name, known) for name in names}
+        measured.policies[key] = of_row
+        # Its policies are fitted to other requests.
+        chosen = policy.sums(of_row, summed.each.curves, job.kept_ks, job.config.funnel.policies)
+        totals = {name: of.sum(axis=0, dtype=np.float64) for name, of in chosen.items()}
+        each = summed.each._replace(sums=summed.each.sums | chosen)
+        summed = Summed(summed.sums | totals, each)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
     only_order = row["member"] in NO_PROBABILITIES
     teacher_sums = of_teacher.sums if of_teacher else None
@@ -204,14 +208,6 @@ def _add(
     # Positions, and some references, order candidates without predicting probabilities.
     if not (only_order or (row["role"] == "teacher" and signal != "probability")):
         measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
-
-
-def _with_policies(job: Job, fitted: Mapping[str, Policy], summed: Summed) -> Summed:
-    """The sums of a ranker with those of its policies, which are fitted to other requests."""
-    chosen = policy.sums(fitted, summed.each.curves, job.kept_ks, job.config.funnel.policies)
-    totals = {name: of.sum(axis=0, dtype=np.float64) for name, of in chosen.items()}
-    each = summed.each._replace(sums=summed.each.sums | chosen)
-    return Summed(summed.sums | totals, each)
 
 
 def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:

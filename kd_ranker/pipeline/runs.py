@@ -1,7 +1,10 @@
-"""Training runs: start, devices, batches and evaluations of a teacher, a student or a cohort."""
+"""Training runs: a teacher, a student, or the cohorts of a sweep, here or on a cluster."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +15,30 @@ from tqdm import tqdm
 
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
-from kd_ranker.embedding.lookup import TableSpec
+from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.metrics import metric_of
+from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline import cluster, datasets
 from kd_ranker.pipeline.job import Job, open_finished, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
-from kd_ranker.pipeline.remote import Place, owned, place_of
-from kd_ranker.sweep import Members, check_memory, exhaustion_reported
+from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
+from kd_ranker.requests.lock import hold
+from kd_ranker.sweep import (
+    TEST,
+    Members,
+    Sweep,
+    check_memory,
+    cohort_size,
+    exhaustion_reported,
+    open_sweep,
+    read_plan,
+)
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.loop import Begin, Run, make_run, scalar_name
+from kd_ranker.training.loop import Run, make_run, scalar_name
 from kd_ranker.training.loop import fit as fit_run
 from kd_ranker.training.mapping import (
     MAPPINGS,
@@ -33,12 +47,13 @@ from kd_ranker.training.mapping import (
     members_axis,
     own_devices,
 )
-from kd_ranker.training.processes import check_same, is_first
+from kd_ranker.training.processes import check_same, is_first, on_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.state import Frozen, LiveTeacher, States
 
 # Choices are made on the first; the second is read for the report.
 _SPLITS = ("validation", "test")
+_Jobs = Sequence[tuple[Job, Path]]  # the job of each cohort, and its folder
 
 
 def train(command: str, config: ConfigDict, members: Members, place: Place) -> None:
@@ -54,7 +69,7 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
         else:
             checks.check_teacher_log(config, job.dataset)
         checks.check_labels(job.dataset)
-        free = schema.without_influence("student" if members else "teacher")
+        free = schema.without_influence(job.role)
         workdirs.check(folder, command, config, job.dataset.identity, without=free)
         workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
@@ -63,6 +78,174 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
             states = fit(job, folder, bar)
         measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
         write_measured(job, folder, job.made_of, *measured)
+
+
+def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
+    """Train the students of `config.sweep` cohort by cohort and join their results; or do one part.
+
+    See `api.sweep`; the config is valid.
+    """
+    part = config.sweep.part
+    if config.launcher == "ray" or part:
+        workdir = local_folder("--workdir", workdir, "is shared by all that train cohorts")
+    if part.isdecimal():
+        cohorts = train_part(config, Path(workdir), int(part))
+        show(f"cohort {part} of {cohorts} is trained")
+        return
+    with owned(workdir) as folder:
+        if not _train_all(config, folder):
+            show(f"the sweep in {workdir} is complete; there is nothing to do")
+        if part == PLAN:
+            cohorts = len(read_plan(folder))
+            show(f"cohorts: {cohorts}")
+            show(f"numbers: 0-{cohorts - 1}")
+
+
+def train_part(config: ConfigDict, workdir: Path, number: int, held: bool = False) -> int:
+    """Train and measure one cohort of a planned sweep; return the number of cohorts.
+
+    Only the folder of the cohort is held. On a cluster the sweep's own process has `held` it.
+    """
+    sweep, job = _open(config, workdir, unchanged=not held)
+    sweep.check_planned()
+    if number >= len(sweep.plan):
+        raise UserError(
+            f"sweep.part={number}, and the sweep in {workdir} has {len(sweep.plan)} cohorts, "
+            f"numbered from 0 to {len(sweep.plan) - 1}"
+        )
+    job, folder = job.of(sweep.cohorts[number]), sweep.folders[number]
+    holding = contextlib.nullcontext() if held else owned(folder)
+    with holding, progress_bar(workdir.name, _check(job)) as bar:
+        _train_cohort(job, folder, bar)
+    return len(sweep.plan)
+
+
+def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sweep, Job]:
+    """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
+    job = open_job(config, unchanged=unchanged)
+    dataset, free = job.built.identity, schema.without_influence("report")
+    if not config.sweep.extend:
+        axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
+        free = [name for name in free if name not in axes]
+    # These change no more than how it is tested, joined and reported.
+    free += ["costs", "report", "funnel.policies"]
+    workdirs.check(workdir, "sweep", config, dataset, without=free)
+    return open_sweep(config, workdir, dataset), job
+
+
+def _train_all(config: ConfigDict, workdir: Path) -> bool:
+    """Do what is left of a sweep; return False if it is complete."""
+    sweep, job = _open(config, workdir)
+    dataset, part = job.built, config.sweep.part
+    if part == JOIN:
+        sweep.check_planned()
+    datasets.keep_data_report(dataset, workdir)
+    if sweep.is_complete():
+        return False
+    name, first = next(iter(sweep.members.items()))
+    read = job.of({name: first}).dataset
+    checks.check_teacher_signals(read, sweep.members.values())
+    checks.check_labels(read)
+    # By the memory that is free: of several processes, one decides.
+    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
+    sweep = sweep.planned(size)
+    # Last, so that an extension counts once its cohorts are known.
+    workdirs.write_config(workdir, "sweep", config, dataset.identity)
+    if part == PLAN:
+        return True
+    jobs = list(zip(map(job.of, sweep.cohorts), sweep.folders, strict=True))
+    with contextlib.ExitStack() as held:
+        # Another run may hold only one of the folders.
+        for folder in sweep.folders:
+            on_first(functools.partial(held.enter_context, hold(folder)))
+        if part != JOIN:
+            _train_cohorts(config, workdir, jobs)
+        elif untrained := _untrained(jobs):
+            raise UserError(
+                f"{workdir} lacks {len(untrained)} of its {len(jobs)} cohorts: "
+                f"{', '.join(map(str, untrained))}; train each by its number, as "
+                f"sweep.part={untrained[0]}"
+            )
+        _test_and_join(sweep, jobs)
+    return True
+
+
+def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:
+    """Train the cohorts one after the other, or first on a cluster, as one task each."""
+    # All are checked before the first one trains.
+    steps = sum([_check(job) for job, _ in jobs])
+    if config.launcher == "ray":
+        calls = [(config, workdir, number, True) for number in _untrained(jobs)]
+        cluster.call_on_cluster(config, train_part, calls, "cohorts")
+    with progress_bar(workdir.name, steps) as bar:
+        for job, folder in jobs:
+            _train_cohort(job, folder, bar)
+
+
+def _check(job: Job) -> int:
+    """Check the memory and the signals that a cohort needs; return the number of its steps."""
+    checks.check_teacher_signals(job.dataset, job.members.values())
+    check_memory(job.config, job.groups, job.config.batch, job.dataset.spec)
+    return job.config.train.steps
+
+
+def _untrained(jobs: _Jobs) -> list[int]:
+    """The numbers of the cohorts that are not trained and measured on validation."""
+    return [at for at, (job, folder) in enumerate(jobs) if not is_measured(folder, job.made_of)]
+
+
+def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
+    """Train the members of a cohort and measure them on validation, if that is not done."""
+    if is_measured(folder, job.made_of):
+        bar.update(job.config.train.steps)
+        return
+    measured = measure(job, "validation", fit(job, folder, bar))
+    write_measured(job, folder, job.made_of, measured)
+
+
+def _test_and_join(sweep: Sweep, jobs: _Jobs) -> None:
+    """Measure on test what validation chose, and write the tables of the whole sweep."""
+    chosen = results.chosen(sweep.validation())
+    tested, teachers = sweep.with_any(chosen), set[str]()
+    for job, folder in jobs:
+        if folder in tested:
+            serves = {name: chosen[name] for name in job.members if name in chosen}
+            # Once per teacher, which is a final ranker of the references, too.
+            teacher = job.made_of["teacher"]
+            _test_cohort(job, folder, serves, teacher not in teachers)
+            teachers.add(teacher)
+    sweep.join(tested)
+
+
+def _test_cohort(
+    job: Job, folder: Path, serves: Mapping[str, Collection[str]], with_references: bool
+) -> None:
+    """Measure the members that validation chose on the test split, if that is not done.
+
+    `serves` are the chosen serving choices of each chosen member.
+    """
+    owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
+    policies = job.config.funnel.policies
+    if policies:
+        owner[policy.FILE] = ",".join(policies)
+    if is_measured(folder / TEST, owner):
+        return
+    students: States = ()
+    if serves:
+        students, step = job.restored(folder)
+        if step < job.config.train.steps:  # the last checkpoint is damaged
+            with progress_bar(folder.name, job.config.train.steps) as bar:
+                students = fit(job, folder, bar)
+    measured, fitted = [], {}
+    if with_references:
+        # Validation chooses among the references too.
+        measured.append(measure(job, "validation", with_references=True))
+    if policies and students:
+        fitted = measure(job, "validation", students, serves=serves, keep=True, costs=False).each
+    tested = measure(
+        job, "test", students, serves=serves, with_references=with_references, fitted=fitted
+    )
+    write_measured(job, folder / TEST, owner, *measured, tested)
 
 
 def progress_bar(name: str, steps: int) -> tqdm:
@@ -95,8 +278,8 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> States:
     with exhaustion_reported():
         check_same("dataset", str(job.dataset.identity))
         check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
-        made_of, begin = job.made_of, warm_start(job)
-        return fit_run(prepare_run(job), train, workdir, made_of, progress, bar, begin)
+        begin = functools.partial(warm_start, job) if train.warm_start else None
+        return fit_run(prepare_run(job), train, workdir, job.made_of, progress, bar, begin)
 
 
 def prepare_run(
@@ -115,7 +298,7 @@ def prepare_run(
     live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
     stage = TEACHER_STAGES[config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
-    frozen = Frozen(items=dataset.items, teacher=live.parameters if live else None)
+    frozen = Frozen(items=dataset.items, teacher=live.ranker.parameters if live else None)
     batches_on = batches_on or mapping
     batches = training_batches(
         dataset,
@@ -142,44 +325,36 @@ def _device_map(job: Job, devices: Sequence[jax.Device]) -> DeviceMap:
     return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
 
 
-def warm_start(job: Job) -> Begin | None:
-    """Return a function that starts initial states from `train.warm_start`; None if that is "".
+def warm_start(job: Job, states: States) -> States:
+    """Start initial states from the run `train.warm_start`.
 
     The dataset is that of the earlier run, or one that extends it (`data.extends`), so known ids
     keep their rows. The parameters are those of that run, with the slots of embedding rows. Rows of
     new ids are as initialized. The step, the schedule and the optimizer of dense parameters start
     from zero. A run that is missing, unfinished, or of other ids or sizes, is a UserError.
     """
-
-    def begin(states: States) -> States:
-        model, start = _model_to_start_from(job)
-        return tuple(
-            dataclasses.replace(
-                state, parameters=_grown(job, model, start, group, state.parameters)
-            )
-            for group, state in zip(job.groups, states, strict=True)
-        )
-
-    return begin if job.trainee.train.warm_start else None
-
-
-def _model_to_start_from(job: Job) -> tuple[Model, Parameters]:
-    """Return the model to start from, and its parameters on the host."""
     workdir = job.trainee.train.warm_start
     try:
-        ranker = open_finished(place_of(workdir), with_slots=True)
+        before = open_finished(place_of(workdir), with_slots=True)
     except UserError as error:
         raise UserError(f"train.warm_start={workdir}: {error}") from error
-    role = "student" if job.members else "teacher"
-    if ranker.role != role:
-        raise UserError(f"train.warm_start={workdir} is of a {ranker.role}, not of a {role}")
-    dataset, before = job.built, ranker.dataset.identity["dataset"]
-    if before not in (*dataset.earlier, dataset.identity["dataset"]):
+    if before.job.role != job.role:
         raise UserError(
-            f"train.warm_start={workdir} was trained on {before}, and its ids are not those of "
+            f"train.warm_start={workdir} is of a {before.job.role}, not of a {job.role}"
+        )
+    dataset, earlier = job.built, before.dataset.identity["dataset"]
+    if earlier not in (*dataset.earlier, dataset.identity["dataset"]):
+        raise UserError(
+            f"train.warm_start={workdir} was trained on {earlier}, and its ids are not those of "
             f"{dataset.directory}; name a run on that dataset, or on one that it extends"
         )
-    return ranker.model, jax.tree.map(np.asarray, ranker.parameters)
+    start = jax.tree.map(np.asarray, before.ranker.parameters)
+    return tuple(
+        dataclasses.replace(
+            state, parameters=_grown(job, before.model, start, group, state.parameters)
+        )
+        for group, state in zip(job.groups, states, strict=True)
+    )
 
 
 def _grown(
@@ -188,28 +363,27 @@ def _grown(
     """The parameters of a group's members, the same for each except in rows of new ids."""
     old, new = model.embedding.tables, group.recipe.model.embedding.tables
 
-    def sizes(of: Parameters, tables: Mapping[str, TableSpec], members: int) -> tuple:
-        leaves, structure = jax.tree.flatten(of.dense)
-        # Only a table that is not hashed may grow.
-        by_table = {
-            name: (of.tables[name].shape[-1], table.hashed and table.size)
-            for name, table in tables.items()
-        }
-        return structure, [leaf.shape[members:] for leaf in leaves], by_table
+    def stacked(of: np.ndarray, like: np.ndarray) -> np.ndarray:
+        if of.shape != like.shape[1:]:
+            raise ValueError(f"an array of shape {of.shape}")
+        return np.broadcast_to(of, like.shape)
 
-    grows = all(old[name].size <= of.size for name, of in new.items() if name in old)
-    if not grows or sizes(start, old, 0) != sizes(fresh, new, 1):
+    def grown(name: str) -> Any:
+        before, now, rows = old[name], new[name], start.tables[name]
+        table = np.array(fresh.tables[name])
+        may_grow = before.size < now.size and not (before.hashed or now.hashed)
+        if rows.shape[-1] != table.shape[-1] or not (before == now or may_grow):
+            raise ValueError(f"a table {name} of another size")
+        table[:, : before.size] = rows[: before.size]
+        table[:, now.size] = rows[before.size]  # that of ids without a row
+        return table
+
+    try:
+        dense = jax.tree.map(stacked, start.dense, fresh.dense)
+        return Parameters(dense, {name: grown(name) for name in {**old, **new}})
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"train.warm_start={job.trainee.train.warm_start} has a model of other sizes, or rows "
             "of another optimizer, than the config; keep the keys of the model, distill.mode and "
             "optimizer.table_name of that run"
-        )
-    tables: dict[str, Any] = {}
-    for name, rows in start.tables.items():
-        table = np.array(fresh.tables[name])
-        known = old[name].size
-        table[:, :known] = rows[:known]
-        table[:, new[name].size] = rows[known]  # that of ids without a row
-        tables[name] = table
-    dense = jax.tree.map(lambda of, like: np.broadcast_to(of, like.shape), start.dense, fresh.dense)
-    return Parameters(dense, tables)
+        ) from error

@@ -140,7 +140,8 @@ class _Scorer(NamedTuple):
 
     def _probabilities(self, part: _Part) -> Iterator[Float32[np.ndarray, "scored T"]]:
         """Yield those of the scored candidates, batch by batch; the first has no candidates."""
-        size, index = self.config.evaluation.requests, np.arange(self.candidates)
+        ranker, index = self.ranker.ranker, np.arange(self.candidates)
+        size = self.config.evaluation.requests
         yield np.zeros((0, len(self.ranker.dataset.spec.tasks)), np.float32)
         for start in range(0, len(part.numbers), size):
             chunk = part.numbers[start : start + size]
@@ -148,7 +149,7 @@ class _Scorer(NamedTuple):
             filled = np.append(chunk, np.repeat(chunk[-1:], size - len(chunk)))
             places = np.where(index < part.columns.counts.retrieved[filled, None], index, -1)
             batch = cutting.whole_batch(part.columns, filled, places)
-            served = self.ranker.ranker.serve(self.ranker.parameters, batch, self.items)
+            served = ranker.serve(ranker.parameters, batch, self.items)
             probability = np.asarray(served.probability[self.ranker.serve])[: len(chunk)]
             yield probability[index < part.scored[start : start + size, None]]
 
@@ -195,8 +196,8 @@ def _parts_of_dataset(dataset: Dataset, stage: Stage, size: int, work: Path) -> 
     of_log = (dataset.directory / vocabulary.MANIFEST).exists()
     files = list(vocabulary.read_manifest(dataset.directory)) if of_log else list(SPLITS)
     paths = _paths_like([SQL] if SQL in files else files, work)
-
-    def by_file(split: str) -> Callable[[int], Iterator[_Part]]:
+    splits = []
+    for split in sorted(SPLITS):
         columns = dataset.columns[split]
         request = pa.array(columns.counts.request_id)
         file = np.full(len(request), SPLITS.index(split))
@@ -206,22 +207,16 @@ def _parts_of_dataset(dataset: Dataset, stage: Stage, size: int, work: Path) -> 
         order = np.argsort(file, kind="stable")
         of_files = np.split(order, np.searchsorted(file[order], range(1, len(paths))))
         scored = columns.counts.reached(stage if split == "train" else Stage.RETRIEVED)
-        first = storage.first_rows(columns)
         column = storage.open_column(work, split, columns, dataset.spec)
-
-        def parts(number: int) -> Iterator[_Part]:
+        splits.append((columns, request, of_files, scored, storage.first_rows(columns), column))
+    for number, path in enumerate(paths):
+        if path.exists():
+            continue
+        for columns, request, of_files, scored, first, column in splits:
             for start in range(0, max(len(of_files[number]), 1), size):
                 own = of_files[number][start : start + size]
                 keep = functools.partial(operator.setitem, column, runs(first[own], scored[own]))
-                ids = request.take(pa.array(own))
-                yield _Part(paths[number], ids, columns, own, scored[own], keep)
-
-        return parts
-
-    splits = [by_file(split) for split in sorted(SPLITS)]
-    for number, path in enumerate(paths):
-        if not path.exists():
-            yield from itertools.chain.from_iterable(parts(number) for parts in splits)
+                yield _Part(path, request.take(pa.array(own)), columns, own, scored[own], keep)
 
 
 def score_unseen(
@@ -250,7 +245,7 @@ def score_unseen(
     made_of = _made_of(config, ranker, inputs)
     if output is None:
         name = ranker.dataset.directory.parent.name
-        name += f"-{ranker.role}-{ranker.version}-{made_of['scores']}"
+        name += f"-{ranker.job.role}-{ranker.version}-{made_of['scores']}"
         output = Path(config.data.dir) / datasets.SCORES_FOLDER / name
     if output.resolve().is_relative_to(Path(layout.path).resolve()):
         raise UserError(
@@ -313,7 +308,7 @@ def _made_of(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.Made
     releases = [metadata.version(package) for package in ("kd_ranker", "jax")]
     numbers = [list(config.value_weights), config.evaluation.requests]
     dataset = ranker.dataset.identity["dataset"]
-    of_ranker = [ranker.version, ranker.role, ranker.serve, *numbers]
+    of_ranker = [ranker.version, ranker.job.role, ranker.serve, *numbers]
     if ranker.policy:
         of_ranker.append(to_json({("", ""): {ranker.policy.name: ranker.policy}}))
     return {
@@ -332,18 +327,19 @@ def _writing(
     It is kept if the run is killed. None is yielded if the scores are finished. With `replaces`,
     other scores of the same dataset by the same ranker are replaced; all else is a UserError.
     """
-    work = output / f".scoring-{made_of['scores']}"
+    work, remedy = output / f".scoring-{made_of['scores']}", _remedy(output)
     with lock.hold(output):
         finished = (output / manifest.FILE).exists()
-        found = manifest.read(output, _remedy(output))["made_of"] if finished else {}
+        found = manifest.read(output, remedy)["made_of"] if finished else {}
         if found == made_of:
-            manifest.check(output, _remedy(output))
+            manifest.check(output, remedy)
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its end
             yield None
             return
-        replaced = replaces and {**found, "scores": ""} == {**made_of, "scores": ""}
         is_ours = work.exists() or {path.name for path in output.iterdir()} <= lock.FILES
-        if not (replaced if finished else is_ours):
+        if finished:
+            is_ours = replaces and {**found, "scores": ""} == {**made_of, "scores": ""}
+        if not is_ours:
             raise UserError(
                 f"{output} holds something else than these scores by this ranker; remove it, or "
                 "give another folder with --out"

@@ -204,7 +204,9 @@ def _study(dataset: str, folders: list[Path]) -> Study:
         frozen=students[~is_healthy].drop_duplicates(["source", "member"]),
         varying=_varying(students),
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
-        configs={name: workdirs.as_json(config) for name, config in configs.items()},
+        configs={
+            name: config.to_json(indent=2, sort_keys=True) for name, config in configs.items()
+        },
         environments={str(folder): workdirs.read_environment(folder) for folder in folders},
         kept=[
             (source, results.read_requests(tested))

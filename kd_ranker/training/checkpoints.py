@@ -6,7 +6,6 @@ and renames it when it is complete, so an interrupted write leaves no checkpoint
 """
 
 import contextlib
-import logging
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +26,8 @@ from kd_ranker.training.workdir import ENVIRONMENT_FILE
 FOLDER, RECORD = "checkpoints", "record"
 _KEEP = 3
 
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Return False for records that Orbax logs; it also raises these errors."""
-    return "orbax" not in Path(record.pathname).parts
+# Orbax also raises the errors that it logs.
+absl.logging.get_absl_logger().addFilter(lambda of: "orbax" not in Path(of.pathname).parts)
 
 
 @contextlib.contextmanager
@@ -38,13 +35,10 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
     """Open the checkpoints of a workdir; on exit, all of them are complete.
 
     The run itself opens them `to_write`, which removes what an interrupted write left behind.
-
-    Raises:
-      UserError: one could not be written.
+    UserError if one could not be written.
     """
     folder, mine = (workdir / FOLDER).absolute(), index()
     on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    absl.logging.get_absl_logger().addFilter(_is_not_of_orbax)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_KEEP,
         create=False,
@@ -58,7 +52,8 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
     manager = ocp.CheckpointManager(folder, options=options)
     try:
         yield manager
-        _wait(manager)
+        with _one_line(manager):
+            on_first(manager.wait_until_finished)
     finally:
         with _one_line(manager):
             manager.close()
@@ -77,12 +72,6 @@ def _one_line(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def _wait(checkpoints: ocp.CheckpointManager) -> None:
-    """Wait until the last checkpoint is complete; if that fails, all processes raise."""
-    with _one_line(checkpoints):
-        on_first(checkpoints.wait_until_finished)
-
-
 def save(
     checkpoints: ocp.CheckpointManager,
     step: int,
@@ -93,12 +82,10 @@ def save(
     """Start to save a checkpoint of a run with these fingerprints, after `step` steps.
 
     It has the position of `batches`. When this returns, `state`, a pytree of arrays, may be
-    donated: Orbax writes a copy of it on the host.
-
-    Raises:
-      UserError: the previous checkpoint could not be written.
+    donated: Orbax writes a copy of it on the host. UserError if the previous one was not written.
     """
-    _wait(checkpoints)
+    with _one_line(checkpoints):
+        on_first(checkpoints.wait_until_finished)
     if not is_first():
         return
     position = batches.get_state() if batches is not None else None
@@ -120,29 +107,37 @@ def restore(
     """Restore the newest checkpoint that can be read, and warn of later ones.
 
     `state` has the same shapes and dtypes, maybe abstract; `batches`, if any, moves to the saved
-    position.
-
-    Returns:
-      The state, on the host, and its step; `state` as given and 0 without checkpoints.
+    position. Return the state, on the host, and its step; `state` as given and 0 without any.
 
     Raises:
       UserError: the checkpoint is of a run with other fingerprints, or none can be read.
     """
+    abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     # Another host may have an older listing of the folder.
     steps, reason = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True)), ""
     for step in steps:
-        read, reason = None, "another process cannot read it"
+        place, found, reason = checkpoints.directory / str(step), None, "another process failed"
         try:
-            read = _read(checkpoints, step, state, made_of)
+            items = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
+            record = checkpoints.restore(step, args=items)[RECORD]
+            if record["step"] != step:
+                raise ValueError(f"it was saved at step {record['step']}")
+            if differing := manifest.differences(record["made_of"], made_of):
+                raise UserError(
+                    f"{place} belongs to another run: {differing}; use another --workdir, or "
+                    f"remove {checkpoints.directory} to train from the start"
+                )
+            items = ocp.args.Composite(state=abstract)
+            found = checkpoints.restore(step, args=items).state, record["batches"]
         except (UserError, MemoryError, PermissionError):
             raise  # not the fault of the checkpoint
         except Exception as error:
             reason = _reason(error)
-        if first_without(read is not None) is None and read is not None:
+        if first_without(found is not None) is None and found:
             if batches is not None:
-                batches.set_state(read[1])
-            return read[0], step
-        absl.logging.warning("%s cannot be restored: %s", checkpoints.directory / str(step), reason)
+                batches.set_state(found[1])
+            return found[0], step
+        absl.logging.warning("%s cannot be restored: %s", place, reason)
     if steps:
         raise UserError(
             f"none of the checkpoints in {checkpoints.directory} can be restored ({reason}); "
@@ -150,24 +145,6 @@ def restore(
             "names, or remove that folder to train from the start"
         )
     return state, 0
-
-
-def _read(
-    checkpoints: ocp.CheckpointManager, step: int, state: Any, made_of: MadeOf
-) -> tuple[Any, Any]:
-    """Return the state in a checkpoint, and the position of the loader."""
-    items = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
-    record = checkpoints.restore(step, args=items)[RECORD]
-    if record["step"] != step:
-        raise ValueError(f"it was saved at step {record['step']}")
-    if differing := manifest.differences(record["made_of"], made_of):
-        raise UserError(
-            f"{checkpoints.directory / str(step)} belongs to another run: {differing}; use another "
-            f"--workdir, or remove {checkpoints.directory} to train from the start"
-        )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return checkpoints.restore(step, args=items).state, record["batches"]
 
 
 def _reason(error: Exception) -> str:

@@ -11,11 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-_ASK_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last is of a closed terminal
-
-
-class _Stopped(SystemExit):
-    """The first signal, with its exit code; asyncio loops let a SystemExit pass."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last is of a closed terminal
 
 
 @contextlib.contextmanager
@@ -24,11 +20,17 @@ def clean_up_on_signal() -> Iterator[None]:
 
     A second signal, and any after the context, ends the process at once.
     """
-    _handle(_stop)
+
+    def stop(number: int, _: FrameType | None) -> None:
+        end_on_signal()
+        raise SystemExit(128 + number)  # asyncio loops let it pass
+
+    _handle(stop)
     try:
         yield
-    except _Stopped as stopped:
-        _print(int(stopped.code or 0) - 128)
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code > 128:
+            _print(ended.code - 128)
         raise
     finally:
         end_on_signal()
@@ -38,15 +40,12 @@ def clean_up_on_signal() -> Iterator[None]:
 def deferred() -> Iterator[Callable[[], bool]]:
     """Defer signals to end until the context exits; a second one ends the process at once.
 
-    Yields:
-      A function that returns True once a signal has arrived. The main thread receives all signals,
-      so in other threads it always returns False.
+    Yields a function: True once a signal has arrived. Only the main thread receives signals.
     """
     received: list[int] = []
 
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            _end(number, frame)
+    def receive(number: int, _: FrameType | None) -> None:
+        end_on_signal()
         received.append(number)
 
     in_main = threading.current_thread() is threading.main_thread()
@@ -62,27 +61,18 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 def end_on_signal() -> None:
     """From now on, end the process at once: there is nothing to clean up."""
-    _handle(_end)
+
+    def end(number: int, _: FrameType | None) -> None:
+        _print(number)
+        os._exit(128 + number)
+
+    _handle(end)
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Install a handler, and return the previous ones; an ignored signal stays so, as of nohup."""
-    previous = {number: signal.getsignal(number) for number in _ASK_TO_END}
-    return {
-        number: signal.signal(number, handler)
-        for number, before in previous.items()
-        if before != signal.SIG_IGN
-    }
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    end_on_signal()
-    raise _Stopped(128 + number)
-
-
-def _end(number: int, _: FrameType | None) -> None:
-    _print(number)
-    os._exit(128 + number)
+    heeded = [of for of in _SIGNALS if signal.getsignal(of) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
 
 
 def _print(number: int) -> None:

@@ -81,21 +81,15 @@ def on_first(function: Callable[[], _Result]) -> _Result:
             result = function()
         except Exception as error:
             fault = error
-    result, message = _broadcast((result, fault and str(fault)))
+    content = np.frombuffer(pickle.dumps((result, fault and str(fault))), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int64(content.size)))
+    received = multihost_utils.broadcast_one_to_all(np.resize(content, length))
+    result, message = pickle.loads(received.tobytes())
     if fault:
         raise fault
     if message:
         raise UserError(message)
     return result
-
-
-def _broadcast(value: Any) -> Any:
-    """Return the value of process 0 on all processes."""
-    content = np.frombuffer(pickle.dumps(value), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int64(content.size)))
-    whole = np.zeros(length, np.uint8)
-    whole[: content.size if is_first() else 0] = content if is_first() else 0
-    return pickle.loads(multihost_utils.broadcast_one_to_all(whole).tobytes())
 
 
 @contextlib.contextmanager

@@ -45,11 +45,6 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return parsed
 
 
-def as_json(config: ConfigDict) -> str:
-    """Return a config as the text of `config.json`."""
-    return config.to_json(indent=2, sort_keys=True)
-
-
 def read_config(workdir: Path) -> ConfigDict:
     """Return the config of the run in `workdir`; raise UserError if the file is damaged."""
     remedy = "restore it, or use another --workdir"
@@ -82,11 +77,6 @@ def read_environment(workdir: Path) -> dict[str, Any]:
     return read_json(path, remedy) if path.exists() else {}
 
 
-def owner_of(workdir: Path) -> str | None:
-    """Return the entry point of the run in a workdir; None if it is not recorded."""
-    return read_environment(workdir).get("command")
-
-
 def check(
     workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
 ) -> None:
@@ -99,8 +89,8 @@ def check(
     """
     if not (workdir / CONFIG_FILE).exists():
         return
-    owner = owner_of(workdir)
-    if owner not in (None, command):
+    owner = read_environment(workdir).get("command", command)
+    if owner != command:
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
     there, here = (values_by_key(of, without) for of in (read_config(workdir), config))
     if differing := manifest.differences(there, here):
@@ -133,7 +123,7 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeO
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
-    write_atomically(workdir / CONFIG_FILE, as_json(config))
+    write_atomically(workdir / CONFIG_FILE, config.to_json(indent=2, sort_keys=True))
     write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
 
 

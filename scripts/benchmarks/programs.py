@@ -38,7 +38,8 @@ class Program:
         self.batch = devices.shard(batch)
         groups = recipes.student_groups(members, spec)
         live = LiveTeacher(teacher.model, stage) if teacher else None
-        frozen = Frozen(jax.tree.map(jnp.asarray, items), teacher.parameters if teacher else None)
+        of_teacher = teacher.ranker.parameters if teacher else None
+        frozen = Frozen(jax.tree.map(jnp.asarray, items), of_teacher)
         self.run = make_run(groups, live, None, frozen, devices)
         self.states = initial_states(self.run)
         step = make_step([group.recipe for group in groups], live)

@@ -126,7 +126,7 @@ def evaluated(workdir, serve="user"):
     """All requests of the test split as a batch, and the probabilities that are measured."""
     found, batches, probabilities = open_finished(workdir), [], []
     for few in evaluation_batches(found.dataset, "test", requests=4, candidates=100):
-        served = found.ranker.serve(found.parameters, few.batch, found.dataset.items)
+        served = found.ranker.serve(found.ranker.parameters, few.batch, found.dataset.items)
         batches.append(few.batch)
         probabilities.append(served.probability[serve])
     return jax.tree.map(lambda *of: np.concatenate(of), *batches), np.concatenate(probabilities)

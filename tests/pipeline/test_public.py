@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import kd_ranker as kd
-from kd_ranker.pipeline import cohorts
+from kd_ranker.pipeline import runs
 from kd_ranker.sweep import sweep_members
 from tests.report import sweeps
 
@@ -38,7 +38,7 @@ assert kd.configs is configs
 
 def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(cohorts, "train_sweep", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(runs, "train_sweep", lambda config, *_: trained.append(config))
     config = world.config(teacher__workdir="")
     before = config.to_json()
     axes = {"distill.loss": ["topk"]}

@@ -7,6 +7,7 @@ import signal
 import grain
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from kd_ranker.errors import UserError
@@ -120,7 +121,7 @@ def test_a_checkpoint_that_another_process_cannot_read_is_passed_over(workdir, m
     monkeypatch.setattr(checkpoints, "first_without", lambda _: next(found))
     with caplog.at_level(logging.WARNING):
         assert_starts_at(workdir, 4)
-    assert "cannot be restored: another process cannot read it" in caplog.text
+    assert "cannot be restored: another process failed" in caplog.text
 
 
 def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next(workdir):
@@ -162,7 +163,10 @@ def test_if_none_can_be_restored_nothing_is_overwritten(workdir):
 
 @pytest.mark.parametrize("fault", [MemoryError, PermissionError])
 def test_an_error_of_the_machine_is_raised(workdir, monkeypatch, fault):
-    monkeypatch.setattr(checkpoints, "_read", lambda *_: (_ for _ in ()).throw(fault))
+    def restore_of(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore_of)
     with pytest.raises(fault):
         restore(workdir)
 

@@ -62,7 +62,9 @@ def of_one_process(world):
 
 
 def assert_same_student(workdir, world):
-    expected, found = (open_finished(of).parameters for of in (of_one_process(world), workdir))
+    expected, found = (
+        open_finished(of).ranker.parameters for of in (of_one_process(world), workdir)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), found, expected)
     assert_same_results(workdir, of_one_process(world))
 

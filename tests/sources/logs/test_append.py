@@ -283,7 +283,7 @@ def test_a_feature_that_varies_for_the_first_time_has_no_scale(tmp_path):
 
 
 def parameters_of(workdir):
-    return jax.tree.map(np.asarray, open_finished(workdir, with_slots=True).parameters)
+    return jax.tree.map(np.asarray, open_finished(workdir, with_slots=True).ranker.parameters)
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def started(config):
     """The parameters of a fresh run, and those that it starts with, without the axis of members."""
     job = open_job(config, {"": config})
     fresh = tuple(group.init() for group in job.groups)
-    (begun,) = warm_start(job)(fresh)
+    (begun,) = warm_start(job, fresh)
     return jax.tree.map(lambda of: np.asarray(of)[0], (fresh[0].parameters, begun.parameters))
 
 
@@ -347,7 +347,7 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tm
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(workdir), 7
     job = open_job(config)
-    (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))
+    (begun,) = warm_start(job, tuple(group.init() for group in job.groups))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
     assert_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
@@ -355,4 +355,4 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tm
     config.teacher.train.warm_start, config.train.warm_start = "", str(workdir)
     student = open_job(config, {"": config})
     with pytest.raises(UserError, match="monday is of a teacher, not of a student"):
-        warm_start(student)(())
+        warm_start(student, ())
