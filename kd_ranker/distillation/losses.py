@@ -127,7 +127,9 @@ def _teacher_logit(probability: Logits) -> Logits:
     return jax.scipy.special.logit(clipped)
 
 
-def bce(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def bce(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Binary cross entropy against soft labels, in nats.
 
     With temperature τ both sides are softened and the loss is scaled so that its gradient keeps its
@@ -151,7 +153,9 @@ def bce(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumber
     return weighted_totals(values, weight)
 
 
-def mse_logit(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def mse_logit(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Squared difference of logits.
 
         (z − logit(p))²
@@ -170,7 +174,9 @@ def mse_logit(logits: Logits, probability: Logits, weight: Logits, numbers: Loss
     return weighted_totals(jnp.square(logits - _teacher_logit(probability)), weight)
 
 
-def mse_margin(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def mse_margin(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Squared difference of the margins of each pair of candidates of a request (MarginMSE).
 
     Hofstätter et al. (2020, arXiv 2010.02666), over all pairs in place of a relevant and another
@@ -205,7 +211,9 @@ def mse_margin(logits: Logits, probability: Logits, weight: Logits, numbers: Los
     )
 
 
-def softmax(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def softmax(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Listwise cross entropy between distributions over the candidates of a request, in nats.
 
     ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), softened as in
@@ -233,7 +241,9 @@ def softmax(logits: Logits, probability: Logits, weight: Logits, numbers: LossNu
     return temperature**2 * numerator, denominator
 
 
-def user_softmax(logits: Logits, label: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def user_softmax(
+    logits: Logits, label: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Listwise cross entropy of the positive user labels of a request, in nats.
 
     ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), with the labels y
@@ -284,7 +294,9 @@ def _listwise(
     )
 
 
-def listmle(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def listmle(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Likelihood of the teacher's order, place by place, in nats (ListMLE).
 
     Xia et al. (ICML 2008, section 4.1): drawn one by one with chances in proportion to exp(z / τ),
@@ -322,7 +334,9 @@ def listmle(logits: Logits, probability: Logits, weight: Logits, numbers: LossNu
     return weighted_totals(values, jnp.where(below > 0, weight, 0.0))
 
 
-def ranknet(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def ranknet(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Logistic loss of the pairs that the teacher orders, in nats (RankNet).
 
     Burges et al. (ICML 2005), with certain targets: over the pairs of known candidates of a request
@@ -350,7 +364,7 @@ def ranknet(logits: Logits, probability: Logits, weight: Logits, numbers: LossNu
 
 
 def lambda_rank(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
     """RankNet's pairs, weighted by the change in NDCG if the two are swapped (LambdaRank).
 
@@ -391,7 +405,7 @@ def lambda_rank(
 
 
 def rank_distil(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
     """RankNet's pairs with one among the teacher's first k, in nats (RankDistil).
 
@@ -422,7 +436,7 @@ def rank_distil(
 
 
 def approx_ndcg(
-    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
     """Gap between 1 and a smooth NDCG of the student's order (ApproxNDCG).
 
@@ -530,7 +544,9 @@ def _list_by_list(
     )
 
 
-def topk(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def topk(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """Binary cross entropy of being among the teacher's first k of the request, in nats.
 
         numerator = Σ w · τ BCE(z / τ, y),   denominator = Σ w,   y = [fewer than k have a larger p]
@@ -556,7 +572,9 @@ def topk(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbe
     return _membership(logits, first, jnp.where(comparable, weight, 0.0), numbers.temperature)
 
 
-def dftopk(logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers) -> Totals:
+def dftopk(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
     """`topk` with one threshold per request, in nats (DFTopK).
 
     The differentiable top k of Zhu et al. (2025, arXiv 2510.11472): with z_(k) the k-th largest
