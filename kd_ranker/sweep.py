@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from kd_ranker import manifest
 from kd_ranker.batch import FeatureSpec, abstract_batch
 from kd_ranker.config import schema
-from kd_ranker.config.key import Key
+from kd_ranker.config.keys import Key
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import policy, results

@@ -12,8 +12,7 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from kd_ranker.batches.samplers import SAMPLERS
-from kd_ranker.config.key import Key
-from kd_ranker.config.keys import JOIN, PLAN
+from kd_ranker.config.keys import JOIN, PLAN, Key
 from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of, ways
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES

@@ -7,8 +7,7 @@ from typing import Any, cast, get_args
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
-from kd_ranker.config.key import Influence, Key
-from kd_ranker.config.keys import DATA_KEYS, KEYS
+from kd_ranker.config.keys import DATA_KEYS, KEYS, Influence, Key
 from kd_ranker.errors import UserError
 from kd_ranker.training.workdir import values_by_key
 

@@ -85,12 +85,11 @@ class Estimates:
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
-        none, _ = saving.student_cost({"role": "reference"}, self.study.costs)
+        none, costs = saving.student_cost({"role": "reference"}, self.study.costs)
 
         def share(cost: Any, candidates: Any) -> Any:
-            return cost / saving.funnel_cost(
-                candidates, candidates, none, self._teacher_flops, self.study.costs
-            )
+            whole = saving.funnel_cost(candidates, candidates, none, self._teacher_flops, costs)
+            return cost / whole
 
         parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))
         return crossed_interval(combined(share, *parts))

@@ -12,8 +12,7 @@ import pytest
 
 from kd_ranker import configs
 from kd_ranker.config import checks
-from kd_ranker.config.key import Bound
-from kd_ranker.config.keys import DATA_KEYS, KEYS
+from kd_ranker.config.keys import DATA_KEYS, KEYS, Bound
 from kd_ranker.configs import cascade, parquet
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.row_files import columns_of

@@ -4,7 +4,7 @@ import pytest
 
 from kd_ranker.config.schema import fingerprint
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline.datasets import dataset_name
+from kd_ranker.pipeline.datasets import dataset_name, scores_folder
 from kd_ranker.training import workdir as workdirs
 
 
@@ -18,7 +18,7 @@ def identities(changes):
     """The name of the dataset, and the fingerprints of a student and of a teacher."""
     config = config_with(changes)
     of_roles = (fingerprint({"": config}, role) for role in ("student", "teacher"))
-    return (dataset_name(config, ""), *of_roles)
+    return (dataset_name(config), *of_roles)
 
 
 NOTHING = {f"train.{key}_every": 7 for key in ("log", "checkpoint", "eval")} | {
@@ -54,8 +54,8 @@ def test_a_value_changes_the_identity_of_what_it_influences(changes, differ):
 def test_a_scored_copy_is_named_after_its_teacher_and_the_stage_that_was_scored():
     for stage in ("retrieved", "passed"):
         config = config_with({"teacher.stage": stage})
-        expected = f"{dataset_name(config, '')}-teacher-abc-{stage}"
-        assert dataset_name(config, "abc") == expected
+        expected = f"{dataset_name(config)}-teacher-abc-{stage}"
+        assert scores_folder(config, "abc").name == expected
 
 
 def test_the_order_and_the_names_of_members_are_part_of_their_fingerprint():

@@ -136,7 +136,7 @@ def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before:
     retrieved, passed, shown = (
         count(stage >= of) for of in (Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN)
     )
-    # A teacher that scored more than what was passed is kept for all.
+    # Where the teacher scored beyond the passed candidates, all are kept.
     beyond = count(~np.isnan(probability).all(axis=1) & (stage < Stage.PASSED)) > 0
     judged = np.where(beyond, retrieved, passed) if layout.scored_tasks else 0 * passed
     if layout.teacher_signal == "rank":

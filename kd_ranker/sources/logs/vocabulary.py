@@ -45,7 +45,7 @@ def encoding_of(
     moments: Mapping[str, Mapping[str, float]],
     known: Encoding | None = None,
 ) -> Encoding:
-    """Return the encoding of a log, whose dense features have these `moments` in training.
+    """Return the encoding of a log; `moments` are those of its dense features in training.
 
     That of a dataset, if it is `known`, keeps its ids and scales; new ids follow.
     """
