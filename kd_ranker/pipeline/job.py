@@ -199,7 +199,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
 
     A run may use a loss, a mode or the like that its config file registers. A workdir can come from
     anyone, so the file at `registered_by` is executed only with `trust`. A file that is needed and
-    not trusted, or trusted and missing, is a UserError.
+    missing, or not trusted, is a UserError.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -209,11 +209,13 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
             )
         config = workdirs.read_config(folder)
     file = config.get("registered_by", "")
-    if trust:
+    if trust and Path(file).is_file():
         register(file)
     try:
         checks.validate(config, config.parallel.devices or config.parallel.members or 1)
     except UserError as error:
+        if trust:
+            register(file)  # a UserError if it is missing
         if trust or not file:
             raise
         raise UserError(

@@ -174,7 +174,7 @@ def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Fi
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     store.get(names, [str(folder / name) for name in names])
     for checkpoint in [*folder.rglob(f"{checkpoints.FOLDER}/*")]:
-        if not (checkpoint / checkpoints.RECORD).exists():
+        if checkpoint.is_dir() and not (checkpoint / checkpoints.RECORD).exists():
             shutil.rmtree(checkpoint)
     return dict.fromkeys(names, (0, 0)) | _files(folder)
 

@@ -47,7 +47,9 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     facts: dict[str, Any] = {
         "study": study, "chosen": chosen, "without": without, "criterion": CRITERION,
         "target": f"{100 * TARGET:g}%", "effect": _EFFECT, "lists": LISTS, "of": estimates.of,
-        "passed": lambda name: number(estimates.of(name, CRITERION).mean, 0),
+        "passed": lambda name: (
+            number(estimates.of(name, CRITERION).mean, 0) or "an unknown number of"
+        ),
         "number": number, "title_of": title_of,
     }  # fmt: skip
     caveats = []
@@ -99,9 +101,9 @@ def _of_saving(
         "today": {name: title for name, title in today.items() if name is not None},
         "saving": estimates.of(chosen, SAVINGS[0]),
         "others": {
-            title: estimates.of(chosen, column)
+            title: saving
             for title, (name, column) in others.items()
-            if name not in (None, without)
+            if name not in (None, without) and (saving := estimates.of(chosen, column)).n
         },
     }
 

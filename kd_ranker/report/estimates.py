@@ -235,8 +235,9 @@ class Estimates:
         for metric in METRICS.values():
             # A metric that was added later has no sums here.
             with contextlib.suppress(KeyError):
-                ended = metric.ends(sums, of_teacher) if metric.ends else None
                 columns = metrics.result_columns(metric, tasks, points)
+                is_drawn = columns or metrics.curve_columns(metric, tasks)
+                ended = metric.ends(sums, of_teacher) if metric.ends and is_drawn else None
                 if ended is not None and columns and set(columns) <= known:
                     numbers = metrics.numbers(metric, ended, points)
                     drawn |= zip(columns, numbers, strict=True)

@@ -29,8 +29,8 @@ def clean_up_on_signal() -> Iterator[None]:
     try:
         yield
     except SystemExit as ended:
-        if isinstance(ended.code, int) and ended.code > 128:
-            _print(ended.code - 128)
+        if ended.code in [128 + of for of in _SIGNALS]:
+            _print(int(ended.code) - 128)
         raise
     finally:
         end_on_signal()

@@ -167,3 +167,12 @@ def test_a_metric_that_is_put_into_the_table_is_measured_and_has_its_columns():
         pytest.raises(ValueError, match="two sums of the metrics are named user_bce"),
     ):
         case.sums()
+
+
+def test_passed_for_is_the_smallest_k_that_reaches_the_target() -> None:
+    # Not every step rises, as with true value; the first curve never reaches it.
+    curves = np.random.default_rng(8).uniform(0, 1.2, (30, 50))
+    curves[:, 0], curves[:, 1] = 0.5, np.nan
+    for curve, k in zip(curves.T, metrics.passed_for(curves, 0.9), strict=True):
+        reached = [place for place in range(1, 31) if curve[place - 1] >= 0.9]
+        assert k == reached[0] if reached else np.isnan(k)

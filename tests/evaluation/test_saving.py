@@ -42,6 +42,9 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     # A reference costs nothing, and a final ranker in front of itself what it costs.
     assert cost_of("reference") == 50 + 200 * 4
     assert cost_of("teacher") == 50 + 2000 * 4 + 200 * 4
+    # The teacher scores all 2000, without a student.
+    none, without = saving.student_cost({"role": "reference"}, costs)
+    assert saving.funnel_cost(2000, 2000, none, 100.0, without) == 8050
     # Without a cost of the student, it is its FLOPs' share of the teacher's: 5% of 4.
     config.costs.student.candidate = 0.0
     assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == pytest.approx(1280)

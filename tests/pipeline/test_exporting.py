@@ -91,7 +91,8 @@ def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted
     assert marks.read_text() == "run "
     # Once everything that the run names is known, the file is not needed.
     file.unlink()
-    assert open_finished(run).config.student.name == "of_mine"
+    for trust in (False, True):
+        assert open_finished(run, trust=trust).config.student.name == "of_mine"
 
 
 _SERVER = """

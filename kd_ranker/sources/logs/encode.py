@@ -1,6 +1,7 @@
 """The last pass: requests and candidates in their final order, and pieces of them as blocks."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.feather as feather
 from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
@@ -88,11 +88,26 @@ class Encoding:
     vocabularies: Mapping[str, pa.Table]
     rules: Mapping[str, Any]
 
+    @functools.cached_property
+    def _known(self) -> dict[str, tuple[pd.Index, Int32[np.ndarray, "values+1"]]]:
+        """The values and ids of each vocabulary that is looked up here; -1 is the last id."""
+        tables = {name: of for name, of in self.vocabularies.items() if name != USER}
+        return {
+            name: (
+                pd.Index(of["value"].combine_chunks().to_numpy(zero_copy_only=False)),
+                np.append(of["id"].to_numpy(), np.int32(-1)),
+            )
+            for name, of in tables.items()
+        }
+
     def ids_of(self, name: str, values: pa.Array, missing: int) -> Int64[np.ndarray, "n"]:
         """Return the id of each value in a vocabulary, and `missing` for null and others."""
-        known = self.vocabularies[name]
-        places = pc.index_in(values, known["value"])
-        return known["id"].take(places).fill_null(missing).to_numpy().astype(np.int64)
+        known, ids = self._known[name]
+        encoded = values.dictionary_encode()
+        distinct = encoded.dictionary.to_numpy(zero_copy_only=False)
+        places = np.append(known.get_indexer(distinct) if len(distinct) else [], -1).astype(int)
+        of_distinct = np.where(places < 0, missing, ids[places])
+        return of_distinct[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
 def item_matrix(

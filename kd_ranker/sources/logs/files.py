@@ -153,12 +153,13 @@ def _open_select(layout: LogLayout) -> Log:
             if is_text_log(path):
                 if not rows.limit(1).fetchall():
                     raise UserError(f"{path} has no rows")
-                types = zip(rows.columns, map(str, rows.types), strict=True)
-                ids = [layout.columns.get(of) for of in ("request", "user", "item")]
+                types = dict(zip(rows.columns, map(str, rows.types), strict=True))
                 # Among ids that look like fractions, 1e5 and 100000 would be one number.
-                sql = sql_of_texts(
-                    path, [of for of, type_ in types if type_ == "DOUBLE" and of in ids]
-                )
+                ids = [of for of in wanted_columns(layout) if types.get(of.column) == "DOUBLE"]
+                ids = [of for of in ids if of.use == "id" and of.key.startswith("data.columns.")]
+                for file in split_path(path) if ids else ():
+                    _check_there(file, ids, connection.sql(sql_of_texts(file)).columns)
+                sql = sql_of_texts(path, [of.column for of in ids])
             schema = connection.sql(sql).limit(0).to_arrow_table().schema
     except duckdb.Error as error:
         raise UserError(f"{path}: {line_of(error)}") from error
@@ -230,8 +231,10 @@ def find_files(path: str) -> tuple[Any, dict[str, list]]:
     Raises:
       UserError: there are no files, or they are on several file systems.
     """
+    if not (urls := split_path(path)):
+        raise UserError(f"data.path={path!r} names no file; give a file, a directory or a glob")
     try:
-        places = [(url, *fsspec.core.url_to_fs(url)) for url in split_path(path)]
+        places = [(url, *fsspec.core.url_to_fs(url)) for url in urls]
         system = places[0][1]
         # Of one kind there may be several: two hosts, two archives.
         if any(other is not system for _, other, _ in places):
@@ -256,7 +259,11 @@ def _at(url: str, system: Any, path: str) -> list[str]:
         return [path]
     below = {file: file.removeprefix(path).strip("/").split("/") for file in system.find(path)}
     if any("_delta_log" in names for names in below.values()):
-        logging.warning("%s is a Delta table: all its files are read, of earlier versions too", url)
+        logging.warning(
+            "%s is a Delta table: all its files are read, of earlier versions too; if there are "
+            "several versions, write the right one to a separate folder",
+            url,
+        )
     # Names that begin with _ or . belong to the writer, as unfinished files and metadata do.
     visible = [
         file

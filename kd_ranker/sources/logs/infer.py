@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError, check_choice, command
 from kd_ranker.sources.logs.files import find_files, line_of, register_store
-from kd_ranker.sources.logs.layout import TIME_UNITS, is_text_log, literal, sql_of_texts
+from kd_ranker.sources.logs.layout import STAGES, TIME_UNITS, is_text_log, literal, sql_of_texts
 from kd_ranker.sources.logs.query import quoted
 
 CHECK = "CHECK: "
@@ -250,8 +250,10 @@ class _Sample:
             # Who was shown, and the shares known and 1 of shown and other candidates.
             partly = t.binary & (t.task != "") & (t.known < 0.99)
             self.shown = self.codes.loc[:, partly].notna().any(axis=1)
-            if column and t.has_stages[column]:
-                texts, self.stages = self.texts(column), self._stage_texts(t.loc[column])
+            stages = self._stage_texts(t.loc[column]) if column else {}
+            stages |= {of: text for of in STAGES if (text := self.named.get(f"data.stages.{of}"))}
+            if column and "shown" in stages:
+                texts, self.stages = self.texts(column), stages
                 self.shown = texts == self.stages["shown"]
                 self.passed = (texts != self.stages.get("retrieved")) & (len(self.stages) == 3)
             is_known = bool(self.shown.any())
@@ -413,7 +415,7 @@ def _kind_of_feature(f: Any, sample: _Sample, item: str) -> tuple[str, ...]:
 def _find_sizes(sample: _Sample) -> dict[str, _Guess]:
     """Return the sizes of the funnel, from the requests of the sample."""
     requests = pd.DataFrame({"passed": sample.passed, "shown": sample.shown}).groupby(
-        sample.request
+        sample.request, dropna=False
     )
     most, few, page = map(int, (requests.size().max(), *requests.sum().median()))
     is_known = sample.facts.request.notna().any() and few and page
@@ -448,7 +450,7 @@ def _config_lines(path: str, name: str, sample: _Sample) -> list[str]:
         sample.passed = scored.notna().any(axis=1)
     item, time, version = (columns[of].value for of in ("item", "time", "teacher_version"))
     if version := version.strip(OPEN):
-        version = sample.texts(version).mode()[0]
+        version = next(iter(sample.texts(version).mode()), "")
     worth = tuple(float(of not in _NAMES["unwanted"]) for of in labels)
     stages = {stage: _Guess(text) for stage, text in sample.stages.items()}
     sections = {"columns": columns, "stages": stages, "labels": labels, "teacher": teacher}

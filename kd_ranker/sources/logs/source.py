@@ -292,12 +292,16 @@ def _unusable(
     if not counts.used:
         return f"not one row of the log can be used{times}"
     if missing := [split for split in splits if split not in report["splits"]]:
-        by_time = f"; each split needs another time{times}" if layout.split == "time" else ""
-        return (
-            f"no request is left for the split {missing[0]!r} by data.split={layout.split!r} with "
+        by = (
             f"data.validation_share={layout.validation_share} and data.test_share="
-            f"{layout.test_share}{by_time}"
+            f"{layout.test_share}"
         )
+        if layout.split == "column":
+            by = f"column {layout.columns['split']!r}"
+        elif layout.split == "time":
+            by += f"; each split needs another time: or split by 'request' or 'user'{times}"
+        split = f"the split {missing[0]!r} by data.split={layout.split!r}"
+        return f"no request is left for {split} with {by}"
     propensities = counts.row("propensities")
     if bad := propensities.get("bad"):
         return (
