@@ -326,14 +326,19 @@ def _measured(
         whole = isinstance(array, jax.Array) and not array.is_fully_addressable
         return array.addressable_data(0) if whole else array
 
-    def call(first: int, device: jax.Device) -> Summed:
+    # In this thread: JAX may fail if two threads read the shards of one array for the first time.
+    def inputs(first: int, device: jax.Device) -> Any:
         some = [scored[min(at, len(scored) - 1)] for at in range(first, first + size)]
         is_teacher = np.arange(first, first + size) == 0
-        inputs = jax.tree.map(here, (some, is_teacher, evaluation_batch, weights))
-        choices = {"sizes": sizes, "functions": functions, "ks": tuple(plan.ks)}
-        return jax.device_get(_measure(*jax.device_put(inputs, device), **choices))
+        of_call = jax.tree.map(here, (some, is_teacher, evaluation_batch, weights))
+        return jax.device_put(of_call, device)
 
-    found = pool.map(call, range(0, len(scored), size), itertools.cycle(devices))
+    def call(inputs: Any) -> Summed:
+        choices = {"sizes": sizes, "functions": functions, "ks": tuple(plan.ks)}
+        return jax.device_get(_measure(*inputs, **choices))
+
+    firsts = range(0, len(scored), size)
+    found = pool.map(call, map(inputs, firsts, itertools.cycle(devices)))
     return jax.tree.map(lambda *of: np.concatenate(of)[: len(scored)], *found)
 
 
