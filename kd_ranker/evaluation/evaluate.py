@@ -327,7 +327,7 @@ def _measured(
         return array.addressable_data(0) if whole else array
 
     # In this thread: JAX may fail if two threads read the shards of one array for the first time.
-    def inputs(first: int, device: jax.Device) -> Any:
+    def inputs_of(first: int, device: jax.Device) -> Any:
         some = [scored[min(at, len(scored) - 1)] for at in range(first, first + size)]
         is_teacher = np.arange(first, first + size) == 0
         of_call = jax.tree.map(here, (some, is_teacher, evaluation_batch, weights))
@@ -338,7 +338,7 @@ def _measured(
         return jax.device_get(_measure(*inputs, **choices))
 
     firsts = range(0, len(scored), size)
-    found = pool.map(call, map(inputs, firsts, itertools.cycle(devices)))
+    found = pool.map(call, map(inputs_of, firsts, itertools.cycle(devices)))
     return jax.tree.map(lambda *of: np.concatenate(of)[: len(scored)], *found)
 
 

@@ -137,7 +137,7 @@ class _Sample:
     """
 
     def __init__(self, path: str, named: Mapping[str, Any]) -> None:
-        """Read the beginnings of the files at a path, of which the user may have named columns."""
+        """Read the beginnings of the files at a path; the user may have named some columns."""
         self.named, self.con = named, duckdb.connect()
         self.con.execute("SET enable_progress_bar = false")
         self.con.execute(f"CREATE TABLE candidates AS {self._select(path)}")

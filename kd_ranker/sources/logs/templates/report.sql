@@ -81,7 +81,7 @@ CREATE TABLE faults_of_items AS SELECT
 CREATE TABLE faults_of_requests AS SELECT
 {{ feature_counts(layout.of("user", "context", "event"), true) }} count(*) AS rows FROM request_rows;
 
--- 2. Requests, and items, with different values of a feature. The hash of all features tells most
+-- 2. Requests, and items, with different values of a feature. The hash of all features finds most
 -- of them at one look at each row.
 {% macro varying(table, keys, features, rows) %}
 {% set values, by = names(features | map(attribute="column") | unique), keys | join(", ") %}
