@@ -290,7 +290,7 @@ def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Ite
     """Yield the requests of each file that an earlier run has not written, piece by piece."""
     first = 0
     for piece in read.pieces:
-        requests, _ = piece.read()
+        requests = piece.requests()
         file, ids = requests["file"].to_numpy(), requests["request"].combine_chunks()
         last = len(paths) - 1 if piece is read.pieces[-1] else file[-1]
         if left := [of for of in range(first, last + 1) if not paths[of].exists()]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +101,7 @@ class Source:
     item_category: Int32[np.ndarray, "items I"] | None = None  # -1 for a missing id
     # Split -> its requests in blocks, each returned by a call; None reads `requests` instead.
     shards: Callable[[str], Sequence[Callable[[], Block]]] | None = None
-    threads: int = 1  # that make these calls
+    # Applies a function to each of these calls, and returns the results in their order.
+    map: Callable[[Callable[[Callable[[], Block]], Any], Iterable[Any]], Iterable[Any]] = map
     write_beside: Callable[[Path], None] | None = None  # of more files, into the dataset's folder
     close: Callable[[], None] = lambda: None  # nothing can be read after it

@@ -26,9 +26,7 @@ import functools
 import itertools
 import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +131,8 @@ def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset |
     held_out = [earlier.columns[of] for of in SPLITS[1:]] if earlier else []
     moved = [blocks_of(columns, source.spec) for columns in held_out]
     expected = source.num_requests[split] + sum(map(len, held_out))
-    parts = _parts(source, split, itertools.chain(*moved, own))
+    pack = functools.partial(_pack, spec=source.spec, for_training=split == "train")
+    parts = source.map(pack, itertools.chain(*moved, own))
     with tqdm(total=expected, desc=f"writing {split}", unit="request", disable=None) as progress:
         written = row_files.write(folder, split, source.spec, parts, progress.update)
     if written != expected:
@@ -141,22 +140,10 @@ def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset |
     return written + (len(earlier.columns["train"]) if earlier else 0)
 
 
-def _parts(source: Source, split: str, blocks: Iterable[Callable[[], Block]]) -> Iterator[Flat]:
-    """Yield packed blocks; threads prepare a few ahead of the writer."""
-
-    def packed(block_of_shard: Callable[[], Block]) -> Flat:
-        block = block_of_shard()
-        _check_ids(block, source.spec)
-        return row_files.pack(block, source.spec, split == "train")
-
-    ahead: deque[Future[Flat]] = deque()
-    with ThreadPoolExecutor(source.threads) as executor:
-        for block in blocks:
-            ahead.append(executor.submit(packed, block))
-            if len(ahead) > 2 * source.threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def _pack(shard: Callable[[], Block], spec: FeatureSpec, for_training: bool) -> Flat:
+    block = shard()
+    _check_ids(block, spec)
+    return row_files.pack(block, spec, for_training)
 
 
 def _in_blocks(source: Source, split: str) -> Iterator[Callable[[], Block]]:

@@ -1,5 +1,6 @@
 """The same dataset of a log by Spark and by DuckDB, file by file."""
 
+import os
 import shutil
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.errors import UserError
+from kd_ranker.requests.row_files import Flat
+from kd_ranker.sources.logs import encode
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -48,8 +51,10 @@ def make_ids_large(log):
 @pytest.mark.parametrize(
     ("by_request", "texts", "split"), [(False, False, "time"), (True, True, "user")]
 )
-def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, split):
+def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, split, monkeypatch):
     pytest.importorskip("pyspark", reason="pyspark is not installed; see scripts/test_cluster.sh")
+    # Several pieces of each split, whose tasks end in any order.
+    monkeypatch.setattr(encode, "PIECE", 100)
     rows = make_rows(31, requests=60, faults=0.05, texts=texts)
     log = write_log(tmp_path / "my log", rows, by_request, shuffle=1, files=3)
     if not texts:
@@ -67,6 +72,26 @@ def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, spl
     rows, others = (pq.read_table(of.directory / REJECTED) for of in (by_duckdb, by_spark))
     assert rows.schema == others.schema
     assert repr(rows.to_pylist()) == repr(others.to_pylist())
+
+
+@needs_spark
+def test_requests_are_encoded_by_workers_and_a_fault_there_is_one_line(tmp_path):
+    pytest.importorskip("pyspark", reason="pyspark is not installed; see scripts/test_cluster.sh")
+    from kd_ranker.sources.logs.spark_engine import open_spark
+
+    def pack(shard):
+        if shard == "bad":
+            raise UserError("request 7: item_id must lie in [0, 3)")
+        return Flat(np.full(shard, os.getpid(), np.int32), np.full((1, 12), shard))
+
+    with open_spark("local[2]", {}, tmp_path) as spark:
+        packed = list(spark.map(pack, [3, 1]))
+        assert [len(of.numbers) for of in packed] == [3, 1] == [of.counts[0, 0] for of in packed]
+        assert os.getpid() not in packed[0].numbers
+        with pytest.raises(
+            UserError, match=r"encoded by Spark: .*UserError: request 7: item_id m.*\)$"
+        ):
+            list(spark.map(pack, [3, "bad"]))
 
 
 def test_without_spark_one_line_says_what_to_install(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
 from kd_ranker.requests import lock, storage
 from kd_ranker.requests.request import block_of
+from kd_ranker.sources.logs.database import Database
 from tests import small
 from tests.faults import fault_of
 from tests.requests.random_requests import built, random_source
@@ -125,7 +127,8 @@ def in_shards(size, threads):
         starts = range(0, source.num_requests[split], size)
         return [functools.partial(shard, split, start) for start in starts]
 
-    return dataclasses.replace(source, shards=shards, threads=threads), read
+    in_threads = Database(None, Path(), threads).map
+    return dataclasses.replace(source, shards=shards, map=in_threads), read
 
 
 def bytes_of(directory):

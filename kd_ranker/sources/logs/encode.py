@@ -2,15 +2,12 @@
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.feather as feather
 from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import FeatureSpec, Items, Owner, Stage
@@ -22,52 +19,44 @@ from kd_ranker.sources.logs.layout import LogLayout
 USER, ITEM = "user", "item"
 # Candidates that each process holds at a time.
 PIECE = 2**18
-# The rows of each ordered file, and their order.
-_ORDERS = {"request": "number", "candidate": "number, stage DESC, position NULLS LAST, item"}
+# A table, its fields that are written, and their order.
+_ORDERED = (
+    ("requests", "request_fields", "number"),
+    ("used", "candidate_fields", "number, stage DESC, position NULLS LAST, item"),
+)
+# A piece has the number of its split times this, plus its own in the split.
+_SPLIT = 2**32
 
 
 class Piece(NamedTuple):
-    """Consecutive requests of one split: their rows, and those of their candidates, in two files.
+    """Consecutive requests of one split, on disk.
 
-    The files are in Arrow's own format: reading parts of Parquet takes ten times as long.
+    Each reader returns a table with the columns of `request_fields` or `candidate_fields` in
+    `log.sql`. A process of another machine can call it.
     """
 
-    folder: Path
     split: str
-    requests: slice
-    candidates: slice
-
-    def read(self) -> tuple[pa.Table, pa.Table]:
-        """Return the requests and their candidates; columns that are not used stay on disk."""
-        requests, candidates = (
-            feather.read_table(self.folder / f"{name}.arrow", memory_map=True) for name in _ORDERS
-        )
-        return requests[self.requests], candidates[self.candidates]
+    requests: Callable[[], pa.Table]
+    candidates: Callable[[], pa.Table]
 
 
 def write_ordered(database: Database) -> list[Piece]:
-    """Write requests and candidates to the database's folder, and return the pieces to read.
+    """Write requests and candidates in their final order, and return the pieces to read.
 
-    The files have the columns of `request_fields` and `candidate_fields` in `log.sql`. A piece has
-    some `PIECE` candidates.
+    A piece has `PIECE` candidates if its requests have as many as others, on average.
     """
-    for name, order in _ORDERS.items():
-        batches = database.stream(f"SELECT * FROM {name}_fields ORDER BY {order}")
-        with pa.ipc.new_file(database.folder / f"{name}.arrow", batches.schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-    sizes = database.fetch(
-        "SELECT split, count(*) AS size FROM used GROUP BY number, split ORDER BY number"
+    requests, candidates = (
+        database.number(f"SELECT count(*) FROM {table}") for table in ("requests", "used")
     )
-    split, starts = sizes["split"].to_numpy(), starts_of(sizes["size"].to_numpy())
-    # A piece ends with a split, or where it would have grown too large.
-    ends = np.flatnonzero(np.diff(split) | np.diff(starts[:-1] // PIECE)) + 1
-    return [
-        Piece(
-            database.folder, SPLITS[split[first]], slice(first, last), slice(*starts[[first, last]])
-        )
-        for first, last in itertools.pairwise([0, *ends.tolist(), len(split)])
-    ]
+    # No piece has requests of two splits.
+    piece = f"split * {_SPLIT} + number // {max(1, PIECE * requests // candidates)}"
+    count = f"SELECT {piece} AS piece, count(*) AS size FROM"
+    splits, readers = [], []
+    for table, fields, order in _ORDERED:
+        pieces = database.fetch(f"{count} {table} GROUP BY piece ORDER BY piece")
+        splits = [SPLITS[of // _SPLIT] for of in pieces["piece"].to_pylist()]
+        readers.append(database.write_ordered(fields, order, piece, pieces))
+    return [Piece(*of) for of in zip(splits, *readers, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +124,7 @@ def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before:
 
     Facts for the evaluation are left out for training.
     """
-    requests, candidates = piece.read()
+    requests, candidates = piece.requests(), piece.candidates()
     spec, tasks, number = encoding.spec, layout.tasks, requests.num_rows
     owner = candidates["number"].to_numpy() - requests["number"][0].as_py()
     stage = candidates["stage"].to_numpy()

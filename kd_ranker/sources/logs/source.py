@@ -203,9 +203,13 @@ def _source(tables: Tables, earlier: _Earlier) -> Source:
     items = database.fetch("SELECT * FROM item_fields ORDER BY id")
     features, category = encode.item_matrix(encoding, items, earlier.items)
 
+    # Requests have the ids of their users already, and other machines need not hold those.
+    others = {name: of for name, of in encoding.vocabularies.items() if name != USER}
+    to_encode = dataclasses.replace(encoding, vocabularies=others)
+
     def shards(split: str) -> list[Callable[[], Block]]:
         return [
-            functools.partial(encode.encode_requests, layout, encoding, piece, earlier.requests)
+            functools.partial(encode.encode_requests, layout, to_encode, piece, earlier.requests)
             for piece in pieces
             if piece.split == split
         ]
@@ -220,7 +224,7 @@ def _source(tables: Tables, earlier: _Earlier) -> Source:
                 if earlier.encoding and split == "train"
             ]
             own = log.files or [files.SQL]
-            requests += [(piece.read()[0], own) for piece in pieces if piece.split == split]
+            requests += [(piece.requests(), own) for piece in pieces if piece.split == split]
             vocabulary.write_requests(requests, log.manifest, directory, split)
 
     return Source(
@@ -232,7 +236,7 @@ def _source(tables: Tables, earlier: _Earlier) -> Source:
         num_requests={of: report["splits"].get(of, {}).get("requests", 0) for of in SPLITS},
         item_category=category,
         shards=shards,
-        threads=layout.processes,
+        map=database.map,
         write_beside=write_beside,
     )
 

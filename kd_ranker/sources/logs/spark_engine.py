@@ -4,21 +4,26 @@ Needs the packages pyspark and sqlglot, and Java 17.
 """
 
 import contextlib
+import functools
+import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlglot
 from sqlglot import exp
 
 from kd_ranker.errors import UserError
+from kd_ranker.requests.row_files import Flat
 from kd_ranker.sources.logs.data_report import MOST_ROWS
-from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database
+from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database, Shard
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.query import PREFIX
 
@@ -33,6 +38,8 @@ _SETTINGS = {
     "spark.sql.legacy.sizeOfNull": False,
     "spark.hadoop.parquet.page.verify-checksum.enabled": True,
     "spark.log.level": "ERROR",
+    # Without end for a value of many cases that is read under several names.
+    "spark.sql.constraintPropagation.enabled": False,
     # A task keeps no more rejected rows of a reason than the file of them may have.
     "spark.sql.window.group.limit.threshold": MOST_ROWS + 1,
 }
@@ -81,13 +88,16 @@ class Spark(Database):
             frame = self.connection.sql(query)
             if is_table:
                 # Not by `persist`: a plan contains all plans before it, and outgrew the memory.
-                frame = self.connection.read.parquet(self._written(frame).as_uri())
+                frame = self.connection.read.parquet(self._written(frame.write).as_uri())
             frame.createOrReplaceTempView(f"`{name}`")
 
-    def _written(self, frame: Any) -> Path:
+    def _new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def _written(self, writer: Any) -> Path:
         """Write rows to a new folder of Parquet files."""
-        folder = Path(tempfile.mkdtemp(dir=self.folder)) / "rows"
-        frame.write.parquet(folder.as_uri())
+        folder = self._new_folder() / "rows"
+        writer.parquet(folder.as_uri())
         return folder
 
     def fetch(self, query: str) -> pa.Table:
@@ -99,7 +109,7 @@ class Spark(Database):
         """The result of a query in its order; the whole is written to the folder first."""
         frame = self.connection.sql(in_spark(query))
         schema = _schema(frame.limit(0).toArrow().schema)
-        written = self._written(frame)
+        written = self._written(frame.write)
 
         def batches() -> Iterator[pa.RecordBatch]:
             # The names of the parts follow the order of the rows.
@@ -110,6 +120,43 @@ class Spark(Database):
                 part.unlink()
 
         return pa.RecordBatchReader.from_batches(schema, batches())
+
+    def write_ordered(
+        self, fields: str, order: str, piece: str, pieces: pa.Table
+    ) -> list[Callable[[], pa.Table]]:
+        """Write each piece to a file, see `database.Database.write_ordered`."""
+        rows = in_spark(f"SELECT *, {piece} AS piece FROM {fields}")
+        # All rows of a piece are in one task.
+        query = f"SELECT * FROM ({rows}) DISTRIBUTE BY piece SORT BY piece, {order}"
+        folder = self._written(self.connection.sql(query).write.partitionBy("piece"))
+        return [
+            functools.partial(_read_piece, folder / f"piece={number}")
+            for number in pieces["piece"].to_pylist()
+        ]
+
+    def map(self, function: Callable[[Shard], Flat], shards: Iterable[Shard]) -> Iterator[Flat]:
+        """Apply a function to each shard on a worker, and yield what the workers have written."""
+        from pyspark import TaskContext
+
+        shards, folder = list(shards), self._new_folder()
+
+        def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                for place in batch["id"].to_pylist():
+                    # An attempt may be repeated elsewhere while it goes on.
+                    unfinished = folder / f".{TaskContext.get().taskAttemptId()}.npz"
+                    np.savez(unfinished, **function(shards[place])._asdict())
+                    unfinished.replace(folder / f"{place}.npz")
+                yield batch
+
+        with spark_errors("the log cannot be encoded by Spark"):
+            places = self.connection.range(0, len(shards), 1, len(shards))
+            places.mapInArrow(work, places.schema).write.format("noop").mode("overwrite").save()
+        for place in range(len(shards)):
+            path = folder / f"{place}.npz"
+            with np.load(path) as arrays:
+                yield Flat(**arrays)
+            path.unlink()
 
     def put(self, name: str, rows: pa.Table) -> None:
         """Make a table of rows."""
@@ -144,6 +191,26 @@ def _type(type_: pa.DataType) -> pa.DataType:
     return pa.uint64() if type_ == _UNSIGNED else type_
 
 
+def _read_piece(folder: Path) -> pa.Table:
+    (path,) = folder.glob("*.parquet")
+    table = pq.read_table(path, partitioning=None)
+    return table.cast(_schema(table.schema))
+
+
+@contextlib.contextmanager
+def spark_errors(fault: str) -> Iterator[None]:
+    """Turn what Spark raises into a UserError."""
+    from pyspark.errors import PySparkException, PythonException
+
+    try:
+        yield
+    except PythonException as error:
+        # The last line of a worker's traceback.
+        raise UserError(f"{fault}: {str(error).strip().splitlines()[-1]}") from error
+    except PySparkException as error:
+        raise UserError(f"{fault}: {str(error)[:500]}") from error
+
+
 @contextlib.contextmanager
 def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterator[Database]:
     """Open a session of Spark with a folder for tables, to which its workers write.
@@ -152,11 +219,13 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
       UserError: Java is not installed, the master does not answer, or a query fails meanwhile.
     """
     # Its queries can be translated without these.
-    from pyspark.errors import PySparkException, PySparkRuntimeError
+    from pyspark.errors import PySparkRuntimeError
     from pyspark.sql import SparkSession
 
     # A session of the caller continues afterwards.
     is_own = SparkSession.getActiveSession() is None
+    if master.startswith("local"):
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.master(master).appName("kd_ranker")
     for name, value in {**_SETTINGS, **options}.items():
         builder = builder.config(name, value)
@@ -165,9 +234,8 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
     except PySparkRuntimeError as error:
         raise UserError(f"Spark does not start, which needs Java 17: {error}") from error
     try:
-        yield Spark(session, folder)
-    except PySparkException as error:
-        raise UserError(f"the log cannot be read by Spark: {str(error)[:500]}") from error
+        with spark_errors("the log cannot be read by Spark"):
+            yield Spark(session, folder)
     finally:
         if is_own:
             session.stop()

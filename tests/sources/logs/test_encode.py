@@ -15,9 +15,10 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
                 "number // 250 AS split, 'item ' || lpad(n::VARCHAR, 6, '0') AS item, 3 AS stage, "
                 "0 AS position FROM range(500_000) AS each(n)",
                 "CREATE VIEW candidate_fields AS FROM used",
-                "CREATE VIEW request_fields AS "
-                "SELECT DISTINCT number, number AS request, 0 AS file, range(number % 3) AS ids "
+                "CREATE TABLE requests AS "
+                "SELECT DISTINCT number, split, number AS request, range(number % 3) AS ids "
                 "FROM used",
+                "CREATE VIEW request_fields AS FROM requests",
             ]
         )
         pieces = encode.write_ordered(database)
@@ -25,7 +26,7 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
             database.fetch(f"FROM {of}_fields ORDER BY ALL") for of in ("request", "candidate")
         ]
     assert len(pieces) > 10
-    read = [piece.read() for piece in pieces]
+    read = [(piece.requests(), piece.candidates()) for piece in pieces]
     for whole, parts in zip(expected, zip(*read, strict=True), strict=True):
         assert pa.concat_tables(parts).equals(whole)
     for piece, (requests, candidates) in zip(pieces, read, strict=True):

@@ -288,9 +288,9 @@ CREATE TABLE {{ vocabulary(feature) }} AS
 
 -- 6. The fields to encode; `encode.write_ordered` sorts them.
 CREATE VIEW item_fields AS SELECT value, id{{ and_features(layout.of("item")) }} FROM items;
-CREATE VIEW request_fields AS SELECT request, file::INT AS file, number, time, user_id
+CREATE VIEW request_fields AS SELECT request, file::INT AS file, number, split, time, user_id
     {{ and_features(layout.of("user", "context", "event")) }} FROM request_rows;
-CREATE VIEW candidate_fields AS SELECT number, stage, position, item, id AS item_id,
+CREATE VIEW candidate_fields AS SELECT number, split, stage, position, item, id AS item_id,
     label_weight, teacher_weight
     {% for task in layout.tasks %}, "label:{{ task }}"{% endfor %}
     {% for task in layout.scored_tasks %}, "teacher:{{ task }}"{% endfor %}
