@@ -232,7 +232,7 @@ class _Sample:
             t[role] = np.floor((by_owner.min() == by_owner.max()).mean())
             self.request = owner if role == "request" else self.request
         if role == "request":
-            of_items = self.codes.loc[:, t.sure == "item"]
+            of_items = self.codes.loc[:, (t.sure == "item") | (t.hint == "item")]
             t["in_requests"] = of_items.groupby(self.request).nunique().sum()
         if role == "stage":
             self._find_shown(column)
