@@ -51,6 +51,7 @@ _FITS = {
 }
 _LABEL = "binary and request != 1 and item != 1 and sure == ''"
 _SURE_LABEL = "only_shown or (task != '' and ones_out <= 0.2 * ones_in)"
+_TEACHER = "is_number and request != 1 and item != 1 and sure == '' and not early"
 _SCORE = "kind == 'float' and low >= 0 and high <= 1 and distinct >= 10"
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
 _TEMPLATE = '''"""A first config for the log {name}, inferred from {rows:,} rows."""
@@ -105,10 +106,6 @@ def _without(name: str, *groups: str) -> tuple[str, ...]:
     return tuple(word for word in _words(name) if not any(word in _NAMES[of] for of in groups))
 
 
-def _has_word(name: str, *groups: str) -> bool:
-    return _without(name, *groups) != _words(name)
-
-
 def identifier(name: str, taken: Collection[str] = ()) -> str:
     """Return a name as a key of a config, other than those that are taken.
 
@@ -123,37 +120,26 @@ def identifier(name: str, taken: Collection[str] = ()) -> str:
 
 
 class _Sample:
-    """A sample of a log: a table `candidates` in DuckDB, and facts of its columns.
+    """A table `candidates` in DuckDB, and the `facts` of its columns that the rules query.
 
-    Attributes:
-      layout: `data.rows`.
-      numbers: the number in each row and column, NaN for others.
-      codes: the same number for the same value of a column; NaN where it is missing.
-      request: a number of the request of each row; of the row if that is unknown.
-      stages: stage -> its text in the stage column.
-      shown, passed: whether the candidate of each row was; False if unknown.
-      facts: column -> its kind, distinct, known (a share), low and high; the role and the task of
-        its name; and 1 if it is constant in each request, item or user, 0 if not, NaN if unknown.
+    `numbers` and `codes` have a number for each value, NaN for none; equal values of a column have
+    equal codes. `request`, `shown` and `passed` have a value per row. The facts `request`, `item`
+    and `user` of a column are 1 if it is constant in each of them, 0 if not, NaN if unknown.
     """
 
     def __init__(self, path: str, named: Mapping[str, Any]) -> None:
         """Read the beginnings of the files at a path; the user may have named some columns."""
         self.named, self.con = named, duckdb.connect()
         self.con.execute("SET enable_progress_bar = false")
-        self.con.execute(f"CREATE TABLE candidates AS {self._select(path)}")
-        self.facts = self._facts()
+        self._read(self._select(path))
         self.request = pd.Series(range(len(self.codes)))
         self.layout, listed = self._find_layout()
         if listed:
             lists = ", ".join(f"unnest({of}) AS {of}" for of in map(quoted, listed))
             self.request = self.frame(f"rowid, {lists}").iloc[:, 0]
-            rows = f"SELECT * REPLACE ({lists}) FROM candidates"
-            self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {rows}")
-            self.facts = self._facts()
+            self._read(f"SELECT * REPLACE ({lists}) FROM candidates")
         if self.request.empty:
             raise UserError(f"the log has no rows, or its lists {listed} are empty")
-        self.stages: dict[str, str] = {}
-        self.shown = self.passed = pd.Series(False, self.request.index)
         t = self.facts
         t["has_stages"] = [bool(self._stage_texts(f)) for _, f in t.iterrows()]
         t["groups"] = t.distinct < t.rows / 1.5
@@ -191,9 +177,9 @@ class _Sample:
         is_list = t.kind == "list"
         is_item = (t.sure == "item") | (t.index == self.named.get("data.columns.item"))
         has_item = (is_item & ~is_list & (t.known > 0.9)).any()
-        if given == "candidate" or not is_list.any() or (has_item and not given):
-            return _Guess(given or "candidate"), []
         lists, items = t.index[is_list], t.index[is_list & is_item]
+        if given == "candidate" or lists.empty or (has_item and not given):
+            return _Guess(given or "candidate"), []
         if items.empty:
             is_unique = ((t.sure == "request") & (t.distinct == t.rows)).any()
             doubt = "" if given else "no column of lists is called like the item"
@@ -203,72 +189,75 @@ class _Sample:
         why = f"{is_equal.sum()} columns hold lists as long as {items[0]!r}"
         return _Guess("request", why), [*lists[is_equal]]
 
-    def _facts(self) -> pd.DataFrame:
-        """Return the facts of the columns that need no role."""
-        types = self.con.execute("DESCRIBE candidates").df()
-        t = types.set_index("column_name")[["column_type"]].rename_axis(None)
+    def _read(self, select: str) -> None:
+        """Make the table, and the facts of its columns that need no role."""
+        self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {select}")
+        table = self.con.table("candidates")
+        self.facts = t = pd.DataFrame({"column_type": map(str, table.types)}, table.columns)
         t["kind"] = t.column_type.map(_kind)
         t["is_number"] = t.kind.isin(["integer", "float"])
         values = (quoted(str(of)) if number else "NULL" for of, number in t.is_number.items())
-        numbers = self.frame(", ".join(f"({of})::DOUBLE" for of in values))
+        self.numbers = numbers = self.frame(", ".join(f"({of})::DOUBLE" for of in values))
         code = "CASE WHEN COLUMNS(*) IS NOT NULL THEN (hash(COLUMNS(*)) >> 12)::DOUBLE END"
-        codes = self.frame(code)
+        self.codes = codes = self.frame(code)
         numbers.columns = codes.columns = t.index
         floats = t.index[t.kind == "float"]
         codes[floats] = numbers[floats]  # NaN is missing, too
         # Integers next to missing ones may be floats.
         is_whole = numbers.isna() | ((numbers % 1 == 0) & (numbers.abs() < 2**53))
         t.loc[t.is_number & is_whole.all(), "kind"] = "integer"
-        self.numbers, self.codes = numbers, codes
         t["rows"], t["distinct"], t["unit"] = len(codes), codes.nunique(), ""
         t["known"] = codes.notna().mean()
         t["low"], t["high"], middle = numbers.min(), numbers.max(), numbers.median()
         for unit, by in TIME_UNITS.items():  # dates from 2000 to 2049
             t.loc[middle.between(946684800 * by, 2524608000 * by), "unit"] = unit
         t["sure"], t["hint"] = ([_key(of, _NAMES[x]) for of in t.index] for x in ("sure", "maybe"))
+        actions = ("_".join(_without(of, "affixes", "outputs", "teacher")) for of in t.index)
+        t["task"] = [_key(of, _NAMES["tasks"]) for of in actions]
+        for group in (key for key, of in _NAMES.items() if isinstance(of, list)):
+            t[group] = [_without(of, group) != _words(of) for of in t.index]
         t["is_time"] = (t.kind == "time") | ((t.unit != "") & (t.sure + t.hint == "time"))
         t["is_id"] = t.kind.isin(["integer", "text"]) & ~t.is_time & (t.distinct > 1)
         t["is_few"] = t.is_id & (t.distinct <= 9)
         t["binary"] = (t.kind == "integer") & (t.low >= 0) & (t.high == 1)
-        actions = ("_".join(_without(of, "affixes", "outputs", "teacher")) for of in t.index)
-        t["task"] = [_key(of, _NAMES["tasks"]) for of in actions]
         t[["request", "item", "user"]] = float("nan")
-        return t
 
     def set_role(self, role: str, column: str) -> None:
         """Complete the facts by the column of a role, "" for none."""
         t = self.facts
+        if column and role in ("request", "item", "user") and t[role].isna().all():
+            owner = self.codes[column]
+            # One value in each owner of two rows or more.
+            by_owner = self.codes.fillna(-1)[owner.duplicated(keep=False)].groupby(owner)
+            t[role] = np.floor((by_owner.min() == by_owner.max()).mean())
+            self.request = owner if role == "request" else self.request
         if role == "request":
-            if column and self.layout.value == "candidate":
-                self.request = self.codes[column]
-                t[role] = self._constant_in(self.request)
-            of_items = self.codes.loc[:, t.sure == "item"]
+            of_items = self.codes.loc[:, (t.sure == "item") | (t.hint == "item")]
             t["in_requests"] = of_items.groupby(self.request).nunique().sum()
-        elif role in ("item", "user") and column:
-            t[role] = self._constant_in(self.codes[column])
-        elif role == "stage":
-            # Who was shown, and the shares known and 1 of shown and other candidates.
-            partly = t.binary & (t.task != "") & (t.known < 0.99)
-            self.shown = self.codes.loc[:, partly].notna().any(axis=1)
-            stages = self._stage_texts(t.loc[column]) if column else {}
-            stages |= {of: text for of in STAGES if (text := self.named.get(f"data.stages.{of}"))}
-            if column and "shown" in stages:
-                texts, self.stages = self.texts(column), stages
-                self.shown = texts == self.stages["shown"]
-                self.passed = (texts != self.stages.get("retrieved")) & (len(self.stages) == 3)
-            is_known = bool(self.shown.any())
-            shown = self.shown if is_known else ~self.shown
-            for suffix, rows in (("in", shown), ("out", ~shown)):
-                t[f"known_{suffix}"] = self.codes[rows].notna().mean().fillna(0)
-                t[f"ones_{suffix}"] = self.numbers[rows].mean().fillna(0)
-            t["only_shown"] = (t.known_out <= 0.01) & (t.known_in >= 0.5) & is_known
-            # Without a stage, a candidate with a position counts as shown.
-            t["placed"] = t.only_shown | (not is_known)
+        if role == "stage":
+            self._find_shown(column)
 
-    def _constant_in(self, owner: pd.Series) -> pd.Series:
-        """Return 1 for columns with one value in each owner of two rows or more, else 0."""
-        by_owner = self.codes.fillna(-1)[owner.duplicated(keep=False)].groupby(owner)
-        return np.floor((by_owner.min() == by_owner.max()).mean())
+    def _find_shown(self, column: str) -> None:
+        """Find who was shown, and the shares known and 1 of shown and of other candidates."""
+        t = self.facts
+        partly = t.binary & (t.task != "") & (t.known < 0.99)
+        self.shown = self.codes.loc[:, partly].notna().any(axis=1)
+        self.passed = pd.Series(False, self.request.index)
+        stages = self._stage_texts(t.loc[column]) if column else {}
+        stages |= {of: text for of in STAGES if (text := self.named.get(f"data.stages.{of}"))}
+        self.stages = stages if column and "shown" in stages else {}
+        if self.stages:
+            texts = self.texts(column)
+            self.shown = texts == stages["shown"]
+            self.passed = (texts != stages.get("retrieved")) & (len(stages) == 3)
+        is_known = bool(self.shown.any())
+        shown = self.shown if is_known else ~self.shown
+        for suffix, rows in (("in", shown), ("out", ~shown)):
+            t[f"known_{suffix}"] = self.codes[rows].notna().mean().fillna(0)
+            t[f"ones_{suffix}"] = self.numbers[rows].mean().fillna(0)
+        t["only_shown"] = (t.known_out <= 0.01) & (t.known_in >= 0.5) & is_known
+        # Without a stage, a candidate with a position counts as shown.
+        t["placed"] = t.only_shown | (not is_known)
 
     def texts(self, column: str) -> pd.Series:
         """Return the values of a column as the texts that a config names."""
@@ -337,18 +326,17 @@ def _find_teacher(sample: _Sample, labels: Mapping[str, _Guess]) -> tuple[dict[s
     """Find the teacher's column of each task; the doubt names other columns that may be one."""
     found = _named(sample, "data.teacher.")
     used = [of.value for of in (*labels.values(), *found.values())]
-    free = sample.facts.query("is_number and request != 1 and item != 1 and sure == ''")
-    free = free.loc[[of not in used and not _has_word(of, "early") for of in free.index]]
+    free = sample.facts.query(_TEACHER).drop(used, errors="ignore")
     scores = free.query(_SCORE)
     # An early ranker's score is known of all candidates, and a final ranker's of those passed.
     maybe = [*scores.query("known < 0.99 and known_in > 0.9").index]
-    maybe += [of for of in free.index if _has_word(of, "teacher") and _has_word(of, "ranks")]
-    outputs = [of for of in free.index if _has_word(of, "outputs", "predictions", "teacher")]
+    maybe += [*free.query("teacher and ranks").index]
+    outputs = free.query("teacher or outputs or predictions").index
     stems = {of: _without(of, "outputs", "teacher") for of in outputs}
     for task, label in labels.items():
         words = _words(label.value) or None
         names = [of for of, stem in stems.items() if stem == words or free.task[of] == task]
-        names = [of for of in names if _has_word(of, "teacher")] or names
+        names = [of for of in names if free.teacher[of]] or names
         maybe = names + maybe
         is_sure = len(names) == 1 and names[0] in scores.index and task not in found
         known = sample.numbers[[*names, label.value]].dropna() if is_sure else pd.DataFrame()
@@ -361,8 +349,7 @@ def _find_teacher(sample: _Sample, labels: Mapping[str, _Guess]) -> tuple[dict[s
 def _feature_line(f: Any, name: str, sample: _Sample, item: str, is_doubtful: bool) -> str:
     """Return the line of the config for a column without a role: its feature, or why not."""
     kind, *more = _kind_of_feature(f, sample, item)
-    is_use = _has_word(f.Index, "uses") and _has_word(f.Index, "amounts")
-    is_output = _has_word(f.Index, "afterwards", "predictions", "teacher") or is_use
+    is_output = f.afterwards or f.predictions or f.teacher or (f.uses and f.amounts)
     may_vary = f.item != 1 and f.user != 1
     number = sample.facts.distinct[item] if f.item == 1 else f.rows
     left_out = {
@@ -377,11 +364,9 @@ def _feature_line(f: Any, name: str, sample: _Sample, item: str, is_doubtful: bo
     }
     if reasons := [reason for reason, holds in left_out.items() if holds]:
         return f"    # left out: {f.Index!r}: {reasons[0]}"
-    owner = "candidate"
-    if kind == "history" or (f.user == 1 and f.request != 0):
-        owner = "user"
-    elif f.request == 1 or f.item == 1:
-        owner = "context" if f.request == 1 else "item"
+    of_user = kind == "history" or (f.user == 1 and f.request != 0)
+    constant = {"user": of_user, "context": f.request == 1, "item": f.item == 1, "candidate": True}
+    owner = next(of for of, is_constant in constant.items() if is_constant)
     is_open = owner == "candidate" and np.isnan(f.request)
     arguments = [repr(owner), repr(kind), *[f"column={f.Index!r}"] * (name != f.Index), *more]
     code, doubt = f"configs.feature({', '.join(arguments)})", "or another owner?" if is_open else ""
@@ -394,8 +379,8 @@ def _kind_of_feature(f: Any, sample: _Sample, item: str) -> tuple[str, ...]:
     if f.is_time or f.kind == "other":
         return ("",)
     if f.kind != "list":
-        is_amount = (f.distinct > 32 and abs(f.high) < 2**31) or _has_word(f.Index, "quantities")
-        is_amount &= f.kind == "integer" and not _has_word(f.Index, "identifiers")
+        is_amount = (f.distinct > 32 and abs(f.high) < 2**31) or f.quantities
+        is_amount &= f.kind == "integer" and not f.identifiers
         return ("dense",) if f.kind == "float" or is_amount else ("category", *hashed)
     lists = f"(SELECT DISTINCT {quoted(f.Index)} AS l FROM candidates)"
     lengths = "min(len(l)), coalesce(quantile_disc(len(l), 0.95), 1)::INT"
@@ -414,20 +399,18 @@ def _kind_of_feature(f: Any, sample: _Sample, item: str) -> tuple[str, ...]:
 
 def _find_sizes(sample: _Sample) -> dict[str, _Guess]:
     """Return the sizes of the funnel, from the requests of the sample."""
-    requests = pd.DataFrame({"passed": sample.passed, "shown": sample.shown}).groupby(
-        sample.request, dropna=False
-    )
+    parts = pd.DataFrame({"passed": sample.passed, "shown": sample.shown})
+    requests = parts.groupby(sample.request, dropna=False)
     most, few, page = map(int, (requests.size().max(), *requests.sum().median()))
     is_known = sample.facts.request.notna().any() and few and page
     page = page or min(10, most)
     few = max(page, few or min(most, 2 * page))
     doubt = "" if is_known else "what are the sizes of your funnel?"
-    report_at = tuple(sorted({page, few, min(2 * few, most)}))
     return {
         "funnel.retrieved": _Guess(most, "the largest request of the sample", doubt),
         "funnel.passed": _Guess(few),
         "funnel.shown": _Guess(page),
-        "funnel.report_at": _Guess(report_at),
+        "funnel.report_at": _Guess(tuple(sorted({page, few, min(2 * few, most)}))),
     }
 
 
@@ -467,14 +450,14 @@ def _config_lines(path: str, name: str, sample: _Sample) -> list[str]:
         "value_weights": _Guess(worth, "", "what is each task worth? 0 without a teacher"),
         **_find_sizes(sample),
     } | {key: _Guess(of, "named by you") for key, of in sample.named.items() if key != "data.infer"}
-    lines = []
-    for key, (value, why, check) in guesses.items():
-        prefix = "" if key.startswith("data.") else "config."
-        lines.append(_line(prefix + key, repr(value), why, check))
-    used = {of.value for of in (*columns.values(), *labels.values(), *teacher.values())}
+    lines = [
+        _line(key if key.startswith("data.") else f"config.{key}", repr(value), why, check)
+        for key, (value, why, check) in guesses.items()
+    ]
+    used = [of.value for its in (columns, labels, teacher) for of in its.values()]
     checks = " ".join(of.check for of in guesses.values())
     names: list[str] = []
-    for f in sample.facts[~sample.facts.index.isin([*used])].itertuples():
+    for f in sample.facts.drop(used, errors="ignore").itertuples():
         names.append(identifier(str(f.Index), names))
         lines.append(_feature_line(f, names[-1], sample, item, repr(f.Index) in checks))
     return lines
