@@ -96,12 +96,8 @@ def _user_ndcg(ranked: Ranked) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
     gain, value, weight = map(
         ranked.of_labelled, (ranked.user_value, ranked.value, ranked.label_weight)
     )
-    known, shown = weight > 0, ranked.sizes.shown
-    order = jnp.argsort(jnp.where(known, -value, jnp.inf), axis=1, stable=True)
-    own = jnp.take_along_axis(gain, order, axis=1)
-    diverged = jnp.any(known & jnp.isnan(value), axis=1, keepdims=True)
-    best = -jnp.sort(-gain, axis=1)
-    return agreement.ndcg(jnp.where(diverged, jnp.nan, own)[:, :shown], best[:, :shown])
+    found = funnel.funnel_curves(value, gain, weight > 0, ranked.sizes.shown)
+    return agreement.ndcg(found.gain, found.ideal_gain)
 
 
 def _of_teacher(ranked: Ranked) -> Sums:
