@@ -10,8 +10,9 @@ import pytest
 from kd_ranker.configs import movielens
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.converted import blocks_of
 from kd_ranker.sources.logs.layout import ALLOWABLE
-from kd_ranker.sources.movielens import DAY, blocks_of, find_files, write
+from kd_ranker.sources.movielens import DAY, find_files, write
 from kd_ranker.sources.registry import SOURCES
 
 # Number, title, genres; number, gender, age, occupation.
