@@ -7,7 +7,6 @@ names only labels, teacher, incumbent and features.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import shutil
@@ -118,8 +117,7 @@ def _digests(files: Sequence[Path], logs: Path) -> list[str]:
         stat = file.stat()
         key = f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
         if key not in known:
-            with file.open("rb") as raw:
-                known[key] = hashlib.file_digest(raw, "sha256").hexdigest()
+            known[key] = pooch.file_hash(file)
             with contextlib.suppress(OSError):  # a folder that may only be read
                 logs.mkdir(parents=True, exist_ok=True)
                 write_whole(record, json.dumps(known))
@@ -236,10 +234,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _column(values: list[Any]) -> pa.Array:
     if not isinstance(values[0], np.ndarray | pa.Array):
         return pa.array(values)
-    inner = (
-        np.concatenate(values) if isinstance(values[0], np.ndarray) else pa.concat_arrays(values)
-    )
-    if isinstance(inner, np.ndarray) and inner.ndim == 2:
+    is_numpy = isinstance(values[0], np.ndarray)
+    inner = np.concatenate(values) if is_numpy else pa.concat_arrays(values)
+    if is_numpy and inner.ndim == 2:
         number, width = inner.shape
         inner = pa.LargeListArray.from_arrays(np.arange(number + 1) * width, inner.ravel())
     return pa.LargeListArray.from_arrays(starts_of(np.array(list(map(len, values)))), inner)
