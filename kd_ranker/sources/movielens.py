@@ -74,9 +74,9 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
                 coalesce([replace(of, '''s', '') for of in {genres} if of[1] <> '('], []) AS genres
                 FROM movies;
             CREATE TABLE rated AS SELECT ratings.*, age, gender, occupation,
-                if(rating IN {tuple(STARS[size].tolist())} AND film IS NOT NULL
+                if(rating IN {tuple(STARS[size].tolist())} AND user + film + time IS NOT NULL
                 AND {len(files) == 2 or "age IS NOT NULL"}, film,
-                error('unknown user, film or stars of a rating: '
+                error('unknown user, film, stars or time of a rating: '
                 || concat_ws(', ', user, movie, rating, time))) AS film
                 FROM ratings LEFT JOIN films USING (movie) LEFT JOIN users USING (user)""")
         converted.write_rows(folder / "log.parquet", _rows(con, data))
