@@ -7,13 +7,12 @@ names only labels, teacher, incumbent and features.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ import numpy as np
 import pooch
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import digest, write_whole
-from kd_ranker.requests.request import Source, starts_of
+from kd_ranker.requests.request import SPLITS, Source, starts_of
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
 from kd_ranker.sources.logs.layout import IDENTIFYING, OPTIONAL, STAGES
@@ -34,6 +34,11 @@ from kd_ranker.sources.logs.vocabulary import MANIFEST
 
 # Requests that are held before they are written.
 _AT_A_TIME = 256
+BLOCK_KEYS = (
+    *("ratings_per_request", "validation_share", "test_share"),
+    *("validation_requests_per_user", "test_requests_per_user"),
+)
+"""The keys of `config.data` that `blocks_of` reads."""
 
 
 class Converter(NamedTuple):
@@ -112,8 +117,7 @@ def _digests(files: Sequence[Path], logs: Path) -> list[str]:
         stat = file.stat()
         key = f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
         if key not in known:
-            with file.open("rb") as raw:
-                known[key] = hashlib.file_digest(raw, "sha256").hexdigest()
+            known[key] = pooch.file_hash(file)
             with contextlib.suppress(OSError):  # a folder that may only be read
                 logs.mkdir(parents=True, exist_ok=True)
                 write_whole(record, json.dumps(known))
@@ -188,6 +192,32 @@ def moment_of(seconds: str) -> str:
     return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
 
 
+def blocks_of(
+    time: Int64[np.ndarray, "n"], data: ConfigDict
+) -> Iterator[tuple[int, str, int, int]]:
+    """Yield the blocks of a user's ratings that become requests: number, split, first rating, end.
+
+    A block takes `data.ratings_per_request` ratings, and then all that share the last one's
+    second. A last block of less than half of that joins the one before it, if there is one. A
+    split starts with the block, not the first, that starts nearest to its share. `time` ascends.
+    """
+    size, total, starts = int(data.ratings_per_request), len(time), [0]
+    while starts[-1] + size <= total:
+        starts.append(int(np.searchsorted(time, time[starts[-1] + size - 1], side="right")))
+    if len(starts) > 1 and 2 * (total - starts[-1]) < size:
+        starts.pop()
+    ends, stop, later = [*starts[1:], total], len(starts), 0.0
+    for split in reversed(SPLITS):
+        cut = 0
+        if split != "train":
+            later += data[f"{split}_share"]
+            distance = np.abs(np.array(starts[1:stop]) - (1 - later) * total)
+            cut = 1 + int(distance.argmin()) if later and stop > 1 else stop
+        for block in range(cut, stop)[: data.get(f"{split}_requests_per_user") or None]:
+            yield block, split, starts[block], ends[block]
+        stop = cut
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a log with one row per request: numbers, texts, arrays, matrices, Arrow's lists."""
     writer, left = None, iter(rows)
@@ -204,10 +234,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _column(values: list[Any]) -> pa.Array:
     if not isinstance(values[0], np.ndarray | pa.Array):
         return pa.array(values)
-    inner = (
-        np.concatenate(values) if isinstance(values[0], np.ndarray) else pa.concat_arrays(values)
-    )
-    if isinstance(inner, np.ndarray) and inner.ndim == 2:
+    is_numpy = isinstance(values[0], np.ndarray)
+    inner = np.concatenate(values) if is_numpy else pa.concat_arrays(values)
+    if is_numpy and inner.ndim == 2:
         number, width = inner.shape
         inner = pa.LargeListArray.from_arrays(np.arange(number + 1) * width, inner.ravel())
     return pa.LargeListArray.from_arrays(starts_of(np.array(list(map(len, values)))), inner)

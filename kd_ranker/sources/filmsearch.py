@@ -8,7 +8,6 @@ in the log. `docs/filmsearch.md` describes columns and limits.
 """
 
 import csv
-import hashlib
 import importlib.util
 import logging
 import re
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pooch
 import pyarrow as pa
 import scipy.sparse
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float32, Int, Int64
 from ml_collections import ConfigDict
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
@@ -188,24 +188,16 @@ def splits_of(groups: Int[np.ndarray, "queries"], seed: int) -> list[str]:
     return list(split[of_query])
 
 
-class Ranker(NamedTuple):
-    """A final ranker: LambdaMART, and the logistic curve from its score to a probability."""
-
-    trees: Any
-    curve: Any
-
-    def probability(self, features: Float32[np.ndarray, "n features"]) -> Float[np.ndarray, "n"]:
-        """The probability that a person wants each film."""
-        return self.curve.predict_proba(self.trees.predict(features)[:, None])[:, 1]
-
-
 def fit_ranker(
     queries: Sequence[Candidates], groups: Int[np.ndarray, "queries"], seed: int
-) -> Ranker:
+) -> tuple[Any, Any]:
     """Train a final ranker; a fifth of the queries, in whole groups, stops it and calibrates it.
 
     For the order, 30 random films without a label count as not wanted. For the calibration, only
     labelled films count.
+
+    Returns:
+      LambdaMART, and the logistic curve from its score to a probability.
     """
     import lightgbm
     from sklearn.linear_model import LogisticRegression
@@ -227,21 +219,14 @@ def fit_ranker(
     stop, wanted = sum(sizes[:cut]), np.maximum(labels, 0)
     trees = lightgbm.LGBMRanker(
         n_estimators=300, num_leaves=31, learning_rate=0.1, min_child_samples=50, verbose=-1,
-        random_state=seed, deterministic=True, force_row_wise=True, n_jobs=_THREADS,
+        early_stopping_round=20, random_state=seed, deterministic=True, force_row_wise=True,
+        n_jobs=_THREADS,
     )  # fmt: skip
-    trees.fit(
-        inputs[:stop],
-        wanted[:stop],
-        group=sizes[:cut],
-        eval_X=inputs[stop:],
-        eval_y=wanted[stop:],
-        eval_group=[sizes[cut:]],
-        eval_at=[10],
-        callbacks=[lightgbm.early_stopping(20, verbose=False)],
-    )
+    held = dict(eval_X=inputs[stop:], eval_y=wanted[stop:], eval_group=[sizes[cut:]], eval_at=[10])
+    trees.fit(inputs[:stop], wanted[:stop], group=sizes[:cut], **held)
     known = stop + np.flatnonzero(labels[stop:] >= 0)
     score = np.asarray(trees.predict(inputs[known]))
-    return Ranker(trees, LogisticRegression().fit(score[:, None], labels[known]))
+    return trees, LogisticRegression().fit(score[:, None], labels[known])
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
@@ -291,7 +276,10 @@ def texts_of(films: pd.DataFrame) -> list[str]:
 
 
 def _rows(
-    collection: Collection, candidates: Sequence[Candidates], splits: Sequence[str], ranker: Ranker
+    collection: Collection,
+    candidates: Sequence[Candidates],
+    splits: Sequence[str],
+    ranker: tuple[Any, Any],
 ) -> Iterator[dict[str, Any]]:
     """The rows of the log; labelled films count as shown, since people have seen them."""
     films = collection.films
@@ -300,6 +288,7 @@ def _rows(
     bags["tags"] = films["tags"]
     of_film = {name: pa.array(bag.tolist(), pa.list_(pa.string())) for name, bag in bags.items()}
     numbers = [query for query, split in enumerate(splits) if split != RANKER]
+    trees, curve = ranker
     for query in tqdm(numbers, desc="write the log", disable=None, leave=False):
         film, features, label = candidates[query]
         words = words_of(collection.queries[query])
@@ -311,7 +300,7 @@ def _rows(
             "item": films["id"].to_numpy()[film],
             "stage": pa.array(np.array(STAGES)[stage]),
             "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
-            "final_score": ranker.probability(features).astype(np.float32),
+            "final_score": curve.predict_proba(trees.predict(features)[:, None])[:, 1].astype("f4"),
             **{name: column[name] for name in (*STUDENT_FEATURES, *FACTS, "year")},
             **{name: bag.take(pa.array(film)) for name, bag in of_film.items()},
         }  # fmt: skip
@@ -323,7 +312,7 @@ def find_files(data: ConfigDict) -> list[Path]:
         return [fetch(_URL + name, sha256, data.dir) for name, sha256 in FILES.items()]
     paths = find_raw(data, FILES, f"the files of {_URL}")
     for path in paths:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != FILES[path.name]:
+        if pooch.file_hash(path) != FILES[path.name]:
             raise UserError(f"{path} is not the published file; fetch it from {_URL}{path.name}")
     return paths
 

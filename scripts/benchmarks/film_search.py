@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     films, queries = filmsearch.vectors_of(collection, Path(arguments.data_dir) / "logs")
     retrieve = filmsearch.retriever(collection, lambda query, film: films[film] @ queries[query])
     found = [retrieve(query) for query in range(TRAINING)]
-    ranker = filmsearch.fit_ranker(found, np.arange(TRAINING), 0)
-    ranker.trees.set_params(n_jobs=1)
+    trees, curve = filmsearch.fit_ranker(found, np.arange(TRAINING), 0)
+    trees.set_params(n_jobs=1)
     film, features, _ = found[0]
     texts = filmsearch.texts_of(collection.films[:TEXTS])
     sides = {
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "a vector of a query": lambda: sentences.embed(collection.queries[:TEXTS]),
         "a vector of a film": lambda: sentences.embed(texts),
         "cosines": lambda: films[film] @ queries[0],
-        "trees": lambda: ranker.probability(features),
+        "trees": lambda: curve.predict_proba(trees.predict(features)[:, None]),
     }
     shares = {"a vector of a query": TEXTS * size, "a vector of a film": TEXTS}
     milliseconds = measuring.interleaved(sides, turns=4)
@@ -64,6 +64,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "microseconds per candidate": {
             name: 1e3 * of["median"] / shares.get(name, size) for name, of in milliseconds.items()
         },
-        "number of trees": ranker.trees.best_iteration_,
+        "number of trees": trees.best_iteration_,
         "ms": milliseconds,
     }

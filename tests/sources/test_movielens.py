@@ -10,8 +10,9 @@ import pytest
 from kd_ranker.configs import movielens
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.converted import blocks_of
 from kd_ranker.sources.logs.layout import ALLOWABLE
-from kd_ranker.sources.movielens import DAY, blocks_of, find_files, write
+from kd_ranker.sources.movielens import DAY, find_files, write
 from kd_ranker.sources.registry import SOURCES
 
 # Number, title, genres; number, gender, age, occupation.
@@ -119,9 +120,10 @@ def test_hand_worked_files_of_each_layout_become_rows(variant, write_files, tmp_
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
-        ([(7, 9, 3.5, 1)], "unknown user, film or stars of a rating: 7, 9, 3.5, 1"),
-        ([(7, 8, 5, 1)], "unknown user, film or stars of a rating: 7, 8"),
-        ([(4, 9, 5, 1)], "unknown user, film or stars of a rating: 4, 9"),
+        ([(7, 9, 3.5, 1)], "unknown user, film, stars or time of a rating: 7, 9, 3.5, 1"),
+        ([(7, 8, 5, 1)], "unknown user, film, stars or time of a rating: 7, 8"),
+        ([(4, 9, 5, 1)], "unknown user, film, stars or time of a rating: 4, 9"),
+        ([(7, 9, 5, "")], "unknown user, film, stars or time of a rating: 7, 9, 5.0$"),
         ([*RATINGS, (7, 9, 3, 1, 5)], "Expected Number of Columns: 4 Found: 5"),
         ([(7, 9, "x", 1)], 'cannot be made a log: .*"x"'),
     ],
