@@ -169,6 +169,8 @@ def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Fi
     names = [name for name in store.find("") if not _NOT_COPIED.search(name)]
     if not with_checkpoints:
         names = [name for name in names if _OF_CHECKPOINTS not in f"/{name}"]
+    for name in names:  # not every store makes folders here
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     store.get(names, [str(folder / name) for name in names])
     for checkpoint in [*folder.rglob(f"{checkpoints.FOLDER}/*")]:
         if checkpoint.is_dir() and not (checkpoint / checkpoints.RECORD).exists():

@@ -169,6 +169,7 @@ def fit(
             writer = opened.enter_context(contextlib.closing(MetricsWriter(workdir, step)))
             lengths = _by_name(run, [group.numbers.steps for group in run.groups])
             diverged, longest, stopping = _diverged_members(run, states, before=()), 1, False
+            whole: States = ()
             while step < run.steps and not stopping:
                 training = {name for name, last in lengths.items() if step < last}
                 if training <= diverged.keys():
@@ -208,7 +209,7 @@ def fit(
             raise UserError(
                 f"another process ended this run after step {step}; start all of them again"
             )
-        return jax.tree.map(np.asarray, states_on_host(run, states))
+        return jax.tree.map(np.asarray, whole or states_on_host(run, states))
 
 
 def _is_due(step: int, every: int) -> bool:
