@@ -35,8 +35,8 @@ Place = Path | str
 
 _SECONDS_BETWEEN_UPLOADS = 5.0
 _OF_CHECKPOINTS, _RECORD = f"/{checkpoints.FOLDER}/", f"/{checkpoints.RECORD}/"
-# In the names of hidden files, and of checkpoints that Orbax is writing: they stay here.
-_LOCAL = ("/.", ".orbax-checkpoint-tmp")
+# Names that are not copied: hidden files, unfinished checkpoints, and marks of a store's folders.
+_NOT_COPIED = re.compile(r"(^|/)\.|\.orbax-checkpoint-tmp|/$")
 
 # The modification time in ns and the size of each file of a workdir, by its name there.
 _Files = dict[str, tuple[int, int]]
@@ -58,11 +58,39 @@ def local_folder(
     raise UserError(f"{flag}={place}: it {needs}; name one, on a disk or mounted")
 
 
-def fetched(place: Place, with_checkpoints: bool = True) -> contextlib.AbstractContextManager[Path]:
-    """Open the workdir of a run for reading; that of a URL is a copy, deleted at the end."""
+@contextlib.contextmanager
+def fetched(place: Place, with_checkpoints: bool = True, lock_record: str = "") -> Iterator[Path]:
+    """Open the workdir of a run for reading; that of a URL is a copy, deleted at the end.
+
+    Error messages name the URL in place of the copy. Changes of the copy are uploaded if the lock
+    of the URL contains `lock_record`, which must not be empty.
+    """
     if isinstance(place, Path):
-        return contextlib.nullcontext(place)
-    return _copied(place, with_checkpoints)
+        yield place
+        return
+    above, stop, uploads = Path(tempfile.mkdtemp(prefix="kd_ranker-")), threading.Event(), None
+    folder = above / place.rpartition("/")[2]
+    folder.mkdir()
+    try:
+        with _reaching(place) as store:
+            there = _download(store, folder, with_checkpoints)
+        if lock_record:
+            upload = functools.partial(_upload, store, folder, there, lock_record)
+            uploads = ThreadPoolExecutor().submit(_repeat, upload, stop, place)
+        yield folder
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), place)) from error
+    finally:
+        with deferred():
+            stop.set()
+            if not (lost := uploads and uploads.exception()):
+                shutil.rmtree(above, ignore_errors=True)
+        if lost:
+            raise UserError(
+                f"{place} lacks the last results of this run ({_short(lost)}), which are in "
+                f"{folder}: copy them there, or start the same command again, which resumes from "
+                "what is there"
+            ) from lost
 
 
 @contextlib.contextmanager
@@ -88,7 +116,7 @@ def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
             "end, or, if it was killed, add --break_lock"
         )
     try:
-        with _copied(place, with_checkpoints, record) as folder:
+        with fetched(place, with_checkpoints, record) as folder:
             yield folder
     finally:
         with contextlib.suppress(Exception):  # --break_lock removes one that stays
@@ -133,44 +161,15 @@ def _reaching(url: str) -> Iterator[DirFileSystem]:
         raise UserError(f"{url} cannot be reached: {_short(error)}; {remedy}") from error
 
 
-@contextlib.contextmanager
-def _copied(url: str, with_checkpoints: bool, record: str = "") -> Iterator[Path]:
-    """Copy a workdir to a temporary folder; error messages name the URL in its place.
-
-    Changes are uploaded if this process holds the lock, with this `record` in it.
-    """
-    above, stop, uploads = Path(tempfile.mkdtemp(prefix="kd_ranker-")), threading.Event(), None
-    folder = above / url.rpartition("/")[2]
-    folder.mkdir()
-    try:
-        with _reaching(url) as store:
-            there = _download(store, folder, with_checkpoints)
-        if record:
-            upload = functools.partial(_upload, store, folder, there, record)
-            uploads = ThreadPoolExecutor().submit(_repeat, upload, stop, url)
-        yield folder
-    except UserError as error:
-        raise UserError(str(error).replace(str(folder), url)) from error
-    finally:
-        with deferred():
-            stop.set()
-            if not (lost := uploads and uploads.exception()):
-                shutil.rmtree(above, ignore_errors=True)
-        if lost:
-            raise UserError(
-                f"{url} lacks the last results of this run ({_short(lost)}), which are in "
-                f"{folder}: copy them there, or start the same command again, which resumes from "
-                "what is there"
-            ) from lost
-
-
 def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Files:
     """Download the files of a store, without checkpoints that are not complete.
 
     Return the files there: an upload deletes those of incomplete checkpoints, which are gone here.
     """
-    names = [name for name in store.find("") if _is_copied(name, with_checkpoints)]
-    for name in names:
+    names = [name for name in store.find("") if not _NOT_COPIED.search(name)]
+    if not with_checkpoints:
+        names = [name for name in names if _OF_CHECKPOINTS not in f"/{name}"]
+    for name in names:  # not every store makes folders here
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     store.get(names, [str(folder / name) for name in names])
     for checkpoint in [*folder.rglob(f"{checkpoints.FOLDER}/*")]:
@@ -185,15 +184,9 @@ def _files(folder: Path) -> _Files:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and _is_copied(name):
+            if path.is_file() and not _NOT_COPIED.search(name):
                 found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
     return found
-
-
-def _is_copied(name: str, with_checkpoints: bool = True) -> bool:
-    """Return False for a file that is hidden, unfinished, or only marks a folder of the store."""
-    excluded = _LOCAL if with_checkpoints else (*_LOCAL, _OF_CHECKPOINTS)
-    return not (name.endswith("/") or any(part in f"/{name}" for part in excluded))
 
 
 def _repeat(upload: Callable[[], None], stop: threading.Event, url: str) -> None:

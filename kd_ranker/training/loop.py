@@ -157,83 +157,59 @@ def fit(
         other fingerprints, or one cannot be written.
     """
     with deferred() as stop:
-        with checkpoints.open_in(workdir, to_write=True) as saved:
+        with checkpoints.open_in(workdir, to_write=True) as saved, contextlib.ExitStack() as opened:
             abstract = abstract_states(run.groups)
-            states, start = checkpoints.restore(saved, abstract, run.batches, made_of)
-            bar.update(start)
-            if start >= run.steps:
+            states, step = checkpoints.restore(saved, abstract, run.batches, made_of)
+            bar.update(step)
+            if step >= run.steps:
                 return states
-            states = run.devices.place(states) if start else initial_states(run)
-            if begin and not start:
+            states = run.devices.place(states) if step else initial_states(run)
+            if begin and not step:
                 states = run.devices.place(begin(states_on_host(run, states)))
-            with contextlib.closing(MetricsWriter(workdir, start)) as writer:
-
-                def save(step: int, whole: States) -> None:
+            writer = opened.enter_context(contextlib.closing(MetricsWriter(workdir, step)))
+            lengths = _by_name(run, [group.numbers.steps for group in run.groups])
+            diverged, longest, stopping = _diverged_members(run, states, before=()), 1, False
+            whole: States = ()
+            while step < run.steps and not stopping:
+                training = {name for name, last in lengths.items() if step < last}
+                if training <= diverged.keys():
+                    bar.update(run.steps - step)
+                    break
+                since, wanted = time.monotonic(), _next_stop(step, lengths.values(), train) - step
+                packed, span = run.batches.take(min(wanted, longest))
+                states, losses = take_steps(run, states, packed, span)
+                if longest < wanted:
+                    jax.block_until_ready(losses)
+                    room = _LONGEST_CALL / _agreed(time.monotonic() - since)
+                    longest = max(1, int(longest * min(room, 2)))
+                taken = span.stop - span.start
+                step += taken
+                bar.update(taken)
+                stopping = bool(_agreed(stop()))
+                saving = step == run.steps or _is_due(step, train.checkpoint_every)
+                logs = saving or _is_due(step, train.log_every)
+                # The last states are measured in full after the run.
+                evaluates = step < run.steps and _is_due(step, train.eval_every)
+                saving = saving or stopping
+                if saving:
+                    states = _mark_diverged(run, states)
+                # A state is checked before it is saved: a run could not resume from a NaN.
+                if logs or saving:
+                    diverged = _diverged_members(run, states, before=diverged)
+                # It may be a copy of whole tables.
+                whole = states_on_host(run, states) if saving or evaluates else ()
+                scalars = _scalars(run, states, losses, training - diverged.keys()) if logs else {}
+                scalars |= evaluate(whole) if evaluates else {}
+                if scalars:
+                    writer.write(step, scalars)
+                    bar.set_postfix_str(_progress(run, scalars, diverged))
+                if saving:
                     checkpoints.save(saved, step, whole, run.batches, made_of)
-
-                states, stopped_at = _train(
-                    run, states, start, train, stop, save, evaluate, writer, bar
-                )
-        if stopped_at and not stop():
+        if stopping and not stop():
             raise UserError(
-                f"another process ended this run after step {stopped_at}; start all of them again"
+                f"another process ended this run after step {step}; start all of them again"
             )
-        return jax.tree.map(np.asarray, states_on_host(run, states))
-
-
-def _train(
-    run: Run,
-    states: States,
-    step: int,
-    train: ConfigDict,
-    stop: Callable[[], bool],
-    save: Callable[[int, States], None],
-    evaluate: Evaluate,
-    writer: MetricsWriter,
-    bar: tqdm,
-) -> tuple[States, int]:
-    """Take the steps after `step`; end with a checkpoint soon after `stop` returns True.
-
-    Return the states on the devices, and the step at which a signal ended the run, or 0.
-    """
-    lengths = _by_name(run, [group.numbers.steps for group in run.groups])
-    diverged, longest, stopping = _diverged_members(run, states, before=()), 1, False
-    while step < run.steps and not stopping:
-        training = {name for name, last in lengths.items() if step < last}
-        if training <= diverged.keys():
-            bar.update(run.steps - step)
-            break
-        since, wanted = time.monotonic(), _next_stop(step, lengths.values(), train) - step
-        packed, span = run.batches.take(min(wanted, longest))
-        states, losses = take_steps(run, states, packed, span)
-        if longest < wanted:
-            jax.block_until_ready(losses)
-            room = _LONGEST_CALL / _agreed(time.monotonic() - since)
-            longest = max(1, int(longest * min(room, 2)))
-        taken = span.stop - span.start
-        step += taken
-        bar.update(taken)
-        stopping = bool(_agreed(stop()))
-        saving = step == run.steps or _is_due(step, train.checkpoint_every)
-        logs = saving or _is_due(step, train.log_every)
-        # The last states are measured in full after the run.
-        evaluates = step < run.steps and _is_due(step, train.eval_every)
-        saving = saving or stopping
-        if saving:
-            states = _mark_diverged(run, states)
-        # A state is checked before it is saved: a run could not resume from a NaN.
-        if logs or saving:
-            diverged = _diverged_members(run, states, before=diverged)
-        # It may be a copy of whole tables.
-        whole = states_on_host(run, states) if saving or evaluates else ()
-        scalars = _scalars(run, states, losses, training - diverged.keys()) if logs else {}
-        scalars |= evaluate(whole) if evaluates else {}
-        if scalars:
-            writer.write(step, scalars)
-            bar.set_postfix_str(_progress(run, scalars, diverged))
-        if saving:
-            save(step, whole)
-    return states, step if stopping else 0
+        return jax.tree.map(np.asarray, whole or states_on_host(run, states))
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,5 +1,6 @@
 """A workdir in a server of S3, which outlives the processes that work there."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ def test_a_run_that_was_killed_goes_on_from_the_server(world, store):
             while not any(name.endswith("commit_success.txt") for name in names(store)):
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.02)
+            process.send_signal(signal.SIGSTOP)  # the second may take long to start
             second = small.run("-m", "experiments.train", *flags)
         finally:
             process.kill()
