@@ -117,7 +117,7 @@ class Job:
 
     @functools.cached_property
     def device_map(self) -> DeviceMap:
-        """How that program, and the requests of its batches, are spread over the devices."""
+        """The mapping of that program, and of the requests of its batches, over the devices."""
         sizes, requests = [len(of.names) for of in self.groups], self.trainee.batch.requests
         return spread(self.config.parallel, self.devices, sizes, requests)
 
