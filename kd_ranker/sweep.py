@@ -205,15 +205,24 @@ def spread(
     return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
 
 
-def cohort_size(members: Iterable[ConfigDict], spec: FeatureSpec, devices: DeviceMap) -> int:
-    """Return the number of members that fit the free memory of devices with a margin."""
+def cohort_size(
+    config: ConfigDict,
+    members: Iterable[ConfigDict],
+    spec: FeatureSpec,
+    devices: Sequence[jax.Device],
+) -> int:
+    """Return `sweep.group_size`, or the number of members that fit free memory with a margin."""
+    if config.sweep.group_size:
+        return config.sweep.group_size
+    # As for a cohort with one member per device.
+    over = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_group = {shared_part(member): member for member in members}
     sizes = (
         _bytes(recipes.student_groups({"": member}, spec), member.batch, spec)
         for member in one_per_group.values()
     )
-    largest = max(states / devices.deal.devices + of_batch for states, of_batch in sizes)
-    return max(1, int(free_memory(devices) / (_MARGIN * largest))) * devices.members
+    largest = max(states / over.deal.devices + of_batch for states, of_batch in sizes)
+    return max(1, int(free_memory(over) / (_MARGIN * largest))) * over.members
 
 
 def check_memory(

@@ -285,7 +285,7 @@ def load_teacher(config: ConfigDict) -> Finished:
             f"the teacher at {place} was trained on {other} for {', '.join(trained.tasks)}, "
             f"not on {own} for {', '.join(config.tasks)}; {remedy}"
         )
-    trained.data.dir = config.data.dir
+    trained.data.dir = config.data.dir or trained.data.dir
     found = open_finished(place, config=trained)
     if found.job.members:
         raise UserError(f"{place} holds a {found.job.role}, not a teacher; {remedy}")

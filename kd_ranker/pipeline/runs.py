@@ -35,7 +35,6 @@ from kd_ranker.sweep import (
     exhaustion_reported,
     open_sweep,
     read_plan,
-    spread,
 )
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
@@ -138,11 +137,8 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
     read = job.of({name: first}).dataset
     checks.check_teacher_signals(read, sweep.members.values())
     checks.check_labels(read)
-    size = config.sweep.group_size
-    if not size:
-        devices = spread(config.parallel, job.devices, [len(job.devices)], config.batch.requests)
-        # By the memory that is free: of several processes, one decides.
-        size = on_first(lambda: cohort_size(sweep.members.values(), read.spec, devices))
+    # By the memory that is free: of several processes, one decides.
+    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec, job.devices))
     sweep = sweep.planned(size)
     # Last, so that an extension counts once its cohorts are known.
     workdirs.write_config(workdir, "sweep", config, dataset.identity)

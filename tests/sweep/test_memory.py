@@ -21,10 +21,10 @@ def bytes_of(config, spec=SPEC):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
-def spread(config, members):
-    """The devices of a config as a cohort of so many members is spread over them."""
-    devices = first_devices(config.parallel.devices)
-    return sweep.spread(config.parallel, devices, [members], config.batch.requests)
+def cohort_size(*members):
+    """The size of a cohort of the first of them."""
+    devices = first_devices(members[0].parallel.devices)
+    return sweep.cohort_size(members[0], members, SPEC, devices)
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, p
     one = sweep._MARGIN * bytes_of(wide)
     for number, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
         free(number)
-        assert sweep.cohort_size([config, wide], SPEC, spread(config, 8)) == fit * across
+        assert cohort_size(config, wide) == fit * across
+    config.sweep.group_size = 3
+    assert cohort_size(config, wide) == 3
 
 
 def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
@@ -60,7 +62,8 @@ def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
     groups = recipes.student_groups({"": config}, SPEC)
     for devices, tables in ((1, "replicated"), (2, "sharded")):
         config.parallel.update({"devices": devices, "tables": tables})
-        checked = groups, config.batch, SPEC, spread(config, 1)
+        over = sweep.spread(config.parallel, first_devices(devices), [1], config.batch.requests)
+        checked = groups, config.batch, SPEC, over
         needed = bytes_of(config) / devices
         free(needed + 1)
         sweep.check_memory(*checked)
@@ -69,7 +72,7 @@ def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
         assert fault.startswith("training needs at least")
     free(3.5 * sweep._MARGIN * bytes_of(config))
     # Of a device's share of the tables there is room for more.
-    assert sweep.cohort_size([config], SPEC, spread(config, 2)) > 3
+    assert cohort_size(config) > 3
 
 
 def test_a_device_that_is_full_is_reported_in_one_line():
