@@ -305,12 +305,14 @@ PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
 """The students that a program trains, by its command: of a sweep its first cohort."""
 
 
-def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str) -> Job:
+def _job_of_shapes(
+    name: str, config: ConfigDict, sample: Dataset, devices: Sequence[jax.Device]
+) -> Job:
     """The job of a program on a sample, with shapes in place of the parameters of a teacher.
 
     The teacher is that of `teacher.workdir` if that exists, else of `config`.
     """
-    job, members = Job(config, {}, sample), PROGRAMS[name](config)
+    job, members = Job(config, {}, sample, devices), PROGRAMS[name](config)
     if not members:
         return job
     finished = None
@@ -321,10 +323,11 @@ def _job_of_shapes(name: str, config: ConfigDict, sample: Dataset, platform: str
         group = recipes.teacher_group(trained, sample.spec)
         model, (state,) = group.recipe.model, abstract_states([group])
         learned = jax.eval_shape(
-            lambda of: served(model, select_member(of, 0), platform), state.parameters
+            lambda of: served(model, select_member(of, 0), devices[0].platform), state.parameters
         )
         ranker = Ranker(make_serve(model, MODES["none"]), learned)
-        finished = Finished("", Job(trained, {}, sample), "", "user", model, ranker, "", {})
+        own = Job(trained, {}, sample, devices)
+        finished = Finished("", own, "", "user", model, ranker, "", {})
     of_teacher = next(iter(members.values())).teacher
     job.last_teacher[of_teacher.workdir, of_teacher.stage] = finished, sample
     return job.of(members)
@@ -358,8 +361,8 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
     config.parallel.mapping = "shard_map"
-    job = _job_of_shapes(name, config, sample, devices[0].platform)
-    run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
+    job = _job_of_shapes(name, config, sample, devices)
+    run = runs.prepare_run(job, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     (packed, _), one = run.batches.take(1), jnp.int32(0)
     take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))

@@ -360,10 +360,11 @@ def score(
         or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
-    config = _own(config or config_of(workdir, trust))
+    run = config_of(workdir, trust)
+    config = _own(config or run)
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
-    scored, lines = scoring.score_unseen(config, workdir, member, folder, trust, policy)
+    scored, lines = scoring.score_unseen(config, workdir, member, folder, run, policy)
     for line in (*lines, *str(scored).splitlines()):
         show(line)
     return scored.directory
@@ -400,7 +401,7 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    finished = open_finished(workdir, member, serve, "", trust, policy)
+    finished = open_finished(workdir, member, serve, config_of(workdir, trust), policy)
     export_ranker(finished, folder, formats)
     show(str(finished))
     return folder

@@ -31,7 +31,7 @@ from kd_ranker.evaluation.results import write_tables
 from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
 from kd_ranker.manifest import MadeOf
 from kd_ranker.training import recipes
-from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis, own_devices
 from kd_ranker.training.recipes import Group, shared_part
 from kd_ranker.training.workdir import read_json, write_atomically
 
@@ -187,34 +187,58 @@ def common(members: Members) -> ConfigDict:
     return config
 
 
-def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
+def spread(
+    parallel: ConfigDict, devices: Sequence[jax.Device], sizes: Sequence[int], requests: int
+) -> DeviceMap:
+    """Spread groups with these numbers of members, and the requests of a batch, over devices.
+
+    `parallel` is that section of a config.
+    """
+    sharded = parallel.tables == "sharded"
+    # Spreading members would leave fewer devices to share the rows of tables.
+    if parallel.mapping == "pmap" or (sharded and not parallel.members):
+        members = 1
+    elif parallel.members and sum(sizes) > 1:
+        members = parallel.members
+    else:
+        members = members_axis(len(devices), sizes, requests)
+    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
+
+
+def cohort_size(
+    config: ConfigDict,
+    members: Iterable[ConfigDict],
+    spec: FeatureSpec,
+    devices: Sequence[jax.Device],
+) -> int:
     """Return `sweep.group_size`, or the number of members that fit free memory with a margin."""
     if config.sweep.group_size:
         return config.sweep.group_size
-    across, sharing = _spread(config)
+    # As for a cohort with one member per device.
+    over = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_group = {shared_part(member): member for member in members}
     sizes = (
         _bytes(recipes.student_groups({"": member}, spec), member.batch, spec)
         for member in one_per_group.values()
     )
-    largest = max(states / sharing + of_batch for states, of_batch in sizes)
-    return max(1, int(free_memory(config) / (_MARGIN * largest))) * across
+    largest = max(states / over.deal.devices + of_batch for states, of_batch in sizes)
+    return max(1, int(free_memory(over) / (_MARGIN * largest))) * over.members
 
 
 def check_memory(
-    config: ConfigDict, groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec
+    groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec, devices: DeviceMap
 ) -> None:
     """Raise UserError unless a device has room for its part of the states of groups and of a batch.
 
     `batch` is `config.batch` or `config.teacher.batch`.
     """
-    across, sharing = _spread(config)
+    free = free_memory(devices)
     try:
         states, of_batch = _bytes(groups, batch, spec)
     except (OverflowError, ValueError, TypeError) as error:
         raise UserError(f"no model can have this size: {error}; {_REMEDY}") from error
-    needed = states / (across * sharing) + of_batch / len(first_devices(config.parallel.devices))
-    if needed > (free := free_memory(config)):
+    needed = states / (devices.members * devices.deal.devices) + of_batch / devices.mesh.size
+    if needed > free:
         raise UserError(
             f"training needs at least {needed / 1e9:,.1f} GB per device, but {free / 1e9:,.1f} GB "
             f"are free; {_REMEDY}"
@@ -244,20 +268,12 @@ def _bytes(groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec) -> tup
     return states, of_batch
 
 
-def _spread(config: ConfigDict) -> tuple[int, int]:
-    """The numbers of devices that members, and the rows of a member's tables, are spread over."""
-    parallel, devices = config.parallel, len(first_devices(config.parallel.devices))
-    if parallel.tables == "sharded":
-        return parallel.members or 1, devices // (parallel.members or 1)
-    return parallel.members or (1 if parallel.mapping == "pmap" else devices), 1
-
-
-def free_memory(config: ConfigDict) -> int:
+def free_memory(devices: DeviceMap) -> int:
     """Return the free bytes of a device; host devices share those of the machine."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    return psutil.virtual_memory().available // len(own_devices(config.parallel.devices))
+    return psutil.virtual_memory().available // len(own_devices(devices.mesh.devices.flat))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
@@ -127,11 +128,12 @@ def check_keys(config: ConfigDict) -> dict[str, Key]:
     """Return the keys of a config by name; raise UserError unless it has exactly these."""
     check_choice("data.name", config.data.name, SOURCES)
     keys = keys_of(config.data.name)
-    leaves = list(_leaves(config, keys))
-    for name in leaves:
+    # A section that is a key itself is one value.
+    values = flatten_dict(config.to_dict(), is_leaf=lambda path, _: ".".join(path) in keys, sep=".")
+    for name in values:
         if name not in keys:
             raise _no_key(config, name)
-    if lacking := sorted(keys.keys() - leaves):
+    if lacking := sorted(keys.keys() - values.keys()):
         raise UserError(
             f"the config lacks {', '.join(lacking)}; it is that of another version of kd_ranker, "
             "which environment.json of a run names"
@@ -158,16 +160,6 @@ def _no_key(config: ConfigDict, name: str) -> UserError:
     guess = f"did you mean {' or '.join(map(repr, close))}?"
     hint = guess if close else "docs/config.md lists the keys"
     return UserError(f"config key {name!r} does not exist; {hint}")
-
-
-def _leaves(config: ConfigDict, keys: Collection[str], above: str = "") -> Iterator[str]:
-    """The names of all values of a config; a section that is a key itself is one value."""
-    for part, value in config.items():
-        name = f"{above}{part}"
-        if isinstance(value, ConfigDict) and name not in keys:
-            yield from _leaves(value, keys, f"{name}.")
-        else:
-            yield name
 
 
 def _num_devices() -> int:

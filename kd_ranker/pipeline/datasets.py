@@ -98,7 +98,8 @@ def dataset_of(config: ConfigDict, unchanged: bool = False) -> Dataset:
 
     Only with `unchanged` are its raw files checked.
     """
-    dataset = storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
+    name = dataset_name(config)
+    dataset = storage.open_dataset(name, config.data.dir, made_by=PREPARE_DATA)
     if config.data.name == given.NAME:
         given.check_fits(dataset, config.data, config.tasks, config.funnel.retrieved)
     if unchanged:

@@ -7,6 +7,7 @@ a config and values from that. The teacher is opened at first use and stays open
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,11 +32,11 @@ from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.remote import Place, fetched, place_of
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep import TEST, Members, Sweep, common, open_sweep
+from kd_ranker.sweep import TEST, Members, Sweep, common, open_sweep, spread
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import abstract_states
-from kd_ranker.training.mapping import put
+from kd_ranker.training.mapping import DeviceMap, first_devices, put
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import States, select_member
 
@@ -50,6 +51,7 @@ class Job:
     config: ConfigDict  # the values that its members have in common
     members: Members  # the configs of the students; none in the job of a teacher
     built: Dataset  # as it was built
+    devices: Sequence[jax.Device]  # of all processes
     # The teacher that was opened last, and the dataset with its scores, by `teacher.workdir` and
     # `teacher.stage`. The jobs of a sweep share it, so those of one teacher should be neighbours.
     last_teacher: dict[tuple[str, str], tuple["Finished | None", Dataset]] = dataclasses.field(
@@ -113,6 +115,12 @@ class Job:
             return recipes.student_groups(self.members, spec)
         return [recipes.teacher_group(self.config, spec)]
 
+    @functools.cached_property
+    def device_map(self) -> DeviceMap:
+        """The mapping of that program, and of the requests of its batches, over the devices."""
+        sizes, requests = [len(of.names) for of in self.groups], self.trainee.batch.requests
+        return spread(self.config.parallel, self.devices, sizes, requests)
+
     @property
     def own(self) -> MadeOf:
         """The fingerprints of its rankers, without those of a teacher and its scores."""
@@ -163,8 +171,8 @@ def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool
 
     With `unchanged`, it is a UserError if its raw files have changed since it was built.
     """
-    built = datasets.dataset_of(config, unchanged)
-    return Job(common(members) if members else config, members or {}, built)
+    built, devices = datasets.dataset_of(config, unchanged), first_devices(config.parallel.devices)
+    return Job(common(members) if members else config, members or {}, built, devices)
 
 
 class Finished(NamedTuple):
@@ -229,22 +237,18 @@ def open_finished(
     place: Place,
     member: str = "",
     serve: str = "",
-    data_dir: str = "",
-    trust: bool = False,
+    config: ConfigDict | None = None,
     policy_name: str = "",
     with_slots: bool = False,
 ) -> Finished:
     """Open the ranker of a finished run; that of a student does not need its teacher.
 
-    By default it is the best member of a sweep, with its own serving choice, on the dataset in its
-    own `data.dir`, without a policy, and without the slots of the optimizers of tables. `trust` is
-    that of `config_of`. A missing or unfinished run or dataset, or a member, serving choice or
-    policy that it lacks, is a UserError.
+    By default it is the best member of a sweep, with its own serving choice, without a policy, and
+    without the slots of the optimizers of tables. `config` is that of the run, perhaps with another
+    `data.dir`; None takes that of `config_of`. A missing or unfinished run or dataset, or a member,
+    serving choice or policy that it lacks, is a UserError.
     """
-    if policy_name:
-        check_choice("--policy", policy_name, POLICIES)
-    config = config_of(place, trust)
-    config.data.dir = data_dir or config.data.dir
+    config = config or config_of(place)
     with fetched(place) as workdir:
         owner = workdirs.read_environment(workdir).get("command")
         if owner not in _RUNS:
@@ -264,9 +268,7 @@ def open_finished(
             title, index, member, serve = _member(sweep, place, member, serve)
             job, folder = job.of(sweep.cohorts[index]), sweep.folders[index]
         found = _finished(title, job, member, serve, folder, remedy, with_slots)
-        if policy_name:
-            found = found._replace(policy=_policy(folder / TEST, found, policy_name))
-    return found
+        return _with_policy(found, folder / TEST, policy_name) if policy_name else found
 
 
 def load_teacher(config: ConfigDict) -> Finished:
@@ -283,7 +285,8 @@ def load_teacher(config: ConfigDict) -> Finished:
             f"the teacher at {place} was trained on {other} for {', '.join(trained.tasks)}, "
             f"not on {own} for {', '.join(config.tasks)}; {remedy}"
         )
-    found = open_finished(place, data_dir=config.data.dir)
+    trained.data.dir = config.data.dir or trained.data.dir
+    found = open_finished(place, config=trained)
     if found.job.members:
         raise UserError(f"{place} holds a {found.job.role}, not a teacher; {remedy}")
     return found
@@ -312,8 +315,9 @@ def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, i
     return f"member {name} of the sweep at {place} ({how})", cohort, name, serve or best_serve
 
 
-def _policy(folder: Path, student: Finished, name: str) -> Policy:
-    """Read a policy of a student of a sweep from the folder of its test tables."""
+def _with_policy(student: Finished, folder: Path, name: str) -> Finished:
+    """A student of a sweep with a policy from the folder of its test tables."""
+    check_choice("--policy", name, POLICIES)
     fitted = {}
     if policy.FILE in manifest.read(folder, "start the sweep again")["files"]:
         fitted = policy.from_json((folder / policy.FILE).read_text())
@@ -324,7 +328,7 @@ def _policy(folder: Path, student: Finished, name: str) -> Policy:
             f"probabilities {student.serve!r}; a sweep fits those of funnel.policies, for the "
             "settings that validation chose"
         )
-    return own[name]
+    return student._replace(policy=own[name])
 
 
 def _finished(

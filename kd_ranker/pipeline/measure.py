@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
@@ -25,7 +25,7 @@ from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
-from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.mapping import own_devices
 from kd_ranker.training.state import States, select_member, steps_of_members
 
 _NOT_COUNTED = float("nan")
@@ -51,7 +51,6 @@ def measure(
     fitted: Mapping[Who, Each] | None = None,
     keep: bool = False,
     limit: int = 0,
-    costs: bool = True,
 ) -> Measured:
     """Measure the teacher, then the trained students by member and serving choice, in one pass.
 
@@ -63,8 +62,8 @@ def measure(
       with_references: whether to measure the references, too.
       fitted: the contribution of each validation request, for the policies of `report_at`.
       keep: whether to keep the contribution of each request, as always of the test split.
-      limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
-      costs: whether to count FLOPs. An evaluation during training omits them, and the bar.
+      limit: how many requests an evaluation during training reads, which omits FLOPs and the bar;
+        0 takes `config.evaluation.limit`.
     """
     teacher = job.live_teacher and job.live_teacher.ranker
     if not job.members:
@@ -72,7 +71,7 @@ def measure(
         own = select_member(state.parameters, 0)
         teacher = Ranker(make_serve(group.recipe.model, group.recipe.mode), own)
     if serves is None:
-        serves = {name: MODES[of.distill.mode].serve for name, of in job.members.items()}
+        serves = {name: MODES[of.distill.mode].serve for name, of in job.members.items() if states}
     students = [*_students(job, states, serves)] if states else []
     groups = [ranker for ranker, _ in students]
     referred: tuple[str, ...] = ()
@@ -81,36 +80,34 @@ def measure(
         referred = references.known_references([of for of in splits if len(of)], job.lists)
         groups.append(references.reference_ranker(job.lists)._replace(serves=[referred]))
     keep = keep or split == "test"
-    of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit, costs)
+    of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
-    flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
     measured = Measured([], [], [], {}, {})
     add = functools.partial(_add, measured, job, signal, fitted or {})
+    flops = {} if limit else _flops(job, serves)
+    of_judge = flops.get((results.TEACHER, "user"), _NOT_COUNTED)
 
-    def named(role: str, member: str, serve: str, flops: float = _NOT_COUNTED) -> Row:
-        dataset, ratio = job.config.data.name, flops / flops_of_teacher
+    def named(role: str, member: str, serve: str = "user") -> Row:
+        dataset, own = job.config.data.name, flops.get((member, serve), _NOT_COUNTED)
         row: Row = dict(dataset=dataset, split=split, role=role, member=member, serve=serve)
-        return row | {"flops_per_candidate": flops, "cost_ratio": ratio}
+        return row | {"flops_per_candidate": own, "cost_ratio": own / of_judge}
 
     # A teacher from elsewhere has neither a seed nor a step.
     known = not job.members or job.teacher is not None
     of = job.teacher.config if job.teacher else job.config
     seed, step = (of.seed, of.teacher.train.steps) if known else (None, None)
-    row = named("teacher", results.TEACHER, "user", flops_of_teacher)
-    add(row | {"seed": seed, "step": step}, of_teacher, None)
+    add(named("teacher", results.TEACHER) | {"seed": seed, "step": step}, of_teacher, None)
     for (_, members), of_group in zip(students, of_groups, strict=False):
-        flops = _student_flops(job.members[members[0][0]], job.dataset.spec) if costs else {}
         for (name, last_step, non_finite_step), of_member in zip(members, of_group, strict=True):
             for serve in serves[name]:
-                row = named("student", name, serve, flops.get(serve, _NOT_COUNTED))
+                row = named("student", name, serve)
                 row |= results.made_of(job.members[name]) | {"step": last_step}
                 if non_finite_step:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                 else:
                     add(row, of_member[serve], of_teacher)
     for name in referred:
-        row = named("reference", name, "user") | {"seed": seed}
-        add(row, of_groups[-1][0][name], of_teacher)
+        add(named("reference", name) | {"seed": seed}, of_groups[-1][0][name], of_teacher)
     return measured
 
 
@@ -144,11 +141,11 @@ def _summed(
     groups: Sequence[Ranker],
     keep: bool,
     limit: int,
-    bar: bool,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
     """`evaluate` on the requests of a split."""
     config, dataset = job.config, job.dataset
-    requests, limit = config.evaluation.requests, limit or config.evaluation.limit
+    requests, bar = config.evaluation.requests, not limit
+    limit = limit or config.evaluation.limit
     batches: Iterable = evaluation_batches(
         dataset, split, requests=requests, candidates=config.funnel.retrieved, limit=limit
     )
@@ -161,7 +158,7 @@ def _summed(
         config.funnel.shown,
         ks=job.kept_ks,
         keep=keep,
-        devices=(first_devices if sharded else own_devices)(config.parallel.devices),
+        devices=job.devices if sharded else own_devices(job.devices),
         sharded=sharded,
     )
     return evaluate(teacher, groups, batches, dataset.items, plan)
@@ -210,12 +207,17 @@ def _add(
         measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
 
 
-def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
-    """FLOPs per candidate by serving choice, counting only the heads that the choice reads."""
-    mode, student = MODES[config.distill.mode], FrozenConfigDict(config.student)
-    heads, retrieved = mode.heads_per_task * len(spec.tasks), config.funnel.retrieved
-    read = {name: saving.heads_read(served, heads) for name, served in mode.serve.items()}
-    return {name: _flops_of("student", student, spec, read[name], retrieved) for name in read}
+def _flops(job: Job, serves: Mapping[str, Collection[str]]) -> dict[Who, float]:
+    """FLOPs per candidate of a job's teacher, and of students for the heads that a choice reads."""
+    found, spec = {(results.TEACHER, "user"): teacher_flops(job)}, job.dataset.spec
+    for name, choices in serves.items():
+        config = job.members[name]
+        mode, student = MODES[config.distill.mode], FrozenConfigDict(config.student)
+        for serve in choices:
+            heads = saving.heads_read(mode.serve[serve], mode.heads_per_task * len(spec.tasks))
+            flops = _flops_of("student", student, spec, heads, config.funnel.retrieved)
+            found[name, serve] = flops
+    return found
 
 
 # A sweep needs the same numbers on each split and in each cohort, and each is a compilation.

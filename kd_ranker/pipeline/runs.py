@@ -40,13 +40,7 @@ from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Run, make_run, scalar_name
 from kd_ranker.training.loop import fit as fit_run
-from kd_ranker.training.mapping import (
-    MAPPINGS,
-    DeviceMap,
-    first_devices,
-    members_axis,
-    own_devices,
-)
+from kd_ranker.training.mapping import DeviceMap, own_devices
 from kd_ranker.training.processes import check_same, is_first, on_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.state import Frozen, LiveTeacher, States
@@ -64,17 +58,14 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
     """
     job = open_job(config, members, unchanged=True)
     with owned(place) as folder:
-        if members:
-            checks.check_teacher_signals(job.dataset, members.values())
-        else:
-            checks.check_teacher_log(config, job.dataset)
         checks.check_labels(job.dataset)
+        steps = _check(job)
         free = schema.without_influence(job.role)
         workdirs.check(folder, command, config, job.dataset.identity, without=free)
         workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
             datasets.keep_data_report(job.built, folder)
-        with progress_bar(folder.name, job.trainee.train.steps) as bar:
+        with progress_bar(folder.name, steps) as bar:
             states = fit(job, folder, bar)
         measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
         write_measured(job, folder, job.made_of, *measured)
@@ -147,7 +138,7 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
     checks.check_teacher_signals(read, sweep.members.values())
     checks.check_labels(read)
     # By the memory that is free: of several processes, one decides.
-    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
+    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec, job.devices))
     sweep = sweep.planned(size)
     # Last, so that an extension counts once its cohorts are known.
     workdirs.write_config(workdir, "sweep", config, dataset.identity)
@@ -183,10 +174,13 @@ def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:
 
 
 def _check(job: Job) -> int:
-    """Check the memory and the signals that a cohort needs; return the number of its steps."""
-    checks.check_teacher_signals(job.dataset, job.members.values())
-    check_memory(job.config, job.groups, job.config.batch, job.dataset.spec)
-    return job.config.train.steps
+    """Check the memory and the signals that a job needs; return the number of its steps."""
+    if job.members:
+        checks.check_teacher_signals(job.dataset, job.members.values())
+    else:
+        checks.check_teacher_log(job.config, job.dataset)
+    check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)
+    return job.trainee.train.steps
 
 
 def _untrained(jobs: _Jobs) -> list[int]:
@@ -241,7 +235,7 @@ def _test_cohort(
         # Validation chooses among the references too.
         measured.append(measure(job, "validation", with_references=True))
     if policies and students:
-        fitted = measure(job, "validation", students, serves=serves, keep=True, costs=False).each
+        fitted = measure(job, "validation", students, serves=serves, keep=True).each
     tested = measure(
         job, "test", students, serves=serves, with_references=with_references, fitted=fitted
     )
@@ -263,8 +257,7 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> States:
     train = job.trainee.train
 
     def progress(states: States) -> dict[str, float]:
-        limit = train.eval_limit
-        measured = measure(job, "validation", states, limit=limit, costs=False)
+        measured = measure(job, "validation", states, limit=train.eval_limit)
         serves = {name: of.distill.serve for name, of in job.members.items()}
         return {
             scalar_name(f"eval/{column}", name if job.members else ""): value
@@ -277,52 +270,32 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> States:
 
     with exhaustion_reported():
         check_same("dataset", str(job.dataset.identity))
-        check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
         begin = functools.partial(warm_start, job) if train.warm_start else None
         return fit_run(prepare_run(job), train, workdir, job.made_of, progress, bar, begin)
 
 
-def prepare_run(
-    job: Job, devices: Sequence[jax.Device] | None = None, batches_on: DeviceMap | None = None
-) -> Run:
-    """The run of a job: its groups on their batches, spread over devices.
+def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
+    """The run of a job: its groups on their batches, spread over its devices.
 
-    The items of its dataset and the parameters of its teacher may be only shapes. Without
-    `devices` they are the first `parallel.devices`, which by default make the batches too.
+    The items of its dataset and the parameters of its teacher may be only shapes. By default the
+    devices make the batches too.
     """
-    config, dataset, groups, batch = job.config, job.dataset, job.groups, job.trainee.batch
-    parallel = config.parallel
-    devices = first_devices(parallel.devices) if devices is None else devices
-    mapping = _device_map(job, devices)
+    dataset, groups, batches_on = job.dataset, job.groups, batches_on or job.device_map
     # Students that learn nothing from a teacher do not pay for one.
     live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
-    stage = TEACHER_STAGES[config.teacher.stage]
+    stage = TEACHER_STAGES[job.config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
     frozen = Frozen(items=dataset.items, teacher=live.ranker.parameters if live else None)
-    batches_on = batches_on or mapping
+    needs = recipes.needs(groups, teacher, stage)
     batches = training_batches(
         dataset,
-        BatchConfig(**batch),
-        recipes.needs(groups, teacher, stage),
+        BatchConfig(**job.trainee.batch),
+        needs,
         batches_on,
         # CPU devices hold their data in the memory of the host.
-        copies=1 + sum(device.platform == "cpu" for device in own_devices(parallel.devices)),
+        copies=1 + sum(of.platform == "cpu" for of in own_devices(batches_on.mesh.devices.flat)),
     )
-    return make_run(groups, teacher, batches, frozen, mapping)
-
-
-def _device_map(job: Job, devices: Sequence[jax.Device]) -> DeviceMap:
-    """The mapping of `config.parallel` over devices for the groups of a job."""
-    parallel, sizes = job.config.parallel, [len(group.names) for group in job.groups]
-    sharded = parallel.tables == "sharded"
-    # Spreading members would leave fewer devices to share the rows of tables.
-    if parallel.mapping == "pmap" or (sharded and not parallel.members):
-        members = 1
-    elif parallel.members and sum(sizes) > 1:
-        members = parallel.members
-    else:
-        members = members_axis(len(devices), sizes, job.trainee.batch.requests)
-    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
+    return make_run(groups, teacher, batches, frozen, job.device_map)
 
 
 def warm_start(job: Job, states: States) -> States:

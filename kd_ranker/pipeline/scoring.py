@@ -224,16 +224,19 @@ def score_unseen(
     workdir: Place,
     member: str = "",
     output: Path | None = None,
-    trust: bool = False,
+    run: ConfigDict | None = None,
     policy: str = "",
 ) -> tuple[Scored, list[str]]:
     """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
     The log is read with the ids, means and deviations of the training log. Return the scores, and
-    lines on the ranker and the candidates. Arguments and errors are those of `api.score`.
+    lines on the ranker and the candidates. `run` is the config of the ranker's run, as `config_of`
+    reads it; other arguments and errors are those of `api.score`.
     """
-    log, layout, trained = _open_log(config, config_of(workdir, trust), workdir)
-    ranker = open_finished(workdir, member, "", str(config.data.dir), trust, policy)
+    run = run or config_of(workdir)
+    log, layout, trained = _open_log(config, run, workdir)
+    run.data.dir = config.data.dir or run.data.dir
+    ranker = open_finished(workdir, member, "", run, policy)
     fitted, weights = (tuple(of.value_weights) for of in (ranker.config, config))
     if policy and fitted != weights:
         raise UserError(

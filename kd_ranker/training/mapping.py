@@ -7,7 +7,7 @@ a batch and exchange sums over them. A step knows only the second axis.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -41,10 +41,10 @@ def first_devices(number: int) -> list[jax.Device]:
     return devices[: number or None]
 
 
-def own_devices(number: int) -> list[jax.Device]:
-    """Return the devices of this process among `first_devices`."""
+def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
+    """Return the devices of this process among those of all processes."""
     own = jax.process_index()
-    return [device for device in first_devices(number) if device.process_index == own]
+    return [device for device in devices if device.process_index == own]
 
 
 def names_of(path: jax.tree_util.KeyPath) -> set[str | None]:

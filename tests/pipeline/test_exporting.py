@@ -16,7 +16,7 @@ from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
-from kd_ranker.pipeline.job import open_finished
+from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.serving import check, programs
 from tests.faults import fault_of
 from tests.serving.test_programs import batch_of, trained_ranker
@@ -87,12 +87,12 @@ def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted
         assert re.match(message, fault_of(refused))
     assert not marks.exists()
     assert not (tmp_path / "out").exists()
-    assert open_finished(run, trust=True).config.student.name == "of_mine"
+    assert config_of(run, trust=True).student.name == "of_mine"
     assert marks.read_text() == "run "
     # Once everything that the run names is known, the file is not needed.
     file.unlink()
     for trust in (False, True):
-        assert open_finished(run, trust=trust).config.student.name == "of_mine"
+        assert open_finished(run, config=config_of(run, trust)).config.student.name == "of_mine"
 
 
 _SERVER = """

@@ -6,6 +6,7 @@ import pytest
 from kd_ranker.batch import empty_batch
 from kd_ranker.configs import cascade
 from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS, first_devices
 from tests.faults import fault_of
 from tests.random_batches import SPEC
 
@@ -20,6 +21,12 @@ def bytes_of(config, spec=SPEC):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
+def cohort_size(*members):
+    """The size of a cohort of the first of them."""
+    devices = first_devices(members[0].parallel.devices)
+    return sweep.cohort_size(members[0], members, SPEC, devices)
+
+
 @pytest.fixture
 def free(monkeypatch):
     """Sets the bytes that are free on each device."""
@@ -27,7 +34,7 @@ def free(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "spread"),
+    ("parallel", "across"),
     [
         ({}, 8),
         ({"devices": 2}, 2),
@@ -37,7 +44,7 @@ def free(monkeypatch):
     ],
     ids=str,
 )
-def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, parallel, spread):
+def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, parallel, across):
     config = cascade("small")
     config.parallel.update(parallel)
     wide = config.copy_and_resolve_references()
@@ -45,9 +52,9 @@ def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, p
     one = sweep._MARGIN * bytes_of(wide)
     for number, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
         free(number)
-        assert sweep.cohort_size(config, [config, wide], SPEC) == fit * spread
+        assert cohort_size(config, wide) == fit * across
     config.sweep.group_size = 3
-    assert sweep.cohort_size(config, [config, wide], SPEC) == 3
+    assert cohort_size(config, wide) == 3
 
 
 def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
@@ -55,15 +62,17 @@ def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
     groups = recipes.student_groups({"": config}, SPEC)
     for devices, tables in ((1, "replicated"), (2, "sharded")):
         config.parallel.update({"devices": devices, "tables": tables})
+        over = sweep.spread(config.parallel, first_devices(devices), [1], config.batch.requests)
+        checked = groups, config.batch, SPEC, over
         needed = bytes_of(config) / devices
         free(needed + 1)
-        sweep.check_memory(config, groups, config.batch, SPEC)
+        sweep.check_memory(*checked)
         free(needed - 1)
-        fault = fault_of(sweep.check_memory, config, groups, config.batch, SPEC)
+        fault = fault_of(sweep.check_memory, *checked)
         assert fault.startswith("training needs at least")
     free(3.5 * sweep._MARGIN * bytes_of(config))
     # Of a device's share of the tables there is room for more.
-    assert sweep.cohort_size(config, [config], SPEC) > 3
+    assert cohort_size(config) > 3
 
 
 def test_a_device_that_is_full_is_reported_in_one_line():
@@ -79,9 +88,7 @@ def test_a_device_that_is_full_is_reported_in_one_line():
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():
-    config = cascade("small")
-    config.parallel.devices = 1
-    whole = sweep.free_memory(config)
+    one, four = (MAPPINGS["auto"](first_devices(number)) for number in (1, 4))
+    whole = sweep.free_memory(one)
     assert 10**6 < whole < 10**13
-    config.parallel.devices = 4
-    assert sweep.free_memory(config) < whole / 3
+    assert sweep.free_memory(four) < whole / 3
