@@ -109,9 +109,11 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
     for number, (now, place, block, split, first, end) in enumerate(requests):
         film, rating, time = films_of[place], ratings_of[place], times_of[place]
         # What was known strictly before the request.
-        new = slice(seen, seen := int(np.searchsorted(everyone["time"], now)))
+        before = int(np.searchsorted(everyone["time"], now))
+        new = slice(seen, before)
         np.add.at(count, everyone["film"][new], 1.0)
         np.add.at(total, everyone["film"][new], everyone["rating"][new] - PRIOR_RATING)
+        seen = before
         absent = np.setdiff1d(np.arange(len(movie)), film[:end])
         most = int(data.get("negatives", 0)) or len(absent)
         generator = np.random.default_rng((int(data.seed), facts[place]["user"], block))
