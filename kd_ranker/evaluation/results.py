@@ -49,8 +49,11 @@ REPEAT = tuple(key.column for key in schema.repeat_keys())
 # The columns that, with `OTHER_KEYS`, identify a row of results.csv.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 _LAST = ("non_finite_step", "member")
-# The columns that identify a setting, in the order of tables; see `setting_columns`.
-SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
+# The columns that identify a setting, in the order of tables. Tables always show the first `NAMED`,
+# and the table of all measures those of `SETTING`.
+SETTING, NAMED = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS))), 3
+SETTING_COLUMNS = (*SETTING, *OTHER_KEYS)
+_TABLE_RATE = "optimizer.table_learning_rate"
 # The columns that identify a row of a table. Every run has the teacher and the references.
 _UNIQUE = ("split", "member", "serve", *REPEAT, "k", "task", "bin")
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
@@ -60,23 +63,6 @@ def columns(tasks: Sequence[str], report_at: ReportAt) -> list[str]:
     """Return the columns of `results.csv` in their order."""
     of_metrics = (result_columns(metric, tasks, report_at) for metric in METRICS.values())
     return [*KEYS, *OTHER_KEYS, *itertools.chain(*of_metrics), *_LAST]
-
-
-def setting_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns of a `results.csv` that make a setting."""
-    return [*SETTING, *(column for column in OTHER_KEYS if column in table)]
-
-
-def ways(table: pd.DataFrame) -> pd.DataFrame:
-    """The way of each student: the columns of its setting that are not tuned.
-
-    A switch has "" where it is on, and None where it is off.
-    """
-    keys = schema.setting_keys()
-    tuned = {key.title for key in keys if key.tuned and not key.switch}
-    of_ways = table[[name for name in setting_columns(table) if name not in {*tuned, "serve"}]]
-    switches = of_ways.columns.intersection([key.title for key in keys if key.switch])
-    return of_ways.assign(**{name: (of_ways[name] > 0).map({True: ""}) for name in switches})
 
 
 def made_of(config: ConfigDict) -> Row:
@@ -102,21 +88,81 @@ def curves_columns(tasks: Sequence[str]) -> list[str]:
 
 
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Students and references with the labels `setting`, `way` and `repeat`, in a fixed order.
+    """Students and references with labels, see `labelled`, in a fixed order.
 
     Of equal settings the first in this order is chosen, whatever the order of the file.
     """
-    rows = in_each_repeat(rows)
-    setting = setting_columns(rows)
-    rows = rows.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
-    reference = rows["member"].where(rows["role"] == "reference")
-    of_settings, of_ways = (of.assign(reference=reference) for of in (rows[setting], ways(rows)))
-    tables = {"setting": of_settings, "way": of_ways, "repeat": rows[list(REPEAT)]}
-    labels = {
-        label: table.groupby(list(table), dropna=False).ngroup().astype(str)
-        for label, table in tables.items()
-    }
-    return rows.assign(**labels)
+    order = [*SETTING_COLUMNS, *REPEAT]
+    rows = in_each_repeat(rows).sort_values(order, kind="stable", na_position="first")
+    return labelled(rows, SETTING_COLUMNS[NAMED:])
+
+
+def labelled(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
+    """Return rows with the labels `setting`, `way` and `repeat`.
+
+    A setting is named by its mode, serving choice, weight and the columns `named`, and a way by
+    those that are not tuned, without the value of a switch that is on. Other rankers are named by
+    their members.
+    """
+    students = rows[rows["role"] == "student"]
+    keys = {key.title: key for key in schema.setting_keys()}
+    has_choice = students.groupby("mode")["serve"].transform("nunique") > 1
+    served = zip(students["mode"], students["serve"], has_choice, strict=True)
+    ways = [list(students["mode"])]
+    settings = [
+        [f"{mode} ({serve})" if has_several else mode for mode, serve, has_several in served],
+        _named(students["distill_weight"].where(students["distill_loss"].notna())),
+    ]
+    for column in named:
+        key, values = keys[column], students[column]
+        settings.append(_named(values))
+        if key.switch:
+            values = values.gt(0).map({True: ""})
+        if key.switch or not key.tuned:
+            ways.append(_named(values))
+    seeds = rows[list(REPEAT)].itertuples(index=False, name=None)
+    rows = rows.assign(repeat=["/".join(f"{seed:.15g}" for seed in of) for of in seeds])
+    for label, parts in (("setting", settings), ("way", ways)):
+        texts = [", ".join(filter(None, of)) for of in zip(*parts, strict=True)]
+        rows[label] = pd.Series(texts, students.index).reindex(rows.index).fillna(rows["member"])
+    return rows
+
+
+def varying_columns(students: pd.DataFrame) -> list[str]:
+    """Return the columns of a setting to name, without `NAMED` and a table rate that follows."""
+    varying = [of for of in SETTING_COLUMNS[NAMED:] if students[of].nunique() > 1]
+    # A sweep of the learning rate scales the rate of tables with it.
+    if _TABLE_RATE in varying:
+        ratio = students[_TABLE_RATE] / students["learning_rate"]
+        # The file has seven digits.
+        if ratio.max() - ratio.min() <= 1e-5 * ratio.max():
+            varying.remove(_TABLE_RATE)
+    return varying
+
+
+def _named(column: pd.Series) -> list[str]:
+    """Return the values of a column, each with its name; "" for unknown and `PLAIN` ones."""
+    title, plain = key_title(str(column.name)), saving.PLAIN.get(str(column.name))
+    return [
+        "" if pd.isna(of) or of == plain else f"{title} {value_text(of)}".rstrip() for of in column
+    ]
+
+
+def key_title(column: str) -> str:
+    """Return the name of a column of a setting for people.
+
+    >>> key_title("distill_loss"), key_title("learning_rate"), key_title("student.width")
+    ('loss', 'learning rate', 'width')
+    """
+    swept = {key.title: key.short for key in schema.setting_keys() if not key.column}
+    return swept.get(column, column.removeprefix("distill_")).replace("_", " ")
+
+
+def value_text(value: object) -> str:
+    """Return a value of such a column as text for people; "" if it is missing."""
+    if isinstance(value, str):
+        return value
+    return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
 
 
 def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
@@ -224,11 +270,11 @@ def _joined(file: str, folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def read_csv(path: Path | io.StringIO) -> pd.DataFrame:
-    """A `results.csv` as a table; a number that is not known is NaN."""
+    """A `results.csv` as a table; a number that is not known is NaN, also of a later key."""
     # "none" is a mode here, and pandas would read it as missing.
     frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
     # In one piece: a reader that adds columns to a hundred single ones is warned of its speed.
-    return frame.copy()
+    return frame.reindex(columns=list(dict.fromkeys([*frame, *OTHER_KEYS]))).copy()
 
 
 def write_tables(
@@ -247,15 +293,6 @@ def write_tables(
         write_atomically(folder / file, content)
     config = [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
     on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *config]))
-
-
-def check_whole(folder: Path) -> None:
-    """Raise UserError if a table of a run is missing or has changed."""
-    manifest.check(
-        folder,
-        "start the command that made it again, with its flags: it writes the tables, and trains "
-        "nothing again",
-    )
 
 
 class Kept(NamedTuple):

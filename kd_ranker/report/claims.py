@@ -1,11 +1,8 @@
-"""Test claims about distilling into an early ranker on a study; `docs/report.md` lists them.
+"""Test claims about distilling into an early ranker on a study; `docs/report.md` has the rules.
 
-A claim is a number, the side of a threshold, and a text. Numbers are of the test split, at the
-setting that validation chose for each way, with its serving choice; claim (c) compares all settings
-on validation. Differences are paired, against the rival: the best on validation of the ranker
-without scores of the final ranker and the lists of items that need them. No claim holds for a
-student that costs more than `EARLY` of the final ranker per candidate. So none holds for a list of
-items, for an exact copy of the teacher, or for a useless student.
+A claim is a measure, the side of a threshold, and a text. Most measures are differences to the
+rival: the best on validation of the ranker without scores of the final ranker and the lists of
+items that need them. So no claim holds for a list, nor for a useless student.
 """
 
 from collections.abc import Iterator
@@ -16,7 +13,7 @@ import pandas as pd
 
 from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import NEED_SCORES
-from kd_ranker.evaluation.results import TEACHER, setting_columns
+from kd_ranker.evaluation.results import SETTING_COLUMNS, TEACHER
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, best, by_repeat, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
@@ -28,7 +25,6 @@ EARLY = 0.05
 # A difference of mean tau within this margin counts as none.
 TAU_MARGIN = 0.01
 
-Side = Literal["below", "above"]
 Verdict = Literal["holds", "does not hold", "equivalent", "undecided", "not measured"]
 Line = dict[str, object]
 
@@ -37,55 +33,41 @@ class _Claim(NamedTuple):
     claim: str
     statement: str
     measure: str
-    side: Side
+    side: Literal["below", "above"]
     threshold: float = 0.0
+
+    def verdict(self, mean: Interval) -> Verdict:
+        if mean.n == 0:
+            return "not measured"
+        sides = {"below": mean.high < self.threshold, "above": mean.low > self.threshold}
+        if not any(sides.values()):
+            return "undecided"
+        return "holds" if sides[self.side] else "does not hold"
+
+    def line(self, setting: str = "", mean: Interval = NOTHING, ratio: float = 0.0) -> Line:
+        """Return a row of `claims`; `ratio` is the cost per candidate over the teacher's."""
+        verdict, remark = self.verdict(mean), ""
+        if verdict == "holds" and round(ratio, 2) > EARLY:
+            cost = f"it costs {100 * ratio:.0f}% of the final ranker per candidate"
+            verdict, remark = "does not hold", f"no early ranker: {cost}"
+        elif mean.n == 0:
+            remark = "no repeat has the numbers"
+        elif np.isnan(mean.low):
+            remark = "one repeat gives no interval"
+        numbers = mean._asdict() | {"verdict": verdict, "remark": remark}
+        return self._asdict() | {"setting": setting} | numbers
 
 
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return every claim on one study: its dataset and the columns of `_line`, a row per number."""
+    """Return every claim on one study: its dataset, the claim, its number and its verdict."""
     tests = (_misaligned, _changes, _shared_closer)
     lines = pd.DataFrame([of for test in tests for of in test(study, estimates)])
     lines.insert(0, "dataset", study.dataset)
-    return lines.sort_values("claim", kind="stable", ignore_index=True)
-
-
-def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
-    """Return the verdict on a claimed side of a threshold.
-
-    >>> verdict(Interval(0.2, 0.18, 0.22, 3), "below", 0.25)
-    'holds'
-    >>> verdict(Interval(0.2, 0.1, 0.3, 3), "below", 0.25)
-    'undecided'
-    """
-    if mean.n == 0:
-        return "not measured"
-    below, above = mean.high < threshold, mean.low > threshold
-    if not (below or above):
-        return "undecided"
-    return "holds" if below == (side == "below") else "does not hold"
-
-
-def _line(
-    claim: _Claim, setting: str = "", mean: Interval = NOTHING, ratio: float = 0.0, remark: str = ""
-) -> Line:
-    """Return a row of `claims`; `ratio` is the student's cost per candidate over the teacher's."""
-    found = verdict(mean, claim.side, claim.threshold)
-    if found == "holds" and round(ratio, 2) > EARLY:
-        remark = f"no early ranker: it costs {100 * ratio:.0f}% of the final ranker per candidate"
-        found = "does not hold"
-    elif not remark and mean.n == 0:
-        remark = "no repeat has the numbers"
-    elif not remark and np.isnan(mean.low):
-        remark = "one repeat gives no interval"
-    numbers = {name: getattr(mean, name) for name in ("mean", "low", "high", "n")}
-    return claim._asdict() | {"setting": setting, **numbers, "verdict": found, "remark": remark}
+    return lines.drop(columns="covers").sort_values("claim", kind="stable", ignore_index=True)
 
 
 def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
-    """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it.
-
-    Below 0, the student predicts users better than the teacher: no misalignment of a good student.
-    """
+    """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it."""
     statement = (
         "Without distillation the student predicts users nearly as well as the teacher, and not "
         "the teacher (alignment ratio below 1/4)"
@@ -97,11 +79,11 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
         for task in study.config.tasks
         if estimates.of(name, f"user_auc/{task}").low <= 0.5
     ]
-    unknown = "undefined: the student agrees with the teacher on the shown items"
     for measure in ("alignment_ratio", "alignment_ratio_bce"):
         mean = estimates.of(plain, measure)
-        line = _line(_Claim("a", statement, measure, "below", MISALIGNED_BELOW), plain, mean)
+        line = _Claim("a", statement, measure, "below", MISALIGNED_BELOW).line(plain, mean)
         if mean.n == 0:
+            unknown = "undefined: the student agrees with the teacher on the shown items"
             line["remark"] = unknown if plain else "there is no student of mode none"
         elif by_chance or mean.high < 0:
             below = "below 0: the student predicts users better than this teacher does"
@@ -112,6 +94,7 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
 def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(b) and (d) to (g) The changes that chosen settings with scores make against the rival."""
     goal = f"{100 * TARGET:g}% of the final value"
+    top = f"the teacher's own top survive at {study.passed} passed"
     # An estimate from labels has a sign and no size, so no loss of users is surely small.
     margin = study.config.report.margin if study.knows_truth else 0.0
     ranked = of_split(pd.concat([study.rows, study.references]), "validation")
@@ -119,8 +102,7 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
     rival = study.baseline and best(ranked, [study.baseline, *lists])
     learned = study.tested[study.tested["needs_scores"]]
     for mode in ("aux", "shared"):
-        chosen = best(study.rows, list(learned.loc[learned["mode"] == mode, "setting"].unique()))
-        top = f"the teacher's own top survive at {study.passed} passed"
+        settings = list(learned.loc[learned["mode"] == mode, "setting"].unique())
         users = f"With mode {mode} fewer need passing and users have no less"
         for claim in (
             _Claim("b", f"Mode {mode} brings the order nearer to the teacher's", "teacher_tau",
@@ -132,7 +114,7 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
             *(_Claim("f", users, measure, "above", -margin)
               for measure in study.users_measures),
         ):  # fmt: skip
-            yield _change(study, estimates, claim, chosen, rival)
+            yield _change(study, estimates, claim, best(study.rows, settings), rival)
     for way, setting in study.chosen.items():
         if rival and setting in set(learned["setting"]):
             claim = _Claim("g", f"Fewer need passing with {way}", CRITERION, "below")
@@ -145,21 +127,21 @@ def _change(
     """Return the line of the change that a setting makes against the rival, if both are known."""
     if rival is None or chosen is None:
         absent = "ranker without scores" if rival is None else "student of the mode with scores"
-        return _line(claim, remark=f"there is no measured {absent}")
+        return claim.line() | {"remark": f"there is no measured {absent}"}
     of_users = claim.claim == "f"
     if of_users and (reason := estimates.why_unlabelled([chosen, rival])):
-        return _line(claim, remark=f"the log cannot show it: {reason}")
+        return claim.line() | {"remark": f"the log cannot show it: {reason}"}
+    change = estimates.gap(chosen, rival, claim.measure)
     if claim.measure == SAVINGS[0]:
         change = estimates.saving(chosen, over=rival)
-    else:
-        change = estimates.gap(chosen, rival, claim.measure)
     ratio = estimates.of(chosen, "cost_ratio").mean
     if study.costs.teacher and study.costs.student:
         ratio = study.costs.student / study.costs.teacher
-    line = _line(claim, chosen, change, ratio)
-    if of_users and verdict(change, claim.side, claim.threshold) == "holds":
+    line = claim.line(chosen, change, ratio)
+    if of_users and claim.verdict(change) == "holds":
         # A ranker that changes nothing costs users nothing.
-        fewer = verdict(estimates.gap(chosen, rival, CRITERION), "below", 0.0)
+        gap = estimates.gap(chosen, rival, CRITERION)
+        fewer = _Claim("f", "", CRITERION, "below").verdict(gap)
         if fewer != "holds":
             line |= {"verdict": fewer, "remark": "no saving is shown"}
     return line
@@ -172,7 +154,7 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     all else equal. It is averaged over settings within a repeat, so that nothing is chosen.
     """
     rows = of_split(study.rows, "validation")
-    alike = [key for key in (*setting_columns(rows), "repeat") if key not in ("mode", "serve")]
+    alike = [key for key in (*SETTING_COLUMNS, "repeat") if key not in ("mode", "serve")]
     rows = rows.reindex(columns=["setting", "mode", "serve", *alike, "teacher_tau", "cost_ratio"])
     shared, aux = (rows[rows["mode"] == mode] for mode in ("shared", "aux"))
     for heads in ("user", "teacher"):
@@ -181,7 +163,7 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
         pairs = shared.merge(aux[aux["serve"] == heads], on=alike, suffixes=("", "_of_aux"))
         if pairs.empty:
             why = "there are no students of mode shared and mode aux that differ in nothing else"
-            yield _line(claim, remark=why)
+            yield claim.line() | {"remark": why}
             continue
         gap = pairs["teacher_tau"] - pairs["teacher_tau_of_aux"]
         # Only repeats that have every setting: the mean of another one is of other settings.
@@ -190,7 +172,7 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
         # Two one-sided tests at 5% each (Schuirmann, J. Pharmacokinet. Biopharm. 1987).
         narrower = interval(whole, 0.90)
         setting = f"mean over {gaps.shape[1]} settings, on validation"
-        line = _line(claim, setting, interval(whole), float(pairs["cost_ratio"].max()))
+        line = claim.line(setting, interval(whole), float(pairs["cost_ratio"].max()))
         if narrower.low > -TAU_MARGIN and narrower.high < TAU_MARGIN:
             line |= {"verdict": "equivalent", "remark": f"within ±{TAU_MARGIN:g}"}
         elif line["verdict"] == "holds" and (by_repeat(pairs, "teacher_tau").mean() <= 0).any():

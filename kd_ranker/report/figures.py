@@ -15,7 +15,7 @@ import pandas as pd
 import vl_convert
 
 from kd_ranker.evaluation.metrics import TARGET, title_of
-from kd_ranker.evaluation.results import setting_columns
+from kd_ranker.evaluation.results import SETTING_COLUMNS
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, by_repeat, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
@@ -23,7 +23,6 @@ from kd_ranker.report.study import Study
 
 Chart = alt.LayerChart | alt.FacetChart
 
-FORMATS = ("svg", "pdf", "png")
 # After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008), then of Tol's
 # muted one (personal.sron.nl/~pault, 2021). All are visible on a white and on a black page.
 _COLORS = (
@@ -298,7 +297,7 @@ def _pareto(study: Study) -> Figure | None:
     The points of a way are its chosen setting and those that differ from it only in the weight.
     """
     rows = of_split(study.rows, "validation")
-    alike = [column for column in setting_columns(rows) if column != "distill_weight"]
+    alike = [column for column in SETTING_COLUMNS if column != "distill_weight"]
     chosen = rows.loc[rows["setting"].isin([*study.chosen.values()]), alike].drop_duplicates()
     points = rows.drop_duplicates("setting").merge(chosen, on=alike)
     data = points[["way", "setting"]].assign(line=points["way"])

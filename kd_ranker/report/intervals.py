@@ -13,13 +13,6 @@ the requests with this repeat. The estimand is θ, and the variance of the mean 
 Var(a)/R + Var(b) + Var(c)/R. Repeats identify the first and the last of these, draws of the
 requests the other two.
 
-    counts = request_counts(requests, draws)  # [1+B, N]
-    before, after = (
-        Measured(seeds, measure_of(np.tensordot(counts, terms, (1, 1))), requests)
-        for terms in (of_none, of_aux)  # [R, N, ...]
-    )
-    crossed_interval(combined(np.subtract, after, before))
-
 Axes: `R` repeats, `N` test requests, `B` draws of the requests, `K` values of k.
 """
 

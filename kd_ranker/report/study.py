@@ -12,25 +12,20 @@ from kd_ranker import manifest
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import results, saving
-from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
+from kd_ranker.evaluation.metrics import METRICS
 from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training import workdir as workdirs
 
-# How many columns of a setting tables always show: mode, serving choice, weight.
-NAMED = 3
-_TABLE_RATE = "optimizer.table_learning_rate"
-
 
 class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
-    The tables of rankers are rows of `results.csv` with `setting` (a label that is unique for
-    `results.setting_columns`), `way` (for `results.ways`), `repeat` (for `results.REPEAT`),
-    `source` (the number of the sweep) and, under their names, the means over tasks of metrics that
-    are `averaged`.
+    The tables of rankers are rows of `results.csv` with the labels of `results.labelled`, `source`
+    (the number of the sweep), `needs_scores` and, under their names, the means over tasks of
+    metrics that are `averaged`.
 
     Of the students, only those of finite loss take part, except in `frozen`.
     """
@@ -49,7 +44,7 @@ class Study(NamedTuple):
     frozen: pd.DataFrame  # of members with a loss that stopped being finite
     varying: list[str]  # columns of a setting that differ, without mode, serving choice and weight
     allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
-    configs: dict[str, str]  # texts, by the folder of each sweep
+    configs: dict[str, ConfigDict]  # by the folder of each sweep
     environments: dict[str, dict]  # the same; empty if unknown
     # Of each sweep's number and cohort, what each test request adds to the measures of its rankers.
     kept: list[tuple[int, results.Kept]]
@@ -146,8 +141,12 @@ def _checked_config(folder: Path) -> ConfigDict:
     for name in (results.FILE, workdirs.CONFIG_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; {_make(folder)}")
+    remedy = (
+        "start the command that made it again, with its flags: it writes the tables, and trains "
+        "nothing again"
+    )
     for measured in dict.fromkeys([folder, *_tested(folder)]):
-        results.check_whole(measured)
+        manifest.check(measured, remedy)
     return workdirs.read_config(folder)
 
 
@@ -172,7 +171,7 @@ def _study(dataset: str, folders: list[Path]) -> Study:
     if "student" not in set(joined["role"]):
         names = ", ".join(configs)
         raise UserError(f"{names}: {results.FILE} has no student; {_make(folders[0])}")
-    rows = _labelled(joined, first.tasks)
+    rows = _labelled(joined)
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
     )
@@ -202,11 +201,9 @@ def _study(dataset: str, folders: list[Path]) -> Study:
         num_teachers=joined.loc[joined["role"] == "teacher", "seed"].nunique(dropna=False),
         references=references,
         frozen=students[~is_healthy].drop_duplicates(["source", "member"]),
-        varying=_varying(students),
+        varying=results.varying_columns(students),
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
-        configs={
-            name: config.to_json(indent=2, sort_keys=True) for name, config in configs.items()
-        },
+        configs=configs,
         environments={str(folder): workdirs.read_environment(folder) for folder in folders},
         kept=[
             (source, results.read_requests(tested))
@@ -229,7 +226,7 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
             )
 
 
-def _labelled(rows: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows with the labels of `Study`, in the order of tables.
 
     Modes and serving choices are in the order in which they occur, plain mode `none` first.
@@ -240,83 +237,27 @@ def _labelled(rows: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
     once = ["split", "role", "member", "serve", *results.REPEAT]
     rows = rows[(rows["role"] == "student") | ~rows.duplicated(once)]
     averages = {
-        # A task that the teacher lacks has no number.
-        metric.name: rows.reindex(columns=result_columns(metric, tasks, ReportAt())).mean(axis=1)
-        for metric in METRICS.values()
+        name: rows.filter(regex=f"^{name}/").mean(axis=1)
+        for name, metric in METRICS.items()
         if metric.averaged
     }
-    plain = (rows["mode"] != "none") | (rows[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1)
-    seeds = rows[list(results.REPEAT)].itertuples(index=False, name=None)
     rows = rows.assign(
         **averages,
         # The member of a single run has no name.
         member=rows["member"].astype(object).fillna(""),
         needs_scores=saving.needs_scores(rows),
-        variant=~plain,
-        repeat=["/".join(f"{seed:g}" for seed in of) for of in seeds],
+        variant=(rows["mode"] == "none") & (rows[list(PLAIN)] != pd.Series(PLAIN)).any(axis=1),
     )
 
     def places(column: pd.Series) -> Any:
         return pd.factorize(column)[0] if column.name in ("mode", "serve") else column
 
-    order = ["mode", "variant", *results.setting_columns(rows)[1:], *results.REPEAT]
+    order = ["mode", "variant", *results.SETTING_COLUMNS[1:], *results.REPEAT]
     rows = rows.sort_values(
         order, key=places, kind="stable", na_position="first", ignore_index=True
     )
     students = rows[rows["role"] == "student"]
-    varying, ways = _varying(students), results.ways(students)
-    mode, weight = students["mode"], students["distill_weight"].map("weight {:g}".format)
-    has_choice = students.groupby("mode")["serve"].transform("nunique") > 1
-    labels = {
-        "setting": [
-            mode + (" (" + students["serve"] + ")").where(has_choice, ""),
-            weight.where(students["distill_loss"].notna(), ""),
-            *(_named(students[column]) for column in varying),
-        ],
-        "way": [mode, *(_named(ways[column]) for column in varying if column in ways)],
-    }
-    for label, parts in labels.items():
-        texts = [", ".join(filter(None, of)) for of in zip(*parts, strict=True)]
-        rows[label] = pd.Series(texts, students.index).reindex(rows.index).fillna(rows["member"])
-    return rows
-
-
-def _varying(students: pd.DataFrame) -> list[str]:
-    """Return the columns of a setting to name, without `NAMED` and a table rate that follows."""
-    columns = results.setting_columns(students)
-    varying = [column for column in columns[NAMED:] if students[column].nunique() > 1]
-    # A sweep of the learning rate scales the rate of tables with it.
-    if _TABLE_RATE in varying:
-        ratio = students[_TABLE_RATE] / students["learning_rate"]
-        # The file has seven digits.
-        if ratio.max() - ratio.min() <= 1e-5 * ratio.max():
-            varying.remove(_TABLE_RATE)
-    return varying
-
-
-def _named(column: pd.Series) -> list[str]:
-    """Return the values of a column, each with its name; "" for unknown and `PLAIN` ones."""
-    title, plain = key_title(str(column.name)), PLAIN.get(str(column.name))
-    return [
-        "" if pd.isna(of) or of == plain else f"{title} {value_text(of)}".rstrip() for of in column
-    ]
-
-
-def key_title(column: str) -> str:
-    """Return the name of a column of a setting for people.
-
-    >>> key_title("distill_loss"), key_title("learning_rate"), key_title("student.width")
-    ('loss', 'learning rate', 'width')
-    """
-    swept = {key.title: key.short for key in schema.setting_keys() if not key.column}
-    return swept.get(column, column.removeprefix("distill_")).replace("_", " ")
-
-
-def value_text(value: object) -> str:
-    """Return a value of such a column as text for people; "" if it is missing."""
-    if isinstance(value, str):
-        return value
-    return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
+    return results.labelled(rows, results.varying_columns(students))
 
 
 def _check_distinct(students: pd.DataFrame, folders: list[Path]) -> None:

@@ -10,10 +10,11 @@ import pandas as pd
 from kd_ranker.evaluation import metrics, results
 from kd_ranker.evaluation.metrics import TARGET, metric_of, title_of
 from kd_ranker.evaluation.references import NO_RANKERS
+from kd_ranker.evaluation.results import NAMED, key_title, value_text
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
-from kd_ranker.report.study import NAMED, Study, key_title, value_text
+from kd_ranker.report.study import Study
 
 # A mean, with or without the half-width of its interval, or a count.
 _NUMBER = r"[−+]?[\d.,]+%?(?: ± .*)?|"
@@ -94,16 +95,12 @@ def results_text(workdir: Path, passed: int) -> str:
     on, half its 95% interval over seeds. `passed` is the k of the funnel's columns.
     """
     path = workdir / results.FILE
-    frame = of_split(results.read_csv(path), "test")
+    named = results.SETTING_COLUMNS[NAMED:]
+    frame = results.labelled(of_split(results.read_csv(path), "test"), named)
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
     known = frame.dropna(axis="columns", how="all")
-    setting = results.setting_columns(frame)
-    varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
-    # The rows of other roles have members that are no repeats.
-    named = frame.assign(setting=frame["member"].where(frame["role"] != "student"))
-    groups = named.groupby(
-        ["dataset", "role", "setting", *setting], sort=False, dropna=False, as_index=False
-    )
+    varying = [of for of in named if frame[of].nunique() > 1]
+    groups = frame.groupby("setting", sort=False)
     cells = _key_cells(groups.head(1), varying)
     cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
     for measure in metrics.main_columns(tasks, passed):
@@ -362,7 +359,7 @@ def _key_cells(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     # Mode none has no distillation loss to weigh.
     weights = rows["distill_weight"].where(rows["distill_loss"].notna())
     cells = {
-        "mode": rows["mode"].fillna(rows["setting"]),
+        "mode": rows["mode"].astype(object).fillna(rows["setting"]),
         "serves": rows["serve"].where(is_student, ""),
         "weight": weights.map(value_text),
         **{key_title(name): rows[name].where(is_student).map(value_text) for name in columns},

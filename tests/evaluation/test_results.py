@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from kd_ranker import manifest
 from kd_ranker.config import schema
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
@@ -14,7 +15,6 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.evaluation.results import Kept
-from kd_ranker.manifest import is_made_of
 
 TASKS = ("watch", "like")
 
@@ -70,7 +70,7 @@ def test_a_row_has_the_loss_with_its_signal(mode, loss, terms, signal, expected)
 
 def row(role, mode, seed, passed, flops, **more):
     distilled = mode not in (None, "", "none")
-    return {
+    return dict.fromkeys(results.OTHER_KEYS) | {
         "dataset": "d", "split": "validation", "role": role, "mode": mode, "seed": seed,
         "passed_for_99": passed, "non_finite_step": None, "member": f"{mode}-seed{seed}",
         "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, "serve": "user",
@@ -159,10 +159,11 @@ def labelled(*rows):
 
 def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the_seeds():
     first = row("student", "shared", 0, 1.0, 10.0) | {"student.width": 8, "train.steps": 50}
-    same_setting = [{"seed": 1}, {"data_seed": 1}, {"passed_for_99": 2.0}]
+    # Seeds that agree in six digits are different ones.
+    same_setting = [{"seed": 20240101}, {"seed": 20240102}, {"data_seed": 1}]
     same_way = [
         {"distill_weight": 3.0}, {"temperature": 2.0}, {"learning_rate": 0.1}, {"train.steps": 9},
-        {"serve": "other"},
+        {"serve": "other"}, {"train.steps": None},
     ]  # fmt: skip
     another_way = [
         {"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}, {"user_loss": "softmax"},
@@ -172,12 +173,9 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
     setting, way = (frame[name].tolist() for name in ("setting", "way"))
     assert setting[:4] == [setting[0]] * 4
     assert len(set(setting)) == 1 + len(same_way) + len(another_way)
-    assert way[:9] == [way[0]] * 9
+    assert way[:10] == [way[0]] * 10
     assert len(set(way)) == 1 + len(another_way)
-    assert frame["repeat"].nunique() == 3
-    assert list(results.ways(frame)) == [
-        "mode", "distill_loss", "user_loss", "unshown_weight", "student.width",
-    ]  # fmt: skip
+    assert frame["repeat"].nunique() == 4
 
 
 def student(mode, seed, passed, serve="user", rate=0.01):
@@ -234,14 +232,14 @@ def test_tables_are_known_by_their_rankers_and_their_bytes(tmp_path):
     tables = {results.CURVES_FILE: "k\n1\n", results.FILE: "m\n2\n"}
     results.write_tables(tmp_path, tables, MADE_OF)
     assert (tmp_path / results.FILE).read_text() == "m\n2\n"
-    assert is_made_of(tmp_path, MADE_OF)
-    assert not is_made_of(tmp_path, {"config": "b"})
-    assert is_made_of(tmp_path)
+    assert manifest.is_made_of(tmp_path, MADE_OF)
+    assert not manifest.is_made_of(tmp_path, {"config": "b"})
+    assert manifest.is_made_of(tmp_path)
     (tmp_path / results.CURVES_FILE).write_text("k\n3\n")
-    assert not is_made_of(tmp_path, MADE_OF)
-    assert not is_made_of(tmp_path)
-    with pytest.raises(UserError, match=f"{results.CURVES_FILE} has changed; start the command"):
-        results.check_whole(tmp_path)
+    assert not manifest.is_made_of(tmp_path, MADE_OF)
+    assert not manifest.is_made_of(tmp_path)
+    with pytest.raises(UserError, match=f"{results.CURVES_FILE} has changed; again"):
+        manifest.check(tmp_path, "again")
 
     class Dying(dict):
         def items(self):
@@ -250,9 +248,9 @@ def test_tables_are_known_by_their_rankers_and_their_bytes(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         results.write_tables(tmp_path, Dying(), MADE_OF)
-    assert not is_made_of(tmp_path, MADE_OF)
-    with pytest.raises(UserError, match="is not finished; start the command"):
-        results.check_whole(tmp_path)
+    assert not manifest.is_made_of(tmp_path, MADE_OF)
+    with pytest.raises(UserError, match="is not finished; again"):
+        manifest.check(tmp_path, "again")
 
 
 def each_of(seed, requests, ks, tasks):

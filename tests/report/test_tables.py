@@ -38,6 +38,9 @@ def test_the_terminal_has_a_mean_and_its_interval_on_the_test_split(tmp_path):
     # Whole candidates need no digits.
     assert f"101 ± {4.303 / np.sqrt(3):.0f}" in none
     assert "0.800" in shared
+    # The workdir of a teacher has no student.
+    sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "teacher"])
+    assert tables.results_text(tmp_path, 30).splitlines()[1].startswith("teacher")
 
 
 LOWER, HIGHER, ONE = "teacher_kl/watch", "teacher_tau", "user_calibration/watch"
