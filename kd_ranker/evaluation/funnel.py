@@ -83,8 +83,9 @@ def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
     """
     if values.size > 1 << 16:
         return jnp.argsort(values)
-    # Adding 0 turns −0 into 0; every NaN comes last.
-    bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(values), jnp.nan, values + 0.0), jnp.uint32)
+    # −0 is equal to 0, and every NaN comes last. XLA leaves out an addition of 0.
+    plain = jnp.where(jnp.isnan(values), jnp.nan, jnp.where(values == 0, 0.0, values))
+    bits = lax.bitcast_convert_type(plain, jnp.uint32)
     bits = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
     place = jnp.arange(values.size, dtype=jnp.uint32)
     low = (jnp.sort(bits << 16 | place) & 0xFFFF).astype(jnp.int32)

@@ -120,8 +120,8 @@ def labelled(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
             values = values.gt(0).map({True: ""})
         if key.switch or not key.tuned:
             ways.append(_named(values))
-    seeds = rows[list(REPEAT)].itertuples(index=False, name=None)
-    rows = rows.assign(repeat=["/".join(f"{seed:.15g}" for seed in of) for of in seeds])
+    seeds = rows[list(REPEAT)].astype("Int64").astype(str)
+    rows = rows.assign(repeat=["/".join(of) for of in seeds.to_numpy()])
     for label, parts in (("setting", settings), ("way", ways)):
         texts = [", ".join(filter(None, of)) for of in zip(*parts, strict=True)]
         rows[label] = pd.Series(texts, students.index).reindex(rows.index).fillna(rows["member"])
@@ -162,7 +162,8 @@ def value_text(value: object) -> str:
     """Return a value of such a column as text for people; "" if it is missing."""
     if isinstance(value, str):
         return value
-    return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
+    # All digits of the file: settings are known by these texts.
+    return "" if pd.isna(value) else f"{value:.15g}"  # type: ignore[call-overload]
 
 
 def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:

@@ -61,7 +61,7 @@ def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, spl
         make_ids_large(log)
     changes = dict(split=split, rows="request" if by_request else "candidate")
     by_duckdb, by_spark = (
-        api.prepare(faulty_logs.config(log, tmp_path / str(index), **changes, **engine))
+        api.prepare(faulty_logs.config(log, tmp_path / f"é 1%20@{index}", **changes, **engine))
         for index, engine in enumerate(({}, SPARK))
     )
     expected, found = files(by_duckdb.directory), files(by_spark.directory)
@@ -81,7 +81,9 @@ def test_requests_are_encoded_by_workers_and_a_fault_there_is_one_line(tmp_path)
 
     def pack(shard):
         if shard == "bad":
-            raise UserError("request 7: item_id must lie in [0, 3)")
+            raise UserError("request 7: item_id must lie in [0, 3)\nof a log")
+        if shard == "killed":
+            os._exit(9)
         return Flat(np.full(shard, os.getpid(), np.int32), np.full((1, 12), shard))
 
     with open_spark("local[2]", {}, tmp_path) as spark:
@@ -89,9 +91,11 @@ def test_requests_are_encoded_by_workers_and_a_fault_there_is_one_line(tmp_path)
         assert [len(of.numbers) for of in packed] == [3, 1] == [of.counts[0, 0] for of in packed]
         assert os.getpid() not in packed[0].numbers
         with pytest.raises(
-            UserError, match=r"encoded by Spark: .*UserError: request 7: item_id m.*\)$"
+            UserError, match=r"encoded by Spark: .*UserError: request 7: item_id m.*\) of a log$"
         ):
             list(spark.map(pack, [3, "bad"]))
+        with pytest.raises(UserError, match=r"crashed.*raise spark.executor.memoryOverhead$"):
+            list(spark.map(pack, [3, "killed"]))
 
 
 def test_without_spark_one_line_says_what_to_install(tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
     ]  # fmt: skip
     another_way = [
         {"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}, {"user_loss": "softmax"},
-        {"unshown_weight": 0.1},
+        {"unshown_weight": 0.1}, {"student.item_rows": 1048576}, {"student.item_rows": 1048583},
     ]  # fmt: skip
     frame = labelled(first, *(first | of for of in (*same_setting, *same_way, *another_way)))
     setting, way = (frame[name].tolist() for name in ("setting", "way"))

@@ -43,13 +43,14 @@ class Piece(NamedTuple):
 def write_ordered(database: Database) -> list[Piece]:
     """Write requests and candidates in their final order, and return the pieces to read.
 
-    A piece has `PIECE` candidates if its requests have as many as others, on average.
+    A piece has as many requests as have `PIECE` candidates on average, and less than four times as
+    many candidates, or one request.
     """
-    requests, candidates = (
-        database.number(f"SELECT count(*) FROM {table}") for table in ("requests", "used")
-    )
+    (candidates,) = database.rows("""SELECT avg(size) AS mean, max(size) AS largest
+        FROM (SELECT count(*) AS size FROM used GROUP BY number) AS sizes""")
+    size = max(1, int(min(PIECE / candidates["mean"], 4 * PIECE / candidates["largest"])))
     # No piece has requests of two splits.
-    piece = f"split * {_SPLIT} + number // {max(1, PIECE * requests // candidates)}"
+    piece = f"split * {_SPLIT} + number // {size}"
     count = f"SELECT {piece} AS piece, count(*) AS size FROM"
     splits, readers = [], []
     for table, fields, order in _ORDERED:

@@ -12,10 +12,11 @@ that is known only after a request is read.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,13 +219,14 @@ def _source(tables: Tables, earlier: _Earlier) -> Source:
         _write_report(tables, report, directory)
         vocabulary.write(encoding, log.manifest, directory)
         for split in SPLITS:
-            requests: list[tuple[pa.Table, Iterable[str]]] = [
+            before = (
                 (vocabulary.read_requests_of(earlier.directory, of), earlier.files)
                 for of in SPLITS
                 if earlier.encoding and split == "train"
-            ]
+            )
             own = log.files or [files.SQL]
-            requests += [(piece.requests(), own) for piece in pieces if piece.split == split]
+            new = ((piece.requests(), own) for piece in pieces if piece.split == split)
+            requests = itertools.chain(before, new)
             vocabulary.write_requests(requests, log.manifest, directory, split)
 
     return Source(

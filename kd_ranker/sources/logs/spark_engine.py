@@ -88,7 +88,7 @@ class Spark(Database):
             frame = self.connection.sql(query)
             if is_table:
                 # Not by `persist`: a plan contains all plans before it, and outgrew the memory.
-                frame = self.connection.read.parquet(self._written(frame.write).as_uri())
+                frame = self.connection.read.parquet(f"file://{self._written(frame.write)}")
             frame.createOrReplaceTempView(f"`{name}`")
 
     def _new_folder(self) -> Path:
@@ -97,7 +97,8 @@ class Spark(Database):
     def _written(self, writer: Any) -> Path:
         """Write rows to a new folder of Parquet files."""
         folder = self._new_folder() / "rows"
-        writer.parquet(folder.as_uri())
+        # Not `as_uri`: Hadoop does not decode %20.
+        writer.parquet(f"file://{folder}")
         return folder
 
     def fetch(self, query: str) -> pa.Table:
@@ -143,7 +144,7 @@ class Spark(Database):
         def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
                 for place in batch["id"].to_pylist():
-                    # An attempt may be repeated elsewhere while it goes on.
+                    # Another worker may repeat an attempt that still runs.
                     unfinished = folder / f".{TaskContext.get().taskAttemptId()}.npz"
                     np.savez(unfinished, **function(shards[place])._asdict())
                     unfinished.replace(folder / f"{place}.npz")
@@ -192,23 +193,29 @@ def _type(type_: pa.DataType) -> pa.DataType:
 
 
 def _read_piece(folder: Path) -> pa.Table:
-    (path,) = folder.glob("*.parquet")
-    table = pq.read_table(path, partitioning=None)
+    parts = sorted(folder.glob("part-*.parquet"))  # the names follow the order of the rows
+    table = pa.concat_tables([pq.read_table(part, partitioning=None) for part in parts])
     return table.cast(_schema(table.schema))
 
 
 @contextlib.contextmanager
 def spark_errors(fault: str) -> Iterator[None]:
-    """Turn what Spark raises into a UserError."""
-    from pyspark.errors import PySparkException, PythonException
+    """Turn what Spark raises into a UserError; of a worker's traceback, only the error is kept."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
 
     try:
         yield
-    except PythonException as error:
-        # The last line of a worker's traceback.
-        raise UserError(f"{fault}: {str(error).strip().splitlines()[-1]}") from error
-    except PySparkException as error:
-        raise UserError(f"{fault}: {str(error)[:500]}") from error
+    except (PySparkException, Py4JJavaError) as error:
+        is_lost = isinstance(error, Py4JJavaError)
+        text = str(error.java_exception.getMessage() if is_lost else error)
+        *_, why = re.split(r"^(?=[\w.]+(?:Error|Exception)\b)", text, flags=re.MULTILINE)
+        remedy = ""
+        if is_lost:
+            remedy = "; if a worker had too little memory, raise spark.executor.memoryOverhead"
+        elif "ModuleNotFoundError" in why:
+            remedy = "; install kd_ranker[spark] in the Python that PYSPARK_PYTHON names"
+        raise UserError(f"{fault}: {' '.join(why.split())[:500]}{remedy}") from error
 
 
 @contextlib.contextmanager
