@@ -248,6 +248,8 @@ def open_finished(
     `data.dir`; None takes that of `config_of`. A missing or unfinished run or dataset, or a member,
     serving choice or policy that it lacks, is a UserError.
     """
+    if policy_name:
+        check_choice("--policy", policy_name, POLICIES)
     config = config or config_of(place)
     with fetched(place) as workdir:
         owner = workdirs.read_environment(workdir).get("command")
@@ -317,7 +319,6 @@ def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, i
 
 def _with_policy(student: Finished, folder: Path, name: str) -> Finished:
     """A student of a sweep with a policy from the folder of its test tables."""
-    check_choice("--policy", name, POLICIES)
     fitted = {}
     if policy.FILE in manifest.read(folder, "start the sweep again")["files"]:
         fitted = policy.from_json((folder / policy.FILE).read_text())

@@ -270,6 +270,8 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> States:
 
     with exhaustion_reported():
         check_same("dataset", str(job.dataset.identity))
+        # Again for each cohort: free memory may differ from that at the start.
+        check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)
         begin = functools.partial(warm_start, job) if train.warm_start else None
         return fit_run(prepare_run(job), train, workdir, job.made_of, progress, bar, begin)
 
