@@ -120,7 +120,7 @@ def labelled(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
             values = values.gt(0).map({True: ""})
         if key.switch or not key.tuned:
             ways.append(_named(values))
-    seeds = rows[list(REPEAT)].astype("Int64").astype(str)
+    seeds = rows[list(REPEAT)].astype("Int64").fillna(-1).astype(str)
     rows = rows.assign(repeat=["/".join(of) for of in seeds.to_numpy()])
     for label, parts in (("setting", settings), ("way", ways)):
         texts = [", ".join(filter(None, of)) for of in zip(*parts, strict=True)]

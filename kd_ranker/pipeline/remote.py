@@ -181,11 +181,13 @@ def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Fi
 def _files(folder: Path) -> _Files:
     """Return the files of a local copy that are uploaded."""
     found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and not _NOT_COPIED.search(name):
-                found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
+    # Orbax may rename or delete a folder meanwhile, which `rglob` would not survive.
+    for above, _, names in os.walk(folder):
+        for path in map(Path(above).joinpath, names):
+            name = path.relative_to(folder).as_posix()
+            with contextlib.suppress(FileNotFoundError):
+                if not _NOT_COPIED.search(name):
+                    found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
     return found
 
 
