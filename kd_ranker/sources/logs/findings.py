@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float64
-from scipy.stats import entropy
+from scipy.special import entr
 
 from kd_ranker.batch import Stage
 from kd_ranker.errors import UserError
@@ -206,9 +206,12 @@ def share_revealed(values: pd.Series, answer: pd.Series) -> float:
     counts = counts[counts.any(axis=1)]
     if counts.sum(axis=0).min() < _LEAST_ANSWERS:
         return 0.0
-    of_answer, of_bins = (entropy(counts.sum(axis=axis)) for axis in (0, 1))
+    shares = counts / counts.sum()
+    of_answer, of_bins, of_both = (
+        entr(of).sum() for of in (shares.sum(axis=0), shares.sum(axis=1), shares)
+    )
     bias = (len(counts) - 1) / (2 * counts.sum())
-    information = of_answer + of_bins - entropy(counts.ravel()) - bias
+    information = of_answer + of_bins - of_both - bias
     return float(max(information, 0.0) / of_answer)
 
 
@@ -225,4 +228,4 @@ def rank_correlations(numbers: pd.DataFrame, request: pd.Series, score: pd.Serie
     ranks = numbers.assign(**{"": score})[is_scored].groupby(by).rank()
     ranks -= ranks.groupby(by).transform("mean")
     enough = numbers.columns[ranks[numbers.columns].notna().sum() >= _LEAST_ANSWERS]
-    return ranks[enough].corrwith(ranks[""]).abs()
+    return ranks.corr()[""][enough].abs()

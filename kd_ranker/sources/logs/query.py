@@ -83,7 +83,7 @@ class Query:
         facts = [of for of in ("incumbent", "propensity") if of in layout.columns]
         merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
         methods = {name: getattr(self, name) for name in dir(Query) if not name.startswith("_")}
-        templates = templates_of(__package__).overlay(line_comment_prefix="--")
+        templates = templates_of(__package__, "--")
         text = templates.get_template(template).render(
             methods,
             name=quoted,
