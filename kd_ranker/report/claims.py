@@ -131,9 +131,10 @@ def _change(
     of_users = claim.claim == "f"
     if of_users and (reason := estimates.why_unlabelled([chosen, rival])):
         return claim.line() | {"remark": f"the log cannot show it: {reason}"}
-    change = estimates.gap(chosen, rival, claim.measure)
     if claim.measure == SAVINGS[0]:
         change = estimates.saving(chosen, over=rival)
+    else:
+        change = estimates.gap(chosen, rival, claim.measure)
     ratio = estimates.of(chosen, "cost_ratio").mean
     if study.costs.teacher and study.costs.student:
         ratio = study.costs.student / study.costs.teacher

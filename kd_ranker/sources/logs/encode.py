@@ -24,7 +24,7 @@ _ORDERED = (
     ("requests", "request_fields", "number"),
     ("used", "candidate_fields", "number, stage DESC, position NULLS LAST, item"),
 )
-# A piece has the number of its split times this, plus its own in the split.
+# The number of a piece is its split times this, plus a number that ascends with its requests.
 _SPLIT = 2**32
 
 

@@ -38,7 +38,7 @@ _SETTINGS = {
     "spark.sql.legacy.sizeOfNull": False,
     "spark.hadoop.parquet.page.verify-checksum.enabled": True,
     "spark.log.level": "ERROR",
-    # Without end for a value of many cases that is read under several names.
+    # With it, planning a log of one row per request had not ended after 20 minutes.
     "spark.sql.constraintPropagation.enabled": False,
     # A task keeps no more rejected rows of a reason than the file of them may have.
     "spark.sql.window.group.limit.threshold": MOST_ROWS + 1,
@@ -144,7 +144,7 @@ class Spark(Database):
         def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
                 for place in batch["id"].to_pylist():
-                    # Another worker may repeat an attempt that still runs.
+                    # Spark may repeat a task while its first attempt still runs.
                     unfinished = folder / f".{TaskContext.get().taskAttemptId()}.npz"
                     np.savez(unfinished, **function(shards[place])._asdict())
                     unfinished.replace(folder / f"{place}.npz")
