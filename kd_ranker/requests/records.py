@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from kd_ranker.batch import STORED, FeatureSpec, Items, Request
 from kd_ranker.requests import row_files
@@ -111,20 +111,35 @@ def _features_of(spec: FeatureSpec) -> RequestFeatures:
 
 
 def write_index(
-    folder: Path, spec: FeatureSpec, num_requests: Mapping[str, int], version: str
+    folder: Path,
+    spec: FeatureSpec,
+    num_requests: Mapping[str, int],
+    version: str,
+    earlier: Dataset | None = None,
 ) -> None:
-    """Write the files by which TFDS reads the requests in a folder."""
+    """Write the files by which TFDS reads the requests in a folder.
+
+    Those for the training requests of an `earlier` dataset are the same, and are linked.
+    """
     splits = []
     for split, number in num_requests.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=_NAME, split=split, filetype_suffix=_FORMAT
         )
-        (path,) = template.sharded_filepaths(num_shards=1)
+        known, shards = [], []
+        if earlier and split == "train":
+            known = sorted(earlier.directory.glob(f"{_NAME}-{split}.{_FORMAT}-*"))
+        *linked, path = map(Path, template.sharded_filepaths(num_shards=len(known) + 1))
+        for before, now in zip(known, linked, strict=True):
+            row_files.link(before, now)
+            with contextlib.closing(ArrayRecordReader(str(before))) as reader:
+                shards.append(reader.num_records())
+        shards.append(number - sum(shards))
         with contextlib.closing(ArrayRecordWriter(str(path), _RECORDS)) as writer:
-            for place in range(number):
+            for place in range(number - shards[-1], number):
                 writer.write(f"{split} {place}".encode())
-        size = Path(path).stat().st_size
-        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[number], num_bytes=size))
+        size = sum(of.stat().st_size for of in (*linked, path))
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=shards, num_bytes=size))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=_features_of(spec),

@@ -246,15 +246,12 @@ def all_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
     return list(itertools.takewhile(lambda pair: pair[0].exists(), every))
 
 
-def link(folder: Path, to: Path, split: str) -> list[str]:
-    """Link the files of a split into another folder, or copy them; return their names."""
-    found = list(itertools.chain(*all_paths(folder, split)))
-    for path in found:
-        try:
-            os.link(path, to / path.name)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(path, to / path.name)
-    return [path.name for path in found]
+def link(file: Path, to: Path) -> None:
+    """Link a file to another path, or copy it: to another disk, or to one without links."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
 
 
 def write(

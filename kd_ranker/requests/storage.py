@@ -113,13 +113,14 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
         identities = [*earlier.earlier, earlier.identity["dataset"]]
         (folder / _EARLIER_FILE).write_text(json.dumps(identities))
         entries = manifest.read(earlier.directory, "make it again")["files"]
-        linked = row_files.link(earlier.directory, folder, "train")
-        known = {name: entries[name] for name in linked}
+        for path in itertools.chain(*row_files.all_paths(earlier.directory, "train")):
+            row_files.link(path, folder / path.name)
+            known[path.name] = entries[path.name]
     numbers = {
         split: _write_requests(source, split, folder, earlier if split == "train" else None)
         for split in SPLITS
     }
-    write_index(folder, source.spec, numbers, FORMAT_VERSION)
+    write_index(folder, source.spec, numbers, FORMAT_VERSION, earlier)
     if source.write_beside:
         source.write_beside(folder)
     manifest.write(folder, {"dataset": name}, known=known)

@@ -30,8 +30,8 @@ _FAR = 5
 _NO_PROBABILITIES = (
     ": divide percentages by 100 and take the sigmoid of logits, or set data.teacher_signal='score'"
 )
-# The columns next to those of the log, and the most rows per reason.
-_ADDED, MOST_ROWS = ("reason", "file", "row"), 100_000
+# The columns next to those of the log.
+_ADDED = ("reason", "file", "row")
 # Reason -> its meaning. A row has the first reason that applies.
 REASONS = {
     "lists_differ": "its lists differ in length",
@@ -298,7 +298,7 @@ def count_rejected(database: Database) -> dict[str, int]:
 def write_rejected(
     database: Database, log: Log, layout: LogLayout, types: Mapping[str, pa.DataType], folder: Path
 ) -> None:
-    """Write the rejected rows to `rejected/rejected.parquet`, at most 100,000 per reason.
+    """Write the rejected rows of `reported` to `rejected/rejected.parquet`, in the log's order.
 
     It has `reason`, `file` and `row`, the row's number in that file from 0, and all columns of the
     log. If a row is a request and only some of its candidates are rejected, each of these has a row
@@ -306,21 +306,24 @@ def write_rejected(
 
     The folder is made if any row was rejected. `types` are those of the columns of the log.
     """
-    if not database.number("SELECT count(*) FROM rejected"):
+    if not database.number("SELECT count(*) FROM reported"):
         return
-    listed = {wanted.column for wanted in wanted_columns(layout) if wanted.per_candidate}
+    wanted = wanted_columns(layout)
+    listed = {of.column for of in wanted if of.per_candidate}
+    looked_up = {of.column for of in layout.features if of.of_request and not layout.by_request}
     columns = []
     for name, type_ in types.items():
-        value = column = logged(name)
+        column = f"{'looked_up' if name in looked_up else 'log'}.{logged(name)}"
+        value = column
         if name in listed and is_list(type_):
             is_whole = f"place < 0 OR {column} IS NULL"
             value = f"CASE WHEN {is_whole} THEN {column} ELSE {column}[place + 1:place + 1] END"
         columns.append(f"{value} AS {quoted(f'{name}_' if name in _ADDED else name)}")
     batches = database.stream(f"""
         SELECT why AS reason, file, "row", {", ".join(columns)}
-        FROM log JOIN (SELECT *, row_number() OVER (PARTITION BY why ORDER BY file, "row") AS turn
-            FROM rejected) AS counted USING (file, "row")
-        WHERE turn <= {MOST_ROWS} ORDER BY file, "row", place""")
+        FROM log JOIN reported USING (file, "row")
+        {'JOIN looked_up USING (file, "row")' if looked_up else ""}
+        ORDER BY file, "row", place""")
     paths = pa.array(log.files or [SQL])
     folder.mkdir()
     schema = batches.schema.set(1, pa.field("file", pa.string()))

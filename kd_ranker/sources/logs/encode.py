@@ -22,7 +22,7 @@ PIECE = 2**18
 # A table, its fields that are written, and their order.
 _ORDERED = (
     ("requests", "request_fields", "number"),
-    ("used", "candidate_fields", "number, stage DESC, position NULLS LAST, item"),
+    ("used", "candidate_fields", "number, stage DESC, position NULLS LAST, rank"),
 )
 # The number of a piece is its split times this, plus a number that ascends with its requests.
 _SPLIT = 2**32
@@ -168,7 +168,7 @@ def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before:
     # Both are of the first candidates of each request.
     first = starts_of(retrieved)[:-1]
     of_shown, of_judged = runs(first, shown), runs(first, judged)
-    request_id = before + requests["number"].to_numpy()
+    request_id = before + requests["number"].to_numpy().astype(np.int64)
     if pa.types.is_integer(requests["request"].type):  # without the sign
         request_id = requests["request"].to_numpy().astype(np.int64) & np.int64(2**63 - 1)
     values = {
@@ -180,7 +180,7 @@ def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before:
         "request_category": _categories(encoding, "request_category", requests),
         "history_id": history_id,
         "history_features": history_features,
-        "item_id": candidates["item_id"].to_numpy().astype(np.int32),
+        "item_id": candidates["item_id"].to_numpy(),
         "candidate_features": _dense(
             encoding, "candidate_features", spec.candidate_features, candidates
         ),

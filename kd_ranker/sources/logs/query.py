@@ -30,6 +30,8 @@ PREFIX = "log:"
 _LATEST = 10**12
 # Beyond it, a float is not the integer that was meant.
 _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
+# Rejected rows of a reason that are written to a file.
+MOST_REPORTED = 100_000
 # A row has one number in the log, that of its file times this plus its own.
 _ROWS_OF_A_FILE = 2**40
 
@@ -112,6 +114,7 @@ class Query:
                 if not self.known_size or f"known_feature:{of.name}" in self.known_size
             ],
             largest=LARGEST,
+            most_reported=MOST_REPORTED,
             # A missing position comes last.
             funnel_order="stage DESC, position NULLS LAST, item",
         )

@@ -22,14 +22,14 @@ from sqlglot import exp
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.row_files import Flat
-from kd_ranker.sources.logs.data_report import MOST_ROWS
 from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database, Shard
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.query import PREFIX
+from kd_ranker.sources.logs.query import MOST_REPORTED, PREFIX
 
 # A statement that begins with it is written for Spark, since it has no translation.
 SPARK_ONLY = "/* spark */"
-_NAMES = {"ROUND_EVEN": "BROUND", "FAVG": "AVG"}
+# Its own hash has 32 bits.
+_NAMES = {"ROUND_EVEN": "BROUND", "FAVG": "AVG", "HASH": "XXHASH64"}
 # It has no unsigned integers of 64 bits, and reads them as these.
 _UNSIGNED = pa.decimal128(20, 0)
 _SETTINGS = {
@@ -41,7 +41,7 @@ _SETTINGS = {
     # With it, planning a log of one row per request had not ended after 20 minutes.
     "spark.sql.constraintPropagation.enabled": False,
     # A task keeps no more rejected rows of a reason than the file of them may have.
-    "spark.sql.window.group.limit.threshold": MOST_ROWS + 1,
+    "spark.sql.window.group.limit.threshold": MOST_REPORTED + 1,
 }
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 
 from kd_ranker import api
 from kd_ranker.errors import UserError
@@ -124,7 +125,10 @@ def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
     assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()
     known = [*map(Path, json.loads((grown[-1].directory / "log.json").read_text()))]
     assert [path.stem for path in known] == sorted(FILES)
+    builder = tfds.builder_from_directory(grown[-1].directory)
     for split in SPLITS:
+        records = [of["request_id"] for of in builder.as_data_source(split=split)]
+        assert records == [of.request_id for of in read_requests(grown[-1], split)]
         table = read_requests_of(grown[-1].directory, split).to_pandas()
         for request, file in table.to_numpy():
             row = next(

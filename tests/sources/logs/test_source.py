@@ -23,7 +23,7 @@ from kd_ranker import api
 from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.logs import data_report, database
+from kd_ranker.sources.logs import database, query
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
@@ -243,7 +243,7 @@ def test_both_layouts_any_order_and_any_number_of_files_give_the_same(build, tex
 def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_some(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(data_report, "MOST_ROWS", 2)
+    monkeypatch.setattr(query, "MOST_REPORTED", 2)
     folder = write_log(tmp_path / "log", make_rows(3, requests=40, faults=0.05), files=3)
     file = min(folder.glob("*.parquet"))
     traces = [uuid.UUID(int=row) for row in range(pq.read_metadata(file).num_rows)]

@@ -167,20 +167,21 @@ CREATE TABLE requests AS
     numbered AS (
 {{ numbered("timed", "split, part", "split, part", "time, request") }})
     SELECT request, usr, users, split, time, first_time <> time OR last_time <> time AS moved,
-        first // {{ rows_of_a_file }} AS file, first % {{ rows_of_a_file }} AS "row", ordinal - 1 AS number
+        first // {{ rows_of_a_file }} AS file, first % {{ rows_of_a_file }} AS "row", (ordinal - 1)::INT AS number
         FROM numbered;
 
 -- 4. Candidates: an item once per request, with all its positive labels, as far as any of its rows
 -- came; at most {{ layout.retrieved }} per request, in the order of the funnel.
 CREATE TABLE repeated AS
-    WITH again AS (SELECT request, item FROM good GROUP BY request, item HAVING count(*) > 1)
+    -- Pairs that happen to share a hash do no harm: they are different groups below.
+    WITH again AS (SELECT hash(request, item) AS pair FROM good GROUP BY pair HAVING count(*) > 1)
     SELECT file, "row", place,
         row_number() OVER (PARTITION BY number, item ORDER BY file, "row", place) AS turn,
     {% for column in merged %}
         max(good.{{ column }}) OVER (PARTITION BY number, item) AS {{ column }},
     {% endfor %}
         min(good.position) OVER (PARTITION BY number, item) AS position
-    FROM (SELECT good.* FROM good SEMI JOIN again USING (request, item)) AS good
+    FROM (SELECT good.* FROM good SEMI JOIN again ON hash(request, item) = pair) AS good
     JOIN (SELECT request, usr AS owner, number FROM requests) AS owned USING (request) WHERE usr = owner;
 CREATE TABLE candidates AS
     WITH once AS (SELECT good.file, good."row", good.place, good.item, good.teacher_weight,
@@ -225,6 +226,19 @@ CREATE TABLE rejected AS
         WHERE usr <> owner UNION ALL
     SELECT file, "row", place, 1, 'duplicate_item' FROM repeated WHERE turn > 1 UNION ALL
     SELECT file, "row", place, 1, 'beyond_retrieved' FROM beyond;
+CREATE TABLE reported AS
+    SELECT file, "row", place, why FROM (SELECT *,
+        row_number() OVER (PARTITION BY why ORDER BY file, "row") AS turn FROM rejected) AS counted
+    WHERE turn <= {{ most_reported }};
+-- One look at the log for the features of requests and for rejected rows: lists take long to read.
+{% set of_requests = layout.of("user", "context", "event") %}
+{% set request_columns = of_requests | map(attribute="column") | unique | list %}
+CREATE {{ "VIEW" if layout.by_request else "TABLE" }} looked_up AS
+    SELECT file, "row"{{ and_names(request_columns) }} FROM log
+    {% if not layout.by_request %}
+    SEMI JOIN (SELECT file, "row" FROM requests UNION ALL SELECT file, "row" FROM reported) AS places
+        USING (file, "row")
+    {% endif %};
 {% if layout.engine == "duckdb" %}
 -- The largest table makes room for the sort.
 DROP VIEW good;
@@ -259,16 +273,17 @@ CREATE TABLE items AS
         FROM used JOIN counted ON item = value AND request_time = last_time GROUP BY item),
     numbered AS (
 {{ with_ids("known_item" if known_size else "") }})
-    SELECT value, train, total, id{{ raw_and_features(layout.of("item")) }}
+    SELECT value, {{ "value" if layout.engine == "spark" else "(row_number() OVER (ORDER BY value))::INT" }} AS rank,
+        train, total, id{{ raw_and_features(layout.of("item")) }}
         FROM numbered JOIN placed USING (value)
     {% if layout.of("item") %}
         JOIN unfolded AS log ON log.file = last // {{ rows_of_a_file }}
             AND log."row" = last % {{ rows_of_a_file }} AND log.place = placed.place
     {% endif %};
 CREATE TABLE request_rows AS
-    SELECT requests.*, users.id AS user_id{{ raw_and_features(layout.of("user", "context", "event")) }}
+    SELECT requests.*, users.id AS user_id{{ raw_and_features(of_requests) }}
         FROM requests JOIN users ON usr = value
-        JOIN log ON log.file = requests.file AND log."row" = requests."row";
+        JOIN looked_up AS log ON log.file = requests.file AND log."row" = requests."row";
 {% for feature in vocabularies %}
 CREATE TABLE {{ vocabulary(feature) }} AS
     {% set value = '"feature:' ~ feature.name ~ '"' %}
@@ -286,11 +301,11 @@ CREATE TABLE {{ vocabulary(feature) }} AS
              THEN ordinal END AS id FROM ranked;
 {% endfor %}
 
--- 6. The fields to encode; `encode.write_ordered` sorts them.
+-- 6. The fields to encode; `encode.write_ordered` sorts them, which takes longer by texts and 64 bits.
 CREATE VIEW item_fields AS SELECT value, id{{ and_features(layout.of("item")) }} FROM items;
 CREATE VIEW request_fields AS SELECT request, file::INT AS file, number, split, time, user_id
-    {{ and_features(layout.of("user", "context", "event")) }} FROM request_rows;
-CREATE VIEW candidate_fields AS SELECT number, split, stage, position, item, id AS item_id,
+    {{ and_features(of_requests) }} FROM request_rows;
+CREATE VIEW candidate_fields AS SELECT number, split, stage, position, rank, id::INT AS item_id,
     label_weight, teacher_weight
     {% for task in layout.tasks %}, "label:{{ task }}"{% endfor %}
     {% for task in layout.scored_tasks %}, "teacher:{{ task }}"{% endfor %}

@@ -2,18 +2,21 @@
 
 -- 1. Values of columns: all, missing and invalid. Features of items count once per item, those of
 -- users and the context once per request.
-{% macro counts(key, known, bad="false") %}
-    count(*) AS "{{ key }}/values",
-    count(*) FILTER (WHERE {{ known }} IS NULL AND NOT coalesce({{ bad }}, false)) AS "{{ key }}/missing",
-    count(*) FILTER (WHERE coalesce({{ bad }}, false)) AS "{{ key }}/out_of_range",
+{% macro counts(key, known, bad="") %}
+    count(*) AS "{{ key }}/values", count(*) - count({{ known }}) AS "{{ key }}/missing",
+    {% if bad %}count(*) FILTER (WHERE {{ bad }}){% else %}0{% endif %} AS "{{ key }}/out_of_range",
 {% endmacro %}
 {% macro id_counts(key, column, value="") %}
-{% set value = value or logged(column) %}
-{% set known = "(" ~ id(column, value) ~ ")" %}
-{{ counts(key, known, known ~ " IS NULL AND NOT isnan(" ~ value ~ ")" if is_float(column) else "false") }}
+{% set id = id(column, value or logged(column)) %}
+{% if is_float(column) %}
+{% set known = number(column, value) %}
+{{ counts(key, known, known ~ " IS NOT NULL AND (" ~ id ~ ") IS NULL") }}
+{%- else %}
+{{ counts(key, id) }}
+{%- endif %}
 {%- endmacro %}
 {% macro number_counts(key, column, low, high, value="") %}
-{% set known = "(" ~ number(column, value) ~ ")" %}
+{% set known = number(column, value) %}
 {{ counts(key, known, known ~ " < " ~ low ~ " OR " ~ known ~ " > " ~ high) }}
 {%- endmacro %}
 {% macro feature_counts(features, is_raw) %}
@@ -57,7 +60,8 @@ CREATE TABLE faults_of_candidates AS SELECT
 {%- endif %}
 {{ id_counts("columns.item", columns.item) }}
 {%- if columns.stage %}
-{{ counts("columns.stage", logged(columns.stage), code(columns.stage, layout.stages) ~ " = 0") }}
+{% set stage = code(columns.stage, layout.stages) %}
+{{ counts("columns.stage", stage, stage ~ " = 0") }}
 {%- endif %}
 {% for use, low in [("position", 0), ("label_weight", 0), ("teacher_weight", 0), ("propensity", -largest),
                     ("incumbent", 0 if layout.incumbent_signal == "rank" else -largest)] if columns[use] %}
@@ -122,32 +126,42 @@ CREATE TABLE {{ table }} AS
 
 -- 3. Sums over what is used.
 {% set labelled = "stage = 3 AND label_weight > 0" %}
-{% macro proper(task) %}
-"teacher:{{ task }}" BETWEEN {{ layout.teacher_range[0] }} AND {{ layout.teacher_range[1] }} AND teacher_weight > 0
-{%- endmacro %}
-CREATE TABLE totals AS SELECT split, count(*) AS candidates,
-    count(*) FILTER (WHERE stage = 1) AS retrieved, count(*) FILTER (WHERE stage = 2) AS passed,
-    count(*) FILTER (WHERE {{ labelled }}) AS labelled,
-{% for task in layout.tasks %}
-    count(*) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1) AS "positives/{{ task }}",
-    coalesce(sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }} AND "label:{{ task }}" = 1), 0)
-        / nullif(sum(label_weight::DOUBLE) FILTER (WHERE {{ labelled }}), 0) AS "rate/{{ task }}",
-    count(*) FILTER (WHERE stage < 3 AND "label:{{ task }}" = 1) AS "positives_not_shown/{{ task }}",
-{% endfor %}
-{% for task in layout.scored_tasks %}
-    {% for stage in ("retrieved", "passed", "shown") %}
-    count(*) FILTER (WHERE stage = {{ loop.index }} AND {{ proper(task) }})
-        / nullif(count(*) FILTER (WHERE stage = {{ loop.index }}), 0) AS "coverage/{{ task }}/{{ stage }}",
+CREATE TABLE totals AS
+    WITH weighed AS (SELECT split, stage, CASE WHEN {{ labelled }} THEN label_weight::DOUBLE END AS weight
+    {% for task in layout.tasks %}
+        , "label:{{ task }}"
     {% endfor %}
-    {% if layout.teacher_signal == "probability" %}
-    {% for value in ("teacher:" ~ task, "label:" ~ task) %}
-    {{ "/ nullif(" if not loop.first }} sum(label_weight::DOUBLE * "{{ value }}"::DOUBLE)
-        FILTER (WHERE {{ labelled }} AND {{ proper(task) }}) {{ ", 0)" if not loop.first }}
+    {% for task in layout.scored_tasks %}
+        , CASE WHEN "teacher:{{ task }}" BETWEEN {{ layout.teacher_range[0] }} AND {{ layout.teacher_range[1] }}
+            AND teacher_weight > 0 THEN "teacher:{{ task }}"::DOUBLE END AS "teacher:{{ task }}"
     {% endfor %}
-        AS "predicted_over_observed/{{ task }}",
-    {% endif %}
-{% endfor %}
-    count(*) FILTER (WHERE stage = 3) AS shown FROM used GROUP BY split;
+        FROM used),
+    of_stages AS (SELECT split, stage, count(*) AS candidates, count(weight) AS labelled, sum(weight) AS weight
+    {% for task in layout.tasks %}{% set is_one = 'FILTER (WHERE "label:' ~ task ~ '" = 1)' %}
+        , count(*) {{ is_one }} AS "ones/{{ task }}", count(weight) {{ is_one }} AS "positives/{{ task }}",
+        sum(weight) {{ is_one }} AS "weight/{{ task }}"
+    {% endfor %}
+    {% for task in layout.scored_tasks %}
+        , count("teacher:{{ task }}") AS "scored/{{ task }}", sum(weight * "teacher:{{ task }}") AS "sum/{{ task }}",
+        sum(weight * "label:{{ task }}") FILTER (WHERE "teacher:{{ task }}" IS NOT NULL) AS "observed/{{ task }}"
+    {% endfor %}
+        FROM weighed GROUP BY split, stage)
+    SELECT split, sum(candidates)::BIGINT AS candidates,
+    {% for stage in ("retrieved", "passed", "shown") %}{% set here = "FILTER (WHERE stage = " ~ loop.index ~ ")" %}
+        coalesce(sum(candidates) {{ here }}, 0)::BIGINT AS {{ stage }},
+        {% for task in layout.scored_tasks %}
+        sum("scored/{{ task }}") {{ here }} / sum(candidates) {{ here }} AS "coverage/{{ task }}/{{ stage }}",
+        {% endfor %}
+    {% endfor %}
+    {% for task in layout.tasks %}
+        sum("positives/{{ task }}")::BIGINT AS "positives/{{ task }}",
+        coalesce(sum("weight/{{ task }}"), 0) / sum(weight) AS "rate/{{ task }}",
+        coalesce(sum("ones/{{ task }}") FILTER (WHERE stage < 3), 0)::BIGINT AS "positives_not_shown/{{ task }}",
+    {% endfor %}
+    {% for task in layout.scored_tasks if layout.teacher_signal == "probability" %}
+        sum("sum/{{ task }}") / nullif(sum("observed/{{ task }}"), 0) AS "predicted_over_observed/{{ task }}",
+    {% endfor %}
+        sum(labelled)::BIGINT AS labelled FROM of_stages GROUP BY split;
 CREATE TABLE sizes AS
     WITH of_requests AS (SELECT number, split, count(*) AS size,
         count(*) FILTER (WHERE {{ labelled }}) AS labels FROM used GROUP BY number, split)
@@ -201,5 +215,6 @@ CREATE TABLE sampled AS SELECT used.number, used.stage
     {% set table = {"candidate": "used", "item": "items"}.get(feature.of, "request_rows") %}
     , {{ table }}."feature:{{ feature.name }}"
 {% endfor %}
-    FROM used JOIN request_rows USING (number) JOIN items ON used.item = items.value
-    WHERE number % greatest(1, ((SELECT count(*) FROM used) + 99999) // 100000) = 0;
+    FROM (SELECT * FROM request_rows
+        WHERE number % greatest(1, ((SELECT count(*) FROM used) + 99999) // 100000) = 0) AS request_rows
+    JOIN used USING (number) JOIN items ON used.item = items.value;
