@@ -22,7 +22,7 @@ PIECE = 2**18
 # A table, its fields that are written, and their order.
 _ORDERED = (
     ("requests", "request_fields", "number"),
-    ("used", "candidate_fields", "number, stage DESC, position NULLS LAST, rank"),
+    ("used", "candidate_fields", "number, stage DESC, position NULLS LAST, item"),
 )
 # The number of a piece is its split times this, plus a number that ascends with its requests.
 _SPLIT = 2**32

@@ -484,7 +484,7 @@ def read_unseen(
         used, *new = database.rows(f"""
             SELECT count(*) AS used, count(*) FILTER (WHERE user_id >= {known[USER]}) AS by_user,
                 count(*) FILTER (WHERE items.id >= {known[ITEM]}) AS by_item
-            FROM used JOIN request_rows USING (number) JOIN items ON item = value""")[0].values()
+            FROM used JOIN request_rows USING (number) JOIN items USING (item)""")[0].values()
         if not used:
             raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
         pieces = encode.write_ordered(database)

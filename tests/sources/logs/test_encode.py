@@ -15,7 +15,7 @@ def test_pieces_hold_all_rows_in_order_whatever_the_batches(tmp_path, monkeypatc
         database.run(
             [
                 f"CREATE TABLE used AS SELECT ({number})::BIGINT AS number, "
-                "number // 250 AS split, 'item ' || lpad(n::VARCHAR, 6, '0') AS rank, 3 AS stage, "
+                "number // 250 AS split, 'item ' || lpad(n::VARCHAR, 6, '0') AS item, 3 AS stage, "
                 "0 AS position FROM range(500_000) AS each(n)",
                 "CREATE VIEW candidate_fields AS FROM used",
                 "CREATE TABLE requests AS "

@@ -51,11 +51,17 @@ CREATE VIEW unfolded AS SELECT file, "row", (-1)::BIGINT AS place, {{ names(want
 {% endif %}
 
 -- 2. Each value in its type, or NULL; and why a row is rejected. A label of -1 is missing, one of
--- -2 is invalid; stage 0 is unknown, 1 retrieved, 2 passed, 3 shown.
-CREATE TABLE typed AS
+-- -2 is invalid; stage 0 is unknown, 1 retrieved, 2 passed, 3 shown. `item` is the place of an id in the
+-- order of all: tables of texts take longer to write, to join and to sort. On Spark it is the id.
+{% set has_names = layout.engine == "duckdb" %}
+{% if has_names %}
+CREATE TABLE names AS SELECT value, (row_number() OVER (ORDER BY value))::INT AS item
+    FROM (SELECT DISTINCT {{ id(columns.item) }} AS value FROM unfolded) AS ids WHERE value IS NOT NULL;
+{% endif %}
+CREATE TABLE staged AS
     WITH valued AS (SELECT file, "row", place,
         {{ id(columns.user) if columns.user else "0::BIGINT" }} AS usr,
-        {{ id(columns.item) }} AS item,
+        {{ "item" if has_names else id(columns.item) ~ " AS item" }},
         {{ seconds(columns.time) if columns.time else "0::BIGINT" }} AS time,
         {{ within(columns.position, 0) if columns.position else "NULL" }}::FLOAT AS position,
     {% for task in layout.tasks %}
@@ -88,8 +94,9 @@ CREATE TABLE typed AS
         {{ code(columns.split, split_codes) }} - 1 AS logged_split,
     {% endif %}
         {{ id(columns.request) }} AS request{% if columns.stage %},
-        {{ code(columns.stage, layout.stages) }} AS stage{% endif %} FROM unfolded),
-    staged AS (SELECT *
+        {{ code(columns.stage, layout.stages) }} AS stage{% endif %} FROM unfolded
+        {% if has_names %}LEFT JOIN names ON value = {{ id(columns.item) }}{% endif %})
+    SELECT *
     {% if not columns.stage %}
         , CASE WHEN position IS NOT NULL
              {% for task in layout.tasks %} OR "label:{{ task }}" <> -1{% endfor %} THEN 3
@@ -98,7 +105,8 @@ CREATE TABLE typed AS
         {% endfor %}
              ELSE 1 END::TINYINT AS stage
     {% endif %}
-        FROM valued)
+        FROM valued;
+CREATE VIEW typed AS
     SELECT *, CASE WHEN request IS NULL THEN 'missing_request' WHEN time IS NULL THEN 'missing_time'
         WHEN usr IS NULL THEN 'missing_user' WHEN item IS NULL THEN 'missing_item'
         WHEN stage = 0 THEN 'unknown_stage'
@@ -184,7 +192,7 @@ CREATE TABLE repeated AS
     FROM (SELECT good.* FROM good SEMI JOIN again ON hash(request, item) = pair) AS good
     JOIN (SELECT request, usr AS owner, number FROM requests) AS owned USING (request) WHERE usr = owner;
 CREATE TABLE candidates AS
-    WITH once AS (SELECT good.file, good."row", good.place, good.item, good.teacher_weight,
+    SELECT good.file, good."row", good.place, good.item, good.teacher_weight,
         coalesce(repeated.label_weight, good.label_weight) AS merged_weight,
     {% for column in merged if column != name("label_weight") %}
         coalesce(repeated.{{ column }}, good.{{ column }}) AS {{ column }},
@@ -197,14 +205,10 @@ CREATE TABLE candidates AS
         good."feature:{{ feature.name }}",
     {% endfor %}
         owned.number, owned.split, owned.time AS request_time
-        FROM good JOIN requests AS owned ON good.request = owned.request AND good.usr = owned.usr
-        LEFT JOIN repeated ON good.file = repeated.file AND good."row" = repeated."row"
-            AND good.place = repeated.place
-        WHERE coalesce(repeated.turn, 1) = 1)
-    SELECT *,
-        -- Only now: of two rows of an item each may have the label that the other lacks.
-        CASE WHEN {% for task in layout.labels %}"label:{{ task }}" < 0 OR {% endfor %}false
-             THEN 0 ELSE merged_weight END::FLOAT AS label_weight FROM once;
+    FROM good JOIN requests AS owned ON good.request = owned.request AND good.usr = owned.usr
+    LEFT JOIN repeated ON good.file = repeated.file AND good."row" = repeated."row"
+        AND good.place = repeated.place
+    WHERE coalesce(repeated.turn, 1) = 1;
 CREATE TABLE beyond AS
     WITH large AS (SELECT number FROM candidates GROUP BY number
         HAVING count(*) > {{ layout.retrieved }}),
@@ -212,7 +216,11 @@ CREATE TABLE beyond AS
         row_number() OVER (PARTITION BY number ORDER BY {{ funnel_order }}) AS turn
         FROM (SELECT candidates.* FROM candidates SEMI JOIN large USING (number)) AS candidates)
     SELECT file, "row", place FROM ranked WHERE turn > {{ layout.retrieved }};
-CREATE VIEW used AS SELECT candidates.* FROM candidates ANTI JOIN beyond USING (file, "row", place);
+-- Only now do labels decide on weights: of two rows of an item each may have what the other lacks.
+CREATE VIEW used AS SELECT candidates.*,
+        CASE WHEN {% for task in layout.labels %}"label:{{ task }}" < 0 OR {% endfor %}false
+             THEN 0 ELSE merged_weight END::FLOAT AS label_weight
+    FROM candidates ANTI JOIN beyond USING (file, "row", place);
 CREATE TABLE rejected AS
 {% if layout.by_request %}
     SELECT file, "row", (-1)::BIGINT AS place, greatest(entries, 1) AS entries, why
@@ -242,7 +250,8 @@ CREATE {{ "VIEW" if layout.by_request else "TABLE" }} looked_up AS
 {% if layout.engine == "duckdb" %}
 -- The largest table makes room for the sort.
 DROP VIEW good;
-DROP TABLE typed;
+DROP VIEW typed;
+DROP TABLE staged;
 {% endif %}
 
 -- 5. Ids: the most frequent in training first, then what training lacks. Features are those of the
@@ -251,13 +260,13 @@ DROP TABLE typed;
 count(*) FILTER (WHERE split = 0) AS train, count(*) AS total,
         CASE WHEN count(*) FILTER (WHERE split = 0) > 0 THEN 0 ELSE count(*) END AS cold
 {%- endset %}
-{% macro with_ids(known) %}
+{% macro with_ids(known, columns="value") %}
 {% if known %}
-    SELECT value, train, total, coalesce(known.id, {{ known_size[known] }} - 1
+    SELECT {{ columns }}, train, total, coalesce(known.id, {{ known_size[known] }} - 1
             + row_number() OVER (PARTITION BY known.id IS NULL ORDER BY train DESC, cold DESC, value)) AS id
         FROM counted LEFT JOIN {{ known }} AS known USING (value)
 {%- else %}
-    SELECT value, train, total, ordinal - 1 AS id FROM (
+    SELECT {{ columns }}, train, total, ordinal - 1 AS id FROM (
 {{ numbered("counted", "train, cold", "train DESC, cold DESC", "value") }}) AS numbered
 {%- endif %}
 {% endmacro %}
@@ -265,17 +274,16 @@ CREATE TABLE users AS
     WITH counted AS (SELECT usr AS value, {{ counted }} FROM requests GROUP BY usr)
 {{ with_ids("known_user" if known_size else "") }};
 CREATE TABLE items AS
-    WITH counted AS (SELECT item AS value, {{ counted }}, max(request_time) AS last_time
-        FROM used GROUP BY item),
+    WITH of_items AS (SELECT item, {{ counted }}, max(request_time) AS last_time FROM used GROUP BY item),
+    counted AS (SELECT *{{ " FROM of_items JOIN names USING (item)" if has_names else ", item AS value FROM of_items" }}),
     -- Times first: the places of all rows would take much longer to compare.
-    placed AS (SELECT item AS value, max(file * {{ rows_of_a_file }} + "row") AS last,
+    placed AS (SELECT item, max(file * {{ rows_of_a_file }} + "row") AS last,
         arg_max(place, file * {{ rows_of_a_file }} + "row") AS place
-        FROM used JOIN counted ON item = value AND request_time = last_time GROUP BY item),
+        FROM used JOIN of_items USING (item) WHERE request_time = last_time GROUP BY item),
     numbered AS (
-{{ with_ids("known_item" if known_size else "") }})
-    SELECT value, {{ "value" if layout.engine == "spark" else "(row_number() OVER (ORDER BY value))::INT" }} AS rank,
-        train, total, id{{ raw_and_features(layout.of("item")) }}
-        FROM numbered JOIN placed USING (value)
+{{ with_ids("known_item" if known_size else "", "value, item") }})
+    SELECT value, item, train, total, id{{ raw_and_features(layout.of("item")) }}
+        FROM numbered JOIN placed USING (item)
     {% if layout.of("item") %}
         JOIN unfolded AS log ON log.file = last // {{ rows_of_a_file }}
             AND log."row" = last % {{ rows_of_a_file }} AND log.place = placed.place
@@ -301,13 +309,13 @@ CREATE TABLE {{ vocabulary(feature) }} AS
              THEN ordinal END AS id FROM ranked;
 {% endfor %}
 
--- 6. The fields to encode; `encode.write_ordered` sorts them, which takes longer by texts and 64 bits.
+-- 6. The fields to encode; `encode.write_ordered` sorts them, which takes longer by 64 bits.
 CREATE VIEW item_fields AS SELECT value, id{{ and_features(layout.of("item")) }} FROM items;
 CREATE VIEW request_fields AS SELECT request, file::INT AS file, number, split, time, user_id
     {{ and_features(of_requests) }} FROM request_rows;
-CREATE VIEW candidate_fields AS SELECT number, split, stage, position, rank, id::INT AS item_id,
+CREATE VIEW candidate_fields AS SELECT number, split, stage, position, item, id::INT AS item_id,
     label_weight, teacher_weight
     {% for task in layout.tasks %}, "label:{{ task }}"{% endfor %}
     {% for task in layout.scored_tasks %}, "teacher:{{ task }}"{% endfor %}
     {% for name in facts %}, {{ name }}{% endfor %}
-    {{ and_features(layout.of("candidate")) }} FROM used JOIN items ON item = value;
+    {{ and_features(layout.of("candidate")) }} FROM used JOIN items USING (item);

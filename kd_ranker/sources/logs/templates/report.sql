@@ -217,4 +217,4 @@ CREATE TABLE sampled AS SELECT used.number, used.stage
 {% endfor %}
     FROM (SELECT * FROM request_rows
         WHERE number % greatest(1, ((SELECT count(*) FROM used) + 99999) // 100000) = 0) AS request_rows
-    JOIN used USING (number) JOIN items ON used.item = items.value;
+    JOIN used USING (number) JOIN items USING (item);
