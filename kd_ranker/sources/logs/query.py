@@ -103,6 +103,7 @@ class Query:
             known_size=self.known_size,
             wanted=wanted,
             lists=lists,
+            nested=[of for of in lists if pa.types.is_list(self.types[of].value_type)],
             scalars=[of for of in wanted if of not in (item, *lists)],
             facts=facts,
             merged=list(map(quoted, merged)),

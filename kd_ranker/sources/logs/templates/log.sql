@@ -39,10 +39,11 @@ CREATE VIEW unfolded AS /* spark */ SELECT file, row
         AS (place, `log:{{ columns.item }}`{% for column in lists %}, `log:{{ column }}`{% endfor %})
     FROM listed WHERE why IS NULL;
 {% else %}
+-- By [:] a list inside of a list is a copy, which DuckDB hashes in a tenth of the time.
 CREATE VIEW unfolded AS SELECT file, "row"{{ and_names(scalars) }},
     unnest(range(entries)) AS place, unnest({{ logged(columns.item) }}) AS {{ logged(columns.item) }}
     {% for column in lists %}
-    , unnest({{ logged(column) }}) AS {{ logged(column) }}
+    , unnest({{ logged(column) }}){{ "[:]" if column in nested }} AS {{ logged(column) }}
     {% endfor %}
     FROM listed WHERE why IS NULL;
 {% endif %}
