@@ -109,7 +109,9 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     highest = highest[: round(batch.passed_share * slots)]
     left = np.setdiff1d(unshown, highest, assume_unique=True)
     passed = left < counts.passed
-    others = evenly([left[passed], left[~passed]], slots - len(highest), key[1:])
+    # The labels have used two of the four numbers.
+    more = np.random.default_rng(key.view(np.uint64)).random(3)
+    others = evenly([left[passed], left[~passed]], slots - len(highest), more)
     drawn = [*labelled, highest, others]
     return np.concatenate(drawn), np.concatenate([*factors, np.zeros(slots)])
 
