@@ -237,7 +237,7 @@ CREATE TABLE rejected AS
     SELECT file, "row", place, 1, 'beyond_retrieved' FROM beyond;
 CREATE TABLE reported AS
     SELECT file, "row", place, why FROM (SELECT *,
-        row_number() OVER (PARTITION BY why ORDER BY file, "row") AS turn FROM rejected) AS counted
+        row_number() OVER (PARTITION BY why ORDER BY file, "row", place) AS turn FROM rejected) AS counted
     WHERE turn <= {{ most_reported }};
 -- One look at the log for the features of requests and for rejected rows: lists take long to read.
 {% set of_requests = layout.of("user", "context", "event") %}
@@ -293,6 +293,13 @@ CREATE TABLE request_rows AS
     SELECT requests.*, users.id AS user_id{{ raw_and_features(of_requests) }}
         FROM requests JOIN users ON usr = value
         JOIN looked_up AS log ON log.file = requests.file AND log."row" = requests."row";
+{% if not layout.by_request %}
+CREATE TABLE looked_up_of_reported AS
+    SELECT looked_up.* FROM looked_up SEMI JOIN reported USING (file, "row");
+{% if layout.engine == "duckdb" %}
+DROP TABLE looked_up;
+{% endif %}
+{% endif %}
 {% for feature in vocabularies %}
 CREATE TABLE {{ vocabulary(feature) }} AS
     {% set value = '"feature:' ~ feature.name ~ '"' %}
