@@ -162,17 +162,19 @@ def test_hard_takes_the_highest_scores_among_those_not_shown(share, unscored):
     wanted = min(round(share * 8), 17 - unscored)
     by_score = sorted((-score, at) for at, score in enumerate(scores) if at >= 3 and score == score)
     highest = {at for _, at in by_score[:wanted]}
-    random = np.zeros(20)
+    random, pairs = np.zeros(20), []
     for key in np.random.default_rng(0).random((2000, 4)):
         places, factors = hard(counts, scores, batch, key)
         assert len(set(places)) == 11
         assert {0, 1, 2} | highest <= set(places)
         np.testing.assert_array_equal(factors > 0, places < 3)
         random[list(set(places) - highest)] += 1
+        pairs.append((places[1], sum(3 <= at < 9 for at in {*places} - highest)))
     others = [at for at in range(3, 20) if at not in highest]
     # Each other one is equally likely: (8 − wanted) of 17 − wanted.
     likely = (8 - wanted) / (17 - wanted)
     assert (np.abs(random[others] / 2000 - likely) < 5 * np.sqrt(0.25 / 2000)).all()
+    assert not likely or abs(np.corrcoef(*zip(*pairs, strict=True))[0, 1]) < 0.12  # independent
 
 
 def test_scores_are_the_mean_over_the_tasks_that_have_one():

@@ -310,10 +310,10 @@ def write_rejected(
         return
     wanted = wanted_columns(layout)
     listed = {of.column for of in wanted if of.per_candidate}
-    looked_up = {of.column for of in layout.features if of.of_request and not layout.by_request}
+    read_already = {of.column for of in layout.features if of.of_request and not layout.by_request}
     columns = []
     for name, type_ in types.items():
-        column = f"{'looked_up_of_reported' if name in looked_up else 'log'}.{logged(name)}"
+        column = f"{'reported_columns' if name in read_already else 'log'}.{logged(name)}"
         value = column
         if name in listed and is_list(type_):
             is_whole = f"place < 0 OR {column} IS NULL"
@@ -322,7 +322,7 @@ def write_rejected(
     batches = database.stream(f"""
         SELECT why AS reason, file, "row", {", ".join(columns)}
         FROM log JOIN reported USING (file, "row")
-        {'JOIN looked_up_of_reported USING (file, "row")' if looked_up else ""}
+        {'JOIN reported_columns USING (file, "row")' if read_already else ""}
         ORDER BY file, "row", place""")
     paths = pa.array(log.files or [SQL])
     folder.mkdir()

@@ -235,15 +235,15 @@ CREATE TABLE rejected AS
         WHERE usr <> owner UNION ALL
     SELECT file, "row", place, 1, 'duplicate_item' FROM repeated WHERE turn > 1 UNION ALL
     SELECT file, "row", place, 1, 'beyond_retrieved' FROM beyond;
+-- The rejected rows that go to a file.
 CREATE TABLE reported AS
     SELECT file, "row", place, why FROM (SELECT *,
         row_number() OVER (PARTITION BY why ORDER BY file, "row", place) AS turn FROM rejected) AS counted
     WHERE turn <= {{ most_reported }};
 -- One look at the log for the features of requests and for rejected rows: lists take long to read.
 {% set of_requests = layout.of("user", "context", "event") %}
-{% set request_columns = of_requests | map(attribute="column") | unique | list %}
-CREATE {{ "VIEW" if layout.by_request else "TABLE" }} looked_up AS
-    SELECT file, "row"{{ and_names(request_columns) }} FROM log
+CREATE {{ "VIEW" if layout.by_request else "TABLE" }} request_columns AS
+    SELECT file, "row"{{ and_names(of_requests | map(attribute="column") | unique) }} FROM log
     {% if not layout.by_request %}
     SEMI JOIN (SELECT file, "row" FROM requests UNION ALL SELECT file, "row" FROM reported) AS places
         USING (file, "row")
@@ -292,12 +292,13 @@ CREATE TABLE items AS
 CREATE TABLE request_rows AS
     SELECT requests.*, users.id AS user_id{{ raw_and_features(of_requests) }}
         FROM requests JOIN users ON usr = value
-        JOIN looked_up AS log ON log.file = requests.file AND log."row" = requests."row";
+        JOIN request_columns AS log ON log.file = requests.file AND log."row" = requests."row";
 {% if not layout.by_request %}
-CREATE TABLE looked_up_of_reported AS
-    SELECT looked_up.* FROM looked_up SEMI JOIN reported USING (file, "row");
+CREATE TABLE reported_columns AS
+    SELECT request_columns.* FROM request_columns SEMI JOIN reported USING (file, "row");
 {% if layout.engine == "duckdb" %}
-DROP TABLE looked_up;
+-- Histories may be long, and `request_rows` has those of requests.
+DROP TABLE request_columns;
 {% endif %}
 {% endif %}
 {% for feature in vocabularies %}
