@@ -148,9 +148,14 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         "today's early ranker": study.incumbent, "mode none": study.plain,
         "best without scores": study.baseline, "best with scores": study.best_with_scores,
     }  # fmt: skip
+    # A ranker that is two steps at once has one bar, with both names.
+    names_of: dict[str, list[str]] = {}
+    for step, setting in steps.items():
+        names_of.setdefault(setting or "", []).append(step)
     lines = [
-        (step, setting, *estimates.of(setting or "", CRITERION)[:3])
+        (", ".join(names_of[setting or ""]), setting, *estimates.of(setting or "", CRITERION)[:3])
         for step, setting in steps.items()
+        if names_of[setting or ""][0] == step
     ]
     columns = ["line", "setting", "mean", "low", "high"]
     data = pd.DataFrame(lines, columns=columns).dropna(subset=["mean"])
@@ -162,10 +167,13 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         alt.X, "candidates to pass for 99% of the final value",
         {"domain": (0, 1.15 * data["end"].max()), "nice": False},
     )  # fmt: skip
-    color = alt.Scale(domain=[*steps], range=[_INCUMBENT, _COLORS[0], _COLORS[5], _COLORS[1]])
-    base = alt.Chart().encode(
-        y=alt.Y("line:N", title=None, sort=[*steps], axis=alt.Axis(labelLimit=0))
-    )
+    order = data["line"].tolist()
+    palette = dict(zip(steps, (_INCUMBENT, _COLORS[0], _COLORS[5], _COLORS[1]), strict=True))
+    # A bar of two steps has the color of the second.
+    color = alt.Scale(domain=order, range=[palette[line.split(", ")[-1]] for line in order])
+    # Both names of a ranker, one below the other.
+    axis = alt.Axis(labelLimit=0, labelExpr="split(datum.label, ', ')")
+    base = alt.Chart().encode(y=alt.Y("line:N", title=None, sort=order, axis=axis))
     bars = base.mark_bar().encode(
         x=x("mean"), color=alt.Color("line:N", scale=color, legend=None),
         tooltip=["setting:N", alt.Tooltip("mean:Q", title="candidates", format=".0f")],
@@ -222,18 +230,41 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
     data = pd.DataFrame(lines, columns=columns).dropna(subset=["saving", "users"])
     if data.empty:
         return None
-    x = _axis(alt.X, "saving", {"zero": True}, format="~%")
-    y = _axis(alt.Y, "change for users", {"zero": True}, format="+.2~%")
-    marks = _points(study, data, x, y, ("saving", "users"))
+    margin = study.config.report.margin
+    # Room beyond the outermost marks, so that neither the margin nor the origin lies on an axis.
+    x_domain = _with_room(0.0, *data[[*_ends("saving")]].to_numpy().ravel())
+    y_domain = _with_room(0.0, -margin, *data[[*_ends("users")]].to_numpy().ravel())
+    x = _axis(alt.X, "saving", {"domain": x_domain, "nice": False}, format="~%")
+    y = _axis(
+        alt.Y, "change for users", {"domain": y_domain, "nice": False},
+        format="+.2~%", labelExpr="datum.label === '+0%' ? '0%' : datum.label",
+    )  # fmt: skip
+    origin = alt.Chart(alt.InlineData(values=[{"saving": 0, "users": 0, "text": "the baseline"}]))
+    origin = origin.encode(x=x("saving"), y=y("users"), color=alt.value(_RULE))
+    layers = [
+        _rule(y, -margin),
+        origin.mark_rule().encode(y=alt.value(0), y2=alt.value("height")),
+        origin.mark_rule().encode(x=alt.value(0), x2=alt.value("width")),
+        origin.mark_point(filled=False, size=60, opacity=1),
+        origin.mark_text(align="left", dx=6, dy=9, fontSize=10).encode(text="text:N"),
+        *_points(study, data, x, y, ("saving", "users")),
+    ]
     return Figure(
         "plane", "Saving against the change for users",
-        f"Each way against {study.baseline}, the best ranker without the final ranker's scores, on "
-        "the test split, with as many passed as each needs for 99% of the final value: the share "
-        f"of the funnel's cost, {study.costs.unit}, that is saved, and the change of the value for "
-        "users, as a share of that if all are passed. The dashed line is the margin of "
-        f"{100 * study.config.report.margin:g}%. Bars are 95% intervals.",
-        data, alt.layer(_rule(y, -study.config.report.margin), *marks, data=_values(data)),
+        f"Each way against the baseline {study.baseline}, the best ranker without the final "
+        "ranker's scores, which lies at the origin; on the test split, with as many passed as each "
+        f"needs for 99% of the final value: the share of the funnel's cost, {study.costs.unit}, "
+        "that is saved, and the change of the value for users, as a share of that if all are "
+        f"passed. The dashed line is the margin of {100 * margin:g}%. Bars are 95% intervals.",
+        data, alt.layer(*layers, data=_values(data)),
     )  # fmt: skip
+
+
+def _with_room(*values: float) -> tuple[float, float]:
+    """Return the ends of an axis that shows all known values, a twelfth of their range apart."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    room = (high - low) / 12 or 0.01
+    return low - room, high + room
 
 
 def _over_k(

@@ -113,14 +113,19 @@ def test_the_curves_are_those_of_the_chosen_settings_and_of_today(drawn, roots, 
 def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, estimates):
     data = drawn["waterfall"].data
     steps = {
-        "today's early ranker": "incumbent", "mode none": "none", "best without scores": "none",
+        # One ranker has one bar, with both of its names.
+        "today's early ranker": "incumbent", "mode none, best without scores": "none",
         "best with scores": estimates.study.best_with_scores,
     }  # fmt: skip
     assert dict(zip(data["line"], data["setting"], strict=True)) == steps
     for line in data.to_dict("records"):
         mean = estimates.of(line["setting"], "passed_for_99")
         assert (line["mean"], line["low"], line["high"]) == pytest.approx(mean[:3], nan_ok=True)
-    assert set(steps) | {f"{of:.0f}" for of in data["mean"]} <= set(texts_of(roots["waterfall"]))
+    names = {name for step in steps for name in step.split(", ")}
+    drawn_texts = {"".join(text.itertext()) for text in roots["waterfall"].iter(f"{SVG}text")}
+    written = " ".join(drawn_texts)
+    assert all(name in written for name in names)
+    assert {f"{of:.0f}" for of in data["mean"]} <= drawn_texts
 
 
 def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estimates):
@@ -132,3 +137,15 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estim
         for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
             found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
             assert found == pytest.approx(mean[:3])
+
+
+def test_the_plane_shows_the_origin_and_the_margin_inside_its_axes(drawn, estimates):
+    chart = drawn["plane"].chart.to_dict()
+    axes = {}
+    for layer in chart["layer"]:
+        for channel in ("x", "y"):
+            if "scale" in layer["encoding"].get(channel, {}):
+                axes[channel] = layer["encoding"][channel]["scale"]["domain"]
+    margin = estimates.study.config.report.margin
+    assert axes["x"][0] < 0 < axes["x"][1]
+    assert axes["y"][0] < -margin < 0 < axes["y"][1]
