@@ -28,12 +28,15 @@ from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.study import read_studies
+from kd_ranker.report.summary import WIDTH, summary
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.programs import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
-from kd_ranker.sweep import repeats, sweep_members
+from kd_ranker.sweep import FOLDER, repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
@@ -138,17 +141,31 @@ class Trained(NamedTuple):
         with fetched(self.workdir, with_checkpoints=False) as folder:
             return results.read_csv(folder / results.FILE)
 
-    def __repr__(self) -> str:
+    def table(self, wide: bool = False) -> str:
+        """Return its results for a terminal, in at most 100 columns, or with `wide` all measures.
+
+        A sweep has a line per way, with the chosen setting's saving and what users have; the
+        numbers are those of the report.
+        """
         with fetched(self.workdir, with_checkpoints=False) as folder:
-            text = tables.results_text(folder, workdirs.read_config(folder).funnel.passed)
+            if not wide and (folder / FOLDER).is_dir():
+                (study,) = read_studies([folder])
+                text = f"{summary(study, Estimates(study))}\n\nresults: {folder / results.FILE}"
+            else:
+                passed = workdirs.read_config(folder).funnel.passed
+                text = tables.results_text(folder, passed, None if wide else WIDTH)
         return text.replace(str(folder), str(self.workdir))
+
+    def __repr__(self) -> str:
+        return self.table()
 
 
 class Report(NamedTuple):
     """A report on disk, which a notebook shows; that of `run` names the rankers, too."""
 
-    answers: tuple[str, ...]  # one sentence per dataset on the savings of distillation
+    answers: tuple[str, ...]  # per dataset, at most four sentences on what distillation saves
     page: Place  # with all figures and tables
+    tables: tuple[str, ...] = ()  # per dataset, its ways in at most 100 columns
     teacher: Trained | None = None  # None where the students learn from the dataset's own log
     students: Trained | None = None
 
@@ -323,8 +340,12 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
             for place in places
         ]
         names = {str(copy): str(place) for copy, place in zip(folders, places, strict=True)}
-        answers = write.write_report(folders, folder, names)
-    return Report(tuple(answers), place_of(f"{target}/{write.PAGE}"))
+        sections = write.write_report(folders, folder, names)
+    return Report(
+        answers=tuple(section.answer.text for section in sections),
+        page=place_of(f"{target}/{write.PAGE}"),
+        tables=tuple(section.summary for section in sections),
+    )
 
 
 def score(

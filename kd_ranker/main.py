@@ -297,7 +297,7 @@ def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
     students = api.sweep(config, given.workdir, show=print)
     # Other parts leave no results.
-    return students if config.sweep.part in ("", "join") else None
+    return students.table(given.wide) if config.sweep.part in ("", "join") else None
 
 
 def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
@@ -314,7 +314,8 @@ def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 
 def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     made = api.run(config, given.workdir, show=lambda step: print(f"run: {step}", file=sys.stderr))
-    return f"{made.students}\n\n{made}"
+    tables = [made.students.table(wide=True)] if given.wide else made.tables
+    return "\n\n".join([*tables, str(made)])
 
 
 _BREAK_LOCK = Flag("remove the lock that a killed process left at the URL of the workdir", False)
@@ -322,6 +323,7 @@ _OWNED = {
     "workdir": Flag("the folder for the files of the run, or its URL: gs://bucket/run", None),
     "break_lock": _BREAK_LOCK,
 }
+_SHOWN = _OWNED | {"wide": Flag("print all measures of the table, in lines of any length", False)}
 _TARGET = Flag("the folder or URL to write to; without a WORKDIR, that of a sweep", None)
 _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
@@ -340,11 +342,11 @@ _PREPARED = {
 }
 
 COMMANDS = {
-    "run": Command(_main_job, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
+    "run": Command(_main_job, _SHOWN, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
     "prepare": Command(_prepare, _PREPARED, "--config=configs/parquet.py --config.data.path=log/"),
     "train-teacher": Command(
-        lambda api, config, given: api.train_teacher(config, given.workdir),
-        _OWNED,
+        lambda api, config, given: api.train_teacher(config, given.workdir).table(given.wide),
+        _SHOWN,
         "--config=configs/cascade.py --workdir=runs/teacher",
         as_one=True,
     ),
@@ -354,13 +356,13 @@ COMMANDS = {
         "--config=configs/cascade.py --config.teacher.workdir=runs/teacher",
     ),
     "train": Command(
-        lambda api, config, given: api.train(config, given.workdir),
-        _OWNED,
+        lambda api, config, given: api.train(config, given.workdir).table(given.wide),
+        _SHOWN,
         "--config=configs/cascade.py --workdir=runs/student --config.distill.mode=shared",
         as_one=True,
     ),
     "sweep": Command(
-        _sweep, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/sweep", as_one=True
+        _sweep, _SHOWN, "--config=configs/sweeps/cascade.py --workdir=runs/sweep", as_one=True
     ),
     "report": Command(
         lambda api, _, given: api.report(*given.workdirs or [given.workdir], output=given.workdir),

@@ -1,146 +1,336 @@
-"""The answer of a study in a few sentences, with its caveats.
+"""The answer of a study: at most four short sentences, the settings that they are about, and notes.
 
-This file has the facts, and `templates/answer.txt` the text.
+A sentence says one thing: what the final ranker's scores save, how many candidates must pass, what
+users have, and what to do where the study leaves something open.
 """
 
 import math
-from typing import Any, NamedTuple
+import textwrap
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from kd_ranker.evaluation.metrics import TARGET, title_of
+from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import LISTS
 from kd_ranker.evaluation.results import TEACHER
-from kd_ranker.evaluation.saving import CRITERION, SAVINGS
+from kd_ranker.evaluation.saving import CRITERION
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
-from kd_ranker.report.tables import number
-from kd_ranker.requests.templates import templates_of
+from kd_ranker.report.tables import number, percents
 
 # The change for users that a live test is planned for.
 _EFFECT = 0.002
+# The repeats that an undecided answer asks for.
+_MORE_SEEDS = 3
+_TARGET = f"{100 * TARGET:g}%"
 
 
 class Answer(NamedTuple):
-    """The answer in a few sentences, and the lines that qualify it.
+    """The answer to what distillation saves on one dataset."""
 
-    The warning is on faults of the data that were allowed, or "".
-    """
+    dataset: str
+    sentences: tuple[str, ...]  # at most four, of at most 20 words each
+    settings: dict[str, str]  # which setting "with the scores" and "without" stand for
+    notes: tuple[str, ...]  # what puts the sentences in doubt
+    caveats: tuple[str, ...]  # what was compared, and what the intervals cover
 
-    sentence: str
-    caveats: list[str]
-    warning: str = ""
+    @property
+    def sentence(self) -> str:
+        """The sentences as one line."""
+        return f"{self.dataset}: {' '.join(self.sentences)}"
 
     @property
     def text(self) -> str:
-        """The sentence, and the warning on the next line."""
-        return "\n".join(filter(None, (self.sentence, self.warning)))
+        """The answer for a terminal: the sentences, then a line per setting and note."""
+        width = max(map(len, self.settings), default=0)
+        settings = [f"  {role:{width}}  {name}" for role, name in self.settings.items()]
+        notes = [f"  note: {note}" for note in self.notes]
+        # Settings have no words to break at.
+        return "\n".join([_folded(self.sentence), *settings, *map(_folded, notes)])
 
 
 def answer(study: Study, estimates: Estimates) -> Answer:
-    """Return what the funnel needs today, without the final ranker's scores, and with them.
+    """Return what the funnel needs today, without the final ranker's scores, and with them."""
+    with_scores, without = study.best_with_scores, study.baseline
+    if with_scores is None or without is None:
+        return Answer(study.dataset, (_why_unknown(study),), {}, _allowed(study), ())
+    saving = _Saving(study, estimates, with_scores, without)
+    users = _users(study, estimates, with_scores, without)
+    sentences = [saving.verdict(), saving.counts(), users.sentence]
+    if saving.is_open or users.is_open:
+        sentences.append(_more_seeds(study))
+    elif users.plan:
+        sentences.append(users.plan)
+    settings = {"with the scores": with_scores, "without": without}
+    if without in LISTS:
+        settings["without"] += ", a list of items without a user"
+    if without == study.incumbent:
+        settings["without"] += ", today's early ranker"
+    notes = [*_doubts(study, estimates), *_payment(study, with_scores, saving), *_allowed(study)]
+    return Answer(
+        study.dataset,
+        tuple(filter(None, sentences)),
+        settings,
+        tuple(notes),
+        _caveats(study, saving.interval),
+    )
 
-    The answer reports a saving from the scores only if the whole 95% interval of the paired
-    difference in `passed_for_99` is below 0. The change for users follows, since the final
-    value is only the final ranker's opinion.
+
+def _folded(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def change_text(change: Interval, margin: float) -> str:
+    """Return a change of a share for people: none that is relevant, more, less, or undecided.
+
+    A change is relevant if it exceeds `margin`. No interval that merely includes 0 is called "no
+    difference": it may hide a gain or a loss as large as its ends.
+
+    >>> change_text(Interval(0.0001, -0.0006, 0.0008, 3), 0.002)
+    'no relevant difference (within 0.2%)'
+    >>> change_text(Interval(0.0035, 0.0022, 0.0047, 7), 0.002)
+    'more (+0.22% to +0.47%)'
+    >>> change_text(Interval(0.0039, -0.0001, 0.0079, 3), 0.002)
+    'undecided (−0.01% to +0.79%)'
     """
-    chosen, without = study.best_with_scores, study.baseline
-    facts: dict[str, Any] = {
-        "study": study, "chosen": chosen, "without": without, "criterion": CRITERION,
-        "target": f"{100 * TARGET:g}%", "effect": _EFFECT, "lists": LISTS, "of": estimates.of,
-        "passed": lambda name: (
-            number(estimates.of(name, CRITERION).mean, 0) or "an unknown number of"
-        ),
-        "number": number, "title_of": title_of,
-    }  # fmt: skip
-    caveats = []
-    if chosen is not None and without is not None:
-        gap = estimates.gap(chosen, without, CRITERION)
-        facts |= _of_rankers(study, estimates, chosen)
-        facts |= _of_saving(study, estimates, chosen, without, gap)
-        facts |= _of_users(study, estimates, (chosen, without), gap)
-        caveats = _caveats(study, gap)
-    text = templates_of("kd_ranker.report").get_template("answer.txt").render(facts)
-    allowed = f"{study.dataset}: data.allow let pass {'; '.join(study.allowed)}."
-    sentence = f"{study.dataset}: {' '.join(text.split())}"
-    return Answer(sentence, caveats, allowed if study.allowed else "")
+    if math.isnan(change.low):
+        return f"{_percent(change.mean, 2)}, without an interval"
+    if -margin < change.low and change.high < margin:
+        return f"no relevant difference (within {100 * margin:g}%)"
+    ends = f"({_percent(change.low, 2)} to {_percent(change.high, 2)})"
+    if change.low > 0:
+        return f"more {ends}"
+    return f"less {ends}" if change.high < 0 else f"undecided {ends}"
 
 
-def _of_rankers(study: Study, estimates: Estimates, chosen: str) -> dict[str, Any]:
-    """Return doubts about the final ranker, and a simple order that may be as good as a student."""
-    chance, below = [], []
+def _percent(share: float, digits: int) -> str:
+    return f"{number(100 * share, digits, signed=True)}%"
+
+
+def _count(candidates: float) -> str:
+    return number(candidates, 0) or "an unknown number of"
+
+
+class _Saving:
+    """What the scores save: the cost of the funnel, or candidates where no cost is known."""
+
+    def __init__(self, study: Study, estimates: Estimates, with_scores: str, without: str):
+        self._study, self._estimates = study, estimates
+        self._with_scores, self._without = with_scores, without
+        self.of_cost = estimates.saving(with_scores, over=without)
+        fewer = estimates.fewer(with_scores, without)
+        has_cost = not math.isnan(self.of_cost.mean)
+        self.interval = self.of_cost if has_cost else fewer
+        self._unit = "candidates"
+        if has_cost:
+            self._unit = "cost" if study.costs.teacher else "compute"
+
+    @property
+    def is_open(self) -> bool:
+        """True if repeats could still decide whether the scores save."""
+        return self.interval.n > 0 and not (self.interval.low > 0 or self.interval.high < 0)
+
+    def verdict(self) -> str:
+        """Return the sentence on the saving, with its 95% interval."""
+        mean, low, high = percents(self.interval)
+        if not mean:
+            return "No repeat has both rankers, so what the scores save is unknown."
+        if not low:
+            return (
+                f"One repeat shows a saving of {mean}% of the funnel's {self._unit}, without an "
+                "interval."
+            )
+        if self.interval.low > 0:
+            return (
+                f"The final ranker's scores save {mean}% of the funnel's {self._unit} "
+                f"(95% interval {low} to {high}%)."
+            )
+        if self.interval.high < 0:
+            more, least, most = percents(self.interval.scaled(-1))
+            return (
+                f"The final ranker's scores save nothing: with them, the funnel takes {more}% more "
+                f"{self._unit} (95% interval {least} to {most}%)."
+            )
+        return (
+            f"Whether the final ranker's scores save any of the funnel's {self._unit} is undecided "
+            f"(95% interval {low} to {high}%)."
+        )
+
+    def counts(self) -> str:
+        """Return the sentence on how many candidates must pass: with scores, without, today."""
+        passed = {
+            name: _count(self._estimates.of(name, CRITERION).mean)
+            for name in (self._with_scores, self._without, self._study.incumbent)
+            if name is not None
+        }
+        sentence = (
+            f"For {_TARGET} of the final value, {passed[self._with_scores]} candidates must pass "
+            f"with them, {passed[self._without]} without"
+        )
+        if self._study.incumbent is None:
+            return f"{sentence}."
+        if self._study.incumbent == self._without:
+            return f"{sentence}, by today's early ranker."
+        return f"{sentence}, and {passed[self._study.incumbent]} with today's early ranker."
+
+
+class _Users(NamedTuple):
+    """The sentence on users; whether repeats could decide it; and the plan of a live test."""
+
+    sentence: str
+    is_open: bool = False
+    plan: str = ""
+
+
+def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -> _Users:
+    """Return what users have with the scores, against what they have without."""
+    pair = (with_scores, without)
+    margin = study.config.report.margin
+    changes = [estimates.gap(*pair, measure) for measure in study.users_measures]
+    changes = [change for change in changes if change.n]
+    if not changes:
+        return _Users("The change for users was not measured.")
+    if study.knows_truth:
+        texts = [change_text(change, margin) for change in changes]
+        is_open = any(text.startswith("undecided") for text in texts)
+        at_passed, *at_target = texts
+        if not at_target:
+            sentence = f"For users: {at_passed}, with {study.passed} passed."
+        elif at_target == [at_passed]:
+            sentence = f"For users: {at_passed}, with that many passed and with {study.passed}."
+        else:
+            sentence = (
+                f"For users: {at_target[0]} with that many passed, {at_passed} with {study.passed}."
+            )
+        return _Users(sentence, is_open)
+    live = estimates.live_test(*pair, _EFFECT)
+    plan = ""
+    if live:
+        ab_test, interleaved = (f"{float(f'{requests:.2g}'):,.0f}" for requests in live)
+        plan = (
+            f"To see a change of {100 * _EFFECT:g}%, an A/B test needs about {ab_test} requests, "
+            f"an interleaved test at most {interleaved}."
+        )
+    if reason := estimates.why_unlabelled(pair):
+        return _Users(f"The log cannot show the effect on users: {reason}.", plan=plan)
+    (change,) = changes
+    if math.isnan(change.low) or change.low <= 0 <= change.high:
+        return _Users("By the log's labels, the change for users is undecided.", True, plan)
+    more_or_less = "more" if change.low > 0 else "less"
+    return _Users(
+        f"By the log's labels, users have {more_or_less}: a sign only, as the size is many times "
+        "too large.",
+        plan=plan,
+    )
+
+
+def _more_seeds(study: Study) -> str:
+    """Return the flags that add repeats to the sweep; "" for a study that is not one sweep's."""
+    if len(study.configs) > 1 or study.rows["member"].eq("").any():
+        return ""
+    seeds = sorted({*study.rows["seed"].astype(int)})
+    more = range(seeds[-1] + 1, seeds[-1] + 1 + _MORE_SEEDS)
+    named = ",".join(map(str, [*seeds, *more]))
+    return (
+        f'For three more seeds, add `--config.sweep.seeds="({named})" --config.sweep.extend=True`.'
+    )
+
+
+def _why_unknown(study: Study) -> str:
+    if study.rows.empty:
+        return (
+            "The saving is unknown: the loss of every student stopped being finite; try smaller "
+            "learning rates."
+        )
+    if study.rows[CRITERION].isna().all():
+        return (
+            "The saving is unknown: no test or validation request holds a value of the final "
+            "ranker; check data.teacher and value_weights."
+        )
+    absent = "learns from the scores" if study.baseline else "needs no scores"
+    return (
+        f"The saving is unknown: no measured student {absent}; run a sweep with none and another "
+        "mode in sweep.modes."
+    )
+
+
+def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:
+    """Yield doubts about the final ranker, and simple orders that do as well as a student."""
+    by_chance, below_plain = [], []
     for task in study.config.tasks:
-        measure, plain = f"user_auc/{task}", study.plain
+        measure = f"user_auc/{task}"
         area = estimates.of(TEACHER, measure)
         found = f"AUC {task} {number(area.mean, 3)}"
         if area.mean <= 0.5 or area.low <= 0.5:
-            chance.append(found)
-        elif plain and estimates.gap(TEACHER, plain, measure).high < 0:
-            below.append(f"{found}, mode none {number(estimates.of(plain, measure).mean, 3)}")
-    than = "chance" if chance else "a student of mode none"
+            by_chance.append(found)
+        elif study.plain and estimates.gap(TEACHER, study.plain, measure).high < 0:
+            of_plain = number(estimates.of(study.plain, measure).mean, 3)
+            below_plain.append(f"{found}, mode none {of_plain}")
+    if by_chance or below_plain:
+        than = "chance" if by_chance else "a student of mode none"
+        yield (
+            f"The final ranker is not shown to predict users better than {than} "
+            f"({'; '.join(by_chance or below_plain)}): this is about copying it, not about "
+            "serving users."
+        )
+    yield from _simple_orders(study, estimates)
+
+
+def _simple_orders(study: Study, estimates: Estimates) -> Iterator[str]:
+    chosen = str(study.best_with_scores)
     as_good = {}
-    for name in {"random", *LISTS} & set(estimates.settings):
+    for name in sorted({"random", *LISTS} & set(estimates.settings)):
         gap = estimates.gap(chosen, name, CRITERION)
         if (gap.mean if math.isnan(gap.high) else gap.high) >= 0:
             as_good[name] = estimates.of(name, CRITERION).mean
-    simple = min(as_good, key=lambda name: (as_good[name], name), default="")
-    return {"doubts": {"than": than, "found": chance or below}, "simple": simple}
+    if as_good:
+        name = min(as_good, key=lambda name: as_good[name])
+        title = "A random order" if name == "random" else f"A list without a user, {name},"
+        passed = estimates.of(chosen, CRITERION).mean
+        verb = "does" if as_good[name] <= passed else "may do"
+        yield (
+            f"{title} {verb} as well as the best student: it needs {_count(as_good[name])} "
+            f"candidates, the student {_count(passed)}."
+        )
 
 
-def _of_saving(
-    study: Study, estimates: Estimates, chosen: str, without: str, gap: Interval
-) -> dict[str, Any]:
-    """Return the rankers of today, and the saving from the final ranker's scores."""
-    today = {study.incumbent: "today's early ranker", study.plain: "mode none"}
-    others = {
-        "mode none": (study.plain, SAVINGS[1]),
-        "today's early ranker, taken as free": (study.incumbent, SAVINGS[2]),
-    }
-    return {
-        "gap": gap,
-        "fewer": gap.scaled(-1),
-        "today": {name: title for name, title in today.items() if name is not None},
-        "saving": estimates.of(chosen, SAVINGS[0]),
-        "others": {
-            title: saving
-            for title, (name, column) in others.items()
-            if name not in (None, without) and (saving := estimates.of(chosen, column)).n
-        },
-    }
+def _payment(study: Study, with_scores: str, saving: _Saving) -> Iterator[str]:
+    """Yield a note if no setting that saves surely keeps users within the margin."""
+    change = study.users_change(with_scores)
+    if not saving.interval.low > 0 or change is None or study.keeps_users(with_scores):
+        return
+    if math.isnan(change.low):
+        yield "One repeat cannot show whether users pay for the saving."
+        return
+    margin = f"{100 * study.config.report.margin:g}%"
+    yield (
+        f"No way with scores surely keeps users within {margin} of what they have without: on "
+        f"validation, the change of this one is {_percent(change.low, 1)} to "
+        f"{_percent(change.high, 1)}. Users may pay for the saving."
+    )
 
 
-def _of_users(
-    study: Study, estimates: Estimates, pair: tuple[str, str], gap: Interval
-) -> dict[str, Any]:
-    """Return the change for users; `paid` is that on validation if they may pay for the saving."""
-    truth, paid = study.knows_truth, study.users_change(pair[0])
-    if not gap.high < 0 or study.keeps_users(pair[0]):
-        paid = None
-    live = None if truth else estimates.live_test(*pair, _EFFECT)
-    return {
-        "truth": truth,
-        "users": {measure: estimates.gap(*pair, measure) for measure in study.users_measures},
-        "paid": paid,
-        "unlabelled": estimates.why_unlabelled(pair),
-        "covered": estimates.coverage(pair),
-        # Two digits: the plan is rough.
-        "live": live and [f"{float(f'{requests:.2g}'):,.0f}" for requests in live],
-    }
+def _allowed(study: Study) -> tuple[str, ...]:
+    """Return a note on faults of the log that its config accepts."""
+    return (f"data.allow let pass {'; '.join(study.allowed)}.",) if study.allowed else ()
 
 
-def _caveats(study: Study, gap: Interval) -> list[str]:
+def _caveats(study: Study, saving: Interval) -> tuple[str, ...]:
     """Return the comparisons behind the answer, and the coverage of its intervals."""
     covered = {
-        "both": f"the test requests and {gap.n} repeats",
+        "both": f"the test requests and {saving.n} repeats",
         "requests": "the test requests, and not the seeds, since there is only one",
-        "repeats": f"{gap.n} repeats, and not the test requests",
+        "repeats": f"{saving.n} repeats, and not the test requests",
         "nothing": "nothing",
-    }[gap.covers]
-    counts = {"teacher": study.num_teachers, "order": study.tested["data_seed"].nunique()}
-    teachers, orders = (
-        f"{count} {name}s" if count > 1 else f"one {name}" for name, count in counts.items()
-    )
-    return [
+    }[saving.covers]
+    teachers = _counted(study.num_teachers, "teacher")
+    orders = _counted(study.tested["data_seed"].nunique(), "order")
+    return (
         f"{study.rows['setting'].nunique()} settings of {len(study.chosen)} ways were compared on "
         "validation; the best of each way was then read on the test.",
         f"Intervals cover {covered}; the repeats have {teachers} and {orders} of the data.",
-    ]
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}s" if count > 1 else f"one {noun}"

@@ -73,6 +73,15 @@ class Estimates:
         pair = (self._measured(name, measure) for name in (setting, other))
         return crossed_interval(combined(np.subtract, *pair))
 
+    def fewer(self, setting: str, other: str) -> Interval:
+        """Return how many fewer candidates a setting needs for `TARGET`, as a share of another's.
+
+        1 − `passed_for_99` / `passed_for_99` of the other, over the repeats that both have. It is
+        the saving of two rankers that cost the same, before a final ranker that costs far more.
+        """
+        pair = (self._measured(name, saving.CRITERION) for name in (setting, other))
+        return crossed_interval(combined(lambda own, of_other: 1 - own / of_other, *pair))
+
     def saving(self, setting: str, target: float = TARGET, over: str | None = None) -> Interval:
         """Return the share of another ranker's cost that a setting saves, each at a target.
 
@@ -158,9 +167,8 @@ class Estimates:
         if self.study.incumbent in settings:
             return "candidates that today's early ranker left out have no labels"
         if np.isnan(share):
-            return "the share of the items that it could have labels of is not known"
-        seen = f"{100 * share:.0f}% of the items that these funnels would show"
-        return f"it could have labels of only {seen}"
+            return "how much of what these funnels show could have labels is unknown"
+        return f"only {100 * share:.0f}% of what these funnels show could have labels"
 
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure in saving.SAVINGS:

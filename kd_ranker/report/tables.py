@@ -12,6 +12,7 @@ from kd_ranker.evaluation.metrics import TARGET, metric_of, title_of
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.results import NAMED, key_title, value_text
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
+from kd_ranker.report.claims import FEWER
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
 from kd_ranker.report.study import Study
@@ -88,11 +89,29 @@ def mean_text(mean: Interval, digits: int, signed: bool = False) -> str:
     return number(mean.mean, digits, signed) + error
 
 
-def results_text(workdir: Path, passed: int) -> str:
+def percents(share: Interval) -> tuple[str, str, str]:
+    """Return the mean and the ends of a share as percent; with a decimal where all are small.
+
+    >>> percents(Interval(0.252, 0.055, 0.45, 3)), percents(Interval(0.004, -0.002, 0.01, 3))
+    (('25', '6', '45'), ('0.4', '−0.2', '1.0'))
+    """
+    ends = np.array([100 * share.mean, 100 * share.low, 100 * share.high])
+    digits = 0 if np.abs(ends[~np.isnan(ends)]).max(initial=0) >= 5 else 1
+    mean, low, high = (number(value, digits) for value in ends)
+    return mean, low, high
+
+
+def results_text(workdir: Path, passed: int, width: int | None = None) -> str:
     """Return the main columns of a workdir's `results.csv` as aligned text, and its path.
 
     Rows of the test split that differ only in their seeds become one: the mean and, from two seeds
-    on, half its 95% interval over seeds. `passed` is the k of the funnel's columns.
+    on, half its 95% interval over seeds.
+
+    Args:
+      workdir: the folder of a run or a sweep.
+      passed: the k of the funnel's columns.
+      width: the most characters of a line; measures that do not fit are left out, and the last line
+        says how many. None writes all of them.
     """
     path = workdir / results.FILE
     named = results.SETTING_COLUMNS[NAMED:]
@@ -103,10 +122,18 @@ def results_text(workdir: Path, passed: int) -> str:
     groups = frame.groupby("setting", sort=False)
     cells = _key_cells(groups.head(1), varying)
     cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
+    left_out = 0
     for measure in metrics.main_columns(tasks, passed):
-        if measure in known:
-            cells[title_of(measure)] = [_over_repeats(of[measure], measure) for _, of in groups]
-    return f"{cells.to_string(index=False)}\n\nresults: {path}"
+        if measure not in known:
+            continue
+        column = [_over_repeats(of[measure], measure) for _, of in groups]
+        wider = cells.assign(**{title_of(measure): column})
+        if width is not None and len(wider.to_string(index=False).partition("\n")[0]) > width:
+            left_out += 1
+        else:
+            cells = wider
+    more = f" ({left_out} more measures; --wide prints them)" if left_out else ""
+    return f"{cells.to_string(index=False)}\n\nresults: {path}{more}"
 
 
 def _over_repeats(values: pd.Series, measure: str) -> str:
@@ -192,9 +219,10 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
     won = {*zip(winners["setting"], winners["measure"].map(title_of), strict=True)}
     best = pd.DataFrame({of: [(name, of) in won for name in rows["setting"]] for of in cells})
     notes = [
-        "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
-        "setting that did best on validation. ± is half the 95% interval, over test requests and "
-        "repeats where the sums of each request were kept. Teacher KL is the mean over tasks. "
+        "Means over repeats (seeds) on the test split: of each way the setting that did best on "
+        "validation. No choice has seen the test requests, but the same trained students are read "
+        "on both splits. ± is half the 95% interval, over test requests and repeats where the sums "
+        "of each request were kept. Teacher KL is the mean over tasks. "
         f"Saving is the share of the funnel's cost, {study.costs.unit}, that is saved against the "
         "best ranker that needs no scores of the final ranker; cost ratio is of FLOPs. Scores: "
         "whether it needs the final ranker's scores or order.",
@@ -203,6 +231,13 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
         "needs no further correction for the number of settings (Hung and Fithian 2019), but the "
         "rule is for one column at a time.",
     ]
+    if _has_best_bce(study, estimates):
+        notes.append(
+            f"{study.plain} has the lowest user BCE: it learns nothing but the probability of an "
+            "action on shown candidates. Unshown negatives lower the probabilities, and losses on "
+            "an order do not keep them calibrated. BCE says how well users are predicted, not how "
+            "well candidates are ordered; compare AUC."
+        )
     if len(study.frozen):
         names = ", ".join(
             f"{line['member'] or line['setting']} (step {line['non_finite_step']:g})"
@@ -210,6 +245,18 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
         )
         notes.append(f"Left out, because their loss stopped being finite: {names}.")
     return Table(f"{study.dataset}: the best of each way, on test", cells, notes, best)
+
+
+def _has_best_bce(study: Study, estimates: Estimates) -> bool:
+    """Test whether plain mode `none` predicts users best without passing fewest."""
+    if study.plain in (None, study.baseline):
+        return False
+    measures = [f"user_bce/{task}" for task in study.config.tasks]
+    losses = {
+        str(setting): sum(estimates.of(str(setting), measure).mean for measure in measures)
+        for setting in study.tested["setting"].unique()
+    }
+    return min(losses, key=lambda setting: losses[setting]) == study.plain
 
 
 def difference_table(study: Study, estimates: Estimates) -> Table | None:
@@ -331,7 +378,8 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     cells = pd.DataFrame(
         {
             "": claims["claim"], "claim": claims["statement"], "verdict": claims["verdict"],
-            "setting": claims["setting"], "measure": claims["measure"].map(title_of),
+            "setting": claims["setting"],
+            "measure": claims["measure"].map(title_of).replace(FEWER, "fewer for 99%"),
             "value": mean, "95% interval": ends, "repeats": claims["n"].astype(str),
             "remark": claims["remark"],
         }
@@ -343,7 +391,7 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
         "number of claims.",
         "(a) is of plain mode none. (c) is shared less aux, all else equal, averaged over all "
         "settings. The other numbers are paired differences to the best on validation of the "
-        "rankers without scores and the lists of items; (f) holds only if fewer need passing.",
+        "rankers without scores and the lists of items; (f) holds only if (d) does.",
     ]
     return Table(f"{dataset}: claims", cells, notes)
 

@@ -13,6 +13,7 @@ from kd_ranker.report.answer import Answer, answer
 from kd_ranker.report.claims import claims
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import Study, read_studies
+from kd_ranker.report.summary import summary
 from kd_ranker.report.tables import Table
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.training.workdir import write_atomically
@@ -27,6 +28,7 @@ class Section(NamedTuple):
 
     study: Study
     answer: Answer
+    summary: str  # the table for a terminal
     figures: list[figures.Figure]
     claims: Table
     tables: list[Table]
@@ -34,7 +36,7 @@ class Section(NamedTuple):
 
 def write_report(
     workdirs: Sequence[Path], output: Path, names: Mapping[str, str] | None = None
-) -> list[str]:
+) -> list[Section]:
     """Write `report.html`, `tables/` and `figures/` below `output`.
 
     Args:
@@ -43,7 +45,7 @@ def write_report(
       names: by path, the names of workdirs on the page; None takes the paths.
 
     Returns:
-      The answer to each dataset, and a line on faults of its data that were allowed.
+      The part of the page about each dataset, with its answer.
     """
     estimates = [Estimates(study) for study in read_studies(workdirs)]
     tested = [claims(of.study, of) for of in estimates]
@@ -60,7 +62,7 @@ def write_report(
     for path, name in (names or {}).items():
         html = html.replace(path, escape(name))
     write_atomically(output / PAGE, html)
-    return [section.answer.text for section in sections]
+    return sections
 
 
 def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
@@ -85,6 +87,7 @@ def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Se
     return Section(
         study=study,
         answer=answer(study, estimates),
+        summary=summary(study, estimates),
         figures=drawn,
         claims=tables.claims_table(study.dataset, tested),
         tables=[table for table in written.values() if table],

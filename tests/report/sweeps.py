@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.configs import cascade
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.report import figures
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import Study, read_studies
+from kd_ranker.sweep import sweep_members
 
 TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
@@ -225,6 +227,36 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
     positives = np.repeat(curves["survival"][..., None], len(TASKS), axis=-1)
     every = np.multiply.outer(weight, _ks())
     return Each(single, curves | {"scored": every, "positives_kept": positives})
+
+
+def write_members(workdir: Path, config: ConfigDict) -> Path:
+    """The workdir of the sweep of a config: its own members, with numbers drawn from a seed.
+
+    Students with the final ranker's scores need about a quarter fewer candidates. The references
+    are those that any dataset has, and an incumbent.
+    """
+    rows = [teacher_row() | _numbers(config, 10.0, 1.0)]
+    for name, passed in REFERENCES.items():
+        rows.append(reference_row(name, passed) | _numbers(config, passed, 0.9))
+    for name, member in sweep_members(config).items():
+        made_of = results.made_of(member)
+        learns = made_of["distill_loss"] is not None
+        draw = np.random.default_rng([*name.encode()])
+        for split, serve in itertools.product(SPLITS, MODES[member.distill.mode].serve):
+            passed = round(draw.normal(750.0 if learns else 1000.0, 20.0))
+            rows.append(
+                {**made_of, "split": split, "serve": serve, "member": name, "flops": 10.0}
+                | _numbers(config, passed, float(draw.normal(0.95, 0.001)))
+            )
+    return _write(workdir, rows, config)
+
+
+def _numbers(config: ConfigDict, passed: float, users: float) -> dict:
+    k = config.funnel.passed
+    area = {f"user_auc/{task}": 0.7 for task in config.tasks}
+    return area | {
+        "passed_for_99": passed, "true_value_for_99": users, f"true_value_captured@{k}": users,
+    }  # fmt: skip
 
 
 def write_rows(

@@ -36,10 +36,11 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     sweep, output = sweeps.write_sweep(folder / "sweep"), folder / "output"
     before = files_below(sweep)
-    lines = str(api.report(sweep, output=output)).splitlines()
+    report = api.report(sweep, output=output)
     assert files_below(sweep) == before
-    assert lines[0].startswith("cascade: ")
-    assert lines[1:] == [f"report: {output / 'report.html'}"]
+    (answer,) = report.answers
+    assert answer.startswith("cascade: ")
+    assert str(report) == f"{answer}\nreport: {output / 'report.html'}"
     return sweep, output
 
 
@@ -83,19 +84,20 @@ def unknown(frame):
     return frame.assign(alignment_ratio=None, passed_for_99=None)
 
 
-NOT_KNOWN = "passed_for_99 is unknown for every student"
+NOT_KNOWN = "The saving is unknown: "
+DIVERGED = "none-weight0.0-seed{} (step {})"
 
 
 @pytest.mark.parametrize(
     ("options", "change", "in_answer", "in_page", "figures"),
     [
-        ({}, None, "which saves", "excludes 0", 5),
-        ({"modes": ("none",)}, None, "no measured student that learns from them", "", 4),
-        ({"gain": -0.3}, None, "The scores save nothing here", "", 5),
-        ({"true_values": False}, None, "By the labels of the log", "not measured", 3),
-        ({}, all_frozen, NOT_KNOWN, "none-weight0.0-seed0 (step 9)", 1),
-        ({}, unknown, f"{NOT_KNOWN}, since", "check data.teacher and value_weights", 0),
-        ({"frozen": ["none-weight0.0-seed1"]}, None, "needs", "none-weight0.0-seed1 (step 700)", 5),
+        ({}, None, "The final ranker's scores save", "excludes 0", 5),
+        ({"modes": ("none",)}, None, "no measured student learns from the scores", "", 4),
+        ({"gain": -0.3}, None, "scores save any of the funnel's compute is undecided", "", 5),
+        ({"true_values": False}, None, "By the log's labels", "not measured", 3),
+        ({}, all_frozen, f"{NOT_KNOWN}the loss of every student", DIVERGED.format(0, 9), 1),
+        ({}, unknown, f"{NOT_KNOWN}no test", "check data.teacher and value_weights", 0),
+        ({"frozen": ["none-weight0.0-seed1"]}, None, "must pass", DIVERGED.format(1, 700), 5),
         # Without an interval.
         ({"seeds": (0,), "without": sweeps.OF_REQUESTS}, None, "without an interval", "", 3),
     ],
@@ -104,8 +106,8 @@ def test_sweeps_without_a_part(tmp_path, options, change, in_answer, in_page, fi
     sweeps.write_sweep(tmp_path, **({"seeds": (0, 1), "weights": (1.0,)} | options))
     if change:
         sweeps.change(tmp_path, change)
-    (sentence,), path, *_ = api.report(tmp_path, output=tmp_path)
-    page = path.read_text()
+    (answer,), path, *_ = api.report(tmp_path, output=tmp_path)
+    sentence, page = " ".join(answer.split()), path.read_text()
     assert sentence.startswith("cascade: ")
     assert in_answer in sentence
     assert in_page in page
@@ -128,8 +130,9 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     single = {"modes": ("shared",), "weights": (1.0,), "seeds": (0,)}
     sweeps.write_sweep(tmp_path, **single, without=sweeps.OF_REQUESTS)
     sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "student"].assign(member=None))
-    (sentence,), *_ = api.report(tmp_path, output=tmp_path)
-    assert "no measured student that needs none of them" in sentence
+    (answer,), *_ = api.report(tmp_path, output=tmp_path)
+    sentence = " ".join(answer.split())
+    assert "no measured student needs no scores" in sentence
     assert "run a sweep" in sentence
     # There are no requests to draw, and no ranker without scores to compare users with.
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
@@ -142,10 +145,9 @@ def test_faults_that_data_allow_accepts_are_below_the_answer(tmp_path):
     for seed, part in enumerate(parts):
         sweeps.write_sweep(part, modes=("none", "shared"), weights=(1.0,), seeds=(seed,))
         (part / "data_report.json").write_text(json.dumps(data_report))
-    (sentence,), page, *_ = api.report(*parts, output=tmp_path)
-    answer, warning = sentence.splitlines()
-    assert "final ranker needs" in answer
-    assert warning == "cascade: data.allow let pass rejected: 20 of 50 are rejected."
+    (answer,), page, *_ = api.report(*parts, output=tmp_path)
+    warning = "data.allow let pass rejected: 20 of 50 are rejected."
+    assert answer.splitlines()[-1] == f"  note: {warning}"
     assert f'<p class="caveat warning">{warning}</p>' in page.read_text()
     (parts[0] / "data_report.json").write_text("{")
     with pytest.raises(UserError, match=r"one/data_report.json is damaged"):
