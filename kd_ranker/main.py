@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from kd_ranker.errors import UserError
+from kd_ranker.progress import Progress
 from kd_ranker.training import interruption
 
 if TYPE_CHECKING:
@@ -278,12 +279,28 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(_BAD_INPUT)
 
 
+def _say(line: str) -> None:
+    """Print a line on the progress of a command, apart from its result."""
+    from kd_ranker.training import processes
+
+    if processes.is_first():
+        print(line, file=sys.stderr)
+
+
+def _train_teacher(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
+    return api.train_teacher(config, given.workdir, Progress(_say))
+
+
+def _train(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
+    return api.train(config, given.workdir, progress=Progress(_say))
+
+
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     from kd_ranker import configs
     from kd_ranker.config import schema
 
     if not config.data.get("infer"):
-        return str(api.prepare(config, thorough=given.thorough))
+        return str(api.prepare(config, given.thorough, Progress(_say)))
     # Columns that a file names unlike the template, and the keys that the command line sets.
     template, columns = configs.parquet().data.columns, config.data.columns.items()
     named = {f"data.columns.{role}": of for role, of in columns if of and of != template.get(role)}
@@ -295,7 +312,10 @@ def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 
 
 def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
-    students = api.sweep(config, given.workdir, show=print)
+    progress = Progress(_say)
+    students = api.sweep(config, given.workdir, show=print, progress=progress)
+    if progress.seconds:
+        _say(f"time: {progress}")
     # Other parts leave no results.
     return students if config.sweep.part in ("", "join") else None
 
@@ -313,7 +333,7 @@ def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 
 
 def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    made = api.run(config, given.workdir, show=lambda step: print(f"run: {step}", file=sys.stderr))
+    made = api.run(config, given.workdir, show=lambda line: _say(f"run: {line}"))
     return f"{made.students}\n\n{made}"
 
 
@@ -343,7 +363,7 @@ COMMANDS = {
     "run": Command(_main_job, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
     "prepare": Command(_prepare, _PREPARED, "--config=configs/parquet.py --config.data.path=log/"),
     "train-teacher": Command(
-        lambda api, config, given: api.train_teacher(config, given.workdir),
+        _train_teacher,
         _OWNED,
         "--config=configs/cascade.py --workdir=runs/teacher",
         as_one=True,
@@ -354,7 +374,7 @@ COMMANDS = {
         "--config=configs/cascade.py --config.teacher.workdir=runs/teacher",
     ),
     "train": Command(
-        lambda api, config, given: api.train(config, given.workdir),
+        _train,
         _OWNED,
         "--config=configs/cascade.py --workdir=runs/student --config.distill.mode=shared",
         as_one=True,
