@@ -22,6 +22,7 @@ from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.serving import check, programs
+from tests import small
 from tests.faults import fault_of
 from tests.serving.test_programs import batch_of, trained_ranker
 
@@ -283,6 +284,25 @@ def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     described = json.loads((tmp_path / "out" / "export.json").read_text())
     assert described["difference"] < 1e-5
     assert (described["member"], described["serve"]) == (name, "teacher")
+
+
+def request_of_readme():
+    """The request in the README of the server, whose answer has at most two candidates."""
+    text = (small.ROOT / "examples" / "serve" / "README.md").read_text()
+    return json.loads(re.search(r"rank\?passed=2' .* -d '(\{.*?\})'", text, re.DOTALL)[1])
+
+
+def test_the_request_in_the_readme_of_the_server_fits_an_export(exported):
+    described = json.loads((exported / "export.json").read_text())
+    user, score = described["programs"]["user"], described["programs"]["score"]
+    of_server = {*described["tables"], *user["outputs"]}
+    expected = {
+        name: [3 if size == "candidates" else size for size in field["shape"][1:]]
+        for name, field in (user["inputs"] | score["inputs"]).items()
+        if name not in of_server
+    }
+    found = {name: list(np.shape(value)) for name, value in request_of_readme().items()}
+    assert found == expected
 
 
 REFUSED = [
