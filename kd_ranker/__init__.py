@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from kd_ranker.distillation import losses, modes
     from kd_ranker.errors import UserError
     from kd_ranker.evaluation.interleaving import interleave, requests_needed
+    from kd_ranker.progress import Progress
 
 __all__ = [
     "Category",
     "Dataset",
     "FeatureSpec",
     "Prepared",
+    "Progress",
     "Report",
     "Request",
     "Trained",
@@ -71,6 +73,7 @@ __all__ = [
 _MODULES = {
     "Category": "kd_ranker.batch",
     "FeatureSpec": "kd_ranker.batch",
+    "Progress": "kd_ranker.progress",
     "Request": "kd_ranker.batch",
     "UserError": "kd_ranker.errors",
     "configs": "kd_ranker.configs",

@@ -8,7 +8,7 @@ is refused. A workdir is a folder or a URL, see `pipeline.remote`.
 import contextlib
 import html
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from kd_ranker.pipeline import datasets, runs, scoring
 from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
+from kd_ranker.progress import Progress, Show
 from kd_ranker.report import tables, write
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
@@ -40,7 +41,6 @@ from kd_ranker.sweep import FOLDER, repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
-Show = Callable[[str], None]
 
 
 class Dataset(NamedTuple):
@@ -181,12 +181,15 @@ class Report(NamedTuple):
         return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
 
 
-def prepare(config: ConfigDict, thorough: bool = False) -> Prepared:
+def prepare(
+    config: ConfigDict, thorough: bool = False, progress: Progress | None = None
+) -> Prepared:
     """Build the dataset of `config.data`; check one that exists and leave it unchanged.
 
     Args:
       config: the config.
       thorough: whether to check all bytes of an existing dataset, about a second per gigabyte.
+      progress: times the phase; None shows only bars, on a terminal.
 
     Raises:
       UserError: the config or the raw files are at fault, or the existing dataset is damaged or
@@ -194,7 +197,8 @@ def prepare(config: ConfigDict, thorough: bool = False) -> Prepared:
     """
     config = _own(config)
     checks.validate(config)
-    directory = datasets.build_dataset(config, thorough)
+    with (progress or Progress()).phase("dataset"):
+        directory = datasets.build_dataset(config, thorough)
     return Prepared(directory, tuple(datasets.data_lines(config, datasets.dataset_of(config))))
 
 
@@ -225,10 +229,15 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
     return write_first_config(path, folder, named or {}, "" if is_path else "log")
 
 
-def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
+def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None = None) -> Trained:
     """Train the final ranker of `config.teacher` on user labels and measure it.
 
     Its results hold the references as well.
+
+    Args:
+      config: the config.
+      workdir: the folder of the run; a run that was killed resumes.
+      progress: times the phases; None shows only bars, on a terminal.
 
     Raises:
       UserError: the config is at fault, its dataset was not prepared, or the folder holds another
@@ -236,7 +245,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
     """
     config, place = _own(config), place_of(workdir)
     checks.validate(config)
-    runs.train("train_teacher", config, {}, place)
+    runs.train("train_teacher", config, {}, place, progress or Progress())
     return Trained(place)
 
 
@@ -259,13 +268,19 @@ def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> 
     return scoring.score_dataset(config)
 
 
-def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None = None) -> Trained:
+def train(
+    config: ConfigDict,
+    workdir: Folder,
+    teacher: Trained | Folder | None = None,
+    progress: Progress | None = None,
+) -> Trained:
     """Train one student and measure it.
 
     Args:
       config: with the way of distilling in `config.distill`.
       workdir: the folder of the run; a run that was killed resumes.
       teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
+      progress: times the phases; None shows only bars, on a terminal.
 
     Raises:
       UserError: the config is at fault, dataset or teacher are missing, or the folder holds another
@@ -274,7 +289,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
     config, place = _own(config, teacher), place_of(workdir)
     checks.validate(config, single=True)
     checks.check_students([config])
-    runs.train("train", config, {"": config}, place)
+    runs.train("train", config, {"": config}, place, progress or Progress())
     return Trained(place)
 
 
@@ -287,6 +302,7 @@ def sweep(
     seeds: Sequence[int] | None = None,
     axes: Mapping[str, Sequence[Any]] | None = None,
     show: Show = logging.info,
+    progress: Progress | None = None,
 ) -> Trained:
     """Train a student for each combination of the swept values, and measure all of them.
 
@@ -303,6 +319,7 @@ def sweep(
       axes: values of any other key that a sweep may vary, by its name:
         `{"distill.loss": ("bce", "topk")}`.
       show: called with each line on the part of the sweep that was done.
+      progress: times the phases; None shows only bars, on a terminal.
 
     Raises:
       UserError: as for `train`, or a key of `axes` cannot be swept, or with `config.sweep.part`
@@ -317,7 +334,7 @@ def sweep(
             config.update_from_flattened_dict({axis: tuple(values)})
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
-    runs.train_sweep(config, place, show)
+    runs.train_sweep(config, place, show, progress or Progress())
     return Trained(place)
 
 
@@ -438,29 +455,33 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
       config: that of the sweep. A teacher is trained in `teacher.workdir`, or if that is empty
         below `workdir`; with `sweep.whole_repeats` there is one per seed.
       workdir: the folder to write below.
-      show: called with the name of each step as it begins, and the lines on the dataset.
+      show: called with the name of each step as it begins, the lines on the dataset, the seconds
+        of each phase, and at the end with those of all.
     """
-    config, place = _own(config), place_of(workdir)
+    config, place, progress = _own(config), place_of(workdir), Progress(show)
     checks.validate(config)
     checks.check_students(sweep_members(config).values())
     logged = config.teacher.source == "logged"
     teacher, students = None, place_of(f"{place}/sweep")
     show("prepare_data")
-    for line in prepare(config).lines:
+    for line in prepare(config, progress=progress).lines:
         show(line)
     if not logged or config.teacher.workdir:
         teacher = Trained(place_of(config.teacher.workdir or f"{place}/teacher"))
         config.teacher.workdir = str(teacher.workdir)
         for repeat in repeats(config):
             show("train_teacher")
-            train_teacher(repeat, repeat.teacher.workdir)
+            train_teacher(repeat, repeat.teacher.workdir, progress)
             if logged:
                 show("log_teacher")
-                log_teacher(repeat)
+                with progress.phase("log_teacher"):
+                    log_teacher(repeat)
     show("sweep")
-    swept = sweep(config, students)
+    swept = sweep(config, students, progress=progress)
     show("report")
-    found = report(swept, output=place_of(f"{place}/report"))
+    with progress.phase("report"):
+        found = report(swept, output=place_of(f"{place}/report"))
+    show(f"time: {progress}")
     return found._replace(teacher=teacher, students=swept)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from kd_ranker.errors import UserError
+from kd_ranker.progress import Progress
 from kd_ranker.training import interruption
 
 if TYPE_CHECKING:
@@ -278,12 +279,28 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(_BAD_INPUT)
 
 
+def _say(line: str) -> None:
+    """Print a line on the progress of a command, apart from its result."""
+    from kd_ranker.training import processes
+
+    if processes.is_first():
+        print(line, file=sys.stderr)
+
+
+def _train_teacher(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
+    return api.train_teacher(config, given.workdir, Progress(_say)).table(given.wide)
+
+
+def _train(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
+    return api.train(config, given.workdir, progress=Progress(_say)).table(given.wide)
+
+
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     from kd_ranker import configs
     from kd_ranker.config import schema
 
     if not config.data.get("infer"):
-        return str(api.prepare(config, thorough=given.thorough))
+        return str(api.prepare(config, given.thorough, Progress(_say)))
     # Columns that a file names unlike the template, and the keys that the command line sets.
     template, columns = configs.parquet().data.columns, config.data.columns.items()
     named = {f"data.columns.{role}": of for role, of in columns if of and of != template.get(role)}
@@ -295,9 +312,14 @@ def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 
 
 def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
-    students = api.sweep(config, given.workdir, show=print)
-    # Other parts leave no results.
-    return students.table(given.wide) if config.sweep.part in ("", "join") else None
+    progress = Progress(_say)
+    students = api.sweep(config, given.workdir, show=print, progress=progress)
+    table = None
+    if config.sweep.part in ("", "join"):  # the other parts leave no results
+        with progress.phase("table"):
+            table = students.table(given.wide)
+    _say(f"time: {progress}")
+    return table
 
 
 def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
@@ -313,7 +335,7 @@ def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 
 
 def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    made = api.run(config, given.workdir, show=lambda step: print(f"run: {step}", file=sys.stderr))
+    made = api.run(config, given.workdir, show=lambda line: _say(f"run: {line}"))
     tables = [made.students.table(wide=True)] if given.wide else made.tables
     return "\n\n".join([*tables, str(made)])
 
@@ -345,7 +367,7 @@ COMMANDS = {
     "run": Command(_main_job, _SHOWN, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
     "prepare": Command(_prepare, _PREPARED, "--config=configs/parquet.py --config.data.path=log/"),
     "train-teacher": Command(
-        lambda api, config, given: api.train_teacher(config, given.workdir).table(given.wide),
+        _train_teacher,
         _SHOWN,
         "--config=configs/cascade.py --workdir=runs/teacher",
         as_one=True,
@@ -356,7 +378,7 @@ COMMANDS = {
         "--config=configs/cascade.py --config.teacher.workdir=runs/teacher",
     ),
     "train": Command(
-        lambda api, config, given: api.train(config, given.workdir).table(given.wide),
+        _train,
         _SHOWN,
         "--config=configs/cascade.py --workdir=runs/student --config.distill.mode=shared",
         as_one=True,

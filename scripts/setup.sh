@@ -10,8 +10,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+. scripts/venv.sh
+
 fail() {
-  echo "setup: $*" >&2
+  say "$*"
   exit 1
 }
 
@@ -52,17 +54,17 @@ esac
 rm -f "$stamp"
 # An environment of another Python does not fit, and one that was moved or copied does not work.
 if [ "$(recorded "$made_for")" != "$version $PWD" ]; then
+  say "making $venv with Python $version"
   rm -rf "$venv"
   "$python" -m venv "$venv" || fail "could not make $venv with '$python'"
   printf '%s\n' "$version $PWD" >"$made_for"
 fi
 
 packages=dev${extras:+,$extras}
-echo "setup: installing .[$packages] into $venv (Python $version); the first time takes minutes" >&2
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  --constraint constraints.txt --editable ".[$packages]" ||
-  fail "the installation failed; what pip printed above says why"
+say "installing .[$packages] into $venv"
+install_packages "$venv/bin/python" constraints.txt --editable ".[$packages]" ||
+  fail "the installation failed; what is printed above says why"
 
 printf '%s\n' "$extras" >"$extras_file"
 printf '%s\n' "$want" >"$stamp"
-echo "setup: $venv is ready" >&2
+say "$venv is ready, after $SECONDS s"

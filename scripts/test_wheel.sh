@@ -16,8 +16,8 @@ trap 'rm -rf "$work"' EXIT
 built=("$work"/dist/*)
 echo "test_wheel: built ${built[*]##*/}" >&2
 "${PYTHON:-python3}" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  -c constraints.txt "$work"/dist/*.whl
+. scripts/venv.sh
+install_packages "$work/venv/bin/python" constraints.txt "$work"/dist/*.whl
 
 mkdir "$work/empty"
 cd "$work/empty"

@@ -7,7 +7,6 @@ in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX.
 the rows of data that devices hold. Evaluation batches are cut on the host, and never packed.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -171,9 +170,3 @@ def evaluation_batches(
             **{name: jnp.asarray(fact) for name, fact in facts.items()},
             request_mask=jnp.arange(requests) < present,
         )
-
-
-def num_evaluation_batches(dataset: Dataset, split: str, *, requests: int, limit: int = 0) -> int:
-    """Return the number of batches that `evaluation_batches` yields."""
-    stored = len(dataset.columns[split])
-    return math.ceil(min(limit or stored, stored) / requests)

@@ -83,6 +83,7 @@ def write_export(
     differences = np.abs(evaluated - example["out.probability"])[np.asarray(batch.candidate_mask)]
     described = {
         **about,
+        "jax": programs.jax_releases(),
         "difference": float(differences.max()),
         "tasks": list(trained.spec.tasks),
         "value_weights": list(trained.value_weights),

@@ -31,6 +31,7 @@ from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.remote import Place, fetched, place_of
+from kd_ranker.progress import Progress
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep import TEST, Members, Sweep, common, open_sweep, spread
 from kd_ranker.training import checkpoints, recipes
@@ -57,6 +58,7 @@ class Job:
     last_teacher: dict[tuple[str, str], tuple["Finished | None", Dataset]] = dataclasses.field(
         default_factory=dict
     )
+    progress: Progress = dataclasses.field(default_factory=Progress)
 
     def of(self, members: Members) -> "Job":
         """The job of other students on the same dataset, which share batches and a teacher."""
@@ -166,13 +168,25 @@ class Job:
             return checkpoints.restore(saved, states, None, made_of or self.made_of)
 
 
-def open_job(config: ConfigDict, members: Members | None = None, unchanged: bool = False) -> Job:
+def open_job(
+    config: ConfigDict,
+    members: Members | None = None,
+    unchanged: bool = False,
+    progress: Progress | None = None,
+) -> Job:
     """Open the dataset of students that train together, or without members of their teacher.
 
-    With `unchanged`, it is a UserError if its raw files have changed since it was built.
+    With `unchanged`, it is a UserError if its raw files have changed since it was built. Without
+    `progress` the job shows only bars.
     """
     built, devices = datasets.dataset_of(config, unchanged), first_devices(config.parallel.devices)
-    return Job(common(members) if members else config, members or {}, built, devices)
+    return Job(
+        common(members) if members else config,
+        members or {},
+        built,
+        devices,
+        progress=progress or Progress(),
+    )
 
 
 class Finished(NamedTuple):

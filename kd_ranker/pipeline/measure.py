@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
-from tqdm import tqdm
 
-from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
-from kd_ranker.batches.cutting import evaluation_batches, num_evaluation_batches
+from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_batch
+from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
@@ -25,6 +24,7 @@ from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
+from kd_ranker.progress import Bar
 from kd_ranker.training.mapping import own_devices
 from kd_ranker.training.state import States, select_member, steps_of_members
 
@@ -80,7 +80,8 @@ def measure(
         referred = references.known_references([of for of in splits if len(of)], job.lists)
         groups.append(references.reference_ranker(job.lists)._replace(serves=[referred]))
     keep = keep or split == "test"
-    of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit)
+    with job.progress.phase(split, quiet=bool(limit)):
+        of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     measured = Measured([], [], [], {}, {})
     add = functools.partial(_add, measured, job, signal, fitted or {})
@@ -144,14 +145,15 @@ def _summed(
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
     """`evaluate` on the requests of a split."""
     config, dataset = job.config, job.dataset
-    requests, bar = config.evaluation.requests, not limit
+    has_bar = not limit
     limit = limit or config.evaluation.limit
-    batches: Iterable = evaluation_batches(
-        dataset, split, requests=requests, candidates=config.funnel.retrieved, limit=limit
+    batches: Iterable[EvaluationBatch] = evaluation_batches(
+        dataset,
+        split,
+        requests=config.evaluation.requests,
+        candidates=config.funnel.retrieved,
+        limit=limit,
     )
-    if bar:
-        total = num_evaluation_batches(dataset, split, requests=requests, limit=limit)
-        batches = tqdm(batches, split, total, leave=False, unit="batch", disable=None)
     sharded = config.parallel.tables == "sharded"
     plan = Plan(
         config.value_weights,
@@ -161,7 +163,18 @@ def _summed(
         devices=job.devices if sharded else own_devices(job.devices),
         sharded=sharded,
     )
-    return evaluate(teacher, groups, batches, dataset.items, plan)
+    stored = len(dataset.columns[split])
+    with job.progress.bar(
+        split, min(limit or stored, stored), "request", hidden=not has_bar, leave=False
+    ) as bar:
+        return evaluate(teacher, groups, _counted(batches, bar), dataset.items, plan)
+
+
+def _counted(batches: Iterable[EvaluationBatch], bar: Bar) -> Iterator[EvaluationBatch]:
+    """Yield batches, and add the requests of each to a bar once the next one is wanted."""
+    for batch in batches:
+        yield batch
+        bar.update(int(np.asarray(batch.request_mask).sum()))
 
 
 def _add(

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
@@ -25,6 +24,7 @@ from kd_ranker.pipeline import cluster, datasets
 from kd_ranker.pipeline.job import Job, open_finished, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
+from kd_ranker.progress import Bar, Progress, Show
 from kd_ranker.requests.lock import hold
 from kd_ranker.sweep import (
     TEST,
@@ -50,13 +50,15 @@ _SPLITS = ("validation", "test")
 _Jobs = Sequence[tuple[Job, Path]]  # the job of each cohort, and its folder
 
 
-def train(command: str, config: ConfigDict, members: Members, place: Place) -> None:
+def train(
+    command: str, config: ConfigDict, members: Members, place: Place, progress: Progress
+) -> None:
     """Train one student, or without members the teacher, and measure it; see `api.train`.
 
     The results of a teacher hold the references as well: they show how much a final ranker leaves
     to gain, next to the oracle if known.
     """
-    job = open_job(config, members, unchanged=True)
+    job = open_job(config, members, unchanged=True, progress=progress)
     with owned(place) as folder:
         checks.check_labels(job.dataset)
         steps = _check(job)
@@ -65,13 +67,13 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
         workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
             datasets.keep_data_report(job.built, folder)
-        with progress_bar(folder.name, steps) as bar:
+        with training_bar(job, folder.name, steps) as bar:
             states = fit(job, folder, bar)
         measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
         write_measured(job, folder, job.made_of, *measured)
 
 
-def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
+def train_sweep(config: ConfigDict, workdir: Place, show: Show, progress: Progress) -> None:
     """Train the students of `config.sweep` cohort by cohort and join their results; or do one part.
 
     See `api.sweep`; the config is valid.
@@ -80,11 +82,11 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
     if config.launcher == "ray" or part:
         workdir = local_folder("--workdir", workdir, "is shared by all that train cohorts")
     if part.isdecimal():
-        cohorts = train_part(config, Path(workdir), int(part))
+        cohorts = train_part(config, Path(workdir), int(part), progress=progress)
         show(f"cohort {part} of {cohorts} is trained")
         return
     with owned(workdir) as folder:
-        if not _train_all(config, folder):
+        if not _train_all(config, folder, progress):
             show(f"the sweep in {workdir} is complete; there is nothing to do")
         if part == PLAN:
             cohorts = len(read_plan(folder))
@@ -92,12 +94,18 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None])
             show(f"numbers: 0-{cohorts - 1}")
 
 
-def train_part(config: ConfigDict, workdir: Path, number: int, held: bool = False) -> int:
+def train_part(
+    config: ConfigDict,
+    workdir: Path,
+    number: int,
+    held: bool = False,
+    progress: Progress | None = None,
+) -> int:
     """Train and measure one cohort of a planned sweep; return the number of cohorts.
 
     Only the folder of the cohort is held. On a cluster the sweep's own process has `held` it.
     """
-    sweep, job = _open(config, workdir, unchanged=not held)
+    sweep, job = _open(config, workdir, progress, unchanged=not held)
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
@@ -106,14 +114,16 @@ def train_part(config: ConfigDict, workdir: Path, number: int, held: bool = Fals
         )
     job, folder = job.of(sweep.cohorts[number]), sweep.folders[number]
     holding = contextlib.nullcontext() if held else owned(folder)
-    with holding, progress_bar(workdir.name, _check(job)) as bar:
+    with holding, training_bar(job, workdir.name, _check(job)) as bar:
         _train_cohort(job, folder, bar)
     return len(sweep.plan)
 
 
-def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sweep, Job]:
+def _open(
+    config: ConfigDict, workdir: Path, progress: Progress | None, unchanged: bool = True
+) -> tuple[Sweep, Job]:
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
-    job = open_job(config, unchanged=unchanged)
+    job = open_job(config, unchanged=unchanged, progress=progress)
     dataset, free = job.built.identity, schema.without_influence("report")
     if not config.sweep.extend:
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
@@ -124,9 +134,9 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     return open_sweep(config, workdir, dataset), job
 
 
-def _train_all(config: ConfigDict, workdir: Path) -> bool:
+def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
     """Do what is left of a sweep; return False if it is complete."""
-    sweep, job = _open(config, workdir)
+    sweep, job = _open(config, workdir, progress)
     dataset, part = job.built, config.sweep.part
     if part == JOIN:
         sweep.check_planned()
@@ -168,8 +178,9 @@ def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:
     if config.launcher == "ray":
         calls = [(config, workdir, number, True) for number in _untrained(jobs)]
         cluster.call_on_cluster(config, train_part, calls, "cohorts")
-    with progress_bar(workdir.name, steps) as bar:
-        for job, folder in jobs:
+    with training_bar(jobs[0][0], workdir.name, steps) as bar:
+        for number, (job, folder) in enumerate(jobs, start=1):
+            job.progress.show(f"cohort {number} of {len(jobs)}")
             _train_cohort(job, folder, bar)
 
 
@@ -188,7 +199,7 @@ def _untrained(jobs: _Jobs) -> list[int]:
     return [at for at, (job, folder) in enumerate(jobs) if not is_measured(folder, job.made_of)]
 
 
-def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
+def _train_cohort(job: Job, folder: Path, bar: Bar) -> None:
     """Train the members of a cohort and measure them on validation, if that is not done."""
     if is_measured(folder, job.made_of):
         bar.update(job.config.train.steps)
@@ -228,7 +239,7 @@ def _test_cohort(
     if serves:
         students, step = job.restored(folder)
         if step < job.config.train.steps:  # the last checkpoint is damaged
-            with progress_bar(folder.name, job.config.train.steps) as bar:
+            with training_bar(job, folder.name, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
     measured, fitted = [], {}
     if with_references:
@@ -242,13 +253,12 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def progress_bar(name: str, steps: int) -> tqdm:
-    """The progress bar of a run, hidden where the output is not a terminal."""
-    hidden = None if is_first() else True
-    return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
+def training_bar(job: Job, name: str, steps: int) -> contextlib.AbstractContextManager[Bar]:
+    """The bar of the steps of a run."""
+    return job.progress.bar(name, steps, "step", hidden=not is_first())
 
 
-def fit(job: Job, workdir: Path, bar: tqdm) -> States:
+def fit(job: Job, workdir: Path, bar: Bar) -> States:
     """Train the rankers of a job in one program on the same batches; return their states.
 
     `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
@@ -268,7 +278,7 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> States:
             if isinstance(value, float) and np.isfinite(value) and metric_of(column)
         }
 
-    with exhaustion_reported():
+    with exhaustion_reported(), job.progress.phase("training"):
         check_same("dataset", str(job.dataset.identity))
         # Again for each cohort: free memory may differ from that at the start.
         check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)

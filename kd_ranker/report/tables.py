@@ -1,5 +1,7 @@
 """The report's tables: the comparison of settings, and its excerpts for people."""
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -47,21 +49,36 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """Return the table as Markdown, with its notes below."""
-        cells = self.cells.astype(str)  # without rows, columns have no type
+        cells = self.cells.astype(str).map(_in_markdown)  # without rows, columns have no type
+        cells = cells.rename(columns=_in_markdown)
         marked = cells.where(~self.marks, "**" + cells + "**")
         body = marked.to_markdown(index=False, tablefmt="github", disable_numparse=True)
-        return "\n".join([f"# {self.title}", "", body, "", *(f"{note}\n" for note in self.notes)])
+        title, notes = _in_markdown(self.title), map(_in_markdown, self.notes)
+        return "\n".join([f"# {title}", "", body, "", *(f"{note}\n" for note in notes)])
 
     def latex(self) -> str:
         r"""Return the table as LaTeX (needs `\usepackage{booktabs}`), its notes as comments."""
         bold = np.where(self.marks, "font-weight: bold", "")
-        style = self.cells.style.hide(axis="index").apply(lambda _: bold, axis=None)
+        # An empty line in a cell would end the table.
+        cells = self.cells.astype(str).map(_on_one_line).rename(columns=_on_one_line)
+        style = cells.style.hide(axis="index").apply(lambda _: bold, axis=None)
         style = style.format(escape="latex").format_index(escape="latex", axis="columns")
         alignment = "".join("r" if numeric else "l" for numeric in self.numeric)
         body = style.to_latex(column_format=alignment, hrules=True, convert_css=True)
         for character, command in (("−", "$-$"), ("±", r"$\pm$"), ("λ", r"$\lambda$")):
             body = body.replace(character, command)
-        return "\n".join([*(f"% {line}" for line in (self.title, *self.notes)), body])
+        comments = [f"% {_on_one_line(text)}" for text in (self.title, *self.notes)]
+        return "\n".join([*comments, body])
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _in_markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is, on one line: names in a log may hold markup."""
+    escaped = html.escape(_on_one_line(text), quote=False)
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", escaped)
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:

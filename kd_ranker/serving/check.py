@@ -1,11 +1,15 @@
-"""Run the programs of this folder on `example.npz` and compare with its expected results.
+"""Compare the files of this folder with their digests, and run its programs on `example.npz`.
 
     python check.py [onnx|jax]
 
-It needs NumPy, safetensors, and ONNX Runtime or JAX. `read_tables`, `open_programs` and `rank` are
-a minimal server. The exit code is 1 if a number differs by more than the tolerance.
+It needs NumPy, safetensors, and ONNX Runtime or JAX. Without an argument it uses those of the two
+that are installed. `read_tables`, `open_programs` and `rank` are a minimal server. The exit code is
+1 if a file has changed or a number differs by more than the tolerance, and 2 if the programs cannot
+be run.
 """
 
+import hashlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +23,12 @@ Arrays = dict[str, Any]
 Programs = Mapping[str, Callable[[Arrays], Arrays]]
 
 TOLERANCE = 1e-5
+PACKAGES = {"onnx": "onnxruntime", "jax": "jax"}
+"""The package that runs the programs, by their format."""
+
+
+class ExportError(ValueError):
+    """The programs cannot be run. The message is one line that names the fault and the remedy."""
 
 
 def read_tables(folder: Path) -> Arrays:
@@ -30,13 +40,22 @@ def open_programs(folder: Path, runtime: str) -> Programs:
     """Open the programs of an export by name, for the runtime "onnx" or "jax".
 
     Each maps arrays by name to arrays by name, and ignores those that `export.json` does not list.
+
+    Raises:
+      ExportError: this release of JAX cannot read a program.
     """
-    described = json.loads((folder / "export.json").read_text())["programs"]
+    export = json.loads((folder / "export.json").read_text())
     open_program = {"onnx": _open_onnx, "jax": _open_jax}[runtime]
-    return {name: open_program(folder / f"{name}.{runtime}", of) for name, of in described.items()}
+    programs = {}
+    for name, described in export["programs"].items():
+        path = folder / f"{name}.{runtime}"
+        programs[name] = open_program(path, described, export.get("jax", {}))
+    return programs
 
 
-def _open_onnx(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
+def _open_onnx(
+    path: Path, described: Mapping[str, Any], writer: Mapping[str, Any]
+) -> Callable[[Arrays], Arrays]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -50,10 +69,24 @@ def _open_onnx(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], A
     return run
 
 
-def _open_jax(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
+def _open_jax(
+    path: Path, described: Mapping[str, Any], writer: Mapping[str, Any]
+) -> Callable[[Arrays], Arrays]:
     import jax
+    import jax.export
 
-    call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+    try:
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
+        exported.mlir_module()  # the first call would read it otherwise
+    # JAX raises several types.
+    except Exception as error:
+        release = writer.get("jax", "")
+        remedy = f"the release that wrote it: jax=={release}" if release else "a later release"
+        raise ExportError(
+            f"{path.name} was written by jax {release or 'of an unknown release'}, and this is jax "
+            f"{jax.__version__}, which cannot read it; install {remedy}"
+        ) from error
+    call = jax.jit(exported.call)
 
     def run(arrays: Arrays) -> Arrays:
         inputs = {name: np.asarray(arrays[name]) for name in described["inputs"]}
@@ -85,16 +118,70 @@ def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
     return {name: float(np.abs(found[name] - of).max()) for name, of in expected.items()}
 
 
-def main(arguments: list[str]) -> int:
-    """Check the export in the folder of this file; return the exit code."""
-    folder = Path(__file__).resolve().parent
+def changed_files(folder: Path) -> list[str]:
+    """Return the files that are missing or have another SHA-256 than in `manifest.json`."""
+    path = folder / "manifest.json"
+    try:
+        listed = json.loads(path.read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{path} is missing or damaged; copy the whole export again") from error
+    return [name for name, entry in listed.items() if _sha256(folder / name) != entry[1]]
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex digits; "" if there is no such file."""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def choose_runtimes(formats: list[str], named: list[str]) -> list[str]:
+    """Return the runtimes that are named, or without a name those that are installed."""
+    for name in named:
+        if name not in formats:
+            raise ExportError(f"this export has no {name!r}; choose from: {', '.join(formats)}")
+    installed = [name for name in formats if importlib.util.find_spec(PACKAGES[name])]
+    for name in named:
+        if name not in installed:
+            raise ExportError(f"{PACKAGES[name]} is not installed; it runs the format {name}")
+    if not installed:
+        packages = " or ".join(PACKAGES[name] for name in formats)
+        raise ExportError(f"{packages} is not installed; install it to run the programs")
+    return named or installed
+
+
+def check(folder: Path, named: list[str]) -> int:
+    """Print a line per fault or result of an export; return 1 if one is wrong, else 0."""
+    changed = changed_files(folder)
+    for name in changed:
+        sys.stdout.write(f"{name}: missing, or changed since it was exported, WRONG\n")
+    if changed:
+        return 1
+    formats = json.loads((folder / "export.json").read_text())["formats"]
+    runtimes = choose_runtimes(formats, named)
     wrong = 0
-    for runtime in arguments or json.loads((folder / "export.json").read_text())["formats"]:
+    for runtime in runtimes:
         for name, difference in largest_differences(folder, runtime).items():
             verdict = "ok" if difference <= TOLERANCE else "WRONG"
             wrong += verdict != "ok"
             sys.stdout.write(f"{runtime} {name}: largest difference {difference:.1e}, {verdict}\n")
+    for name in formats:
+        if not named and name not in runtimes:
+            sys.stdout.write(f"{name}: not run, because {PACKAGES[name]} is not installed\n")
     return 1 if wrong else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Check the export in the folder of this file; return the exit code."""
+    try:
+        return check(Path(__file__).resolve().parent, arguments)
+    except ExportError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
 
 
 if __name__ == "__main__":

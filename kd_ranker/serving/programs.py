@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from flax import nnx
 from jax import export
@@ -48,6 +49,9 @@ from kd_ranker.models.student import InParts
 ITEM_EMBEDDING = "item_embedding"
 PLATFORMS = ("cpu", "cuda", "tpu")
 """The platforms that a program for `jax.export` runs on."""
+
+READABLE_BY = "jaxlib of the same release, up to 6 months newer, or up to 3 weeks older"
+"""The guarantee of `jax.export` for its programs; what counts is when a jaxlib was built."""
 
 _BLOCK = 1 << 16  # items that are embedded at a time
 
@@ -335,6 +339,16 @@ def to_jax(program: Program) -> bytes:
     """Return the program for `jax.export.deserialize`: StableHLO, for each of `PLATFORMS`."""
     exported = export.export(jax.jit(program.function), platforms=PLATFORMS)
     return bytes(exported(program.inputs).serialize())
+
+
+def jax_releases() -> dict[str, Any]:
+    """Return the releases that `to_jax` writes with, and which others can read its programs."""
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "calling_convention_version": jax.config.values["jax_export_calling_convention_version"],
+        "readable_by": READABLE_BY,
+    }
 
 
 def to_onnx(program: Program) -> bytes:

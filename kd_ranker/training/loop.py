@@ -23,6 +23,7 @@ from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import BatchIterator
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import MadeOf
+from kd_ranker.progress import Bar
 from kd_ranker.training import checkpoints
 from kd_ranker.training.interruption import deferred
 from kd_ranker.training.mapping import DeviceMap, shared_evenly
@@ -131,7 +132,7 @@ def fit(
     workdir: Path,
     made_of: MadeOf,
     evaluate: Evaluate,
-    bar: tqdm,
+    bar: Bar,
     begin: Begin | None = None,
 ) -> States:
     """Train until the last member is done, from the newest checkpoint in `workdir` if any.
@@ -146,7 +147,8 @@ def fit(
       workdir: gets checkpoints and metrics.
       made_of: the fingerprints of the members, for the checkpoints.
       evaluate: states -> scalars by name; called every `train.eval_every` steps.
-      bar: the progress bar; `run.steps` are added to it.
+      bar: `run.steps` are added to it. Its progress gets the phase "compiling": all until the first
+        step of this process is done.
       begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
 
     Returns:
@@ -157,12 +159,19 @@ def fit(
         other fingerprints, or one cannot be written.
     """
     with deferred() as stop:
-        with checkpoints.open_in(workdir, to_write=True) as saved, contextlib.ExitStack() as opened:
+        with (
+            checkpoints.open_in(workdir, to_write=True) as saved,
+            contextlib.ExitStack() as opened,
+            contextlib.ExitStack() as compiling,
+        ):
             abstract = abstract_states(run.groups)
             states, step = checkpoints.restore(saved, abstract, run.batches, made_of)
             bar.update(step)
             if step >= run.steps:
                 return states
+            bar.progress.show("compiling the step, once for all steps")
+            compiling.callback(bar.restart_clock)
+            compiling.enter_context(bar.progress.phase("compiling"))
             states = run.devices.place(states) if step else initial_states(run)
             if begin and not step:
                 states = run.devices.place(begin(states_on_host(run, states)))
@@ -182,6 +191,7 @@ def fit(
                     jax.block_until_ready(losses)
                     room = _LONGEST_CALL / _agreed(time.monotonic() - since)
                     longest = max(1, int(longest * min(room, 2)))
+                compiling.close()  # after the first call
                 taken = span.stop - span.start
                 step += taken
                 bar.update(taken)
@@ -202,7 +212,7 @@ def fit(
                 scalars |= evaluate(whole) if evaluates else {}
                 if scalars:
                     writer.write(step, scalars)
-                    bar.set_postfix_str(_progress(run, scalars, diverged))
+                    bar.set_postfix(_progress(run, scalars, diverged))
                 if saving:
                     checkpoints.save(saved, step, whole, run.batches, made_of)
         if stopping and not stop():

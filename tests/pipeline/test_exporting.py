@@ -1,5 +1,7 @@
 """Exports of the small cascade's rankers, used by a process that does not know this project."""
 
+import dataclasses
+import io
 import json
 import re
 import shutil
@@ -7,6 +9,8 @@ import subprocess
 import sys
 
 import jax
+import jax.export
+import jaxlib
 import numpy as np
 import pytest
 
@@ -18,6 +22,7 @@ from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import config_of, open_finished
 from kd_ranker.serving import check, programs
+from tests import small
 from tests.faults import fault_of
 from tests.serving.test_programs import batch_of, trained_ranker
 
@@ -165,17 +170,111 @@ def run_check(folder, *arguments):
     return subprocess.run(program, cwd="/", capture_output=True, text=True, timeout=1500)
 
 
-def test_the_check_finds_a_number_that_is_wrong(exported, tmp_path):
+def changed_copy(exported, tmp_path, name, change):
+    """A copy of an export, of which `change` made a file other bytes before the digests."""
     shutil.copytree(exported, folder := tmp_path / "export")
-    assert run_check(folder).returncode == 0
-    with np.load(folder / "example.npz") as example:
-        changed = dict(example)
-    changed["out.value"][0, 0] += 1e-3
-    np.savez(folder / "example.npz", **changed)
-    finished = run_check(folder, "jax")
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    manifest.write(folder, {})
+    return folder
+
+
+def test_the_check_finds_a_number_that_is_wrong(exported, tmp_path):
+    def change(content):
+        with np.load(io.BytesIO(content)) as example:
+            arrays = dict(example)
+        arrays["out.value"][0, 0] += 1e-3
+        np.savez(changed := io.BytesIO(), **arrays)
+        return changed.getvalue()
+
+    assert run_check(exported, "jax").returncode == 0
+    finished = run_check(changed_copy(exported, tmp_path, "example.npz", change), "jax")
     assert finished.returncode == 1
     assert "jax value: largest difference 1.0e-03, WRONG" in finished.stdout
     assert "jax probability: largest difference 0.0e+00, ok" in finished.stdout
+
+
+def test_the_check_finds_a_byte_that_the_example_does_not_read(exported, tmp_path):
+    shutil.copytree(exported, folder := tmp_path / "export")
+    tables = bytearray((folder / "tables.safetensors").read_bytes())
+    tables[-5] ^= 1
+    (folder / "tables.safetensors").write_bytes(tables)
+    finished = run_check(folder, "jax")
+    assert finished.returncode == 1
+    line = "tables.safetensors: missing, or changed since it was exported, WRONG\n"
+    assert finished.stdout == line
+
+
+def test_the_check_names_a_manifest_that_is_missing(exported, tmp_path):
+    shutil.copytree(exported, folder := tmp_path / "export")
+    (folder / "manifest.json").unlink()
+    finished = run_check(folder)
+    assert finished.returncode == 2
+    assert finished.stderr.endswith("missing or damaged; copy the whole export again\n")
+
+
+RUNTIMES = [
+    ({"jax"}, [], ["jax"]),
+    ({"onnxruntime"}, [], ["onnx"]),
+    ({"jax", "onnxruntime"}, [], ["jax", "onnx"]),
+    ({"jax", "onnxruntime"}, ["onnx"], ["onnx"]),
+    (set(), [], "jax or onnxruntime is not installed; install it to run the programs"),
+    ({"jax"}, ["onnx"], "onnxruntime is not installed; it runs the format onnx"),
+    ({"jax"}, ["tflite"], "this export has no 'tflite'; choose from: jax, onnx"),
+]
+
+
+@pytest.mark.parametrize(("installed", "named", "expected"), RUNTIMES)
+def test_the_check_uses_the_runtimes_that_are_installed(installed, named, expected, monkeypatch):
+    found = {name: object() for name in installed}
+    monkeypatch.setattr(check.importlib.util, "find_spec", found.get)
+    if isinstance(expected, str):
+        with pytest.raises(check.ExportError, match=f"^{re.escape(expected)}$"):
+            check.choose_runtimes(["jax", "onnx"], named)
+    else:
+        assert check.choose_runtimes(["jax", "onnx"], named) == expected
+
+
+def test_the_check_without_a_runtime_is_one_line(exported):
+    program = """
+import runpy, sys
+sys.modules["jax"] = sys.modules["onnxruntime"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    arguments = [sys.executable, "-c", program, str(exported / "check.py")]
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=1500)
+    assert finished.returncode == 2
+    assert re.fullmatch("error: [^\n]* is not installed; [^\n]*\n", finished.stderr)
+
+
+def test_an_export_names_the_release_of_jax_that_wrote_it(exported):
+    described = json.loads((exported / "export.json").read_text())["jax"]
+    assert described["jax"] == jax.__version__
+    assert described["jaxlib"] == jaxlib.__version__
+    program = jax.export.deserialize(bytearray((exported / "user.jax").read_bytes()))
+    assert described["calling_convention_version"] == program.calling_convention_version
+    text = (exported / "README.md").read_text()
+    assert f"jax {jax.__version__} with jaxlib {jaxlib.__version__}" in text
+    assert programs.READABLE_BY in text
+
+
+def test_a_program_that_this_jax_cannot_read_is_one_line(exported, tmp_path):
+    def change(content):
+        program = jax.export.deserialize(bytearray(content))
+        newer = dataclasses.replace(program, mlir_module_serialized=b"of a later release")
+        return bytes(newer.serialize())
+
+    folder = changed_copy(exported, tmp_path, "user.jax", change)
+    described = json.loads((folder / "export.json").read_text())
+    described["jax"]["jax"] = "99.1.2"
+    (folder / "export.json").write_text(json.dumps(described))
+    manifest.write(folder, {})
+    finished = run_check(folder, "jax")
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1] == (
+        "error: user.jax was written by jax 99.1.2, and this is jax "
+        f"{jax.__version__}, which cannot read it; install the release that wrote it: jax==99.1.2"
+    )
 
 
 def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
@@ -185,6 +284,25 @@ def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     described = json.loads((tmp_path / "out" / "export.json").read_text())
     assert described["difference"] < 1e-5
     assert (described["member"], described["serve"]) == (name, "teacher")
+
+
+def request_of_readme():
+    """The request in the README of the server, whose answer has at most two candidates."""
+    text = (small.ROOT / "examples" / "serve" / "README.md").read_text()
+    return json.loads(re.search(r"rank\?passed=2' .* -d '(\{.*?\})'", text, re.DOTALL)[1])
+
+
+def test_the_request_in_the_readme_of_the_server_fits_an_export(exported):
+    described = json.loads((exported / "export.json").read_text())
+    user, score = described["programs"]["user"], described["programs"]["score"]
+    of_server = {*described["tables"], *user["outputs"]}
+    expected = {
+        name: [3 if size == "candidates" else size for size in field["shape"][1:]]
+        for name, field in (user["inputs"] | score["inputs"]).items()
+        if name not in of_server
+    }
+    found = {name: list(np.shape(value)) for name, value in request_of_readme().items()}
+    assert found == expected
 
 
 REFUSED = [

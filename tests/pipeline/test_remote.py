@@ -176,8 +176,7 @@ def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_pat
     flags = world.flags(url, distill__mode="none")
     ended = small.run_and_signal(signal.SIGTERM, "experiments.train", "logging", "run", 10, flags)
     assert ended.returncode == 143, ended.stderr
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith("stopped by SIGTERM")
+    assert ended.stderr.splitlines()[-1].startswith("stopped by SIGTERM")
     names = contents(url)
     step = max(int(name.split("/")[1]) for name in names if name.endswith("/record/metadata"))
     assert 10 <= step <= 20  # a call of the steps that are left may have begun

@@ -193,9 +193,9 @@ def test_a_table_in_every_format():
     table = tables.Table("title", cells, ["note"], best)
     assert table.numeric == [False, True, True]
     assert table.markdown().splitlines()[2:5] == [
-        "| a_b   | n              | k     |",
-        "|-------|----------------|-------|",
-        "| x & y | **−0.5 ± 0.1** | 1,000 |",
+        "| a_b       | n              | k     |",
+        "|-----------|----------------|-------|",
+        "| x &amp; y | **−0.5 ± 0.1** | 1,000 |",
     ]
     assert table.latex().splitlines()[2:7] == [
         r"\begin{tabular}{lrr}", r"\toprule", r"a\_b & n & k \\", r"\midrule",
@@ -204,3 +204,31 @@ def test_a_table_in_every_format():
     for text in (table.markdown(), table.latex()):
         assert "title" in text
         assert "note" in text
+
+
+HOSTILE = "<img src=x>|*[y](z)\n\\input{w} & $1"
+
+
+def hostile_table():
+    """A table in which the title, a column, a marked cell and a note are names from a log."""
+    cells, best = pd.DataFrame({HOSTILE: [HOSTILE]}), pd.DataFrame({HOSTILE: [True]})
+    return tables.Table(HOSTILE, cells, [HOSTILE], best)
+
+
+def test_markdown_shows_names_as_they_are():
+    shown = r"&lt;img src=x&gt;\|\*\[y\](z) \\input{w} &amp; $1"
+    lines = hostile_table().markdown().splitlines()
+    row = f"**{shown}**"
+    assert lines == [
+        f"# {shown}", "", f"| {shown:{len(row)}} |", f"|{'-' * (len(row) + 2)}|", f"| {row} |",
+        "", shown,
+    ]  # fmt: skip
+
+
+def test_latex_shows_names_as_they_are():
+    comment = r"% <img src=x>|*[y](z) \input{w} & $1"
+    shown = r"<img src=x>|*[y](z) \textbackslash input\{w\} \& \$1"
+    assert hostile_table().latex().splitlines() == [
+        comment, comment, r"\begin{tabular}{l}", r"\toprule", rf"{shown} \\", r"\midrule",
+        rf"\bfseries {shown} \\", r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip

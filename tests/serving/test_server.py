@@ -19,7 +19,7 @@ from kd_ranker.pipeline import exporting
 from kd_ranker.serving import check
 from kd_ranker.training import workdir as workdirs
 from tests import small
-from tests.pipeline.test_exporting import ABOUT, evaluated
+from tests.pipeline.test_exporting import ABOUT, evaluated, request_of_readme
 from tests.serving.test_programs import batch_of, trained_ranker
 
 for _name in ("fastapi", "httpx", "jax2onnx", "onnxruntime", "uvicorn"):
@@ -178,6 +178,13 @@ def test_only_as_many_as_are_to_pass_are_answered(server, exported):
     )
     assert best["item_id"] == whole["item_id"][:3]
     assert best["probability"]["like"] == whole["probability"]["like"][:3]
+
+
+def test_the_request_in_the_readme_is_answered(server):
+    request = request_of_readme()
+    answer = httpx.post(f"{server}/rank", json=request, params={"passed": 2})
+    assert answer.status_code == 200, answer.text
+    assert len(set(answer.json()["item_id"]) & set(request["item_id"])) == 2
 
 
 CANDIDATES = "item_id: a list of 1 to 2000 candidates expected"

@@ -1,0 +1,29 @@
+"""The ranges of pyproject.toml, and the pins of constraints.txt."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RANGES = {of.name: of.specifier for of in map(Requirement, PROJECT["dependencies"])}
+
+NEXT = ["altair 7.0", "duckdb 3.0", "flax 0.13", "grain 0.3", "jax 0.13", "orbax-checkpoint 1.0"]
+
+
+@pytest.mark.parametrize("release", NEXT)
+def test_a_release_that_may_change_what_the_code_calls_is_not_installed(release):
+    name, version = release.split()
+    assert not RANGES[name].contains(f"{version}.0")
+
+
+def test_every_pin_is_within_its_range():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    of_ranges = [pin for pin in pins if pin.name in RANGES]
+    assert len(of_ranges) > 20
+    for pin in of_ranges:
+        (exact,) = pin.specifier
+        assert RANGES[pin.name].contains(exact.version), pin
