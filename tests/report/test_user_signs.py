@@ -1,4 +1,4 @@
-"""Test of the script that holds estimates from labels against the truth."""
+"""Tests of the scripts that hold estimates from labels against the truth."""
 
 import runpy
 import sys
@@ -33,3 +33,14 @@ def test_a_gain_by_scores_with_a_wrong_sign_is_counted(tmp_path, monkeypatch, ca
     # Differences −0.02 + 0.001 of the truth and 0.06 + 0.001 of labels: a ratio of −3.2.
     assert f"| {gain} | covered value | 2 | 0% | 2 | 2 | -3.2 |" in lines
     assert f"| 1.0 | 1.0 | 15 | {gain} | 1 | 0% | 1 | 1 | -3.2 |" in lines
+
+
+def test_rankers_that_differ_only_by_chance_are_no_sure_pairs(monkeypatch, capsys):
+    arguments = ["label_bias.py", "--noises=0", "--seeds=0", "--requests=6"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script = runpy.run_path("scripts/label_bias.py")
+    # Without errors of the final ranker, a share of them is nothing.
+    rankers = [script["Ranker"](errors, 0.0, 0.0) for errors in (0.0, 1.0)]
+    script["main"].__globals__["RANKERS"] = rankers
+    script["main"]()
+    assert capsys.readouterr().out.splitlines()[2:] == ["| 0.0 | 0 | 0 | 0 | 0 | 0 |"]
