@@ -78,6 +78,7 @@ class Key:
       switch: True if 0 turns something off: 0 and the other values make different ways.
       may_differ: True if sweeps that differ in it can share a report. Keys that a sweep varies, and
         keys that influence nothing, may always differ.
+      later: True if datasets were made before the key existed. Their names hold at its default.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Key:
     tuned: bool = False
     switch: bool = False
     may_differ: bool = False
+    later: bool = False
 
     @property
     def type(self) -> type:
@@ -441,6 +443,7 @@ _CASCADE = _of_source(
     Key("num_items", 8000, "items", POSITIVE),
     Key("num_topics", 8, "topics of items, and of users' interests", POSITIVE),
     Key("taste", 0.0, "weight of personal taste, beyond interests and session"),
+    Key("noise", 1.0, "scale of the errors of the production final ranker", later=True),
     Key("train_requests", 12000, "requests of the training split"),
     Key("validation_requests", 500, "requests of the validation split", POSITIVE),
     Key("test_requests", 500, "requests of the test split"),

@@ -132,6 +132,12 @@ def without_influence(on: Influence) -> list[str]:
     return [key.name for key in _every_key() if INFLUENCES.index(key.influences) > place]
 
 
+def later_defaults(config: ConfigDict) -> list[str]:
+    """The keys that came later and have their default: names of datasets leave them out."""
+    keys = keys_of(config.data.name).values()
+    return [key.name for key in keys if key.later and value_of(config, key.name) == key.default]
+
+
 # The dataset and the teacher have separate fingerprints.
 _WITH_FINGERPRINTS = ("data", "teacher.workdir")
 

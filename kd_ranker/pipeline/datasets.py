@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from kd_ranker.config.schema import without_influence
+from kd_ranker.config.schema import later_defaults, without_influence
 from kd_ranker.errors import UserError, command
 from kd_ranker.manifest import write_whole
 from kd_ranker.requests import storage
@@ -39,7 +39,7 @@ def dataset_name(config: ConfigDict) -> str:
     """
     if config.data.name == given.NAME and config.data.path:
         return Path(config.data.path).parent.name
-    free = set(without_influence("dataset"))
+    free = {*without_influence("dataset"), *later_defaults(config)}
     of_data, of_funnel = (
         {key: value for key, value in config[section].items() if f"{section}.{key}" not in free}
         for section in ("data", "funnel")

@@ -159,16 +159,39 @@ class Estimates:
         column = f"coverage@{self.study.passed}"
         return float(np.min([self.of(setting, column).mean for setting in settings]))
 
+    @property
+    def labels_are_chosen(self) -> bool:
+        """True if the funnel of the log chose which candidates have labels.
+
+        False if it showed all candidates of each request, as in public data with a label for each.
+        """
+        column = f"shown_recall@{self.study.passed}"
+        tested = self.study.tested
+        return column not in tested or bool(tested[column].notna().any())
+
     def why_unlabelled(self, settings: Sequence[str]) -> str:
-        """Return why a log's labels cannot show the change for users between settings, else ""."""
+        """Return why a log's labels cannot show the change for users between settings, else "".
+
+        Labels of items that the final ranker chose count agreement with its mistakes as a gain, and
+        a student with scores agrees more. So only its loss is told (`docs/report.md`).
+
+        Args:
+          settings: a student that learns from the final ranker's scores, then the one before it.
+        """
         share = self.coverage(settings)
-        if share >= COVERED:
-            return ""
-        if self.study.incumbent in settings:
+        if self.study.incumbent in settings and not self.study.knows_truth:
             return "candidates that today's early ranker left out have no labels"
         if np.isnan(share):
             return "how much of what these funnels show could have labels is unknown"
-        return f"only {100 * share:.0f}% of what these funnels show could have labels"
+        if share < COVERED:
+            return f"only {100 * share:.0f}% of what these funnels show could have labels"
+        if self.study.knows_truth or not self.labels_are_chosen:
+            return ""
+        with_scores, before = settings
+        (measure,) = self.study.users_measures
+        if self.gap(with_scores, before, measure).high < 0:
+            return ""
+        return "labels that the final ranker chose show losses only, and here none"
 
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure in saving.SAVINGS:

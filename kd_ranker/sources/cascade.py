@@ -291,7 +291,8 @@ def _draw_request(
     logits += taste_match(world.taste[user], world.style[item])[:, None] * TASTE_WEIGHTS
     noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
     error = world.teacher_item_error[item] + world.teacher_user_error[user]
-    probability = sigmoid(logits + error + noise)  # of the production final ranker
+    # Of the production final ranker.
+    probability = sigmoid(logits + data.noise * error + data.noise * noise)
 
     value = probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS
     order = np.arange(funnel.retrieved)

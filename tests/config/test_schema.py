@@ -51,6 +51,12 @@ def test_a_value_changes_the_identity_of_what_it_influences(changes, differ):
     assert tuple(one != other for one, other in pairs) == differ
 
 
+def test_a_later_key_at_its_default_leaves_the_names_of_datasets_as_they_were():
+    # The name before `data.noise` existed.
+    assert dataset_name(config_with({"data.noise": 1.0})) == "cascade-e8262a86"
+    assert dataset_name(config_with({"data.noise": 2.0})) != "cascade-e8262a86"
+
+
 def test_a_scored_copy_is_named_after_its_teacher_and_the_stage_that_was_scored():
     for stage in ("retrieved", "passed"):
         config = config_with({"teacher.stage": stage})

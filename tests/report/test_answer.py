@@ -44,12 +44,14 @@ def users(**by_mode):
     return {"true_value": by_mode, "true_value_for": by_mode}
 
 
-def labels(shared, coverage, *references):
-    """Rows of a log whose labels, not a truth, measure users."""
+def labels(shared, coverage, *references, chosen=False):
+    """Rows of a log whose labels, not a truth, measure users; the final ranker may choose them."""
+    recall = 0.5 if chosen else None
     return students(
         {"none": [400, 400], "shared": [300, 300]},
         covered={"none": [0.50, 0.525], "shared": shared},
         coverage={"none": 0.9, "shared": coverage / 100},
+        **{"shown_recall@30": {"none": recall, "shared": recall}},
     ) + [reference_row("incumbent", passed, covered=0.4, coverage=0.9) for passed in references]
 
 
@@ -205,6 +207,13 @@ STEPS = {
     "labels of a loss": (labels([0.40, 0.42], 80), "users have less: a sign only"),
     "labels of no clear change": (
         labels([0.50, 0.53], 80, 500), "By the log's labels, the change for users is undecided.",
+    ),
+    "a gain by labels of chosen items": (
+        labels([0.60, 0.62], 36, chosen=True),
+        f"{CANNOT}labels that the final ranker chose show losses only, and here none.",
+    ),
+    "a loss by labels of chosen items": (
+        labels([0.40, 0.42], 80, chosen=True), "users have less: a sign only",
     ),
     "too few labels": (
         labels([0.60, 0.62], 34),

@@ -200,6 +200,9 @@ CANNOT, NO_SAVING = "the log cannot show it", "no saving is shown"
         ("covered", [0.92, 0.93, 0.92], {"coverage": 0.36}, HOLDS, ""),
         ("covered", [0.92, 0.93, 0.92], {"coverage": 0.34}, UNKNOWN, CANNOT),
         ("covered", [0.92, 0.93, 0.92], {"incumbent": 350}, UNKNOWN, CANNOT),
+        # Labels of items that the final ranker chose show a loss, and no gain.
+        ("covered", [0.92, 0.93, 0.92], {"shown_recall": 0.5}, UNKNOWN, CANNOT),
+        ("covered", [0.8995, 0.9095, 0.8996], {"shown_recall": 0.5}, FAILS, ""),
         # It holds for no way without a saving; an unknown saving does not make it false.
         ("true_value", USERS, {"passed": [410, 410, 411]}, FAILS, NO_SAVING),
         ("true_value", USERS, {"passed": SAME}, OPEN, NO_SAVING),
@@ -207,8 +210,13 @@ CANNOT, NO_SAVING = "the log cannot show it", "no saving is shown"
     ],
 )
 def test_f_users_keep_what_they_have(tmp_path, measure, aux, options, expected, remark):
-    options = {"coverage": 0.9, "passed": [300] * 3, "incumbent": None} | options
-    covered = {"coverage": options["coverage"]}
+    options = {
+        "coverage": 0.9,
+        "shown_recall": None,
+        "passed": [300] * 3,
+        "incumbent": None,
+    } | options
+    covered = {"coverage": options["coverage"], "shown_recall@30": options["shown_recall"]}
     references = [] if options["incumbent"] is None else [
         reference_row("incumbent", options["incumbent"], covered=0.1, coverage=0.9)
     ]  # fmt: skip

@@ -273,3 +273,37 @@ def test_what_is_not_known_has_no_estimate(made, tmp_path):
         (study,) = read_studies([sweeps.write_rows(tmp_path, rows, retrieved=RETRIEVED)])
         saving = Estimates(study).of(SHARED, "funnel_cost_saving")
         assert saving.n == 0
+
+
+# The covered value of three repeats of mode `none`, and by what that of `shared` differs.
+COVERED_BEFORE = [0.900, 0.910, 0.905]
+GAIN, LOSS, UNSURE = [0.02, 0.021, 0.019], [-0.02, -0.021, -0.019], [0.03, -0.06, 0.01]
+ONLY_A_LOSS = "so they can show a loss for users and never a gain"
+
+
+@pytest.mark.parametrize(
+    ("change", "shown_recall", "coverage", "reason"),
+    [
+        (LOSS, 0.5, 0.9, ""),
+        # The final ranker chose what has a label: whoever agrees with its mistakes would gain.
+        (GAIN, 0.5, 0.9, ONLY_A_LOSS),
+        (UNSURE, 0.5, 0.9, ONLY_A_LOSS),
+        # All candidates were shown, so nobody chose.
+        (GAIN, None, 0.9, ""),
+        (UNSURE, None, 0.9, ""),
+        (LOSS, 0.5, 0.34, "only 34%"),
+        (GAIN, None, 0.34, "only 34%"),
+    ],
+)
+def test_labels_of_chosen_items_show_a_loss_and_no_gain(
+    tmp_path, change, shown_recall, coverage, reason
+):
+    rows = [
+        {"mode": mode, "seed": seed, "coverage": coverage, "shown_recall@30": shown_recall,
+         "covered": before + (change[seed] if mode == "shared" else 0)}
+        for mode in ("none", "shared")
+        for seed, before in enumerate(COVERED_BEFORE)
+    ]  # fmt: skip
+    found = estimates_of(sweeps.write_rows(tmp_path / "study", rows)).why_unlabelled(PAIR)
+    assert bool(found) == bool(reason)
+    assert reason in found

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import STORED
+from kd_ranker.config import checks
 from kd_ranker.configs import cascade as config_of
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request
@@ -253,6 +255,39 @@ def test_tiny_funnels_work(sizes):
 def test_impossible_settings_are_named(sizes, tasks, changes, named):
     with pytest.raises(UserError, match=named):
         cascade.open_source(make_data(**changes), tasks, make_funnel(*sizes))
+
+
+def test_noise_scales_the_errors_of_the_production_ranker():
+    def errors(noise):
+        error = []
+        for request in draw("test", noise=noise, exploration=0.0):
+            place = np.argsort(request.item_id)
+            both = np.stack([request.teacher_probability, request.true_probability])[:, place]
+            of_teacher, true = np.log(both / (1 - both)).astype(np.float64)
+            error.append(of_teacher - true)
+        return np.stack(error)
+
+    np.testing.assert_allclose(errors(4.0), 4 * errors(1.0), atol=2e-3)
+    np.testing.assert_allclose(errors(0.0), 0, atol=2e-3)
+
+
+def test_noise_changes_what_is_shown_and_nothing_before_it():
+    shown_differ = []
+    for quiet, loud in zip(draw("test", noise=0.0), draw("test", noise=4.0), strict=True):
+        for name in ("time", "user_id", "history_id"):
+            np.testing.assert_array_equal(getattr(quiet, name), getattr(loud, name))
+        for part in (slice(30), slice(30, None)):
+            assert {*quiet.item_id[part]} == {*loud.item_id[part]}
+        shown_differ.append({*quiet.item_id[:5]} != {*loud.item_id[:5]})
+    assert np.mean(shown_differ) > 0.5
+
+
+@pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf, "high", True])
+def test_noise_is_a_number_from_0(noise):
+    config = config_of("small").to_dict()
+    config["data"]["noise"] = noise
+    with pytest.raises(UserError, match=r"data.noise has .*; it takes numbers ≥ 0"):
+        checks.validate(ConfigDict(config))
 
 
 def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world():

@@ -16,9 +16,10 @@ def get_config(variant: str = "") -> ConfigDict:
 
     `:live` trains a final ranker that scores all retrieved candidates, which no log contains. It is
     an upper bound, on a separate dataset that is large enough to train a final ranker. `:sizes` has
-    students of several widths, with the loss that suits them best.
+    students of several widths, with the loss that suits them best. `:worlds` has a smaller funnel
+    and few settings, to sweep in many worlds.
     """
-    defaults.check_variant(variant, "items", "paper", "live", "sizes", "small")
+    defaults.check_variant(variant, "items", "paper", "live", "sizes", "worlds", "small")
     config = cascade(variant if variant in ("items", "small") else "")
     config.teacher.source = "live" if variant == "live" else "logged"
     rates, weights = (1e-2, 4e-2), (0.3, 1.0)
@@ -36,6 +37,12 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "sizes":
         config.sweep.axes.student.width = (8, 32, 128)
         return with_ways(config, rates, (0.3,), losses=("softmax",))
+    if variant == "worlds":
+        # Half the users, items, requests and candidates.
+        config.data.update(num_users=2000, num_items=4000, train_requests=6000)
+        config.data.update(validation_requests=300, test_requests=1000)
+        config.funnel.update(retrieved=1000, passed=100, shown=5, report_at=(10, 50, 100, 200))
+        return with_ways(config, (1e-2,), unshown=(0.3,), losses=("softmax",))
     if variant == "small":
         return with_ways(config, rates, (0.3,))
     # All ways of `:paper` need fewest candidates on validation with these steps and negatives, and
