@@ -217,11 +217,10 @@ def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -
     if math.isnan(change.low) or change.low <= 0 <= change.high:
         return _Users("By the log's labels, the change for users is undecided.", True, plan)
     more_or_less = "more" if change.low > 0 else "less"
-    return _Users(
-        f"By the log's labels, users have {more_or_less}: a sign only, as the size is many times "
-        "too large.",
-        plan=plan,
-    )
+    sentence = f"By the log's labels, users have {more_or_less}"
+    if estimates.labels_are_chosen:
+        sentence += ": a sign only, as the size can be several times the truth"
+    return _Users(f"{sentence}.", plan=plan)
 
 
 def _more_seeds(study: Study) -> str:

@@ -173,7 +173,7 @@ class Estimates:
         """Return why a log's labels cannot show the change for users between settings, else "".
 
         Labels of items that the final ranker chose count agreement with its mistakes as a gain, and
-        a student with scores agrees more. So only its loss is told (`docs/report.md`).
+        a student with scores agrees more. So they can show only its loss (`docs/report.md`).
 
         Args:
           settings: a student that learns from the final ranker's scores, then the one before it.

@@ -202,9 +202,9 @@ STEPS = {
     ),
     "repeats of teachers": (under_teachers(0.8, 0.8, 0.8, none=0.7), "the repeats have 3 teachers"),
     "labels of a gain": (
-        labels([0.60, 0.62], 36), "By the log's labels, users have more: a sign only",
+        labels([0.60, 0.62], 36), "By the log's labels, users have more.",
     ),
-    "labels of a loss": (labels([0.40, 0.42], 80), "users have less: a sign only"),
+    "labels of a loss": (labels([0.40, 0.42], 80), "By the log's labels, users have less."),
     "labels of no clear change": (
         labels([0.50, 0.53], 80, 500), "By the log's labels, the change for users is undecided.",
     ),
