@@ -67,7 +67,7 @@ def train(
         workdirs.write_config(folder, command, config, job.dataset.identity)
         if members:
             datasets.keep_data_report(job.built, folder)
-        with training_bar(job, folder.name, steps) as bar:
+        with training_bar(job, steps) as bar:
             states = fit(job, folder, bar)
         measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
         write_measured(job, folder, job.made_of, *measured)
@@ -114,7 +114,7 @@ def train_part(
         )
     job, folder = job.of(sweep.cohorts[number]), sweep.folders[number]
     holding = contextlib.nullcontext() if held else owned(folder)
-    with holding, training_bar(job, workdir.name, _check(job)) as bar:
+    with holding, training_bar(job, _check(job)) as bar:
         _train_cohort(job, folder, bar)
     return len(sweep.plan)
 
@@ -178,7 +178,7 @@ def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:
     if config.launcher == "ray":
         calls = [(config, workdir, number, True) for number in _untrained(jobs)]
         cluster.call_on_cluster(config, train_part, calls, "cohorts")
-    with training_bar(jobs[0][0], workdir.name, steps) as bar:
+    with training_bar(jobs[0][0], steps) as bar:
         for number, (job, folder) in enumerate(jobs, start=1):
             job.progress.show(f"cohort {number} of {len(jobs)}")
             _train_cohort(job, folder, bar)
@@ -239,7 +239,7 @@ def _test_cohort(
     if serves:
         students, step = job.restored(folder)
         if step < job.config.train.steps:  # the last checkpoint is damaged
-            with training_bar(job, folder.name, job.config.train.steps) as bar:
+            with training_bar(job, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
     measured, fitted = [], {}
     if with_references:
@@ -253,9 +253,9 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def training_bar(job: Job, name: str, steps: int) -> contextlib.AbstractContextManager[Bar]:
+def training_bar(job: Job, steps: int) -> contextlib.AbstractContextManager[Bar]:
     """The bar of the steps of a run."""
-    return job.progress.bar(name, steps, "step", hidden=not is_first())
+    return job.progress.bar("training", steps, "step", hidden=not is_first())
 
 
 def fit(job: Job, workdir: Path, bar: Bar) -> States:
