@@ -95,8 +95,9 @@ class Dataset(NamedTuple):
           test_share: share of the last requests, in [0, 1).
 
         Raises:
-          UserError: a field is unknown or missing, differs from the shapes of `spec` or has an id
-            out of range; or a split has no requests.
+          UserError: a field is unknown or missing, differs from the shapes of `spec`, has an id out
+            of range or a weight below 0; two requests have one id, or a request has an item twice;
+            or a split has no requests.
         """
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
         if not splits or {*splits} - {"", *SPLITS}:
