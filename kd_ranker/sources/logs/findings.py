@@ -184,7 +184,7 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
 
 
 def _signs_of_ranking(rows: pd.DataFrame, feature: Feature) -> dict[str, float]:
-    """Return the signs that a feature was written by what ranked the candidates, {} for none."""
+    """Return the signs that a feature was written after the ranking, {} for none."""
     column = f"feature:{feature.name}"
     signs: dict[str, float] = {}
     for name, stage in (("known_passed", Stage.PASSED), ("known_shown", Stage.SHOWN)):

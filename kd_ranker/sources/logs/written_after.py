@@ -12,7 +12,7 @@ from kd_ranker.requests.request import starts_of
 # Least share of the shown candidates that a final ranker's score has first in their request, from 0
 # for chance to 1. Some are shown at random, some have no score, and a page weighs several scores.
 ORDERS_SHOWN = 0.35
-# A value is written for what was shown or passed if other candidates have it at most half as often.
+# A value is written for shown or passed candidates if others have it at most half as often.
 _LEAST_KNOWN, _MOST_RATIO = 0.3, 0.5
 # Fewer rows, or more values, prove nothing.
 _LEAST_ROWS, _MOST_VALUES = 30, 50
@@ -25,7 +25,7 @@ def share_shown_first(numbers: pd.DataFrame, request: pd.Series, shown: pd.Serie
 
     First are as many candidates as the request has shown ones: those of the largest numbers, or
     those of the smallest, whichever finds more. Missing numbers come last, and chance breaks ties.
-    It is 0 for what a random order finds, and 1 if all are first.
+    It is 0 for as many as a random order finds, and 1 if all are first.
 
     Args:
       numbers: columns of numbers, one row per candidate.
@@ -101,9 +101,9 @@ def why_written_after(
     """
     if known_ratio(codes.notna(), shown) < 1:
         shares = [float(codes.notna()[rows].mean()) for rows in (shown, ~shown)]
-        return f"known for {shares[0]:.0%} of what was {word}, and {shares[1]:.0%} of the others"
+        return f"known for {shares[0]:.0%} of the {word} candidates, {shares[1]:.0%} of the others"
     if any(side.any() for side in sides(codes, shown)):
-        return f"one of its values tells what was {word}"
+        return f"one of its values separates {word} candidates from others"
     if numbers.nunique() > 2:
         share = share_shown_first(numbers.to_frame("column"), request, shown)["column"]
         if share >= ORDERS_SHOWN:
@@ -115,7 +115,7 @@ def guess_shown(codes: pd.DataFrame, positive: pd.Series) -> pd.Series:
     """Guess which candidates were shown, from columns that may have been written after the ranking.
 
     Where labels are known for all candidates, those not shown have none of 1: a column with a value
-    at which no label is 1 tells them apart. Without labels, it is the column that the fewest
+    at which no label is 1 separates them. Without labels, it is the column that the fewest
     candidates have, if another column depends on whether they have it.
 
     Args:
@@ -123,7 +123,7 @@ def guess_shown(codes: pd.DataFrame, positive: pd.Series) -> pd.Series:
       positive: whether any label is 1.
 
     Returns:
-      Whether each candidate was shown; False everywhere if no column tells.
+      Whether each candidate was shown; False everywhere if no column shows it.
     """
     nobody = pd.Series(False, codes.index)
     if positive.any():
