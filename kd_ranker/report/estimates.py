@@ -160,7 +160,7 @@ class Estimates:
         if np.isnan(share):
             return "the share of the items that it could have labels of is not known"
         seen = f"{100 * share:.0f}% of the items that these funnels would show"
-        return f"it could have labels of only {seen}"
+        return f"labels are surely possible for only {seen}"
 
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure in saving.SAVINGS:
