@@ -170,14 +170,15 @@ STEPS = {
     "repeats of teachers": (under_teachers(0.8, 0.8, 0.8, none=0.7), "the repeats have 3 teachers"),
     "labels of a gain": (
         labels([0.60, 0.62], 36),
-        f"{BY_LABELS} at least 36% of the items that these funnels would show, users have more (a sign, "
-        "not a size).",
+        f"{BY_LABELS} at least 36% of the items that these funnels would show, users have more (a "
+        "sign, not a size).",
     ),
     "labels of a loss": (labels([0.40, 0.42], 80), "show, users have less (a sign"),
     "labels of no change": (labels([0.50, 0.53], 80, 500), "no change for users is shown (a sign"),
     "too few labels": (
         labels([0.60, 0.62], 34),
-        f"{CANNOT}labels are surely possible for only 34% of the items that these funnels would show.",
+        f"{CANNOT}labels are surely possible for only 34% of the items that these funnels would "
+        "show.",
     ),
     "an early ranker that decides what has labels": (
         labels([0.60, 0.62], 80, 350),
