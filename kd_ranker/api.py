@@ -25,7 +25,7 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import datasets, runs, scoring
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.job import config_of, open_finished
+from kd_ranker.pipeline.job import check_select, config_of, open_finished
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.progress import Progress, Show
 from kd_ranker.report import tables, write
@@ -98,8 +98,9 @@ class Dataset(NamedTuple):
           test_share: share of the last requests, in [0, 1).
 
         Raises:
-          UserError: a field is unknown or missing, differs from the shapes of `spec` or has an id
-            out of range; or a split has no requests.
+          UserError: a field is unknown or missing, differs from the shapes of `spec`, has an id out
+            of range or a weight below 0; two requests have one id, or a request has an item twice;
+            or a split has no requests.
         """
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
         if not splits or {*splits} - {"", *SPLITS}:
@@ -385,7 +386,8 @@ def score(
       output: the folder to write to; None takes one below `config.data.dir`.
       member: the student of a sweep; "" takes the best one on validation.
       config: how to read the log; None reads it as that of the run.
-      trust: whether to execute the config file of the run where that registers what the run uses.
+      trust: whether to execute the config file of the run where that registers what the run uses,
+        and the SELECT of its `data.sql`.
       policy: one of `funnel.policies` of a sweep: which candidates it passes; "" takes none.
       show: called with each line on the ranker and the candidates.
 
@@ -394,11 +396,13 @@ def score(
       with a policy `passed`.
 
     Raises:
-      UserError: the run holds no such ranker or policy, its config file is needed and not trusted,
-        or the log lacks what the ranker was trained on.
+      UserError: the run holds no such ranker or policy, its config file or its SELECT is needed and
+        not trusted, or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
     run = config_of(workdir, trust)
+    if config is None:
+        check_select(run, workdir, trust)
     config = _own(config or run)
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, UInt8
 
-from kd_ranker.errors import check_choice
+from kd_ranker.errors import UserError, check_choice, check_tasks
 
 
 class Stage(enum.IntEnum):
@@ -51,7 +51,7 @@ class Category:
       length: the number of its category ids per owner; 1 for a single value.
 
     Raises:
-      UserError: the owner does not exist.
+      UserError: the owner does not exist, or a number is not whole and at least 1.
     """
 
     name: str
@@ -61,6 +61,14 @@ class Category:
 
     def __post_init__(self) -> None:
         check_choice(f"category {self.name!r}: of", self.of, CATEGORY_OWNERS)
+        for number in ("size", "length"):
+            _check_size(f"category {self.name!r}: {number}", getattr(self, number), least=1)
+
+
+def _check_size(what: str, size: Any, least: int) -> None:
+    """Raise UserError unless a size is a whole number of at least `least`."""
+    if not isinstance(size, (int, np.integer)) or size < least:
+        raise UserError(f"{what}={size!r} must be a whole number, at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,10 @@ class FeatureSpec:
         `teacher_signal.probability_of_rank` and `probability_of_score`.
       later_categories: the number of category ids after those of the features. A longer log adds
         them for new values of any feature; its vocabularies map values to ids.
+
+    Raises:
+      UserError: a size is not a whole number, there are more cheap item features than item
+        features, the signal does not exist, or the tasks are not distinct names without dots.
     """
 
     dataset: str
@@ -104,6 +116,25 @@ class FeatureSpec:
     categories: tuple[Category, ...] = ()
     teacher_signal: str = "probability"
     later_categories: int = 0
+
+    def __post_init__(self) -> None:
+        tasks: Any = self.tasks  # from a program that may not check types
+        if isinstance(tasks, str):
+            raise UserError(f"tasks={tasks!r} must be a tuple of names")
+        for task in tasks:
+            # They become keys of a config, where a dot separates names.
+            if not isinstance(task, str) or not task or "." in task:
+                raise UserError(f"task {task!r}: the name of a task is a text without dots")
+        check_tasks(self.tasks, self.tasks)
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                _check_size(field.name, getattr(self, field.name), least=0)
+        if self.cheap_item_features > self.item_features:
+            raise UserError(
+                f"cheap_item_features={self.cheap_item_features} is more than "
+                f"item_features={self.item_features}; it counts the first of these"
+            )
+        check_choice("teacher_signal", self.teacher_signal, TEACHER_SIGNALS)
 
     @property
     def category_starts(self) -> tuple[int, ...]:

@@ -204,15 +204,23 @@ def _parse(
     if command.config_from == "config":
         if not given.config:
             raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
-        given.keys = [found[1] for of in rest if (found := _KEY.match(of))]
+        given.keys = _keys(rest)
         return read_config(given.config, rest), given
     config = ConfigDict()
     if command.config_from == "workdir":
-        from kd_ranker.pipeline.job import config_of
+        from kd_ranker.pipeline.job import check_select, config_of
         from kd_ranker.pipeline.remote import place_of
 
-        config = config_of(place_of(given.workdir), given.trust)
+        workdir = place_of(given.workdir)
+        config = config_of(workdir, given.trust)
+        if "data.sql" not in _keys(rest):
+            check_select(config, workdir, given.trust)
     return _with_overrides(config, rest), given
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of the config that flags override."""
+    return [found[1] for of in overrides if (found := _KEY.match(of))]
 
 
 def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
@@ -351,7 +359,10 @@ _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
     "member": Flag("the student of a sweep; without it, the best one on validation"),
     "policy": Flag("the policy of how many to pass: one of funnel.policies of a sweep"),
-    "trust": Flag("execute the config file of the run, where that registers a part of it", False),
+    "trust": Flag(
+        "execute the config file of the run, where that registers a part of it, and its data.sql",
+        False,
+    ),
 }
 _EXPORTED = {
     "out": Flag("the folder to write, which must not exist", None),

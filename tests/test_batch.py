@@ -72,3 +72,30 @@ def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
     with pytest.raises(UserError, match="category 'colour': of='user' does not exist"):
         Category("colour", of="user", size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_signal": "nope"}, "teacher_signal='nope' does not exist; choose one of: prob"),
+        ({"item_features": 2, "cheap_item_features": 3}, "cheap_item_features=3 is more than item"),
+        ({"user_features": "2"}, "user_features='2' must be a whole number, at least 0"),
+        ({"context_features": 1.5}, "context_features=1.5 must be a whole number, at least 0"),
+        ({"num_items": -1}, "num_items=-1 must be a whole number, at least 0"),
+        ({"tasks": ("click.7d",)}, "task 'click.7d': the name of a task is a text without dots"),
+        ({"tasks": (1, 2)}, "task 1: the name of a task is a text without dots"),
+        ({"tasks": ("",)}, "task '': the name of a task is a text without dots"),
+        ({"tasks": ("buy", "buy")}, "tasks=.* must name one task or more, none of them twice"),
+        ({"tasks": ()}, "tasks=.* must name one task or more, none of them twice"),
+        ({"tasks": "buy"}, "tasks='buy' must be a tuple of names"),
+    ],
+)
+def test_a_spec_of_impossible_sizes_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CATEGORY_SPEC, **change)
+
+
+@pytest.mark.parametrize("change", [{"size": "x"}, {"size": 0}, {"length": 0}, {"length": 1.5}])
+def test_a_category_has_at_least_one_value(change):
+    with pytest.raises(UserError, match=r"'colour': .* must be a whole number, at least 1"):
+        Category(**{"name": "colour", "of": "item", "size": 3, **change})

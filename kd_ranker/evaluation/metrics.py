@@ -132,6 +132,7 @@ def _on_shown(ranked: Ranked) -> Sums:
 def _of_funnel(ranked: Ranked) -> Sums:
     mask, shown = ranked.mask, ranked.sizes.shown
     candidates = mask.sum(axis=1, keepdims=True)
+    passed = jnp.arange(1, mask.shape[1] + 1)
     was_shown = mask & (ranked.batch.stage == Stage.SHOWN)
     # Requests with all or none shown cannot distinguish students.
     differs = was_shown.sum(axis=1, keepdims=True) < candidates
@@ -140,7 +141,11 @@ def _of_funnel(ranked: Ranked) -> Sums:
     weighted = jnp.where((ranked.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
     found = funnel.funnel_curves(
         *(ranked.value, ranked.teacher_value, mask, shown),
-        of_passed={"shown_kept": was_shown & differs, "positives_kept": ranked.positive},
+        of_passed={
+            "shown_kept": was_shown & differs,
+            "positives_kept": ranked.positive,
+            "unscored": mask & ~ranked.teacher_knows & ~ranked.was_passed,
+        },
         of_shown={
             "value_captured": ranked.teacher_value,
             "true_value_captured": ranked.true_value,
@@ -151,12 +156,19 @@ def _of_funnel(ranked: Ranked) -> Sums:
         },
     )
     ndcg, ndcg_counts = agreement.ndcg(found.gain, found.ideal_gain)
+    curves = dict(found.curves)
+    # The final ranker of a live funnel would score all that are passed to it. Any of those without
+    # a score in the log may be shown then, in place of one that the log has passed.
+    slots = jnp.minimum(jnp.minimum(passed, candidates), shown)
+    without_label = curves["all_shown"] - curves["passed_shown"] + curves.pop("unscored")
+    curves["all_shown"] = slots
+    curves["passed_shown"] = slots - jnp.minimum(slots, without_label)
     return {
-        **found.curves,
+        **curves,
         "funnel_requests": found.counts,
         "covered_user_value": covered_user_value(ranked),
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
-        "scored": jnp.minimum(jnp.arange(1, mask.shape[1] + 1), candidates),
+        "scored": jnp.minimum(passed, candidates),
         "teacher_ndcg": ndcg,
         "teacher_ndcg_requests": ndcg_counts,
         **_of_top(ranked, found.first),
@@ -191,6 +203,7 @@ def _of_requests(ranked: Ranked) -> Sums:
         "requests": requests,
         "unseen_users": jnp.where(requests, 1 - seen["user"], 0.0),
         "candidates": ranked.mask.sum(axis=1),
+        "scored_share": ranked.teacher_knows.sum(axis=1) / jnp.maximum(ranked.mask.sum(axis=1), 1),
         "unseen_items": jnp.where(ranked.mask, 1 - seen["item"], 0.0).sum(axis=1),
     }
 
@@ -422,7 +435,8 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="coverage",
             formula="Σ items shown that the logged funnel passed, over Σ items shown: only these "
-            "could get a label",
+            "could get a label. A lower bound where candidates have no score of the final ranker: "
+            "each of these that was not passed counts as shown",
             digits=3,
             per=("k",),
             ends=_ratio("passed_shown", "all_shown"),
@@ -549,6 +563,13 @@ METRICS: dict[str, Metric] = {
             formula="the same against the early ranker that filled the log, at a cost of 0 for "
             "that ranker; empty where the log does not name it",
             title="saving over the incumbent",
+        ),
+        _of_data(
+            name="scored_share",
+            formula="the share of a test request's candidates with a known value of the final "
+            "ranker, mean over requests. Below 1, those without one count as worth nothing, so "
+            "`passed_for_99` is a lower bound for the ranker that chose which ones were scored",
+            ends=_ratio("scored_share", "requests"),
         ),
         _of_data(
             name="unseen_users",

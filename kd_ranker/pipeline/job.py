@@ -247,6 +247,20 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     return config
 
 
+def check_select(config: ConfigDict, workdir: Place, trust: bool) -> None:
+    """Raise UserError for a log by `data.sql` that the config of a run names, without `trust`.
+
+    A workdir can come from anyone, and a SELECT can read any file that this process can read.
+    """
+    sql = " ".join(config.data.get("sql", "").split())
+    if sql and not trust:
+        raise UserError(
+            f"the run at {workdir} reads its log by data.sql, which can read any file of this "
+            f"machine ({sql}); if you trust it, add --trust, or trust=True in Python; else name a "
+            "log of your own, with data.sql=''"
+        )
+
+
 def open_finished(
     place: Place,
     member: str = "",

@@ -66,7 +66,12 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         settings["without"] += ", a list of items without a user"
     if without == study.incumbent:
         settings["without"] += ", today's early ranker"
-    notes = [*_doubts(study, estimates), *_payment(study, with_scores, saving), *_allowed(study)]
+    notes = [
+        *_bounds(study, estimates),
+        *_doubts(study, estimates),
+        *_payment(study, with_scores, saving),
+        *_allowed(study),
+    ]
     return Answer(
         study.dataset,
         tuple(filter(None, sentences)),
@@ -169,6 +174,8 @@ class _Saving:
         )
         if self._study.incumbent is None:
             return f"{sentence}."
+        if _scored_share(self._study, self._estimates) < 1:
+            return f"{sentence}, and at least {passed[self._study.incumbent]} today."
         if self._study.incumbent == self._without:
             return f"{sentence}, by today's early ranker."
         return f"{sentence}, and {passed[self._study.incumbent]} with today's early ranker."
@@ -251,6 +258,24 @@ def _why_unknown(study: Study) -> str:
         f"The saving is unknown: no measured student {absent}; run a sweep with none and another "
         "mode in sweep.modes."
     )
+
+
+def _scored_share(study: Study, estimates: Estimates) -> float:
+    """Return the share of the test candidates with a value of the final ranker; 1 if unknown."""
+    share = estimates.of(str(study.best_with_scores), "scored_share").mean
+    # The file has seven digits.
+    return 1.0 if math.isnan(share) or share > 1 - 1e-6 else share
+
+
+def _bounds(study: Study, estimates: Estimates) -> Iterator[str]:
+    """Yield a note if counts are bounds, since the final ranker scored a part of the candidates."""
+    share = _scored_share(study, estimates)
+    if share < 1:
+        yield (
+            f"The final ranker scored {100 * share:.0f}% of the test candidates, and the others "
+            "count as worth nothing. So counts are lower bounds for whoever chose the scored ones: "
+            "today's early ranker, if it filled the log."
+        )
 
 
 def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:

@@ -155,6 +155,9 @@ def _in_blocks(source: Source, split: str) -> Iterator[Callable[[], Block]]:
 
 def _check_ids(block: Block, spec: FeatureSpec) -> None:
     """Raise UserError for an id out of range, which a lookup on a device would not detect."""
+    requests = block.values["request_id"]
+    if requests.min(initial=0) < 0:  # it seeds the order of candidates in an evaluation
+        raise UserError(f"request {requests.min()}: request_id must be at least 0")
     for field in STORED:
         values = block.values[field.name]
         if field.ids is None or not values.size:

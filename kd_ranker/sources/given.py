@@ -61,11 +61,13 @@ def keep(
     Returns:
       The folder, the tasks, and the sizes of a funnel of the requests.
     """
+    _check_shares(*shares)
     spec, numbers = dataclasses.replace(spec, dataset=NAME), itertools.count()
     requests = {
         split: [request_of(fields, next(numbers), spec) for fields in _rows(of_split)]
         for split, of_split in splits.items()
     }
+    _check_distinct(itertools.chain(*requests.values()))
     if "" in requests:
         requests = _split(requests[""], *shares)
     shape = (spec.num_items, spec.item_features)
@@ -86,6 +88,30 @@ def keep(
     path = storage.build(lambda: source, f"given-{_digest(source)}", data.dir)
     data.path, data.labels = str(path), ConfigDict({task: task for task in spec.tasks})
     return path, spec.tasks, funnel_of(itertools.chain(*requests.values()))
+
+
+def _check_shares(validation_share: Any, test_share: Any) -> None:
+    """Raise UserError for a share outside [0, 1), or if none is left for training."""
+    for name, share in (("validation_share", validation_share), ("test_share", test_share)):
+        if not isinstance(share, (int, float, np.number)) or not 0 <= share < 1:
+            raise UserError(f"{name}={share!r} must be a number in [0, 1)")
+    if validation_share + test_share >= 1:
+        raise UserError(
+            f"validation_share={validation_share} and test_share={test_share} leave no requests "
+            "for training; lower one of them"
+        )
+
+
+def _check_distinct(requests: Iterable[Request]) -> None:
+    """Raise UserError if two requests of any splits have the same id."""
+    seen: set[int] = set()
+    for request in requests:
+        if request.request_id in seen:
+            raise UserError(
+                f"several requests have request_id {request.request_id}; give each its own, or "
+                "leave request_id out"
+            )
+        seen.add(request.request_id)
 
 
 def _rows(requests: Any) -> Iterable[Any]:
@@ -181,7 +207,7 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     who = f"request {given.get('request_id', place)}"
     if wrong := {*given}.difference(known := {field.name for field in STORED}):
         check_choice(f"{who}: field", min(wrong), known)
-    if lacking := [name for name in _NEEDED if name not in given]:
+    if lacking := [name for name in _NEEDED if given.get(name) is None]:
         raise UserError(f"{who} lacks {lacking[0]}")
 
     def length(name: str) -> int:
@@ -212,6 +238,15 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
         )
     if (request.user_label > 1).any():
         raise UserError(f"{who}: user_label holds {request.user_label.max()}; labels are 0 or 1")
+    for name in ("label_weight", "teacher_weight"):
+        if (weight := values[name]).min(initial=0) < 0:
+            raise UserError(f"{who}: {name} is {weight.min():g}; a weight is at least 0")
+    items, times = np.unique(request.item_id, return_counts=True)
+    if len(items) < all_:
+        raise UserError(
+            f"{who}: item_id holds {items[times > 1][0]} several times; an item is one candidate "
+            "of a request"
+        )
     propensity = values["propensity"][:shown]
     if (bad := (propensity <= 0) | (propensity > 1)).any():
         raise UserError(f"{who}: propensity is {propensity[bad][0]:g}; it must be in (0, 1]")
@@ -226,7 +261,7 @@ def _array(
         given = np.asarray(value)
         with np.errstate(invalid="ignore"):  # of NaN as a whole number, which is refused below
             array = given.astype(dtype)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{what}: {error}") from error
     if array.shape != shape:
         raise UserError(f"{what} has the shape {array.shape}, and should have {shape}")

@@ -143,6 +143,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
     curves: dict[str, np.ndarray] = {}
     means: dict[str, list[float]] = {name: [] for name in ("user_ndcg", "teacher_ndcg", "tau")}
     totals, numbers = np.zeros(3), []
+    scored_shares: list[float] = []
 
     def add(name: str, k: int, number: Any) -> None:
         curves.setdefault(name, np.zeros((size, *np.shape(number))))[k - 1] += number
@@ -158,6 +159,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         was_shown = was_shown if len(was_shown) < len(candidates) else set()
         order, own = _best(value[r], candidates), shown_of(candidates)
         numbers.append(len(candidates))
+        scored_shares.append(knows[r].sum() / max(len(candidates), 1))
         for k in range(1, size + 1):
             top, shown = order[:k], shown_of(order[:k])
             part = math.ceil(min(k, len(candidates)) * len(passed) / max(len(candidates), 1))
@@ -170,7 +172,12 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             add("end_to_end_hit_rate", k, positive[r, shown].sum(axis=0))
             add("covered_user_value", k, users[r, covered].sum())
             add("ips_user_value", k, weighted[r, shown].sum())
-            add("coverage", k, [len({*shown} & {*passed}), len(shown)])
+            # Any of the candidates without a score may be shown, and has no label if it was not
+            # passed.
+            unscored = [place for place in top if not knows[r, place] and place not in passed]
+            slots = min(len(top), SHOWN)
+            without_label = min(slots, len({*shown} - {*passed}) + len(unscored))
+            add("coverage", k, [slots - without_label, slots])
         judged = np.flatnonzero(labelled[r] > 0).tolist()
         if ideal := _gain(users[r, _best(users[r], judged, SHOWN)]):
             means["user_ndcg"].append(_gain(users[r, _best(value[r], judged, SHOWN)]) / ideal)
@@ -211,6 +218,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         row[f"scored_for_{100 * target:.0f}"] = np.minimum(numbers, k).mean()
     of_means = {name: np.mean(of) if of else math.nan for name, of in means.items()}
     row |= {"teacher_tau": of_means.pop("tau"), "candidates": np.mean(numbers), **of_means}
+    row["scored_share"] = float(np.mean(scored_shares))
     row["regret"] = 1 - _ratio(totals[1], totals[2])
     return row | {"top_calibration": _ratio(totals[0], totals[1])}
 

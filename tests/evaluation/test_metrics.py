@@ -72,6 +72,32 @@ def test_rows_and_curves_are_those_of_the_definitions(
                 np.testing.assert_equal(row[name], curve[int(k) - 1], err_msg=name)
 
 
+def test_coverage_is_a_lower_bound_where_the_log_has_no_scores_of_what_was_not_passed():
+    """Two requests of six candidates, in the order of the student; three are shown.
+
+    The log scored the three that it passed. With two passed of which one has no score, that one
+    may be shown without a label; and so on, by hand.
+    """
+    case = random_case(requests=2, candidates=6, weights=(1.0, 0.0))
+    case.student = np.tile(np.linspace(0.9, 0.1, 6, dtype=np.float32)[:, None], (2, 1, len(TASKS)))
+    passed = np.array([[1, 0, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]], bool)
+    case.stage = np.where(passed, Stage.PASSED, Stage.RETRIEVED).astype(np.int8)
+    case.teacher_weight = np.repeat(passed[..., None], len(TASKS), axis=2).astype(np.float32)
+    row = case.row([1, 2, 3, 4, 5, 6])
+    found = [row[f"coverage@{k}"] for k in (1, 2, 3, 4, 5, 6)]
+    slots = np.array([1, 2, 3, 3, 3, 3])
+    without_label = np.array([[0, 1, 1, 1, 2, 3], [0, 0, 0, 1, 2, 3]])
+    np.testing.assert_allclose(found, 1 - without_label.sum(axis=0) / (2 * slots))
+    assert row["scored_share"] == 0.5
+    case.teacher_weight[:] = 1  # all are scored: coverage is exact
+    case.teacher[:] = np.linspace(0.1, 0.9, 6, dtype=np.float32)[:, None]  # the last ones are best
+    row = case.row([1, 2, 3, 6])
+    assert row["scored_share"] == 1
+    shown_and_passed = [(1 + 1) / 2, (1 + 2) / 4, (2 + 3) / 6, (1 + 0) / 6]
+    found = [row[f"coverage@{k}"] for k in (1, 2, 3, 6)]
+    np.testing.assert_allclose(found, shown_and_passed, rtol=1e-6)
+
+
 def test_row_has_the_measured_columns_of_the_results_in_their_order():
     row = random_case().row([10, 99])
     others = {*results.KEYS, *results.OTHER_KEYS, *SAVINGS, "flops_per_candidate", "cost_ratio"}
@@ -112,6 +138,7 @@ def test_nothing_is_known_of_a_diverged_student():
     case.student[:] = np.nan
     row = case.row([10])
     assert row.pop("candidates") == 40
+    assert row.pop("scored_share") == 1
     assert np.isnan(list(row.values())).all()
 
 

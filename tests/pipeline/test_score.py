@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from kd_ranker import api
+from kd_ranker import api, main
 from kd_ranker.batch import Items
 from kd_ranker.configs import cascade
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, make_serve
 from kd_ranker.pipeline import datasets, scoring
@@ -555,3 +556,40 @@ def test_scores_of_a_log_join_its_rows_by_request_and_item(tmp_path, stubbed, by
     assert found.keys() == expected.keys()
     np.testing.assert_array_equal([found[key] for key in expected], [*expected.values()])
     assert len({tuple(of) for of in found.values()}) > 0.9 * len(found)
+
+
+def test_the_select_of_a_run_is_executed_only_if_trusted(world, tmp_path, monkeypatch, capsys):
+    """A workdir may come from someone else, and its SELECT can read any file of this machine."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = workdirs.read_config(world.folder / "student")
+    config.data.path, config.data.sql = "", "SELECT * FROM '/home/me/private.csv'"
+    (run / workdirs.CONFIG_FILE).write_text(config.to_json())
+    read: list[str] = []
+
+    def score_unseen(config: ConfigDict, *_: Any) -> tuple[scoring.Scored, list[str]]:
+        read.append(config.data.sql)
+        return scoring.Scored(world.folder), []
+
+    monkeypatch.setattr(scoring, "score_unseen", score_unseen)
+    monkeypatch.setattr(scoring.Scored, "__str__", lambda _: "")
+    message = (
+        rf"the run at {run} reads its log by data\.sql.*private\.csv.* add --trust, or trust=Tr"
+    )
+    with pytest.raises(UserError, match=message):
+        api.score(run, "")
+
+    def command(*flags: str) -> None:
+        arguments = [f"--workdir={run}", *flags]
+        main.run_command(main.COMMANDS["score"], "kd-ranker score", arguments)
+
+    with pytest.raises(SystemExit):
+        command()
+    assert "add --trust" in capsys.readouterr().err
+    assert not read
+    api.score(run, "", trust=True)
+    command("--trust")
+    own = "SELECT 1"
+    command(f"--config.data.sql={own}")
+    api.score(run, "", config=config)  # a config of the program
+    assert read == [config.data.sql, config.data.sql, own, config.data.sql]

@@ -129,6 +129,14 @@ STEPS = {
     "a log that does not name today's ranker": (
         students(STUDENTS), "320 candidates must pass with them, 420 without. ",
     ),
+    "a log with a score for some candidates": (
+        [*students(STUDENTS, scored_share={"none": 0.333, "shared": 0.333}), INCUMBENT],
+        "320 candidates must pass with them, 420 without, and at least 600 today.",
+    ),
+    "what a score for some candidates means": (
+        [*students(STUDENTS, scored_share={"none": 0.333, "shared": 0.333}), INCUMBENT],
+        "The final ranker scored 33% of the test candidates, and the others count as worth",
+    ),
     "an interval that includes 0": (
         # Savings of 20/100 and 2/104 thousand: 0.11 ± 12.71 · 0.09.
         students({"none": [400, 420], "shared": [300, 410]}),
@@ -242,6 +250,13 @@ def test_no_seeds_are_asked_for_where_nothing_is_open(tmp_path):
     decided = users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.912, 0.708])
     given = of_rows(tmp_path, students(STUDENTS, **decided))
     assert len(given.sentences) == 3
+
+
+def test_scores_of_all_candidates_need_no_note(tmp_path):
+    rows = [*students(STUDENTS, scored_share={"none": 1.0, "shared": 1.0}), INCUMBENT]
+    given = of_rows(tmp_path, rows)
+    assert given.notes == ()
+    assert "at least" not in given.sentence
 
 
 def test_a_list_is_named_as_one(tmp_path):

@@ -175,9 +175,23 @@ TOO_FEW = "yields no requests for its split"
         (faulty(num_passed=3), "1 labels, num_passed=3 and 2 items"),
         (faulty(user_label=np.zeros((0, 2))), "0 labels, num_passed=2"),
         (faulty(context="x"), "request 0: context: could not convert"),
-        (faulty(item_id=[1, 30], request_id=9), r"request 9: item_id must lie in \[0, 30\)"),
+        (faulty(item_id=[1, 30], request_id=99), r"request 99: item_id must lie in \[0, 30\)"),
         (faulty(propensity=[0, 1]), r"request 0: propensity is 0; it must be in \(0, 1\]"),
         (faulty(teacher_weight=[1.0]), r"has the shape \(1,\), and should have \(0,\)"),
+        ([GOOD | {"user_id": None}, *[GOOD] * 9], "request 0 lacks user_id"),
+        (faulty(request_id=-4), "request -4: request_id must be at least 0"),
+        (faulty(request_id=2**70), r"request 1180591620717411303424: request_id: .* too large"),
+        (faulty(label_weight=[-0.5]), "request 0: label_weight is -0.5; a weight is at least 0"),
+        (
+            faulty(teacher_weight=[1, -1], teacher_probability=[[0.1, 0.2]] * 2),
+            "request 0: teacher_weight is -1; a weight is at least 0",
+        ),
+        (faulty(request_id=7), "several requests have request_id 7; give each its own"),
+        (
+            {split: [GOOD | {"request_id": 5}] for split in given.SPLITS},
+            "several requests have request_id 5; give each its own",
+        ),
+        (faulty(item_id=[3, 3]), "request 0: item_id holds 3 several times; an item is one cand"),
         *((of, NO_REQUESTS) for of in ({}, [1, 2], {"user_id": [1]}, None)),
         *((of, TOO_FEW) for of in ([], [GOOD])),
     ],
@@ -185,6 +199,18 @@ TOO_FEW = "yields no requests for its split"
 def test_a_fault_is_one_line_that_names_the_request(tmp_path, requests, message):
     with pytest.raises(kd.UserError, match=message):
         kd.Dataset.from_requests(requests, SPEC, directory=tmp_path)
+
+
+@pytest.mark.parametrize("share", [np.nan, -0.1, 1.0, "x", None])
+def test_a_share_is_below_one(tmp_path, share):
+    with pytest.raises(kd.UserError, match=rf"test_share={share!r} must be a number in \[0, 1\)"):
+        kd.Dataset.from_requests([GOOD] * 20, SPEC, directory=tmp_path, test_share=share)
+
+
+def test_shares_leave_requests_for_training(tmp_path):
+    shares = dict(validation_share=0.6, test_share=0.6)
+    with pytest.raises(kd.UserError, match="leave no requests for training"):
+        kd.Dataset.from_requests([GOOD] * 20, SPEC, directory=tmp_path, **shares)
 
 
 def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):

@@ -273,6 +273,11 @@ def _remarks_on_feature(feature: dict) -> Iterator[str]:
             what = f"reveals {share:.0%} of which candidates were shown"
         elif answer.startswith("teacher"):
             what = f"orders candidates like the {answer} (rank correlation {share:.2f})"
+        elif answer == "order":
+            what = f"has {share:.0%} of the shown candidates first, more than chance"
+        elif answer.startswith("known_"):
+            stage = answer.removeprefix("known_")
+            what = f"is known {share:.0%} as often where a candidate was not {stage}"
         yield f"{name} {what}: is it known before they are ranked?"
 
 

@@ -12,7 +12,8 @@ from kd_ranker.batch import Stage
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.data_report import Report
 from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.layout import OWNERS, TIME_UNITS, LogLayout
+from kd_ranker.sources.logs.layout import OWNERS, TIME_UNITS, Feature, LogLayout
+from kd_ranker.sources.logs.written_after import ORDERS_SHOWN, known_ratio, share_shown_first
 
 # A larger share of the candidates points at a fault of the log or of the config.
 _MOST_REJECTED = 0.1
@@ -145,7 +146,7 @@ def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
 
 
 def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, float]]:
-    """Find features that reveal a label, what was shown, or a teacher's order of candidates.
+    """Find features that reveal a label, what was shown or passed, or a teacher's order.
 
     Args:
       database: holds `sampled`, some 100,000 candidates of whole requests.
@@ -153,7 +154,8 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
 
     Returns:
       Feature -> label, or "shown" -> the share of its uncertainty removed, where that is too much;
-      or teacher -> the rank correlation with its score.
+      or teacher -> the rank correlation with its score. Of a feature of candidates without these,
+      "order" -> see `share_shown_first`; "known_passed" or "known_shown" -> see `known_ratio`.
     """
     features = [of for of in layout.of(*OWNERS) if of.kind in ("dense", "category")]
     features = [of for of in features if of.place is None]
@@ -175,7 +177,26 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
             share = share_revealed(rows[f"feature:{feature.name}"], answer)
             if share >= limit:
                 found[feature.name][name] = share
+    for feature in features:
+        if feature.of == "candidate" and not found[feature.name]:
+            found[feature.name] = _signs_of_ranking(rows, feature)
     return {name: reveals for name, reveals in found.items() if reveals}
+
+
+def _signs_of_ranking(rows: pd.DataFrame, feature: Feature) -> dict[str, float]:
+    """Return the signs that a feature was written after the ranking, {} for none."""
+    column = f"feature:{feature.name}"
+    signs: dict[str, float] = {}
+    for name, stage in (("known_passed", Stage.PASSED), ("known_shown", Stage.SHOWN)):
+        ratio = known_ratio(rows[column].notna(), rows["stage"] >= stage)
+        if ratio < 1 and not signs:
+            signs[name] = ratio
+    if feature.kind == "dense":
+        numbers = rows[[column]].astype(float)
+        share = share_shown_first(numbers, rows["number"], rows["stage"] == Stage.SHOWN)[column]
+        if share >= ORDERS_SHOWN:
+            signs["order"] = float(share)
+    return signs
 
 
 def share_revealed(values: pd.Series, answer: pd.Series) -> float:

@@ -23,6 +23,7 @@ from kd_ranker.errors import UserError, check_choice, command
 from kd_ranker.sources.logs.files import find_files, line_of, register_store
 from kd_ranker.sources.logs.layout import STAGES, TIME_UNITS, is_text_log, literal, sql_of_texts
 from kd_ranker.sources.logs.query import quoted
+from kd_ranker.sources.logs.written_after import guess_shown, why_written_after
 
 CHECK = "CHECK: "
 OPEN = "?"  # an optional role that the user has to settle
@@ -127,9 +128,14 @@ class _Sample:
     and `user` of a column are 1 if it is constant in each of them, 0 if not, NaN if unknown.
     """
 
-    def __init__(self, path: str, named: Mapping[str, Any]) -> None:
-        """Read the beginnings of the files at a path; the user may have named some columns."""
+    def __init__(self, path: str, named: Mapping[str, Any], sections: Collection[str]) -> None:
+        """Read the beginnings of the files at a path; the user may have named some columns.
+
+        `named` has them by key, and `sections` are those that the user named as a whole.
+        """
+        self.sections = sections
         self.named, self.con = named, duckdb.connect()
+        self.labels = [of for key, of in named.items() if key.startswith("data.labels.")]
         self.con.execute("SET enable_progress_bar = false")
         self._read(self._select(path))
         self.request = pd.Series(range(len(self.codes)))
@@ -240,7 +246,8 @@ class _Sample:
     def _find_shown(self, column: str) -> None:
         """Find who was shown, and the shares known and 1 of shown and of other candidates."""
         t = self.facts
-        partly = t.binary & (t.task != "") & (t.known < 0.99)
+        is_label = (t.binary & (t.task != "")) | t.index.isin(self.labels)
+        partly = is_label & (t.known < 0.99)
         self.shown = self.codes.loc[:, partly].notna().any(axis=1)
         self.passed = pd.Series(False, self.request.index)
         stages = self._stage_texts(t.loc[column]) if column else {}
@@ -312,8 +319,13 @@ def _choose(role: str, sample: _Sample) -> _Guess:
 
 
 def _find_labels(sample: _Sample) -> dict[str, _Guess]:
-    """Find the label of each task: 0 or 1, by its name, or known only where shown."""
+    """Find the label of each task: 0 or 1, by its name, or known only where shown.
+
+    Labels that the user named together, as a section, are all that there are.
+    """
     labels = _named(sample, "data.labels.")
+    if labels and "data.labels" in sample.sections:
+        return labels
     free = sample.facts.query(_LABEL).drop([of.value for of in labels.values()], errors="ignore")
     for column, known in free.query(_SURE_LABEL).task.items():
         task = known if known and known not in labels else identifier(str(column), labels)
@@ -322,7 +334,33 @@ def _find_labels(sample: _Sample) -> dict[str, _Guess]:
     return labels or {"label": _Guess("", "", _which("label, 0 or 1", free.index))}
 
 
-def _find_teacher(sample: _Sample, labels: Mapping[str, _Guess]) -> tuple[dict[str, _Guess], str]:
+def _find_written_after(sample: _Sample, used: Collection[str]) -> dict[str, str]:
+    """Return the columns without a role that were written after the ranking, and why it seems so.
+
+    Only columns that may differ among the candidates of a request are looked at, by their values.
+    """
+    varying = sample.facts.query("request != 1 and item != 1 and user != 1 and distinct > 1")
+    varying = varying[varying.kind.isin(["integer", "float", "text"])]
+    shown, passed = sample.shown, sample.passed
+    if not shown.any():
+        labels = sample.facts.query(_LABEL).query("task != ''").index
+        positive = (sample.numbers[[*labels, *sample.labels]] == 1).any(axis=1)
+        telling = varying.index.difference([*labels, *sample.labels])
+        shown = guess_shown(sample.codes[telling], positive)
+    found: dict[str, str] = {}
+    for column in varying.index.difference([*used]):
+        codes, numbers = sample.codes[column], sample.numbers[column]
+        why = why_written_after(codes, numbers, sample.request, shown)
+        if passed.any() and not why:
+            why = why_written_after(codes, numbers, sample.request, passed, "passed")
+        if why:
+            found[column] = why
+    return found
+
+
+def _find_teacher(
+    sample: _Sample, labels: Mapping[str, _Guess], written_after: Collection[str]
+) -> tuple[dict[str, _Guess], str]:
     """Find the teacher's column of each task; the doubt names other columns that may be one."""
     found = _named(sample, "data.teacher.")
     used = [of.value for of in (*labels.values(), *found.values())]
@@ -342,11 +380,16 @@ def _find_teacher(sample: _Sample, labels: Mapping[str, _Guess]) -> tuple[dict[s
         known = sample.numbers[[*names, label.value]].dropna() if is_sure else pd.DataFrame()
         if is_sure and known.corr().iat[0, 1] * len(known) ** 0.5 >= 3:  # standard errors
             found[task] = _Guess(names[0], "its name, and it correlates with the label")
+    if not found:
+        floats = free.query("kind == 'float' and not only_shown").index
+        maybe += [of for of in floats if of in written_after]
     maybe = [of for of in maybe if of not in {guess.value for guess in found.values()}]
     return found, _which("teacher", maybe) if maybe else ""
 
 
-def _feature_line(f: Any, name: str, sample: _Sample, item: str, is_doubtful: bool) -> str:
+def _feature_line(
+    f: Any, name: str, sample: _Sample, item: str, is_doubtful: bool, written_after: str
+) -> str:
     """Return the line of the config for a column without a role: its feature, or why not."""
     kind, *more = _kind_of_feature(f, sample, item)
     is_output = f.afterwards or f.predictions or f.teacher or (f.uses and f.amounts)
@@ -359,6 +402,8 @@ def _feature_line(f: Any, name: str, sample: _Sample, item: str, is_doubtful: bo
         "perhaps a column of an open role": is_doubtful,
         "missing where a candidate was not shown": f.only_shown,
         "perhaps a label": may_vary and f.request != 1 and f.binary and not f.ones_out,
+        "a label of another task": f.binary and f.task and f.ones_out <= 0.2 * f.ones_in,
+        f"perhaps written after the ranking: {written_after}": written_after,
         "known only afterwards, by its name": may_vary and (is_output or (f.task and not f.binary)),
         "an id or a text": kind == "category" and f.distinct > 0.8 * number,
     }
@@ -427,7 +472,9 @@ def _config_lines(path: str, name: str, sample: _Sample) -> list[str]:
         columns[role] = columns.get(role) or _choose(role, sample)
         sample.set_role(role, columns[role].value.strip(OPEN))
     labels = _find_labels(sample)
-    teacher, teacher_doubt = _find_teacher(sample, labels)
+    roles = [of.value for its in (columns, labels) for of in its.values()]
+    written_after = _find_written_after(sample, roles)
+    teacher, teacher_doubt = _find_teacher(sample, labels, written_after)
     if not sample.passed.any():
         scored = sample.codes[[of.value for of in teacher.values()]]
         sample.passed = scored.notna().any(axis=1)
@@ -459,7 +506,8 @@ def _config_lines(path: str, name: str, sample: _Sample) -> list[str]:
     names: list[str] = []
     for f in sample.facts.drop(used, errors="ignore").itertuples():
         names.append(identifier(str(f.Index), names))
-        lines.append(_feature_line(f, names[-1], sample, item, repr(f.Index) in checks))
+        is_doubtful, why = repr(f.Index) in checks, written_after.get(str(f.Index), "")
+        lines.append(_feature_line(f, names[-1], sample, item, is_doubtful, why))
     return lines
 
 
@@ -471,8 +519,12 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
     file = folder / f"{name}.py"
     if file.exists():
         raise UserError(f"{file} exists already; move it away, or give another --workdir")
+    sections = [key for key in named if key in ("data.columns", "data.labels", "data.teacher")]
+    by_key = {key: of for key, of in named.items() if key not in sections}
+    for section in sections:
+        by_key |= {f"{section}.{name}": of for name, of in named[section].items()}
     try:
-        sample = _Sample(path, named)
+        sample = _Sample(path, by_key, sections)
         body = "\n".join(_config_lines(path, name, sample))
     except duckdb.Error as error:
         raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error

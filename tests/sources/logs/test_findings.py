@@ -23,6 +23,7 @@ from kd_ranker.sources.logs.findings import (
 )
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.logs.source import REFUSED
+from kd_ranker.sources.logs.written_after import known_ratio, share_shown_first
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -244,6 +245,65 @@ def test_copies_of_a_teacher_have_its_order_within_requests():
 
     by_hand = {name: expected(values) for name, values in columns.items()}
     assert found.to_dict() == pytest.approx(by_hand)
+
+
+def test_the_share_of_the_shown_that_a_column_has_first():
+    request = pd.Series([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    shown = pd.Series([1, 1, 0, 0, 1, 0, 0, 0, 1, 1]).astype(bool)  # all of the last request
+    nothing = np.nan
+    columns = {
+        "score": [9, 8, 7, 6, 5, 4, nothing, 3, 0, 0],
+        "position": [1, 2, 3, 4, 1, 2, 3, 4, 1, 2],
+        "half": [9, 1, 7, 6, 1, 4, 8, 3, 0, 0],  # finds one of three
+        "nothing": [nothing] * 10,
+    }
+    found = share_shown_first(pd.DataFrame(columns, dtype=float), request, shown)
+    assert found["score"] == found["position"] == 1
+    # By chance 2 · 2/4 + 1/4 of the three are first; the smallest of "half" finds two of them.
+    by_chance = 2 * 2 / 4 + 1 / 4
+    assert found["half"] == pytest.approx((2 - by_chance) / (3 - by_chance))
+    assert 0 <= found["nothing"] <= 1
+    rng = np.random.default_rng(0)
+    many = pd.Series(np.repeat(np.arange(500), 20))
+    noise = pd.DataFrame({"noise": rng.random(10_000), "same": 0.0})
+    assert (share_shown_first(noise, many, pd.Series(rng.random(10_000) < 0.3)) < 0.03).all()
+    assert (share_shown_first(noise, many, pd.Series(False, many.index)) == 0).all()
+
+
+def test_how_often_a_value_is_known_of_others():
+    passed = pd.Series(np.arange(1000) < 200)
+    known = pd.Series(np.arange(1000) % 10 < 7)
+    assert known_ratio(known, passed) == 1
+    assert known_ratio(known & passed, passed) == 0
+    some = known & (passed | (np.arange(1000) % 10 < 1))
+    assert known_ratio(some, passed) == pytest.approx(0.1 / 0.7)
+    assert known_ratio(known & passed, pd.Series(np.arange(1000) < 20)) == 1  # too few to tell
+
+
+def test_the_data_report_remarks_on_a_score_that_the_config_does_not_name(tmp_path):
+    """It is known for 70% of the passed, or for all candidates, and the log names no teacher."""
+    log = write_small_log(tmp_path / "log")
+    table = pq.read_table(log / "part-0.parquet")
+    stage = np.array(table["stage"].to_pylist())
+    rng = np.random.default_rng(0)
+    request, _ = pd.factorize(table["request_id"].to_pandas())
+    noise = rng.random(table.num_rows)
+    columns = {
+        "voto": pa.array(noise, mask=(stage == "retrieved") | (rng.random(table.num_rows) < 0.3)),
+        "ordine": pa.array(noise + (stage == "shown") + 10 * rng.random(len(stage))[request]),
+        "prezzo": pa.array(noise, mask=rng.random(table.num_rows) < 0.3),
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    pq.write_table(table, log / "part-0.parquet")
+    features = faulty_logs.config(log, tmp_path).data.features.to_dict()
+    features |= dict.fromkeys(columns, feature("candidate", "dense"))
+    _, report = read(log, tmp_path / "data", ("few_positives",), features=features, teacher={})
+    found = {of["name"]: [*of["reveals"]] for of in report["features"] if "reveals" in of}
+    assert found == {"voto": ["known_passed"], "ordine": ["order"]}
+    remarks = " ".join(report["remarks"])
+    assert "'voto' is known 0% as often where a candidate was not passed: is it known be" in remarks
+    assert "'ordine' has 100% of the shown candidates first, more than chance: is it" in remarks
 
 
 def test_the_data_report_remarks_on_what_features_reveal(tmp_path):

@@ -147,6 +147,113 @@ def test_names_of_other_logs(columns, tmp_path, language):
     assert {*config.data.teacher.values()} == {new[of] for of in TEACHER.values()}
 
 
+# The columns of a log whose names say nothing: what identifies, what the ranking wrote, a label.
+ODD_NAMES = {
+    "italian": {
+        "request_id": "richiesta", "user_id": "utente", "item_id": "pellicola", "time": "quando",
+        "stage": "esito", "position": "slot no.", "click": "abbonato", "score": "voto_finale",
+        "shown": "mostrato", "passed": "passato", "retrieved": "scartato",
+    },
+    "german": {
+        "request_id": "abruf", "user_id": "person", "item_id": "film", "time": "wann",
+        "stage": "stufe", "position": "reihe", "click": "gemocht", "score": "endnote",
+        "shown": "gesehen", "passed": "weiter", "retrieved": "raus",
+    },
+}  # fmt: skip
+WRITTEN_AFTER = ("stage", "position", "score", "click")
+EARLIER = ("duration", "retrieval_score_7d", "category_id", "author_id")
+
+
+def odd_log(
+    columns: dict[str, Any], names: dict[str, str], scored: float, is_zero: bool, after: Any
+) -> pa.Table:
+    """A log with rows in any order, and a score for a share of the passed or, above 1, for all.
+
+    A label is 0 or missing where a candidate was not shown. Of what was written after the ranking,
+    it has the columns in `after`.
+    """
+    rng = np.random.default_rng(0)
+    rows = len(columns["item_id"])
+    stage = np.array(columns["stage"])
+    order = np.lexsort([rng.random(rows), stage == "retrieved", stage != "shown"])
+    score = np.empty(rows)
+    score[order] = -3 + 4 * np.sort(rng.random(rows))[::-1]
+    is_scored = (stage != "retrieved") & (rng.random(rows) < scored) | (scored > 1)
+    label = columns["click"]
+    new = {names[of]: columns[of] for of in ("request_id", "user_id", "item_id", "time")}
+    new |= {of: columns[of] for of in (*EARLIER, "followed", "age", "country", "hour")}
+    new |= {"listino": np.where(rng.random(rows) < 0.2, np.nan, rng.random(rows))}
+    written = {
+        "stage": [names[of] for of in stage],
+        "position": columns["position"],
+        "score": pa.array(score, mask=~is_scored),
+        "click": [y or 0 for y in label] if is_zero else label,
+    }
+    new |= {names[of]: written[of] for of in after}
+    return logs.table_of(new).take(rng.permutation(rows))
+
+
+@pytest.mark.parametrize("language", ODD_NAMES)
+@pytest.mark.parametrize("scored", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("is_zero", [False, True], ids=["missing", "zero"])
+@pytest.mark.parametrize("is_named", [False, True], ids=["unnamed", "named"])
+def test_what_the_ranking_wrote_is_no_feature_by_whatever_name(
+    columns, tmp_path, language, scored, is_zero, is_named
+):
+    names = ODD_NAMES[language]
+    roles = {"request": "request_id", "user": "user_id", "item": "item_id", "time": "time"}
+    named = {f"data.columns.{role}": names[of] for role, of in roles.items()}
+    if is_named:
+        named["data.labels.click"] = names["click"]
+    table = odd_log(columns, names, scored, is_zero, WRITTEN_AFTER)
+    text, config = infer(tmp_path, table, named)
+    features = {*features_of(config)}
+    assert not features & {names[of] for of in WRITTEN_AFTER}
+    assert {*EARLIER, "listino"} <= features
+    for of in ("stage", "position", "score"):
+        assert f"left out: {names[of]!r}: " in text
+
+
+@pytest.mark.parametrize("is_zero", [False, True], ids=["missing", "zero"])
+def test_a_score_is_no_feature_where_only_the_label_says_what_was_shown(columns, tmp_path, is_zero):
+    names = ODD_NAMES["italian"]
+    after = ("score", "click") if not is_zero else ("score", "click", "stage")
+    table = odd_log(columns, names, 0.7, is_zero, after)
+    named = {"data.columns.request": "richiesta", "data.labels.abbonato": "abbonato"}
+    text, config = infer(tmp_path, table, named)
+    assert "voto_finale" not in features_of(config)
+    assert "'voto_finale'" in check_of(text, "config.teacher.source")
+    assert "which column has the teacher" in check_of(text, "config.teacher.source")
+
+
+def test_a_log_of_passed_candidates_whose_scores_are_all_known(columns, tmp_path):
+    names = ODD_NAMES["german"]
+    table = odd_log(columns, names, 1.0, False, ("score", "click"))
+    passed = table.filter(pa.compute.is_valid(table["endnote"]))
+    named = {"data.columns.request": "abruf", "data.labels.click": "gemocht"}
+    text, config = infer(tmp_path, passed, named)
+    assert "endnote" not in features_of(config)
+    assert "which column has the teacher: 'endnote'" in check_of(text, "config.teacher.source")
+
+
+def test_named_labels_are_the_tasks(columns, tmp_path):
+    table = logs.table_of(columns)
+    _, config = infer(tmp_path / "all", table, {"data.labels": {"aime": "like"}})
+    assert config.data.labels.to_dict() == {"aime": "like"}
+    assert config.tasks == ("aime",)
+    assert len(config.value_weights) == 1
+    assert "click" not in features_of(config)
+    _, config = infer(tmp_path / "some", table, {"data.labels.aime": "like"})
+    assert {*config.tasks} == {*config.data.labels} == {"aime", "click"}
+    named = {"data.columns": {"user": "author_id"}, "data.teacher": {"aime": "retrieval_score_7d"}}
+    _, config = infer(tmp_path / "columns", table, named | {"data.labels": {"aime": "like"}})
+    assert config.data.columns.user == "author_id"
+    assert config.data.columns.item == "item_id"
+    assert config.data.teacher.to_dict() == {"aime": "retrieval_score_7d"}
+    with pytest.raises(UserError, match=r"data\.labels\.aime='likes' does not exist"):
+        infer(tmp_path / "other", table, {"data.labels": {"aime": "likes"}})
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_names_give_no_wrong_role(columns, tmp_path, seed):
     """Each column keeps its name, has one that means nothing, or that of another column."""
