@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,17 +35,17 @@ def hold(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        other = "another process"
-        with contextlib.suppress(OSError):
-            other = holder.read_text(errors="replace") or other
-        raise UserError(f"{folder} is held by {other}; wait for its end") from error
+        raise UserError(f"{folder} is held by {_holder(holder)}; wait for its end") from error
     except OSError as error:
         raise UserError(
             f"{folder} cannot be locked: {error.filename}: {error.strerror}; use a folder that you "
             "can write to"
         ) from error
     with contextlib.suppress(OSError):
-        holder.write_text(this_process())
+        # A new file: to open a link would write to its target, and to open a pipe would wait.
+        holder.unlink(missing_ok=True)
+        with holder.open("x") as file:
+            file.write(this_process())
     try:
         yield
     finally:
@@ -57,6 +58,15 @@ def hold(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for of in missing:
                 of.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """Return the text of the process that holds a lock."""
+    text = ""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            text = path.read_text(errors="replace")
+    return text or "another process"
 
 
 def this_process() -> str:
