@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ FILE = ".lock"
 # Text next to the lock file, for the message that a second process prints.
 _HOLDER = ".lock-holder"
 FILES = frozenset({FILE, _HOLDER})
+_WORK = "work"
 
 
 @contextlib.contextmanager
@@ -58,6 +60,37 @@ def hold(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for of in missing:
                 of.rmdir()
+
+
+@contextlib.contextmanager
+def hold_work(folder: Path) -> Iterator[Path]:
+    """Lock a hidden folder, and yield an empty one in it for the temporary files of this process.
+
+    Both are removed at the end. The files that a killed process left in it are removed first.
+
+    Raises:
+      UserError: another process holds the lock, or the lock file cannot be written.
+    """
+    work = folder / _WORK
+    try:
+        with hold(folder):
+            shutil.rmtree(work, ignore_errors=True)
+            # Under the lock: to others, one that is there and not locked is a leftover.
+            work.mkdir()
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: another process holds it now
+            folder.rmdir()
+
+
+def remove_leftovers(above: Path, pattern: str) -> None:
+    """Remove folders of `hold_work` below another that killed processes left, by their names."""
+    for work in above.glob(f"{pattern}/{_WORK}"):
+        with contextlib.suppress(UserError), hold_work(work.parent):
+            pass
 
 
 def _holder(path: Path) -> str:

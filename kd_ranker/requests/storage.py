@@ -77,6 +77,8 @@ def build(
         return directory
     unfinished = directory.with_name(f".unfinished-{directory.name}")
     with hold(directory.parent):
+        if directory.exists():  # another process has finished it meanwhile
+            return directory
         shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.closing(open_source()) as source:
             _check(source, earlier)

@@ -108,3 +108,15 @@ def test_a_pipe_in_place_of_the_holder_is_neither_written_nor_read(tmp_path, pla
             os.mkfifo(tmp_path / ".lock-holder")
         assert f"{tmp_path} is held by " in fault_in(tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_files_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path):
+    mine, left = tmp_path / ".work-1", tmp_path / ".work-2" / "work"
+    left.mkdir(parents=True)
+    (left / "table").touch()
+    with lock.hold_work(mine) as work:
+        (work / "table").touch()
+        lock.remove_leftovers(tmp_path, ".work-*")
+        assert (work / "table").exists()
+        assert [path.name for path in tmp_path.iterdir()] == [mine.name]
+    assert not [*tmp_path.iterdir()]

@@ -156,6 +156,21 @@ def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path
     assert len(read) == 6
 
 
+def test_a_dataset_that_another_process_finished_just_before_the_lock_is_kept(
+    tmp_path, monkeypatch
+):
+    def hold_after_another_build(folder):
+        monkeypatch.setattr(storage, "hold", lock.hold)
+        storage.build(random_source, "small", str(tmp_path))
+        return lock.hold(folder)
+
+    monkeypatch.setattr(storage, "hold", hold_after_another_build)
+    source, read = in_shards(4, 1)
+    directory = storage.build(lambda: source, "small", str(tmp_path))
+    assert directory.is_dir()
+    assert not read
+
+
 # Builds a dataset in a separate process, and dies in a second build before it writes the index.
 _BUILDING = """
 import os, signal, sys
