@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -38,14 +38,25 @@ def digest(value: Any) -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is whole or absent, even if the process dies; text as UTF-8."""
+    """Write a file so that it is whole or absent, even if the process dies; text as UTF-8.
+
+    Raises:
+      UserError: there is a folder of that name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_is_no_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_is_no_folder(path: Path) -> None:
+    """Raise UserError if there is a folder where a file is to be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder in the place of a file; remove or rename it")
 
 
 def write(
@@ -67,6 +78,13 @@ def write(
     write_whole(folder / FILE, json.dumps(content, indent=2))
 
 
+def remove(folder: Path) -> None:
+    """Remove the manifest of a folder, whose files are about to change; UserError for a folder."""
+    path = folder / FILE
+    check_is_no_folder(path)
+    path.unlink(missing_ok=True)
+
+
 def read(folder: Path, remedy: str) -> dict[str, Any]:
     """Return the content of a folder's manifest, without comparing it with the files.
 
@@ -76,11 +94,24 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
-        return {section: dict(content[section].items()) for section in ("made_of", "files")}
+        found = {section: dict(content[section].items()) for section in ("made_of", "files")}
+        for name, entry in found["files"].items():
+            _check_entry(name, entry)
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return found
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Raise ValueError unless a file lies in the folder, with its size and SHA-256 as an entry."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is not in the folder")
+    size, sha256 = entry
+    if not isinstance(size, int) or not isinstance(sha256, str):
+        raise ValueError(f"{name!r} has {entry!r} in place of a size and a SHA-256")
 
 
 def check(

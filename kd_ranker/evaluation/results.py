@@ -289,7 +289,7 @@ def write_tables(
     The tables are measured on rankers with the fingerprints `made_of`, or joined from `parts`, such
     as the manifests of cohorts.
     """
-    on_first(lambda: (folder / manifest.FILE).unlink(missing_ok=True))
+    on_first(lambda: manifest.remove(folder))
     for file, content in tables.items():
         write_atomically(folder / file, content)
     config = [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []

@@ -220,6 +220,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     if trust and Path(file).is_file():
         register(file)
     try:
+        checks.check_keys(config)
         checks.validate(config, config.parallel.devices or config.parallel.members or 1)
     except UserError as error:
         if trust:

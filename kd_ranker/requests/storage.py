@@ -199,7 +199,10 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
         directory=directory,
         identity={"dataset": f"{name}/{fingerprint}"},
         spec=spec,
-        items=Items(np.load(directory / _ITEMS_FILE), np.load(directory / _CATEGORY_FILE)),
+        items=Items(
+            row_files.load_array(directory / _ITEMS_FILE),
+            row_files.load_array(directory / _CATEGORY_FILE),
+        ),
         columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
         earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
     )
@@ -255,7 +258,8 @@ def with_column(
     fingerprint = manifest.fingerprint(folder, files, remedy)
     columns = {}
     for split, of in dataset.columns.items():
-        values = np.asarray(np.load(_column_path(folder, split), mmap_mode="r")).view(np.int32)
+        stored = row_files.load_array(_column_path(folder, split), mmap_mode="r")
+        values = np.asarray(stored).view(np.int32)
         tasks, logged = values.shape[1], of.candidates
         windows = Windows([values.reshape(-1)], tasks)
         column = Rows(windows, row_type(dataset.spec, "scored"), tasks * first_rows(of), tasks)

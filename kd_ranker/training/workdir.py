@@ -40,7 +40,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         parsed = json.loads(path.read_bytes())
         if not isinstance(parsed, dict):
             raise ValueError("it is not a JSON object")
-    except ValueError as error:
+    except (ValueError, IsADirectoryError) as error:
         raise UserError(f"{path} is damaged: {error}; {remedy}") from error
     return parsed
 

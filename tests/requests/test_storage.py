@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kd_ranker import manifest
 from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
 from kd_ranker.requests import lock, storage
@@ -84,6 +85,15 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, change, error, message):
 def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
     fault = fault_of(storage.open_dataset, "absent", str(tmp_path), "some command")
     assert fault.endswith("make it with: some command")
+
+
+@pytest.mark.parametrize("name", ["items.npy", "item_category.npy", "counts-train.npy"])
+def test_a_pickle_in_place_of_an_array_is_one_line(tmp_path, name):
+    directory = storage.build(random_source, "small", str(tmp_path))
+    np.save(directory / name, np.array([{}], object))
+    manifest.write(directory, {"dataset": "small"})
+    fault = fault_of(storage.open_dataset, "small", str(tmp_path), "some command")
+    assert fault.startswith(f"{directory / name} is damaged: it is no array of numbers; remove")
 
 
 def test_building_again_leaves_the_dataset_alone(tmp_path):
