@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
@@ -139,6 +138,11 @@ class Trained(NamedTuple):
             return results.read_csv(folder / results.FILE)
 
     def __repr__(self) -> str:
+        # A notebook or debugger shows a value unasked: nothing is read from a URL for that.
+        is_here = isinstance(self.workdir, Path) and (self.workdir / results.FILE).is_file()
+        return str(self) if is_here else f"{type(self).__name__}(workdir={str(self.workdir)!r})"
+
+    def __str__(self) -> str:
         with fetched(self.workdir, with_checkpoints=False) as folder:
             text = tables.results_text(folder, workdirs.read_config(folder).funnel.passed)
         return text.replace(str(folder), str(self.workdir))
@@ -157,10 +161,12 @@ class Report(NamedTuple):
         lines = [f"{name}: {of.workdir}" for name, of in runs.items() if of]
         return "\n".join([*self.answers, *lines, f"report: {self.page}"])
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
+        # Nothing is read from a URL unasked.
+        if not isinstance(self.page, Path):
+            return None
         # A separate document, so that its styles stay within it.
-        with fsspec.open(str(self.page), "rt", encoding="utf-8") as file:
-            page = html.escape(file.read(), quote=True)
+        page = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
         return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
 
 
