@@ -282,17 +282,17 @@ def write(
     return len(whole)
 
 
-def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
     """Load the array of a file; UserError for one that holds something else, such as a pickle."""
     try:
         loaded = np.load(path, mmap_mode=mmap_mode)
     except (ValueError, EOFError) as error:
-        # Without the text of NumPy, which advises to load what the file says.
+        # Without the text of NumPy, which advises to load a pickle.
         raise UserError(
             f"{path} is damaged: it is no array of numbers; remove the folder {path.parent} and "
             "make it again"
         ) from error
-    return np.asanyarray(loaded)
+    return loaded
 
 
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:

@@ -33,7 +33,7 @@ def clean_up_on_signal() -> Iterator[None]:
     except BaseException as ended:
         if not received:
             raise
-        # Not always that of `stop`: DuckDB, for one, raises an error of its own in its place.
+        # Not always the error of `stop`: DuckDB, for one, raises another in its place.
         _print(received[0])
         raise SystemExit(128 + received[0]) from ended
     finally:
