@@ -202,6 +202,12 @@ class Finished(NamedTuple):
         return self.job.built
 
 
+def is_run(workdir: Place) -> bool:
+    """Test whether a workdir holds a run, finished or not."""
+    with fetched(workdir, with_checkpoints=False) as folder:
+        return (folder / workdirs.CONFIG_FILE).exists()
+
+
 def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     """Read the config of the run in a workdir; UserError if it is missing.
 

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from kd_ranker import manifest
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
@@ -22,7 +23,7 @@ from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import cluster, datasets
-from kd_ranker.pipeline.job import Job, open_finished, open_job
+from kd_ranker.pipeline.job import Job, is_run, load_teacher, open_finished, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
 from kd_ranker.requests.lock import hold
@@ -32,6 +33,7 @@ from kd_ranker.sweep import (
     Sweep,
     check_memory,
     cohort_size,
+    common,
     exhaustion_reported,
     open_sweep,
     read_plan,
@@ -132,6 +134,7 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
         sweep.check_planned()
     datasets.keep_data_report(dataset, workdir)
     if sweep.is_complete():
+        _check_teachers(sweep)
         return False
     name, first = next(iter(sweep.members.items()))
     read = job.of({name: first}).dataset
@@ -159,6 +162,29 @@ def _train_all(config: ConfigDict, workdir: Path) -> bool:
             )
         _test_and_join(sweep, jobs)
     return True
+
+
+def _check_teachers(sweep: Sweep) -> None:
+    """Raise UserError unless the teachers of a complete sweep are those that it was trained under.
+
+    A teacher that is gone, or of the logs, is no other one.
+    """
+    versions: dict[str, str] = {}  # by workdir, as cohorts share teachers
+    for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
+        config = common(cohort)
+        workdir = config.teacher.workdir
+        if not workdir:
+            continue
+        trained_under = manifest.read(folder, "start the sweep again")["made_of"]["teacher"]
+        if workdir not in versions:
+            found = is_run(place_of(workdir))
+            versions[workdir] = load_teacher(config).version if found else trained_under
+        if versions[workdir] != trained_under:
+            raise UserError(
+                f"{sweep.workdir} holds a sweep under the teacher {trained_under}, and {workdir} "
+                f"holds {versions[workdir]}; name the first one in teacher.workdir, or use another "
+                "--workdir"
+            )
 
 
 def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:

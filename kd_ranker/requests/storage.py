@@ -243,12 +243,19 @@ def with_column(
     candidates that reached `stage`; of other splits, all.
 
     Raises:
-      UserError: the column is missing or damaged, or of another content of the dataset.
+      UserError: the column is missing or damaged, of another teacher than `version`, or of another
+        content of the dataset.
     """
     if not folder.exists():
         raise UserError(f"no scores of teacher {version} at {folder}; make them with: {made_by}")
     remedy = _remedy(folder, made_by)
-    scored_dataset = manifest.check(folder, remedy).get("dataset")
+    made_of = manifest.check(folder, remedy)
+    if made_of.get("ranker") != version:
+        raise UserError(
+            f"{folder} has the scores of teacher {made_of.get('ranker')}, and the teacher is "
+            f"{version}; {remedy}"
+        )
+    scored_dataset = made_of.get("dataset")
     if scored_dataset != dataset.identity["dataset"]:
         raise UserError(
             f"{folder} has the scores of {scored_dataset}, and the dataset is now "
