@@ -28,6 +28,8 @@ FILE = "manifest.json"
 # Files of at most this many bytes are read at every check, larger ones at a thorough one.
 _SMALL = 2**24
 
+_SECTIONS = ("made_of", "files", "about")
+
 MadeOf = Mapping[str, str]
 """Fingerprints of the dependencies of a folder by name, such as "config" and "dataset"."""
 
@@ -64,10 +66,12 @@ def write(
     made_of: MadeOf,
     files: Iterable[str] | None = None,
     known: Mapping[str, list[Any]] = MappingProxyType({}),
+    about: Collection[str] = (),
 ) -> None:
     """Write the manifest of a finished folder, for `files` relative to it, or all below it.
 
-    Files that another manifest lists are not read; `known` has their entries.
+    Files that another manifest lists are not read; `known` has their entries. Files `about` the
+    folder may change or go later: only `is_original` looks at them.
     """
     if files is None:
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
@@ -75,11 +79,13 @@ def write(
     names = sorted(files)
     entries = {**_entries(folder, [name for name in names if name not in known]), **known}
     content = {"made_of": dict(made_of), "files": {name: entries[name] for name in names}}
+    if about:
+        content["about"] = _entries(folder, about)
     write_whole(folder / FILE, json.dumps(content, indent=2))
 
 
 def remove(folder: Path) -> None:
-    """Remove the manifest of a folder, whose files are about to change; UserError for a folder."""
+    """Remove the manifest of a folder before its files change; UserError if it is a folder."""
     path = folder / FILE
     check_is_no_folder(path)
     path.unlink(missing_ok=True)
@@ -94,8 +100,9 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
-        found = {section: dict(content[section].items()) for section in ("made_of", "files")}
-        for name, entry in found["files"].items():
+        content.setdefault("about", {})  # a manifest of an earlier release has none
+        found = {section: dict(content[section].items()) for section in _SECTIONS}
+        for name, entry in [*found["files"].items(), *found["about"].items()]:
             _check_entry(name, entry)
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
@@ -105,7 +112,7 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
 
 
 def _check_entry(name: str, entry: Any) -> None:
-    """Raise ValueError unless a file lies in the folder, with its size and SHA-256 as an entry."""
+    """Raise ValueError unless a file is in the folder, and its entry has a size and a SHA-256."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{name!r} is not in the folder")
@@ -152,6 +159,15 @@ def is_made_of(folder: Path, made_of: MadeOf | None = None) -> bool:
     except UserError:
         return False
     return True
+
+
+def is_original(folder: Path, name: str) -> bool:
+    """Test whether a file about a finished folder is the one that it had when it was finished.
+
+    True if the manifest does not list it, as that of an earlier release.
+    """
+    listed = read(folder, "make it again")["about"].get(name)
+    return listed is None or _entries(folder, [name])[name] == listed
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:

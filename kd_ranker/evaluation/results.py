@@ -33,7 +33,11 @@ from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns,
 from kd_ranker.evaluation.saving import FLOPS, Costs
 from kd_ranker.training.processes import on_first
 from kd_ranker.training.recipes import terms_of
-from kd_ranker.training.workdir import CONFIG_FILE, write_atomically
+from kd_ranker.training.workdir import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    write_atomically,
+)
 
 Row = dict[str, object]
 Who = tuple[str, str]  # member and serve name
@@ -284,7 +288,9 @@ def write_tables(
     made_of: manifest.MadeOf,
     parts: Collection[str] = (),
 ) -> None:
-    """Write tables by their file names, then the manifest of the folder, with its config if any.
+    """Write tables by their file names, then the manifest of the folder.
+
+    It lists the files of a run as well, if the folder has them.
 
     The tables are measured on rankers with the fingerprints `made_of`, or joined from `parts`, such
     as the manifests of cohorts.
@@ -292,8 +298,9 @@ def write_tables(
     on_first(lambda: manifest.remove(folder))
     for file, content in tables.items():
         write_atomically(folder / file, content)
-    config = [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
-    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *config]))
+    of_run = [name for name in (CONFIG_FILE,) if (folder / name).exists()]
+    about = [name for name in (ENVIRONMENT_FILE,) if (folder / name).exists()]
+    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *of_run], about=about))
 
 
 class Kept(NamedTuple):

@@ -261,7 +261,11 @@ def open_finished(
     with fetched(place) as workdir:
         owner = workdirs.read_environment(workdir).get("command")
         if owner not in _RUNS:
-            raise UserError(f"{place} is of {owner}; name one of {', '.join(_RUNS)}")
+            raise UserError(
+                f"{place} does not record which command made it, one of {', '.join(_RUNS)}; "
+                f"restore its {workdirs.ENVIRONMENT_FILE}, or start that command again with its "
+                "flags"
+            )
         for flag, value in (("--member", member), ("--policy", policy_name)):
             if value and owner != "sweep":
                 raise UserError(

@@ -306,6 +306,28 @@ def test_a_complete_sweep_does_not_need_its_teacher(apart, tmp_path, exchange):
     assert open_finished(tmp_path / "run")
 
 
+def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_this(
+    world, copy_of
+):
+    workdir = copy_of(world.student("none"))
+    file = workdir / workdirs.ENVIRONMENT_FILE
+
+    def environment():
+        (study,) = read_studies([workdir])
+        return study.environments[str(workdir)]
+
+    assert environment().values["command"] == "train"
+    file.write_text(file.read_text().replace('"jax": "', '"jax": "9'))
+    assert environment() == (
+        {},
+        f"Not known: the {file.name} in {workdir} is not that of this run.",
+    )
+    file.unlink()
+    assert environment() == ({}, f"Not known: {workdir} holds no {file.name}.")
+    # Nothing else depends on it.
+    assert manifest.is_made_of(workdir)
+
+
 def chosen_by_hand(workdir):
     """The (member, serve) of each mode's serving choice with the least mean on validation."""
     chosen = []
