@@ -36,6 +36,7 @@ from kd_ranker.training.recipes import terms_of
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    START_FILE,
     write_atomically,
 )
 
@@ -52,7 +53,7 @@ OTHER_KEYS = tuple(key.name for key in schema.sweepable() if not key.column)
 REPEAT = tuple(key.column for key in schema.repeat_keys())
 # The columns that, with `OTHER_KEYS`, identify a row of results.csv.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
-_LAST = ("non_finite_step", "member")
+_LAST = ("non_finite_step", "member", "needs_scores")
 # The columns that identify a setting, in the order of tables. Tables always show the first `NAMED`,
 # and the table of all measures those of `SETTING`.
 SETTING, NAMED = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS))), 3
@@ -298,7 +299,7 @@ def write_tables(
     on_first(lambda: manifest.remove(folder))
     for file, content in tables.items():
         write_atomically(folder / file, content)
-    of_run = [name for name in (CONFIG_FILE,) if (folder / name).exists()]
+    of_run = [name for name in (CONFIG_FILE, START_FILE) if (folder / name).exists()]
     about = [name for name in (ENVIRONMENT_FILE,) if (folder / name).exists()]
     on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *of_run], about=about))
 

@@ -187,6 +187,7 @@ class Finished(NamedTuple):
     version: str  # a name for its exact weights
     made_of: MadeOf  # the fingerprints that its checkpoint records
     policy: Policy | None = None  # chooses how many candidates it passes per request, if named
+    needs_scores: bool = False  # whether a student's training needs the final ranker's scores
 
     def __str__(self) -> str:
         return f"ranker: {self.title}, by its probabilities {self.serve!r}"
@@ -369,7 +370,13 @@ def _finished(
     if not with_slots:
         parameters = served(model, parameters, jax.default_backend())
     ranker = Ranker(make_serve(model, mode), put(parameters))
-    return Finished(title, job, member, serve or default, model, ranker, version, made_of)
+    needs_scores = False
+    if job.members:
+        config = job.members[member]
+        started_with_scores = workdirs.started_with_scores(folder, config)
+        needs_scores = started_with_scores or recipes.needs_scores(config)
+    found = Finished(title, job, member, serve or default, model, ranker, version, made_of)
+    return found._replace(needs_scores=needs_scores)
 
 
 def served(model: Model, parameters: Parameters, platform: str) -> Parameters:

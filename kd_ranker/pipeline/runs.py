@@ -69,7 +69,17 @@ def train(command: str, config: ConfigDict, members: Members, place: Place) -> N
             datasets.keep_data_report(job.built, folder)
         with progress_bar(folder.name, steps) as bar:
             states = fit(job, folder, bar)
-        measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
+        with_scores = bool(members) and workdirs.started_with_scores(folder, config)
+        measured = (
+            measure(
+                job,
+                split,
+                states,
+                with_references=not members,
+                started_with_scores=with_scores,
+            )
+            for split in _SPLITS
+        )
         write_measured(job, folder, job.made_of, *measured)
 
 
@@ -219,7 +229,9 @@ def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     if is_measured(folder, job.made_of):
         bar.update(job.config.train.steps)
         return
-    measured = measure(job, "validation", fit(job, folder, bar))
+    states = fit(job, folder, bar)
+    with_scores = workdirs.started_with_scores(folder, job.config)
+    measured = measure(job, "validation", states, started_with_scores=with_scores)
     write_measured(job, folder, job.made_of, measured)
 
 
@@ -263,7 +275,13 @@ def _test_cohort(
     if policies and students:
         fitted = measure(job, "validation", students, serves=serves, keep=True).each
     tested = measure(
-        job, "test", students, serves=serves, with_references=with_references, fitted=fitted
+        job,
+        "test",
+        students,
+        serves=serves,
+        with_references=with_references,
+        fitted=fitted,
+        started_with_scores=workdirs.started_with_scores(folder, job.config),
     )
     write_measured(job, folder / TEST, owner, *measured, tested)
 
@@ -298,7 +316,7 @@ def fit(job: Job, workdir: Path, bar: tqdm) -> States:
         check_same("dataset", str(job.dataset.identity))
         # Again for each cohort: free memory may differ from that at the start.
         check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)
-        begin = functools.partial(warm_start, job) if train.warm_start else None
+        begin = functools.partial(warm_start, job, workdir) if train.warm_start else None
         return fit_run(prepare_run(job), train, workdir, job.made_of, progress, bar, begin)
 
 
@@ -310,7 +328,7 @@ def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
     """
     dataset, groups, batches_on = job.dataset, job.groups, batches_on or job.device_map
     # Students that learn nothing from a teacher do not pay for one.
-    live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
+    live = job.live_teacher if recipes.learn_from_scores(groups) else None
     stage = TEACHER_STAGES[job.config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
     frozen = Frozen(items=dataset.items, teacher=live.ranker.parameters if live else None)
@@ -326,8 +344,8 @@ def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
     return make_run(groups, teacher, batches, frozen, job.device_map)
 
 
-def warm_start(job: Job, states: States) -> States:
-    """Start initial states from the run `train.warm_start`.
+def warm_start(job: Job, folder: Path, states: States) -> States:
+    """Start initial states from the run `train.warm_start`, and record it in the run's `folder`.
 
     The dataset is that of the earlier run, or one that extends it (`data.extends`), so known ids
     keep their rows. The parameters are those of that run, with the slots of embedding rows. Rows of
@@ -350,12 +368,14 @@ def warm_start(job: Job, states: States) -> States:
             f"{dataset.directory}; name a run on that dataset, or on one that it extends"
         )
     start = jax.tree.map(np.asarray, before.ranker.parameters)
-    return tuple(
+    started = tuple(
         dataclasses.replace(
             state, parameters=_grown(job, before.model, start, group, state.parameters)
         )
         for group, state in zip(job.groups, states, strict=True)
     )
+    workdirs.write_start(folder, workdir, before.version, before.needs_scores)
+    return started
 
 
 def _grown(

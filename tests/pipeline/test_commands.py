@@ -328,6 +328,36 @@ def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_
     assert manifest.is_made_of(workdir)
 
 
+def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(world, tmp_path):
+    """Else it could be the baseline without scores."""
+    steps = {"train.steps": 2, "train.eval_every": 0, "distill.affine": False}
+    # A run, its mode, and the one that it starts from, perhaps moved meanwhile.
+    runs = [
+        ("distilled", "shared", ""),
+        ("once", "none", "distilled"),
+        ("twice", "none", "moved"),
+        ("plain", "none", ""),
+        ("plain_again", "none", "plain"),
+    ]
+    needs_scores = {}
+    for name, mode, before in runs:
+        config = world.config()
+        config.update_from_flattened_dict({**steps, "distill.mode": mode})
+        config.train.warm_start = str(tmp_path / before) if before else ""
+        api.train(config, tmp_path / name)
+        students = rows_of(tmp_path / name, "test")
+        (needs_scores[name],) = students["needs_scores"]
+        if name == "once":
+            shutil.rmtree(tmp_path / "distilled")
+            (tmp_path / name).rename(tmp_path / "moved")
+    expected = {"distilled": True, "once": True, "twice": True}
+    assert needs_scores == expected | {"plain": False, "plain_again": False}
+    (study,) = read_studies([tmp_path / "moved"])
+    assert study.baseline not in [*study.rows["setting"]]
+    (study,) = read_studies([tmp_path / "plain_again"])
+    assert not study.rows["needs_scores"].any()
+
+
 def chosen_by_hand(workdir):
     """The (member, serve) of each mode's serving choice with the least mean on validation."""
     chosen = []
