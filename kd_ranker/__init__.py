@@ -98,8 +98,9 @@ class _Face(types.ModuleType):
         return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # After import, Python would bind a subpackage of that name here, for example `sweep`.
-        if name not in __all__:
+        # After an import, Python binds a module of that name here. The name stays the function's.
+        is_own_module = getattr(value, "__name__", "") == f"{__name__}.{name}"
+        if not (name in __all__ and is_own_module):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
@@ -153,12 +152,23 @@ class Trained(NamedTuple):
                 (study,) = read_studies([folder])
                 text = f"{summary(study, Estimates(study))}\n\nresults: {folder / results.FILE}"
             else:
-                passed = workdirs.read_config(folder).funnel.passed
-                text = tables.results_text(folder, passed, None if wide else WIDTH)
+                text = _measures(folder, None if wide else WIDTH)
         return text.replace(str(folder), str(self.workdir))
 
     def __repr__(self) -> str:
+        # A notebook or debugger shows a value unasked: nothing is read from a URL for that, and
+        # there are no draws of the requests.
+        if isinstance(self.workdir, Path) and (self.workdir / results.FILE).is_file():
+            return _measures(self.workdir, WIDTH)
+        return f"{type(self).__name__}(workdir={str(self.workdir)!r})"
+
+    def __str__(self) -> str:
         return self.table()
+
+
+def _measures(folder: Path, width: int | None) -> str:
+    """Return the main measures of a run's rankers, see `tables.results_text`."""
+    return tables.results_text(folder, workdirs.read_config(folder).funnel.passed, width)
 
 
 class Report(NamedTuple):
@@ -175,10 +185,12 @@ class Report(NamedTuple):
         lines = [f"{name}: {of.workdir}" for name, of in runs.items() if of]
         return "\n".join([*self.answers, *lines, f"report: {self.page}"])
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
+        # Nothing is read from a URL unasked.
+        if not isinstance(self.page, Path):
+            return None
         # A separate document, so that its styles stay within it.
-        with fsspec.open(str(self.page), "rt", encoding="utf-8") as file:
-            page = html.escape(file.read(), quote=True)
+        page = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
         return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
 
 

@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +27,8 @@ from kd_ranker.errors import UserError
 FILE = "manifest.json"
 # Files of at most this many bytes are read at every check, larger ones at a thorough one.
 _SMALL = 2**24
+
+_SECTIONS = ("made_of", "files", "about")
 
 MadeOf = Mapping[str, str]
 """Fingerprints of the dependencies of a folder by name, such as "config" and "dataset"."""
@@ -38,8 +40,13 @@ def digest(value: Any) -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is whole or absent, even if the process dies; text as UTF-8."""
+    """Write a file so that it is whole or absent, even if the process dies; text as UTF-8.
+
+    Raises:
+      UserError: there is a folder of that name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_is_no_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -48,15 +55,23 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_is_no_folder(path: Path) -> None:
+    """Raise UserError if there is a folder where a file is to be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder in the place of a file; remove or rename it")
+
+
 def write(
     folder: Path,
     made_of: MadeOf,
     files: Iterable[str] | None = None,
     known: Mapping[str, list[Any]] = MappingProxyType({}),
+    about: Collection[str] = (),
 ) -> None:
     """Write the manifest of a finished folder, for `files` relative to it, or all below it.
 
-    Files that another manifest lists are not read; `known` has their entries.
+    Files that another manifest lists are not read; `known` has their entries. Files `about` the
+    folder may change or go later: only `is_original` looks at them.
     """
     if files is None:
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
@@ -64,7 +79,16 @@ def write(
     names = sorted(files)
     entries = {**_entries(folder, [name for name in names if name not in known]), **known}
     content = {"made_of": dict(made_of), "files": {name: entries[name] for name in names}}
+    if about:
+        content["about"] = _entries(folder, about)
     write_whole(folder / FILE, json.dumps(content, indent=2))
+
+
+def remove(folder: Path) -> None:
+    """Remove the manifest of a folder before its files change; UserError if it is a folder."""
+    path = folder / FILE
+    check_is_no_folder(path)
+    path.unlink(missing_ok=True)
 
 
 def read(folder: Path, remedy: str) -> dict[str, Any]:
@@ -76,11 +100,25 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
-        return {section: dict(content[section].items()) for section in ("made_of", "files")}
+        content.setdefault("about", {})  # a manifest of an earlier release has none
+        found = {section: dict(content[section].items()) for section in _SECTIONS}
+        for name, entry in [*found["files"].items(), *found["about"].items()]:
+            _check_entry(name, entry)
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return found
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Raise ValueError unless a file is in the folder, and its entry has a size and a SHA-256."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is not in the folder")
+    size, sha256 = entry
+    if not isinstance(size, int) or not isinstance(sha256, str):
+        raise ValueError(f"{name!r} has {entry!r} in place of a size and a SHA-256")
 
 
 def check(
@@ -121,6 +159,15 @@ def is_made_of(folder: Path, made_of: MadeOf | None = None) -> bool:
     except UserError:
         return False
     return True
+
+
+def is_original(folder: Path, name: str) -> bool:
+    """Test whether a file about a finished folder is the one that it had when it was finished.
+
+    True if the manifest does not list it, as that of an earlier release.
+    """
+    listed = read(folder, "make it again")["about"].get(name)
+    return listed is None or _entries(folder, [name])[name] == listed
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import pandas as pd
@@ -392,4 +392,14 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
 def read_plan(workdir: Path) -> list[list[str]]:
     """The names of the members of each cohort of a sweep; empty if it has not started."""
     path = workdir / FILE
-    return read_json(path, "use another --workdir")["cohorts"] if path.exists() else []
+    if not path.exists():
+        return []
+    remedy = "use another --workdir"
+    plan = read_json(path, remedy).get("cohorts")
+    is_plan = isinstance(plan, list) and all(
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        for names in plan
+    )
+    if not is_plan:
+        raise UserError(f"{path} is damaged: it lists no members for each cohort; {remedy}")
+    return cast("list[list[str]]", plan)

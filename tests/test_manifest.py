@@ -71,6 +71,34 @@ def test_a_damaged_manifest_is_one_line(folder, content):
     assert manifest.FILE in fault_in(folder)
 
 
+@pytest.mark.parametrize("entry", [5, [1], [1, 2], ["1", "abc"], None, {"size": 1}])
+def test_an_odd_entry_of_a_manifest_is_one_line(folder, entry):
+    content = {"made_of": MADE_OF, "files": {"a.json": entry}}
+    (folder / manifest.FILE).write_text(json.dumps(content))
+    assert f"{manifest.FILE} is damaged" in fault_in(folder)
+
+
+@pytest.mark.parametrize("outside", ["../secret", "rejected/../../secret", "{above}/secret"])
+def test_a_manifest_names_only_files_in_its_folder(tmp_path, outside):
+    """Else who opens a folder of a stranger would read any file for him."""
+    folder, secret = tmp_path / "folder", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("mine")
+    name = outside.format(above=tmp_path)
+    content = {"made_of": MADE_OF, "files": {name: [4, "0" * 64]}}
+    (folder / manifest.FILE).write_text(json.dumps(content))
+    assert f"{name!r} is not in the folder" in fault_in(folder)
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
+    (tmp_path / "results.csv").mkdir()
+    fault = fault_of(manifest.write_whole, tmp_path / "results.csv", "text")
+    assert fault.startswith(f"{tmp_path / 'results.csv'} is a folder in the place of a file; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    (tmp_path / manifest.FILE).mkdir()
+    assert manifest.FILE in fault_of(manifest.remove, tmp_path)
+
+
 def test_a_fingerprint_is_of_the_content_of_the_named_files(folder, tmp_path_factory):
     def fingerprint(of):
         return manifest.fingerprint(of, ["b.bin", "a.json"], REMEDY)

@@ -4,7 +4,7 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -111,6 +111,7 @@ def validate(config: ConfigDict, devices: int | None = None, single: bool = Fals
     If it trains a `single` student, all devices share the requests of a batch.
     """
     keys = check_keys(config)
+    keys["sweep.ways"].check(config.sweep.ways)  # before their texts are read
     found = _num_devices()
     for text, way in {"": config, **ways(config)}.items():
         try:
@@ -126,6 +127,8 @@ def validate(config: ConfigDict, devices: int | None = None, single: bool = Fals
 
 def check_keys(config: ConfigDict) -> dict[str, Key]:
     """Return the keys of a config by name; raise UserError unless it has exactly these."""
+    if "data.name" not in flatten_dict(config.to_dict(), sep="."):
+        raise _lacks(["data.name"])
     check_choice("data.name", config.data.name, SOURCES)
     keys = keys_of(config.data.name)
     # A section that is a key itself is one value.
@@ -134,11 +137,16 @@ def check_keys(config: ConfigDict) -> dict[str, Key]:
         if name not in keys:
             raise _no_key(config, name)
     if lacking := sorted(keys.keys() - values.keys()):
-        raise UserError(
-            f"the config lacks {', '.join(lacking)}; it is that of another version of kd_ranker, "
-            "which environment.json of a run names"
-        )
+        raise _lacks(lacking)
     return keys
+
+
+def _lacks(names: Sequence[str]) -> UserError:
+    """The error for a config without some keys."""
+    return UserError(
+        f"the config lacks {', '.join(names)}; it is that of another version of kd_ranker, which "
+        "environment.json of a run names"
+    )
 
 
 def check_key(config: ConfigDict, name: str) -> None:

@@ -23,11 +23,11 @@ would begin in a funnel that narrows tenfold at each stage, r = 0, 9 and 99, so
     p = 1/2, 1/11, 1/101,    logit p = 0, −log 10, −log 100
 
 To add a signal, write a function from a batch to probabilities and weights, and name it in
-`SIGNALS`.
+`SIGNALS` with whether it needs the final ranker's scores.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,4 +89,21 @@ def _stage(batch: CandidateBatch) -> TeacherSignal:
     return probability, jnp.broadcast_to(batch.candidate_mask[..., None], shape).astype(jnp.float32)
 
 
-SIGNALS: dict[str, Callable[[CandidateBatch], TeacherSignal]] = {"logged": _logged, "stage": _stage}
+class Signal(NamedTuple):
+    """A signal.
+
+    Attributes:
+      read: a batch -> the probabilities and weights to learn from.
+      needs_scores: whether `read` needs the scores of the final ranker. A student that learns from
+        signals without them can be the baseline "without scores". They read stages, so their
+        batches have candidates of every stage.
+    """
+
+    read: Callable[[CandidateBatch], TeacherSignal]
+    needs_scores: bool
+
+
+SIGNALS: dict[str, Signal] = {
+    "logged": Signal(_logged, needs_scores=True),
+    "stage": Signal(_stage, needs_scores=False),
+}

@@ -33,7 +33,12 @@ from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns,
 from kd_ranker.evaluation.saving import FLOPS, Costs
 from kd_ranker.training.processes import on_first
 from kd_ranker.training.recipes import terms_of
-from kd_ranker.training.workdir import CONFIG_FILE, write_atomically
+from kd_ranker.training.workdir import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    START_FILE,
+    write_atomically,
+)
 
 Row = dict[str, object]
 Who = tuple[str, str]  # member and serve name
@@ -48,7 +53,7 @@ OTHER_KEYS = tuple(key.name for key in schema.sweepable() if not key.column)
 REPEAT = tuple(key.column for key in schema.repeat_keys())
 # The columns that, with `OTHER_KEYS`, identify a row of results.csv.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
-_LAST = ("non_finite_step", "member")
+_LAST = ("non_finite_step", "member", "needs_scores")
 # The columns that identify a setting, in the order of tables. Tables always show the first `NAMED`,
 # and the table of all measures those of `SETTING`.
 SETTING, NAMED = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS))), 3
@@ -284,16 +289,19 @@ def write_tables(
     made_of: manifest.MadeOf,
     parts: Collection[str] = (),
 ) -> None:
-    """Write tables by their file names, then the manifest of the folder, with its config if any.
+    """Write tables by their file names, then the manifest of the folder.
+
+    It lists the files of a run as well, if the folder has them.
 
     The tables are measured on rankers with the fingerprints `made_of`, or joined from `parts`, such
     as the manifests of cohorts.
     """
-    on_first(lambda: (folder / manifest.FILE).unlink(missing_ok=True))
+    on_first(lambda: manifest.remove(folder))
     for file, content in tables.items():
         write_atomically(folder / file, content)
-    config = [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
-    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *config]))
+    of_run = [name for name in (CONFIG_FILE, START_FILE) if (folder / name).exists()]
+    about = [name for name in (ENVIRONMENT_FILE,) if (folder / name).exists()]
+    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *of_run], about=about))
 
 
 class Kept(NamedTuple):

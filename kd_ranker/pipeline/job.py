@@ -201,6 +201,7 @@ class Finished(NamedTuple):
     version: str  # a name for its exact weights
     made_of: MadeOf  # the fingerprints that its checkpoint records
     policy: Policy | None = None  # chooses how many candidates it passes per request, if named
+    needs_scores: bool = False  # whether a student's training needs the final ranker's scores
 
     def __str__(self) -> str:
         return f"ranker: {self.title}, by its probabilities {self.serve!r}"
@@ -214,6 +215,12 @@ class Finished(NamedTuple):
     def dataset(self) -> Dataset:
         """The dataset that it was trained on, which has its ids, means and deviations."""
         return self.job.built
+
+
+def is_run(workdir: Place) -> bool:
+    """Test whether a workdir holds a run, finished or not."""
+    with fetched(workdir, with_checkpoints=False) as folder:
+        return (folder / workdirs.CONFIG_FILE).exists()
 
 
 def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
@@ -234,6 +241,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
     if trust and Path(file).is_file():
         register(file)
     try:
+        checks.check_keys(config)
         checks.validate(config, config.parallel.devices or config.parallel.members or 1)
     except UserError as error:
         if trust:
@@ -282,7 +290,11 @@ def open_finished(
     with fetched(place) as workdir:
         owner = workdirs.read_environment(workdir).get("command")
         if owner not in _RUNS:
-            raise UserError(f"{place} is of {owner}; name one of {', '.join(_RUNS)}")
+            raise UserError(
+                f"{place} does not record which command made it, one of {', '.join(_RUNS)}; "
+                f"restore its {workdirs.ENVIRONMENT_FILE}, or start that command again with its "
+                "flags"
+            )
         for flag, value in (("--member", member), ("--policy", policy_name)):
             if value and owner != "sweep":
                 raise UserError(
@@ -386,7 +398,13 @@ def _finished(
     if not with_slots:
         parameters = served(model, parameters, jax.default_backend())
     ranker = Ranker(make_serve(model, mode), put(parameters))
-    return Finished(title, job, member, serve or default, model, ranker, version, made_of)
+    needs_scores = False
+    if job.members:
+        config = job.members[member]
+        started_with_scores = workdirs.started_with_scores(folder, config)
+        needs_scores = started_with_scores or recipes.needs_scores(config)
+    found = Finished(title, job, member, serve or default, model, ranker, version, made_of)
+    return found._replace(needs_scores=needs_scores)
 
 
 def served(model: Model, parameters: Parameters, platform: str) -> Parameters:

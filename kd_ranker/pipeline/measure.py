@@ -25,6 +25,7 @@ from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
 from kd_ranker.progress import Bar
+from kd_ranker.training import recipes
 from kd_ranker.training.mapping import own_devices
 from kd_ranker.training.state import States, select_member, steps_of_members
 
@@ -51,6 +52,7 @@ def measure(
     fitted: Mapping[Who, Each] | None = None,
     keep: bool = False,
     limit: int = 0,
+    started_with_scores: bool = False,
 ) -> Measured:
     """Measure the teacher, then the trained students by member and serving choice, in one pass.
 
@@ -64,6 +66,8 @@ def measure(
       keep: whether to keep the contribution of each request, as always of the test split.
       limit: how many requests an evaluation during training reads, which omits FLOPs and the bar;
         0 takes `config.evaluation.limit`.
+      started_with_scores: whether the students started from a ranker that needs the final ranker's
+        scores, so that they need them too.
     """
     teacher = job.live_teacher and job.live_teacher.ranker
     if not job.members:
@@ -103,6 +107,8 @@ def measure(
             for serve in serves[name]:
                 row = named("student", name, serve)
                 row |= results.made_of(job.members[name]) | {"step": last_step}
+                needs_scores = started_with_scores or recipes.needs_scores(job.members[name])
+                row |= {"needs_scores": needs_scores}
                 if non_finite_step:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                 else:

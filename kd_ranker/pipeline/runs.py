@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
@@ -21,7 +22,7 @@ from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import cluster, datasets
-from kd_ranker.pipeline.job import Job, open_finished, open_job
+from kd_ranker.pipeline.job import Job, is_run, load_teacher, open_finished, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
 from kd_ranker.progress import Bar, Progress, Show
@@ -32,6 +33,7 @@ from kd_ranker.sweep import (
     Sweep,
     check_memory,
     cohort_size,
+    common,
     exhaustion_reported,
     open_sweep,
     read_plan,
@@ -69,7 +71,17 @@ def train(
             datasets.keep_data_report(job.built, folder)
         with training_bar(job, steps) as bar:
             states = fit(job, folder, bar)
-        measured = (measure(job, of, states, with_references=not members) for of in _SPLITS)
+        with_scores = bool(members) and workdirs.started_with_scores(folder, config)
+        measured = (
+            measure(
+                job,
+                split,
+                states,
+                with_references=not members,
+                started_with_scores=with_scores,
+            )
+            for split in _SPLITS
+        )
         write_measured(job, folder, job.made_of, *measured)
 
 
@@ -142,6 +154,7 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
         sweep.check_planned()
     datasets.keep_data_report(dataset, workdir)
     if sweep.is_complete():
+        _check_teachers(sweep)
         return False
     name, first = next(iter(sweep.members.items()))
     read = job.of({name: first}).dataset
@@ -169,6 +182,29 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
             )
         _test_and_join(sweep, jobs)
     return True
+
+
+def _check_teachers(sweep: Sweep) -> None:
+    """Raise UserError unless the teachers of a complete sweep are those that it was trained under.
+
+    A teacher that is gone, or of the logs, is no other one.
+    """
+    versions: dict[str, str] = {}  # by workdir, as cohorts share teachers
+    for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
+        config = common(cohort)
+        workdir = config.teacher.workdir
+        if not workdir:
+            continue
+        trained_under = manifest.read(folder, "start the sweep again")["made_of"]["teacher"]
+        if workdir not in versions:
+            found = is_run(place_of(workdir))
+            versions[workdir] = load_teacher(config).version if found else trained_under
+        if versions[workdir] != trained_under:
+            raise UserError(
+                f"{sweep.workdir} holds a sweep under the teacher {trained_under}, and {workdir} "
+                f"holds {versions[workdir]}; name the first one in teacher.workdir, or use another "
+                "--workdir"
+            )
 
 
 def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:
@@ -204,7 +240,9 @@ def _train_cohort(job: Job, folder: Path, bar: Bar) -> None:
     if is_measured(folder, job.made_of):
         bar.update(job.config.train.steps)
         return
-    measured = measure(job, "validation", fit(job, folder, bar))
+    states = fit(job, folder, bar)
+    with_scores = workdirs.started_with_scores(folder, job.config)
+    measured = measure(job, "validation", states, started_with_scores=with_scores)
     write_measured(job, folder, job.made_of, measured)
 
 
@@ -248,7 +286,13 @@ def _test_cohort(
     if policies and students:
         fitted = measure(job, "validation", students, serves=serves, keep=True).each
     tested = measure(
-        job, "test", students, serves=serves, with_references=with_references, fitted=fitted
+        job,
+        "test",
+        students,
+        serves=serves,
+        with_references=with_references,
+        fitted=fitted,
+        started_with_scores=workdirs.started_with_scores(folder, job.config),
     )
     write_measured(job, folder / TEST, owner, *measured, tested)
 
@@ -282,7 +326,7 @@ def fit(job: Job, workdir: Path, bar: Bar) -> States:
         check_same("dataset", str(job.dataset.identity))
         # Again for each cohort: free memory may differ from that at the start.
         check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)
-        begin = functools.partial(warm_start, job) if train.warm_start else None
+        begin = functools.partial(warm_start, job, workdir) if train.warm_start else None
         return fit_run(prepare_run(job), train, workdir, job.made_of, progress, bar, begin)
 
 
@@ -294,7 +338,7 @@ def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
     """
     dataset, groups, batches_on = job.dataset, job.groups, batches_on or job.device_map
     # Students that learn nothing from a teacher do not pay for one.
-    live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
+    live = job.live_teacher if recipes.learn_from_scores(groups) else None
     stage = TEACHER_STAGES[job.config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
     frozen = Frozen(items=dataset.items, teacher=live.ranker.parameters if live else None)
@@ -310,8 +354,8 @@ def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
     return make_run(groups, teacher, batches, frozen, job.device_map)
 
 
-def warm_start(job: Job, states: States) -> States:
-    """Start initial states from the run `train.warm_start`.
+def warm_start(job: Job, folder: Path, states: States) -> States:
+    """Start initial states from the run `train.warm_start`, and record it in the run's `folder`.
 
     The dataset is that of the earlier run, or one that extends it (`data.extends`), so known ids
     keep their rows. The parameters are those of that run, with the slots of embedding rows. Rows of
@@ -334,12 +378,14 @@ def warm_start(job: Job, states: States) -> States:
             f"{dataset.directory}; name a run on that dataset, or on one that it extends"
         )
     start = jax.tree.map(np.asarray, before.ranker.parameters)
-    return tuple(
+    started = tuple(
         dataclasses.replace(
             state, parameters=_grown(job, before.model, start, group, state.parameters)
         )
         for group, state in zip(job.groups, states, strict=True)
     )
+    workdirs.write_start(folder, workdir, before.version, before.needs_scores)
+    return started
 
 
 def _grown(

@@ -20,6 +20,13 @@ from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training import workdir as workdirs
 
 
+class Environment(NamedTuple):
+    """The environment in which a run was made, as it recorded it."""
+
+    values: dict[str, Any]  # none if it is unknown
+    missing: str = ""  # the reason why it is unknown, as a sentence
+
+
 class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
@@ -45,7 +52,7 @@ class Study(NamedTuple):
     varying: list[str]  # columns of a setting that differ, without mode, serving choice and weight
     allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
     configs: dict[str, ConfigDict]  # by the folder of each sweep
-    environments: dict[str, dict]  # the same; empty if unknown
+    environments: dict[str, Environment]  # the same
     # Of each sweep's number and cohort, what each test request adds to the measures of its rankers.
     kept: list[tuple[int, results.Kept]]
 
@@ -204,7 +211,7 @@ def _study(dataset: str, folders: list[Path]) -> Study:
         varying=results.varying_columns(students),
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
         configs=configs,
-        environments={str(folder): workdirs.read_environment(folder) for folder in folders},
+        environments={str(folder): _environment(folder) for folder in folders},
         kept=[
             (source, results.read_requests(tested))
             for source, folder in enumerate(folders)
@@ -212,6 +219,15 @@ def _study(dataset: str, folders: list[Path]) -> Study:
             if (tested / results.REQUESTS_FILE).exists()
         ],
     )
+
+
+def _environment(folder: Path) -> Environment:
+    name = workdirs.ENVIRONMENT_FILE
+    if not (folder / name).is_file():
+        return Environment({}, f"Not known: {folder} holds no {name}.")
+    if not manifest.is_original(folder, name):
+        return Environment({}, f"Not known: the {name} in {folder} is not that of this run.")
+    return Environment(workdirs.read_environment(folder))
 
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import datetime
 import os
+import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ FILE = ".lock"
 # Text next to the lock file, for the message that a second process prints.
 _HOLDER = ".lock-holder"
 FILES = frozenset({FILE, _HOLDER})
+_WORK = "work"
 
 
 @contextlib.contextmanager
@@ -34,17 +37,17 @@ def hold(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        other = "another process"
-        with contextlib.suppress(OSError):
-            other = holder.read_text(errors="replace") or other
-        raise UserError(f"{folder} is held by {other}; wait for its end") from error
+        raise UserError(f"{folder} is held by {_holder(holder)}; wait for its end") from error
     except OSError as error:
         raise UserError(
             f"{folder} cannot be locked: {error.filename}: {error.strerror}; use a folder that you "
             "can write to"
         ) from error
     with contextlib.suppress(OSError):
-        holder.write_text(this_process())
+        # A new file: to open a link would write to its target, and to open a pipe would wait.
+        holder.unlink(missing_ok=True)
+        with holder.open("x") as file:
+            file.write(this_process())
     try:
         yield
     finally:
@@ -57,6 +60,46 @@ def hold(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for of in missing:
                 of.rmdir()
+
+
+@contextlib.contextmanager
+def hold_work(folder: Path) -> Iterator[Path]:
+    """Lock a hidden folder, and yield an empty one in it for the temporary files of this process.
+
+    Both are removed at the end. The files that a killed process left in it are removed first.
+
+    Raises:
+      UserError: another process holds the lock, or the lock file cannot be written.
+    """
+    work = folder / _WORK
+    try:
+        with hold(folder):
+            shutil.rmtree(work, ignore_errors=True)
+            # Under the lock: to others, one that is there and not locked is a leftover.
+            work.mkdir()
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: another process holds it now
+            folder.rmdir()
+
+
+def remove_leftovers(above: Path, pattern: str) -> None:
+    """Remove folders of `hold_work` below another that killed processes left, by their names."""
+    for work in above.glob(f"{pattern}/{_WORK}"):
+        with contextlib.suppress(UserError), hold_work(work.parent):
+            pass
+
+
+def _holder(path: Path) -> str:
+    """Return the text of the process that holds a lock."""
+    text = ""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            text = path.read_text(errors="replace")
+    return text or "another process"
 
 
 def this_process() -> str:

@@ -21,13 +21,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Int64, Shaped
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kd_ranker.batch import FIELDS, STORED, FeatureSpec, Owner, Request
+from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, Rows, Windows, row_type, width_of
 from kd_ranker.requests.request import Block, block_of, runs, starts_of
 
@@ -281,6 +282,19 @@ def write(
     return len(whole)
 
 
+def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
+    """Load the array of a file; UserError for one that holds something else, such as a pickle."""
+    try:
+        loaded = np.load(path, mmap_mode=mmap_mode)
+    except (ValueError, EOFError) as error:
+        # Without the text of NumPy, which advises to load a pickle.
+        raise UserError(
+            f"{path} is damaged: it is no array of numbers; remove the folder {path.parent} and "
+            "make it again"
+        ) from error
+    return loaded
+
+
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
     """Return the requests of a split, backed by their files."""
     files, arrays, counted = [], [], []
@@ -290,7 +304,7 @@ def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
         # A read far from the last one must not read ahead.
         mapped.madvise(mmap.MADV_RANDOM)
         arrays.append(np.frombuffer(mapped, np.int32))
-        counted.append(np.asarray(np.load(counts_path, mmap_mode="r")))
+        counted.append(np.asarray(load_array(counts_path, mmap_mode="r")))
     starts = starts_of(np.array(list(map(len, arrays))))[:-1]
     counts = counted[0]
     if len(counted) > 1:

@@ -77,6 +77,8 @@ def build(
         return directory
     unfinished = directory.with_name(f".unfinished-{directory.name}")
     with hold(directory.parent):
+        if directory.exists():  # another process has finished it meanwhile
+            return directory
         shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.closing(open_source()) as source:
             _check(source, earlier)
@@ -200,7 +202,10 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
         directory=directory,
         identity={"dataset": f"{name}/{fingerprint}"},
         spec=spec,
-        items=Items(np.load(directory / _ITEMS_FILE), np.load(directory / _CATEGORY_FILE)),
+        items=Items(
+            row_files.load_array(directory / _ITEMS_FILE),
+            row_files.load_array(directory / _CATEGORY_FILE),
+        ),
         columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
         earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
     )
@@ -241,12 +246,19 @@ def with_column(
     candidates that reached `stage`; of other splits, all.
 
     Raises:
-      UserError: the column is missing or damaged, or of another content of the dataset.
+      UserError: the column is missing or damaged, of another teacher than `version`, or of another
+        content of the dataset.
     """
     if not folder.exists():
         raise UserError(f"no scores of teacher {version} at {folder}; make them with: {made_by}")
     remedy = _remedy(folder, made_by)
-    scored_dataset = manifest.check(folder, remedy).get("dataset")
+    made_of = manifest.check(folder, remedy)
+    if made_of.get("ranker") != version:
+        raise UserError(
+            f"{folder} has the scores of teacher {made_of.get('ranker')}, and the teacher is "
+            f"{version}; {remedy}"
+        )
+    scored_dataset = made_of.get("dataset")
     if scored_dataset != dataset.identity["dataset"]:
         raise UserError(
             f"{folder} has the scores of {scored_dataset}, and the dataset is now "
@@ -256,7 +268,8 @@ def with_column(
     fingerprint = manifest.fingerprint(folder, files, remedy)
     columns = {}
     for split, of in dataset.columns.items():
-        values = np.asarray(np.load(_column_path(folder, split), mmap_mode="r")).view(np.int32)
+        stored = row_files.load_array(_column_path(folder, split), mmap_mode="r")
+        values = np.asarray(stored).view(np.int32)
         tasks, logged = values.shape[1], of.candidates
         windows = Windows([values.reshape(-1)], tasks)
         column = Rows(windows, row_type(dataset.spec, "scored"), tasks * first_rows(of), tasks)

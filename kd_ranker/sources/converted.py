@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import digest, write_whole
+from kd_ranker.requests.lock import hold_work
 from kd_ranker.requests.request import SPLITS, Source, starts_of
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
@@ -54,20 +55,25 @@ class Converter(NamedTuple):
         files = self.find_files(data)
         folder = self._folder(data, files)
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".log-", dir=folder.parent) as temporary:
-                log = Path(temporary) / "log"
-                log.mkdir()
-                try:
-                    self.write(data, files, log)
-                except (duckdb.Error, pa.ArrowException) as error:
-                    raise UserError(
-                        f"{files[0].parent} cannot be made a log: {line_of(error)}"
-                    ) from error
-                log.rename(folder)
+            self._convert(data, files, folder)
         source = parquet.open_source(_own(data, folder), tasks, funnel)
         spec = dataclasses.replace(source.spec, dataset=str(data.name))
         return dataclasses.replace(source, spec=spec)
+
+    def _convert(self, data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
+        """Write the log of raw files to `folder`; UserError if another process does so now."""
+        with hold_work(folder.with_name(f".unfinished-{folder.name}")) as work:
+            if folder.exists():  # another process has finished it meanwhile
+                return
+            log = work / "log"
+            log.mkdir()
+            try:
+                self.write(data, files, log)
+            except (duckdb.Error, pa.ArrowException) as error:
+                raise UserError(
+                    f"{files[0].parent} cannot be made a log: {line_of(error)}"
+                ) from error
+            log.rename(folder)
 
     def check_unchanged(self, data: ConfigDict, directory: Path) -> None:
         """Raise UserError if raw files are not those of the dataset in `directory`, or missing."""

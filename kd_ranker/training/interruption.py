@@ -20,18 +20,22 @@ def clean_up_on_signal() -> Iterator[None]:
 
     A second signal, and any after the context, ends the process at once.
     """
+    received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         end_on_signal()
+        received.append(number)
         raise SystemExit(128 + number)  # asyncio loops let it pass
 
     _handle(stop)
     try:
         yield
-    except SystemExit as ended:
-        if ended.code in [128 + of for of in _SIGNALS]:
-            _print(int(ended.code) - 128)
-        raise
+    except BaseException as ended:
+        if not received:
+            raise
+        # Not always the error of `stop`: DuckDB, for one, raises another in its place.
+        _print(received[0])
+        raise SystemExit(128 + received[0]) from ended
     finally:
         end_on_signal()
 

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # for barriers without devices
 from jax.experimental import multihost_utils
 
 from kd_ranker.errors import UserError
@@ -53,7 +52,7 @@ def start() -> None:
 
 def index() -> int:
     """Return the index of this process; 0 if it is the only one."""
-    return distributed.global_state.process_id
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_first() -> bool:
@@ -63,7 +62,7 @@ def is_first() -> bool:
 
 def are_distributed() -> bool:
     """Return True once `start` has joined several processes."""
-    return (distributed.global_state.num_processes or 1) > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def on_first(function: Callable[[], _Result]) -> _Result:
@@ -131,11 +130,15 @@ def check_same(name: str, text: str) -> None:
 
 def ends_with_all() -> bool:
     """Wait at a barrier; return True if all processes arrive, as after a common failure."""
-    client = distributed.global_state.client
-    if client is None:
+    if not are_distributed():
         return True
+    # Imported here, as it takes seconds. JAX's own barriers need the devices, which other processes
+    # may be using.
+    import orbax.checkpoint as ocp
+
+    wait_at_barrier = ocp.multihost.get_barrier_sync_fn()
     try:
-        client.wait_at_barrier("kd_ranker ends", 1000 * _SECONDS_TO_END)
+        wait_at_barrier(key="kd_ranker ends", timeout_ms=1000 * _SECONDS_TO_END)
     except jax.errors.JaxRuntimeError:
         return False
     if is_first():

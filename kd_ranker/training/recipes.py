@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import WHOLE, Deal, FeatureSpec, Stage
+from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.batches.training import Needs
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
+from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.row_optimizers import ADAM, ROW_OPTIMIZERS
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import Init, Model, build_model
@@ -168,15 +170,15 @@ def needs(
 
     Without one, the logged teacher scores candidates of `stage` or a later one.
     """
-    signals = signals_of(groups)
+    read_stages = any(not SIGNALS[name].needs_scores for name in signals_of(groups))
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
     of_unshown = any(group.recipe.unshown_are_negatives for group in groups)
     return Needs(
         stage=min(
             teacher.stage if teacher else Stage.SHOWN,
-            Stage.RETRIEVED if of_unshown or "stage" in signals else Stage.SHOWN,
+            Stage.RETRIEVED if of_unshown or read_stages else Stage.SHOWN,
         ),
-        logged=stage if "logged" in signals and teacher is None else None,
+        logged=stage if learn_from_scores(groups) and teacher is None else None,
         history=any(model.reads_history for model in models),
     )
 
@@ -184,6 +186,20 @@ def needs(
 def signals_of(groups: Sequence[Group]) -> set[str]:
     """Return the names of the signals that the groups learn from."""
     return {term.signal for group in groups for term in group.recipe.terms}
+
+
+def learn_from_scores(groups: Sequence[Group]) -> bool:
+    """Return True if any of the groups learns from the final ranker's scores."""
+    return any(SIGNALS[name].needs_scores for name in signals_of(groups))
+
+
+def needs_scores(config: ConfigDict) -> bool:
+    """Return True if a student's loss or the draw of its batches needs the final ranker's scores.
+
+    One that starts with the parameters of another run may need them for that; see `warm_start`.
+    """
+    of_loss = any(SIGNALS[term.signal].needs_scores for term in terms_of(config))
+    return of_loss or SAMPLERS[config.batch.sampler].needs_scores
 
 
 def terms_of(config: ConfigDict) -> tuple[Term, ...]:

@@ -150,7 +150,7 @@ def _train_group(
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group; one without a finite loss is frozen from this step."""
     spec, tables = recipe.model.embedding, state.parameters.tables
-    signals = [SIGNALS[term.signal](batch) for term in recipe.terms]
+    signals = [SIGNALS[term.signal].read(batch) for term in recipe.terms]
     if not recipe.unshown_are_negatives:
         # Candidates without a label or a signal would only cost time.
         batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in signals)]))

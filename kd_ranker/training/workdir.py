@@ -23,6 +23,7 @@ from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
+START_FILE = "warm_start.json"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -40,7 +41,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         parsed = json.loads(path.read_bytes())
         if not isinstance(parsed, dict):
             raise ValueError("it is not a JSON object")
-    except ValueError as error:
+    except (ValueError, IsADirectoryError) as error:
         raise UserError(f"{path} is damaged: {error}; {remedy}") from error
     return parsed
 
@@ -125,6 +126,34 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeO
     }
     write_atomically(workdir / CONFIG_FILE, config.to_json(indent=2, sort_keys=True))
     write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
+
+
+def write_start(workdir: Path, before: str, version: str, needs_scores: bool) -> None:
+    """Record the ranker that the training in `workdir` starts from.
+
+    Args:
+      workdir: the folder of the run.
+      before: the workdir of that ranker.
+      version: its exact weights.
+      needs_scores: whether these need the final ranker's scores.
+    """
+    content = {"workdir": before, "version": version, "needs_scores": needs_scores}
+    write_atomically(workdir / START_FILE, json.dumps(content, indent=2))
+
+
+def started_with_scores(workdir: Path, config: ConfigDict) -> bool:
+    """Return True if the training in `workdir` started from a ranker that needs scores.
+
+    True as well if it started from one and did not record it, as in an earlier release: then it is
+    no baseline without scores.
+    """
+    if not config.train.warm_start:
+        return False
+    path = workdir / START_FILE
+    if not path.exists():
+        return True
+    start = read_json(path, "remove it: its students then count as trained with scores")
+    return bool(start.get("needs_scores", True))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

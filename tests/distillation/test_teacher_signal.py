@@ -35,7 +35,7 @@ def test_a_stage_is_a_grade_that_weighs_a_tenth_of_the_one_above_it():
 def test_every_candidate_of_a_batch_has_its_stage_for_a_label_of_every_task():
     # Whatever was logged.
     batch = random_batch(0).replace(teacher_probability=None, teacher_weight=None)
-    probability, weight = map(np.asarray, SIGNALS["stage"](batch))
+    probability, weight = map(np.asarray, SIGNALS["stage"].read(batch))
     by_stage = np.array([np.nan, 1 / 101, 1 / 11, 1 / 2], np.float32)
     expected = np.repeat(by_stage[batch.stage][..., None], len(SPEC.tasks), axis=-1)
     np.testing.assert_allclose(probability, expected, rtol=1e-6)

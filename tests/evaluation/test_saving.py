@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 
 from kd_ranker.config import defaults
+from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
+from kd_ranker.training import recipes
 
 NAN = math.nan
 
@@ -130,6 +132,28 @@ def test_each_saving_has_the_baseline_that_it_names():
     assert saving.baselines(sampled)["funnel_cost_saving"] == "show_rate"
     lists = without[~without["setting"].str.contains("stage a")]
     assert saving.baselines(lists)["funnel_cost_saving"] == "show_rate"
+
+
+def test_what_training_recorded_decides_who_needs_scores():
+    rows = rows_of({"none": {"a": [100, 100], "b": [300, 310]}, "aux topk:own": {"a": [200, 200]}})
+    assert saving.baselines(rows)["funnel_cost_saving"] == "none a"
+    # It started from a distilled student; the loss of the other has a signal without scores.
+    recorded = {"none a": True, "none b": False, "aux topk:own a": False}
+    rows["needs_scores"] = rows["setting"].map(recorded)
+    assert saving.baselines(rows)["funnel_cost_saving"] == "aux topk:own a"
+
+
+@pytest.mark.parametrize(
+    ("needs_scores", "baseline"), [(True, "none a"), (False, "aux topk:own a")]
+)
+def test_a_signal_declares_whether_it_needs_scores(monkeypatch, needs_scores, baseline):
+    signal = SIGNALS["stage"]._replace(needs_scores=needs_scores)
+    monkeypatch.setitem(SIGNALS, "own", signal)
+    rows = rows_of({"none": {"a": [300, 310]}, "aux topk:own": {"a": [200, 200]}})
+    assert saving.baselines(rows)["funnel_cost_saving"] == baseline
+    config = defaults.get_config("cascade")
+    config.distill.mode, config.distill.loss = "aux", "topk:own"
+    assert recipes.needs_scores(config) == needs_scores
 
 
 @pytest.mark.parametrize("lacking", ["validation", "test"])

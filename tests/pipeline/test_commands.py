@@ -20,7 +20,7 @@ from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.pipeline import datasets, measure, scoring
 from kd_ranker.pipeline import job as jobs
-from kd_ranker.pipeline.job import load_teacher, open_job
+from kd_ranker.pipeline.job import load_teacher, open_finished, open_job
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.lock import hold
@@ -247,6 +247,115 @@ def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, mo
     (directory / "teacher-test.npy").write_bytes(after["teacher-test.npy"][:-1] + b"x")
     assert "teacher-test.npy has changed; remove the folder" in fault_of(api.log_teacher, apart)
     assert "teacher-test.npy has changed" in fault_of(api.train, logged, tmp_path / "student")
+
+
+def test_scores_of_another_teacher_in_the_folder_of_this_one_are_refused(apart):
+    directory, version = api.log_teacher(apart).directory, load_teacher(apart).version
+    other = directory.with_name(directory.name.replace(version, "another"))
+    directory.rename(other)
+    fault = fault_of(datasets.dataset_under, apart, datasets.dataset_of(apart), "another")
+    found = f"{other} has the scores of teacher {version}, and the teacher is another; remove"
+    assert fault.startswith(found)
+
+
+@pytest.fixture
+def exchange(world, tmp_path):
+    """A teacher's workdir, and a function that puts another teacher there."""
+    workdir = tmp_path / "exchanged"
+    shutil.copytree(world.teacher, workdir)
+    config = world.config(teacher__workdir="", seed=5)
+    other = world.made("another_teacher", lambda folder: api.train_teacher(config, folder))
+    return workdir, lambda: shutil.copytree(other, workdir)
+
+
+@pytest.mark.parametrize("source", ["live", "logged"])
+@pytest.mark.parametrize("command", [api.train, api.sweep])
+def test_results_under_another_teacher_are_not_taken_for_these(
+    apart, tmp_path, exchange, command, source
+):
+    teacher, put_other = exchange
+    changes = {"train.steps": 4, "train.eval_every": 0, "sweep.modes": ("none",)}
+    apart.update_from_flattened_dict(
+        changes | {"teacher.workdir": str(teacher), "teacher.source": source}
+    )
+    workdir, versions = tmp_path / "run", []
+    for last in (False, True):
+        versions.append(load_teacher(apart).version)
+        if source == "logged":
+            api.log_teacher(apart)
+        if last:
+            break
+        command(apart, workdir)
+        shutil.rmtree(teacher)
+        put_other()
+    before = (workdir / results.FILE).read_bytes()
+    fault = fault_of(command, apart, workdir)
+    assert all(version in fault for version in versions)
+    assert "use another --workdir" in fault
+    assert (workdir / results.FILE).read_bytes() == before
+
+
+def test_a_complete_sweep_does_not_need_its_teacher(apart, tmp_path, exchange):
+    teacher, _ = exchange
+    changes = {"train.steps": 4, "train.eval_every": 0, "teacher.workdir": str(teacher)}
+    apart.update_from_flattened_dict(changes)
+    assert small.sweep(apart, tmp_path / "run")
+    shutil.rmtree(teacher)
+    assert not small.sweep(apart, tmp_path / "run")
+    assert read_studies([tmp_path / "run"])
+    assert open_finished(tmp_path / "run")
+
+
+def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_this(
+    world, copy_of
+):
+    workdir = copy_of(world.student("none"))
+    file = workdir / workdirs.ENVIRONMENT_FILE
+
+    def environment():
+        (study,) = read_studies([workdir])
+        return study.environments[str(workdir)]
+
+    assert environment().values["command"] == "train"
+    file.write_text(file.read_text().replace('"jax": "', '"jax": "9'))
+    assert environment() == (
+        {},
+        f"Not known: the {file.name} in {workdir} is not that of this run.",
+    )
+    file.unlink()
+    assert environment() == ({}, f"Not known: {workdir} holds no {file.name}.")
+    # Nothing else depends on it.
+    assert manifest.is_made_of(workdir)
+
+
+def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(world, tmp_path):
+    """Else it could be the baseline without scores."""
+    steps = {"train.steps": 2, "train.eval_every": 0, "distill.affine": False}
+    # A run, its mode, and the one that it starts from, perhaps moved meanwhile.
+    runs = [
+        ("distilled", "shared", ""),
+        ("once", "none", "distilled"),
+        ("twice", "none", "moved"),
+        ("plain", "none", ""),
+        ("plain_again", "none", "plain"),
+    ]
+    needs_scores = {}
+    for name, mode, before in runs:
+        config = world.config()
+        config.update_from_flattened_dict({**steps, "distill.mode": mode})
+        config.train.warm_start = str(tmp_path / before) if before else ""
+        api.train(config, tmp_path / name)
+        students = rows_of(tmp_path / name, "test")
+        (needs_scores[name],) = students["needs_scores"]
+        if name == "once":
+            shutil.rmtree(tmp_path / "distilled")
+            (tmp_path / name).rename(tmp_path / "moved")
+    expected = {"distilled": True, "once": True, "twice": True}
+    assert needs_scores == expected | {"plain": False, "plain_again": False}
+    (study,) = read_studies([tmp_path / "moved"])
+    assert study.baseline not in [*study.rows["setting"]]
+    (study,) = read_studies([tmp_path / "plain_again"])
+    assert not study.rows["needs_scores"].any()
 
 
 def chosen_by_hand(workdir):

@@ -1,13 +1,16 @@
 """`import kd_ranker as kd`: the names that outsiders use."""
 
+import importlib
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 import kd_ranker as kd
 from kd_ranker.pipeline import runs
 from kd_ranker.sweep import sweep_members
+from tests.faults import fault_of
 from tests.report import sweeps
 
 
@@ -34,6 +37,36 @@ from kd_ranker import configs
 assert kd.configs is configs
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"data": 5}', '{"data": {"name": "cascade"}}'])
+def test_a_config_that_lacks_keys_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    fault = fault_of(kd.export, tmp_path, tmp_path / "served")
+    assert fault.startswith("the config lacks ")
+
+
+def test_a_name_that_is_replaced_stays_replaced(monkeypatch):
+    """Also where a module has its name: `kd_ranker.sweep`."""
+    for name in ("sweep", "report", "train"):
+        monkeypatch.setattr(kd, name, len)
+        importlib.import_module("kd_ranker.sweep")
+        assert getattr(kd, name) is len
+
+
+def test_only_text_that_is_asked_for_reads_a_url(students, monkeypatch):
+    """A debugger and a notebook show values unasked."""
+    monkeypatch.setattr(fsspec, "open", None)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", None)
+    at_url = kd.Trained("memory://bucket/sweep")
+    report = kd.Report(("25% less",), "memory://bucket/report.html", students=at_url)
+    assert "memory://bucket/sweep" in repr(at_url)
+    assert "memory://bucket/report.html" in repr(report)
+    assert report._repr_html_() is None
+
+
+def test_a_result_that_is_gone_has_a_name(tmp_path):
+    assert str(tmp_path / "gone") in repr(kd.Trained(tmp_path / "gone"))
 
 
 def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):

@@ -85,3 +85,38 @@ def test_folders_that_were_made_go_again_if_they_stay_empty_whatever_happens(tmp
         (folder / "file").touch()
     assert [path.name for path in folder.iterdir()] == ["file"]
     assert can_be_held(folder)
+
+
+def test_a_link_in_place_of_the_holder_is_replaced_and_its_target_is_left_alone(tmp_path):
+    target = tmp_path / "notes"
+    target.write_text("mine")
+    folder = tmp_path / "held"
+    folder.mkdir()
+    (folder / ".lock-holder").symlink_to(target)
+    assert can_be_held(folder)
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("planted", ["before", "after"])
+def test_a_pipe_in_place_of_the_holder_is_neither_written_nor_read(tmp_path, planted):
+    """Either would wait for ever for its other end."""
+    if planted == "before":
+        os.mkfifo(tmp_path / ".lock-holder")
+    with lock.hold(tmp_path):
+        if planted == "after":
+            (tmp_path / ".lock-holder").unlink()
+            os.mkfifo(tmp_path / ".lock-holder")
+        assert f"{tmp_path} is held by " in fault_in(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_files_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path):
+    mine, left = tmp_path / ".work-1", tmp_path / ".work-2" / "work"
+    left.mkdir(parents=True)
+    (left / "table").touch()
+    with lock.hold_work(mine) as work:
+        (work / "table").touch()
+        lock.remove_leftovers(tmp_path, ".work-*")
+        assert (work / "table").exists()
+        assert [path.name for path in tmp_path.iterdir()] == [mine.name]
+    assert not [*tmp_path.iterdir()]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kd_ranker import manifest
 from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
 from kd_ranker.requests import lock, storage
@@ -86,6 +87,15 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
     assert fault.endswith("make it with: some command")
 
 
+@pytest.mark.parametrize("name", ["items.npy", "item_category.npy", "counts-train.npy"])
+def test_a_pickle_in_place_of_an_array_is_one_line(tmp_path, name):
+    directory = storage.build(random_source, "small", str(tmp_path))
+    np.save(directory / name, np.array([{}], object))
+    manifest.write(directory, {"dataset": "small"})
+    fault = fault_of(storage.open_dataset, "small", str(tmp_path), "some command")
+    assert fault.startswith(f"{directory / name} is damaged: it is no array of numbers; remove")
+
+
 def test_building_again_leaves_the_dataset_alone(tmp_path):
     directory = storage.build(random_source, "small", str(tmp_path))
     before = {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
@@ -154,6 +164,21 @@ def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path
         built(tmp_path, random_source(), "other")
     storage.build(lambda: source, "small", str(tmp_path))
     assert len(read) == 6
+
+
+def test_a_dataset_that_another_process_finished_just_before_the_lock_is_kept(
+    tmp_path, monkeypatch
+):
+    def hold_after_another_build(folder):
+        monkeypatch.setattr(storage, "hold", lock.hold)
+        storage.build(random_source, "small", str(tmp_path))
+        return lock.hold(folder)
+
+    monkeypatch.setattr(storage, "hold", hold_after_another_build)
+    source, read = in_shards(4, 1)
+    directory = storage.build(lambda: source, "small", str(tmp_path))
+    assert directory.is_dir()
+    assert not read
 
 
 # Builds a dataset in a separate process, and dies in a second build before it writes the index.

@@ -11,10 +11,13 @@ from kd_ranker.config import checks
 from kd_ranker.configs import letor, trec
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets
+from kd_ranker.requests import lock
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources import converted
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.ranking_files import agreement
 from kd_ranker.sources.registry import SOURCES
+from tests.faults import fault_of
 
 WIDTH = 5
 WORDS = dict(train="train", validation="vali", test="test")
@@ -306,3 +309,39 @@ def test_keys_at_fault_are_named(lists, fold):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             kd.prepare(config)
+
+
+def test_a_log_that_another_process_converted_just_before_the_lock_is_kept(fold, monkeypatch):
+    """Two configs with another `funnel.passed` share the log of their raw files."""
+    config, other = letor_config(fold), letor_config(fold)
+    other.funnel.passed += 1
+
+    def hold_after_another_build(folder):
+        monkeypatch.setattr(converted, "hold_work", lock.hold_work)
+        kd.prepare(other)
+        return lock.hold_work(folder)
+
+    monkeypatch.setattr(converted, "hold_work", hold_after_another_build)
+    directory = kd.prepare(config).directory
+    assert directory != kd.prepare(other).directory
+    assert len([*(fold.parent / "data" / "logs").glob("[!.]*")]) == 1
+
+
+def test_a_log_that_another_process_converts_is_one_line(fold, monkeypatch):
+    config = letor_config(fold)
+    converter = SOURCES[config.data.name].open_source.__self__
+    folder = converter._folder(config.data, converter.find_files(config.data))
+    with lock.hold_work(folder.with_name(f".unfinished-{folder.name}")):
+        assert f"{folder.name} is held by process " in fault_of(kd.prepare, config)
+    assert kd.prepare(config).directory.is_dir()
+
+
+def test_what_a_killed_conversion_left_is_removed(fold):
+    config = letor_config(fold)
+    converter = SOURCES[config.data.name].open_source.__self__
+    folder = converter._folder(config.data, converter.find_files(config.data))
+    left = folder.with_name(f".unfinished-{folder.name}") / "work" / "log"
+    left.mkdir(parents=True)
+    (left / "log.parquet").write_bytes(b"PAR1")
+    kd.prepare(config)
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]

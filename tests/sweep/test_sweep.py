@@ -219,6 +219,7 @@ NO_KEY = "is not KEY=VALUE,VALUE with a key that a sweep varies"
             {"ways": ("train.steps=7", "train.steps=8"), "axes": {"train.steps": (5, 6)}},
             "sweep.axes.train.steps=(5, 6): no member of the sweep has 5",
         ),
+        ({"ways": ((1, 2),)}, "sweep.ways has (1, 2); it takes names"),
         ({"ways": ("distill.mode=none",), "modes": ("shared",)}, "no member of the sweep has 'sha"),
         *(
             ({"ways": ("distill.mode=none", way)}, f"sweep.ways={way!r}: {message}")
@@ -303,6 +304,15 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     read = open_sweep(config_of(), tmp_path, DATASET)
     assert dataclasses.replace(read, members={}) == dataclasses.replace(started, members={})
     assert planned(tmp_path, 5, config_of()).plan == started.plan
+
+
+@pytest.mark.parametrize(
+    "plan", ["{}", '{"cohorts": 5}', '{"cohorts": ["a"]}', '{"cohorts": [[]]}']
+)
+def test_a_damaged_plan_is_one_line(tmp_path, plan):
+    (tmp_path / "cohorts.json").write_text(plan)
+    fault = fault_of(open_sweep, config_of(), tmp_path, DATASET)
+    assert fault.startswith(f"{tmp_path / 'cohorts.json'} is damaged: ")
 
 
 def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):

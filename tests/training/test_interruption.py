@@ -19,6 +19,18 @@ with interruption.clean_up_on_signal():
     asyncio.run(main())
 """
 
+# As DuckDB does where a signal interrupts a query.
+_AS_ANOTHER_ERROR = """
+import os, signal
+from kd_ranker.training import interruption
+
+with interruption.clean_up_on_signal():
+    try:
+        os.kill(os.getpid(), signal.{name})
+    except SystemExit as ended:
+        raise RuntimeError("Query interrupted") from ended
+"""
+
 _TWICE = """
 import os, signal
 from kd_ranker.training import interruption
@@ -35,6 +47,8 @@ with interruption.clean_up_on_signal(), interruption.deferred():
     [
         (_IN_A_LOOP, "SIGTERM", 143, ""),
         (_IN_A_LOOP, "SIGINT", 130, ""),
+        (_AS_ANOTHER_ERROR, "SIGTERM", 143, ""),
+        (_AS_ANOTHER_ERROR, "SIGINT", 130, ""),
         (_TWICE, "INT", 130, "after SIGTERM\n"),
     ],
 )

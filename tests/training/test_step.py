@@ -233,7 +233,7 @@ def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
     recipe, state = make_recipe("aux", "sgd")
     recipes = [recipe._replace(terms=(Term("softmax", signal),)) for signal in SIGNALS]
     batch = random_batch(3)
-    probability, weight = SIGNALS["stage"](batch)
+    probability, weight = SIGNALS["stage"].read(batch)
     said = batch.replace(teacher_probability=probability, teacher_weight=weight)
     silent = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
     logged, losses = run(recipes[0], state, [said])

@@ -68,6 +68,14 @@ def test_a_damaged_file_is_named_with_a_remedy_and_stays(tmp_path, file, message
     assert (tmp_path / file).read_text() == damaged
 
 
+@pytest.mark.parametrize("file", [workdirs.CONFIG_FILE, workdirs.ENVIRONMENT_FILE])
+def test_a_folder_in_the_place_of_a_file_is_named_with_a_remedy(tmp_path, file):
+    claim(tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()
+    assert fault_of(claim, tmp_path).startswith(f"{tmp_path / file} is damaged: ")
+
+
 def test_a_file_is_replaced_whole_or_stays_and_nothing_else_is_left(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file"
     for text in ("one", "two"):

@@ -15,7 +15,7 @@ import functools
 import itertools
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
+from kd_ranker.requests.lock import hold_work, remove_leftovers
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Block, Source
 from kd_ranker.sources.logs import data_report, encode, files, findings, vocabulary
@@ -40,6 +41,8 @@ from kd_ranker.sources.logs.query import PREFIX, Query
 
 # Folder below `data.dir` for the report of a log that makes no dataset.
 REFUSED = "refused_log"
+# The beginning of the name of a hidden folder there, for the tables of a log that is read.
+_WORK = ".parquet-"
 # Numbers of a column that are enough to guess what they are.
 _SOME_NUMBERS = 1000
 _REMEDY = "or make a dataset of the whole log: leave data.extends out"
@@ -109,10 +112,10 @@ def open_source(
     layout = read_layout(data, tasks, funnel)
     earlier = _open_earlier(layout, extended) if extended else _Earlier()
     log = files.open_log(layout, earlier.files)
-    Path(layout.directory).mkdir(parents=True, exist_ok=True)
+    directory = Path(layout.directory)
+    remove_leftovers(directory, f"{_WORK}*")
     with contextlib.ExitStack() as stack:
-        work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
-        stack.callback(shutil.rmtree, work)
+        work = stack.enter_context(hold_work(directory / f"{_WORK}{uuid.uuid4().hex[:12]}"))
         opened = open_tables(log, layout, work, earlier.encoding)
         source = _source(stack.enter_context(opened), earlier)
         # From here on, the source closes all of it.

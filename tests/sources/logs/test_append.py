@@ -296,11 +296,11 @@ def monday(day_one, tmp_path):
     return made_small(config_of(day_one / "log", day_one / "before")), tmp_path / "monday"
 
 
-def started(config):
+def started(config, folder):
     """The parameters of a fresh run, and those that it starts with, without the axis of members."""
     job = open_job(config, {"": config})
     fresh = tuple(group.init() for group in job.groups)
-    (begun,) = warm_start(job, fresh)
+    (begun,) = warm_start(job, folder, fresh)
     return jax.tree.map(lambda of: np.asarray(of)[0], (fresh[0].parameters, begun.parameters))
 
 
@@ -314,7 +314,7 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, monday, day_o
     after = second()
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.train.warm_start, config.seed = str(monday[1]), 7
-    fresh, begun = started(config)
+    fresh, begun = started(config, tmp_path)
     assert_equal(begun.dense, old.dense)
     spec = open_finished(monday[1]).dataset.spec
     sizes = {"user": "num_users", "item": "num_items", "category": "num_categories"}
@@ -351,7 +351,7 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tm
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(workdir), 7
     job = open_job(config)
-    (begun,) = warm_start(job, tuple(group.init() for group in job.groups))
+    (begun,) = warm_start(job, tmp_path, tuple(group.init() for group in job.groups))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
     assert_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
@@ -359,4 +359,4 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tm
     config.teacher.train.warm_start, config.train.warm_start = "", str(workdir)
     student = open_job(config, {"": config})
     with pytest.raises(UserError, match="monday is of a teacher, not of a student"):
-        warm_start(student, ())
+        warm_start(student, tmp_path, ())

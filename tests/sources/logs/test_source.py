@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import shutil
+import signal
 import uuid
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.logs import database, query
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
+from tests import small
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
 from tests.sources.log_server import Server
@@ -588,8 +590,36 @@ def test_tables_that_outgrow_memory_change_nothing(config, tmp_path, monkeypatch
     within = read(config, tmp_path / "within")
     monkeypatch.setattr(database, "_BYTES_A_BYTE", 2**30)
     with contextlib.closing(faulty_logs.open_source(config)) as source:
-        assert [*tmp_path.glob("datasets/.parquet-*/tables.duckdb")]
+        assert [*tmp_path.glob("datasets/.parquet-*/work/tables.duckdb")]
         assert same(faulty_logs.all_requests(source), within.requests)
+
+
+# Reads a log, and is killed when it is in tables on disk.
+_KILLED = """
+import os, signal, sys
+from kd_ranker.sources.logs import encode
+from tests import small
+from tests.sources import faulty_logs
+
+encode.write_ordered = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+faulty_logs.open_source(faulty_logs.config(sys.argv[1], sys.argv[2]))
+"""
+
+
+def test_the_tables_of_a_killed_build_are_removed_by_the_next_and_those_of_another_stay(tmp_path):
+    log, folder = write_log(tmp_path / "log", make_rows(27)), tmp_path / "datasets"
+    killed = small.run("-c", _KILLED, str(log), str(folder))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = folder.glob(".parquet-*")
+    config = faulty_logs.config(log, folder)
+    with contextlib.closing(faulty_logs.open_source(config)) as source:
+        (own,) = folder.glob(".parquet-*")
+        assert own != left
+        with contextlib.closing(faulty_logs.open_source(config)):
+            assert len([*folder.glob(".parquet-*")]) == 2
+        assert own.exists()
+        assert faulty_logs.all_requests(source)
+    assert not [*folder.glob(".parquet-*")]
 
 
 def test_a_log_that_has_changed_is_not_taken_for_the_one_before(tmp_path):
