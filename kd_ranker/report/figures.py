@@ -246,7 +246,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
         origin.mark_rule().encode(y=alt.value(0), y2=alt.value("height")),
         origin.mark_rule().encode(x=alt.value(0), x2=alt.value("width")),
         origin.mark_point(filled=False, size=60, opacity=1),
-        origin.mark_text(align="left", dx=6, dy=9, fontSize=10).encode(text="text:N"),
+        origin.mark_text(align="right", dx=-7, dy=-7, fontSize=10).encode(text="text:N"),
         *_points(study, data, x, y, ("saving", "users")),
     ]
     return Figure(
