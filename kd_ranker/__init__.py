@@ -1,4 +1,4 @@
-"""Distil a final ranker into an early ranker, and measure the savings in the funnel.
+"""Distill a final ranker into an early ranker, and measure the savings in the funnel.
 
 The names in `__all__` are stable; the rest of the package may change. For example:
 

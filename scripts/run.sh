@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job: the dataset, the teacher, a sweep of students under that teacher, the report.
+# The main job: the dataset, a teacher if the log has no scores, a sweep of students, the report.
 #
 #   ./scripts/run.sh
 #   ./scripts/run.sh --config=configs/sweeps/movielens.py --workdir=/data/runs/movielens

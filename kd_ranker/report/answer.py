@@ -23,6 +23,7 @@ _EFFECT = 0.002
 # The repeats that an undecided answer asks for.
 _MORE_SEEDS = 3
 _TARGET = f"{100 * TARGET:g}%"
+_UNDECIDED = "undecided"
 
 
 class Answer(NamedTuple):
@@ -56,19 +57,18 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         return Answer(study.dataset, (_why_unknown(study),), {}, _allowed(study), ())
     saving = _Saving(study, estimates, with_scores, without)
     users = _users(study, estimates, with_scores, without)
-    sentences = [saving.verdict(), saving.counts(), users.sentence]
-    if saving.is_open or users.is_open:
-        sentences.append(_more_seeds(study))
-    elif users.plan:
-        sentences.append(users.plan)
+    is_open = saving.is_open or users.is_open
+    advice = (_more_seeds(study) if is_open else "") or users.plan
+    sentences = [saving.verdict(), saving.counts(), users.sentence, advice]
     settings = {"with the scores": with_scores, "without": without}
     if without in LISTS:
         settings["without"] += ", a list of items without a user"
     if without == study.incumbent:
         settings["without"] += ", today's early ranker"
     notes = [
-        *_bounds(study, estimates),
+        *_bounds(estimates, with_scores),
         *_doubts(study, estimates),
+        *_simple_orders(estimates, with_scores),
         *_payment(study, with_scores, saving),
         *_allowed(study),
     ]
@@ -105,7 +105,7 @@ def change_text(change: Interval, margin: float) -> str:
     ends = f"({_percent(change.low, 2)} to {_percent(change.high, 2)})"
     if change.low > 0:
         return f"more {ends}"
-    return f"less {ends}" if change.high < 0 else f"undecided {ends}"
+    return f"less {ends}" if change.high < 0 else f"{_UNDECIDED} {ends}"
 
 
 def _percent(share: float, digits: int) -> str:
@@ -122,13 +122,8 @@ class _Saving:
     def __init__(self, study: Study, estimates: Estimates, with_scores: str, without: str):
         self._study, self._estimates = study, estimates
         self._with_scores, self._without = with_scores, without
-        self.of_cost = estimates.saving(with_scores, over=without)
-        fewer = estimates.fewer(with_scores, without)
-        has_cost = not math.isnan(self.of_cost.mean)
-        self.interval = self.of_cost if has_cost else fewer
-        self._unit = "candidates"
-        if has_cost:
-            self._unit = "cost" if study.costs.teacher else "compute"
+        self.interval = estimates.saved(with_scores)
+        self._unit = study.saved_unit
 
     @property
     def is_open(self) -> bool:
@@ -141,10 +136,7 @@ class _Saving:
         if not mean:
             return "No repeat has both rankers, so what the scores save is unknown."
         if not low:
-            return (
-                f"One repeat shows a saving of {mean}% of the funnel's {self._unit}, without an "
-                "interval."
-            )
+            return f"The saving is {mean}% of the funnel's {self._unit}, without an interval."
         if self.interval.low > 0:
             return (
                 f"The final ranker's scores save {mean}% of the funnel's {self._unit} "
@@ -163,22 +155,22 @@ class _Saving:
 
     def counts(self) -> str:
         """Return the sentence on how many candidates must pass: with scores, without, today."""
-        passed = {
-            name: _count(self._estimates.of(name, CRITERION).mean)
-            for name in (self._with_scores, self._without, self._study.incumbent)
-            if name is not None
-        }
+        incumbent = self._study.incumbent
         sentence = (
-            f"For {_TARGET} of the final value, {passed[self._with_scores]} candidates must pass "
-            f"with them, {passed[self._without]} without"
+            f"For {_TARGET} of the final value, {self._passed(self._with_scores)} candidates must "
+            "pass with them"
         )
-        if self._study.incumbent is None:
+        if incumbent != self._without:
+            sentence += f", {self._passed(self._without)} without"
+        if incumbent is None:
             return f"{sentence}."
-        if _scored_share(self._study, self._estimates) < 1:
-            return f"{sentence}, and at least {passed[self._study.incumbent]} today."
-        if self._study.incumbent == self._without:
-            return f"{sentence}, by today's early ranker."
-        return f"{sentence}, and {passed[self._study.incumbent]} with today's early ranker."
+        at_least = "at least " if _scored_share(self._estimates, self._with_scores) < 1 else ""
+        today = f"{at_least}{self._passed(incumbent)} with today's ranker"
+        best = ", the best without" if incumbent == self._without else ""
+        return f"{sentence}, {today}{best}."
+
+    def _passed(self, setting: str) -> str:
+        return _count(self._estimates.of(setting, CRITERION).mean)
 
 
 class _Users(NamedTuple):
@@ -191,36 +183,46 @@ class _Users(NamedTuple):
 
 def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -> _Users:
     """Return what users have with the scores, against what they have without."""
-    pair = (with_scores, without)
-    margin = study.config.report.margin
-    changes = [estimates.gap(*pair, measure) for measure in study.users_measures]
-    changes = [change for change in changes if change.n]
-    if not changes:
+    changes = {
+        measure: estimates.gap(with_scores, without, measure) for measure in study.users_measures
+    }
+    if not any(change.n for change in changes.values()):
         return _Users("The change for users was not measured.")
     if study.knows_truth:
-        texts = [change_text(change, margin) for change in changes]
-        is_open = any(text.startswith("undecided") for text in texts)
-        at_passed, *at_target = texts
-        if not at_target:
-            sentence = f"For users: {at_passed}, with {study.passed} passed."
-        elif at_target == [at_passed]:
-            sentence = f"For users: {at_passed}, with that many passed and with {study.passed}."
-        else:
-            sentence = (
-                f"For users: {at_target[0]} with that many passed, {at_passed} with {study.passed}."
-            )
-        return _Users(sentence, is_open)
-    live = estimates.live_test(*pair, _EFFECT)
+        at_passed, at_target = changes.values()
+        return _users_by_truth(study, at_passed, at_target)
+    (change,) = changes.values()
+    return _users_by_labels(estimates, with_scores, without, change)
+
+
+def _users_by_truth(study: Study, at_passed: Interval, at_target: Interval) -> _Users:
+    """Return the change in true value, with `funnel.passed` passed and with as many as needed."""
+    margin = study.config.report.margin
+    with_passed, with_target = change_text(at_passed, margin), change_text(at_target, margin)
+    is_open = any(text.startswith(_UNDECIDED) for text in (with_passed, with_target))
+    if not at_target.n or with_target == with_passed:
+        each = ", and if each passes its number" if at_target.n else ""
+        return _Users(f"For users: {with_passed} if both pass {study.passed}{each}.", is_open)
+    return _Users(
+        f"For users: {with_target} if each passes its number, {with_passed} if both pass "
+        f"{study.passed}.",
+        is_open,
+    )
+
+
+def _users_by_labels(
+    estimates: Estimates, with_scores: str, without: str, change: Interval
+) -> _Users:
+    """Return the sign of the change in the value of the log's labels, and the plan of a test."""
     plan = ""
-    if live:
-        ab_test, interleaved = (f"{float(f'{requests:.2g}'):,.0f}" for requests in live)
+    if live := estimates.live_test(with_scores, without, _EFFECT):
+        ab_test, interleaved = (_two_digits(requests) for requests in live)
         plan = (
             f"To see a change of {100 * _EFFECT:g}%, an A/B test needs about {ab_test} requests, "
             f"an interleaved test at most {interleaved}."
         )
-    if reason := estimates.why_unlabelled(pair):
+    if reason := estimates.why_unlabelled((with_scores, without)):
         return _Users(f"The log cannot show the effect on users: {reason}.", plan=plan)
-    (change,) = changes
     if math.isnan(change.low) or change.low <= 0 <= change.high:
         return _Users("By the log's labels, the change for users is undecided.", True, plan)
     more_or_less = "more" if change.low > 0 else "less"
@@ -228,6 +230,15 @@ def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -
     if estimates.labels_are_chosen:
         sentence += ": a sign only, as the size can be several times the truth"
     return _Users(f"{sentence}.", plan=plan)
+
+
+def _two_digits(requests: float) -> str:
+    """Return a count to two digits, as a plan is rough.
+
+    >>> _two_digits(1_234_567.0)
+    '1,200,000'
+    """
+    return f"{float(f'{requests:.2g}'):,.0f}"
 
 
 def _more_seeds(study: Study) -> str:
@@ -255,21 +266,21 @@ def _why_unknown(study: Study) -> str:
         )
     absent = "learns from the scores" if study.baseline else "needs no scores"
     return (
-        f"The saving is unknown: no measured student {absent}; run a sweep with none and another "
-        "mode in sweep.modes."
+        f"The saving is unknown: no measured student {absent}; sweep none and another mode "
+        "(sweep.modes)."
     )
 
 
-def _scored_share(study: Study, estimates: Estimates) -> float:
+def _scored_share(estimates: Estimates, student: str) -> float:
     """Return the share of the test candidates with a value of the final ranker; 1 if unknown."""
-    share = estimates.of(str(study.best_with_scores), "scored_share").mean
+    share = estimates.of(student, "scored_share").mean
     # The file has seven digits.
     return 1.0 if math.isnan(share) or share > 1 - 1e-6 else share
 
 
-def _bounds(study: Study, estimates: Estimates) -> Iterator[str]:
+def _bounds(estimates: Estimates, student: str) -> Iterator[str]:
     """Yield a note if counts are bounds, since the final ranker scored a part of the candidates."""
-    share = _scored_share(study, estimates)
+    share = _scored_share(estimates, student)
     if share < 1:
         yield (
             f"The final ranker scored {100 * share:.0f}% of the test candidates, and the others "
@@ -279,7 +290,7 @@ def _bounds(study: Study, estimates: Estimates) -> Iterator[str]:
 
 
 def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:
-    """Yield doubts about the final ranker, and simple orders that do as well as a student."""
+    """Yield a doubt about the final ranker, if it predicts users no better than a student."""
     by_chance, below_plain = [], []
     for task in study.config.tasks:
         measure = f"user_auc/{task}"
@@ -297,20 +308,20 @@ def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:
             f"({'; '.join(by_chance or below_plain)}): this is about copying it, not about "
             "serving users."
         )
-    yield from _simple_orders(study, estimates)
 
 
-def _simple_orders(study: Study, estimates: Estimates) -> Iterator[str]:
-    chosen = str(study.best_with_scores)
+def _simple_orders(estimates: Estimates, student: str) -> Iterator[str]:
+    """Yield a note if a random order or a list is not shown to need more than the student."""
     as_good = {}
     for name in sorted({"random", *LISTS} & set(estimates.settings)):
-        gap = estimates.gap(chosen, name, CRITERION)
-        if (gap.mean if math.isnan(gap.high) else gap.high) >= 0:
+        gap = estimates.gap(student, name, CRITERION)
+        highest = gap.mean if math.isnan(gap.high) else gap.high
+        if highest >= 0:
             as_good[name] = estimates.of(name, CRITERION).mean
     if as_good:
         name = min(as_good, key=lambda name: as_good[name])
         title = "A random order" if name == "random" else f"A list without a user, {name},"
-        passed = estimates.of(chosen, CRITERION).mean
+        passed = estimates.of(student, CRITERION).mean
         verb = "does" if as_good[name] <= passed else "may do"
         yield (
             f"{title} {verb} as well as the best student: it needs {_count(as_good[name])} "
@@ -328,7 +339,7 @@ def _payment(study: Study, with_scores: str, saving: _Saving) -> Iterator[str]:
         return
     margin = f"{100 * study.config.report.margin:g}%"
     yield (
-        f"No way with scores surely keeps users within {margin} of what they have without: on "
+        f"No way with scores is shown to keep users within {margin} of what they have without: on "
         f"validation, the change of this one is {_percent(change.low, 1)} to "
         f"{_percent(change.high, 1)}. Users may pay for the saving."
     )
@@ -336,23 +347,23 @@ def _payment(study: Study, with_scores: str, saving: _Saving) -> Iterator[str]:
 
 def _allowed(study: Study) -> tuple[str, ...]:
     """Return a note on faults of the log that its config accepts."""
-    return (f"data.allow let pass {'; '.join(study.allowed)}.",) if study.allowed else ()
+    return (f"Accepted by data.allow: {'; '.join(study.allowed)}.",) if study.allowed else ()
 
 
 def _caveats(study: Study, saving: Interval) -> tuple[str, ...]:
     """Return the comparisons behind the answer, and the coverage of its intervals."""
     covered = {
-        "both": f"the test requests and {saving.n} repeats",
-        "requests": "the test requests, and not the seeds, since there is only one",
-        "repeats": f"{saving.n} repeats, and not the test requests",
-        "nothing": "nothing",
+        "both": f"Intervals cover the test requests and {saving.n} repeats",
+        "requests": "Intervals cover the test requests, and not the seeds, since there is only one",
+        "repeats": f"Intervals cover {saving.n} repeats, and not the test requests",
+        "nothing": "There are no intervals",
     }[saving.covers]
     teachers = _counted(study.num_teachers, "teacher")
     orders = _counted(study.tested["data_seed"].nunique(), "order")
     return (
         f"{study.rows['setting'].nunique()} settings of {len(study.chosen)} ways were compared on "
         "validation; the best of each way was then read on the test.",
-        f"Intervals cover {covered}; the repeats have {teachers} and {orders} of the data.",
+        f"{covered}; the repeats have {teachers} and {orders} of the data.",
     )
 
 

@@ -92,6 +92,12 @@ class Estimates:
         """
         return crossed_interval(self._saving(setting, over or self.study.baseline, target))
 
+    def saved(self, setting: str) -> Interval:
+        """Return what a setting saves of the baseline's `study.saved_unit`."""
+        if self.study.saved_unit == "candidates" and self.study.baseline is not None:
+            return self.fewer(setting, self.study.baseline)
+        return self.saving(setting)
+
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
         none, costs = saving.student_cost({"role": "reference"}, self.study.costs)

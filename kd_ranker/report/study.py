@@ -72,6 +72,13 @@ class Study(NamedTuple):
         return self.baselines.get("saving_over_incumbent")
 
     @property
+    def saved_unit(self) -> str:
+        """The unit of savings: compute, the user's own costs, or candidates if none is known."""
+        if not self.rows["funnel_cost"].notna().any():
+            return "candidates"
+        return "cost" if self.costs.teacher else "compute"
+
+    @property
     def file_name(self) -> str:
         """Its name in the names of files, and of places in the page."""
         return re.sub(r"[^\w.-]", "_", self.dataset)

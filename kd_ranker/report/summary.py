@@ -11,15 +11,18 @@ from kd_ranker.config import schema
 from kd_ranker.evaluation.metrics import title_of
 from kd_ranker.evaluation.references import LISTS, NEED_SCORES
 from kd_ranker.evaluation.results import key_title, value_text
-from kd_ranker.evaluation.saving import CRITERION, PLAIN
+from kd_ranker.evaluation.saving import CRITERION, PLAIN, best
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
 from kd_ranker.report.tables import mean_text, number, percents
 
 WIDTH = 100
-# The first column gets what the others leave, and no line of it is shorter.
-_LEAST_WIDTH, _HEADER_WIDTH, _GAP = 20, 8, 2
+# The first column gets the width that the others leave, and at least this.
+_LEAST_WIDTH = 20
+# Headers are wrapped to lines of this width; tabulate separates columns by a gap.
+_HEADER_WIDTH = 8
+_GAP = 2
 _SIGNALS = {"logged": "scores", "stage": "stages"}
 
 
@@ -43,21 +46,22 @@ def summary(study: Study, estimates: Estimates) -> str:
     ]
     students = [_cells(study, estimates, line) for line in _students(study, estimates)]
     baselines = [_cells(study, estimates, line) for line in _baselines(study, estimates)]
-    rows = _wrapped(headers, [*students, *baselines])
-    students, baselines = rows[: len(students)], rows[len(students) :]
+    rows: list[Any] = [*_wrapped(headers, [*students, *baselines])]
+    if baselines:
+        rows.insert(len(students), SEPARATING_LINE)
     table = tabulate(
-        [*students, SEPARATING_LINE, *baselines] if baselines else students,
+        rows,
         headers=[headers[0], *("\n".join(_header_lines(header)) for header in headers[1:])],
         colalign=["left", "left", *["right"] * (len(headers) - 2)],
         disable_numparse=True,
     )
-    notes = textwrap.fill(
+    note = textwrap.fill(
         "Of each way the setting that is best on validation, read on test requests; ± and brackets "
-        "are 95% intervals. The saving is of the funnel's "
-        f"{'cost' if study.costs.teacher else 'compute'}, against the baseline.",
+        f"are 95% intervals. The saving is of the funnel's {study.saved_unit}, against the "
+        "baseline.",
         WIDTH,
     )
-    return f"{table}\n\n{notes}"
+    return f"{table}\n\n{note}"
 
 
 def _students(study: Study, estimates: Estimates) -> list[_Line]:
@@ -70,7 +74,7 @@ def _students(study: Study, estimates: Estimates) -> list[_Line]:
 
 
 def _baselines(study: Study, estimates: Estimates) -> list[_Line]:
-    """Return today's early ranker, and the best list of items of either kind."""
+    """Return today's early ranker, and the list of either kind that is best on validation."""
     lines = []
     if study.incumbent is not None:
         lines.append(_Line("today's early ranker", study.incumbent, needs_scores=False))
@@ -80,8 +84,9 @@ def _baselines(study: Study, estimates: Estimates) -> list[_Line]:
             for name in LISTS
             if name in estimates.settings and (name in NEED_SCORES) == needs_scores
         ]
-        lists = [_Line(f"list of items: {name}", name, needs_scores) for name in names]
-        lines += _fewest_first(lists, estimates)[:1]
+        best_list = best(study.references, names) if names else None
+        if best_list is not None:
+            lines.append(_Line(f"list of items: {best_list}", best_list, needs_scores))
     return _fewest_first(lines, estimates)
 
 
@@ -94,7 +99,7 @@ def _fewest_first(lines: Sequence[_Line], estimates: Estimates) -> list[_Line]:
 def _cells(study: Study, estimates: Estimates, line: _Line) -> list[str]:
     saving = "baseline"
     if line.setting != study.baseline:
-        saving = _saving_text(estimates.saving(line.setting))
+        saving = _saving_text(estimates.saved(line.setting))
     return [
         line.words,
         "yes" if line.needs_scores else "no",
@@ -149,11 +154,11 @@ def way_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
     if row.get("unshown_weight", 0) > 0:
         parts.append("unshown negatives")
     keys = {key.title: key for key in schema.setting_keys()}
-    said = ("distill_loss", "user_loss", "unshown_weight")
+    named_above = ("distill_loss", "user_loss", "unshown_weight")
     parts += [
         f"{key_title(column)} {value_text(row[column])}"
         for column in varying
-        if column not in said and not keys[column].tuned and not pd.isna(row[column])
+        if column not in named_above and not keys[column].tuned and not pd.isna(row[column])
     ]
     return ", ".join(parts)
 

@@ -80,9 +80,9 @@ def test_the_whole_answer(tmp_path):
     # and 20.4 of 108 thousand. Users' differences 0.010, 0.012, 0.008: 0.01 ± 4.303 · 0.002 / √3.
     assert given.sentences == (
         "The final ranker's scores save 19% of the funnel's compute (95% interval 18 to 21%).",
-        "For 99% of the final value, 320 candidates must pass with them, 420 without, and 600 with "
-        "today's early ranker.",
-        "For users: more (+0.50% to +1.50%), with that many passed and with 30.",
+        "For 99% of the final value, 320 candidates must pass with them, 420 without, 600 with "
+        "today's ranker.",
+        "For users: more (+0.50% to +1.50%) if both pass 30, and if each passes its number.",
     )
     assert given.settings == {"with the scores": "shared, weight 1", "without": "none"}
     assert given.notes == ()
@@ -120,18 +120,18 @@ STEPS = {
     "a list": (
         # 400 + 320 · 200 FLOPs instead of 390 · 200.
         [*students(STUDENTS, flops={"shared": 0.2}), INCUMBENT, reference_row("show_rate", 390)],
-        "320 candidates must pass with them, 390 without, and 600 with today's early ranker.",
+        "320 candidates must pass with them, 390 without, 600 with today's ranker.",
     ),
     "today's ranker as the best without scores": (
         [*students(STUDENTS), reference_row("incumbent", 380)],
-        "320 candidates must pass with them, 380 without, by today's early ranker.",
+        "320 candidates must pass with them, 380 with today's ranker, the best without.",
     ),
     "a log that does not name today's ranker": (
         students(STUDENTS), "320 candidates must pass with them, 420 without. ",
     ),
     "a log with a score for some candidates": (
         [*students(STUDENTS, scored_share={"none": 0.333, "shared": 0.333}), INCUMBENT],
-        "320 candidates must pass with them, 420 without, and at least 600 today.",
+        "320 candidates must pass with them, 420 without, at least 600 with today's ranker.",
     ),
     "what a score for some candidates means": (
         [*students(STUDENTS, scored_share={"none": 0.333, "shared": 0.333}), INCUMBENT],
@@ -154,21 +154,21 @@ STEPS = {
     ),
     "one repeat": (
         students({"none": [400], "shared": [300]}, **users(none=0.8, shared=0.7)),
-        "One repeat shows a saving of 20% of the funnel's compute, without an interval. For 99% of "
-        "the final value, 300 candidates must pass with them, 400 without. For users: −10.00%, "
-        "without an interval, with that many passed and with 30.",
+        "The saving is 20% of the funnel's compute, without an interval. For 99% of the final "
+        "value, 300 candidates must pass with them, 400 without. For users: −10.00%, without an "
+        "interval if both pass 30, and if each passes its number.",
     ),
     "a loss of users": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.71, 0.8, 0.61])),
-        "For users: less (−10.77% to −7.90%), with that",
+        "For users: less (−10.77% to −7.90%) if both",
     ),
     "no relevant difference for users": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.8001, 0.9, 0.7001])),
-        "For users: no relevant difference (within 0.2%), with that many",
+        "For users: no relevant difference (within 0.2%) if both",
     ),
     "a difference for users that may be a loss": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.9, 0.7])),
-        "For users: undecided (−1.10% to +1.77%), with that many",
+        "For users: undecided (−1.10% to +1.77%) if both",
     ),
     "more seeds where users are undecided": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.9, 0.7])),
@@ -177,12 +177,12 @@ STEPS = {
     "users at two numbers passed": (
         students(STUDENTS, true_value={"none": [0.8, 0.9, 0.7], "shared": [0.81, 0.912, 0.708]},
                  true_value_for={"none": 0.8, "shared": 0.8}),
-        "For users: no relevant difference (within 0.2%) with that many passed, more (+0.50% to "
-        "+1.50%) with 30.",
+        "For users: no relevant difference (within 0.2%) if each passes its number, more (+0.50% "
+        "to +1.50%) if both pass 30.",
     ),
     "users who pay": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.75, 0.85, 0.65])),
-        "No way with scores surely keeps users within 0.2% of what they have without: on "
+        "No way with scores is shown to keep users within 0.2% of what they have without: on "
         "validation, the change of this one is −5.0% to −5.0%. Users may pay for the saving.",
     ),
     "a random order that does as well": (

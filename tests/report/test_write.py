@@ -146,7 +146,7 @@ def test_faults_that_data_allow_accepts_are_below_the_answer(tmp_path):
         sweeps.write_sweep(part, modes=("none", "shared"), weights=(1.0,), seeds=(seed,))
         (part / "data_report.json").write_text(json.dumps(data_report))
     (answer,), page, *_ = api.report(*parts, output=tmp_path)
-    warning = "data.allow let pass rejected: 20 of 50 are rejected."
+    warning = "Accepted by data.allow: rejected: 20 of 50 are rejected."
     assert answer.splitlines()[-1] == f"  note: {warning}"
     assert f'<p class="caveat warning">{warning}</p>' in page.read_text()
     (parts[0] / "data_report.json").write_text("{")
