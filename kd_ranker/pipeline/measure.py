@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
-from kd_ranker.batches.cutting import evaluation_batches, num_evaluation_batches
+from kd_ranker.batches.cutting import batch_size, evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
@@ -144,7 +144,8 @@ def _summed(
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
     """`evaluate` on the requests of a split."""
     config, dataset = job.config, job.dataset
-    requests, bar = config.evaluation.requests, not limit
+    largest = max(len(columns) for columns in dataset.columns.values())
+    requests, bar = batch_size(config.evaluation.requests, largest), not limit
     limit = limit or config.evaluation.limit
     batches: Iterable = evaluation_batches(
         dataset, split, requests=requests, candidates=config.funnel.retrieved, limit=limit
