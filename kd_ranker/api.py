@@ -36,10 +36,14 @@ from kd_ranker.serving.programs import FORMATS
 from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
+from kd_ranker.sources.logs.layout import split_path
 from kd_ranker.sweep import FOLDER, repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
+
+# Keys that hold the path of a folder; `data.path` may hold several.
+_PATHS = (("data", "dir"), ("data", "extends"), ("teacher", "workdir"), ("train", "warm_start"))
 
 
 class Dataset(NamedTuple):
@@ -505,8 +509,10 @@ def _own(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigD
     """A copy of a config with a teacher, and with the home folder in place of ~ in its paths."""
     own = config.copy_and_resolve_references()
     # No shell expands ~ after a =.
-    for section, name in (("data", "dir"), ("data", "path"), ("teacher", "workdir")):
-        own[section][name] = os.path.expanduser(own[section][name])
+    own.data.path = ",".join(os.path.expanduser(path) for path in split_path(own.data.path))
+    for section, name in _PATHS:
+        if name in own[section]:
+            own[section][name] = os.path.expanduser(own[section][name])
     if teacher is not None:
         own.teacher.workdir = str(_folder(teacher))
     return own

@@ -131,6 +131,14 @@ def whole_batch(
     return _batch_of(own, candidates, labels, draw.stage, draw.factor, judged, Stage.RETRIEVED)
 
 
+def batch_size(requests: int, available: int) -> int:
+    """Return the requests of a batch: at most the available ones, rounded up to 1,024s.
+
+    The others would only be padding, which takes memory and time.
+    """
+    return min(requests, 1024 * math.ceil(max(available, 1) / 1024))
+
+
 def evaluation_batches(
     dataset: Dataset, split: str, *, requests: int, candidates: int, limit: int = 0
 ) -> Iterator[EvaluationBatch]:

@@ -57,6 +57,10 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"funnel.report_at={c.funnel.report_at} has a number above "
             f"funnel.retrieved={c.funnel.retrieved}"
         )
+    serves = {name for mode in MODES.values() for name in mode.serve}
+    if c.distill.serve not in serves:
+        names = ", ".join(sorted(serves))
+        yield f"distill.serve={c.distill.serve!r} does not exist; choose one of: {names}"
     student, teacher = c.costs.student, c.costs.teacher
     if not teacher.candidate and (student.candidate or student.request or teacher.request):
         yield (

@@ -50,6 +50,7 @@ NOT_NEGATIVE = Bound("≥ 0", lambda number: number >= 0)
 SHARE = Bound("in [0, 1]", lambda number: 0 <= number <= 1)
 BELOW_ONE = Bound("in [0, 1)", lambda number: 0 <= number < 1)
 INSIDE_ONE = Bound("in (0, 1)", lambda number: 0 < number < 1)
+HISTORY = Bound("in [1, 100000]", lambda number: 1 <= number <= 100_000)
 
 _KINDS = {str: "names", int: "whole numbers", float: "numbers", bool: "True or False"}
 
@@ -155,6 +156,8 @@ class Key:
             takes = f"{takes} {bound.text}".rstrip()
         if not valid:
             raise UserError(f"{self.name} has {value!r}; it takes {takes}")
+        if self.type is int and abs(value) >= 2**63:
+            raise UserError(f"{self.name} has {value!r}; it takes whole numbers below 2^63")
         if isinstance(value, str) and self.allowed is not None:
             name, colon, signal = value.partition(":") if self.signals else (value, "", "")
             check_choice(self.name, name, cast("Collection[str]", self.allowed))
@@ -263,7 +266,7 @@ _ALL = (
         Key("path", "", "raw files, where the dataset is made from some", may_differ=True),
         Key("dir", "datasets", "folder of built datasets", influences="nothing"),
         Key("seed", 0, "of the dataset itself, apart from what is trained on it"),
-        Key("history_length", 20, "events of a user's history", POSITIVE),
+        Key("history_length", 20, "events of a user's history", HISTORY),
         Key("processes", 1, "threads that read a log and write its dataset", POSITIVE,
             influences="nothing"),
         influences="dataset",

@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import FrozenConfigDict
 
 from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_batch
-from kd_ranker.batches.cutting import evaluation_batches
+from kd_ranker.batches.cutting import batch_size, evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
@@ -152,11 +152,13 @@ def _summed(
     """`evaluate` on the requests of a split."""
     config, dataset = job.config, job.dataset
     has_bar = not limit
+    largest = max(len(columns) for columns in dataset.columns.values())
+    requests = batch_size(config.evaluation.requests, largest)
     limit = limit or config.evaluation.limit
     batches: Iterable[EvaluationBatch] = evaluation_batches(
         dataset,
         split,
-        requests=config.evaluation.requests,
+        requests=requests,
         candidates=config.funnel.retrieved,
         limit=limit,
     )

@@ -141,7 +141,7 @@ class _Scorer(NamedTuple):
     def _probabilities(self, part: _Part) -> Iterator[Float32[np.ndarray, "scored T"]]:
         """Yield those of the scored candidates, batch by batch; the first has no candidates."""
         ranker, index = self.ranker.ranker, np.arange(self.candidates)
-        size = self.config.evaluation.requests
+        size = cutting.batch_size(self.config.evaluation.requests, len(part.numbers))
         yield np.zeros((0, len(self.ranker.dataset.spec.tasks)), np.float32)
         for start in range(0, len(part.numbers), size):
             chunk = part.numbers[start : start + size]

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kd_ranker.batches.cutting import evaluation_batches
+from kd_ranker.batches.cutting import batch_size, evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import read_requests
 from tests.requests.random_requests import built, random_request, random_source, with_facts
@@ -52,3 +52,12 @@ def test_a_limit_counts_requests_and_the_funnel_must_hold_each(dataset):
     assert batch.request_mask.sum() == 2
     with pytest.raises(UserError, match=r"funnel.retrieved=10 is less than the 20 candidates"):
         list(evaluation_batches(dataset, "test", requests=2, candidates=10))
+
+
+def test_a_batch_has_no_more_rows_than_there_are_requests_to_fill_it():
+    """The others would only be padding. A multiple of 1,024 is shared evenly by most devices."""
+    assert batch_size(16, 5) == 16
+    assert batch_size(1000, 2) == 1000
+    assert batch_size(2**31, 5) == 1024
+    assert batch_size(2**31, 1025) == 2048
+    assert batch_size(1500, 10**6) == 1500

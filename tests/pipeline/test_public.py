@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 import kd_ranker as kd
+from kd_ranker import api, configs
 from kd_ranker.pipeline import runs
 from kd_ranker.sweep import sweep_members
 from tests.faults import fault_of
@@ -117,3 +118,17 @@ def test_what_is_wrong_is_said_before_anything_is_written(world, tmp_path, chang
     arguments = {"teacher": world.teacher, **change}
     with pytest.raises(kd.UserError, match=message):
         kd.sweep(world.config(), tmp_path / "sweep", **arguments)
+
+
+def test_a_home_folder_is_meant_by_a_tilde_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = configs.parquet()
+    config.teacher.source = "logged"
+    paths = {"dir": "~/data", "path": "~/a.parquet, ~/b.parquet", "extends": "~/old"}
+    config.data.update(paths)
+    config.teacher.workdir = config.train.warm_start = "~/run"
+    own = api._own(config)
+    assert (own.data.dir, own.data.extends) == ("/home/me/data", "/home/me/old")
+    assert own.data.path == "/home/me/a.parquet,/home/me/b.parquet"
+    assert own.teacher.workdir == own.train.warm_start == "/home/me/run"
+    assert config.data.dir == "~/data"

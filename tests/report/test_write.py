@@ -94,7 +94,7 @@ DIVERGED = "none-weight0.0-seed{} (step {})"
         ({}, None, "The final ranker's scores save", "excludes 0", 5),
         ({"modes": ("none",)}, None, "no measured student learns from the scores", "", 4),
         ({"gain": -0.3}, None, "scores save any of the funnel's compute is undecided", "", 5),
-        ({"true_values": False}, None, "By the log's labels", "not measured", 3),
+        ({"true_values": False}, None, "The log cannot show the effect", "not measured", 3),
         ({}, all_frozen, f"{NOT_KNOWN}the loss of every student", DIVERGED.format(0, 9), 1),
         ({}, unknown, f"{NOT_KNOWN}no test", "check data.teacher and value_weights", 0),
         ({"frozen": ["none-weight0.0-seed1"]}, None, "must pass", DIVERGED.format(1, 700), 5),
@@ -133,7 +133,7 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     (answer,), *_ = api.report(tmp_path, output=tmp_path)
     sentence = " ".join(answer.split())
     assert "no measured student needs no scores" in sentence
-    assert "run a sweep" in sentence
+    assert "sweep none and another mode" in sentence
     # There are no requests to draw, and no ranker without scores to compare users with.
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert names == {"cascade-pareto", "cascade-waterfall"}

@@ -176,9 +176,21 @@ def line_of(error: duckdb.Error) -> str:
 
 
 def register_stores(connection: Any, sql: str) -> None:
-    """Let DuckDB read the URLs in a query by fsspec."""
-    for protocol in {*re.findall(r"['\"](\w+)://", sql)}:
-        register_store(connection, fsspec.filesystem(protocol))
+    """Let DuckDB read the URLs in a query by fsspec.
+
+    Raises:
+      UserError: a protocol is unknown, or a package that it needs is not installed.
+    """
+    for protocol in sorted({*re.findall(r"['\"](\w+)://", sql)}):
+        try:
+            register_store(connection, fsspec.filesystem(protocol))
+        except ImportError as error:
+            raise UserError(
+                f"{protocol}:// cannot be read: {error}; install the packages that are named here "
+                "with pip"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{protocol}:// cannot be read: {error}") from error
 
 
 def register_store(connection: Any, system: Any) -> None:

@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError, check_choice, command
-from kd_ranker.sources.logs.files import find_files, line_of, register_store
+from kd_ranker.sources.logs.files import find_files, line_of, register_store, register_stores
 from kd_ranker.sources.logs.layout import STAGES, TIME_UNITS, is_text_log, literal, sql_of_texts
 from kd_ranker.sources.logs.query import quoted
 from kd_ranker.sources.logs.written_after import guess_shown, why_written_after
@@ -158,7 +158,9 @@ class _Sample:
         if not path:
             raise UserError("data.path is empty; give a file, a directory or a glob of them")
         if is_text_log(path):
-            return f"SELECT * FROM ({sql_of_texts(path)}) LIMIT {_MOST_ROWS}"
+            select = sql_of_texts(path)
+            register_stores(self.con, select)
+            return f"SELECT * FROM ({select}) LIMIT {_MOST_ROWS}"
         system, manifest = find_files(path)
         read = [*manifest][:: len(manifest) // _MOST_FILES + 1]
         if not isinstance(system, LocalFileSystem):

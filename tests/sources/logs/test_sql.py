@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from kd_ranker import api
+from kd_ranker import api, configs
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.database import open_duckdb
@@ -168,3 +168,30 @@ def test_text_files_at_several_paths_are_in_the_manifest(tmp_path):
 @pytest.mark.parametrize("rest", ["\n\nb", "\nPossible fixes:\n* b", "\nThe search space used was"])
 def test_advice_of_duckdb_is_left_out(rest):
     assert files.line_of(duckdb.Error(f"Error: a\nand c {rest}")) == "Error: a and c"
+
+
+def test_a_package_that_a_url_needs_is_named(monkeypatch, tmp_path):
+    """As aiohttp for http, which is not installed with this package."""
+
+    def filesystem(protocol: str) -> None:
+        if protocol == "nope":
+            raise ValueError("Protocol not known: nope")
+        raise ImportError('HTTPFileSystem requires "requests" and "aiohttp" to be installed')
+
+    monkeypatch.setattr(files.fsspec, "filesystem", filesystem)
+    needs = r"http:// cannot be read: HTTPFileSystem requires .*\"aiohttp\" .*; install .* with pip"
+    for change, message in (
+        ({"path": "http://host/log.csv"}, needs),
+        ({"sql": "SELECT * FROM 'http://host/log.parquet'"}, needs),
+        (
+            {"sql": "SELECT * FROM 'nope://host/log.parquet'"},
+            "nope:// cannot be read: Protocol not",
+        ),
+    ):
+        config = configs.parquet()
+        config.data.update(change)
+        config.data.dir = str(tmp_path)
+        with pytest.raises(UserError, match=message):
+            api.prepare(config)
+    with pytest.raises(UserError, match=needs):
+        api.infer("http://host/log.csv", tmp_path)
