@@ -7,6 +7,7 @@ in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX.
 the rows of data that devices hold. Evaluation batches are cut on the host, and never packed.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
