@@ -200,6 +200,12 @@ def _remarks(report: Report) -> Iterator[str]:
             yield f"{key}: {bad:,} values of {name} {fault}."
         if column["values"] and column["missing"] == column["values"]:
             yield f"{key}: {name} is empty."
+        zoned, times = column.get("with_zone", 0), column["values"] - column["missing"]
+        if 0 < zoned < times:
+            yield (
+                f"{key}: {zoned:,} of {times:,} values of {name} have a time zone; the others are "
+                "read as UTC. Write all of them with their zone."
+            )
     if "requests" not in report:
         return
     middle, high, largest = report["requests"]["candidates"].values()
@@ -213,11 +219,15 @@ def _remarks(report: Report) -> Iterator[str]:
         yield f"The rows of {number:,} requests have several times; the earliest counts."
     if not any(of["retrieved"] or of["passed"] for of in report["splits"].values()):
         yield "All candidates were shown, so a funnel is measured within what was shown."
+    elif not any(of["retrieved"] for of in report["splits"].values()):
+        yield (
+            "No candidate was retrieved and not passed: the log lacks those, so survival and the "
+            "numbers of candidates are among the passed ones."
+        )
     for split, of in report["splits"].items():
         yield from _remarks_on_split(split, of, report["tasks"])
     yield from _remarks_on_teacher(report)
-    for feature in report["features"]:
-        yield from _remarks_on_feature(feature)
+    yield from _remarks_on_features(report["features"])
     if unknown := report["ids"].get("history_events_of_unknown_items"):
         yield (
             f"{unknown:,} of {report['ids']['history_events']:,} events of histories are of items "
@@ -249,6 +259,13 @@ def _remarks_on_teacher(report: Report) -> Iterator[str]:
             f"{other:,} candidates were scored by another teacher than version "
             f"{teacher['version']!r}, and their values do not count."
         )
+    share = report["splits"].get("test", {}).get("scored_share", 1.0)
+    if share < 1:
+        yield (
+            f"Scored by the final ranker: {share:.1%} of the test candidates; the others count as "
+            "worth nothing. So the numbers of candidates to pass (passed_for_99) are lower bounds "
+            "for the ranker that chose which ones were scored."
+        )
     for task in teacher["tasks"]:
         ratio = report["splits"].get("train", {}).get(f"predicted_over_observed/{task}")
         if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
@@ -258,15 +275,27 @@ def _remarks_on_teacher(report: Report) -> Iterator[str]:
             )
 
 
+def _remarks_on_features(features: Sequence[dict]) -> Iterator[str]:
+    """Yield the remarks on features; numbers of a vector that share a remark have one."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for feature in features:
+        column = feature["name"].partition("[")[0]  # of a vector, as in name[3]
+        for remark in _remarks_on_feature(feature):
+            named.setdefault((column, remark), []).append(feature["name"])
+    for (column, remark), names in named.items():
+        who = f"{names[0]!r}" if len(names) == 1 else f"{column!r} ({len(names)} of its numbers)"
+        yield f"Feature {who} {remark}"
+
+
 def _remarks_on_feature(feature: dict) -> Iterator[str]:
-    name = f"Feature {feature['name']!r}"
+    """Yield the remarks on a feature, without its name."""
     has_moments = feature["kind"] == "dense" and feature["of"] != "event"
     if has_moments and not feature.get("deviation"):
-        yield f"{name} has the same value everywhere."
+        yield "has the same value everywhere."
     if number := feature.get("items_with_several_values"):
-        yield f"{name} varies in {number:,} items; the last value by time is stored."
+        yield f"varies in {number:,} items; the last value by time is stored."
     if number := feature.get("requests_with_several_values"):
-        yield f"{name} varies within {number:,} requests; that of the first row counts."
+        yield f"varies within {number:,} requests; that of the first row counts."
     for answer, share in feature.get("reveals", {}).items():
         what = f"reveals {share:.0%} of the uncertainty of the {answer}"
         if answer == "shown":
@@ -278,7 +307,7 @@ def _remarks_on_feature(feature: dict) -> Iterator[str]:
         elif answer.startswith("known_"):
             stage = answer.removeprefix("known_")
             what = f"is known {share:.0%} as often where a candidate was not {stage}"
-        yield f"{name} {what}: is it known before they are ranked?"
+        yield f"{what}: is it known before they are ranked?"
 
 
 def write_data_report(report: Report, folder: Path) -> None:

@@ -92,6 +92,11 @@ def _find_in_task(report: Report, task: str) -> Iterator[Finding]:
         if positives < _LEAST_POSITIVES:
             text = f"{positives:,} of {_LEAST_POSITIVES} needed positives of {task} in {split}"
             yield Finding("few_positives", text)
+    train = splits.get("train", {})
+    lowest, highest = train.get(f"lowest/{task}"), train.get(f"highest/{task}")
+    if lowest is not None and lowest == highest:
+        text = f"that of {task} is {lowest:.6g} for every candidate in train: it orders nothing"
+        yield Finding("constant_teacher", text + _range(_column(report, f"data.teacher.{task}")))
     if (test := splits.get("test")) and task in report["teacher"]["tasks"]:
         stages = ("passed", "shown")  # shown candidates were passed, too
         number = sum(test[of] for of in stages)

@@ -22,7 +22,8 @@ FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
 # Findings that make no dataset unless `data.allow` names them, see `findings`.
 ALLOWABLE = (
-    *("few_positives", "one_candidate", "one_label", "rejected", "teacher_coverage", "times"),
+    *("constant_teacher", "few_positives", "one_candidate", "one_label", "rejected"),
+    *("teacher_coverage", "times"),
 )
 INCUMBENT_SIGNALS = ("score", "rank")
 # Columns of ids and times, which a log must have; only that of users may be "".

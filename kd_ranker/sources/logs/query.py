@@ -156,6 +156,15 @@ class Query:
             number = f"epoch({value})"
         return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
 
+    def has_zones(self, column: str) -> bool:
+        """True if the times in a column may differ in having a time zone: texts."""
+        return is_text(self._inner(column))
+
+    def has_zone(self, column: str) -> str:
+        """The condition for the text of a time that has a time zone."""
+        zone = "[0-9]:[0-9]{2}.*([zZ]|UTC|[+-][0-9]{2}(:?[0-9]{2})?)$"
+        return f"regexp_matches(trim({logged(column)}::VARCHAR), '{zone}')"
+
     def code(self, column: str, codes: Mapping[str, int]) -> str:
         """The code of a text, an integer or a truth value; 0 for one without a code."""
         value = logged(column)

@@ -74,6 +74,8 @@ def report_of(**changes):
          "99 of 100 needed positives of watch in test"),
         ({"splits__test__coverage/watch/passed": 0.24}, "teacher_coverage",
          "that of watch covers 49.3% of the passed candidates in test"),
+        ({"splits__train__lowest/watch": 0.5, "splits__train__highest/watch": 0.5},
+         "constant_teacher", "that of watch is 0.5 for every candidate in train: it orders"),
         ({"splits__test__coverage/watch/shown": None}, "teacher_coverage", "covers 16.7%"),
     ],
 )  # fmt: skip
@@ -330,3 +332,66 @@ def test_the_data_report_remarks_on_what_features_reveal(tmp_path):
     assert re.search(r"'dwell' reveals \d+% of which candidates were shown", remarks)
     copy = "'cubed' orders candidates like the teacher of like (rank correlation 1.00): is"
     assert copy in remarks
+
+
+def test_the_share_of_scored_candidates_is_in_the_report(tmp_path):
+    log = write_small_log(tmp_path / "log")
+    _, report = read(log, tmp_path / "data", ("few_positives",))
+    table = pq.read_table(log / "part-0.parquet").to_pandas()
+    proper = [table[f"teacher_probability_{task}"].between(0, 1) for task in ("watch", "like")]
+    assert 0 < (proper[0] & proper[1]).mean() < 1
+    for of in report["splits"].values():
+        stages = ("retrieved", "passed", "shown")
+        for task in ("watch", "like"):
+            scored = sum((of[f"coverage/{task}/{stage}"] or 0) * of[stage] for stage in stages)
+            assert of["scored_share"] <= scored / of["candidates"] + 1e-9
+        assert 0 < of["scored_share"] < 1
+    share = f"{report['splits']['test']['scored_share']:.1%}"
+    assert f"Scored by the final ranker: {share} of the test candidates;" in " ".join(
+        report["remarks"]
+    )
+    _, report = read(log, tmp_path / "other", ("few_positives",), teacher={})
+    assert "scored_share" not in report["splits"]["test"]
+    assert "Scored by" not in " ".join(report["remarks"])
+
+
+def test_a_log_without_candidates_that_were_left_out_has_a_remark(tmp_path):
+    log = write_small_log(tmp_path / "log")
+    table = pq.read_table(log / "part-0.parquet")
+    missing = "No candidate was retrieved and not passed"
+    _, report = read(log, tmp_path / "all", ("few_positives",))
+    assert missing not in " ".join(report["remarks"])
+    passed = [stage != "retrieved" for stage in table["stage"].to_pylist()]
+    pq.write_table(table.filter(pa.array(passed)), log / "part-0.parquet")
+    _, report = read(log, tmp_path / "passed", ALLOWABLE)
+    assert missing in " ".join(report["remarks"])
+
+
+def test_times_with_and_without_a_zone_in_one_column_have_a_remark(tmp_path):
+    def as_texts(zone):
+        def change(values):
+            texts = [str(np.datetime64(of - 10**6 + START, "s")) for of in values]
+            return [text + zone(text) for text in texts]
+
+        return change
+
+    for number, (zone, is_mixed) in enumerate(
+        ((lambda text: "+02:00" if text[15] in "02468" else "", True), (lambda _: "Z", False),
+         (lambda _: "", False))
+    ):  # fmt: skip
+        log = write_small_log(tmp_path / f"log{number}", time=as_texts(zone))
+        _, report = read(log, tmp_path / f"data{number}", ALLOWABLE)
+        remarks = " ".join(report["remarks"])
+        assert ("have a time zone; the others are read as UTC" in remarks) == is_mixed
+
+
+def test_numbers_of_a_vector_that_share_a_remark_have_one(tmp_path):
+    log = write_small_log(tmp_path / "log")
+    table = pq.read_table(log / "part-0.parquet")
+    table = table.append_column("v", pa.array([[1.0, 2.0, 3.0]] * table.num_rows))
+    pq.write_table(table, log / "part-0.parquet")
+    features = faulty_logs.config(log, tmp_path).data.features.to_dict()
+    features |= {"v": feature("candidate", "dense", length=3)}
+    _, report = read(log, tmp_path / "data", ("few_positives",), features=features)
+    same = [of for of in report["remarks"] if "has the same value everywhere" in of]
+    assert same == ["Feature 'v' (3 of its numbers) has the same value everywhere."]

@@ -47,6 +47,9 @@
 {%- endif %}
 {% set time = logged(columns.time) %}
 {{ counts("columns.time", time, seconds(columns.time) ~ " IS NULL AND " ~ time ~ " IS NOT NULL") }}
+{%- if has_zones(columns.time) %}
+    count(*) FILTER (WHERE {{ has_zone(columns.time) }}) AS "columns.time/with_zone",
+{% endif %}
 {% endmacro %}
 {% if layout.by_request %}
 CREATE TABLE faults_of_rows AS SELECT
@@ -142,9 +145,14 @@ CREATE TABLE totals AS
         sum(weight) {{ is_one }} AS "weight/{{ task }}"
     {% endfor %}
     {% for task in layout.scored_tasks %}
-        , count("teacher:{{ task }}") AS "scored/{{ task }}", sum(weight * "teacher:{{ task }}") AS "sum/{{ task }}",
+        , min("teacher:{{ task }}") AS "lowest/{{ task }}", max("teacher:{{ task }}") AS "highest/{{ task }}",
+        count("teacher:{{ task }}") AS "scored/{{ task }}", sum(weight * "teacher:{{ task }}") AS "sum/{{ task }}",
         sum(weight * "label:{{ task }}") FILTER (WHERE "teacher:{{ task }}" IS NOT NULL) AS "observed/{{ task }}"
     {% endfor %}
+    {% if layout.scored_tasks %}
+        , count(*) FILTER (WHERE {% for task in layout.scored_tasks %}"teacher:{{ task }}" IS NOT NULL
+            {{- " AND " if not loop.last }}{% endfor %}) AS scored
+    {% endif %}
         FROM weighed GROUP BY split, stage)
     SELECT split, sum(candidates)::BIGINT AS candidates,
     {% for stage in ("retrieved", "passed", "shown") %}{% set here = "FILTER (WHERE stage = " ~ loop.index ~ ")" %}
@@ -158,6 +166,12 @@ CREATE TABLE totals AS
         coalesce(sum("weight/{{ task }}"), 0) / sum(weight) AS "rate/{{ task }}",
         coalesce(sum("ones/{{ task }}") FILTER (WHERE stage < 3), 0)::BIGINT AS "positives_not_shown/{{ task }}",
     {% endfor %}
+    {% for task in layout.scored_tasks %}
+        min("lowest/{{ task }}") AS "lowest/{{ task }}", max("highest/{{ task }}") AS "highest/{{ task }}",
+    {% endfor %}
+    {% if layout.scored_tasks %}
+        sum(scored) / sum(candidates) AS scored_share,
+    {% endif %}
     {% for task in layout.scored_tasks if layout.teacher_signal == "probability" %}
         sum("sum/{{ task }}") / nullif(sum("observed/{{ task }}"), 0) AS "predicted_over_observed/{{ task }}",
     {% endfor %}
