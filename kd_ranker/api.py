@@ -148,8 +148,8 @@ class Trained(NamedTuple):
     def table(self, wide: bool = False) -> str:
         """Return its results for a terminal, in at most 100 columns, or with `wide` all measures.
 
-        A sweep has a line per way, with the chosen setting's saving and what users have; the
-        numbers are those of the report.
+        A sweep has a line per way, with the saving of the chosen setting and its value for users;
+        the numbers are those of the report.
         """
         with fetched(self.workdir, with_checkpoints=False) as folder:
             if not wide and (folder / FOLDER).is_dir():
@@ -178,7 +178,7 @@ def _measures(folder: Path, width: int | None) -> str:
 class Report(NamedTuple):
     """A report on disk, which a notebook shows; that of `run` names the rankers, too."""
 
-    answers: tuple[str, ...]  # per dataset, at most four sentences on what distillation saves
+    answers: tuple[str, ...]  # per dataset, at most four sentences on the saving
     page: Place  # with all figures and tables
     tables: tuple[str, ...] = ()  # per dataset, its ways in at most 100 columns
     teacher: Trained | None = None  # None where the students learn from the dataset's own log

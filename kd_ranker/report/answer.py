@@ -1,7 +1,7 @@
 """The answer of a study: at most four short sentences, the settings that they are about, and notes.
 
-A sentence says one thing: what the final ranker's scores save, how many candidates must pass, what
-users have, and what to do where the study leaves something open.
+Each sentence has one subject: the saving by the final ranker's scores, the number of candidates
+that must pass, the users, and the next step if the study leaves something open.
 """
 
 import math
@@ -20,20 +20,20 @@ from kd_ranker.report.tables import number, percents
 
 # The change for users that a live test is planned for.
 _EFFECT = 0.002
-# The repeats that an undecided answer asks for.
+# The number of repeats to add to an undecided study.
 _MORE_SEEDS = 3
 _TARGET = f"{100 * TARGET:g}%"
 _UNDECIDED = "undecided"
 
 
 class Answer(NamedTuple):
-    """The answer to what distillation saves on one dataset."""
+    """The answer for one dataset."""
 
     dataset: str
     sentences: tuple[str, ...]  # at most four, of at most 20 words each
-    settings: dict[str, str]  # which setting "with the scores" and "without" stand for
+    settings: dict[str, str]  # the settings that "with the scores" and "without" name
     notes: tuple[str, ...]  # what puts the sentences in doubt
-    caveats: tuple[str, ...]  # what was compared, and what the intervals cover
+    caveats: tuple[str, ...]  # the comparisons, and the coverage of the intervals
 
     @property
     def sentence(self) -> str:
@@ -86,7 +86,7 @@ def _folded(text: str) -> str:
 
 
 def change_text(change: Interval, margin: float) -> str:
-    """Return a change of a share for people: none that is relevant, more, less, or undecided.
+    """Return a change of a share for people: irrelevant, more, less, or undecided.
 
     A change is relevant if it exceeds `margin`. No interval that merely includes 0 is called "no
     difference": it may hide a gain or a loss as large as its ends.
@@ -117,7 +117,7 @@ def _count(candidates: float) -> str:
 
 
 class _Saving:
-    """What the scores save: the cost of the funnel, or candidates where no cost is known."""
+    """The saving by the scores: the cost of the funnel, or candidates where no cost is known."""
 
     def __init__(self, study: Study, estimates: Estimates, with_scores: str, without: str):
         self._study, self._estimates = study, estimates
@@ -339,7 +339,7 @@ def _payment(study: Study, with_scores: str, saving: _Saving) -> Iterator[str]:
         return
     margin = f"{100 * study.config.report.margin:g}%"
     yield (
-        f"No way with scores is shown to keep users within {margin} of what they have without: on "
+        f"No way with scores is shown to keep users within {margin} of their value without: on "
         f"validation, the change of this one is {_percent(change.low, 1)} to "
         f"{_percent(change.high, 1)}. Users may pay for the saving."
     )

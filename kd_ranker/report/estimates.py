@@ -188,9 +188,9 @@ class Estimates:
         if self.study.incumbent in settings and not self.study.knows_truth:
             return "candidates that today's early ranker left out have no labels"
         if np.isnan(share):
-            return "how much of what these funnels show could have labels is unknown"
+            return "the share of shown items that could have labels is unknown"
         if share < COVERED:
-            return f"only {100 * share:.0f}% of what these funnels show could have labels"
+            return f"only {100 * share:.0f}% of the items that these funnels show could have labels"
         if self.study.knows_truth or not self.labels_are_chosen:
             return ""
         with_scores, before = settings

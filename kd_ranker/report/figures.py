@@ -231,7 +231,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
     if data.empty:
         return None
     margin = study.config.report.margin
-    # Room beyond the outermost marks, so that neither the margin nor the origin lies on an axis.
+    # Room beyond the outermost marks, so that neither the margin nor the origin is on an axis.
     x_domain = _with_room(0.0, *data[[*_ends("saving")]].to_numpy().ravel())
     y_domain = _with_room(0.0, -margin, *data[[*_ends("users")]].to_numpy().ravel())
     x = _axis(alt.X, "saving", {"domain": x_domain, "nice": False}, format="~%")
@@ -252,7 +252,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
     return Figure(
         "plane", "Saving against the change for users",
         f"Each way against the baseline {study.baseline}, the best ranker without the final "
-        "ranker's scores, which lies at the origin; on the test split, with as many passed as each "
+        "ranker's scores, which is at the origin; on the test split, with as many passed as each "
         f"needs for 99% of the final value: the share of the funnel's cost, {study.costs.unit}, "
         "that is saved, and the change of the value for users, as a share of that if all are "
         f"passed. The dashed line is the margin of {100 * margin:g}%. Bars are 95% intervals.",

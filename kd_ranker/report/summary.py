@@ -126,9 +126,9 @@ def _wrapped(headers: Sequence[str], rows: Sequence[list[str]]) -> list[list[str
     """Return rows with their first cell wrapped, so that the table has at most `WIDTH` columns."""
     taken = 0
     for place in range(1, len(headers)):
-        # tabulate leaves room beside a header.
+        # tabulate pads headers.
         header = max(map(len, _header_lines(headers[place]))) + MIN_PADDING
-        taken += _GAP + max(header, *(len(row[place]) for row in rows))
+        taken += _GAP + max([header, *(len(row[place]) for row in rows)])
     width = max(_LEAST_WIDTH, WIDTH - taken)
     return [[textwrap.fill(row[0], width), *row[1:]] for row in rows]
 
@@ -138,7 +138,7 @@ def _header_lines(header: str) -> list[str]:
 
 
 def way_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
-    """Return how a student was trained: its mode, what it learns from, and what else is compared.
+    """Return how a student was trained: its mode, its losses, and the other keys that vary.
 
     `row` is one of `results.csv`; `varying` are the columns in which the settings differ.
 

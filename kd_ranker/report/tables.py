@@ -128,7 +128,7 @@ def results_text(workdir: Path, passed: int, width: int | None = None) -> str:
       workdir: the folder of a run or a sweep.
       passed: the k of the funnel's columns.
       width: the most characters of a line; measures that do not fit are left out, and the last line
-        says how many. None writes all of them.
+        counts them. None writes all of them.
     """
     path = workdir / results.FILE
     named = results.SETTING_COLUMNS[NAMED:]
@@ -252,8 +252,8 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
         notes.append(
             f"{study.plain} has the lowest user BCE: it learns nothing but the probability of an "
             "action on shown candidates. Unshown negatives lower the probabilities, and losses on "
-            "an order do not keep them calibrated. BCE says how well users are predicted, not how "
-            "well candidates are ordered; compare AUC."
+            "an order do not keep them calibrated. BCE measures how well users are predicted, "
+            "not how well candidates are ordered; compare AUC."
         )
     if len(study.frozen):
         names = ", ".join(

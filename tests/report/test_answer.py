@@ -182,7 +182,7 @@ STEPS = {
     ),
     "users who pay": (
         students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.75, 0.85, 0.65])),
-        "No way with scores is shown to keep users within 0.2% of what they have without: on "
+        "No way with scores is shown to keep users within 0.2% of their value without: on "
         "validation, the change of this one is −5.0% to −5.0%. Users may pay for the saving.",
     ),
     "a random order that does as well": (
@@ -225,7 +225,7 @@ STEPS = {
     ),
     "too few labels": (
         labels([0.60, 0.62], 34),
-        f"{CANNOT}only 34% of what these funnels show could have labels.",
+        f"{CANNOT}only 34% of the items that these funnels show could have labels.",
     ),
     "an early ranker that decides what has labels": (
         labels([0.60, 0.62], 80, 350),
