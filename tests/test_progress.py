@@ -136,12 +136,18 @@ def test_a_sweep_ends_with_where_the_time_went(monkeypatch, capsys):
             pass
         with progress.phase("test"):
             pass
-        return "the table"
+        return Students()
+
+    class Students:
+        def table(self, wide):
+            return f"the table, wide: {wide}"
 
     monkeypatch.setattr(api, "sweep", sweep)
     config = main.read_config("cascade:small")
-    given = main._parser(main.COMMANDS["sweep"], "sweep").parse_args(["--workdir=w"])
-    assert main.COMMANDS["sweep"].call(api, config, given) == "the table"
+    given = main._parser(main.COMMANDS["sweep"], "sweep").parse_args(["--workdir=w", "--wide"])
+    assert main.COMMANDS["sweep"].call(api, config, given) == "the table, wide: True"
     output, lines = capsys.readouterr()
     assert output == ""
-    assert lines.splitlines() == ["training: 0 s", "test: 0 s", "time: training 0 s, test 0 s"]
+    assert lines.splitlines() == [
+        "training: 0 s", "test: 0 s", "table: 0 s", "time: training 0 s, test 0 s, table 0 s",
+    ]  # fmt: skip

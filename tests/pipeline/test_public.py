@@ -91,7 +91,9 @@ def test_results_show_themselves_as_text_and_within_a_notebook(world, students, 
     table = students.results
     assert {*table[table.role == "student"]["mode"]} == {"none", "aux"}
     assert str(students.workdir) in str(students)
-    assert repr(students) == str(students)
+    # Asked for, the saving of each way; shown unasked, means over seeds without draws of requests.
+    assert "saving" in str(students)
+    assert all(mode in repr(students) for mode in ("none", "aux", "seeds"))
     prepared = kd.prepare(world.config())
     assert str(prepared).startswith(f"dataset: {prepared.directory}")
     assert any(line.startswith("epochs: ") for line in prepared.lines)

@@ -278,7 +278,7 @@ def test_what_is_not_known_has_no_estimate(made, tmp_path):
 # The covered value of three repeats of mode `none`, and by what that of `shared` differs.
 COVERED_BEFORE = [0.900, 0.910, 0.905]
 GAIN, LOSS, UNSURE = [0.02, 0.021, 0.019], [-0.02, -0.021, -0.019], [0.03, -0.06, 0.01]
-ONLY_A_LOSS = "so they can show a loss for users and never a gain"
+ONLY_A_LOSS = "labels that the final ranker chose show losses only, and here none"
 
 
 @pytest.mark.parametrize(
