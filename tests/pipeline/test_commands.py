@@ -638,7 +638,9 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
             assert set(rows["seed"]) == {0, 2}
             expected = rows_of(tmp_path / "alone", split, role).reset_index(drop=True)
             found = rows[rows["seed"] == 2].reset_index(drop=True)
-            pd.testing.assert_frame_equal(found, expected)
+            # Its baseline is the best over all repeats: of one repeat, a list may be.
+            of_all = ["funnel_cost_saving"]
+            pd.testing.assert_frame_equal(found.drop(columns=of_all), expected.drop(columns=of_all))
     # Each is measured, and its requests are drawn anew, by its own teacher.
     (study,) = read_studies([made])
     estimates = Estimates(study)
