@@ -183,15 +183,13 @@ class _Users(NamedTuple):
 
 def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -> _Users:
     """Return what users have with the scores, against what they have without."""
-    changes = {
-        measure: estimates.gap(with_scores, without, measure) for measure in study.users_measures
-    }
-    if not any(change.n for change in changes.values()):
+    changes = [estimates.gap(with_scores, without, measure) for measure in study.users_measures]
+    if not any(change.n for change in changes):
         return _Users("The change for users was not measured.")
     if study.knows_truth:
-        at_passed, at_target = changes.values()
+        at_passed, at_target = changes
         return _users_by_truth(study, at_passed, at_target)
-    (change,) = changes.values()
+    (change,) = changes
     return _users_by_labels(estimates, with_scores, without, change)
 
 

@@ -4,6 +4,8 @@ A final ranker's score, the position and the stage are known only then, whatever
 model may read them: they hold the answer.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
@@ -66,8 +68,19 @@ def known_ratio(is_known: pd.Series, reached: pd.Series) -> float:
     return outside / inside if is_written else 1.0
 
 
-def sides(values: pd.Series, shown: pd.Series) -> tuple[pd.Series, pd.Series]:
-    """Return the rows with a value that only shown candidates have, and that only others have.
+class Sides(NamedTuple):
+    """Rows whose value tells whether the candidate was shown."""
+
+    only_shown: pd.Series  # rows with a value that only shown candidates have
+    only_others: pd.Series  # rows with a value that no shown candidate has
+
+    def any(self) -> bool:
+        """Return whether any row is on either side."""
+        return bool(self.only_shown.any() or self.only_others.any())
+
+
+def sides(values: pd.Series, shown: pd.Series) -> Sides:
+    """Find the rows with a value that only shown candidates have, or only others.
 
     Args:
       values: numbers, equal for equal values, and NaN for missing ones. Of more than 50 values,
@@ -82,9 +95,10 @@ def sides(values: pd.Series, shown: pd.Series) -> tuple[pd.Series, pd.Series]:
     expected = rows * float(shown.mean())
     no_others = (rows - expected >= _LEAST_ROWS) & (rows - inside <= _STRAY * (rows - expected))
     none_shown = (expected >= _LEAST_ROWS) & (inside <= _STRAY * expected)
-    only_shown = pd.Series(no_others[codes], values.index)
-    only_others = pd.Series(none_shown[codes], values.index)
-    return only_shown, only_others
+    return Sides(
+        only_shown=pd.Series(no_others[codes], values.index),
+        only_others=pd.Series(none_shown[codes], values.index),
+    )
 
 
 def why_written_after(
@@ -102,7 +116,7 @@ def why_written_after(
     if known_ratio(codes.notna(), shown) < 1:
         shares = [float(codes.notna()[rows].mean()) for rows in (shown, ~shown)]
         return f"known for {shares[0]:.0%} of the {word} candidates, {shares[1]:.0%} of the others"
-    if any(side.any() for side in sides(codes, shown)):
+    if sides(codes, shown).any():
         return f"one of its values separates {word} candidates from others"
     if numbers.nunique() > 2:
         share = share_shown_first(numbers.to_frame("column"), request, shown)["column"]
@@ -127,8 +141,8 @@ def guess_shown(codes: pd.DataFrame, positive: pd.Series) -> pd.Series:
     """
     nobody = pd.Series(False, codes.index)
     if positive.any():
-        found = [~sides(codes[column], positive)[1] for column in codes]
-        return min((rows for rows in found if not rows.all()), key=pd.Series.sum, default=nobody)
+        found = [~sides(codes[column], positive).only_others for column in codes]
+        return _fewest([rows for rows in found if not rows.all()], nobody)
     found = []
     for column in codes:
         is_known = codes[column].notna()
@@ -137,8 +151,13 @@ def guess_shown(codes: pd.DataFrame, positive: pd.Series) -> pd.Series:
         others = codes.drop(columns=column)
         if any(_depends(others[other], is_known) for other in others):
             found.append(is_known)
-    return min(found, key=pd.Series.sum, default=nobody)
+    return _fewest(found, nobody)
+
+
+def _fewest(found: list[pd.Series], default: pd.Series) -> pd.Series:
+    """Return the one that is True for the fewest rows."""
+    return min(found, key=lambda rows: rows.sum(), default=default)
 
 
 def _depends(codes: pd.Series, shown: pd.Series) -> bool:
-    return known_ratio(codes.notna(), shown) < 1 or any(side.any() for side in sides(codes, shown))
+    return known_ratio(codes.notna(), shown) < 1 or sides(codes, shown).any()
