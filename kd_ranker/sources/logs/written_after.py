@@ -69,7 +69,7 @@ def known_ratio(is_known: pd.Series, reached: pd.Series) -> float:
 
 
 class Sides(NamedTuple):
-    """Rows whose value tells whether the candidate was shown."""
+    """The rows with a value of only shown candidates, and with one of only others."""
 
     only_shown: pd.Series  # rows with a value that only shown candidates have
     only_others: pd.Series  # rows with a value that no shown candidate has
