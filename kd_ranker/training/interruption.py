@@ -6,6 +6,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -27,6 +28,18 @@ def clean_up_on_signal() -> Iterator[None]:
         received.append(number)
         raise SystemExit(128 + number)  # asyncio loops let it pass
 
+    report = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        """Raise a signal again a moment later, if its error could not end anything."""
+        # Python drops an error that is raised in a call of the garbage collector, as of JAX.
+        if not received or not isinstance(unraisable.exc_value, SystemExit):
+            report(unraisable)
+            return
+        _handle(stop)
+        threading.Timer(0.01, signal.raise_signal, [received[0]]).start()
+
+    sys.unraisablehook = again
     _handle(stop)
     try:
         yield
@@ -38,6 +51,7 @@ def clean_up_on_signal() -> Iterator[None]:
         raise SystemExit(128 + received[0]) from ended
     finally:
         end_on_signal()
+        sys.unraisablehook = report
 
 
 @contextlib.contextmanager

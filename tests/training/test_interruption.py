@@ -31,6 +31,22 @@ with interruption.clean_up_on_signal():
         raise RuntimeError("Query interrupted") from ended
 """
 
+# As JAX has one. Python prints the error of such a call, and goes on.
+_IN_A_CALL_OF_THE_GARBAGE_COLLECTOR = """
+import gc, os, signal, time
+from kd_ranker.training import interruption
+
+def collected(phase, _):
+    if phase == "start":
+        os.kill(os.getpid(), signal.{name})
+
+with interruption.clean_up_on_signal():
+    gc.callbacks.append(collected)
+    gc.collect()
+    gc.callbacks.clear()
+    time.sleep(30)
+"""
+
 _TWICE = """
 import os, signal
 from kd_ranker.training import interruption
@@ -49,6 +65,7 @@ with interruption.clean_up_on_signal(), interruption.deferred():
         (_IN_A_LOOP, "SIGINT", 130, ""),
         (_AS_ANOTHER_ERROR, "SIGTERM", 143, ""),
         (_AS_ANOTHER_ERROR, "SIGINT", 130, ""),
+        (_IN_A_CALL_OF_THE_GARBAGE_COLLECTOR, "SIGTERM", 143, ""),
         (_TWICE, "INT", 130, "after SIGTERM\n"),
     ],
 )
