@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, UInt8
 
@@ -38,6 +39,8 @@ class Stage(enum.IntEnum):
 
 CATEGORY_OWNERS = ("request", "candidate", "item")
 TEACHER_SIGNALS = ("probability", "rank", "score")
+# Attributes of `FeatureSpec` that earlier releases did not have.
+_LATER_FIELDS = ("later_categories", "early_scores")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ class FeatureSpec:
         `teacher_signal.probability_of_rank` and `probability_of_score`.
       later_categories: the number of category ids after those of the features. A longer log adds
         them for new values of any feature; its vocabularies map values to ids.
+      early_scores: names of the scores that candidates have before the final ranker runs.
 
     Raises:
       UserError: a size is not a whole number, there are more cheap item features than item
@@ -116,6 +120,7 @@ class FeatureSpec:
     categories: tuple[Category, ...] = ()
     teacher_signal: str = "probability"
     later_categories: int = 0
+    early_scores: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         tasks: Any = self.tasks  # from a program that may not check types
@@ -156,10 +161,11 @@ class FeatureSpec:
         return sum(self.category_lengths(of))
 
     def to_json(self) -> str:
-        """The spec as JSON, one key per attribute; without `later_categories` if that is 0."""
+        """The spec as JSON, one key per attribute; without `_LATER_FIELDS` that are empty."""
         fields = dataclasses.asdict(self)
-        if not self.later_categories:  # so that datasets without any keep their fingerprints
-            del fields["later_categories"]
+        for name in _LATER_FIELDS:  # so that datasets without them keep their fingerprints
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields, indent=2, default=int)
 
     @classmethod
@@ -167,6 +173,7 @@ class FeatureSpec:
         """The inverse of `to_json`."""
         fields = json.loads(text)
         fields["tasks"] = tuple(fields["tasks"])
+        fields["early_scores"] = tuple(fields.get("early_scores", ()))
         fields["categories"] = tuple(Category(**of) for of in fields.get("categories", ()))
         return cls(**fields)
 
@@ -204,6 +211,10 @@ def _tasks(spec: FeatureSpec) -> int:
     return len(spec.tasks)
 
 
+def _early_scores(spec: FeatureSpec) -> int:
+    return len(spec.early_scores)
+
+
 _items, _categories = attrgetter("num_items"), attrgetter("num_categories")
 _of_request = methodcaller("category_width", "request")
 _of_candidate = methodcaller("category_width", "candidate")
@@ -236,6 +247,7 @@ FIELDS = (
     Field("true_probability", "known", np.float32, None, _tasks, np.nan),
     Field("incumbent", "known", np.float32, None, nothing=np.nan),
     Field("propensity", "known", np.float32, None, nothing=np.nan),
+    Field("early_scores", "known", np.float32, None, _early_scores, np.nan),
 )
 STORED = tuple(field for field in FIELDS if field.stored is not None)  # of `Request`
 IN_BATCH = tuple(field for field in FIELDS if field.dtype is not None)  # of `CandidateBatch`
@@ -251,8 +263,9 @@ class Request:
     and A is 0, S, P or N). Only labels, teacher probabilities and true probabilities may stem from
     after `time`.
 
-    True probabilities, incumbent and propensity are for the evaluation only: V is N there. In
-    training requests, and in a dataset without any of the three, V is 0. NaN is an unknown value.
+    True probabilities, incumbent, propensity and early scores are for the evaluation only: V is N
+    there. In training requests, and in a dataset without any of the four, V is 0. NaN is an unknown
+    value.
     """
 
     request_id: int
@@ -277,6 +290,7 @@ class Request:
     # None: unknown.
     incumbent: Float32[np.ndarray, "V"] | None = None  # score of today's early ranker
     propensity: Float32[np.ndarray, "V"] | None = None  # see `EvaluationBatch`
+    early_scores: Float32[np.ndarray, "V S"] | None = None  # see `FeatureSpec`; higher first
 
 
 @flax.struct.dataclass
@@ -365,6 +379,10 @@ class EvaluationBatch:
     incumbent: Float[Array, "R N"]  # score of the early ranker that filled the log, higher first
     propensity: Float[Array, "R N"]
     request_mask: Bool[Array, "R"]  # False on requests that only pad the last batch
+    # Of rankers that are no programs, see `rivals.registry.order_keys`; by default of none.
+    rivals: Float[Array, "R N S"] = flax.struct.field(
+        default_factory=lambda: jnp.zeros((1, 1, 0), jnp.float32)
+    )
 
 
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:

@@ -368,8 +368,11 @@ class Sweep:
         names = itertools.chain.from_iterable(self.plan)
         members = {name: self.members[name] for name in names}
         found = {"config": schema.fingerprint(members, "student"), **self.dataset}
-        if policies := next(iter(members.values())).funnel.policies:
+        first = next(iter(members.values()))
+        if policies := first.funnel.policies:
             found[policy.FILE] = ",".join(policies)
+        if rivals := first.sweep.rivals:
+            found["rivals"] = ",".join(rivals)
         return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 
 

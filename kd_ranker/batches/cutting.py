@@ -7,6 +7,7 @@ in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX.
 the rows of data that devices hold. Evaluation batches are cut on the host, and never packed.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from kd_ranker.batches.sampling import Draw, Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Parts, unpack_rows
 from kd_ranker.requests.records import Dataset
+from kd_ranker.requests.request import starts_of
 
 
 class Layout(NamedTuple):
@@ -141,19 +143,27 @@ def batch_size(requests: int, available: int) -> int:
 
 
 def evaluation_batches(
-    dataset: Dataset, split: str, *, requests: int, candidates: int, limit: int = 0
+    dataset: Dataset,
+    split: str,
+    *,
+    requests: int,
+    candidates: int,
+    limit: int = 0,
+    rivals: Float[np.ndarray, "sum S"] | None = None,
 ) -> Iterator[EvaluationBatch]:
     """Yield the batches of one pass over a split, with every candidate of each request.
 
     A batch has `requests` requests; the last one is padded with repeated ones, masked out. Their
     candidates are padded to `candidates`, `config.funnel.retrieved`. With a `limit`, only that
-    number of requests is read, from the start.
+    number of requests is read, from the start. `rivals` has the numbers of the rivals for all
+    candidates of the split, in stored order.
 
     Raises:
       UserError: a request has more candidates than `candidates`.
     """
     columns = dataset.columns[split]
     total = min(limit or len(columns), len(columns))
+    first = starts_of(columns.counts.retrieved)[:-1]
     for start in range(0, total, requests):
         present = min(requests, total - start)
         numbers = start + np.arange(requests) % present
@@ -174,8 +184,14 @@ def evaluation_batches(
         known = np.where(counts.known[:, None] > 0, places, -1)
         rows: Any = columns.known.at(numbers, known)
         facts = unpack_rows(rows, columns.known.type)
-        yield EvaluationBatch(
+        # Only rivals read them, and these have their own numbers.
+        del facts["early_scores"]
+        batch = EvaluationBatch(
             batch=whole_batch(columns, numbers, places),
             **{name: jnp.asarray(fact) for name, fact in facts.items()},
             request_mask=jnp.arange(requests) < present,
         )
+        if rivals is not None:
+            keys = rivals[np.where(places < 0, 0, first[numbers][:, None] + places)]
+            batch = dataclasses.replace(batch, rivals=jnp.asarray(keys))
+        yield batch

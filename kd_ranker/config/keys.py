@@ -22,6 +22,7 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.models.student import HISTORIES, STUDENTS
 from kd_ranker.models.teacher import TEACHERS
+from kd_ranker.rivals.registry import RIVALS
 from kd_ranker.sources import given, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
@@ -359,6 +360,7 @@ _ALL = (
         Key("student.candidate", 0.0,
             "of a candidate; 0: the teacher's times the ratio of their FLOPs"),
         Key("student.request", 0.0, "of a request, in addition to its candidates"),
+        Key("rivals", ConfigDict(), "of a candidate, by the family of a rival", later=True),
         influences="report",
     ),
     section(
@@ -423,6 +425,8 @@ _ALL = (
         Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
             "members of the sweep with these values in place of the sweep's; () trains the sweep "
             "as it is", element=str),
+        Key("rivals", (), "rankers of other architectures to compare with the students",
+            RIVALS, element=str, may_differ=True, later=True),
         Key("group_size", 0, "members that train in one program; 0: as many as memory allows"),
         Key("whole_repeats", False, "each seed also sets the order of the data, and has a separate "
             "teacher", influences="student", may_differ=True),

@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
         teacher_version="teacher_version",
         teacher_weight="",  # 0 where the teacher's values do not count
         incumbent="",  # score of the current early ranker, higher first
+        early_scores="",  # columns of scores before the final ranker, with commas; higher first
         propensity="",  # probability with which a shown candidate was shown: random slots
         split="",  # train, validation or test, for data.split = "column"
     )

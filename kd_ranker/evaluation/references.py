@@ -5,11 +5,13 @@
     random        sorts at random
     popularity, show_rate, pass_rate, top_rate, static_list
                   sort by a number of the item in training, see `lists_of`
+    rivals        sort by numbers that were computed before, see `kd_ranker.rivals`
 
 `reference_ranker` makes one `Ranker` of all references, with a serve name each, which
 `evaluate.evaluate` measures like a group of students.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +21,7 @@ import pandas as pd
 from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
-from kd_ranker.evaluation.evaluate import Ranker, Served
+from kd_ranker.evaluation.evaluate import Ranker, Serve, Served
 from kd_ranker.models.layers import features_of_items
 from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
@@ -31,8 +33,6 @@ REFERENCES = ("oracle", "incumbent", "random", *LISTS)
 NEED_SCORES = ("top_rate", "static_list")
 # The references that no funnel could use, or would.
 NO_RANKERS = ("oracle", "random")
-# The references that define only an order.
-NO_PROBABILITIES = ("incumbent", "random", *LISTS)
 
 # Failures added to each item's count, so that no item tops a list after one lucky impression.
 # Shrinking towards the mean instead of 0 would put items that were never shown above most others.
@@ -124,22 +124,29 @@ def _random(batch: CandidateBatch) -> Float[Array, "R N"]:
     return jax.vmap(of_request)(batch.user_id, batch.item_id)
 
 
-def _serve(lists: Lists, batch: EvaluationBatch, items: Items) -> Served:
+def _serve(rivals: tuple[str, ...], lists: Lists, batch: EvaluationBatch, items: Items) -> Served:
     """The numbers that each reference sorts by, NaN where they are not known."""
     del items
     orders = {"incumbent": _incumbent(batch), "random": _random(batch.batch)}
     for name, of_item in lists.items():
         each = features_of_items(of_item[:, None], batch.batch.item_id)
         orders[name] = each[..., 0]
+    orders |= {name: batch.rivals[..., index] for index, name in enumerate(rivals)}
     # The same number for every task: any value weights order the candidates by it.
     shape = batch.true_probability.shape
     of_tasks = {name: jnp.broadcast_to(of[..., None], shape) for name, of in orders.items()}
     return Served({"oracle": batch.true_probability, **of_tasks}, seen={})
 
 
-def reference_ranker(lists: Lists) -> Ranker:
-    """All references as one ranker with one member."""
-    return Ranker(_serve, stack_members([lists]), sees_truth=True)
+def reference_ranker(lists: Lists, rivals: Sequence[str] = ()) -> Ranker:
+    """All references as one ranker with one member; `rivals` name the batches' numbers of them."""
+    return Ranker(_server(tuple(rivals)), stack_members([lists]), sees_truth=True)
+
+
+# One function for the same names, so that it is compiled once.
+@functools.lru_cache(maxsize=16)
+def _server(rivals: tuple[str, ...]) -> Serve:
+    return functools.partial(_serve, rivals)
 
 
 def known_references(splits: Sequence[Columns], lists: Lists) -> tuple[str, ...]:

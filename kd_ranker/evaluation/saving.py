@@ -5,6 +5,7 @@ Rows are students and references of `results.csv` with three labels, see `result
 not tuned; and `repeat` of the seeds. No choice sees the requests of `test`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
+from kd_ranker.rivals.registry import family_of
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
@@ -76,6 +78,8 @@ class Costs(NamedTuple):
     student_request: float = 0.0
     teacher: float = 0.0  # of a candidate
     teacher_request: float = 0.0
+    # Of a candidate, by the family of a rival. In the user's own unit, another family costs 0.
+    rivals: tuple[tuple[str, float], ...] = ()
 
     @property
     def unit(self) -> str:
@@ -89,7 +93,9 @@ FLOPS = Costs()
 def costs_of(config: ConfigDict) -> Costs:
     """Return the costs of `config.costs`."""
     student, teacher = config.costs.student, config.costs.teacher
-    return Costs(student.candidate, student.request, teacher.candidate, teacher.request)
+    # Runs of earlier releases lack the key.
+    rivals = tuple(sorted(config.costs.get("rivals", {}).items()))
+    return Costs(student.candidate, student.request, teacher.candidate, teacher.request, rivals)
 
 
 def funnel_cost(
@@ -145,6 +151,20 @@ def best_of_ways(rows: pd.DataFrame) -> dict[str, str]:
     return {way: setting for way, setting in of_ways.items() if setting is not None}
 
 
+def best_of_families(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the rival of each family that `CRITERION` prefers; of equals the first.
+
+    `rows` are those of `results.csv` of one teacher on validation.
+    """
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["role"] == "reference" and not np.isnan(row[CRITERION]):
+            family = family_of(row["member"])
+            if family not in best or row[CRITERION] < best[family][CRITERION]:
+                best[family] = row
+    return {str(row["member"]) for row in best.values()}
+
+
 def best_of(table: pd.DataFrame) -> str | None:
     """The column of a table of `by_repeat` with the smallest mean; of equals the first.
 
@@ -170,7 +190,9 @@ def needs_scores(rows: pd.DataFrame) -> pd.Series:
     sampled = rows.get("batch.sampler", unknown).isin(with_scores)
     recorded = rows.get("needs_scores", unknown)
     needed = (recorded == True) | (recorded.isna() & (distilled | sampled))  # noqa: E712
-    return ((rows["role"] == "student") & needed) | rows["member"].isin(NEED_SCORES)
+    is_list = rows["member"].isin(NEED_SCORES)
+    is_rival = (rows["role"] == "reference") & (recorded == True)  # noqa: E712
+    return ((rows["role"] == "student") & needed) | is_list | is_rival
 
 
 def _read_scores(losses: object) -> bool:
@@ -243,9 +265,15 @@ def with_savings(
 def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
     """FLOPs per candidate of a row's ranker as early ranker, and the costs with it.
 
-    A reference costs nothing. A final ranker in front of itself has its own cost.
+    A reference costs nothing, except a rival. A final ranker in front of itself has its own cost.
     """
+    flops = float(row.get("flops_per_candidate", math.nan))
     if row["role"] == "student":
-        return float(row["flops_per_candidate"]), costs
-    without = costs._replace(student=0.0, student_request=0.0)
-    return (0.0 if row["role"] == "reference" else float(row["flops_per_candidate"])), without
+        return flops, costs
+    alone = costs._replace(student=0.0, student_request=0.0)
+    if row["role"] == "teacher":
+        return flops, alone
+    if costs.teacher:
+        own = dict(costs.rivals).get(family_of(row["member"]), 0.0)
+        return 0.0, alone._replace(student=own)
+    return (0.0 if math.isnan(flops) else flops), alone

@@ -17,7 +17,6 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
 from kd_ranker.evaluation.policy import Policy
-from kd_ranker.evaluation.references import NO_PROBABILITIES
 from kd_ranker.evaluation.results import Kept, Row, Who
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import build_model
@@ -25,6 +24,8 @@ from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
 from kd_ranker.progress import Bar
+from kd_ranker.rivals import registry
+from kd_ranker.rivals.registry import Rival
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import own_devices
 from kd_ranker.training.state import States, select_member, steps_of_members
@@ -49,6 +50,7 @@ def measure(
     *,
     serves: Mapping[str, Collection[str]] | None = None,
     with_references: bool = False,
+    rivals: Sequence[Rival] = (),
     fitted: Mapping[Who, Each] | None = None,
     keep: bool = False,
     limit: int = 0,
@@ -62,6 +64,7 @@ def measure(
       states: the trained states of the job's groups; () measures only the teacher of students.
       serves: the serving choices of each member to measure; None takes all of all members.
       with_references: whether to measure the references, too.
+      rivals: those to measure as well, among the references.
       fitted: the contribution of each validation request, for the policies of `report_at`.
       keep: whether to keep the contribution of each request, as always of the test split.
       limit: how many requests an evaluation during training reads, which omits FLOPs and the bar;
@@ -82,10 +85,13 @@ def measure(
     if with_references:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
         referred = references.known_references([of for of in splits if len(of)], job.lists)
-        groups.append(references.reference_ranker(job.lists)._replace(serves=[referred]))
+        names = tuple(rival.name for rival in rivals)
+        referred += names
+        ranker = references.reference_ranker(job.lists, names)
+        groups.append(ranker._replace(serves=[referred]))
     keep = keep or split == "test"
     with job.progress.phase(split, quiet=bool(limit)):
-        of_teacher, of_groups = _summed(job, split, teacher, groups, keep, limit)
+        of_teacher, of_groups = _summed(job, split, teacher, groups, rivals, keep, limit)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     measured = Measured([], [], [], {}, {})
     add = functools.partial(_add, measured, job, signal, fitted or {})
@@ -113,8 +119,15 @@ def measure(
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                 else:
                     add(row, of_member[serve], of_teacher)
+    of_rivals = {rival.name: rival for rival in rivals}
     for name in referred:
-        add(named("reference", name) | {"seed": seed}, of_groups[-1][0][name], of_teacher)
+        row = named("reference", name) | {"seed": seed}
+        if name in of_rivals:
+            rival = of_rivals[name]
+            row |= {"needs_scores": rival.needs_scores}
+            row |= {"flops_per_candidate": rival.operations}
+            row |= {"cost_ratio": rival.operations / of_judge}
+        add(row, of_groups[-1][0][name], of_teacher)
     return measured
 
 
@@ -146,6 +159,7 @@ def _summed(
     split: str,
     teacher: Ranker | None,
     groups: Sequence[Ranker],
+    rivals: Sequence[Rival],
     keep: bool,
     limit: int,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
@@ -155,12 +169,14 @@ def _summed(
     largest = max(len(columns) for columns in dataset.columns.values())
     requests = batch_size(config.evaluation.requests, largest)
     limit = limit or config.evaluation.limit
+    keys = registry.order_keys(rivals, dataset, split) if rivals else None
     batches: Iterable[EvaluationBatch] = evaluation_batches(
         dataset,
         split,
         requests=requests,
         candidates=config.funnel.retrieved,
         limit=limit,
+        rivals=keys,
     )
     sharded = config.parallel.tables == "sharded"
     plan = Plan(
@@ -207,7 +223,7 @@ def _add(
         each = summed.each._replace(sums=summed.each.sums | chosen)
         summed = Summed(summed.sums | totals, each)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
-    only_order = row["member"] in NO_PROBABILITIES
+    only_order = row["role"] == "reference" and row["member"] != "oracle"
     teacher_sums = of_teacher.sums if of_teacher else None
     numbers = metrics.summarise(sums, teacher_sums, tasks, at, signal, only_order)
     measured.rows.append(row | numbers)

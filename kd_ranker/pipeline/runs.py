@@ -17,7 +17,7 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import policy, results
+from kd_ranker.evaluation import policy, results, saving
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.models.model import Model, Parameters
@@ -27,6 +27,8 @@ from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
 from kd_ranker.progress import Bar, Progress, Show
 from kd_ranker.requests.lock import hold
+from kd_ranker.rivals import registry
+from kd_ranker.rivals.registry import Rival
 from kd_ranker.sweep import (
     TEST,
     Members,
@@ -141,7 +143,7 @@ def _open(
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
     # These change no more than how it is tested, joined and reported.
-    free += ["costs", "report", "funnel.policies"]
+    free += ["costs", "report", "funnel.policies", "sweep.rivals"]
     workdirs.check(workdir, "sweep", config, dataset, without=free)
     return open_sweep(config, workdir, dataset), job
 
@@ -160,6 +162,7 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
     read = job.of({name: first}).dataset
     checks.check_teacher_signals(read, sweep.members.values())
     checks.check_labels(read)
+    registry.check(read, config.sweep.rivals)
     # By the memory that is free: of several processes, one decides.
     size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec, job.devices))
     sweep = sweep.planned(size)
@@ -268,6 +271,9 @@ def _test_cohort(
     `serves` are the chosen serving choices of each chosen member.
     """
     owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
+    names = job.config.sweep.rivals if with_references else ()
+    if names:
+        owner["rivals"] = ",".join(names)
     policies = job.config.funnel.policies
     if policies:
         owner[policy.FILE] = ",".join(policies)
@@ -279,10 +285,13 @@ def _test_cohort(
         if step < job.config.train.steps:  # the last checkpoint is damaged
             with training_bar(job, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
-    measured, fitted = [], {}
+    measured, fitted, rivals = [], {}, list[Rival]()
     if with_references:
         # Validation chooses among the references too.
-        measured.append(measure(job, "validation", with_references=True))
+        rivals = _fitted_rivals(job, names)
+        measured.append(measure(job, "validation", with_references=True, rivals=rivals))
+        best = saving.best_of_families(measured[0].rows)
+        rivals = [rival for rival in rivals if rival.name in best]
     if policies and students:
         fitted = measure(job, "validation", students, serves=serves, keep=True).each
     tested = measure(
@@ -291,10 +300,27 @@ def _test_cohort(
         students,
         serves=serves,
         with_references=with_references,
+        rivals=rivals,
         fitted=fitted,
         started_with_scores=workdirs.started_with_scores(folder, job.config),
     )
     write_measured(job, folder / TEST, owner, *measured, tested)
+
+
+def _fitted_rivals(job: Job, names: Sequence[str]) -> list[Rival]:
+    """Fit the rivals of a sweep to the training requests, with each of their settings."""
+    if not names:
+        return []
+    config = job.config
+    logged = config.teacher.source == "logged"
+    task = registry.Task(
+        job.dataset,
+        config.value_weights,
+        config.funnel.shown,
+        scored=TEACHER_STAGES[config.teacher.stage] if logged else None,
+    )
+    with job.progress.phase("rivals"):
+        return registry.fit(task, names)
 
 
 def training_bar(job: Job, steps: int) -> contextlib.AbstractContextManager[Bar]:

@@ -100,10 +100,10 @@ class Estimates:
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
-        none, costs = saving.student_cost({"role": "reference"}, self.study.costs)
+        alone = self.study.costs._replace(student=0.0, student_request=0.0)
 
         def share(cost: Any, candidates: Any) -> Any:
-            whole = saving.funnel_cost(candidates, candidates, none, self._teacher_flops, costs)
+            whole = saving.funnel_cost(candidates, candidates, 0.0, self._teacher_flops, alone)
             return cost / whole
 
         parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))

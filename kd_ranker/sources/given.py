@@ -216,7 +216,9 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     defaults = dict(request_id=place, time=place, num_passed=length("item_id"))
     given = defaults | {"teacher_version": spec.teacher_version} | given
     numbers = {owner: length(name) for owner, name in COUNTED_BY.items()}
-    numbers["known"] = numbers["known"] or length("incumbent") or length("propensity")
+    numbers["known"] = numbers["known"] or max(
+        map(length, ("incumbent", "propensity", "early_scores"))
+    )
     values: dict[str, Any] = {}
     for field in STORED:
         name, value, of_request = field.name, given.get(field.name), field.of == "request"

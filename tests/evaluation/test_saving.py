@@ -34,19 +34,24 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     # In microseconds: 2000 · 0.2 + 200 · 4, and 30 + 50 a request.
     config.costs.update(teacher={"candidate": 4.0, "request": 50.0})
     config.costs.update(student={"candidate": 0.2, "request": 30.0})
+    config.costs.rivals = {"trees on labels": 1.5}
     costs = saving.costs_of(config)
 
-    def cost_of(role: str) -> float:
-        flops, own = saving.student_cost({"role": role, "flops_per_candidate": 100.0}, costs)
+    def cost_of(role: str, member: str = "") -> float:
+        row = {"role": role, "member": member, "flops_per_candidate": 100.0}
+        flops, own = saving.student_cost(row, costs)
         return saving.funnel_cost(2000, 200, flops, 100.0, own)
 
     assert cost_of("student") == 1280
     # A reference costs nothing, and a final ranker in front of itself what it costs.
     assert cost_of("reference") == 50 + 200 * 4
     assert cost_of("teacher") == 50 + 2000 * 4 + 200 * 4
-    # The teacher scores all 2000, without a student.
-    none, without = saving.student_cost({"role": "reference"}, costs)
-    assert saving.funnel_cost(2000, 2000, none, 100.0, without) == 8050
+    assert cost_of("reference", "trees on labels: 30 trees") == 50 + 2000 * 1.5 + 200 * 4
+    assert cost_of("reference", "EASE: regularization 300") == 50 + 200 * 4
+    # In FLOPs, a rival costs its operations.
+    row = {"role": "reference", "member": "EASE: regularization 300", "flops_per_candidate": 7.0}
+    flops, own = saving.student_cost(row, saving.FLOPS)
+    assert saving.funnel_cost(2000, 200, flops, 100.0, own) == 2000 * 7 + 200 * 100
     # Without a cost of the student, it is its FLOPs' share of the teacher's: 5% of 4.
     config.costs.student.candidate = 0.0
     assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == pytest.approx(1280)

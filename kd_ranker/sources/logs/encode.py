@@ -14,7 +14,7 @@ from kd_ranker.batch import FeatureSpec, Items, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank, probability_of_score
 from kd_ranker.requests.request import SPLITS, Block, runs, starts_of
 from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.layout import LogLayout, early_score
 
 USER, ITEM = "user", "item"
 # Candidates that each process holds at a time.
@@ -151,7 +151,7 @@ def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before:
     events, history_id, history_features = _history(encoding, requests)
     facts = {
         name: floats_of(candidates, name).astype(np.float32)
-        for name in ("incumbent", "propensity")
+        for name in layout.facts
         if name in candidates.column_names and piece.split != "train"
     }
     if "propensity" in facts:
@@ -193,6 +193,11 @@ def encode_requests(layout: LogLayout, encoding: Encoding, piece: Piece, before:
         "teacher_version": np.full(number, spec.teacher_version, object),
         "true_probability": np.stack([unknown] * len(tasks), axis=1),
         **{name: facts.get(name, unknown) for name in ("incumbent", "propensity")},
+        "early_scores": np.stack(
+            [facts.get(early_score(column), unknown) for column in layout.early_scores], axis=1
+        )
+        if layout.early_scores
+        else np.empty((len(unknown), 0), np.float32),
     }
     return Block(values, numbers)
 

@@ -19,6 +19,7 @@ from absl import logging
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.layout import (
+    EARLY_SCORES,
     IDENTIFYING,
     OPTIONAL,
     LogLayout,
@@ -101,6 +102,9 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         least = most if name in ("item", "stage", "position", "incumbent") else 0
         key, use = f"data.columns.{name}", _USE_OF_COLUMN.get(name, "number")
         wanted.append(Wanted(key, layout.columns[name], use, most, least, is_listed))
+    for column in layout.early_scores:
+        key = f"data.columns.{EARLY_SCORES}"
+        wanted.append(Wanted(key, column, "number", listed, listed, True))
     for section, use in (("labels", "label"), ("teacher", "number")):
         for task, column in getattr(layout, section).items():
             wanted.append(Wanted(f"data.{section}.{task}", column, use, listed, listed, True))

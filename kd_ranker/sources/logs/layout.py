@@ -33,6 +33,9 @@ OPTIONAL = (
     *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
     *("incumbent", "propensity", "split"),
 )
+EARLY_SCORES = "early_scores"
+"""The role of several columns, in one text with commas."""
+
 _CSV_FILE = r"\.[ct]sv(\.gz)?$"
 _TEXT_FILE = rf"{_CSV_FILE}|\.(json|jsonl|ndjson)(\.gz)?$"
 # A number beyond it cannot be stored in 32 bits.
@@ -82,6 +85,7 @@ class LogLayout:
     directory: str
     by_request: bool
     columns: dict[str, str]  # use -> its column; uses that the log lacks are left out
+    early_scores: tuple[str, ...]  # columns of scores that are known before the final ranker runs
     stages: dict[str, int]  # text -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`
     labels: dict[str, str]  # task -> its column
     teacher: dict[str, str]  # task -> its column, for the tasks that have one
@@ -130,7 +134,14 @@ class LogLayout:
         read = [of for of in IDENTIFYING if has_time or of != "time"]
         columns = {of: self.columns[of] for of in read if of in self.columns}
         return dataclasses.replace(
-            self, columns=columns, stages={}, labels={}, teacher={}, teacher_version="", split=""
+            self,
+            columns=columns,
+            early_scores=(),
+            stages={},
+            labels={},
+            teacher={},
+            teacher_version="",
+            split="",
         )
 
     @property
@@ -140,9 +151,22 @@ class LogLayout:
         return {"probability": (0.0, 1.0), "rank": (0.0, LARGEST)}.get(self.teacher_signal, scores)
 
     @property
+    def facts(self) -> dict[str, str]:
+        """Columns of candidates for the evaluation only: field of the log -> its column."""
+        facts = {
+            use: self.columns[use] for use in ("incumbent", "propensity") if use in self.columns
+        }
+        return facts | {early_score(column): column for column in self.early_scores}
+
+    @property
     def scored_tasks(self) -> tuple[str, ...]:
         """The tasks with a teacher column, in the order of the tasks."""
         return tuple(task for task in self.tasks if task in self.teacher)
+
+
+def early_score(column: str) -> str:
+    """Return the field of a log's early score."""
+    return f"early_score:{column}"
 
 
 def split_path(path: str) -> list[str]:
@@ -200,7 +224,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
     columns = {
         use: column
         for use, column in data.columns.items()
-        if column and (use != "split" or data.split == "column")
+        if column and use != EARLY_SCORES and (use != "split" or data.split == "column")
     }
     fields: dict[str, Any] = {of.name: data.get(of.name) for of in dataclasses.fields(LogLayout)}
     fields |= dict(
@@ -209,6 +233,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         directory=str(data.dir),
         by_request=data.rows == "request",
         columns=columns,
+        early_scores=tuple(split_path(data.columns.get(EARLY_SCORES, ""))),
         stages=_read_stages(data.stages) if "stage" in columns else {},
         labels={task: data.labels[task] for task in tasks},
         teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
@@ -237,7 +262,7 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
         )
-    names = {"columns": (*IDENTIFYING, *OPTIONAL), "stages": STAGES}
+    names = {"columns": (*IDENTIFYING, *OPTIONAL, EARLY_SCORES), "stages": STAGES}
     for section in ("columns", "stages", "labels", "teacher"):
         for name, text in data[section].items():
             check_choice(f"data.{section}", name, names.get(section, data.labels))
@@ -293,7 +318,7 @@ def _read_features(data: ConfigDict, name: str) -> list[Feature]:
     # current one.
     for section in ("columns", "labels", "teacher"):
         for use, column in data[section].items():
-            is_known = section == "columns" and use in (*IDENTIFYING, "incumbent")
+            is_known = section == "columns" and use in (*IDENTIFYING, "incumbent", EARLY_SCORES)
             if column == feature.column and not is_known:
                 raise UserError(
                     f"{key} reads column {column!r}, which is that of data.{section}.{use}: known "

@@ -22,7 +22,7 @@ from kd_ranker.sources.logs.files import (
     kind_of,
     wanted_columns,
 )
-from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout, literal
+from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout, early_score, literal
 
 # Before the names of the log's columns in all tables.
 PREFIX = "log:"
@@ -82,7 +82,7 @@ class Query:
         wanted = dict.fromkeys(of.column for of in columns)
         candidate = {of.column for of in columns if of.per_candidate}
         lists = [of for of in wanted if of in candidate - {item} and is_list(self.types[of])]
-        facts = [of for of in ("incumbent", "propensity") if of in layout.columns]
+        facts = [*layout.facts]
         merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
         methods = {name: getattr(self, name) for name in dir(Query) if not name.startswith("_")}
         templates = templates_of(__package__, "--")
@@ -106,6 +106,7 @@ class Query:
             nested=[of for of in lists if pa.types.is_list(self.types[of].value_type)],
             scalars=[of for of in wanted if of not in (item, *lists)],
             facts=facts,
+            early_scores={early_score(column): column for column in layout.early_scores},
             merged=list(map(quoted, merged)),
             rows_of_a_file=_ROWS_OF_A_FILE,
             split_codes={split: place for place, split in enumerate(SPLITS, start=1)},

@@ -118,6 +118,7 @@ def _spec_of(layout: LogLayout, sizes: Mapping[str, int]) -> FeatureSpec:
         teacher_version=(layout.teacher_version or ANY_VERSION) if layout.scored_tasks else "",
         categories=tuple(categories),
         teacher_signal=layout.teacher_signal,
+        early_scores=layout.early_scores,
     )
 
 

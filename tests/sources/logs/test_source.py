@@ -398,6 +398,27 @@ def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(build, by_re
         assert len(request.incumbent) == len(request.propensity) == 0
 
 
+@pytest.mark.parametrize("by_request", [True, False])
+def test_early_scores_are_columns_kept_for_the_evaluation(build, by_request):
+    rows, expected = make_rows(40), {}
+    for row in rows:
+        for place, candidate in enumerate(row.candidates):
+            candidate["weight"] = None if place % 3 == 0 else float(place)
+            score = candidate["score"]
+            known = np.nan if score is None or not np.isfinite(score) else score
+            second = np.nan if place % 3 == 0 else place
+            expected[row.of_request["request_id"], candidate["item_id"]] = (known, second)
+    columns = columns_with(label_weight="", early_scores="score, weight")
+
+    log = build(rows, by_request, columns=columns)
+
+    for request in (*log.requests["validation"], *log.requests["test"]):
+        scores = [expected[request.request_id, item] for item in log.items_of(request)]
+        np.testing.assert_allclose(request.early_scores, scores, rtol=1e-6)
+    for request in log.requests["train"]:
+        assert request.early_scores.shape == (0, 2)
+
+
 def test_a_propensity_that_is_none_is_refused_with_its_number_and_an_example(build):
     rows = make_rows(41)
     for row in rows:

@@ -88,6 +88,9 @@ CREATE TABLE staged AS
     {% if "propensity" in facts %}
         {{ in_32_bits(columns.propensity) }}::FLOAT AS propensity,
     {% endif %}
+    {% for field, column in early_scores.items() %}
+        ({{ within(column, -largest) }})::FLOAT AS {{ name(field) }},
+    {% endfor %}
     {% for feature in layout.of("candidate") %}
         {{ feature_value(feature) }} AS "feature:{{ feature.name }}",
     {% endfor %}
@@ -326,5 +329,5 @@ CREATE VIEW candidate_fields AS SELECT number, split, stage, position, item, id:
     label_weight, teacher_weight
     {% for task in layout.tasks %}, "label:{{ task }}"{% endfor %}
     {% for task in layout.scored_tasks %}, "teacher:{{ task }}"{% endfor %}
-    {% for name in facts %}, {{ name }}{% endfor %}
+    {% for fact in facts %}, {{ name(fact) }}{% endfor %}
     {{ and_features(layout.of("candidate")) }} FROM used JOIN items USING (item);

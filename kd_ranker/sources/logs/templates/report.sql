@@ -70,6 +70,9 @@ CREATE TABLE faults_of_candidates AS SELECT
                     ("incumbent", 0 if layout.incumbent_signal == "rank" else -largest)] if columns[use] %}
 {{ number_counts("columns." ~ use, columns[use], low, largest) }}
 {%- endfor %}
+{% for column in layout.early_scores %}
+{{ number_counts("columns.early_scores", column, -largest, largest) }}
+{%- endfor %}
 {% for task, column in layout.labels.items() %}
 {% set number_of_label = "(" ~ label_number(column) ~ ")" %}
 {{ counts("labels." ~ task, number_of_label, number_of_label ~ " NOT IN (0, 1)") }}

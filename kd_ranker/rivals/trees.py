@@ -1,0 +1,168 @@
+"""LambdaMART (Burges 2010) of LightGBM, on the numbers that an early ranker may read.
+
+Trees read the dense features that students read, and rates of the items in earlier requests. They
+learn from the last training requests; the rates are those of the requests before, so that no rate
+contains the label that it helps to predict.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
+
+from kd_ranker.batch import Stage
+from kd_ranker.errors import UserError
+from kd_ranker.requests.records import Dataset
+from kd_ranker.rivals.candidates import (
+    Candidates,
+    in_parts,
+    item_rates,
+    last_requests,
+    places_by,
+)
+
+Target = Literal["labels", "stages", "scores"]
+"""What trees learn: user labels, how far a candidate came, or the final ranker's order."""
+
+NUM_TREES = (30, 100)
+"""The numbers of trees that validation chooses from; the first trees of one model."""
+
+# The most training candidates to read, and of a request the most to learn from, at random, in
+# addition to the shown ones.
+_MOST_CANDIDATES = 3_000_000
+_UNLABELED, _PASSED, _RETRIEVED = 30, 60, 60
+# LightGBM takes grades below this number.
+_MOST_GRADES = 31
+_PARAMETERS = {
+    "objective": "lambdarank",
+    "num_leaves": 31,
+    "learning_rate": 0.1,
+    "min_data_in_leaf": 50,
+    "deterministic": True,
+    "force_row_wise": True,
+    "seed": 0,
+    "verbose": -1,
+}
+
+
+class TreeData(NamedTuple):
+    """The sampled candidates of some training requests, to fit trees to."""
+
+    numbers: Float32[np.ndarray, "n F"]  # the last one needs the final ranker's scores
+    sizes: Int[np.ndarray, "requests"]
+    stage: Int[np.ndarray, "n"]
+    user_value: Float[np.ndarray, "n"]
+    final_value: Float[np.ndarray, "n"]
+    draw: Float[np.ndarray, "n"]  # uniform, of each candidate
+
+
+class Trees(NamedTuple):
+    """The first `num_trees` trees of a model."""
+
+    model: Any  # a `lightgbm.Booster`
+    num_trees: int
+    rates: Float32[np.ndarray, "items C"]
+
+    def score(self, candidates: Candidates) -> Float[np.ndarray, "n"]:
+        """Return the sum of the leaves that a candidate reaches."""
+        numbers = candidates.numbers(self.rates)
+        return np.asarray(self.model.predict(numbers, num_iteration=self.num_trees))
+
+    @property
+    def operations(self) -> float:
+        """The comparisons and additions of a candidate, by the training candidates' paths."""
+        nodes = self.model.trees_to_dataframe()
+        nodes = nodes[nodes["tree_index"] < self.num_trees]
+        leaves = nodes[nodes["left_child"].isna()]
+        on_paths = (leaves["node_depth"] * leaves["count"]).groupby(leaves["tree_index"]).sum()
+        return float((on_paths / leaves.groupby("tree_index")["count"].sum()).sum())
+
+
+def lightgbm() -> Any:
+    """Import LightGBM; UserError if it is not installed, or a library that it needs."""
+    try:
+        import lightgbm as module
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"the rival 'trees' needs LightGBM, which cannot be imported ({error}); install it "
+            "with: pip install lightgbm; or leave 'trees' out of sweep.rivals"
+        ) from error
+    return module
+
+
+def tree_data(
+    dataset: Dataset, value_weights: Sequence[float], scored: Stage, shown: int
+) -> tuple[TreeData, Float32[np.ndarray, "items C"]]:
+    """Sample candidates of the last training requests; return them, and the rates of the items.
+
+    The final ranker's scores count for candidates that reached the stage `scored`. The rate of an
+    item at the top is that among the first `shown`.
+    """
+    columns = dataset.columns["train"]
+    learning = last_requests(columns, _MOST_CANDIDATES)
+    rates = item_rates(dataset, slice(0, learning.start), value_weights, scored, shown)
+    generator = np.random.default_rng(0)
+    parts = []
+    for candidates in in_parts(dataset, "train", learning):
+        draw = generator.random(len(candidates))
+        kept = _sampled(candidates, draw)
+        of_request = np.bincount(candidates.request[kept], minlength=len(candidates.sizes))
+        parts.append(
+            TreeData(
+                candidates.numbers(rates, kept),
+                of_request,
+                candidates.stage[kept],
+                candidates.user_value(value_weights)[kept],
+                candidates.final_value(value_weights, scored)[kept],
+                draw[kept],
+            )
+        )
+    return TreeData(*map(np.concatenate, zip(*parts, strict=True))), rates
+
+
+def _sampled(candidates: Candidates, draw: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Choose the shown candidates, and some of each other stage at random."""
+    chosen = candidates.stage == Stage.SHOWN
+    for stage, most in ((Stage.PASSED, _PASSED), (Stage.RETRIEVED, _RETRIEVED)):
+        drawn = np.where(candidates.stage == stage, draw, np.nan)
+        chosen |= (candidates.stage == stage) & (places_by(drawn, candidates.sizes) < most)
+    return chosen
+
+
+def fit(data: TreeData, target: Target, rates: Float32[np.ndarray, "items C"], shown: int) -> Any:
+    """Fit trees to a target; return a `Trees` of each of `NUM_TREES`."""
+    numbers = data.numbers
+    if target != "scores":
+        numbers, rates = numbers[:, :-1], rates[:, :-1]
+    grade, gains = _grades(data, target, shown)
+    kept = np.full(len(grade), True)
+    if target == "labels":
+        unlabeled = np.where(np.isnan(data.user_value), data.draw, np.nan)
+        kept = ~np.isnan(data.user_value) | (places_by(unlabeled, data.sizes) < _UNLABELED)
+    request = np.repeat(np.arange(len(data.sizes)), data.sizes)
+    sizes = np.bincount(request[kept], minlength=len(data.sizes))
+    module = lightgbm()
+    learned = module.Dataset(numbers[kept], grade[kept], group=sizes[sizes > 0])
+    model = module.train(
+        {**_PARAMETERS, "label_gain": gains}, learned, num_boost_round=max(NUM_TREES)
+    )
+    return [Trees(model, number, rates) for number in NUM_TREES]
+
+
+def _grades(data: TreeData, target: Target, shown: int) -> tuple[Int[np.ndarray, "n"], list[float]]:
+    """Return the grade of each candidate, from 0, and the gain of each grade."""
+    if target == "stages":
+        return data.stage - int(Stage.RETRIEVED), [0.0, 1.0, 3.0]
+    if target == "scores":
+        place = places_by(data.final_value, data.sizes)
+        place[np.isnan(data.final_value)] = len(place)
+        ends = [5 * shown, 2 * shown, shown, -(-shown // 2)]
+        grade = np.sum([place < end for end in ends], axis=0)
+        return grade, [0.0, 1.0, 3.0, 7.0, 15.0]
+    value = np.nan_to_num(data.user_value)
+    levels = np.unique(value)
+    if len(levels) > _MOST_GRADES:
+        levels = np.unique(np.quantile(value[value > 0], np.linspace(0, 1, _MOST_GRADES - 1)))
+        levels = np.concatenate([[0.0], levels])
+    return np.searchsorted(levels, value, side="right") - 1, levels.tolist()

@@ -1,0 +1,90 @@
+"""Trees: what they are fitted to, and that they learn it."""
+
+import numpy as np
+import pytest
+
+from kd_ranker.batch import Stage
+from kd_ranker.rivals import trees
+from kd_ranker.rivals.candidates import places_by
+from kd_ranker.rivals.trees import TreeData, fit
+
+
+def random_data(requests=200, size=40):
+    """Candidates of two numbers: the first one decides each target, and the last needs scores."""
+    generator = np.random.default_rng(0)
+    numbers = generator.normal(size=(requests * size, 2)).astype(np.float32)
+    sizes = np.full(requests, size)
+    place = places_by(numbers[:, 0].astype(float), sizes)
+    stage = np.select([place < 5, place < 15], [Stage.SHOWN, Stage.PASSED], Stage.RETRIEVED)
+    user_value = np.where(place < 3, 2.0, np.where(place < 20, 0.0, np.nan))
+    final_value = np.where(stage >= Stage.PASSED, numbers[:, 0], np.nan)
+    return TreeData(numbers, sizes, stage, user_value, final_value, generator.random(len(place)))
+
+
+@pytest.mark.parametrize("target", ["labels", "stages", "scores"])
+def test_trees_learn_the_number_that_decides_the_target(target):
+    data = random_data()
+    rates = np.zeros((3, 1), np.float32)
+
+    _, fitted = fit(data, target, rates, shown=5)
+
+    numbers = data.numbers if target == "scores" else data.numbers[:, :1]
+    found = places_by(fitted.model.predict(numbers, num_iteration=100), data.sizes)
+    true = places_by(data.numbers[:, 0].astype(float), data.sizes)
+    assert (found[true < 3] < 5).mean() > 0.95
+
+
+@pytest.mark.parametrize(("target", "columns"), [("labels", 1), ("stages", 1), ("scores", 2)])
+def test_only_trees_on_scores_read_the_number_that_needs_scores(target, columns):
+    fitted = fit(random_data(), target, np.zeros((3, 1), np.float32), shown=5)
+
+    assert {of.model.num_feature() for of in fitted} == {columns}
+    assert {of.rates.shape[1] for of in fitted} == {columns - 1}
+
+
+def test_the_same_data_give_the_same_trees():
+    first, second = (
+        fit(random_data(), "stages", np.zeros((3, 1), np.float32), shown=5)[0] for _ in range(2)
+    )
+
+    assert first.model.model_to_string() == second.model.model_to_string()
+
+
+def test_operations_are_the_mean_length_of_the_paths_through_the_trees():
+    data = random_data(requests=50)
+    few, many = fit(data, "stages", np.zeros((3, 1), np.float32), shown=5)
+
+    leaves = few.model.predict(data.numbers[:, :1], pred_leaf=True, num_iteration=30)
+
+    nodes = few.model.trees_to_dataframe()
+    depth = dict(zip(nodes["node_index"], nodes["node_depth"], strict=True))
+    paths = [
+        sum(depth[f"{tree}-L{leaf}"] for tree, leaf in enumerate(of_candidate))
+        for of_candidate in leaves
+    ]
+    assert few.operations == pytest.approx(np.mean(paths))
+    assert many.operations > few.operations
+
+
+def test_many_levels_of_value_become_few_grades_in_their_order():
+    data = random_data()._replace(
+        user_value=np.random.default_rng(1).integers(0, 1000, 8000).astype(float)
+    )
+
+    grade, gains = trees._grades(data, "labels", shown=5)
+
+    assert grade.max() < 31
+    assert len(gains) > grade.max()
+    order = np.argsort(data.user_value, kind="stable")
+    assert (np.diff(grade[order]) >= 0).all()
+
+
+def test_grades_by_scores_fall_with_the_place_and_are_0_without_a_score():
+    sizes = np.array([12])
+    value = np.array([np.nan, *np.arange(11.0, 0, -1)])
+    data = TreeData(np.zeros((12, 1)), sizes, value, value, value, value)
+
+    grade, _ = trees._grades(data, "scores", shown=2)
+
+    # The best is in the first half of the 2 shown; then 2, 4 and 10 places.
+    np.testing.assert_array_equal(grade, [0, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 0])
