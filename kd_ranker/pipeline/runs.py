@@ -17,7 +17,7 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import policy, results
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.models.model import Model, Parameters
@@ -140,8 +140,8 @@ def _open(
     if not config.sweep.extend:
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
-    # These change no more than how it is tested, joined and reported.
-    free += ["costs", "report", "funnel.policies"]
+    # These change no more than how it is joined and reported.
+    free += ["costs", "report"]
     workdirs.check(workdir, "sweep", config, dataset, without=free)
     return open_sweep(config, workdir, dataset), job
 
@@ -268,9 +268,6 @@ def _test_cohort(
     `serves` are the chosen serving choices of each chosen member.
     """
     owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
-    policies = job.config.funnel.policies
-    if policies:
-        owner[policy.FILE] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
     students: States = ()
@@ -279,19 +276,16 @@ def _test_cohort(
         if step < job.config.train.steps:  # the last checkpoint is damaged
             with training_bar(job, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
-    measured, fitted = [], {}
+    measured = []
     if with_references:
         # Validation chooses among the references too.
         measured.append(measure(job, "validation", with_references=True))
-    if policies and students:
-        fitted = measure(job, "validation", students, serves=serves, keep=True).each
     tested = measure(
         job,
         "test",
         students,
         serves=serves,
         with_references=with_references,
-        fitted=fitted,
         started_with_scores=workdirs.started_with_scores(folder, job.config),
     )
     write_measured(job, folder / TEST, owner, *measured, tested)
