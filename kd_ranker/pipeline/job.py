@@ -244,7 +244,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
         if trust:
             register(file)  # a UserError if it is missing
         if trust or not file:
-            raise
+            raise UserError(f"the run at {workdir}: {error}") from error
         raise UserError(
             f"the run at {workdir} needs {file}, which would be executed ({error}); if you trust "
             "that file, add --trust, or trust=True in Python"
