@@ -389,7 +389,6 @@ def score(
     member: str = "",
     config: ConfigDict | None = None,
     trust: bool = False,
-    policy: str = "",
     show: Show = logging.info,
 ) -> Path:
     """Score a log that training never read with a ranker that was trained on another one.
@@ -404,16 +403,14 @@ def score(
       config: how to read the log; None reads it as that of the run.
       trust: whether to execute the config file of the run where that registers what the run uses,
         and the SELECT of its `data.sql`.
-      policy: one of `funnel.policies` of a sweep: which candidates it passes; "" takes none.
       show: called with each line on the ranker and the candidates.
 
     Returns:
-      The folder of the scores: Parquet files with `request`, `item` and the ranker's numbers, and
-      with a policy `passed`.
+      The folder of the scores: Parquet files with `request`, `item` and the ranker's numbers.
 
     Raises:
-      UserError: the run holds no such ranker or policy, its config file or its SELECT is needed and
-        not trusted, or the log lacks what the ranker was trained on.
+      UserError: the run holds no such ranker, its config file or its SELECT is needed and not
+        trusted, or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
     run = config_of(workdir, trust)
@@ -422,7 +419,7 @@ def score(
     config = _own(config or run)
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
-    scored, lines = scoring.score_unseen(config, workdir, member, folder, run, policy)
+    scored, lines = scoring.score_unseen(config, workdir, member, folder, run)
     for line in (*lines, *str(scored).splitlines()):
         show(line)
     return scored.directory
@@ -435,7 +432,6 @@ def export(
     serve: str = "",
     formats: Sequence[str] = ("jax", "onnx"),
     trust: bool = False,
-    policy: str = "",
     show: Show = logging.info,
 ) -> Path:
     """Write a ranker as a folder that a server can use without this package.
@@ -447,19 +443,18 @@ def export(
       serve: its serving choice; "" takes that of its config, of a sweep the best.
       formats: of the programs, some of jax and onnx.
       trust: whether to execute the config file of the run where that registers what the run uses.
-      policy: one of `funnel.policies` of a sweep: how many candidates to pass; "" takes none.
       show: called with a line on the ranker.
 
     Raises:
-      UserError: the run holds no such ranker or policy, its config file is needed and not trusted,
-        the folder exists, or a format lacks an operation.
+      UserError: the run holds no such ranker, its config file is needed and not trusted, the folder
+        exists, or a format lacks an operation.
     """
     workdir, folder = _folder(ranker), local_folder("--out", output)
     for name in formats:
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    finished = open_finished(workdir, member, serve, config_of(workdir, trust), policy)
+    finished = open_finished(workdir, member, serve, config_of(workdir, trust))
     export_ranker(finished, folder, formats)
     show(str(finished))
     return folder

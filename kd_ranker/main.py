@@ -332,13 +332,13 @@ def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
 
 def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
     arguments = (given.workdir, config.data.path, given.out or None, given.member)
-    api.score(*arguments, config, given.trust, given.policy, show=print)
+    api.score(*arguments, config, given.trust, show=print)
 
 
 def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     arguments = (given.workdir, given.out, given.member, given.serve)
     formats = tuple(given.formats.split(","))
-    folder = api.export(*arguments, formats, given.trust, given.policy, show=print)
+    folder = api.export(*arguments, formats, given.trust, show=print)
     return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
 
 
@@ -358,7 +358,6 @@ _TARGET = Flag("the folder or URL to write to; without a WORKDIR, that of a swee
 _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
     "member": Flag("the student of a sweep; without it, the best one on validation"),
-    "policy": Flag("the policy of how many to pass: one of funnel.policies of a sweep"),
     "trust": Flag(
         "execute the config file of the run, where that registers a part of it, and its data.sql",
         False,

@@ -26,7 +26,7 @@ from kd_ranker.config import schema
 from kd_ranker.config.keys import Key
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import policy, results
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import write_tables
 from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
 from kd_ranker.manifest import MadeOf
@@ -362,16 +362,12 @@ class Sweep:
     def _made_of(self) -> MadeOf:
         """The fingerprints of the joined results; those of each cohort contain the teacher.
 
-        A change of costs only repeats the join. One of policies measures on test again, and
-        trains nothing.
+        A change of costs only repeats the join: nothing is trained or measured again.
         """
         names = itertools.chain.from_iterable(self.plan)
         members = {name: self.members[name] for name in names}
         found = {"config": schema.fingerprint(members, "student"), **self.dataset}
-        first = next(iter(members.values()))
-        if policies := first.funnel.policies:
-            found[policy.FILE] = ",".join(policies)
-        if rivals := first.sweep.rivals:
+        if rivals := next(iter(members.values())).sweep.rivals:
             found["rivals"] = ",".join(rivals)
         return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 

@@ -31,7 +31,6 @@ def metrics() -> str:
     for metric in METRICS.values():
         axes = "@k" * ("k" in metric.per) + "/<task>" * ("task" in metric.per)
         axes += "_<percent>" * ("target" in metric.per)
-        axes += "/<policy>" * ("policy" in metric.per)
         lines.append(f"| `{metric.name}{axes}` | {metric.formula} | {metric.better or ''} |")
     return "\n".join([*lines, ""])
 

@@ -187,8 +187,6 @@ def section(
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
-# `evaluation.policy` implements them.
-POLICIES = ("uniform", "threshold", "learned")
 PLAN, JOIN = "plan", "join"  # the parts of a sweep that are not cohorts
 
 
@@ -281,8 +279,6 @@ _ALL = (
             influences="report", may_differ=True),
         Key("targets", (0.95, 0.97, 0.98, 0.99, 0.995, 0.999), "shares of the value to keep, for "
             "passed_for_99 and its like", INSIDE_ONE, influences="report", may_differ=True),
-        Key("policies", (), "ways to choose how many to pass per request, which a sweep compares "
-            "on the test split", POLICIES, element=str, influences="report", may_differ=True),
         influences="dataset",
     ),
     section(

@@ -23,9 +23,8 @@ _Numbers = Mapping[str, Num[Array, "R N ..."] | Bool[Array, "R N ..."]]
 class FunnelCurves(NamedTuple):
     """The curves over k = 1..N of each request, by name, and the top m of both rankers.
 
-    The last entry of a curve is that of all retrieved: the denominator of a share. Of the curves,
-    `score` is the student's value of its k-th candidate, and on padding of the last one; `survival`
-    is the share of the teacher's own top m in the student's top k.
+    The last entry of a curve is that of all retrieved: the denominator of a share. The curve
+    `survival` is the share of the teacher's own top m in the student's top k.
     """
 
     curves: dict[str, Float[Array, "R N ..."]]
@@ -121,9 +120,7 @@ def _of_request(
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
     gain = jnp.where(known, teacher_value, 0.0)
-    value = jnp.where(candidate_mask, student_value, jnp.inf)
     curves = {
-        "score": jnp.where(candidate_mask.any(), lax.cummin(value[by_student]), 0.0),
         "survival": jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1),
         **{name: jnp.cumsum(of[by_student], axis=0) for name, of in of_passed.items()},
         **{name: over_shown(of) for name, of in of_shown.items()},

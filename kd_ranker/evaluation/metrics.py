@@ -18,7 +18,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import Stage
-from kd_ranker.config.keys import POLICIES
 from kd_ranker.evaluation import agreement, funnel
 from kd_ranker.evaluation.agreement import weighted_sum
 from kd_ranker.evaluation.ranked import Ranked, covered_user_value
@@ -40,15 +39,13 @@ class ReportAt(NamedTuple):
 
     ks: Sequence[int] = ()  # candidates passed, at least 1; one beyond their number means all
     targets: Sequence[float] = ()  # shares in (0, 1) to reach
-    policies: Sequence[str] = ()  # ways to choose k per request, from `policy.POLICIES`
 
 
 class Metric(NamedTuple):
     """A column of `results.csv`, or one for each task or k.
 
     Attributes:
-      name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`,
-        `name/<policy>`.
+      name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`.
       ends: from the sums over the requests of a pass, and those of the teacher on the same, to
         its numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to
         k), [T] or [N, T], or one number. For targets it is a curve [N]; the first k at or above the
@@ -63,7 +60,7 @@ class Metric(NamedTuple):
     name: str
     formula: str  # in Markdown
     better: Better | None = None
-    per: tuple[Literal["k", "task", "target", "policy"], ...] = ()  # a number for each
+    per: tuple[Literal["k", "task", "target"], ...] = ()  # a number for each
     ends: Ends | None = None
     sums: tuple[SumFunction, ...] = ()
     title: str = ""  # in tables and figures; by default `name` with spaces
@@ -253,38 +250,13 @@ def _alignment(distance: str) -> Ends:
     return ends
 
 
-# The name of the bound, which is measured with any policy; see `evaluation.policy`.
-HINDSIGHT = "hindsight"
-_POLICIES = (*POLICIES, HINDSIGHT)
-
-
-def _policy_sums(sums: Sums, curve: str) -> Float[np.ndarray, "P *draws"]:
-    """The sums of a curve at the k of each policy; NaN of those that were not measured."""
-    unknown = np.full(np.shape(sums["requests"]), np.nan)
-    return np.array([sums.get(f"policy_{curve}/{name}", unknown) for name in _POLICIES])
-
-
-def _by_policy(curve: str) -> Ends:
-    return lambda sums, _: ratio(_policy_sums(sums, curve), sums[curve][-1])
-
-
-def _saving_by(sums: Sums, teacher: Sums) -> Float[np.ndarray, "P *draws"]:
-    """1 − candidates scored with a policy / with the same k for all that keeps as much value."""
-    captured = _captured("value_captured")(sums, teacher)
-    # Sums in another order may differ in their last digits.
-    shares = _by_policy("value_captured")(sums, teacher) * (1 - 1e-6)
-    uniform = np.array([passed_for(captured, share) for share in shares])
-    return 1 - ratio(_policy_sums(sums, "scored"), _at(np.asarray(sums["scored"]), uniform))
-
-
 def _end_to_end(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
     rate = ratio(sums["positives_shown"], sums["positives_kept"][-1])
     # Where the teacher knows no request, it shows no item: the rate is unknown, and not 0.
     return np.where(np.asarray(sums["funnel_requests"]) > 0, rate, np.nan)
 
 
-# Kinds of metrics: losses against the teacher, a number for each task; curves of a gain; and
-# numbers for each policy.
+# Kinds of metrics: losses against the teacher, a number for each task; and curves of a gain.
 _loss = functools.partial(
     Metric,
     better="lower",
@@ -298,8 +270,6 @@ _at_passed_for = functools.partial(Metric, per=("target",))
 _aligned = functools.partial(
     Metric, digits=3, probabilities_of=("ranker", "teacher"), of_teacher=False
 )
-# Measured only on the test split of a sweep with `config.funnel.policies`.
-_per_policy = functools.partial(Metric, better="higher", per=("policy",), of_teacher=False)
 # Filled in for a whole sweep.
 _saving = functools.partial(Metric, digits=3, better="higher")
 _of_data = functools.partial(Metric, digits=3, compared=False)
@@ -487,30 +457,6 @@ METRICS: dict[str, Metric] = {
             better="higher",
             ends=_at_target(_captured("true_value_captured")),
         ),
-        _per_policy(
-            name="scored_by",
-            formula="mean candidates of a request that the teacher scores if this policy chooses k "
-            "per request, fitted to keep 99% of the value on validation; `hindsight` is chosen to "
-            "keep that on the test requests",
-            digits=1,
-            better="lower",
-            ends=lambda sums, _: ratio(_policy_sums(sums, "scored"), sums["requests"]),
-        ),
-        *(
-            _per_policy(
-                name=f"{captured.removesuffix('_captured')}_by",
-                formula=f"`{captured}` of the same",
-                ends=_by_policy(captured),
-            )
-            for captured in ("value_captured", "true_value_captured", "covered_user_value")
-        ),
-        _per_policy(
-            name="saving_by",
-            formula="1 − `scored_by` / `scored` at the smallest k, the same for all requests, that "
-            "captures as much value on the test requests",
-            digits=3,
-            ends=_saving_by,
-        ),
         _of_data(
             name="candidates",
             formula="mean candidates of a request",
@@ -629,7 +575,6 @@ def result_columns(metric: Metric, tasks: Sequence[str], report_at: ReportAt) ->
         "k": [f"@{k}" for k in report_at.ks],
         # Rounded, for 100 · 0.07 is not 7.
         "target": [f"_{100 * target:.10g}" for target in report_at.targets],
-        "policy": [f"/{policy}" for policy in report_at.policies],
     }
     at = next((points[per] for per in metric.per if per in points), [""])
     return [f"{metric.name}{point}{task}" for point in at for task in _of_tasks(metric, tasks)]
@@ -700,8 +645,6 @@ def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray
     array = np.asarray(ended, np.float64)
     if "k" in metric.per:
         array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
-    if "policy" in metric.per:
-        array = array[[_POLICIES.index(name) for name in report_at.policies]]
     return array.reshape(-1, *array.shape[len(metric.per) :])
 
 

@@ -331,8 +331,7 @@ def request_files(kept: Kept, tasks: Sequence[str]) -> dict[str, bytes]:
 
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:
-    # The teacher has no sums of policies: they are null.
-    whole, sink = pa.concat_tables(tables, promote_options="default"), io.BytesIO()
+    whole, sink = pa.concat_tables(tables), io.BytesIO()
     pq.write_table(whole, sink, compression="zstd")
     return sink.getvalue()
 
@@ -377,9 +376,7 @@ def _rankers(path: Path) -> dict[Who, pd.DataFrame]:
 def _arrays(rows: pd.DataFrame, over: tuple[int, ...]) -> Sums:
     """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T]."""
     known = rows.drop(columns=["member", "serve", "request", "k"], errors="ignore")
-    # The name of a policy is part of the name of a sum, that of a task is not.
-    columns = map(str, known)
-    names = [of if of.startswith("policy_") else of.partition("/")[0] for of in columns]
+    names = [str(column).partition("/")[0] for column in known]
     sums: Sums = {}
     for name in dict.fromkeys(names):
         of = known.loc[:, [other == name for other in names]].to_numpy()

@@ -32,8 +32,6 @@ def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> N
     """Write a trained ranker as a new folder for a server, see `api.export`."""
     config, dataset, role = finished.config, finished.dataset, finished.job.role
     mode = config.distill.mode if role == "student" else ""
-    if "onnx" in formats and finished.policy:
-        raise UserError("--policy: k is exported for JAX only; use --formats=jax")
     computes = config[role].compute_dtype
     if "onnx" in formats and COMPUTE_DTYPES[computes].dtype != jnp.float32:
         raise UserError(
@@ -47,7 +45,6 @@ def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> N
         items=dataset.items,
         probability=MODES[mode or "none"].serve[finished.serve],
         value_weights=tuple(config.value_weights),
-        policy=finished.policy,
     )
     sizes = {"requests": _REQUESTS, "candidates": config.funnel.retrieved}
     example = next(iter(evaluation_batches(dataset, "test", **sizes, limit=_REQUESTS))).batch
@@ -87,7 +84,6 @@ def write_export(
         "difference": float(differences.max()),
         "tasks": list(trained.spec.tasks),
         "value_weights": list(trained.value_weights),
-        "policy": trained.policy.name if trained.policy else "",
         "programs": {
             name: {"inputs": _types(program.inputs), "outputs": _types(program.outputs)}
             for name, program in exported.programs.items()

@@ -20,10 +20,9 @@ from kd_ranker.config import checks, schema
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError, check_choice, command
-from kd_ranker.evaluation import policy, results
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
-from kd_ranker.evaluation.policy import POLICIES, Policy
 from kd_ranker.evaluation.references import Lists, lists_of
 from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.manifest import MadeOf
@@ -33,7 +32,7 @@ from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.remote import Place, fetched, place_of
 from kd_ranker.progress import Progress
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep import TEST, Members, Sweep, common, open_sweep, spread
+from kd_ranker.sweep import Members, Sweep, common, open_sweep, spread
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import abstract_states
@@ -144,12 +143,11 @@ class Job:
         return ReportAt(
             ks=sorted({*funnel.report_at, funnel.passed}),
             targets=sorted({*funnel.targets, TARGET}),
-            policies=policy.named(funnel.policies),
         )
 
     @functools.cached_property
     def kept_ks(self) -> list[int]:
-        """The k at which the curves of each request are kept, and among which policies choose."""
+        """The k at which the curves of each test request are kept."""
         return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)
 
     @functools.cached_property
@@ -200,7 +198,6 @@ class Finished(NamedTuple):
     ranker: Ranker  # as the evaluation calls it
     version: str  # a name for its exact weights
     made_of: MadeOf  # the fingerprints that its checkpoint records
-    policy: Policy | None = None  # chooses how many candidates it passes per request, if named
     needs_scores: bool = False  # whether a student's training needs the final ranker's scores
 
     def __str__(self) -> str:
@@ -247,7 +244,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
         if trust:
             register(file)  # a UserError if it is missing
         if trust or not file:
-            raise
+            raise UserError(f"the run at {workdir}: {error}") from error
         raise UserError(
             f"the run at {workdir} needs {file}, which would be executed ({error}); if you trust "
             "that file, add --trust, or trust=True in Python"
@@ -274,18 +271,15 @@ def open_finished(
     member: str = "",
     serve: str = "",
     config: ConfigDict | None = None,
-    policy_name: str = "",
     with_slots: bool = False,
 ) -> Finished:
     """Open the ranker of a finished run; that of a student does not need its teacher.
 
-    By default it is the best member of a sweep, with its own serving choice, without a policy, and
-    without the slots of the optimizers of tables. `config` is that of the run, perhaps with another
-    `data.dir`; None takes that of `config_of`. A missing or unfinished run or dataset, or a member,
-    serving choice or policy that it lacks, is a UserError.
+    By default it is the best member of a sweep, with its own serving choice, and without the slots
+    of the optimizers of tables. `config` is that of the run, perhaps with another `data.dir`; None
+    takes that of `config_of`. A missing or unfinished run or dataset, or a member or serving choice
+    that it lacks, is a UserError.
     """
-    if policy_name:
-        check_choice("--policy", policy_name, POLICIES)
     config = config or config_of(place)
     with fetched(place) as workdir:
         owner = workdirs.read_environment(workdir).get("command")
@@ -295,11 +289,10 @@ def open_finished(
                 f"restore its {workdirs.ENVIRONMENT_FILE}, or start that command again with its "
                 "flags"
             )
-        for flag, value in (("--member", member), ("--policy", policy_name)):
-            if value and owner != "sweep":
-                raise UserError(
-                    f"{place} is of {owner}, and only a sweep has {value!r}; leave {flag} out"
-                )
+        if member and owner != "sweep":
+            raise UserError(
+                f"{place} is of {owner}, and only a sweep has {member!r}; leave --member out"
+            )
         job = open_job(config, {"": config} if owner == "train" else None)
         workdirs.check_dataset(workdir, job.built.identity)
         remedy = f"finish it with: {command(owner)}, with the flags that started it"
@@ -309,8 +302,7 @@ def open_finished(
             sweep = open_sweep(config, workdir, job.built.identity)
             title, index, member, serve = _member(sweep, place, member, serve)
             job, folder = job.of(sweep.cohorts[index]), sweep.folders[index]
-        found = _finished(title, job, member, serve, folder, remedy, with_slots)
-        return _with_policy(found, folder / TEST, policy_name) if policy_name else found
+        return _finished(title, job, member, serve, folder, remedy, with_slots)
 
 
 def load_teacher(config: ConfigDict) -> Finished:
@@ -355,21 +347,6 @@ def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, i
     (cohort,) = (number for number, names in enumerate(sweep.plan) if name in names)
     how = "--member" if member else f"the best of {len(sweep.members)} on validation"
     return f"member {name} of the sweep at {place} ({how})", cohort, name, serve or best_serve
-
-
-def _with_policy(student: Finished, folder: Path, name: str) -> Finished:
-    """A student of a sweep with a policy from the folder of its test tables."""
-    fitted = {}
-    if policy.FILE in manifest.read(folder, "start the sweep again")["files"]:
-        fitted = policy.from_json((folder / policy.FILE).read_text())
-    own = fitted.get((student.member, student.serve), {})
-    if name not in own:
-        raise UserError(
-            f"--policy={name!r}: {student.title} has {', '.join(own) or 'none'} by its "
-            f"probabilities {student.serve!r}; a sweep fits those of funnel.policies, for the "
-            "settings that validation chose"
-        )
-    return student._replace(policy=own[name])
 
 
 def _finished(

@@ -14,9 +14,8 @@ from ml_collections import FrozenConfigDict
 from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.cutting import batch_size, evaluation_batches
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import metrics, policy, references, results, saving
+from kd_ranker.evaluation import metrics, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
-from kd_ranker.evaluation.policy import Policy
 from kd_ranker.evaluation.results import Kept, Row, Who
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import build_model
@@ -39,8 +38,7 @@ class Measured(NamedTuple):
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
-    each: dict[Who, Each]  # the contribution of each request, where it is kept
-    policies: dict[Who, dict[str, Policy]]  # by their names
+    each: dict[Who, Each]  # the contribution of each request; only of the test split
 
 
 def measure(
@@ -51,8 +49,6 @@ def measure(
     serves: Mapping[str, Collection[str]] | None = None,
     with_references: bool = False,
     rivals: Sequence[Rival] = (),
-    fitted: Mapping[Who, Each] | None = None,
-    keep: bool = False,
     limit: int = 0,
     started_with_scores: bool = False,
 ) -> Measured:
@@ -65,8 +61,6 @@ def measure(
       serves: the serving choices of each member to measure; None takes all of all members.
       with_references: whether to measure the references, too.
       rivals: those to measure as well, among the references.
-      fitted: the contribution of each validation request, for the policies of `report_at`.
-      keep: whether to keep the contribution of each request, as always of the test split.
       limit: how many requests an evaluation during training reads, which omits FLOPs and the bar;
         0 takes `config.evaluation.limit`.
       started_with_scores: whether the students started from a ranker that needs the final ranker's
@@ -89,12 +83,11 @@ def measure(
         referred += names
         ranker = references.reference_ranker(job.lists, names)
         groups.append(ranker._replace(serves=[referred]))
-    keep = keep or split == "test"
     with job.progress.phase(split, quiet=bool(limit)):
-        of_teacher, of_groups = _summed(job, split, teacher, groups, rivals, keep, limit)
+        of_teacher, of_groups = _summed(job, split, teacher, groups, rivals, limit)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
-    measured = Measured([], [], [], {}, {})
-    add = functools.partial(_add, measured, job, signal, fitted or {})
+    measured = Measured([], [], [], {})
+    add = functools.partial(_add, measured, job, signal)
     flops = {} if limit else _flops(job, serves)
     of_judge = flops.get((results.TEACHER, "user"), _NOT_COUNTED)
 
@@ -160,7 +153,6 @@ def _summed(
     teacher: Ranker | None,
     groups: Sequence[Ranker],
     rivals: Sequence[Rival],
-    keep: bool,
     limit: int,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
     """`evaluate` on the requests of a split."""
@@ -183,7 +175,7 @@ def _summed(
         config.value_weights,
         config.funnel.shown,
         ks=job.kept_ks,
-        keep=keep,
+        keep=split == "test",
         devices=job.devices if sharded else own_devices(job.devices),
         sharded=sharded,
     )
@@ -205,23 +197,11 @@ def _add(
     measured: Measured,
     job: Job,
     signal: str,
-    fitted: Mapping[Who, Each],
     row: Row,
     summed: Summed,
     of_teacher: Summed | None,
 ) -> None:
     """Add a ranker's rows of all tables, and the contribution of each request."""
-    key = str(row["member"]), str(row["serve"])
-    if key in fitted and row["role"] == "student":
-        known = policy.curves_of(fitted[key].curves, job.kept_ks)
-        names = job.config.funnel.policies if known.have_value else ()
-        of_row = {name: policy.fit(name, known) for name in names}
-        measured.policies[key] = of_row
-        # Its policies are fitted to other requests.
-        chosen = policy.sums(of_row, summed.each.curves, job.kept_ks, job.config.funnel.policies)
-        totals = {name: of.sum(axis=0, dtype=np.float64) for name, of in chosen.items()}
-        each = summed.each._replace(sums=summed.each.sums | chosen)
-        summed = Summed(summed.sums | totals, each)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
     only_order = row["role"] == "reference" and row["member"] != "oracle"
     teacher_sums = of_teacher.sums if of_teacher else None
@@ -230,7 +210,7 @@ def _add(
     if not summed.each.sums:
         return
     who = {"member": row["member"], "serve": row["serve"]}
-    measured.each[key] = summed.each
+    measured.each[str(row["member"]), str(row["serve"])] = summed.each
     curves = metrics.curves(sums, tasks)
     # Curves have the points of the config, and those that reach a target.
     needed = metrics.result_columns(metrics.METRICS["passed_for"], tasks, at)
@@ -301,8 +281,6 @@ def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) ->
         files[results.CURVES_FILE] = results.to_csv(last.curves, curves)
         columns = results.CALIBRATION_COLUMNS
         files[results.CALIBRATION_FILE] = results.to_csv(last.calibration, columns)
-    if last.policies:
-        files[policy.FILE] = policy.to_json(last.policies)
     rows = [row for split in splits for row in split.rows]
     files[results.FILE] = results.to_csv(rows, results.columns(tasks, job.report_at))
     results.write_tables(workdir, files, owner)

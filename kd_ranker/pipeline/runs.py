@@ -17,7 +17,7 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import policy, results, saving
+from kd_ranker.evaluation import results, saving
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.models.model import Model, Parameters
@@ -143,7 +143,7 @@ def _open(
         axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
     # These change no more than how it is tested, joined and reported.
-    free += ["costs", "report", "funnel.policies", "sweep.rivals"]
+    free += ["costs", "report", "sweep.rivals"]
     workdirs.check(workdir, "sweep", config, dataset, without=free)
     return open_sweep(config, workdir, dataset), job
 
@@ -274,9 +274,6 @@ def _test_cohort(
     names = job.config.sweep.rivals if with_references else ()
     if names:
         owner["rivals"] = ",".join(names)
-    policies = job.config.funnel.policies
-    if policies:
-        owner[policy.FILE] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
     students: States = ()
@@ -285,15 +282,13 @@ def _test_cohort(
         if step < job.config.train.steps:  # the last checkpoint is damaged
             with training_bar(job, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
-    measured, fitted, rivals = [], {}, list[Rival]()
+    measured, rivals = [], list[Rival]()
     if with_references:
         # Validation chooses among the references too.
         rivals = _fitted_rivals(job, names)
         measured.append(measure(job, "validation", with_references=True, rivals=rivals))
         best = saving.best_of_families(measured[0].rows)
         rivals = [rival for rival in rivals if rival.name in best]
-    if policies and students:
-        fitted = measure(job, "validation", students, serves=serves, keep=True).each
     tested = measure(
         job,
         "test",
@@ -301,7 +296,6 @@ def _test_cohort(
         serves=serves,
         with_references=with_references,
         rivals=rivals,
-        fitted=fitted,
         started_with_scores=workdirs.started_with_scores(folder, job.config),
     )
     write_measured(job, folder / TEST, owner, *measured, tested)

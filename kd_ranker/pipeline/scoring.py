@@ -5,7 +5,6 @@ They are a table that its owner joins to the dataset or log by two columns:
     request, item         ids, as they are in the log; numbers of the dataset if it has no log
     probability_<task>    float32, one column per task
     value                 float32, what the ranker sorts by
-    passed                whether a policy passes the candidate; only if one is named
     version               the ranker's exact weights
 
 It is a folder of Parquet files: one per file of the log, or per split of the dataset. A request
@@ -26,11 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float32, Int
+from jaxtyping import Float32, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -40,7 +38,6 @@ from kd_ranker.batches import cutting
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import funnel
-from kd_ranker.evaluation.policy import Policy, to_json
 from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import Finished, config_of, load_teacher, open_finished
 from kd_ranker.pipeline.remote import Place
@@ -112,7 +109,6 @@ class _Scorer(NamedTuple):
             unfinished.replace(path)
         ranker = self.ranker
         description = {"ranker": ranker.title, "serve": ranker.serve, "counts": counts}
-        description["policy"] = ranker.policy.name if ranker.policy else ""
         (work / FILE).write_text(json.dumps(description, indent=2))
 
     def _table(self, part: _Part) -> pa.Table:
@@ -133,9 +129,6 @@ class _Scorer(NamedTuple):
         for task, of_task in zip(self.ranker.dataset.spec.tasks, probability.T, strict=True):
             columns[f"probability_{task}"] = pa.array(of_task)
         columns["value"] = pa.array(value)
-        if self.ranker.policy:
-            is_scored = np.arange(self.candidates) < part.scored[:, None]
-            columns["passed"] = pa.array(_passed(self.ranker.policy, value, is_scored))
         return pa.table({**columns, "version": pa.repeat(self.ranker.version, len(item))})
 
     def _probabilities(self, part: _Part) -> Iterator[Float32[np.ndarray, "scored T"]]:
@@ -152,17 +145,6 @@ class _Scorer(NamedTuple):
             served = ranker.serve(ranker.parameters, batch, self.items)
             probability = np.asarray(served.probability[self.ranker.serve])[: len(chunk)]
             yield probability[index < part.scored[start : start + size, None]]
-
-
-def _passed(
-    policy: Policy, value: Float32[np.ndarray, "scored"], is_scored: Bool[np.ndarray, "R N"]
-) -> Bool[np.ndarray, "scored"]:
-    """True for the candidates that a policy passes; equal values keep their order."""
-    values = np.full(is_scored.shape, -np.inf, np.float32)
-    values[is_scored] = value
-    k = np.asarray(policy.passed(jnp.asarray(values), jnp.asarray(is_scored)))
-    places = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1)
-    return (places < k[:, None])[is_scored]
 
 
 def _paths_like(files: Iterable[str], work: Path) -> list[Path]:
@@ -225,7 +207,6 @@ def score_unseen(
     member: str = "",
     output: Path | None = None,
     run: ConfigDict | None = None,
-    policy: str = "",
 ) -> tuple[Scored, list[str]]:
     """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
@@ -236,13 +217,7 @@ def score_unseen(
     run = run or config_of(workdir)
     log, layout, trained = _open_log(config, run, workdir)
     run.data.dir = config.data.dir or run.data.dir
-    ranker = open_finished(workdir, member, "", run, policy)
-    fitted, weights = (tuple(of.value_weights) for of in (ranker.config, config))
-    if policy and fitted != weights:
-        raise UserError(
-            f"--policy: fitted with value_weights={fitted}, and the config has {weights}; leave "
-            "--config out, or set the former"
-        )
+    ranker = open_finished(workdir, member, config=run)
     how_read = [layout.by_request, layout.units_per_second, layout.retrieved]
     inputs = [log.manifest, repr(layout.features), layout.columns, *how_read]
     made_of = _made_of(config, ranker, inputs)
@@ -312,8 +287,6 @@ def _made_of(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.Made
     numbers = [list(config.value_weights), config.evaluation.requests]
     dataset = ranker.dataset.identity["dataset"]
     of_ranker = [ranker.version, ranker.job.role, ranker.serve, *numbers]
-    if ranker.policy:
-        of_ranker.append(to_json({("", ""): {ranker.policy.name: ranker.policy}}))
     return {
         "dataset": dataset,
         "ranker": ranker.version,

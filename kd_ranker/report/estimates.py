@@ -45,7 +45,7 @@ class Estimates:
         """Take the study, which is not changed."""
         self.study = study
         self._points = _points(study)
-        self.targets, self.policies = self._points.targets, self._points.policies
+        self.targets = self._points.targets
         self._read = pd.concat(
             [study.tested, saving.of_split(study.references, "test"), study.teachers]
         )
@@ -294,9 +294,7 @@ def _points(study: Study) -> ReportAt:
     ks = {int(found[1]) for column in columns if (found := re.search(r"@(\d+)", column))}
     named = (re.fullmatch(r"passed_for_([\d.]+)", column) for column in columns)
     targets = tuple(round(float(found[1]) / 100, 10) for found in named if found)
-    # A cohort's own table may have columns of policies that were measured before.
-    known = [of for of in columns if of.startswith("scored_by/") and study.tested[of].notna().any()]
-    return ReportAt(tuple(sorted(ks)), targets, [of.removeprefix("scored_by/") for of in known])
+    return ReportAt(tuple(sorted(ks)), targets)
 
 
 def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "1+B N"]) -> Sums:

@@ -307,34 +307,6 @@ def _with_means(
     return cells.assign(**{repeats: counts}, **texts)
 
 
-def policy_table(study: Study, estimates: Estimates) -> Table | None:
-    """Return what choosing k per request saves, by ranker and policy; None without policies."""
-    if not estimates.policies:
-        return None
-    user = "true_value_by" if study.knows_truth else "covered_user_value_by"
-    columns = {
-        "candidates scored": "scored_by",
-        "value kept": "value_by",
-        "saving": "saving_by",
-        title_of(user).removesuffix(" by"): user,
-    }
-    lines = [
-        (ranker, policy, *(mean_text(estimates.of(str(ranker), f"{name}/{policy}"), _digits(name))
-                           for name in columns.values()))
-        for ranker in study.tested["setting"].unique()
-        for policy in estimates.policies
-    ]  # fmt: skip
-    notes = [
-        f"Each policy is fitted on validation requests to keep {100 * TARGET:g}% of the final "
-        "value over all requests, and measured on test requests. The saving is in candidates that "
-        "the final ranker scores, against one k for all test requests that keeps as much value "
-        f"with the same ranker. {metrics.HINDSIGHT} is chosen on the test requests themselves, "
-        "with the value lost at each k known. ± is half the 95% interval."
-    ]
-    titles = ["ranker", "k per request", *columns]
-    return Table(f"{study.dataset}: k per request", pd.DataFrame(lines, columns=titles), notes)
-
-
 def cost_table(study: Study, estimates: Estimates) -> Table | None:
     """Return the cost of the funnel of each chosen setting; None without a teacher's cost.
 

@@ -71,7 +71,6 @@ def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Se
     written = {
         name: tables.main_table(study, estimates, numbers),
         f"{name}-difference": tables.difference_table(study, estimates),
-        f"{name}-policy": tables.policy_table(study, estimates),
         f"{name}-cost": tables.cost_table(study, estimates),
         f"{name}-tuning": tables.tuning_table(study),
     }

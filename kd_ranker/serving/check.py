@@ -96,13 +96,10 @@ def _open_jax(
 
 
 def rank(programs: Programs, arrays: Arrays) -> Arrays:
-    """Compute the probabilities and values of the candidates, from tables and fields of requests.
-
-    If the export has a policy, `k` is how many of each request to pass.
-    """
+    """Compute the probabilities and values of candidates, from tables and fields of requests."""
     for name in ("rank",) if "rank" in programs else ("user", "score"):
         arrays = arrays | programs[name](arrays)
-    return {name: arrays[name] for name in ("probability", "value", "k") if name in arrays}
+    return {name: arrays[name] for name in ("probability", "value")}
 
 
 def largest_differences(folder: Path, runtime: str) -> dict[str, float]:

@@ -41,7 +41,6 @@ from kd_ranker.embedding.lookup import EmbeddingSpec, gather_rows, rows_of_ids
 from kd_ranker.embedding.lookup import Tables as TrainedTables
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.funnel import value
-from kd_ranker.evaluation.policy import Policy
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
 from kd_ranker.models.model import Model, Parameters, apply_part
 from kd_ranker.models.student import InParts
@@ -96,7 +95,6 @@ class Servable(NamedTuple):
     items: Items  # the features and categories of the items there
     probability: ToProbability  # from its logits, see `Mode.serve`
     value_weights: Sequence[float]  # one per task
-    policy: Policy | None = None  # chooses how many candidates to pass per request
 
     @property
     def seen(self) -> FeatureSpec:
@@ -171,8 +169,7 @@ def served_tables(spec: EmbeddingSpec, trained: TrainedTables) -> Tables:
 
 def fields_of(batch: CandidateBatch) -> dict[str, Any]:
     """Return the fields of requests that programs may take, by name."""
-    fields = {field.name: getattr(batch, field.name) for field in IN_BATCH}
-    return fields | {"candidate_mask": batch.candidate_mask}
+    return {field.name: getattr(batch, field.name) for field in IN_BATCH}
 
 
 class _Recorded(dict[str, Any]):
@@ -203,10 +200,7 @@ def _fields(spec: FeatureSpec, *owners: str) -> Types:
     batch = abstract_batch(spec, *sizes)
     # How far a candidate came is for those who measure.
     names = [of.name for of in IN_BATCH if of.of in owners and of.name != "stage"]
-    fields = {name: getattr(batch, name) for name in names}
-    if "candidate" in owners:
-        fields["candidate_mask"] = jax.ShapeDtypeStruct(sizes, np.bool_)
-    return fields
+    return {name: getattr(batch, name) for name in names}
 
 
 def _on_requests(trained: Servable, part: Callable[..., Any], arrays: Arrays) -> Any:
@@ -260,18 +254,15 @@ def _part(trained: Servable, part: Callable[..., Any], *arrays: Any) -> Any:
     return apply_part(trained.model, trained.parameters.dense, part, *arrays)
 
 
-def _answer(trained: Servable, logits: Float[Array, "R N heads"], arrays: Arrays) -> dict[str, Any]:
+def _answer(trained: Servable, logits: Float[Array, "R N heads"]) -> dict[str, Any]:
     probability = trained.probability(logits)
-    sorted_by = value(probability, jnp.asarray(trained.value_weights, jnp.float32))
-    answer = {"probability": probability, "value": sorted_by}
-    if trained.policy:
-        answer["k"] = trained.policy.passed(sorted_by, arrays["candidate_mask"])
-    return answer
+    weights = jnp.asarray(trained.value_weights, jnp.float32)
+    return {"probability": probability, "value": value(probability, weights)}
 
 
 def _rank(trained: Servable, arrays: Arrays) -> dict[str, Any]:
     logits = _on_requests(trained, lambda module, *of: module(*of), arrays)
-    return _answer(trained, logits, arrays)
+    return _answer(trained, logits)
 
 
 def _user(trained: Servable, arrays: Arrays) -> dict[str, Any]:
@@ -332,7 +323,7 @@ def _score(trained: Servable, of_user: Sequence[str], arrays: Arrays) -> dict[st
     row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
     features = _or_zeros(arrays, "candidate_features", row[..., :0])
     users = {name: arrays[name] for name in of_user}
-    return _answer(trained, _part(trained, logits, users, row, features), arrays)
+    return _answer(trained, _part(trained, logits, users, row, features))
 
 
 def to_jax(program: Program) -> bytes:

@@ -231,7 +231,7 @@ def fit_ranker(
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per query that the final ranker has not learned from."""
-    if not all(map(importlib.util.find_spec, ("bm25s", "lightgbm"))):
+    if not all(map(importlib.util.find_spec, ("bm25s", "lightgbm", "sklearn"))):
         raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
     collection = read(files[0].parent)
     films, queries = vectors_of(collection, Path(data.dir) / "logs")

@@ -17,6 +17,7 @@ import pytest
 from kd_ranker import api, manifest
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.cutting import evaluation_batches
+from kd_ranker.configs import cascade
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
@@ -332,6 +333,16 @@ def test_a_folder_or_a_type_that_cannot_be_exported_is_one_line(trained, tmp_pat
     fault = fault_of(api.export, unfinished, tmp_path / "other")
     assert "is not finished; finish it with: kd-ranker train" in fault
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_with_a_key_that_is_gone_is_named_with_the_key(tmp_path):
+    config = cascade("small")
+    config.funnel.policies = ("uniform",)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert fault_of(config_of, tmp_path) == (
+        f"the run at {tmp_path}: config key 'funnel.policies' does not exist; docs/config.md lists "
+        "the keys"
+    )
 
 
 def test_a_dataset_of_another_fingerprint_is_refused(trained, tmp_path, monkeypatch):

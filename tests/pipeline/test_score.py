@@ -75,7 +75,6 @@ def world(tmp_path_factory):
     config.teacher.source, config.teacher.stage = "live", "retrieved"
     config.teacher.workdir = str(folder / "teacher")
     config.sweep.update(modes=("none",), seeds=(0, 1))
-    config.funnel.policies = ("threshold",)
     api.prepare(config)
     api.train_teacher(config, folder / "teacher")
     config.distill.mode, config.distill.serve = "aux", "blend"
@@ -351,32 +350,6 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     config = config_for(world, "sweep", tmp_path / "log")
     _, lines = scoring.score_unseen(config, workdir, "none-seed1", tmp_path / "named")
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
-
-
-def test_a_policy_marks_the_candidates_to_pass(world, tmp_path):
-    workdir = world.folder / "sweep"
-    config = config_for(world, "sweep", write_raw(tmp_path / "log", world.tested))
-    plain, _ = scoring.score_unseen(config, workdir, output=tmp_path / "plain")
-    assert json.loads((plain.directory / scoring.FILE).read_text())["policy"] == ""
-    folder = api.score(workdir, config.data.path, tmp_path / "out", policy="threshold")
-    table = pa.concat_tables(map(pq.read_table, folder.glob("*.parquet"))).to_pandas()
-    assert table.drop(columns="passed").equals(
-        pa.concat_tables(map(pq.read_table, plain.directory.glob("*.parquet"))).to_pandas()
-    )
-    (stored,) = workdir.glob("cohorts/*/test/policies.json")
-    described = json.loads((folder / scoring.FILE).read_text())
-    title = described["ranker"]
-    (of,) = (of for of in json.loads(stored.read_text()) if f"member {of['member']} " in title)
-    # All k of so few candidates are in the grid. The best candidate always passes.
-    best = table.groupby("request")["value"].transform("max")
-    expected = (table["value"] >= of["threshold"]) | (table["value"] == best)
-    assert table["passed"].tolist() == expected.tolist()
-    assert 0 < table["passed"].mean() < 1
-    assert described["policy"] == "threshold"
-    config.value_weights = (4.0, *config.value_weights[1:])
-    options = {"output": tmp_path / "other", "policy": "threshold"}
-    fault = fault_of(scoring.score_unseen, config, workdir, **options)
-    assert fault.startswith("--policy: fitted with value_weights=")
 
 
 def test_a_student_scores_where_its_teacher_is_gone(world, score):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -65,6 +66,24 @@ def test_every_file_is_written_with_all_numbers(written):
 def test_the_same_inputs_give_the_same_tables_and_page(written, tmp_path):
     api.report(written[0], output=tmp_path)
     assert files_below(written[1]) == files_below(tmp_path)
+
+
+def test_measures_and_keys_that_are_gone_change_nothing(written, tmp_path):
+    sweep, output = tmp_path / "sweep", tmp_path / "output"
+    shutil.copytree(written[0], sweep)
+    config = json.loads((sweep / "config.json").read_text())
+    config["funnel"]["policies"] = ["uniform"]
+    (sweep / "config.json").write_text(json.dumps(config))
+    sums = sweep / sweeps.OF_REQUESTS[0]
+    of_requests = pd.read_parquet(sums)
+    for policy in ("uniform", "hindsight"):
+        of_students = of_requests["member"].str.contains("seed")
+        of_requests[f"policy_scored/{policy}"] = of_requests["requests"].where(of_students)
+    of_requests.to_parquet(sums)
+    measures = {"scored_by/uniform": 30.0, "saving_by/hindsight": 0.7}
+    sweeps.change(sweep, lambda frame: frame.assign(**measures))
+    api.report(sweep, output=output)
+    assert files_below(output / "tables") == files_below(written[1] / "tables")
 
 
 def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_folder(tmp_path):

@@ -3,19 +3,17 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
-from kd_ranker.config.keys import POLICIES
 from kd_ranker.configs.filmsearch import get_config as filmsearch
 from kd_ranker.configs.sweeps.ways import with_ways
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`configs/filmsearch.py`, with policies of how many to pass.
+    """`configs/filmsearch.py`, with the sweep to start from.
 
     `:paper` tunes the learning rate of each way, and each repeat has its own order of the data.
     """
     defaults.check_variant(variant, "paper")
     config = filmsearch()
-    config.funnel.policies = POLICIES
     config.train.steps = 1500
     if variant == "paper":
         config.sweep.whole_repeats = True
