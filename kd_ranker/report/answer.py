@@ -15,7 +15,7 @@ from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.saving import CRITERION
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
-from kd_ranker.report.study import Study
+from kd_ranker.report.study import Pair, Study
 from kd_ranker.report.tables import number, percents
 
 # The change for users that a live test is planned for.
@@ -69,6 +69,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         *_bounds(estimates, with_scores),
         *_doubts(study, estimates),
         *_simple_orders(estimates, with_scores),
+        *_of_same_kind(study, estimates, Pair(with_scores, without)),
         *_payment(study, with_scores, saving),
         *_allowed(study),
     ]
@@ -324,6 +325,24 @@ def _simple_orders(estimates: Estimates, student: str) -> Iterator[str]:
         yield (
             f"{title} {verb} as well as the best student: it needs {_count(as_good[name])} "
             f"candidates, the student {_count(passed)}."
+        )
+
+
+def _of_same_kind(study: Study, estimates: Estimates, answered: Pair) -> Iterator[str]:
+    """Yield what the scores save within each kind of rankers that the answer does not compare."""
+    for kind, pair in study.same_kind.items():
+        if pair == answered:
+            continue
+        fewer = estimates.fewer(pair.with_scores, pair.without)
+        word = "fewer"
+        if fewer.mean < 0:
+            fewer, word = fewer.scaled(-1), "more"
+        mean, low, high = percents(fewer)
+        interval = f" (95% interval {low} to {high}%)" if low else ""
+        with_scores, without = (_count(estimates.of(name, CRITERION).mean) for name in pair)
+        yield (
+            f"Among {kind}, the best with scores needs {with_scores} candidates and the best "
+            f"without {without}: {mean}% {word}{interval}."
         )
 
 

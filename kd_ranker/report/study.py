@@ -13,6 +13,7 @@ from kd_ranker.config import schema
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import results, saving
 from kd_ranker.evaluation.metrics import METRICS
+from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.sources.logs.data_report import read_data_report
@@ -25,6 +26,13 @@ class Environment(NamedTuple):
 
     values: dict[str, Any]  # none if it is unknown
     missing: str = ""  # the reason why it is unknown, as a sentence
+
+
+class Pair(NamedTuple):
+    """Two rankers to compare."""
+
+    with_scores: str  # learns from the final ranker's scores
+    without: str
 
 
 class Study(NamedTuple):
@@ -102,16 +110,52 @@ class Study(NamedTuple):
         return [f"true_value_captured@{self.passed}", "true_value_for_99"]
 
     @property
+    def rivals(self) -> dict[str, bool]:
+        """The rankers of other architectures on test, and whether each needs scores."""
+        rows = of_split(self.references, "test")
+        rows = rows[~rows["member"].isin(REFERENCES)].drop_duplicates("setting")
+        return dict(zip(rows["setting"], rows["needs_scores"].astype(bool), strict=True))
+
+    @property
     def best_with_scores(self) -> str | None:
-        """The setting of the cheapest funnel that learns from the final ranker's scores.
+        """The ranker of the cheapest funnel that learns from the final ranker's scores.
 
         On validation, at `saving.CRITERION`; without a teacher's cost, the one that passes fewest.
-        Settings that keep users are preferred. None if none is measured.
+        Rankers that keep users are preferred. None if none is measured.
         """
-        settings = [*self.tested.loc[self.tested["needs_scores"], "setting"].unique()]
-        kept = [setting for setting in settings if self.keeps_users(setting)] or settings
-        costs = by_repeat(of_split(self.rows, "validation"), "funnel_cost")
-        return saving.best_of(costs[kept]) or saving.best(self.rows, kept)
+        rivals = [name for name, needs_scores in self.rivals.items() if needs_scores]
+        return self._cheapest([*self._students(needs_scores=True), *rivals])
+
+    @property
+    def same_kind(self) -> dict[str, Pair]:
+        """The best rankers with and without scores of each kind that has both.
+
+        They differ only by the scores. The best of all kinds may differ in more than that.
+        """
+        trees = {name: of for name, of in self.rivals.items() if name.startswith("trees ")}
+        settings = {
+            "students": (self._students(needs_scores=True), self._students(needs_scores=False)),
+            "trees": (
+                [name for name, needs_scores in trees.items() if needs_scores],
+                [name for name, needs_scores in trees.items() if not needs_scores],
+            ),
+        }
+        found = {}
+        for kind, (learned, others) in settings.items():
+            with_scores, without = self._cheapest(learned), self._cheapest(others)
+            if with_scores is not None and without is not None:
+                found[kind] = Pair(with_scores, without)
+        return found
+
+    def _students(self, needs_scores: bool) -> list[str]:
+        rows = self.tested[self.tested["needs_scores"] == needs_scores]
+        return [*rows["setting"].unique()]
+
+    def _cheapest(self, settings: Sequence[str]) -> str | None:
+        kept = [setting for setting in settings if self.keeps_users(setting)] or [*settings]
+        rows = pd.concat([self.rows, self.references])
+        costs = by_repeat(of_split(rows, "validation"), "funnel_cost")
+        return saving.best_of(costs[kept]) or saving.best(rows, kept)
 
     def keeps_users(self, setting: str) -> bool:
         """Return True if the interval of `users_change` is above −`report.margin`, or unknown."""

@@ -35,7 +35,10 @@ class _Line(NamedTuple):
 
 
 def summary(study: Study, estimates: Estimates) -> str:
-    """Return the chosen setting of each way, fewest candidates first, and the baselines below."""
+    """Return the chosen setting of each way, fewest candidates first, and the baselines below.
+
+    Rankers of other architectures are among the ways.
+    """
     headers = [
         "early ranker",
         "needs scores",
@@ -70,6 +73,7 @@ def _students(study: Study, estimates: Estimates) -> list[_Line]:
     for setting in study.chosen.values():
         row = by_setting.loc[setting].to_dict()
         lines.append(_Line(way_in_words(row, study.varying), setting, bool(row["needs_scores"])))
+    lines += [_Line(name, name, needs_scores) for name, needs_scores in study.rivals.items()]
     return _fewest_first(lines, estimates)
 
 

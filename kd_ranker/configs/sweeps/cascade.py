@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "paper":
         config.sweep.axes.train.steps = (1000, 2000)
         config.sweep.whole_repeats = True
-        return with_ways(config, rates, weights, unshown=(0.1, 0.3))
+        return with_ways(config, rates, weights, unshown=(0.1, 0.3), rivals=("trees", "ease"))
     if variant == "live":
         # A ranker nearer to the one that filled the log: docs/results.md has how near. It has 60
         # labels an item, not 15, and knows the user's interests, which the profile hardly shows.

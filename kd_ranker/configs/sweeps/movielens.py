@@ -14,8 +14,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     defaults.check_variant(variant, "paper")
     config = movielens()
+    weights: tuple[float, ...] = (1.0,)
     if variant == "paper":
         config.sweep.axes.train.steps = (1500, 4000)
         config.sweep.whole_repeats = True
-        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), stages=False)
-    return with_ways(config, rates=(3e-3, 1e-2), stages=False)
+        weights = (0.3, 1.0)
+    return with_ways(config, (3e-3, 1e-2), weights, stages=False, rivals=("trees", "ease"))

@@ -12,6 +12,7 @@ def with_ways(
     unshown: tuple[float, ...] = (0.1,),
     losses: tuple[str, ...] = ("bce", "softmax", "topk"),
     stages: bool = True,
+    rivals: tuple[str, ...] = ("trees",),
 ) -> ConfigDict:
     """The ways without the final ranker's scores, then two modes that learn from them.
 
@@ -29,6 +30,7 @@ def with_ways(
       losses: values of `distill.loss` from the scores in mode `aux`; by default one takes the
         probabilities, one their order, and one who is at the top. Those that need no probabilities
         learn from the stages as well, each as a way without scores.
+      rivals: rankers of other architectures that are compared, too.
       stages: whether the log holds candidates that were not shown. Without, they cannot be
         negatives, and there are no stages to learn from.
     """
@@ -51,6 +53,7 @@ def with_ways(
     config.sweep.weights = weights
     config.sweep.axes.optimizer.learning_rate = rates
     config.sweep.seeds = (0, 1, 2)
+    config.sweep.rivals = rivals
     return config
 
 
