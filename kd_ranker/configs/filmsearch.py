@@ -4,16 +4,32 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
 from kd_ranker.config.defaults import feature, features
-from kd_ranker.sources.filmsearch import FACTS, PASSED, RETRIEVED, STUDENT_FEATURES
+from kd_ranker.sources.filmsearch import (
+    COSINE,
+    FACTS,
+    FUSION,
+    LEXICAL,
+    PASSED,
+    RETRIEVED,
+    STAGE_OF,
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The default setting; give `--config.data.path`, or leave it empty to download."""
-    defaults.check_variant(variant)
+    """The default setting; give `--config.data.path`, or leave it empty to download.
+
+    The early ranker may read all numbers of the final ranker, as each is there before it runs. In
+    `:lexical` it lacks the cosine of the sentence vectors, and BM25 has passed the candidates.
+    """
+    defaults.check_variant(variant, "lexical")
+    is_lexical = variant == "lexical"
+    incumbent = "bm25" if is_lexical else FUSION
     config = defaults.get_config("filmsearch")
     config.tasks, config.value_weights = ("wanted",), (1.0,)
     config.data.title = "film search"
-    config.data.columns = dict(incumbent="bm25")
+    config.data.columns = dict(incumbent=incumbent, stage=STAGE_OF[incumbent])
+    if not is_lexical:
+        config.data.columns.early_scores = f"bm25,{COSINE}"
     config.data.labels, config.data.teacher = dict(wanted="wanted"), dict(wanted="final_score")
     config.data.features = (
         dict(
@@ -25,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
             tags=feature("item", "bag", length=4, size=2000),
         )
         | features("item", "dense", *FACTS, "year")
-        | features("candidate", "dense", *STUDENT_FEATURES)
+        | features("candidate", "dense", *LEXICAL, *([] if is_lexical else [COSINE]))
     )
     config.funnel.update(retrieved=RETRIEVED, passed=PASSED, report_at=(10, 20, 50, 100, 200))
     config.teacher.update(source="logged", stage="passed")

@@ -32,6 +32,7 @@ class Candidates:
         self._requests = requests
         self._columns = dataset.columns[split]
         self._counts = self._columns.counts.of(requests)
+        self._rates: np.ndarray | None = None  # of the numbers that were computed last
         self.sizes: Int[np.ndarray, "requests"] = self._counts.reached(reached)
         self.stage: Int[np.ndarray, "n"] = np.full(self.sizes.sum(), Stage.RETRIEVED, np.int8)
         self.stage[self._leading(self._counts.passed)] = Stage.PASSED
@@ -79,14 +80,21 @@ class Candidates:
         value[~self._leading(self._counts.scored) | (self.stage < reached)] = np.nan
         return value
 
-    def numbers(
-        self, rates: Float32[np.ndarray, "items C"], chosen: Any = slice(None)
-    ) -> Float32[np.ndarray, "chosen F"]:
-        """Return the dense numbers of the chosen candidates that an early ranker may read.
+    def numbers(self, rates: Float32[np.ndarray, "items C"]) -> Float32[np.ndarray, "n F"]:
+        """Return the dense numbers that an early ranker may read, computed once.
 
         They are the features of the user and the context, those of the candidate in this request,
         the cheap ones of its item, and the item's `rates`.
         """
+        if self._rates is not rates:
+            self._rates = rates
+            self._numbers = self.numbers_of(rates, slice(None))
+        return self._numbers
+
+    def numbers_of(
+        self, rates: Float32[np.ndarray, "items C"], chosen: Any
+    ) -> Float32[np.ndarray, "chosen F"]:
+        """Return the numbers of the candidates that a mask or a slice chooses."""
         request, item_id = self.request[chosen], self.item_id[chosen]
         features: Any = self._dataset.items.features
         cheap = np.asarray(features[:, : self._dataset.spec.cheap_item_features])

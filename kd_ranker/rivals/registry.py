@@ -1,5 +1,6 @@
 """The kinds of rivals, with the datasets that they apply to, and how to fit them."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import starts_of
 from kd_ranker.rivals import ease, fusion, trees
-from kd_ranker.rivals.candidates import Candidates, in_parts, places_by
+from kd_ranker.rivals.candidates import Candidates, in_parts
 
 
 class Scorer(Protocol):
@@ -190,12 +191,8 @@ def order_keys(
 
 def _share_below(scores: Float[np.ndarray, "n"], candidates: Candidates) -> Float[np.ndarray, "n"]:
     known = np.where(np.isnan(scores), -np.inf, scores)
-    ascending = places_by(-known, candidates.sizes)
-    # Of equal scores all have the place of the first one.
-    order = np.lexsort((ascending, candidates.request))
-    ordered = known[order]
-    is_new = np.r_[True, (ordered[1:] != ordered[:-1]) | np.diff(candidates.request[order]) > 0]
-    first = np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))
-    below = np.empty(len(scores))
-    below[order] = first - starts_of(candidates.sizes)[:-1][candidates.request[order]]
-    return below / candidates.sizes[candidates.request]
+    share = np.empty(len(known))
+    for start, stop in itertools.pairwise(starts_of(candidates.sizes)):
+        of_request = known[start:stop]
+        share[start:stop] = np.searchsorted(np.sort(of_request), of_request) / (stop - start)
+    return share

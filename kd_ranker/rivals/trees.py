@@ -62,11 +62,11 @@ class Trees(NamedTuple):
 
     model: Any  # a `lightgbm.Booster`
     num_trees: int
-    rates: Float32[np.ndarray, "items C"]
+    rates: Float32[np.ndarray, "items C"]  # of which some trees do not read the last one
 
     def score(self, candidates: Candidates) -> Float[np.ndarray, "n"]:
         """Return the sum of the leaves that a candidate reaches."""
-        numbers = candidates.numbers(self.rates)
+        numbers = candidates.numbers(self.rates)[:, : self.model.num_feature()]
         return np.asarray(self.model.predict(numbers, num_iteration=self.num_trees))
 
     @property
@@ -110,7 +110,7 @@ def tree_data(
         of_request = np.bincount(candidates.request[kept], minlength=len(candidates.sizes))
         parts.append(
             TreeData(
-                candidates.numbers(rates, kept),
+                candidates.numbers_of(rates, kept),
                 of_request,
                 candidates.stage[kept],
                 candidates.user_value(value_weights)[kept],
@@ -132,9 +132,8 @@ def _sampled(candidates: Candidates, draw: Float[np.ndarray, "n"]) -> Bool[np.nd
 
 def fit(data: TreeData, target: Target, rates: Float32[np.ndarray, "items C"], shown: int) -> Any:
     """Fit trees to a target; return a `Trees` of each of `NUM_TREES`."""
-    numbers = data.numbers
-    if target != "scores":
-        numbers, rates = numbers[:, :-1], rates[:, :-1]
+    # Without the last number, which needs scores.
+    numbers = data.numbers if target == "scores" else data.numbers[:, :-1]
     grade, gains = _grades(data, target, shown)
     kept = np.full(len(grade), True)
     if target == "labels":

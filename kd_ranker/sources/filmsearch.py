@@ -2,9 +2,10 @@
 
 The Movie Search Ranking Dataset (Metarank Labs, CC BY 4.0), as Elastic adapted it: 9,750 films, and
 16,279 queries with 24 labelled films each. BM25 (Robertson and Zaragoza, 2009) retrieves the first
-1,000 films of a query and passes 100 of them. LambdaMART (Burges, 2010) over BM25 by field, facts
-of a film, and the cosine of sentence embeddings orders them. It learns from queries that are not
-in the log. `docs/filmsearch.md` describes columns and limits.
+1,000 films of a query. An early ranker passes 100 of them: BM25, or its fusion by rank with the
+cosine of sentence embeddings (Cormack, Clarke and Büttcher, 2009); the log has the stages of both.
+LambdaMART (Burges, 2010) over BM25 by field, facts of a film, and that cosine orders them. It
+learns from queries that are not in the log. `docs/filmsearch.md` describes columns and limits.
 """
 
 import csv
@@ -20,7 +21,7 @@ import pandas as pd
 import pooch
 import pyarrow as pa
 import scipy.sparse
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Float32, Int, Int64, Shaped
 from ml_collections import ConfigDict
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
@@ -43,8 +44,13 @@ FACTS = ("popularity", "votes", "rating", "budget")  # of a film; year is one of
 FEATURES = (*(f"bm25_{name}" for name in FIELDS), "bm25", "title_share", *FACTS, "year", "minilm")
 """The columns that the final ranker reads."""
 
-STUDENT_FEATURES = ("bm25", "bm25_title", "title_share")
-"""Those of a candidate that the early ranker may read too: what the retrieval knows."""
+COSINE, FUSION = "minilm", "fusion"
+LEXICAL = tuple(name for name in FEATURES if name not in (*FACTS, "year", COSINE))
+"""Those of a candidate that the retrieval by words knows."""
+
+FUSION_CONSTANT = 60  # k0 of the fusion that passes candidates
+STAGE_OF = {"bm25": "stage_bm25", FUSION: "stage"}
+"""By the early ranker that passed the candidates, the column of their stages."""
 
 _TIME = 1_600_000_000  # seconds; the queries have no time, and a log needs one
 _THREADS = 2  # of LightGBM
@@ -293,17 +299,37 @@ def _rows(
         film, features, label = candidates[query]
         words = words_of(collection.queries[query])
         column = dict(zip(FEATURES, features.T, strict=True))
-        stage = np.where(label >= 0, 2, np.arange(len(film)) < PASSED)
+        column[FUSION] = fused(column["bm25"], column[COSINE])
+        early = {of: column[of] for of in STAGE_OF}
         yield {
             "request": query, "time": _TIME + query, "split": splits[query],
             "words": words, "trigrams": trigrams_of(words),
             "item": films["id"].to_numpy()[film],
-            "stage": pa.array(np.array(STAGES)[stage]),
+            **{STAGE_OF[of]: pa.array(stages_of(score, label)) for of, score in early.items()},
             "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
             "final_score": curve.predict_proba(trees.predict(features)[:, None])[:, 1].astype("f4"),
-            **{name: column[name] for name in (*STUDENT_FEATURES, *FACTS, "year")},
+            **{name: column[name] for name in (*FEATURES, FUSION)},
             **{name: bag.take(pa.array(film)) for name, bag in of_film.items()},
         }  # fmt: skip
+
+
+def fused(
+    bm25: Float32[np.ndarray, "n"], cosine: Float32[np.ndarray, "n"]
+) -> Float32[np.ndarray, "n"]:
+    """Fuse two scores by rank: Σ of 1 / (60 + place), the first place being 1."""
+    total = np.zeros(len(bm25))
+    for score in (bm25, cosine):
+        place = 1 + np.argsort(np.argsort(-score, kind="stable"))
+        total += 1 / (FUSION_CONSTANT + place)
+    return total.astype(np.float32)
+
+
+def stages_of(
+    score: Float32[np.ndarray, "n"], label: Int[np.ndarray, "n"]
+) -> Shaped[np.ndarray, "n"]:
+    """The stage of each film in words: the first 100 by a score are passed, labelled ones shown."""
+    place = np.argsort(np.argsort(-score, kind="stable"))
+    return np.array(STAGES)[np.where(label >= 0, 2, place < PASSED)]
 
 
 def find_files(data: ConfigDict) -> list[Path]:
@@ -317,4 +343,4 @@ def find_files(data: ConfigDict) -> list[Path]:
     return paths
 
 
-CONVERTER = Converter((), find_files, write)
+CONVERTER = Converter((), find_files, write, version=2)

@@ -43,7 +43,7 @@ def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 3
     Raises:
       UserError: the encoder is not installed.
     """
-    weights, tokenizer = _pretrained()
+    weights, tokenizer = pretrained()
     encoded = tokenizer.encode_batch(list(texts))
     by_length = np.argsort([len(of) for of in encoded], kind="stable")
     vectors = np.empty((len(texts), WIDTH), np.float32)
@@ -60,8 +60,12 @@ def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 3
 
 
 @functools.cache
-def _pretrained() -> tuple[Weights, Any]:
-    """The weights on the default device, and the tokenizer."""
+def pretrained() -> tuple[Weights, Any]:
+    """Return the weights on the default device, and the tokenizer.
+
+    Raises:
+      UserError: the encoder is not installed.
+    """
     try:
         from tokenizers import Tokenizer
 
@@ -86,7 +90,26 @@ def _pretrained() -> tuple[Weights, Any]:
 def _encode(
     weights: Weights, tokens: Int[Array, "texts tokens"], mask: Bool[Array, "texts tokens"]
 ) -> Float[Array, "texts 384"]:
-    """Run the encoder; the names of the weights are those of BERT in PyTorch."""
+    """Return the mean of each text's tokens, as a vector of length 1."""
+    states = token_states(weights, tokens, mask, jnp.zeros_like(tokens))
+    mean = jnp.sum(states * mask[..., None], axis=1) / jnp.sum(mask, axis=1, keepdims=True)
+    return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def token_states(
+    weights: Weights,
+    tokens: Int[Array, "texts tokens"],
+    mask: Bool[Array, "texts tokens"],
+    segments: Int[Array, "texts tokens"],
+) -> Float[Array, "texts tokens 384"]:
+    """Run the encoder; the names of the weights are those of BERT in PyTorch.
+
+    Args:
+      weights: of `pretrained`, or trained further.
+      tokens: ids of the vocabulary.
+      mask: False on padding, to which no token attends.
+      segments: 0 for the tokens of a first text, 1 for those of a second one.
+    """
 
     def dense(name: str, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -99,7 +122,8 @@ def _encode(
         weights[f"embeddings.{name}_embeddings.weight"]
         for name in ("word", "position", "token_type")
     )
-    x = norm("embeddings.LayerNorm", words[tokens] + places[: tokens.shape[1]] + kinds[0])
+    embedded = words[tokens] + places[: tokens.shape[1]] + kinds[segments]
+    x = norm("embeddings.LayerNorm", embedded)
     for number in range(LAYERS):
         layer = f"encoder.layer.{number}"
         query, key, value = (
@@ -111,5 +135,4 @@ def _encode(
         x = norm(f"{layer}.attention.output.LayerNorm", x + mixed)
         inner = jax.nn.gelu(dense(f"{layer}.intermediate.dense", x), approximate=False)
         x = norm(f"{layer}.output.LayerNorm", x + dense(f"{layer}.output.dense", inner))
-    mean = jnp.sum(x * mask[..., None], axis=1) / jnp.sum(mask, axis=1, keepdims=True)
-    return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
+    return x

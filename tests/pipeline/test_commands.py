@@ -458,6 +458,40 @@ def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept):
         )  # fmt: skip
 
 
+def test_rivals_are_measured_without_training_and_validation_chooses_their_settings(
+    world, swept, copy_of
+):
+    workdir = copy_of(swept)
+    rivals = {"sweep__rivals": ("trees", "ease")}
+    checkpoints = sorted(workdir.rglob("checkpoints/*"))
+
+    assert small.sweep(world.config(**SWEEP, **rivals), workdir)
+
+    assert sorted(workdir.rglob("checkpoints/*")) == checkpoints
+    rows = results.read_csv(workdir / results.FILE)
+    rows = rows[(rows["role"] == "reference") & ~rows["member"].isin(REFERENCES)]
+    validation, test = (rows[rows["split"] == split] for split in ("validation", "test"))
+    for family, settings in validation.groupby(validation["member"].str.partition(":")[0]):
+        best = settings.loc[settings["passed_for_99"].idxmin()]
+        (tested,) = test.loc[test["member"].str.startswith(family), "member"]
+        assert tested == best["member"], family
+    # Two numbers of trees on labels and on stages, and four of EASE. A live teacher logs no scores.
+    assert len(validation) == 2 * 2 + 4
+    assert len(test) == 3
+    assert not rows["needs_scores"].any()
+    assert (rows["flops_per_candidate"] > 0).all()
+    assert not small.sweep(world.config(**SWEEP, **rivals), workdir)
+
+
+def test_a_rival_that_does_not_apply_ends_a_sweep_before_it_trains(world, tmp_path):
+    config = world.config(**SWEEP, sweep__rivals=("fusion",))
+
+    with pytest.raises(UserError, match="'fusion', which does not apply"):
+        small.sweep(config, tmp_path / "sweep")
+
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
 def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, copy_of):
     workdir = copy_of(swept)
     costs = {"costs__teacher__candidate": 2.0, "costs__student__candidate": 0.5}

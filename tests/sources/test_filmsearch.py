@@ -160,18 +160,34 @@ def test_rows_hold_labels_and_stages_of_the_raw_files(collection, rows):
         labels = collection.labels[row["request"]]
         expected = [labels.get(ids.index(film)) for film in row["item"]]
         by_place = ["passed"] * 5 + ["retrieved"] * 15
-        assert row["stage"] == [
+        assert row["stage_bm25"] == [
             place if label is None else "shown"
             for place, label in zip(by_place, expected, strict=True)
+        ]
+        first = sorted(range(20), key=lambda place, row=row: -row["fusion"][place])[:5]
+        assert row["stage"] == [
+            "shown" if label is not None else "passed" if place in first else "retrieved"
+            for place, label in enumerate(expected)
         ]
         np.testing.assert_array_equal(row["wanted"], np.array(expected, float))
         assert all(0 < score < 1 for score in row["final_score"])
 
 
-def test_the_student_reads_nothing_of_the_final_ranker():
-    features = config_of().data.features
+def test_the_fused_score_sums_inverse_places_of_both(rows):
+    for row in rows:
+        for place in (0, 7, 19):
+            by_words = 1 + sum(score > row["bm25"][place] for score in row["bm25"])
+            by_sentence = 1 + sum(score > row["minilm"][place] for score in row["minilm"])
+            if row["bm25"].count(row["bm25"][place]) == 1:
+                expected = 1 / (60 + by_words) + 1 / (60 + by_sentence)
+                assert row["fusion"][place] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("variant", "unread"), [("", set()), ("lexical", {"minilm", "fusion"})])
+def test_the_student_reads_nothing_that_is_known_only_after_it(variant, unread):
+    features = config_of(variant).data.features
     columns = {feature.column or name for name, feature in features.items()}
-    assert not columns & {"final_score", "wanted", "minilm", "stage"}
+    assert not columns & ({"final_score", "wanted", "stage", "stage_bm25"} | unread)
 
 
 class Recorded:

@@ -11,11 +11,13 @@ def get_config(variant: str = "") -> ConfigDict:
     """`configs/filmsearch.py`, with the sweep to start from.
 
     `:paper` tunes the learning rate of each way, and each repeat has its own order of the data.
+    `:lexical` is without the sentence vectors.
     """
-    defaults.check_variant(variant, "paper")
-    config = filmsearch()
+    defaults.check_variant(variant, "paper", "lexical")
+    config = filmsearch("lexical" if variant == "lexical" else "")
     config.train.steps = 1500
     if variant == "paper":
         config.sweep.whole_repeats = True
     rates = (3e-3, 1e-2, 3e-2) if variant == "paper" else (1e-2,)
-    return with_ways(config, rates=rates, unshown=(0.3,))
+    rivals = ("trees",) if variant == "lexical" else ("fusion", "trees")
+    return with_ways(config, rates=rates, unshown=(0.3,), rivals=rivals)
