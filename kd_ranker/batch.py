@@ -379,6 +379,9 @@ class EvaluationBatch:
     incumbent: Float[Array, "R N"]  # score of the early ranker that filled the log, higher first
     propensity: Float[Array, "R N"]
     request_mask: Bool[Array, "R"]  # False on requests that only pad the last batch
+    # True on requests that the final ranker scored whole, if a log has such ones and others; None:
+    # the funnel is measured on all requests.
+    whole: Bool[Array, "R"] | None = None
     # Of rankers that are no programs, see `rivals.registry.order_keys`; by default of none.
     rivals: Float[Array, "R N S"] = flax.struct.field(
         default_factory=lambda: jnp.zeros((1, 1, 0), jnp.float32)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.batches import sampling
@@ -149,13 +149,15 @@ def evaluation_batches(
     requests: int,
     candidates: int,
     limit: int = 0,
+    measured: Bool[np.ndarray, "n"] | None = None,
     rivals: Float[np.ndarray, "sum S"] | None = None,
 ) -> Iterator[EvaluationBatch]:
     """Yield the batches of one pass over a split, with every candidate of each request.
 
     A batch has `requests` requests; the last one is padded with repeated ones, masked out. Their
     candidates are padded to `candidates`, `config.funnel.retrieved`. With a `limit`, only that
-    number of requests is read, from the start. `rivals` has the numbers of the rivals for all
+    number of requests is read, from the start. The funnel is measured on the requests `measured`;
+    None takes all. `rivals` has the numbers of the rivals for all
     candidates of the split, in stored order.
 
     Raises:
@@ -191,6 +193,8 @@ def evaluation_batches(
             **{name: jnp.asarray(fact) for name, fact in facts.items()},
             request_mask=jnp.arange(requests) < present,
         )
+        if measured is not None:
+            batch = dataclasses.replace(batch, whole=jnp.asarray(measured[numbers]))
         if rivals is not None:
             keys = rivals[np.where(places < 0, 0, first[numbers][:, None] + places)]
             batch = dataclasses.replace(batch, rivals=jnp.asarray(keys))

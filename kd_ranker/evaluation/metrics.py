@@ -128,6 +128,7 @@ def _on_shown(ranked: Ranked) -> Sums:
 
 def _of_funnel(ranked: Ranked) -> Sums:
     mask, shown = ranked.mask, ranked.sizes.shown
+    is_measured = ranked.is_measured[:, None]
     candidates = mask.sum(axis=1, keepdims=True)
     passed = jnp.arange(1, mask.shape[1] + 1)
     was_shown = mask & (ranked.batch.stage == Stage.SHOWN)
@@ -137,11 +138,14 @@ def _of_funnel(ranked: Ranked) -> Sums:
     # A slot that was not filled at random has no propensity, and no weight.
     weighted = jnp.where((ranked.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
     found = funnel.funnel_curves(
-        *(ranked.value, ranked.teacher_value, mask, shown),
+        ranked.value,
+        jnp.where(is_measured, ranked.teacher_value, jnp.nan),
+        mask,
+        shown,
         of_passed={
             "shown_kept": was_shown & differs,
             "positives_kept": ranked.positive,
-            "unscored": mask & ~ranked.teacher_knows & ~ranked.was_passed,
+            "unscored": is_measured & mask & ~ranked.teacher_knows & ~ranked.was_passed,
         },
         of_shown={
             "value_captured": ranked.teacher_value,
@@ -156,7 +160,7 @@ def _of_funnel(ranked: Ranked) -> Sums:
     curves = dict(found.curves)
     # The final ranker of a live funnel would score all that are passed to it. Any of those without
     # a score in the log may be shown then, in place of one that the log has passed.
-    slots = jnp.minimum(jnp.minimum(passed, candidates), shown)
+    slots = is_measured * jnp.minimum(jnp.minimum(passed, candidates), shown)
     without_label = curves["all_shown"] - curves["passed_shown"] + curves.pop("unscored")
     curves["all_shown"] = slots
     curves["passed_shown"] = slots - jnp.minimum(slots, without_label)
@@ -200,7 +204,11 @@ def _of_requests(ranked: Ranked) -> Sums:
         "requests": requests,
         "unseen_users": jnp.where(requests, 1 - seen["user"], 0.0),
         "candidates": ranked.mask.sum(axis=1),
-        "scored_share": ranked.teacher_knows.sum(axis=1) / jnp.maximum(ranked.mask.sum(axis=1), 1),
+        "measured_requests": ranked.is_measured,
+        "positives_measured": ranked.is_measured[:, None] * ranked.positive.sum(axis=1),
+        "scored_share": ranked.is_measured
+        * ranked.teacher_knows.sum(axis=1)
+        / jnp.maximum(ranked.mask.sum(axis=1), 1),
         "unseen_items": jnp.where(ranked.mask, 1 - seen["item"], 0.0).sum(axis=1),
     }
 
@@ -251,7 +259,7 @@ def _alignment(distance: str) -> Ends:
 
 
 def _end_to_end(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
-    rate = ratio(sums["positives_shown"], sums["positives_kept"][-1])
+    rate = ratio(sums["positives_shown"], sums["positives_measured"])
     # Where the teacher knows no request, it shows no item: the rate is unknown, and not 0.
     return np.where(np.asarray(sums["funnel_requests"]) > 0, rate, np.nan)
 
@@ -513,9 +521,17 @@ METRICS: dict[str, Metric] = {
         _of_data(
             name="scored_share",
             formula="the share of a test request's candidates with a known value of the final "
-            "ranker, mean over requests. Below 1, those without one count as worth nothing, so "
-            "`passed_for_99` is a lower bound for the ranker that chose which ones were scored",
-            ends=_ratio("scored_share", "requests"),
+            "ranker, mean over measured requests. Below 1, those without one count as worth "
+            "nothing, so `passed_for_99` is a lower bound for the ranker that chose which ones "
+            "were scored",
+            ends=_ratio("scored_share", "measured_requests"),
+        ),
+        _of_data(
+            name="measured_requests",
+            formula="the requests on which the funnel is measured: those that the final ranker "
+            "scored whole (nine tenths of the candidates), if the log has some; else all",
+            digits=0,
+            ends=lambda sums, _: np.asarray(sums["measured_requests"], np.float64),
         ),
         _of_data(
             name="unseen_users",

@@ -70,6 +70,7 @@ class Ranked(NamedTuple):
     user_value: Float[Array, "R N"]  # of the user labels; 0 without them
     positive: Bool[Array, "R N T"]  # whether a user label counts and is 1
     was_passed: Bool[Array, "R N"]  # by the logged funnel
+    is_measured: Bool[Array, "R"]  # whether the funnel is measured on the request
     with_label: Int[Array, "R L"]  # places of the candidates that have a label
 
     def of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
@@ -121,6 +122,9 @@ def ranked(
         *(value, jnp.where(teacher_knows, teacher_value, jnp.nan), true_value, user_value),
         positive=positive,
         was_passed=mask & (batch.stage >= Stage.PASSED),
+        is_measured=evaluation_batch.request_mask
+        if evaluation_batch.whole is None
+        else evaluation_batch.request_mask & evaluation_batch.whole,
         # They do not depend on the ranker, so all rankers of a program share this sort.
         with_label=_first(mask & (batch.label_weight > 0), sizes.labelled),
     )

@@ -17,6 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
 from kd_ranker.evaluation.results import Kept, Row, Who
+from kd_ranker.evaluation.whole import whole_requests
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
@@ -168,6 +169,7 @@ def _summed(
         requests=requests,
         candidates=config.funnel.retrieved,
         limit=limit,
+        measured=None if teacher else whole_requests(dataset.columns[split]),
         rivals=keys,
     )
     sharded = config.parallel.tables == "sharded"

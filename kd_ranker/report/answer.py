@@ -280,6 +280,12 @@ def _scored_share(estimates: Estimates, student: str) -> float:
 def _bounds(estimates: Estimates, student: str) -> Iterator[str]:
     """Yield a note if counts are bounds, since the final ranker scored a part of the candidates."""
     share = _scored_share(estimates, student)
+    measured = estimates.of(student, "measured_requests").mean
+    if measured < estimates.num_requests:
+        yield (
+            f"The final ranker scored {measured:,.0f} of {estimates.num_requests:,} test requests "
+            "whole. Candidates to pass are counted on these."
+        )
     if share < 1:
         yield (
             f"The final ranker scored {100 * share:.0f}% of the test candidates, and the others "

@@ -57,6 +57,14 @@ class Estimates:
         self._teacher_flops = float(study.teachers["flops_per_candidate"].mean())
 
     @property
+    def num_requests(self) -> int:
+        """The number of test requests; 0 if their own numbers were not kept."""
+        if not self.study.kept:
+            return 0
+        _, kept = self.study.kept[0]
+        return len(kept.each[TEACHER, "user"].sums["funnel_requests"])
+
+    @property
     def settings(self) -> Collection[str]:
         """The names of settings that the methods take."""
         return self._rows.keys()

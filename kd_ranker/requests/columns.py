@@ -19,6 +19,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kd_ranker.batch import FIELDS, FeatureSpec, Owner, Stage
 from kd_ranker.requests.request import runs, starts_of
 
+LEAST_WHOLE = 0.9
+"""The share of a request's candidates with a score from which it counts as scored whole.
+
+A few writes get lost.
+"""
+
 # The number of rows that are copied at a time, so that their index arrays stay small.
 _ROWS = 2**20
 

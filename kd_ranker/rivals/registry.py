@@ -80,10 +80,10 @@ def _fusion(task: Task) -> list[Rival]:
 
 
 def _deviations(dataset: Dataset) -> Float[np.ndarray, "S"]:
-    """Return the standard deviation of each early score on validation, 1 for a constant one."""
+    """Return the standard deviation of each early score on validation, 0 if none is known."""
     scores = np.concatenate([part.early_scores for part in in_parts(dataset, "validation")])
-    deviations = np.nanstd(scores.astype(float), axis=0)
-    return np.where(deviations > 0, deviations, 1.0)
+    deviations = [np.std(column[~np.isnan(column)].astype(float)) for column in scores.T]
+    return np.nan_to_num(deviations)
 
 
 def _trees(task: Task) -> list[Rival]:
@@ -123,6 +123,12 @@ def _why_no_fusion(dataset: Dataset) -> str:
     names = dataset.spec.early_scores
     if len(names) < 2:
         return f"it fuses at least two scores, and data.columns.early_scores names {len(names)}"
+    for name, deviation in zip(names, _deviations(dataset), strict=True):
+        if not deviation > 0:
+            return (
+                f"the early score {name!r} is the same for all validation candidates, or missing; "
+                "leave it out of data.columns.early_scores"
+            )
     return ""
 
 

@@ -48,6 +48,7 @@ class Case:
     request_mask: np.ndarray
     propensity: np.ndarray
     value_weights: np.ndarray
+    whole: np.ndarray | None = None  # of requests: whether the funnel is measured on it
 
     def summed(self, ks: tuple[int, ...] = (), is_teacher: bool = False) -> Summed:
         student = self.teacher if is_teacher else self.student
@@ -59,7 +60,9 @@ class Case:
             teacher_weight=self.teacher_weight,
         )
         unknown = np.full(self.stage.shape, np.nan, np.float32)
-        batch = EvaluationBatch(batch, self.true, unknown, self.propensity, self.request_mask)
+        batch = EvaluationBatch(
+            batch, self.true, unknown, self.propensity, self.request_mask, self.whole
+        )
         weights = jnp.asarray(self.value_weights)
         return _summed(jnp.asarray(student), batch, weights, sum_functions(), ks, is_teacher)
 
@@ -144,14 +147,19 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
     means: dict[str, list[float]] = {name: [] for name in ("user_ndcg", "teacher_ndcg", "tau")}
     totals, numbers = np.zeros(3), []
     scored_shares: list[float] = []
+    measured = case.request_mask if case.whole is None else case.request_mask & case.whole
+    measured_positives = np.zeros(len(TASKS))
 
     def add(name: str, k: int, number: Any) -> None:
         curves.setdefault(name, np.zeros((size, *np.shape(number))))[k - 1] += number
 
     for r in np.flatnonzero(case.request_mask):
 
-        def shown_of(passed: Sequence[int], r: int = r) -> list[int]:
+        def chosen_of(passed: Sequence[int], r: int = r) -> list[int]:
             return _best(teacher[r], [place for place in passed if knows[r, place]], SHOWN)
+
+        def shown_of(passed: Sequence[int], r: int = r) -> list[int]:
+            return chosen_of(passed, r) if measured[r] else []
 
         candidates = np.flatnonzero(there[r]).tolist()
         passed = [place for place in candidates if case.stage[r, place] >= Stage.PASSED]
@@ -159,11 +167,13 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         was_shown = was_shown if len(was_shown) < len(candidates) else set()
         order, own = _best(value[r], candidates), shown_of(candidates)
         numbers.append(len(candidates))
-        scored_shares.append(knows[r].sum() / max(len(candidates), 1))
+        if measured[r]:
+            scored_shares.append(knows[r].sum() / max(len(candidates), 1))
+            measured_positives += positive[r].sum(axis=0)
         for k in range(1, size + 1):
             top, shown = order[:k], shown_of(order[:k])
             part = math.ceil(min(k, len(candidates)) * len(passed) / max(len(candidates), 1))
-            covered = shown_of(_best(value[r], passed, part))
+            covered = chosen_of(_best(value[r], passed, part))
             add("survival", k, [len({*own} & {*top}) / max(len(own), 1), bool(own)])
             add("value_captured", k, teacher[r, shown].sum())
             add("true_value_captured", k, true[r, shown].sum())
@@ -177,7 +187,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             unscored = [place for place in top if not knows[r, place] and place not in passed]
             slots = min(len(top), SHOWN)
             without_label = min(slots, len({*shown} - {*passed}) + len(unscored))
-            add("coverage", k, [slots - without_label, slots])
+            add("coverage", k, np.array([slots - without_label, slots]) * measured[r])
         judged = np.flatnonzero(labelled[r] > 0).tolist()
         if ideal := _gain(users[r, _best(users[r], judged, SHOWN)]):
             means["user_ndcg"].append(_gain(users[r, _best(value[r], judged, SHOWN)]) / ideal)
@@ -192,13 +202,12 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         of_best = true[r, _best(true[r], candidates, SHOWN) if mine else []]
         totals += [value[r, mine].sum(), true[r, mine].sum(), of_best.sum()]
 
-    positives = curves["hit_rate"][-1]
     for name, curve in curves.items():
         if name in ("survival", "coverage"):
             curve = _ratio(curve[:, 0], curve[:, 1])
         elif name == "end_to_end_hit_rate":
-            curve = _ratio(curve, positives)
-            curve = curve if knows.any() else np.full_like(curve, np.nan)
+            curve = _ratio(curve, measured_positives)
+            curve = curve if knows[measured].any() else np.full_like(curve, np.nan)
         else:
             curve = _ratio(curve, curve[-1])
         curves[name] = curve
@@ -218,7 +227,8 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         row[f"scored_for_{100 * target:.0f}"] = np.minimum(numbers, k).mean()
     of_means = {name: np.mean(of) if of else math.nan for name, of in means.items()}
     row |= {"teacher_tau": of_means.pop("tau"), "candidates": np.mean(numbers), **of_means}
-    row["scored_share"] = float(np.mean(scored_shares))
+    row["scored_share"] = float(np.mean(scored_shares)) if scored_shares else math.nan
+    row["measured_requests"] = int(measured.sum())
     row["regret"] = 1 - _ratio(totals[1], totals[2])
     return row | {"top_calibration": _ratio(totals[0], totals[1])}
 

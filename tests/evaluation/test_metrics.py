@@ -37,13 +37,15 @@ def empty_of(row: dict[str, float]) -> set[str]:
     weights=st.sampled_from([(1.0, 2.0), (1.0, 0.0)]),
     truth=st.booleans(),
     copies=st.booleans(),
+    whole=st.sampled_from([None, (True, False, True, True), (False, True, False, False)]),
 )
 def test_rows_and_curves_are_those_of_the_definitions(
-    seed, levels, holes, padding, weights, truth, copies
+    seed, levels, holes, padding, weights, truth, copies, whole
 ):
     """Values with ties and holes, in ragged requests, some of which only fill the batch."""
     case = random_case(seed, 4, 9, levels, holes, padding, weights)
     case.request_mask[3] = seed % 2
+    case.whole = None if whole is None else np.array(whole)
     case.stage[2] = np.where(case.stage[2] > 0, Stage.SHOWN, Stage.PADDING)
     case.propensity[:, ::4] = np.nan  # a slot that was not filled at random
     if not truth:
@@ -139,6 +141,7 @@ def test_nothing_is_known_of_a_diverged_student():
     row = case.row([10])
     assert row.pop("candidates") == 40
     assert row.pop("scored_share") == 1
+    assert row.pop("measured_requests") > 0
     assert np.isnan(list(row.values())).all()
 
 

@@ -12,8 +12,8 @@ from tests.requests.random_requests import random_source
 EARLY_SCORES = ("first", "second")
 
 
-def open_some(tmp_path, **sizes):
-    """Return the dataset, and its requests by split."""
+def open_some(tmp_path, constant=False, **sizes):
+    """Return the dataset, and its requests by split; the second early score may be constant."""
     source = random_source(**sizes)
     spec = dataclasses.replace(source.spec, early_scores=EARLY_SCORES)
 
@@ -24,6 +24,8 @@ def open_some(tmp_path, **sizes):
                 continue
             generator = np.random.default_rng(request.request_id)
             scores = generator.normal(size=(len(request.item_id), 2)).astype(np.float32)
+            if constant:
+                scores[:, 1] = 3.0
             number = len(request.true_probability)
             yield dataclasses.replace(request, early_scores=scores[:number])
 

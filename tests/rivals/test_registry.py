@@ -86,6 +86,13 @@ def test_no_trees_learn_scores_that_are_not_logged(tmp_path):
     assert {rival.family for rival in rivals} == {"trees on labels", "trees on stages"}
 
 
+def test_a_constant_early_score_is_refused_by_its_name(tmp_path):
+    dataset, _ = open_some(tmp_path, constant=True)
+
+    with pytest.raises(UserError, match="'second' is the same for all validation candidates"):
+        registry.check(dataset, ("fusion",))
+
+
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [

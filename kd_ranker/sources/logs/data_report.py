@@ -166,9 +166,12 @@ def _splits(counts: Counts) -> dict[str, dict[str, Any]]:
     for row in sorted(counts.tables["splits"], key=operator.itemgetter("split")):
         times = (str(np.datetime64(row[end], "s")).replace("T", " ") for end in ("first", "last"))
         splits[row["split"]] = {"requests": row["requests"], "without_a_label": 0}
+        splits[row["split"]] |= {"scored_whole": 0, "scored_beyond_passed": 0}
         splits[row["split"]] |= dict(zip(("first", "last"), times, strict=True))
     for row in counts.tables["sizes"]:
         splits[row["split"]]["without_a_label"] += row["without_label"]
+        splits[row["split"]]["scored_whole"] += row["whole"]
+        splits[row["split"]]["scored_beyond_passed"] += row["whole_beyond"]
     for row in counts.tables["totals"]:  # 12 digits hide the order of summation
         digits = {of: float(f"{x:.12g}") if isinstance(x, float) else x for of, x in row.items()}
         del digits["split"]
@@ -198,6 +201,12 @@ def _remarks(report: Report) -> Iterator[str]:
             valid = "0 or 1" if is_label else "in [0, 1]"
             fault = f"are not {valid}; it holds {hint}" if hint else "are invalid"
             yield f"{key}: {bad:,} values of {name} {fault}."
+        if "early_scores" in column["key"] and 0 < column["missing"] < column["values"]:
+            share = column["missing"] / column["values"]
+            yield (
+                f"Early score {column['column']!r} is missing for {share:.1%} of the candidates: a "
+                "fusion by rank gives them nothing for it."
+            )
         if column["values"] and column["missing"] == column["values"]:
             yield f"{key}: {name} is empty."
         zoned, times = column.get("with_zone", 0), column["values"] - column["missing"]
@@ -259,8 +268,17 @@ def _remarks_on_teacher(report: Report) -> Iterator[str]:
             f"{other:,} candidates were scored by another teacher than version "
             f"{teacher['version']!r}, and their values do not count."
         )
-    share = report["splits"].get("test", {}).get("scored_share", 1.0)
-    if share < 1:
+    test = report["splits"].get("test", {})
+    share = test.get("scored_share", 1.0)
+    are_all_whole = bool(test) and test["scored_whole"] == test["requests"]
+    whole = test.get("scored_beyond_passed", 0)
+    if whole and not are_all_whole:
+        yield (
+            f"Scored whole by the final ranker, beyond the passed candidates: {whole:,} of "
+            f"{test['requests']:,} test requests. The numbers of candidates to pass "
+            "(passed_for_99) are measured on these."
+        )
+    elif share < 1 and not are_all_whole:
         yield (
             f"Scored by the final ranker: {share:.1%} of the test candidates; the others count as "
             "worth nothing. So the numbers of candidates to pass (passed_for_99) are lower bounds "

@@ -103,7 +103,7 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         key, use = f"data.columns.{name}", _USE_OF_COLUMN.get(name, "number")
         wanted.append(Wanted(key, layout.columns[name], use, most, least, is_listed))
     for column in layout.early_scores:
-        key = f"data.columns.{EARLY_SCORES}"
+        key = f"data.columns.{EARLY_SCORES}: {column}"
         wanted.append(Wanted(key, column, "number", listed, listed, True))
     for section, use in (("labels", "label"), ("teacher", "number")):
         for task, column in getattr(layout, section).items():

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from kd_ranker.requests.columns import LEAST_WHOLE
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.sources.logs.files import (
@@ -116,6 +117,7 @@ class Query:
                 if not self.known_size or f"known_feature:{of.name}" in self.known_size
             ],
             largest=LARGEST,
+            least_whole=LEAST_WHOLE,
             most_reported=MOST_REPORTED,
             # A missing position comes last.
             funnel_order="stage DESC, position NULLS LAST, item",

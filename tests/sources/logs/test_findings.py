@@ -355,6 +355,28 @@ def test_the_share_of_scored_candidates_is_in_the_report(tmp_path):
     assert "Scored by" not in " ".join(report["remarks"])
 
 
+def test_requests_that_are_scored_whole_are_counted_where_some_candidates_were_not_passed(tmp_path):
+    log = write_small_log(tmp_path / "log")
+    path = log / "part-0.parquet"
+    table = pq.read_table(path).to_pandas()
+    beyond = table["stage"] == "retrieved"
+    is_whole = table["request_id"].isin(sorted(table["request_id"].unique())[::3])
+    for task in ("watch", "like"):
+        column = f"teacher_probability_{task}"
+        table[column] = np.where(beyond & ~is_whole, np.nan, 0.5)
+    table["version"] = table["version"].iloc[0]
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path)
+
+    _, report = read(log, tmp_path / "data", ("few_positives", "constant_teacher"))
+
+    whole = report["splits"]["test"]["scored_beyond_passed"]
+    requests = report["splits"]["test"]["requests"]
+    assert 0 < whole < requests
+    remarks = " ".join(report["remarks"])
+    assert f"beyond the passed candidates: {whole} of {requests} test requests." in remarks
+    assert "count as worth nothing" not in remarks
+
+
 def test_a_log_without_candidates_that_were_left_out_has_a_remark(tmp_path):
     log = write_small_log(tmp_path / "log")
     table = pq.read_table(log / "part-0.parquet")

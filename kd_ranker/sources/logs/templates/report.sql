@@ -71,7 +71,7 @@ CREATE TABLE faults_of_candidates AS SELECT
 {{ number_counts("columns." ~ use, columns[use], low, largest) }}
 {%- endfor %}
 {% for column in layout.early_scores %}
-{{ number_counts("columns.early_scores", column, -largest, largest) }}
+{{ number_counts("columns.early_scores: " ~ column, column, -largest, largest) }}
 {%- endfor %}
 {% for task, column in layout.labels.items() %}
 {% set number_of_label = "(" ~ label_number(column) ~ ")" %}
@@ -181,8 +181,15 @@ CREATE TABLE totals AS
         sum(labelled)::BIGINT AS labelled FROM of_stages GROUP BY split;
 CREATE TABLE sizes AS
     WITH of_requests AS (SELECT number, split, count(*) AS size,
-        count(*) FILTER (WHERE {{ labelled }}) AS labels FROM used GROUP BY number, split)
-    SELECT split, size, count(*) AS requests, count(*) FILTER (WHERE labels = 0) AS without_label
+        count(*) FILTER (WHERE {{ labelled }}) AS labels,
+        count(*) FILTER (WHERE teacher_weight > 0
+    {% for task in layout.scored_tasks %}
+            AND "teacher:{{ task }}" BETWEEN {{ layout.teacher_range[0] }} AND {{ layout.teacher_range[1] }}
+    {% endfor %}
+        ) AS scored, count(*) FILTER (WHERE stage >= 2) AS passed FROM used GROUP BY number, split)
+    SELECT split, size, count(*) AS requests, count(*) FILTER (WHERE labels = 0) AS without_label,
+        count(*) FILTER (WHERE scored >= {{ least_whole }} * size) AS whole,
+        count(*) FILTER (WHERE scored >= {{ least_whole }} * size AND size > passed) AS whole_beyond
         FROM of_requests GROUP BY split, size;
 CREATE TABLE splits AS SELECT split, count(*) AS requests, min(time) AS first, max(time) AS last,
     count(*) FILTER (WHERE moved) AS several_times
