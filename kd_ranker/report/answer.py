@@ -20,6 +20,8 @@ from kd_ranker.report.tables import number, percents
 
 # The change for users that a live test is planned for.
 _EFFECT = 0.002
+# One of this number of requests is to be scored whole, for an interval of the count of this width.
+_WHOLE_ONE_IN, _WHOLE_WIDTH = 200, 0.1
 # The number of repeats to add to an undecided study.
 _MORE_SEEDS = 3
 _TARGET = f"{100 * TARGET:g}%"
@@ -292,6 +294,13 @@ def _bounds(estimates: Estimates, student: str) -> Iterator[str]:
             "count as worth nothing. So counts are lower bounds for whoever chose the scored ones: "
             "today's early ranker, if it filled the log."
         )
+        needed = estimates.requests_for(student, CRITERION, _WHOLE_WIDTH)
+        if measured == estimates.num_requests and needed > 0:
+            yield (
+                f"To count exactly, let the final ranker score all candidates of 1 request in "
+                f"{_WHOLE_ONE_IN}. About {_two_digits(needed)} such requests give the count to "
+                f"±{100 * _WHOLE_WIDTH:g}%: those of {_two_digits(needed * _WHOLE_ONE_IN)} requests."
+            )
 
 
 def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:

@@ -117,6 +117,19 @@ class Estimates:
         parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))
         return crossed_interval(combined(share, *parts))
 
+    def requests_for(self, setting: str, measure: str, width: float) -> float:
+        """Return the test requests with which the 95% interval of a measure is ± `width` of it.
+
+        The interval over requests only, as of one repeat: 1.96 standard deviations over the draws,
+        which shrink with the root of the requests. NaN without draws.
+        """
+        measured = self._measured(setting, measure)
+        means = measured.numbers.mean(axis=1)
+        if len(means) < 2:
+            return float("nan")
+        relative = 1.96 * means[1:].std(ddof=1) / means[0]
+        return float(measured.requests * (relative / width) ** 2)
+
     def curve(self, setting: str, name: str) -> pd.DataFrame:
         """Return a column of `curves.csv` with its interval: the columns k, mean, low, high.
 

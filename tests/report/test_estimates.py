@@ -307,3 +307,19 @@ def test_labels_of_chosen_items_show_a_loss_and_no_gain(
     found = estimates_of(sweeps.write_rows(tmp_path / "study", rows)).why_unlabelled(PAIR)
     assert bool(found) == bool(reason)
     assert reason in found
+
+
+def test_requests_for_a_width_follow_from_the_spread_over_draws_of_the_requests(made):
+    counts = request_counts(REQUESTS, estimates.DRAWS)
+    means = [np.mean([passed(EACH["none", seed], times) for seed in SEEDS]) for times in counts[1:]]
+    whole = np.mean([passed(EACH["none", seed], ONCE) for seed in SEEDS])
+
+    needed = made.requests_for("none", "passed_for_90", 0.1)
+
+    half = 1.96 * np.std(means, ddof=1) / whole
+    assert needed == pytest.approx(REQUESTS * (half / 0.1) ** 2, rel=1e-6)
+    assert made.requests_for("none", "passed_for_90", 0.05) == pytest.approx(4 * needed)
+
+
+def test_requests_for_a_width_are_unknown_without_the_requests_own_numbers(made):
+    assert np.isnan(made.requests_for("none", "flops_per_candidate", 0.1))
