@@ -296,10 +296,12 @@ def _bounds(estimates: Estimates, student: str) -> Iterator[str]:
         )
         needed = estimates.requests_for(student, CRITERION, _WHOLE_WIDTH)
         if measured == estimates.num_requests and needed > 0:
+            whole = _two_digits(needed)
+            of_all = _two_digits(needed * _WHOLE_ONE_IN)
             yield (
-                f"To count exactly, let the final ranker score all candidates of 1 request in "
-                f"{_WHOLE_ONE_IN}. About {_two_digits(needed)} such requests give the count to "
-                f"±{100 * _WHOLE_WIDTH:g}%: those of {_two_digits(needed * _WHOLE_ONE_IN)} requests."
+                "To count exactly, let the final ranker score all candidates of 1 request in "
+                f"{_WHOLE_ONE_IN}. About {whole} such requests give the count to "
+                f"±{100 * _WHOLE_WIDTH:g}%: those of {of_all} requests."
             )
 
 
