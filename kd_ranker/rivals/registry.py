@@ -96,17 +96,20 @@ def _trees(task: Task) -> list[Rival]:
         targets.append("stages")
     if task.scored is not None and not np.isnan(data.final_value).all():
         targets.append("scores")
-    return [
-        Rival(
-            f"trees on {target}",
-            f"{fitted.num_trees} trees",
-            fitted,
-            needs_scores=target == "scores",
-            operations=fitted.operations,
-        )
-        for target in targets
-        for fitted in trees.fit(data, target, rates, task.shown)
-    ]
+    rivals = []
+    for target in targets:
+        for with_rates in (True, False):
+            fitted = trees.fit(data, target, rates, task.shown, with_rates)
+            rivals.append(
+                Rival(
+                    f"trees on {target}",
+                    f"{'with' if with_rates else 'without'} item rates",
+                    fitted,
+                    needs_scores=target == "scores",
+                    operations=fitted.operations,
+                )
+            )
+    return rivals
 
 
 def _ease(task: Task) -> list[Rival]:

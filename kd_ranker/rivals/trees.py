@@ -25,18 +25,18 @@ from kd_ranker.rivals.candidates import (
 Target = Literal["labels", "stages", "scores"]
 """What trees learn: user labels, how far a candidate came, or the final ranker's order."""
 
-NUM_TREES = (30, 100)
-"""The numbers of trees that validation chooses from; the first trees of one model."""
-
 # The most training candidates to read, and of a request the most to learn from, at random, in
 # addition to the shown ones.
 _MOST_CANDIDATES = 3_000_000
-_UNLABELED, _PASSED, _RETRIEVED = 30, 60, 60
+_UNLABELED, _PASSED, _RETRIEVED = 30, 30, 30
+# More trees, or larger ones, did no better in the cascade and in film search, and take longer.
+_NUM_TREES = 50
 # LightGBM takes grades below this number.
 _MOST_GRADES = 31
 _PARAMETERS = {
     "objective": "lambdarank",
-    "num_leaves": 31,
+    "num_leaves": 15,
+    "max_bin": 63,
     "learning_rate": 0.1,
     "min_data_in_leaf": 50,
     "deterministic": True,
@@ -58,22 +58,20 @@ class TreeData(NamedTuple):
 
 
 class Trees(NamedTuple):
-    """The first `num_trees` trees of a model."""
+    """A fitted model, which reads the first numbers of a candidate."""
 
     model: Any  # a `lightgbm.Booster`
-    num_trees: int
-    rates: Float32[np.ndarray, "items C"]  # of which some trees do not read the last one
+    rates: Float32[np.ndarray, "items C"]
 
     def score(self, candidates: Candidates) -> Float[np.ndarray, "n"]:
         """Return the sum of the leaves that a candidate reaches."""
         numbers = candidates.numbers(self.rates)[:, : self.model.num_feature()]
-        return np.asarray(self.model.predict(numbers, num_iteration=self.num_trees))
+        return np.asarray(self.model.predict(numbers))
 
     @property
     def operations(self) -> float:
         """The comparisons and additions of a candidate, by the training candidates' paths."""
         nodes = self.model.trees_to_dataframe()
-        nodes = nodes[nodes["tree_index"] < self.num_trees]
         leaves = nodes[nodes["left_child"].isna()]
         on_paths = (leaves["node_depth"] * leaves["count"]).groupby(leaves["tree_index"]).sum()
         return float((on_paths / leaves.groupby("tree_index")["count"].sum()).sum())
@@ -130,10 +128,22 @@ def _sampled(candidates: Candidates, draw: Float[np.ndarray, "n"]) -> Bool[np.nd
     return chosen
 
 
-def fit(data: TreeData, target: Target, rates: Float32[np.ndarray, "items C"], shown: int) -> Any:
-    """Fit trees to a target; return a `Trees` of each of `NUM_TREES`."""
-    # Without the last number, which needs scores.
-    numbers = data.numbers if target == "scores" else data.numbers[:, :-1]
+def fit(
+    data: TreeData,
+    target: Target,
+    rates: Float32[np.ndarray, "items C"],
+    shown: int,
+    with_rates: bool,
+) -> Trees:
+    """Fit trees to a target, with the rates of the items or without.
+
+    Rates help where tomorrow's requests want the items of today's. Without the last of them, trees
+    on labels and on stages need no scores.
+    """
+    unread = rates.shape[1]
+    if with_rates:
+        unread = 0 if target == "scores" else 1
+    numbers = data.numbers[:, : data.numbers.shape[1] - unread]
     grade, gains = _grades(data, target, shown)
     kept = np.full(len(grade), True)
     if target == "labels":
@@ -143,10 +153,8 @@ def fit(data: TreeData, target: Target, rates: Float32[np.ndarray, "items C"], s
     sizes = np.bincount(request[kept], minlength=len(data.sizes))
     module = lightgbm()
     learned = module.Dataset(numbers[kept], grade[kept], group=sizes[sizes > 0])
-    model = module.train(
-        {**_PARAMETERS, "label_gain": gains}, learned, num_boost_round=max(NUM_TREES)
-    )
-    return [Trees(model, number, rates) for number in NUM_TREES]
+    model = module.train({**_PARAMETERS, "label_gain": gains}, learned, _NUM_TREES)
+    return Trees(model, rates)
 
 
 def _grades(data: TreeData, target: Target, shown: int) -> tuple[Int[np.ndarray, "n"], list[float]]:

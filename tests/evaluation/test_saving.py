@@ -46,7 +46,7 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     # A reference costs nothing, and a final ranker in front of itself what it costs.
     assert cost_of("reference") == 50 + 200 * 4
     assert cost_of("teacher") == 50 + 2000 * 4 + 200 * 4
-    assert cost_of("reference", "trees on labels: 30 trees") == 50 + 2000 * 1.5 + 200 * 4
+    assert cost_of("reference", "trees on labels: with item rates") == 50 + 2000 * 1.5 + 200 * 4
     assert cost_of("reference", "EASE: regularization 300") == 50 + 200 * 4
     # In FLOPs, a rival costs its operations.
     row = {"role": "reference", "member": "EASE: regularization 300", "flops_per_candidate": 7.0}

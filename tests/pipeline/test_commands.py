@@ -475,7 +475,8 @@ def test_rivals_are_measured_without_training_and_validation_chooses_their_setti
         best = settings.loc[settings["passed_for_99"].idxmin()]
         (tested,) = test.loc[test["member"].str.startswith(family), "member"]
         assert tested == best["member"], family
-    # Two numbers of trees on labels and on stages, and four of EASE. A live teacher logs no scores.
+    # Trees on labels and on stages, with item rates and without them, and four of EASE. A live
+    # teacher logs no scores.
     assert len(validation) == 2 * 2 + 4
     assert len(test) == 3
     assert not rows["needs_scores"].any()

@@ -74,7 +74,7 @@ def test_all_kinds_are_fitted_with_each_setting(tmp_path):
     assert len(set(names)) == len(names)
     assert {rival.family for rival in rivals if rival.needs_scores} == {"trees on scores"}
     assert {"score first", "rank fusion: k0 60", "score sum: 1 first + 0.25 second"} <= set(names)
-    assert {"trees on labels: 30 trees", "EASE: regularization 1000"} <= set(names)
+    assert {"trees on labels: with item rates", "EASE: regularization 1000"} <= set(names)
     assert all(rival.operations > 0 for rival in rivals if not rival.family.startswith("score "))
 
 
