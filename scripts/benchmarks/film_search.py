@@ -15,11 +15,15 @@ import jax
 import numpy as np
 
 from kd_ranker import configs
+from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.pipeline.datasets import dataset_of
+from kd_ranker.rivals import registry
+from kd_ranker.rivals.candidates import Candidates
 from kd_ranker.serving import check, programs
 from kd_ranker.sources import filmsearch, sentences
+from kd_ranker.sources.filmsearch import FEATURES
 from kd_ranker.training import recipes
 from scripts.benchmarks import measuring
 
@@ -50,12 +54,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     trees.set_params(n_jobs=1)
     film, features, _ = found[0]
     texts = filmsearch.texts_of(collection.films[:TEXTS])
+    task = registry.Task(dataset, config.value_weights, config.funnel.shown, Stage.PASSED)
+    rivals = {rival.name: rival.scorer for rival in registry.fit(task, ("trees",))}
+    early_trees: Any = rivals["trees on labels: without item rates"]
+    query = Candidates(dataset, "test", slice(0, 1))
+    numbers = query.numbers(early_trees.rates)[:, : early_trees.model.num_feature()]
+    bm25, cosine = features[:, FEATURES.index("bm25")], features[:, FEATURES.index("minilm")]
     sides = {
         "student": lambda: jax.block_until_ready(parts(arrays)),
         "BM25 and the features": lambda: retrieve(0),
         "a vector of a query": lambda: sentences.embed(collection.queries[:TEXTS]),
         "a vector of a film": lambda: sentences.embed(texts),
         "cosines": lambda: films[film] @ queries[0],
+        "fusion of two scores": lambda: filmsearch.fused(bm25, cosine),
+        "early ranker of trees": lambda: early_trees.model.predict(numbers, num_threads=1),
         "trees": lambda: curve.predict_proba(trees.predict(features)[:, None]),
     }
     shares = {"a vector of a query": TEXTS * size, "a vector of a film": TEXTS}
