@@ -48,6 +48,12 @@ def get_config(variant: str = "") -> ConfigDict:
     # Microseconds on one machine, by `scripts/bench.py film_search`: docs/filmsearch.md has more.
     config.costs.teacher.candidate, config.costs.teacher.request = 2.2, 1850.0
     config.costs.student.candidate = 0.12
+    config.costs.rivals = {
+        "rank fusion": 0.07,
+        "trees on labels": 1.0,
+        "trees on stages": 1.0,
+        "trees on scores": 1.0,
+    }
     config.student.name = "two_tower"
     config.batch.candidates = 100
     config.optimizer.learning_rate = config.optimizer.table_learning_rate = 1e-2

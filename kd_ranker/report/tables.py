@@ -165,14 +165,17 @@ def important_columns(study: Study) -> list[str]:
 
 
 def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return every chosen setting on every measure of the test split, not rounded.
+    """Return every chosen setting and rival on every measure of the test split, not rounded.
 
     Its columns: the dataset, the setting and its keys, the measure; `mean`, `low`, `high` and `n`
     over repeats; the same of the paired difference to the baseline (`pairs` counts its repeats);
     and `best`, whether the setting is marked in its column (see `marked`).
     """
     keys = [*dict.fromkeys([*results.SETTING, *study.varying])]
-    settings = study.tested.drop_duplicates("setting").set_index("setting")[keys]
+    references = of_split(study.references, "test")
+    rivals = references[references["setting"].isin(study.rivals)]
+    rows = pd.concat([study.tested, rivals]).drop_duplicates("setting")
+    settings = rows.set_index("setting")[keys]
     lines = []
     for measure in map(str, study.rows):
         metric = metric_of(measure)
