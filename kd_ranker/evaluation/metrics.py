@@ -504,8 +504,8 @@ METRICS: dict[str, Metric] = {
             name="funnel_cost_saving",
             formula="1 − cost / cost of the best ranker that needs no scores of the final ranker, "
             "in the same repeat, where cost = `candidates` · student FLOPs + `scored_for_99` · "
-            "teacher FLOPs, or in the unit of `costs`; the best of students, lists and the "
-            "incumbent, by mean `passed_for_99` on validation; filled in for a whole sweep",
+            "teacher FLOPs, or in the unit of `costs`; the best of students, lists, rivals "
+            "and the incumbent has the cheapest funnel on validation; filled in for a whole sweep",
             title="saving",
         ),
         _saving(

@@ -223,7 +223,8 @@ def fill_savings(frame: pd.DataFrame, costs: Costs = FLOPS) -> pd.DataFrame:
     teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
     compared = (frame["role"] != "teacher") & frame["non_finite_step"].isna()
     ranked = with_labels(frame.assign(place=frame.index)[compared])
-    saved = saving.with_savings(ranked, saving.baselines(ranked), teacher_flops, costs)
+    ranked = saving.with_costs(ranked, teacher_flops, costs)
+    saved = saving.with_savings(ranked, saving.baselines(ranked))
     saved = saved[saved["role"] == "student"].set_index("place")
     return frame.assign(**{column: saved[column] for column in saving.SAVINGS})
 

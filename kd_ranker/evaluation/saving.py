@@ -209,7 +209,9 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
     """Return the baseline of each saving: column of `results.csv` -> the setting, if measured.
 
     `funnel_cost_saving` is against the best of all that needs no scores of the final ranker:
-    students, lists of items, and the incumbent. `saving_over_none` is against the best setting of
+    students, lists of items, rivals, and the incumbent. The best has the cheapest funnel on
+    validation, as rankers of other kinds cost more or less; or it passes fewest, for rows without
+    `funnel_cost`. `saving_over_none` is against the best setting of
     plain mode `none`, and `saving_over_incumbent` against the early ranker that filled the log. A
     reference that is missing on one of the splits in `rows` cannot be a baseline.
     """
@@ -227,33 +229,40 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
-    """The best student or reference of a pool, as in `best`, in the repeats that both have.
+    """The best student or reference of a pool, in the repeats that both have.
 
-    A reference has every repeat, even one in which all students of the pool diverged.
+    A reference has every repeat, even one in which all students of the pool diverged. Of students,
+    the best one by `CRITERION` takes part.
     """
     students, references = (
         list(pool.loc[pool["role"] == role, "setting"].unique())
         for role in ("student", "reference")
     )
-    table = by_repeat(of_split(rows, "validation"), CRITERION)
+    validation = of_split(rows, "validation")
+    table = by_repeat(validation, "funnel_cost")
+    if table.isna().all(axis=None):
+        table = by_repeat(validation, CRITERION)
     named = [*filter(None, [best(rows, students)]), *references]
     return best_of(table[named].dropna(axis="columns", how="all").dropna())
 
 
-def with_savings(
-    rows: pd.DataFrame, against: Mapping[str, str], teacher_flops: float, costs: Costs = FLOPS
-) -> pd.DataFrame:
-    """The labelled rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and savings.
+def with_costs(rows: pd.DataFrame, teacher_flops: float, costs: Costs = FLOPS) -> pd.DataFrame:
+    """The labelled rows with `funnel_cost`, the mean cost of a request at `CRITERION`."""
+    cost = []
+    for row in rows.to_dict("records"):
+        flops, unit = student_cost(row, costs)
+        cost.append(funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, unit))
+    return rows.assign(funnel_cost=np.array(cost, float))
+
+
+def with_savings(rows: pd.DataFrame, against: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of `with_costs` with savings.
 
     A saving is 1 − cost / cost of the baseline in the same repeat, each at its own `CRITERION`: at
     most 1, and negative if this ranker costs more. NaN where the baseline, of those in `against`
     from `baselines`, was not measured.
     """
-    cost = []
-    for row in rows.to_dict("records"):
-        flops, unit = student_cost(row, costs)
-        cost.append(funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, unit))
-    rows = rows.assign(funnel_cost=np.array(cost, float))
+    rows = rows.copy()
     at = pd.MultiIndex.from_frame(rows[["split", "repeat"]])
     for column in SAVINGS:
         of_baseline = rows[rows["setting"] == against.get(column)]

@@ -240,9 +240,12 @@ def _study(dataset: str, folders: list[Path]) -> Study:
     read = of_split(healthy, "test")["setting"]
     chosen = saving.best_of_ways(healthy[healthy["setting"].isin(read)])
     compared = healthy[healthy["setting"].isin([*chosen.values()])]
-    against = saving.baselines(pd.concat([compared, references]))
-    teacher_flops, costs = float(teachers["flops_per_candidate"].mean()), saving.costs_of(first)
-    ranked = saving.with_savings(pd.concat([healthy, references]), against, teacher_flops, costs)
+    teacher_flops = float(teachers["flops_per_candidate"].mean())
+    costs = saving.costs_of(first)
+    ranked = saving.with_costs(pd.concat([healthy, references]), teacher_flops, costs)
+    is_compared = ranked["setting"].isin([*compared["setting"], *references["setting"]])
+    against = saving.baselines(ranked[is_compared])
+    ranked = saving.with_savings(ranked, against)
     healthy, references = (ranked[ranked["role"] == of] for of in ("student", "reference"))
     reports = filter(None, map(read_data_report, folders))
     faults = (of for report in reports for of in report["allowed"])

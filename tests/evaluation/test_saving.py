@@ -139,6 +139,22 @@ def test_each_saving_has_the_baseline_that_it_names():
     assert saving.baselines(lists)["funnel_cost_saving"] == "show_rate"
 
 
+def test_the_baseline_has_the_cheapest_funnel_and_not_the_fewest_candidates():
+    rows = references_of({"trees on labels": 100, "show_rate": 120})
+    # 2000 candidates at 1 or 0 FLOPs, and those that pass at 50.
+    rows = rows.assign(
+        candidates=2000.0,
+        scored_for_99=rows["passed_for_99"],
+        flops_per_candidate=rows["member"].map({"trees on labels": 1.0}),
+    )
+
+    ranked = saving.with_costs(rows, teacher_flops=50.0)
+
+    assert set(ranked["funnel_cost"]) == {2000 + 100 * 50, 120 * 50}
+    assert saving.baselines(ranked)["funnel_cost_saving"] == "show_rate"
+    assert saving.baselines(rows)["funnel_cost_saving"] == "trees on labels"
+
+
 def test_what_training_recorded_decides_who_needs_scores():
     rows = rows_of({"none": {"a": [100, 100], "b": [300, 310]}, "aux topk:own": {"a": [200, 200]}})
     assert saving.baselines(rows)["funnel_cost_saving"] == "none a"

@@ -164,7 +164,7 @@ def test_b_to_g_are_against_a_list_where_that_is_better(tmp_path, name):
     )
     better, worse = (
         claims_on(tmp_path / str(at), *settings, references=[reference_row(name, at, tau=0.35)])
-        for at in (250, 401)
+        for at in (250, 600)
     )
     lines = better[better["setting"] == SHARED].set_index("measure")
     # 2000 · 10 + 300.5 · 200 FLOPs against 250 · 200.
