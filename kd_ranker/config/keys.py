@@ -356,7 +356,8 @@ _ALL = (
         Key("student.candidate", 0.0,
             "of a candidate; 0: the teacher's times the ratio of their FLOPs"),
         Key("student.request", 0.0, "of a request, in addition to its candidates"),
-        Key("rivals", ConfigDict(), "of a candidate, by the family of a rival", later=True),
+        Key("rivals", ConfigDict(), "of a candidate, by the family of a rival, or of incumbent",
+            later=True),
         influences="report",
     ),
     section(

@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.costs.teacher.candidate, config.costs.teacher.request = 2.2, 1850.0
     config.costs.student.candidate = 0.12
     config.costs.rivals = {
+        "incumbent": 0.07,
         "rank fusion": 0.07,
         "trees on labels": 1.0,
         "trees on stages": 1.0,
