@@ -44,7 +44,7 @@ assert kd.configs is configs
 def test_a_config_that_lacks_keys_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     fault = fault_of(kd.export, tmp_path, tmp_path / "served")
-    assert fault.startswith("the config lacks ")
+    assert fault.startswith(f"the run at {tmp_path}: the config lacks ")
 
 
 def test_a_name_that_is_replaced_stays_replaced(monkeypatch):
