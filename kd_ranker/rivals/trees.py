@@ -72,7 +72,9 @@ class Trees(NamedTuple):
     def operations(self) -> float:
         """The comparisons and additions of a candidate, by the training candidates' paths."""
         nodes = self.model.trees_to_dataframe()
-        leaves = nodes[nodes["left_child"].isna()]
+        # A tree without a split has no counts, and takes nothing.
+        has_split = nodes.groupby("tree_index")["node_index"].transform("size") > 1
+        leaves = nodes[nodes["left_child"].isna() & has_split]
         on_paths = (leaves["node_depth"] * leaves["count"]).groupby(leaves["tree_index"]).sum()
         return float((on_paths / leaves.groupby("tree_index")["count"].sum()).sum())
 

@@ -78,6 +78,15 @@ def test_operations_are_the_mean_length_of_the_paths_through_the_trees():
     assert fitted.operations == pytest.approx(np.mean(paths))
 
 
+def test_trees_without_a_split_cost_nothing():
+    data = random_data(requests=20)
+    data = data._replace(user_value=np.where(np.isnan(data.user_value), np.nan, 0.0))
+
+    fitted = fit(data, "labels", np.zeros((3, 1), np.float32), 5, with_rates=True)
+
+    assert fitted.operations == 0
+
+
 def test_many_levels_of_value_become_few_grades_in_their_order():
     data = random_data()._replace(
         user_value=np.random.default_rng(1).integers(0, 1000, 8000).astype(float)
