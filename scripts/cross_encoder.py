@@ -90,8 +90,9 @@ def new_parameters(weights: Mapping[str, Array]) -> Parameters:
     """Return the encoder's weights, and a head that starts as the cosine of both segments."""
     head = np.zeros(2 * sentences.WIDTH + 1, np.float32)
     head[-1] = 5.0
-    # The pooler is not used.
-    encoder = {name: value for name, value in weights.items() if not name.startswith("pooler")}
+    # The pooler and the list of positions are not used.
+    unused = ("pooler", "embeddings.position_ids")
+    encoder = {name: value for name, value in weights.items() if not name.startswith(unused)}
     return {"encoder": encoder, "head": jnp.asarray(head), "bias": jnp.zeros(())}
 
 
@@ -261,7 +262,10 @@ def main() -> None:
     collection = filmsearch.read(flags.data)
     films, queries = filmsearch.vectors_of(collection, flags.vectors or flags.workdir)
     retrieve = filmsearch.retriever(collection, lambda query, film: films[film] @ queries[query])
-    candidates = [retrieve(query) for query in tqdm(range(len(collection.queries)), "retrieve")]
+    candidates = [
+        retrieve(query)
+        for query in tqdm(range(len(collection.queries)), "retrieve", mininterval=10)
+    ]
     best = {
         query: int(found.film[found.label.argmax()])
         for query, found in enumerate(candidates)

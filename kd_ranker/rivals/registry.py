@@ -1,7 +1,7 @@
 """The kinds of rivals, with the datasets that they apply to, and how to fit them."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -136,9 +136,9 @@ def _why_no_fusion(dataset: Dataset) -> str:
 
 
 def _why_no_trees(dataset: Dataset) -> str:
+    del dataset
     trees.lightgbm()
-    spec = dataset.spec
-    return "" if spec.candidate_features or spec.item_features else "candidates have no features"
+    return ""
 
 
 def _why_no_ease(dataset: Dataset) -> str:
@@ -156,10 +156,10 @@ class Kind(NamedTuple):
     """An entry of `sweep.rivals`."""
 
     why_not: Callable[[Dataset], str]  # the reason why it does not apply to a dataset, or ""
-    fitted: Callable[[Task], list[Rival]]
+    fit: Callable[[Task], list[Rival]]
 
 
-RIVALS: Mapping[str, Kind] = {
+RIVALS: dict[str, Kind] = {
     "fusion": Kind(_why_no_fusion, _fusion),
     "trees": Kind(_why_no_trees, _trees),
     "ease": Kind(_why_no_ease, _ease),
@@ -176,7 +176,7 @@ def check(dataset: Dataset, names: Sequence[str]) -> None:
 
 def fit(task: Task, names: Sequence[str]) -> list[Rival]:
     """Fit the named rivals with each of their settings."""
-    return [rival for name in names for rival in RIVALS[name].fitted(task)]
+    return [rival for name in names for rival in RIVALS[name].fit(task)]
 
 
 def order_keys(

@@ -25,10 +25,12 @@ from kd_ranker.rivals.candidates import (
 Target = Literal["labels", "stages", "scores"]
 """What trees learn: user labels, how far a candidate came, or the final ranker's order."""
 
-# The most training candidates to read, and of a request the most to learn from, at random, in
-# addition to the shown ones.
+# The most training candidates to read, and of a request the most of each stage to learn from, at
+# random. Shown ones that a user wanted are always learned from.
 _MOST_CANDIDATES = 3_000_000
-_UNLABELED, _PASSED, _RETRIEVED = 30, 30, 30
+_SHOWN, _PASSED, _RETRIEVED = 100, 30, 30
+# The most candidates of a request without a label to learn from as unwanted.
+_UNLABELED = 30
 # More trees, or larger ones, did no better in the cascade and in film search, and take longer.
 _NUM_TREES = 50
 # LightGBM takes grades below this number.
@@ -106,14 +108,15 @@ def tree_data(
     parts = []
     for candidates in in_parts(dataset, "train", learning):
         draw = generator.random(len(candidates))
-        kept = _sampled(candidates, draw)
+        user_value = candidates.user_value(value_weights)
+        kept = _sampled(candidates, user_value > 0, draw)
         of_request = np.bincount(candidates.request[kept], minlength=len(candidates.sizes))
         parts.append(
             TreeData(
                 candidates.numbers_of(rates, kept),
                 of_request,
                 candidates.stage[kept],
-                candidates.user_value(value_weights)[kept],
+                user_value[kept],
                 candidates.final_value(value_weights, scored)[kept],
                 draw[kept],
             )
@@ -121,12 +124,16 @@ def tree_data(
     return TreeData(*map(np.concatenate, zip(*parts, strict=True))), rates
 
 
-def _sampled(candidates: Candidates, draw: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Choose the shown candidates, and some of each other stage at random."""
-    chosen = candidates.stage == Stage.SHOWN
-    for stage, most in ((Stage.PASSED, _PASSED), (Stage.RETRIEVED, _RETRIEVED)):
-        drawn = np.where(candidates.stage == stage, draw, np.nan)
-        chosen |= (candidates.stage == stage) & (places_by(drawn, candidates.sizes) < most)
+def _sampled(
+    candidates: Candidates, is_wanted: Bool[np.ndarray, "n"], draw: Float[np.ndarray, "n"]
+) -> Bool[np.ndarray, "n"]:
+    """Choose the candidates that a user wanted, and some others of each stage at random."""
+    most_of = {Stage.SHOWN: _SHOWN, Stage.PASSED: _PASSED, Stage.RETRIEVED: _RETRIEVED}
+    chosen = is_wanted.copy()
+    for stage, most in most_of.items():
+        is_other = (candidates.stage == stage) & ~is_wanted
+        drawn = np.where(is_other, draw, np.nan)
+        chosen |= is_other & (places_by(drawn, candidates.sizes) < most)
     return chosen
 
 

@@ -99,7 +99,6 @@ def test_a_constant_early_score_is_refused_by_its_name(tmp_path):
         ("fusion", {"early_scores": ("one",)}, "at least two scores"),
         ("ease", {"history_length": 0}, "no history"),
         ("ease", {"num_items": 50_000}, "at most 20,000 items; there are 50,000"),
-        ("trees", {"candidate_features": 0, "item_features": 0}, "no features"),
     ],
 )
 def test_a_rival_that_does_not_apply_is_refused_with_the_reason(name, change, reason, tmp_path):

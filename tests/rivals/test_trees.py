@@ -109,3 +109,24 @@ def test_grades_by_scores_fall_with_the_place_and_are_0_without_a_score():
 
     # The best is in the first half of the 2 shown; then 2, 4 and 10 places.
     np.testing.assert_array_equal(grade, [0, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 0])
+
+
+class _Stages:
+    """Candidates of two requests, of which only the stages are known."""
+
+    def __init__(self, stage, sizes):
+        self.stage, self.sizes = stage, sizes
+
+
+def test_trees_see_all_wanted_candidates_and_a_bounded_number_of_others_of_a_stage():
+    generator = np.random.default_rng(0)
+    stage = np.repeat([Stage.SHOWN, Stage.RETRIEVED, Stage.SHOWN], [500, 200, 20])
+    is_wanted = (stage == Stage.SHOWN) & (generator.random(720) < 0.3)
+
+    chosen = trees._sampled(_Stages(stage, np.array([700, 20])), is_wanted, generator.random(720))
+
+    assert chosen[is_wanted].all()
+    others = chosen & ~is_wanted
+    assert others[:500].sum() == 100
+    assert others[500:700].sum() == 30
+    assert chosen[700:].all()
