@@ -84,6 +84,7 @@ class Plan(NamedTuple):
     keep: bool = False  # whether to keep the sums of each request; the program is the same
     devices: Sequence[jax.Device] = ()  # that share the work; none takes the default one
     sharded: bool = False  # whether to spread the rows of tables and items over them
+    are_partly_scored: bool = False  # see `whole.Measurable`
 
 
 _Put = Callable[[Any], Any]  # a pytree on the devices of a place
@@ -272,7 +273,7 @@ def evaluate(
             if serves is None or name in serves[member]
         }
 
-    sizes, slots = Sizes(plan.shown, 0, 0), dict[_Slot, Scored]()
+    sizes, slots = Sizes(plan.shown, 0, 0, plan.are_partly_scored), dict[_Slot, Scored]()
     sums: Sums | None = None
     each: list[Each] = []
     with ThreadPoolExecutor() as pool:
@@ -347,7 +348,8 @@ def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:
     batch = evaluation_batch.batch
     counted = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage) >= Stage.PASSED
     bounds = [min(max(_FEW, _power(int(of.sum(axis=1).max()))), of.shape[1]) for of in counted]
-    return Sizes(before.shown, *np.maximum(before[1:], bounds).tolist())
+    labelled, passed = np.maximum((before.labelled, before.passed), bounds).tolist()
+    return before._replace(labelled=labelled, passed=passed)
 
 
 def _power(number: int) -> int:

@@ -73,6 +73,72 @@ def funnel_curves(
     return of_request(student_value, teacher_value, candidate_mask, *numbers)
 
 
+def value_if_alike(
+    student_value: Float[Array, "R N"],
+    teacher_value: Float[Array, "R N"],
+    candidate_mask: Bool[Array, "R N"],
+    shown: int,
+) -> Float[Array, "R N"]:
+    """Return the teacher value of the items shown, if unknown candidates are like the known ones.
+
+    The teacher knows s of a request's n candidates. If these were drawn at random, each represents
+    n / s of them, and the best m of all retrieved are the best m · s / n of the known ones, the
+    last of which counts for the part that is left. So of the known ones among the student's first
+    k, the teacher chooses m · s / n. The sum is over these, for k = 1..N. See `funnel_curves` for
+    the arguments.
+    """
+
+    def of_request(
+        value: Float[Array, "N"], of_teacher: Float[Array, "N"], mask: Bool[Array, "N"]
+    ) -> Float[Array, "N"]:
+        known = mask & ~jnp.isnan(of_teacher)
+        slots = shown * known.sum() / jnp.maximum(mask.sum(), 1)
+        share = jnp.clip(slots - jnp.arange(shown), 0.0, 1.0)
+        gain = jnp.where(known, of_teacher, 0.0)[_student_order(value, mask)]
+
+        # Each of the best moves down by a place, or stays, as a larger newcomer comes in above.
+        def insert(
+            best: Float[Array, "m"], newcomer: Float[Array, ""]
+        ) -> tuple[Float[Array, "m"], Float[Array, ""]]:
+            above = jnp.concatenate([jnp.full(1, jnp.inf, best.dtype), best[:-1]])
+            best = jnp.maximum(best, jnp.minimum(newcomer, above))
+            return best, jnp.sum(best * share)
+
+        captured = lax.scan(insert, jnp.zeros(shown, gain.dtype), gain)[1]
+        return jnp.where(jnp.any(known & jnp.isnan(value)), jnp.nan, captured)
+
+    return jax.vmap(of_request)(student_value, teacher_value, candidate_mask)
+
+
+def share_of_pairs(
+    student_value: Float[Array, "R N"],
+    candidate_mask: Bool[Array, "R N"],
+    chosen: Bool[Array, "R N"],
+) -> Float[Array, "R"]:
+    """Return the share of the pairs of a chosen and another candidate with the chosen one first.
+
+    It is the area under the ROC curve, but that equal values keep the order of the candidates. NaN
+    where all candidates are chosen, or none.
+    """
+    order = jax.vmap(_student_order)(student_value, candidate_mask)
+    is_chosen = jnp.take_along_axis(chosen, order, axis=1)
+    others = candidate_mask.sum(axis=1) - chosen.sum(axis=1)
+    others_before = jnp.cumsum(~is_chosen, axis=1)
+    late = jnp.sum(others_before / jnp.maximum(others, 1)[:, None], axis=1, where=is_chosen)
+    share = 1 - late / jnp.maximum(chosen.sum(axis=1), 1)
+    return jnp.where((others > 0) & chosen.any(axis=1), share, jnp.nan)
+
+
+def _student_order(
+    student_value: Float[Array, "N"], candidate_mask: Bool[Array, "N"]
+) -> Int[Array, "N"]:
+    """The places of the candidates, the student's favorite first."""
+    # What has no value comes behind all that has one, and before the padding.
+    last = jnp.finfo(student_value.dtype).max
+    key = jnp.where(jnp.isnan(student_value), last, -student_value)
+    return ascending(jnp.where(candidate_mask, key, jnp.inf))
+
+
 def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
     """Return `jnp.argsort(values)` of float32 values, three times as fast on CPU.
 
@@ -105,10 +171,7 @@ def _of_request(
     # worth 0 below, so that whether one of them fills an empty slot makes no difference.
     by_teacher = ascending(jnp.where(known, -teacher_value, jnp.inf))
     place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
-    # What has no value comes behind all that has one, and before the padding.
-    last = jnp.finfo(student_value.dtype).max
-    key = jnp.where(jnp.isnan(student_value), last, -student_value)
-    by_student = ascending(jnp.where(candidate_mask, key, jnp.inf))
+    by_student = _student_order(student_value, candidate_mask)
     arriving = place[by_student]  # places in the teacher's order, as the student lets them pass
     leaving = _leaving_places(arriving, shown)
     own_top = jnp.minimum(shown, known.sum())

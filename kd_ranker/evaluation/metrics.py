@@ -173,6 +173,20 @@ def _of_funnel(ranked: Ranked) -> Sums:
         "teacher_ndcg": ndcg,
         "teacher_ndcg_requests": ndcg_counts,
         **_of_top(ranked, found.first),
+        **(_of_partly_scored(ranked) if ranked.sizes.are_partly_scored else {}),
+    }
+
+
+def _of_partly_scored(ranked: Ranked) -> Sums:
+    """The sums for requests of which the log has the scores of some candidates only."""
+    captured = funnel.value_if_alike(
+        ranked.value, ranked.teacher_value, ranked.mask, ranked.sizes.shown
+    )
+    pairs = funnel.share_of_pairs(ranked.value, ranked.mask, ranked.was_passed)
+    return {
+        "value_if_alike": captured,
+        "passed_auc": jnp.nan_to_num(pairs),
+        "passed_auc_requests": ~jnp.isnan(pairs),
     }
 
 
@@ -256,6 +270,17 @@ def _alignment(distance: str) -> Ends:
         return ratio(np.where(known, each, 0.0).sum(axis=0), known.sum(axis=0))
 
     return ends
+
+
+def _if_partly_scored(ends: Ends, like: str) -> Ends:
+    """The same where the log lacks the scores of many candidates; else NaN, shaped like a sum."""
+
+    def or_nothing(sums: Sums, teacher: Sums) -> Any:
+        if "value_if_alike" in sums:
+            return ends(sums, teacher)
+        return np.full_like(sums[like], np.nan, np.float64)
+
+    return or_nothing
 
 
 def _end_to_end(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
@@ -452,6 +477,26 @@ METRICS: dict[str, Metric] = {
             ends=_captured("value_captured"),
         ),
         _at_passed_for(
+            name="passed_for_alike",
+            formula="the same if the candidates without a score are like those with one, and not "
+            "worth nothing: of s scored among n retrieved, the teacher shows m · s / n; empty "
+            "unless the log lacks the scores of many candidates",
+            title="passed if alike",
+            digits=0,
+            better="lower",
+            ends=_if_partly_scored(_captured("value_if_alike"), like="value_captured"),
+        ),
+        Metric(
+            name="passed_auc",
+            formula="the share of pairs (passed by the logged funnel, not passed) within a request "
+            "that the ranker orders in this way; mean over requests; empty unless the log lacks "
+            "the scores of many candidates",
+            title="passed AUC",
+            digits=3,
+            ends=_if_partly_scored(_ratio("passed_auc", "passed_auc_requests"), like="requests"),
+            compared=False,
+        ),
+        _at_passed_for(
             name="scored_for",
             formula="mean candidates of a request that the teacher scores at `passed_for`: min(k, "
             "candidates of the request)",
@@ -552,6 +597,7 @@ METRICS: dict[str, Metric] = {
 # task, and `{first}` for the first task; the mean over tasks has no task.
 MAIN = [
     "passed_for_99",
+    "passed_for_alike_99",
     "funnel_cost_saving",
     "cost_ratio",
     "survival@{k}",

@@ -40,11 +40,12 @@ class Scored(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Static sizes of a program that measures; two bound the numbers of any request."""
+    """Static choices of a program that measures; two bound the numbers of any request."""
 
     shown: int
     labelled: int  # L, candidates with a label
     passed: int  # candidates that the logged funnel passed
+    are_partly_scored: bool = False  # whether the bounds for such requests are measured, too
 
 
 class Ranked(NamedTuple):

@@ -17,7 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
 from kd_ranker.evaluation.results import Kept, Row, Who
-from kd_ranker.evaluation.whole import whole_requests
+from kd_ranker.evaluation.whole import Measurable, measurable
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
@@ -163,13 +163,15 @@ def _summed(
     requests = batch_size(config.evaluation.requests, largest)
     limit = limit or config.evaluation.limit
     keys = registry.order_keys(rivals, dataset, split) if rivals else None
+    # A live teacher scores all candidates.
+    of_split = Measurable(None, False) if teacher else measurable(dataset.columns[split])
     batches: Iterable[EvaluationBatch] = evaluation_batches(
         dataset,
         split,
         requests=requests,
         candidates=config.funnel.retrieved,
         limit=limit,
-        measured=None if teacher else whole_requests(dataset.columns[split]),
+        measured=of_split.requests,
         rivals=keys,
     )
     sharded = config.parallel.tables == "sharded"
@@ -180,6 +182,7 @@ def _summed(
         keep=split == "test",
         devices=job.devices if sharded else own_devices(job.devices),
         sharded=sharded,
+        are_partly_scored=of_split.are_partly_scored,
     )
     stored = len(dataset.columns[split])
     with job.progress.bar(

@@ -285,7 +285,7 @@ def _test_cohort(
     measured, rivals = [], list[Rival]()
     if with_references:
         # Validation chooses among the references too.
-        rivals = _fitted_rivals(job, names)
+        rivals = fitted_rivals(job, names)
         measured.append(measure(job, "validation", with_references=True, rivals=rivals))
         best = saving.best_of_families(measured[0].rows)
         rivals = [rival for rival in rivals if rival.name in best]
@@ -301,7 +301,7 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def _fitted_rivals(job: Job, names: Sequence[str]) -> list[Rival]:
+def fitted_rivals(job: Job, names: Sequence[str]) -> list[Rival]:
     """Fit the rivals of a sweep to the training requests, with each of their settings."""
     if not names:
         return []

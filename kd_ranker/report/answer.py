@@ -13,10 +13,11 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import LISTS
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.saving import CRITERION
+from kd_ranker.evaluation.whole import Bounds
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Pair, Study
-from kd_ranker.report.tables import number, percents
+from kd_ranker.report.tables import bounds_text, number, percents
 
 # The change for users that a live test is planned for.
 _EFFECT = 0.002
@@ -68,7 +69,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     if without == study.incumbent:
         settings["without"] += ", today's early ranker"
     notes = [
-        *_bounds(estimates, with_scores),
+        *_scored_part(estimates, with_scores),
         *_doubts(study, estimates),
         *_simple_orders(estimates, with_scores),
         *_of_same_kind(study, estimates, Pair(with_scores, without)),
@@ -129,17 +130,31 @@ class _Saving:
         self._unit = study.saved_unit
 
     @property
+    def _has_bounds(self) -> bool:
+        """False if the log bounds one of the counts only from below."""
+        rankers = (self._with_scores, self._without)
+        return not any(math.isnan(self._estimates.passed_bounds(name).high) for name in rankers)
+
+    @property
     def is_open(self) -> bool:
         """True if repeats could still decide whether the scores save."""
-        return self.interval.n > 0 and not (self.interval.low > 0 or self.interval.high < 0)
+        return (
+            self._has_bounds
+            and self.interval.n > 0
+            and not (self.interval.low > 0 or self.interval.high < 0)
+        )
 
     def verdict(self) -> str:
         """Return the sentence on the saving, with its 95% interval."""
         mean, low, high = percents(self.interval)
         if not mean:
             return "No repeat has both rankers, so what the scores save is unknown."
+        if not self._has_bounds:
+            return "This log cannot show how much the final ranker's scores save."
         if not low:
             return f"The saving is {mean}% of the funnel's {self._unit}, without an interval."
+        if self._estimates.are_partly_scored:
+            return f"If unscored candidates are worthless, {self._verdict_if_worthless()}"
         if self.interval.low > 0:
             return (
                 f"The final ranker's scores save {mean}% of the funnel's {self._unit} "
@@ -156,24 +171,42 @@ class _Saving:
             f"(95% interval {low} to {high}%)."
         )
 
+    def _verdict_if_worthless(self) -> str:
+        mean, low, high = percents(self.interval)
+        if self.interval.low > 0:
+            saved = f"{mean}% of the funnel's {self._unit} (95% interval {low} to {high}%)"
+            return f"the final ranker's scores save {saved}."
+        if self.interval.high < 0:
+            more, least, most = percents(self.interval.scaled(-1))
+            return (
+                f"the scores save nothing: the funnel takes {more}% more {self._unit} "
+                f"(95% interval {least} to {most}%)."
+            )
+        return (
+            f"it is undecided whether the scores save {self._unit} (95% interval {low} to {high}%)."
+        )
+
     def counts(self) -> str:
         """Return the sentence on how many candidates must pass: with scores, without, today."""
         incumbent = self._study.incumbent
+        with_them = f"{self._passed(self._with_scores)} candidates"
+        # Bounds take more words.
         sentence = (
-            f"For {_TARGET} of the final value, {self._passed(self._with_scores)} candidates must "
-            "pass with them"
+            f"To pass for {_TARGET}: {with_them} with them"
+            if self._estimates.are_partly_scored
+            else f"For {_TARGET} of the final value, {with_them} must pass with them"
         )
         if incumbent != self._without:
             sentence += f", {self._passed(self._without)} without"
         if incumbent is None:
             return f"{sentence}."
-        at_least = "at least " if _scored_share(self._estimates, self._with_scores) < 1 else ""
-        today = f"{at_least}{self._passed(incumbent)} with today's ranker"
+        today = f"{self._passed(incumbent)} with today's ranker"
         best = ", the best without" if incumbent == self._without else ""
         return f"{sentence}, {today}{best}."
 
     def _passed(self, setting: str) -> str:
-        return _count(self._estimates.of(setting, CRITERION).mean)
+        low, high = self._estimates.passed_bounds(setting)
+        return bounds_text(Bounds(low, high)) or "an unknown number of"
 
 
 class _Users(NamedTuple):
@@ -279,8 +312,8 @@ def _scored_share(estimates: Estimates, student: str) -> float:
     return 1.0 if math.isnan(share) or share > 1 - 1e-6 else share
 
 
-def _bounds(estimates: Estimates, student: str) -> Iterator[str]:
-    """Yield a note if counts are bounds, since the final ranker scored a part of the candidates."""
+def _scored_part(estimates: Estimates, student: str) -> Iterator[str]:
+    """Yield notes on counts and bounds if the final ranker scored a part of the candidates."""
     share = _scored_share(estimates, student)
     measured = estimates.of(student, "measured_requests").mean
     if measured < estimates.num_requests:
@@ -290,12 +323,17 @@ def _bounds(estimates: Estimates, student: str) -> Iterator[str]:
         )
     if share < 1:
         yield (
-            f"The final ranker scored {100 * share:.0f}% of the test candidates, and the others "
-            "count as worth nothing. So counts are lower bounds for whoever chose the scored ones: "
-            "today's early ranker, if it filled the log."
+            f"The final ranker scored {100 * share:.0f}% of the measured test candidates. The "
+            "others count as worth nothing."
+        )
+    if estimates.are_partly_scored:
+        yield (
+            "A count has two bounds. The lower one holds if candidates without a score are like "
+            "the scored ones, the upper one if they are worth nothing. A ranker that repeats the "
+            "choice of the scored candidates, as today's does, has no upper bound."
         )
         needed = estimates.requests_for(student, CRITERION, _WHOLE_WIDTH)
-        if measured == estimates.num_requests and needed > 0:
+        if needed > 0:
             whole = _two_digits(needed)
             of_all = _two_digits(needed * _WHOLE_ONE_IN)
             yield (

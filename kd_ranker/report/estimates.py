@@ -20,6 +20,7 @@ from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.interleaving import RequestsNeeded, number_needed
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, Sums
 from kd_ranker.evaluation.results import TEACHER, Kept
+from kd_ranker.evaluation.whole import Bounds, bounds
 from kd_ranker.report import intervals
 from kd_ranker.report.intervals import Interval, Measured, combined, crossed_interval
 from kd_ranker.report.study import Study
@@ -28,6 +29,8 @@ DRAWS = 500
 # The least coverage at which labels of a log show the sign of the change for users. No two students
 # with less were compared with the truth (docs/report.md).
 COVERED = 0.35
+# `passed_for_alike` at the target of the criterion.
+ALIKE = f"passed_for_alike_{100 * TARGET:g}"
 _NOWHERE = Measured((), np.zeros((1, 0)), 0)
 
 # The numbers of a ranker on the test requests, and then on each draw of them: [1+B] by column of
@@ -99,6 +102,19 @@ class Estimates:
           over: the other ranker; by default the baseline.
         """
         return crossed_interval(self._saving(setting, over or self.study.baseline, target))
+
+    @property
+    def are_partly_scored(self) -> bool:
+        """True if the final ranker scored no test request whole: counts have bounds only."""
+        tested = self.study.tested
+        return ALIKE in tested and bool(tested[ALIKE].notna().any())
+
+    def passed_bounds(self, setting: str) -> Bounds:
+        """Return the bounds of the candidates to pass, see `whole.bounds`."""
+        count = self.of(setting, saving.CRITERION).mean
+        if not self.are_partly_scored:
+            return Bounds(count, count)
+        return bounds(count, self.of(setting, ALIKE).mean, self.of(setting, "passed_auc").mean)
 
     def saved(self, setting: str) -> Interval:
         """Return what a setting saves of the baseline's `study.saved_unit`."""

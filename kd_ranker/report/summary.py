@@ -1,5 +1,6 @@
 """The table for a terminal: a row per way, on the measures that decide, in at most 100 columns."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from kd_ranker.evaluation.saving import CRITERION, PLAIN, best
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
-from kd_ranker.report.tables import mean_text, number, percents
+from kd_ranker.report.tables import bounds_text, mean_text, number, percents
 
 WIDTH = 100
 # The first column gets the width that the others leave, and at least this.
@@ -101,13 +102,17 @@ def _fewest_first(lines: Sequence[_Line], estimates: Estimates) -> list[_Line]:
 
 
 def _cells(study: Study, estimates: Estimates, line: _Line) -> list[str]:
-    saving = "baseline"
+    saving, passed = "baseline", mean_text(estimates.of(line.setting, CRITERION), 0)
     if line.setting != study.baseline:
         saving = _saving_text(estimates.saved(line.setting))
+    if estimates.are_partly_scored:
+        bounds = estimates.passed_bounds(line.setting)
+        passed = bounds_text(bounds)
+        saving = "" if math.isnan(bounds.high) else saving
     return [
         line.words,
         "yes" if line.needs_scores else "no",
-        mean_text(estimates.of(line.setting, CRITERION), 0),
+        passed,
         saving,
         mean_text(estimates.of(line.setting, study.users_measures[0]), 4),
         number(estimates.of(line.setting, f"user_auc/{study.config.tasks[0]}").mean, 3),

@@ -14,6 +14,7 @@ from kd_ranker.evaluation.metrics import TARGET, metric_of, title_of
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.results import NAMED, key_title, value_text
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
+from kd_ranker.evaluation.whole import Bounds
 from kd_ranker.report.claims import FEWER
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
@@ -104,6 +105,20 @@ def mean_text(mean: Interval, digits: int, signed: bool = False) -> str:
     # Counts, such as FLOPs, do not vary.
     error = f" ± {number(half, digits)}" if half > 1e-9 else ""
     return number(mean.mean, digits, signed) + error
+
+
+def bounds_text(bounds: Bounds) -> str:
+    """Return a number of candidates, or its bounds; "" if it is not known.
+
+    >>> bounds_text(Bounds(320.0, 320.0)), bounds_text(Bounds(62.0, float("nan")))
+    ('320', 'at least 62')
+    >>> bounds_text(Bounds(163.0, 513.0))
+    '163 to 513'
+    """
+    low, high = number(bounds.low, 0), number(bounds.high, 0)
+    if not low or low == high:
+        return low
+    return f"{low} to {high}" if high else f"at least {low}"
 
 
 def percents(share: Interval) -> tuple[str, str, str]:

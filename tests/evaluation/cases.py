@@ -26,10 +26,10 @@ SHOWN = 3
 TARGETS = (0.53, 0.97)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "ks"))
+@functools.partial(jax.jit, static_argnames=("functions", "ks", "are_partly_scored"))
 def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
-            is_teacher: Any) -> Summed:  # fmt: skip
-    sizes = Sizes(SHOWN, *[student.shape[1]] * 2)
+            is_teacher: Any, are_partly_scored: bool) -> Summed:  # fmt: skip
+    sizes = Sizes(SHOWN, *[student.shape[1]] * 2, are_partly_scored)
     scored = Scored.of(student, {}, batch.batch)
     return evaluate.summed(ranked(scored, batch, weights, sizes, is_teacher), functions, ks)
 
@@ -49,6 +49,7 @@ class Case:
     propensity: np.ndarray
     value_weights: np.ndarray
     whole: np.ndarray | None = None  # of requests: whether the funnel is measured on it
+    are_partly_scored: bool = False
 
     def summed(self, ks: tuple[int, ...] = (), is_teacher: bool = False) -> Summed:
         student = self.teacher if is_teacher else self.student
@@ -64,7 +65,10 @@ class Case:
             batch, self.true, unknown, self.propensity, self.request_mask, self.whole
         )
         weights = jnp.asarray(self.value_weights)
-        return _summed(jnp.asarray(student), batch, weights, sum_functions(), ks, is_teacher)
+        return _summed(
+            *(jnp.asarray(student), batch, weights, sum_functions(), ks, is_teacher),
+            self.are_partly_scored,
+        )
 
     def sums(self, is_teacher: bool = False) -> Sums:
         return evaluate.add(None, self.summed(is_teacher=is_teacher).sums)
@@ -147,6 +151,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
     means: dict[str, list[float]] = {name: [] for name in ("user_ndcg", "teacher_ndcg", "tau")}
     totals, numbers = np.zeros(3), []
     scored_shares: list[float] = []
+    passed_first: list[float] = []
     measured = case.request_mask if case.whole is None else case.request_mask & case.whole
     measured_positives = np.zeros(len(TASKS))
 
@@ -176,6 +181,10 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             covered = chosen_of(_best(value[r], passed, part))
             add("survival", k, [len({*own} & {*top}) / max(len(own), 1), bool(own)])
             add("value_captured", k, teacher[r, shown].sum())
+            slots = SHOWN * knows[r].sum() / max(len(candidates), 1)
+            best = teacher[r, chosen_of(top)]
+            share = np.clip(slots - np.arange(len(best)), 0, 1)
+            add("value_if_alike", k, best @ share)
             add("true_value_captured", k, true[r, shown].sum())
             add("shown_recall", k, len(was_shown & {*top}))
             add("hit_rate", k, positive[r, top].sum(axis=0))
@@ -191,6 +200,10 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         judged = np.flatnonzero(labelled[r] > 0).tolist()
         if ideal := _gain(users[r, _best(users[r], judged, SHOWN)]):
             means["user_ndcg"].append(_gain(users[r, _best(value[r], judged, SHOWN)]) / ideal)
+        others = [place for place in candidates if place not in passed]
+        if others and passed:
+            first = [order.index(a) < order.index(b) for a in passed for b in others]
+            passed_first.append(float(np.mean(first)))
         if own:
             gain = np.where(knows[r], teacher[r], 0)
             means["teacher_ndcg"].append(_gain(gain[order[:SHOWN]]) / _gain(gain[own]))
@@ -202,6 +215,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         of_best = true[r, _best(true[r], candidates, SHOWN) if mine else []]
         totals += [value[r, mine].sum(), true[r, mine].sum(), of_best.sum()]
 
+    alike = curves.pop("value_if_alike")
     for name, curve in curves.items():
         if name in ("survival", "coverage"):
             curve = _ratio(curve[:, 0], curve[:, 1])
@@ -224,10 +238,16 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             f"passed_for_{100 * target:.0f}": k,
             f"true_value_for_{100 * target:.0f}": true_there,
         }
+        reached = np.flatnonzero(_ratio(alike, alike[-1]) >= target)
+        row[f"passed_for_alike_{100 * target:.0f}"] = (
+            reached[0] + 1 if len(reached) and case.are_partly_scored else math.nan
+        )
         row[f"scored_for_{100 * target:.0f}"] = np.minimum(numbers, k).mean()
     of_means = {name: np.mean(of) if of else math.nan for name, of in means.items()}
     row |= {"teacher_tau": of_means.pop("tau"), "candidates": np.mean(numbers), **of_means}
     row["scored_share"] = float(np.mean(scored_shares)) if scored_shares else math.nan
+    is_known = bool(passed_first) and case.are_partly_scored
+    row["passed_auc"] = float(np.mean(passed_first)) if is_known else math.nan
     row["measured_requests"] = int(measured.sum())
     row["regret"] = 1 - _ratio(totals[1], totals[2])
     return row | {"top_calibration": _ratio(totals[0], totals[1])}

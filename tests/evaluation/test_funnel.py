@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from kd_ranker.evaluation import funnel
 
@@ -27,3 +28,62 @@ def test_ascending_sorts_as_numpy_does_stably(size):
     special = rng.choice(np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], np.float32), size)
     for of in (values, values.round(), np.where(rng.random(size) < 0.5, special, values)):
         np.testing.assert_array_equal(funnel.ascending(of), np.argsort(of, kind="stable"))
+
+
+def partly_scored(seed):
+    """Requests of 8 to 20 candidates and padding, of which the teacher knows some."""
+    rng = np.random.default_rng(seed)
+    student = rng.normal(size=(30, 20)).astype(np.float32)
+    mask = np.arange(20) < rng.integers(8, 21, (30, 1))
+    known = mask & (rng.random((30, 20)) < 0.6)
+    teacher = np.where(known, rng.random((30, 20)), np.nan).astype(np.float32)
+    return student, teacher, mask, known
+
+
+def test_the_value_if_alike_is_that_of_the_fraction_of_slots_that_known_candidates_have():
+    student, teacher, mask, known = partly_scored(0)
+
+    found = jax.jit(funnel.value_if_alike, static_argnums=3)(student, teacher, mask, 4)
+
+    for row in range(len(student)):
+        order = [at for at in np.argsort(-student[row], kind="stable") if mask[row, at]]
+        slots = 4 * known[row].sum() / mask[row].sum()
+        for k in range(1, len(order) + 1):
+            values = sorted((teacher[row, at] for at in order[:k] if known[row, at]), reverse=True)
+            whole = int(slots)
+            value = sum(values[:whole]) + (slots - whole) * sum(values[whole : whole + 1])
+            np.testing.assert_allclose(found[row, k - 1], value, rtol=1e-5)
+
+
+def test_with_all_known_the_value_if_alike_is_that_of_the_funnel():
+    student, _, mask, _ = partly_scored(1)
+    teacher = np.random.default_rng(2).random(student.shape).astype(np.float32)
+
+    found = funnel.value_if_alike(student, teacher, mask, 4)
+
+    curves = funnel_curves(student, teacher, mask, 4, of_shown={"value": teacher}).curves
+    np.testing.assert_allclose(found, curves["value"], rtol=1e-5)
+
+
+def test_the_value_if_alike_of_a_diverged_student_is_nan():
+    student, teacher, mask, known = partly_scored(3)
+    student[0, np.argmax(known[0])] = np.nan
+
+    found = funnel.value_if_alike(student, teacher, mask, 4)
+
+    assert jnp.isnan(found[0]).all()
+    assert not jnp.isnan(found[1:]).any()
+
+
+def test_the_share_of_pairs_is_the_area_under_the_roc_curve():
+    student, _, mask, _ = partly_scored(4)
+    chosen = mask & (np.random.default_rng(5).random(mask.shape) < 0.3)
+    chosen[:, 0], chosen[:, 1] = True, False
+    chosen[0], chosen[1] = False, mask[1]
+
+    found = funnel.share_of_pairs(student, mask, chosen)
+
+    assert jnp.isnan(found[:2]).all()
+    for row in range(2, len(student)):
+        expected = roc_auc_score(chosen[row, mask[row]], student[row, mask[row]])
+        np.testing.assert_allclose(found[row], expected, rtol=1e-5)

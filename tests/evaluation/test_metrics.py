@@ -25,7 +25,9 @@ KS = range(1, 10)
 
 
 def empty_of(row: dict[str, float]) -> set[str]:
-    return {name for name, number in row.items() if np.isnan(number)} - UNSEEN
+    empty = {name for name, number in row.items() if np.isnan(number)}
+    # The last ones are empty because the cases are scored whole.
+    return empty - UNSEEN - {"passed_auc", *(of for of in row if "_alike_" in of)}
 
 
 @settings(deadline=None, max_examples=60)
@@ -38,14 +40,16 @@ def empty_of(row: dict[str, float]) -> set[str]:
     truth=st.booleans(),
     copies=st.booleans(),
     whole=st.sampled_from([None, (True, False, True, True), (False, True, False, False)]),
+    are_partly_scored=st.booleans(),
 )
 def test_rows_and_curves_are_those_of_the_definitions(
-    seed, levels, holes, padding, weights, truth, copies, whole
+    seed, levels, holes, padding, weights, truth, copies, whole, are_partly_scored
 ):
     """Values with ties and holes, in ragged requests, some of which only fill the batch."""
     case = random_case(seed, 4, 9, levels, holes, padding, weights)
     case.request_mask[3] = seed % 2
     case.whole = None if whole is None else np.array(whole)
+    case.are_partly_scored = are_partly_scored
     case.stage[2] = np.where(case.stage[2] > 0, Stage.SHOWN, Stage.PADDING)
     case.propensity[:, ::4] = np.nan  # a slot that was not filled at random
     if not truth:
@@ -66,7 +70,9 @@ def test_rows_and_curves_are_those_of_the_definitions(
             if name.startswith("ips") and np.isnan(number):
                 # The last term of a running sum in float32 need not be exactly 0.
                 continue
-            np.testing.assert_allclose(row[name], number, rtol=2e-4, atol=1e-5, err_msg=name)
+            # A ratio to a small distance has fewer digits in float32.
+            rtol = 2e-3 if name in ALIGNMENT else 2e-4
+            np.testing.assert_allclose(row[name], number, rtol=rtol, atol=1e-5, err_msg=name)
             column, _, at = name.partition("@")
             if at and not of_teacher:
                 k, *task = at.split("/")

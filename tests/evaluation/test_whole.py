@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kd_ranker.evaluation.whole import whole_requests
+from kd_ranker.evaluation.whole import measurable
 from kd_ranker.requests import storage
 from tests.requests.random_requests import random_source
 
@@ -34,22 +34,27 @@ def columns_with(tmp_path, scored, passed=9):
 
 
 @pytest.mark.parametrize(
-    ("scored", "expected"),
+    ("scored", "expected", "partly"),
     [
-        ((9, 20, 9, 18, 17), [False, True, False, True, False]),  # nine tenths are 18
-        ((9, 9, 9), None),
-        ((20, 20), None),
-        ((9, 12, 17), None),
+        ((9, 20, 9, 18, 17), [False, True, False, True, False], False),  # nine tenths are 18
+        ((9, 9, 9), None, True),
+        ((20, 20), None, False),
+        ((9, 12, 17), None, True),
     ],
 )
-def test_whole_requests_have_scores_of_nearly_all_candidates(scored, expected, tmp_path):
-    found = whole_requests(columns_with(tmp_path, scored))
+def test_the_funnel_is_measured_where_nearly_all_candidates_have_scores(
+    scored, expected, partly, tmp_path
+):
+    found = measurable(columns_with(tmp_path, scored))
 
-    assert (found if found is None else found.tolist()) == expected
+    requests = found.requests if found.requests is None else found.requests.tolist()
+    assert (requests, found.are_partly_scored) == (expected, partly)
 
 
 def test_requests_of_which_all_candidates_were_passed_do_not_count(tmp_path):
     columns = columns_with(tmp_path, (20, 9, 9))
     counts = columns.counts._replace(passed=np.array([20, 9, 9]))
 
-    assert whole_requests(dataclasses.replace(columns, counts=counts)) is None
+    found = measurable(dataclasses.replace(columns, counts=counts))
+
+    assert found == (None, True)

@@ -6,7 +6,7 @@ import pytest
 
 from kd_ranker.configs import sweeps as shipped
 from kd_ranker.report.answer import answer
-from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.estimates import ALIKE, Estimates
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 from tests.report.sweeps import reference_row
@@ -61,6 +61,18 @@ def under_teachers(*areas, none):
         sweeps.teacher_row() | {"seed": seed, "user_auc/watch": of} for seed, of in enumerate(areas)
     ]
     return teachers + students(STUDENTS, **{"user_auc/watch": {"none": none}})
+
+
+def partly_scored(passed_auc, passed_by_mode=None, *references):
+    """Rows of a log without scores of many candidates: students with them have this AUC."""
+    rows = students(
+        passed_by_mode or STUDENTS,
+        scored_share={"none": 0.333, "shared": 0.333},
+        passed_auc={"none": 0.5, "shared": passed_auc},
+        **{ALIKE: {"none": 220, "shared": 120}},
+    )
+    incumbent = reference_row("incumbent", 600, **{ALIKE: 590, "passed_auc": 1.0})
+    return [*rows, incumbent, *references]
 
 
 STUDENTS = {"none": [400, 420, 440], "shared": [300, 322, 338]}
@@ -130,12 +142,38 @@ STEPS = {
         students(STUDENTS), "320 candidates must pass with them, 420 without. ",
     ),
     "a log with a score for some candidates": (
-        [*students(STUDENTS, scored_share={"none": 0.333, "shared": 0.333}), INCUMBENT],
-        "320 candidates must pass with them, 420 without, at least 600 with today's ranker.",
+        partly_scored(passed_auc=0.6),
+        "If unscored candidates are worthless, the final ranker's scores save 19% of the funnel's "
+        "compute (95% interval ",
+    ),
+    "scores that save nothing if candidates without a score are worthless": (
+        partly_scored(0.6, {"none": [500, 501], "shared": [310, 310]},
+                      reference_row("show_rate", 390, **{ALIKE: 200, "passed_auc": 0.5})),
+        "If unscored candidates are worthless, the scores save nothing: the funnel takes 5% more "
+        "compute (95% interval 5 to 5%).",
+    ),
+    "an undecided saving if candidates without a score are worthless": (
+        partly_scored(0.6, {"none": [400, 420], "shared": [300, 410]}),
+        "If unscored candidates are worthless, it is undecided whether the scores save compute "
+        "(95% interval −104 to 126%).",
+    ),
+    "bounds of the candidates to pass": (
+        partly_scored(passed_auc=0.6),
+        "To pass for 99%: 120 to 320 candidates with them, 220 to 420 without, at least 590 with "
+        "today's ranker.",
+    ),
+    "a student that repeats the choice of what was scored": (
+        partly_scored(passed_auc=0.8),
+        "This log cannot show how much the final ranker's scores save. To pass for 99%: at least "
+        "120 candidates with them, 220 to 420 without,",
     ),
     "what a score for some candidates means": (
-        [*students(STUDENTS, scored_share={"none": 0.333, "shared": 0.333}), INCUMBENT],
-        "The final ranker scored 33% of the test candidates, and the others count as worth",
+        partly_scored(passed_auc=0.6),
+        "The final ranker scored 33% of the measured test candidates. The others count as worth",
+    ),
+    "a few lost scores": (
+        [*students(STUDENTS, scored_share={"none": 0.95, "shared": 0.95}), INCUMBENT],
+        "320 candidates must pass with them, 420 without, 600 with today's ranker.",
     ),
     "an interval that includes 0": (
         # Savings of 20/100 and 2/104 thousand: 0.11 ± 12.71 · 0.09.

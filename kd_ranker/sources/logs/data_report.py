@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64
 
 from kd_ranker.errors import UserError
+from kd_ranker.requests.columns import LEAST_WHOLE
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.sources.logs.database import Database
@@ -278,11 +279,11 @@ def _remarks_on_teacher(report: Report) -> Iterator[str]:
             f"{test['requests']:,} test requests. The numbers of candidates to pass "
             "(passed_for_99) are measured on these."
         )
-    elif share < 1 and not are_all_whole:
+    elif share < LEAST_WHOLE and not are_all_whole:
         yield (
-            f"Scored by the final ranker: {share:.1%} of the test candidates; the others count as "
-            "worth nothing. So the numbers of candidates to pass (passed_for_99) are lower bounds "
-            "for the ranker that chose which ones were scored."
+            f"Scored by the final ranker: {share:.1%} of the test candidates. So the numbers of "
+            "candidates to pass (passed_for_99) have bounds only. To count them, let the final "
+            "ranker score all candidates of 1 request in 200."
         )
     for task in teacher["tasks"]:
         ratio = report["splits"].get("train", {}).get(f"predicted_over_observed/{task}")

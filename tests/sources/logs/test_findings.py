@@ -347,7 +347,7 @@ def test_the_share_of_scored_candidates_is_in_the_report(tmp_path):
             assert of["scored_share"] <= scored / of["candidates"] + 1e-9
         assert 0 < of["scored_share"] < 1
     share = f"{report['splits']['test']['scored_share']:.1%}"
-    assert f"Scored by the final ranker: {share} of the test candidates;" in " ".join(
+    assert f"Scored by the final ranker: {share} of the test candidates." in " ".join(
         report["remarks"]
     )
     _, report = read(log, tmp_path / "other", ("few_positives",), teacher={})

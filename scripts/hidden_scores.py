@@ -1,0 +1,140 @@
+"""Hide the scores of candidates that were not passed, and hold the report's bounds to the truth.
+
+    python scripts/worlds.py --workdir=runs/worlds --config=configs/sweeps/cascade.py:worlds \\
+        --tastes=1 --seeds=0,1,2,3
+    python scripts/hidden_scores.py runs/worlds/*/sweep
+
+In the cascade, the final ranker's scores of all test candidates are known. Each ranker of each
+sweep that a funnel could use is measured twice: with all of them, and with those of the passed
+candidates only, as most logs have them. Print a Markdown table of the candidates to pass for 99% of
+the final value: if candidates without a score are worth nothing, if they are like the others, the
+bounds of the report, and the truth. The last line counts the bounds that contain the truth.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.references import NO_RANKERS
+from kd_ranker.evaluation.results import Row
+from kd_ranker.evaluation.saving import CRITERION
+from kd_ranker.evaluation.whole import Bounds, bounds
+from kd_ranker.pipeline.job import Job, config_of, open_job
+from kd_ranker.pipeline.measure import measure
+from kd_ranker.pipeline.runs import fitted_rivals
+from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
+from kd_ranker.requests.request import starts_of
+from kd_ranker.sweep import open_sweep
+
+SPLIT = "test"
+
+
+class Case(NamedTuple):
+    """A ranker of a sweep."""
+
+    name: str
+    if_worthless: float
+    if_alike: float
+    passed_auc: float
+    truth: float
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds that the report gives without the truth."""
+        return bounds(self.if_worthless, self.if_alike, self.passed_auc)
+
+    @property
+    def holds(self) -> bool:
+        """True if the truth is within the bounds."""
+        low, high = self.bounds
+        return low <= self.truth and not self.truth > high
+
+
+def main() -> None:
+    """Measures each sweep twice, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("workdirs", nargs="+", type=Path, help="of sweeps of the cascade")
+    print("| sweep | ranker | worthless | alike | passed AUC | bounds | truth | holds |")
+    print("|---" * 8 + "|")
+    held = []
+    for workdir in parser.parse_args().workdirs:
+        for case in cases(workdir):
+            low, high = case.bounds
+            shown = f"at least {low:.0f}" if math.isnan(high) else f"{low:.0f} to {high:.0f}"
+            print(
+                f"| {workdir} | {case.name} | {case.if_worthless:.0f} | {case.if_alike:.0f} "
+                f"| {case.passed_auc:.2f} | {shown} | {case.truth:.0f} "
+                f"| {'yes' if case.holds else 'NO'} |",
+                flush=True,
+            )
+            held.append(case.holds)
+    print(f"\n{sum(held)} of {len(held)} bounds contain the truth")
+
+
+def cases(workdir: Path) -> Iterator[Case]:
+    """Yield the rankers of a sweep, measured with all scores and with those of the passed."""
+    config = config_of(workdir)
+    job = open_job(config)
+    hidden = {SPLIT: with_scores_of_passed(job.built.columns[SPLIT], job.built.spec)}
+    built = dataclasses.replace(job.built, columns={**job.built.columns, **hidden})
+    of_partly = dataclasses.replace(job, built=built, last_teacher={})
+    truth = measured(job, workdir)
+    for name, row in measured(of_partly, workdir).items():
+        yield Case(
+            name,
+            row[CRITERION],
+            row["passed_for_alike_99"],
+            row["passed_auc"],
+            truth[name][CRITERION],
+        )
+
+
+def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
+    """Return requests without the scores of the candidates that were not passed."""
+    counts = columns.counts
+    score = columns.candidates.fields(slice(None), counts.retrieved)["teacher_probability"]
+    first = starts_of(counts.retrieved)[:-1]
+    place = np.arange(len(score)) - np.repeat(first, counts.retrieved)
+    score = np.where((place < np.repeat(counts.passed, counts.retrieved))[:, None], score, np.nan)
+    # A first row of NaN serves for padding.
+    stored = np.concatenate([np.full((1, score.shape[1]), np.nan), score]).astype(np.float32)
+    windows = Windows([stored.view(np.int32).reshape(-1)], score.shape[1])
+    column = Rows(windows, row_type(spec, "scored"), score.shape[1] * (1 + first), score.shape[1])
+    own = columns.candidates.first_fields(row_type(spec, "candidate"))
+    return dataclasses.replace(
+        columns, candidates=own._replace(type=columns.candidates.type, column=column)
+    )
+
+
+def measured(job: Job, workdir: Path) -> dict[str, Row]:
+    """Return the rows of the test split of a sweep's students and references, by their names."""
+    sweep = open_sweep(job.config, workdir, job.built.identity)
+    chosen = results.chosen(sweep.validation())
+    found: dict[str, Row] = {}
+    for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
+        of_cohort = job.of(cohort)
+        serves = {name: chosen[name] for name in of_cohort.members if name in chosen}
+        first = number == 0
+        rows = measure(
+            of_cohort,
+            SPLIT,
+            of_cohort.restored(folder)[0],
+            serves=serves,
+            with_references=first,
+            rivals=fitted_rivals(of_cohort, job.config.sweep.rivals) if first else (),
+        ).rows
+        for row in rows:
+            if row["role"] != "teacher" and row["member"] not in NO_RANKERS and CRITERION in row:
+                found[f"{row['member']} ({row['serve']})"] = row
+    return found
+
+
+if __name__ == "__main__":
+    main()
