@@ -85,6 +85,7 @@ class Plan(NamedTuple):
     devices: Sequence[jax.Device] = ()  # that share the work; none takes the default one
     sharded: bool = False  # whether to spread the rows of tables and items over them
     are_partly_scored: bool = False  # see `whole.Measurable`
+    labels_beyond_shown: bool = False  # whether more candidates have labels than are shown
 
 
 _Put = Callable[[Any], Any]  # a pytree on the devices of a place
@@ -273,7 +274,8 @@ def evaluate(
             if serves is None or name in serves[member]
         }
 
-    sizes, slots = Sizes(plan.shown, 0, 0, plan.are_partly_scored), dict[_Slot, Scored]()
+    sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
+    slots: dict[_Slot, Scored] = {}
     sums: Sums | None = None
     each: list[Each] = []
     with ThreadPoolExecutor() as pool:

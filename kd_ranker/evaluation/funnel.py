@@ -73,6 +73,51 @@ def funnel_curves(
     return of_request(student_value, teacher_value, candidate_mask, *numbers)
 
 
+def served_dcg(
+    student_value: Float[Array, "R N"],
+    teacher_value: Float[Array, "R N"],
+    candidate_mask: Bool[Array, "R N"],
+    gain: Float[Array, "R N"],
+    counted: Bool[Array, "R N"],
+    shown: int,
+) -> Float[Array, "R N"]:
+    """Return Σ gain / log2(1 + place) over the list that the teacher makes of the student's top k.
+
+    The list has the m candidates with the best teacher values of those that are `counted`, for
+    k = 1..N. One that is unknown to the teacher is not in it. See `funnel_curves` for the other
+    arguments.
+    """
+    discount = 1 / jnp.log2(jnp.arange(shown) + 2.0)
+
+    def of_request(
+        value: Float[Array, "N"],
+        of_teacher: Float[Array, "N"],
+        mask: Bool[Array, "N"],
+        gain: Float[Array, "N"],
+        counted: Bool[Array, "N"],
+    ) -> Float[Array, "N"]:
+        known = mask & counted & ~jnp.isnan(of_teacher)
+        by_teacher = ascending(jnp.where(known, -of_teacher, jnp.inf))
+        place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
+        # Place N is an empty slot.
+        gain_at = jnp.append(jnp.where(known, gain, 0.0)[by_teacher], 0.0)
+        arriving = jnp.where(known, place, place.size)[_student_order(value, mask)]
+
+        def insert(
+            best: Int[Array, "m"], newcomer: Int[Array, ""]
+        ) -> tuple[Int[Array, "m"], Float[Array, ""]]:
+            above = jnp.concatenate([jnp.full(1, -1, best.dtype), best[:-1]])
+            best = jnp.minimum(best, jnp.maximum(newcomer, above))
+            return best, jnp.sum(gain_at[best] * discount)
+
+        return lax.scan(insert, jnp.full(shown, place.size, place.dtype), arriving)[1]
+
+    dcg = jax.vmap(of_request)(student_value, teacher_value, candidate_mask, gain, counted)
+    known = candidate_mask & ~jnp.isnan(teacher_value)
+    diverged = jnp.any(known & jnp.isnan(student_value), axis=1, keepdims=True)
+    return jnp.where(diverged, jnp.nan, dcg)
+
+
 def value_if_alike(
     student_value: Float[Array, "R N"],
     teacher_value: Float[Array, "R N"],

@@ -174,6 +174,26 @@ def _of_funnel(ranked: Ranked) -> Sums:
         "teacher_ndcg_requests": ndcg_counts,
         **_of_top(ranked, found.first),
         **(_of_partly_scored(ranked) if ranked.sizes.are_partly_scored else {}),
+        **(_of_served_lists(ranked) if ranked.sizes.labels_beyond_shown else {}),
+    }
+
+
+def _of_served_lists(ranked: Ranked) -> Sums:
+    """NDCG by user labels of the lists that users get, of requests with a positive label."""
+    shown, is_labelled = ranked.sizes.shown, ranked.label_weight > 0
+    gain = jnp.where(is_labelled, ranked.user_value, 0.0)
+    best, _ = lax.top_k(gain, min(shown, gain.shape[1]))
+    ideal = jnp.sum(best / jnp.log2(jnp.arange(best.shape[1]) + 2.0), axis=1, keepdims=True)
+
+    def ndcg(counted: Bool[Array, "R N"]) -> Float[Array, "R N"]:
+        ranker = ranked.value, ranked.teacher_value, ranked.mask
+        dcg = funnel.served_dcg(*ranker, gain, counted, shown)
+        return jnp.where(ideal > 0, dcg / jnp.where(ideal > 0, ideal, 1.0), 0.0)
+
+    return {
+        "served_ndcg": ndcg(is_labelled),
+        "served_ndcg_of_all": ndcg(ranked.mask),
+        "served_requests": ideal[:, 0] > 0,
     }
 
 
@@ -272,11 +292,11 @@ def _alignment(distance: str) -> Ends:
     return ends
 
 
-def _if_partly_scored(ends: Ends, like: str) -> Ends:
-    """The same where the log lacks the scores of many candidates; else NaN, shaped like a sum."""
+def _if_summed(name: str, ends: Ends, like: str = "value_captured") -> Ends:
+    """The same for requests of which there is this sum; else NaN, in the shape of another one."""
 
     def or_nothing(sums: Sums, teacher: Sums) -> Any:
-        if "value_if_alike" in sums:
+        if name in sums:
             return ends(sums, teacher)
         return np.full_like(sums[like], np.nan, np.float64)
 
@@ -452,6 +472,21 @@ METRICS: dict[str, Metric] = {
             title="users' value (IPS)",
             ends=_captured("ips_user_value"),
         ),
+        _gain(
+            name="served_ndcg",
+            formula="NDCG by the user labels of the list that the teacher makes of the ranker's "
+            "first k, without the candidates that have no label; mean over requests with a "
+            "positive label. Empty unless more candidates of a request have labels than the m "
+            "shown: in a feed, only a list that was shown has labels",
+            title="NDCG of the list",
+            ends=_if_summed("served_ndcg", _ratio("served_ndcg", "served_requests")),
+        ),
+        _gain(
+            name="served_ndcg_of_all",
+            formula="the same with the candidates without a label, which count as not wanted",
+            title="NDCG of the whole list",
+            ends=_if_summed("served_ndcg", _ratio("served_ndcg_of_all", "served_requests")),
+        ),
         Metric(
             name="teacher_ndcg",
             formula="NDCG of the student's first m with the teacher's value as gain, Σ gain / "
@@ -484,7 +519,16 @@ METRICS: dict[str, Metric] = {
             title="passed if alike",
             digits=0,
             better="lower",
-            ends=_if_partly_scored(_captured("value_if_alike"), like="value_captured"),
+            ends=_if_summed("value_if_alike", _captured("value_if_alike")),
+        ),
+        _at_passed_for(
+            name="passed_for_users",
+            formula="the smallest k with `served_ndcg@k` at or above this percentage of that of "
+            "all retrieved",
+            title="passed for users'",
+            digits=0,
+            better="lower",
+            ends=_if_summed("served_ndcg", _captured("served_ndcg")),
         ),
         Metric(
             name="passed_auc",
@@ -493,7 +537,7 @@ METRICS: dict[str, Metric] = {
             "the scores of many candidates",
             title="passed AUC",
             digits=3,
-            ends=_if_partly_scored(_ratio("passed_auc", "passed_auc_requests"), like="requests"),
+            ends=_if_summed("passed_auc", _ratio("passed_auc", "passed_auc_requests"), "requests"),
             compared=False,
         ),
         _at_passed_for(
@@ -598,6 +642,7 @@ METRICS: dict[str, Metric] = {
 MAIN = [
     "passed_for_99",
     "passed_for_alike_99",
+    "passed_for_users_99",
     "funnel_cost_saving",
     "cost_ratio",
     "survival@{k}",

@@ -45,7 +45,8 @@ class Sizes(NamedTuple):
     shown: int
     labelled: int  # L, candidates with a label
     passed: int  # candidates that the logged funnel passed
-    are_partly_scored: bool = False  # whether the bounds for such requests are measured, too
+    are_partly_scored: bool = False  # whether to measure the bounds for such requests, too
+    labels_beyond_shown: bool = False  # whether to measure by user labels the lists of any k
 
 
 class Ranked(NamedTuple):

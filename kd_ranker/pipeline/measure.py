@@ -183,6 +183,7 @@ def _summed(
         devices=job.devices if sharded else own_devices(job.devices),
         sharded=sharded,
         are_partly_scored=of_split.are_partly_scored,
+        labels_beyond_shown=bool((dataset.columns[split].counts.shown > config.funnel.shown).any()),
     )
     stored = len(dataset.columns[split])
     with job.progress.bar(

@@ -27,6 +27,7 @@ _WHOLE_ONE_IN, _WHOLE_WIDTH = 200, 0.1
 _MORE_SEEDS = 3
 _TARGET = f"{100 * TARGET:g}%"
 _UNDECIDED = "undecided"
+_FOR_USERS = f"passed_for_users_{100 * TARGET:g}"
 
 
 class Answer(NamedTuple):
@@ -72,6 +73,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         *_scored_part(estimates, with_scores),
         *_doubts(study, estimates),
         *_simple_orders(estimates, with_scores),
+        *_needed_by_users(study, estimates, Pair(with_scores, without)),
         *_of_same_kind(study, estimates, Pair(with_scores, without)),
         *_payment(study, with_scores, saving),
         *_allowed(study),
@@ -381,6 +383,22 @@ def _simple_orders(estimates: Estimates, student: str) -> Iterator[str]:
             f"{title} {verb} as well as the best student: it needs {_count(as_good[name])} "
             f"candidates, the student {_count(passed)}."
         )
+
+
+def _needed_by_users(study: Study, estimates: Estimates, answered: Pair) -> Iterator[str]:
+    """Yield how many must pass for users, if labels of more than the shown items show it."""
+    if math.isnan(estimates.of(answered.with_scores, _FOR_USERS).mean):
+        return
+    rankers = {"with the scores": answered.with_scores, "without": answered.without}
+    if study.incumbent not in (None, answered.without):
+        rankers["with today's ranker"] = str(study.incumbent)
+    counts = [
+        f"{_count(estimates.of(name, _FOR_USERS).mean)} {words}" for words, name in rankers.items()
+    ]
+    yield (
+        f"Candidates to pass for users, for {_TARGET} of the NDCG by labels of the list that "
+        f"the final ranker makes: {', '.join(counts)}."
+    )
 
 
 def _of_same_kind(study: Study, estimates: Estimates, answered: Pair) -> Iterator[str]:

@@ -106,6 +106,17 @@ def figures(study: Study, estimates: Estimates) -> list[Figure]:
             "retrieved candidates reach the final ranker. It can exceed 1 if an early ranker drops "
             "candidates that the final ranker overrates.",
         ) if study.knows_truth else None,
+        _over_k(
+            study, estimates, "served_ndcg", None,
+            "Quality for people by candidates passed",
+            "NDCG by people's labels of the list that the final ranker makes when k candidates are "
+            "passed, without those that have no label, on the test split; mean over requests.",
+        ),
+        _over_k(
+            study, estimates, "served_ndcg_of_all", None,
+            "Quality for people, with candidates without a label",
+            "The same with the candidates without a label, which count as not wanted.",
+        ),
         _pareto(study),
     )  # fmt: skip
     return [figure for figure in drawn if figure is not None]

@@ -26,10 +26,10 @@ SHOWN = 3
 TARGETS = (0.53, 0.97)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "ks", "are_partly_scored"))
+@functools.partial(jax.jit, static_argnames=("functions", "ks", "more"))
 def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
-            is_teacher: Any, are_partly_scored: bool) -> Summed:  # fmt: skip
-    sizes = Sizes(SHOWN, *[student.shape[1]] * 2, are_partly_scored)
+            is_teacher: Any, more: tuple[bool, bool]) -> Summed:  # fmt: skip
+    sizes = Sizes(SHOWN, *[student.shape[1]] * 2, *more)
     scored = Scored.of(student, {}, batch.batch)
     return evaluate.summed(ranked(scored, batch, weights, sizes, is_teacher), functions, ks)
 
@@ -50,6 +50,7 @@ class Case:
     value_weights: np.ndarray
     whole: np.ndarray | None = None  # of requests: whether the funnel is measured on it
     are_partly_scored: bool = False
+    labels_beyond_shown: bool = False
 
     def summed(self, ks: tuple[int, ...] = (), is_teacher: bool = False) -> Summed:
         student = self.teacher if is_teacher else self.student
@@ -67,7 +68,7 @@ class Case:
         weights = jnp.asarray(self.value_weights)
         return _summed(
             *(jnp.asarray(student), batch, weights, sum_functions(), ks, is_teacher),
-            self.are_partly_scored,
+            (self.are_partly_scored, self.labels_beyond_shown),
         )
 
     def sums(self, is_teacher: bool = False) -> Sums:
@@ -185,6 +186,11 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             best = teacher[r, chosen_of(top)]
             share = np.clip(slots - np.arange(len(best)), 0, 1)
             add("value_if_alike", k, best @ share)
+            gain = np.where(labelled[r] > 0, users[r], 0)
+            ideal = _gain(np.sort(gain)[::-1][:SHOWN])
+            lists = ([place for place in top if labelled[r, place] > 0], top)
+            dcg = [_gain(gain[chosen_of(of)]) / (ideal or 1) * (ideal > 0) for of in lists]
+            add("served_ndcg", k, [*dcg, ideal > 0])
             add("true_value_captured", k, true[r, shown].sum())
             add("shown_recall", k, len(was_shown & {*top}))
             add("hit_rate", k, positive[r, top].sum(axis=0))
@@ -215,9 +221,14 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         of_best = true[r, _best(true[r], candidates, SHOWN) if mine else []]
         totals += [value[r, mine].sum(), true[r, mine].sum(), of_best.sum()]
 
-    alike = curves.pop("value_if_alike")
+    alike, served = curves.pop("value_if_alike"), curves.pop("served_ndcg")
+    served = served if case.labels_beyond_shown else np.full_like(served, np.nan)
+    curves["served_ndcg"] = _ratio(served[:, 0], served[:, 2])
+    curves["served_ndcg_of_all"] = _ratio(served[:, 1], served[:, 2])
     for name, curve in curves.items():
-        if name in ("survival", "coverage"):
+        if name.startswith("served"):
+            pass
+        elif name in ("survival", "coverage"):
             curve = _ratio(curve[:, 0], curve[:, 1])
         elif name == "end_to_end_hit_rate":
             curve = _ratio(curve, measured_positives)
@@ -242,6 +253,8 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         row[f"passed_for_alike_{100 * target:.0f}"] = (
             reached[0] + 1 if len(reached) and case.are_partly_scored else math.nan
         )
+        reached = np.flatnonzero(_ratio(served[:, 0], served[-1, 0]) >= target)
+        row[f"passed_for_users_{100 * target:.0f}"] = reached[0] + 1 if len(reached) else math.nan
         row[f"scored_for_{100 * target:.0f}"] = np.minimum(numbers, k).mean()
     of_means = {name: np.mean(of) if of else math.nan for name, of in means.items()}
     row |= {"teacher_tau": of_means.pop("tau"), "candidates": np.mean(numbers), **of_means}

@@ -26,8 +26,9 @@ KS = range(1, 10)
 
 def empty_of(row: dict[str, float]) -> set[str]:
     empty = {name for name, number in row.items() if np.isnan(number)}
-    # The last ones are empty because the cases are scored whole.
-    return empty - UNSEEN - {"passed_auc", *(of for of in row if "_alike_" in of)}
+    # These are empty as the cases are scored whole, and only shown items have labels.
+    others = ("passed_auc", "passed_for_alike", "passed_for_users", "served_ndcg")
+    return {name for name in empty - UNSEEN if not name.startswith(others)}
 
 
 @settings(deadline=None, max_examples=60)
@@ -41,15 +42,26 @@ def empty_of(row: dict[str, float]) -> set[str]:
     copies=st.booleans(),
     whole=st.sampled_from([None, (True, False, True, True), (False, True, False, False)]),
     are_partly_scored=st.booleans(),
+    labels_beyond_shown=st.booleans(),
 )
 def test_rows_and_curves_are_those_of_the_definitions(
-    seed, levels, holes, padding, weights, truth, copies, whole, are_partly_scored
+    seed,
+    levels,
+    holes,
+    padding,
+    weights,
+    truth,
+    copies,
+    whole,
+    are_partly_scored,
+    labels_beyond_shown,
 ):
     """Values with ties and holes, in ragged requests, some of which only fill the batch."""
     case = random_case(seed, 4, 9, levels, holes, padding, weights)
     case.request_mask[3] = seed % 2
     case.whole = None if whole is None else np.array(whole)
     case.are_partly_scored = are_partly_scored
+    case.labels_beyond_shown = labels_beyond_shown
     case.stage[2] = np.where(case.stage[2] > 0, Stage.SHOWN, Stage.PADDING)
     case.propensity[:, ::4] = np.nan  # a slot that was not filled at random
     if not truth:

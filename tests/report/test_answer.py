@@ -171,6 +171,13 @@ STEPS = {
         partly_scored(passed_auc=0.6),
         "The final ranker scored 33% of the measured test candidates. The others count as worth",
     ),
+    "what users need by labels of more than the shown items": (
+        [*students(STUDENTS, passed_for_users_99={"none": 40, "shared": 30}),
+         reference_row("incumbent", 600, passed_for_users_99=50)],
+        "Candidates to pass for users, for 99% of the NDCG by labels of the list that the final "
+        "ranker makes: 30 with the scores, 40 "
+        "without, 50 with today's ranker.",
+    ),
     "a few lost scores": (
         [*students(STUDENTS, scored_share={"none": 0.95, "shared": 0.95}), INCUMBENT],
         "320 candidates must pass with them, 420 without, 600 with today's ranker.",
