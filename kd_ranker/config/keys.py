@@ -448,6 +448,13 @@ _CASCADE = _of_source(
     Key("num_topics", 8, "topics of items, and of users' interests", POSITIVE),
     Key("taste", 0.0, "weight of personal taste, beyond interests and session"),
     Key("noise", 1.0, "scale of the errors of the production final ranker", later=True),
+    Key(
+        "hint",
+        0.0,
+        "correlation of one more feature of candidates with the final ranker's order",
+        SHARE,
+        later=True,
+    ),
     Key("train_requests", 12000, "requests of the training split"),
     Key("validation_requests", 500, "requests of the validation split", POSITIVE),
     Key("test_requests", 500, "requests of the test split"),

@@ -293,7 +293,7 @@ def _alignment(distance: str) -> Ends:
 
 
 def _if_summed(name: str, ends: Ends, like: str = "value_captured") -> Ends:
-    """The same for requests of which there is this sum; else NaN, in the shape of another one."""
+    """The same if the requests have this sum; else NaN, in the shape of another sum."""
 
     def or_nothing(sums: Sums, teacher: Sums) -> Any:
         if name in sums:

@@ -13,7 +13,8 @@ Widths and order of the features:
   history: completed, liked, log(1 + age in minutes) / 4.
   item: category (one-hot), noisy popularity, an uninformative number; then the costly ones, the
     noisy topic mixture, part of the quality, the noisy style.
-  candidate: the standardised age, (days since the upload − 36) / 17.
+  candidate: the standardised age, (days since the upload − 36) / 17; with `data.hint`, a noisy view
+    of the final ranker's value.
 
 The shape of the funnel follows Covington, Adams and Sargin, "Deep Neural Networks for YouTube
 Recommendations", RecSys 2016; interests that show only in the history relevant to a candidate
@@ -212,7 +213,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         num_items=int(data.num_items),
         user_features=world.user_features.shape[1],
         context_features=CONTEXT_FEATURES,
-        candidate_features=1,
+        candidate_features=2 if data.hint else 1,
         item_features=world.item_features.shape[1],
         cheap_item_features=world.cheap_item_features,
         history_length=int(data.history_length),
@@ -301,6 +302,15 @@ def _draw_request(
     propensity = np.full(funnel.retrieved, np.nan, np.float32)
     propensity[: funnel.shown] = chance[(-value).argsort().argsort()[order[: funnel.shown]]]
 
+    features = age[:, None]
+    if data.hint:
+        # Of its own generator, so that nothing else differs.
+        hint = _hint(
+            np.random.default_rng([data.seed, seed, index, 1]),
+            probability @ PRODUCTION_VALUE_WEIGHTS,
+            np.float32(data.hint),
+        )
+        features = np.stack([age, hint], axis=1)
     truth = sigmoid(logits[order])[:, columns]
     # Drawn for all tasks, so that a draw does not depend on the requested tasks.
     luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
@@ -322,7 +332,7 @@ def _draw_request(
             [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4], axis=1
         ).astype(np.float32),
         item_id=item[order].astype(np.int32),
-        candidate_features=age[order, None],
+        candidate_features=features[order],
         num_passed=int(funnel.passed),
         user_label=(luck < truth[: funnel.shown]).astype(np.uint8),
         label_weight=np.ones(funnel.shown, np.float32),
@@ -331,6 +341,17 @@ def _draw_request(
         propensity=propensity[:known],
         **teacher,
     )
+
+
+def _hint(
+    rng: np.random.Generator, value: Float32[np.ndarray, "N"], correlation: np.float32
+) -> Float32[np.ndarray, "N"]:
+    """Numbers with this correlation with the logarithm of the final ranker's value in a request."""
+    log_value = np.log(value)
+    standard = (log_value - log_value.mean()) / log_value.std()
+    noise = (1 - correlation**2) ** 0.5
+    hint: Float32[np.ndarray, "N"] = correlation * standard + noise * _normal(rng, len(value))
+    return hint
 
 
 def _log_teacher(

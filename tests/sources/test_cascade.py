@@ -282,6 +282,17 @@ def test_noise_changes_what_is_shown_and_nothing_before_it():
     assert np.mean(shown_differ) > 0.5
 
 
+def test_a_hint_has_its_correlation_with_the_final_ranker_and_changes_nothing_else():
+    found = []
+    for plain, hinted in zip(draw("test"), draw("test", hint=0.8), strict=True):
+        value = hinted.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS
+        found.append(np.corrcoef(hinted.candidate_features[:, 1], np.log(value))[0, 1])
+        same = dataclasses.replace(hinted, candidate_features=hinted.candidate_features[:, :1])
+        assert_same([plain], [same])
+
+    assert np.mean(found) == pytest.approx(0.8, abs=0.02)
+
+
 @pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf, "high", True])
 def test_noise_is_a_number_from_0(noise):
     config = config_of("small").to_dict()
