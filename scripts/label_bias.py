@@ -10,9 +10,10 @@ the item and of the candidate. A ranker with a larger share of the errors agrees
 ranker than one with a smaller share, as a student that learns from scores does.
 
 For each pair of rankers with different shares of the errors, and for `funnel.passed` and half of
-it, take the difference in true value if its 95% interval over requests excludes 0, and the covered
-value's, for the ranker that agrees more. Print a Markdown table by world: pairs, gains and losses
-by the covered value whose interval excludes 0, and how many of these have the wrong sign.
+it, take the difference in true value if its 95% interval over requests excludes 0, and that of each
+estimate from labels, for the ranker that agrees more. Print a Markdown table by world and estimate:
+pairs, gains and losses by the estimate whose interval excludes 0, and how many of these have the
+wrong sign.
 """
 
 import argparse
@@ -57,8 +58,12 @@ class Values(NamedTuple):
     The last of the K numbers passed is all of them.
     """
 
-    true: Float[np.ndarray, "N K"]  # by the truth, of all that was retrieved
-    covered: Float[np.ndarray, "N K"]  # by the labels, of what the log's funnel passed
+    true: Float[np.ndarray, "N K"]  # by the truth, of all retrieved
+    covered: Float[np.ndarray, "N K"]  # by the labels, of the candidates that the log passed
+    ips: Float[np.ndarray, "N K"]  # the same, each label over its propensity
+
+
+ESTIMATES = ("covered", "ips")
 
 
 def main() -> None:
@@ -69,17 +74,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000, help="test requests of a world")
     flags = parser.parse_args()
     seeds = [int(seed) for seed in flags.seeds.split(",")]
-    print("| data.noise | pairs | gains | wrong | losses | wrong |\n|---|---|---|---|---|---|")
+    print("| data.noise | estimate | pairs | gains | wrong | losses | wrong |")
+    print("|---" * 7 + "|")
     for noise in map(float, flags.noises.split(",")):
         pairs = pd.concat([_pairs(noise, seed, flags.requests) for seed in seeds])
-        gains, losses = pairs[pairs["covered"] > 0], pairs[pairs["covered"] < 0]
-        cells = [noise, len(pairs)]
-        cells += [len(gains), (gains["true"] < 0).sum(), len(losses), (losses["true"] > 0).sum()]
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        for estimate in ESTIMATES:
+            gains, losses = pairs[pairs[estimate] > 0], pairs[pairs[estimate] < 0]
+            wrong = (gains["true"] < 0).sum(), (losses["true"] > 0).sum()
+            cells = [noise, estimate, len(pairs), len(gains), wrong[0], len(losses), wrong[1]]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def _pairs(noise: float, seed: int, number: int) -> pd.DataFrame:
-    """The signs of true and covered differences of pairs whose true one is sure.
+    """The signs of true and estimated differences of pairs whose true one is sure.
 
     They are for the ranker that agrees more; 0 if the interval includes 0.
     """
@@ -96,11 +103,14 @@ def _pairs(noise: float, seed: int, number: int) -> pd.DataFrame:
         if RANKERS[less].errors == RANKERS[more].errors:
             continue
         for k in range(len(PASSED)):
-            true = _sign(values[more].true, values[less].true, k, counts)
-            covered = _sign(values[more].covered, values[less].covered, k, counts)
+            pair = values[more]._asdict(), values[less]._asdict()
+            true = _sign(*(of["true"] for of in pair), k, counts)
             if true:
-                signs.append({"true": true, "covered": covered})
-    return pd.DataFrame(signs, columns=["true", "covered"])
+                signs.append(
+                    {"true": true}
+                    | {name: _sign(*(of[name] for of in pair), k, counts) for name in ESTIMATES}
+                )
+    return pd.DataFrame(signs, columns=Values._fields)
 
 
 def _values(
@@ -110,7 +120,7 @@ def _values(
     funnel = config.funnel
     ks = [*(round(share * funnel.passed) for share in PASSED), funnel.retrieved]
     item_noise = rng.standard_normal((config.data.num_items, len(cascade.TASKS)))
-    true, covered = np.zeros((len(requests), len(ks))), np.zeros((len(requests), len(ks)))
+    true, covered, ips = np.zeros((3, len(requests), len(ks)))
     for place, request in enumerate(requests):
         logits, of_teacher = logit(request.true_probability), logit(request.teacher_probability)
         candidate_noise = rng.standard_normal(logits.shape)
@@ -127,12 +137,20 @@ def _values(
         for column, k in enumerate(ks):
             shown = _shown(value, teacher_value, k, funnel.shown)
             true[place, column] = true_value[shown].sum()
-            of_passed = math.ceil(k * funnel.passed / funnel.retrieved)
+            part = funnel.passed / funnel.retrieved
+            slots = part * funnel.shown
             shown = _shown(
-                value[: funnel.passed], teacher_value[: funnel.passed], of_passed, funnel.shown
+                value[: funnel.passed],
+                teacher_value[: funnel.passed],
+                math.ceil(part * k),
+                math.ceil(slots),
             )
-            covered[place, column] = user_value[shown].sum()
-    return Values(true, covered)
+            # The last slot counts for the fraction that is left.
+            weight = np.clip(slots - np.arange(len(shown)), 0, 1)
+            covered[place, column] = weight @ user_value[shown]
+            by_propensity = user_value[shown] / request.propensity[shown]
+            ips[place, column] = weight @ np.nan_to_num(by_propensity)
+    return Values(true, covered, ips)
 
 
 def _shown(

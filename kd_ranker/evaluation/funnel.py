@@ -73,86 +73,58 @@ def funnel_curves(
     return of_request(student_value, teacher_value, candidate_mask, *numbers)
 
 
-def served_dcg(
+def list_sums(
     student_value: Float[Array, "R N"],
     teacher_value: Float[Array, "R N"],
     candidate_mask: Bool[Array, "R N"],
-    gain: Float[Array, "R N"],
-    counted: Bool[Array, "R N"],
-    shown: int,
+    numbers: Float[Array, "R N"],
+    slot_weights: Float[Array, "R m"],
 ) -> Float[Array, "R N"]:
-    """Return Σ gain / log2(1 + place) over the list that the teacher makes of the student's top k.
+    """Return Σ slot weight · number over the list that the teacher makes of the student's top k.
 
-    The list has the m candidates with the best teacher values of those that are `counted`, for
-    k = 1..N. One that is unknown to the teacher is not in it. See `funnel_curves` for the other
-    arguments.
+    The list has the m candidates with the best teacher values, the best one in the first slot, for
+    k = 1..N. The sums of a request are NaN if the student has diverged. See `funnel_curves` for the
+    other arguments.
     """
-    discount = 1 / jnp.log2(jnp.arange(shown) + 2.0)
 
     def of_request(
         value: Float[Array, "N"],
         of_teacher: Float[Array, "N"],
         mask: Bool[Array, "N"],
-        gain: Float[Array, "N"],
-        counted: Bool[Array, "N"],
+        numbers: Float[Array, "N"],
+        weights: Float[Array, "m"],
     ) -> Float[Array, "N"]:
-        known = mask & counted & ~jnp.isnan(of_teacher)
+        known = mask & ~jnp.isnan(of_teacher)
         by_teacher = ascending(jnp.where(known, -of_teacher, jnp.inf))
         place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
         # Place N is an empty slot.
-        gain_at = jnp.append(jnp.where(known, gain, 0.0)[by_teacher], 0.0)
+        number_at = jnp.append(jnp.where(known, numbers, 0.0)[by_teacher], 0.0)
         arriving = jnp.where(known, place, place.size)[_student_order(value, mask)]
 
+        # Those behind a newcomer move down by a slot.
         def insert(
             best: Int[Array, "m"], newcomer: Int[Array, ""]
         ) -> tuple[Int[Array, "m"], Float[Array, ""]]:
             above = jnp.concatenate([jnp.full(1, -1, best.dtype), best[:-1]])
             best = jnp.minimum(best, jnp.maximum(newcomer, above))
-            return best, jnp.sum(gain_at[best] * discount)
+            return best, jnp.sum(number_at[best] * weights)
 
-        return lax.scan(insert, jnp.full(shown, place.size, place.dtype), arriving)[1]
+        empty = jnp.full(weights.size, place.size, place.dtype)
+        diverged = jnp.any(known & jnp.isnan(value))
+        return jnp.where(diverged, jnp.nan, lax.scan(insert, empty, arriving)[1])
 
-    dcg = jax.vmap(of_request)(student_value, teacher_value, candidate_mask, gain, counted)
-    known = candidate_mask & ~jnp.isnan(teacher_value)
-    diverged = jnp.any(known & jnp.isnan(student_value), axis=1, keepdims=True)
-    return jnp.where(diverged, jnp.nan, dcg)
+    return jax.vmap(of_request)(student_value, teacher_value, candidate_mask, numbers, slot_weights)
 
 
-def value_if_alike(
-    student_value: Float[Array, "R N"],
-    teacher_value: Float[Array, "R N"],
-    candidate_mask: Bool[Array, "R N"],
-    shown: int,
-) -> Float[Array, "R N"]:
-    """Return the teacher value of the items shown, if unknown candidates are like the known ones.
+def slots_of_part(shown: int, part: Int[Array, "R"], whole: Int[Array, "R"]) -> Float[Array, "R m"]:
+    """Return the weight of each of m slots for a part of a request's candidates.
 
-    The teacher knows s of a request's n candidates. If these were drawn at random, each represents
-    n / s of them, and the best m of all retrieved are the best m · s / n of the known ones, the
-    last of which counts for the part that is left. So of the known ones among the student's first
-    k, the teacher chooses m · s / n. The sum is over these, for k = 1..N. See `funnel_curves` for
-    the arguments.
+    If the part was drawn at random, each of its candidates represents whole / part of them, and
+    the best m of the whole are the best m · part / whole of the part. The last of these slots
+    counts for the fraction that is left.
     """
-
-    def of_request(
-        value: Float[Array, "N"], of_teacher: Float[Array, "N"], mask: Bool[Array, "N"]
-    ) -> Float[Array, "N"]:
-        known = mask & ~jnp.isnan(of_teacher)
-        slots = shown * known.sum() / jnp.maximum(mask.sum(), 1)
-        share = jnp.clip(slots - jnp.arange(shown), 0.0, 1.0)
-        gain = jnp.where(known, of_teacher, 0.0)[_student_order(value, mask)]
-
-        # Each of the best moves down by a place, or stays, as a larger newcomer comes in above.
-        def insert(
-            best: Float[Array, "m"], newcomer: Float[Array, ""]
-        ) -> tuple[Float[Array, "m"], Float[Array, ""]]:
-            above = jnp.concatenate([jnp.full(1, jnp.inf, best.dtype), best[:-1]])
-            best = jnp.maximum(best, jnp.minimum(newcomer, above))
-            return best, jnp.sum(best * share)
-
-        captured = lax.scan(insert, jnp.zeros(shown, gain.dtype), gain)[1]
-        return jnp.where(jnp.any(known & jnp.isnan(value)), jnp.nan, captured)
-
-    return jax.vmap(of_request)(student_value, teacher_value, candidate_mask)
+    slots = shown * part / jnp.maximum(whole, 1)
+    return jnp.clip(slots[:, None] - jnp.arange(shown), 0.0, 1.0)
 
 
 def share_of_pairs(

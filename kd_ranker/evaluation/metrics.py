@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kd_ranker.batch import Stage
 from kd_ranker.evaluation import agreement, funnel
 from kd_ranker.evaluation.agreement import weighted_sum
-from kd_ranker.evaluation.ranked import Ranked, covered_user_value
+from kd_ranker.evaluation.ranked import Ranked, covered_funnel
 
 # By name: of each request of a batch, [R, ...], or over all of a batch or a pass, [...].
 Sums = dict[str, Float[Array | np.ndarray, "..."]]
@@ -134,9 +134,6 @@ def _of_funnel(ranked: Ranked) -> Sums:
     was_shown = mask & (ranked.batch.stage == Stage.SHOWN)
     # Requests with all or none shown cannot distinguish students.
     differs = was_shown.sum(axis=1, keepdims=True) < candidates
-    weighted = ranked.user_value / ranked.evaluation_batch.propensity
-    # A slot that was not filled at random has no propensity, and no weight.
-    weighted = jnp.where((ranked.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
     found = funnel.funnel_curves(
         ranked.value,
         jnp.where(is_measured, ranked.teacher_value, jnp.nan),
@@ -150,7 +147,6 @@ def _of_funnel(ranked: Ranked) -> Sums:
         of_shown={
             "value_captured": ranked.teacher_value,
             "true_value_captured": ranked.true_value,
-            "ips_user_value": weighted,
             "positives_shown": ranked.positive,
             "passed_shown": ranked.was_passed,
             "all_shown": mask,
@@ -167,7 +163,7 @@ def _of_funnel(ranked: Ranked) -> Sums:
     return {
         **curves,
         "funnel_requests": found.counts,
-        "covered_user_value": covered_user_value(ranked),
+        **covered_funnel(ranked),
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
         "scored": jnp.minimum(passed, candidates),
         "teacher_ndcg": ndcg,
@@ -182,12 +178,14 @@ def _of_served_lists(ranked: Ranked) -> Sums:
     """NDCG by user labels of the lists that users get, of requests with a positive label."""
     shown, is_labelled = ranked.sizes.shown, ranked.label_weight > 0
     gain = jnp.where(is_labelled, ranked.user_value, 0.0)
-    best, _ = lax.top_k(gain, min(shown, gain.shape[1]))
-    ideal = jnp.sum(best / jnp.log2(jnp.arange(best.shape[1]) + 2.0), axis=1, keepdims=True)
+    discount = 1 / jnp.log2(jnp.arange(shown) + 2.0)
+    best = -jnp.sort(-gain, axis=1)[:, :shown]
+    ideal = jnp.sum(best * discount[: best.shape[1]], axis=1, keepdims=True)
+    slot_weights = jnp.broadcast_to(discount, (len(gain), shown))
 
     def ndcg(counted: Bool[Array, "R N"]) -> Float[Array, "R N"]:
-        ranker = ranked.value, ranked.teacher_value, ranked.mask
-        dcg = funnel.served_dcg(*ranker, gain, counted, shown)
+        teacher_value = jnp.where(counted, ranked.teacher_value, jnp.nan)
+        dcg = funnel.list_sums(ranked.value, teacher_value, ranked.mask, gain, slot_weights)
         return jnp.where(ideal > 0, dcg / jnp.where(ideal > 0, ideal, 1.0), 0.0)
 
     return {
@@ -199,9 +197,10 @@ def _of_served_lists(ranked: Ranked) -> Sums:
 
 def _of_partly_scored(ranked: Ranked) -> Sums:
     """The sums for requests of which the log has the scores of some candidates only."""
-    captured = funnel.value_if_alike(
-        ranked.value, ranked.teacher_value, ranked.mask, ranked.sizes.shown
-    )
+    mask, teacher_value = ranked.mask, ranked.teacher_value
+    known = (mask & ranked.teacher_knows).sum(axis=1)
+    slot_weights = funnel.slots_of_part(ranked.sizes.shown, known, mask.sum(axis=1))
+    captured = funnel.list_sums(ranked.value, teacher_value, mask, teacher_value, slot_weights)
     pairs = funnel.share_of_pairs(ranked.value, ranked.mask, ranked.was_passed)
     return {
         "value_if_alike": captured,
@@ -450,8 +449,8 @@ METRICS: dict[str, Metric] = {
         _gain(
             name="covered_user_value",
             formula="of a funnel of the candidates that the logged funnel passed: Σ value of the "
-            "user labels of the m items shown if the teacher ranks the student's first ⌈k · c / n⌉ "
-            "of these c, of n retrieved, over Σ of the same if it ranks all c",
+            "user labels of the best m · c / n, by the teacher, of the student's first ⌈k · c / n⌉ "
+            "of these c, of n retrieved, over Σ of the same of all c",
             title="users' value (covered)",
             ends=_captured("covered_user_value"),
         ),
@@ -466,9 +465,9 @@ METRICS: dict[str, Metric] = {
         ),
         _gain(
             name="ips_user_value",
-            formula="Σ value of the user labels of the items shown, each over its propensity, over "
-            "Σ of the same if all retrieved are passed (Horvitz and Thompson 1952); empty without "
-            "propensities. Unbiased only if the log could show every item",
+            formula="the same with each label over its propensity (Horvitz and Thompson 1952); "
+            "empty without propensities. Agreement with the final ranker cannot win it: labels of "
+            "random slots represent all passed candidates",
             title="users' value (IPS)",
             ends=_captured("ips_user_value"),
         ),

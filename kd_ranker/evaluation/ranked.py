@@ -4,7 +4,7 @@ Axes: `R` requests, `N` candidates, `T` tasks, `L` candidates with a label.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,24 +132,41 @@ def ranked(
     )
 
 
-def covered_user_value(of: Ranked) -> Float[Array, "R N"]:
-    """Summed `user_value` of the items shown by a funnel of the candidates that were passed.
+def covered_funnel(of: Ranked) -> dict[str, Float[Array, "R N"]]:
+    """What users have of the items shown by a funnel of the candidates that were passed.
 
     Of a request's n candidates, the logged funnel passed c. In the funnel of index k − 1, the
-    student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m of them.
+    student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m · c / n of them. So it
+    is as strict as the whole funnel: if it showed m, the teacher's errors would count for less.
+
+    Returns:
+      covered_user_value: the summed `user_value` of these items.
+      ips_user_value: the same over the propensity of each label; a label without one counts 0.
     """
+    by_propensity = of.user_value / of.evaluation_batch.propensity
+    has_weight = (of.label_weight > 0) & ~jnp.isnan(by_propensity)
+    user_values = {
+        "covered_user_value": of.user_value,
+        "ips_user_value": jnp.where(has_weight, by_propensity, 0.0),
+    }
     places = _first(of.was_passed, of.sizes.passed)
-    value, teacher_value, mask, user_value = (
-        jnp.take_along_axis(array, places, axis=1)
-        for array in (of.value, of.teacher_value, of.was_passed, of.user_value)
-    )
-    of_shown = {"user_value": user_value}
-    found = funnel.funnel_curves(value, teacher_value, mask, of.sizes.shown, of_shown=of_shown)
-    passed, candidates = (array.sum(axis=1)[:, None] for array in (of.was_passed, of.mask))
+
+    def among_passed(array: Any) -> Any:
+        return jnp.take_along_axis(array, places, axis=1)
+
+    value, teacher_value, mask = map(among_passed, (of.value, of.teacher_value, of.was_passed))
+    passed, candidates = of.was_passed.sum(axis=1), of.mask.sum(axis=1)
+    slot_weights = funnel.slots_of_part(of.sizes.shown, passed, candidates)
     k = jnp.arange(1, of.mask.shape[1] + 1)
-    of_passed = -(-k * passed // jnp.maximum(candidates, 1))
-    index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)) - 1
-    return jnp.take_along_axis(found.curves["user_value"], index, axis=1)
+    of_passed = -(-k * passed[:, None] // jnp.maximum(candidates, 1)[:, None])
+    index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)[:, None]) - 1
+
+    def curve(numbers: Float[Array, "R N"]) -> Float[Array, "R N"]:
+        of_labels = among_passed(numbers)
+        sums = funnel.list_sums(value, teacher_value, mask, of_labels, slot_weights)
+        return jnp.take_along_axis(sums, index, axis=1)
+
+    return {name: curve(numbers) for name, numbers in user_values.items()}
 
 
 def _first(which: Bool[Array, "R N"], number: int) -> Int[Array, "R number"]:

@@ -195,8 +195,10 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             add("shown_recall", k, len(was_shown & {*top}))
             add("hit_rate", k, positive[r, top].sum(axis=0))
             add("end_to_end_hit_rate", k, positive[r, shown].sum(axis=0))
-            add("covered_user_value", k, users[r, covered].sum())
-            add("ips_user_value", k, weighted[r, shown].sum())
+            slots = SHOWN * len(passed) / max(len(candidates), 1)
+            share = np.clip(slots - np.arange(len(covered)), 0, 1)
+            add("covered_user_value", k, users[r, covered] @ share)
+            add("ips_user_value", k, weighted[r, covered] @ share)
             # Any of the candidates without a score may be shown, and has no label if it was not
             # passed.
             unscored = [place for place in top if not knows[r, place] and place not in passed]

@@ -40,10 +40,11 @@ def partly_scored(seed):
     return student, teacher, mask, known
 
 
-def test_the_value_if_alike_is_that_of_the_fraction_of_slots_that_known_candidates_have():
+def test_slots_of_a_part_are_the_fraction_that_the_known_candidates_have():
     student, teacher, mask, known = partly_scored(0)
 
-    found = jax.jit(funnel.value_if_alike, static_argnums=3)(student, teacher, mask, 4)
+    weights = funnel.slots_of_part(4, known.sum(axis=1), mask.sum(axis=1))
+    found = jax.jit(funnel.list_sums)(student, teacher, mask, teacher, weights)
 
     for row in range(len(student)):
         order = [at for at in np.argsort(-student[row], kind="stable") if mask[row, at]]
@@ -55,21 +56,21 @@ def test_the_value_if_alike_is_that_of_the_fraction_of_slots_that_known_candidat
             np.testing.assert_allclose(found[row, k - 1], value, rtol=1e-5)
 
 
-def test_with_all_known_the_value_if_alike_is_that_of_the_funnel():
+def test_with_all_slots_the_sum_is_that_of_the_funnel():
     student, _, mask, _ = partly_scored(1)
     teacher = np.random.default_rng(2).random(student.shape).astype(np.float32)
 
-    found = funnel.value_if_alike(student, teacher, mask, 4)
+    found = funnel.list_sums(student, teacher, mask, teacher, np.ones((30, 4), np.float32))
 
     curves = funnel_curves(student, teacher, mask, 4, of_shown={"value": teacher}).curves
     np.testing.assert_allclose(found, curves["value"], rtol=1e-5)
 
 
-def test_the_value_if_alike_of_a_diverged_student_is_nan():
+def test_the_sums_of_a_diverged_student_are_nan():
     student, teacher, mask, known = partly_scored(3)
     student[0, np.argmax(known[0])] = np.nan
 
-    found = funnel.value_if_alike(student, teacher, mask, 4)
+    found = funnel.list_sums(student, teacher, mask, teacher, np.ones((30, 4), np.float32))
 
     assert jnp.isnan(found[0]).all()
     assert not jnp.isnan(found[1:]).any()

@@ -43,4 +43,7 @@ def test_rankers_that_differ_only_by_chance_are_no_sure_pairs(monkeypatch, capsy
     rankers = [script["Ranker"](errors, 0.0, 0.0) for errors in (0.0, 1.0)]
     script["main"].__globals__["RANKERS"] = rankers
     script["main"]()
-    assert capsys.readouterr().out.splitlines()[2:] == ["| 0.0 | 0 | 0 | 0 | 0 | 0 |"]
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 0.0 | covered | 0 | 0 | 0 | 0 | 0 |",
+        "| 0.0 | ips | 0 | 0 | 0 | 0 | 0 |",
+    ]
