@@ -15,7 +15,8 @@ by people's labels, with the paired difference to LambdaMART; and the candidates
 ranker must pass to keep 99% of the value of each final ranker. Brackets are 95% intervals over
 queries.
 
-Weights and scores are kept in the workdir: a run that was stopped goes on where it was.
+Trained weights and scores are kept in the workdir, and a run that was stopped while it scored goes
+on there. Take another workdir for other data.
 """
 
 import argparse
@@ -354,7 +355,7 @@ def report(validation: Sequence[Scored], test: Sequence[Scored], shown: int) -> 
     quality = quality[~np.isnan(quality).any(axis=1)]
     gap = quality - quality[:, [names.index("LambdaMART")]]
     half = 1.96 * gap.std(axis=0, ddof=1) / len(gap) ** 0.5
-    print(f"| ranker | nDCG@10, {len(quality)} test queries | less LambdaMART |\n|---|---|---|")
+    print(f"| ranker | nDCG@10, {len(quality)} test queries | minus LambdaMART |\n|---|---|---|")
     for name, mean, difference, width in zip(
         names, quality.mean(0), gap.mean(0), half, strict=True
     ):

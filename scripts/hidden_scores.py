@@ -61,10 +61,11 @@ def main() -> None:
     """Measures each sweep twice, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("workdirs", nargs="+", type=Path, help="of sweeps of the cascade")
+    flags = parser.parse_args()
     print("| sweep | ranker | worthless | alike | passed AUC | bounds | truth | holds |")
     print("|---" * 8 + "|")
     held = []
-    for workdir in parser.parse_args().workdirs:
+    for workdir in flags.workdirs:
         for case in cases(workdir):
             low, high = case.bounds
             shown = f"at least {low:.0f}" if math.isnan(high) else f"{low:.0f} to {high:.0f}"

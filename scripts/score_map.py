@@ -9,8 +9,8 @@ many labels there are (`data.train_requests`). The corners differ in two things.
 are drawn at random.
 
 In each world and for each data seed, students of all ways and trees are tuned on validation. The
-table has, as means over the data seeds with Student's 95% intervals: `kept`, the share of the final
-ranker's own top that trees on cheap features and on its order have among the candidates passed; the
+table has, as means over the data seeds with 95% intervals of Student's t: `kept`, the share of the
+final ranker's own top that is passed by trees on cheap features that learned its order; the
 candidates to pass for 99% of its value, by the best ranker without its scores and by the best with
 them; and the share that the scores save, of all rankers, of students, and of trees.
 
@@ -36,7 +36,6 @@ from kd_ranker.report.intervals import Interval, interval
 
 CONFIG = "configs/sweeps/cascade.py:worlds"
 CENTER = {"hint": 0.0, "taste": 1.0, "train_requests": 4000}
-TREES = "trees on scores"
 KINDS = ("all", "students", "trees")
 
 
@@ -76,7 +75,7 @@ def worlds_of(which: str) -> list[World]:
     return [World(**{**CENTER, **change}) for change in changes]
 
 
-def config_of(world: World, seed: int) -> ConfigDict:
+def world_config(world: World, seed: int) -> ConfigDict:
     """Return the sweep of a small world: a quarter of the funnel of the default one."""
     config = read_config(CONFIG, [])
     config.data.update(**world._asdict(), seed=seed, num_users=1000, num_items=2000)
@@ -148,7 +147,7 @@ def main() -> None:
     worlds = worlds_of(flags.worlds)
     rows: dict[World, list[dict[str, float]]] = {world: [] for world in worlds}
     for seed, world in itertools.product(seeds, worlds):
-        config = config_of(world, seed)
+        config = world_config(world, seed)
         config.data.dir = str(flags.workdir / "datasets")
         rows[world].append(measured(config, flags.workdir / world.name / f"seed{seed}"))
     print(table({world: pd.DataFrame(of) for world, of in rows.items()}))

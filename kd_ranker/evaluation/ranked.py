@@ -40,13 +40,13 @@ class Scored(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Static choices of a program that measures; two bound the numbers of any request."""
+    """Static choices of a program that measures."""
 
     shown: int
-    labelled: int  # L, candidates with a label
-    passed: int  # candidates that the logged funnel passed
-    are_partly_scored: bool = False  # whether to measure the bounds for such requests, too
-    labels_beyond_shown: bool = False  # whether to measure by user labels the lists of any k
+    labelled: int  # L, the most candidates with a label
+    passed: int  # the most candidates that the logged funnel passed
+    are_partly_scored: bool = False  # whether to measure the bounds of a log that lacks scores
+    labels_beyond_shown: bool = False  # whether to measure the final ranker's lists by user labels
 
 
 class Ranked(NamedTuple):
@@ -103,7 +103,7 @@ def ranked(
     batch = evaluation_batch.batch
     mask = batch.candidate_mask & evaluation_batch.request_mask[:, None]
     unknown = is_teacher & ~(batch.teacher_weight > 0)
-    # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
+    # In bfloat16, sums would lose their digits.
     probability = jnp.where(unknown, jnp.nan, scored.probability).astype(jnp.float32)
     teacher_probability = batch.teacher_probability.astype(jnp.float32)
     teacher_weight = jnp.where(mask[..., None], batch.teacher_weight, 0.0)
@@ -133,11 +133,12 @@ def ranked(
 
 
 def covered_funnel(of: Ranked) -> dict[str, Float[Array, "R N"]]:
-    """What users have of the items shown by a funnel of the candidates that were passed.
+    """Return the user values of the items shown by a funnel of the candidates that were passed.
 
     Of a request's n candidates, the logged funnel passed c. In the funnel of index k − 1, the
-    student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m · c / n of them. So it
-    is as strict as the whole funnel: if it showed m, the teacher's errors would count for less.
+    student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m · c / n of them. If the
+    log passed candidates at random, it would be as strict as the whole funnel. If it showed m, the
+    teacher's errors would count for less.
 
     Returns:
       covered_user_value: the summed `user_value` of these items.

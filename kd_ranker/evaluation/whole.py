@@ -6,6 +6,7 @@ score are worth nothing, or they are like those with one.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from jaxtyping import Bool
 from kd_ranker.requests.columns import LEAST_WHOLE, Columns, slices
 
 # A ranker with a higher `passed_auc` repeats the choice of the candidates that were scored, and
-# gains by it. In the cascade, students with losses on stages have 0.77 to 0.81, and others at most
-# 0.66.
+# gains by it. In the cascade, students with losses on stages have 0.77 to 0.81, others and lists
+# 0.53 to 0.69, and upper bounds begin to fail at 0.68 (docs/results.md).
 _LIKE_THE_CHOICE = 0.65
 
 
@@ -44,8 +45,8 @@ def bounds(if_worthless: float, if_alike: float, passed_auc: float) -> Bounds:
     >>> bounds(183, 152, 1.0)
     Bounds(low=152, high=nan)
     """
-    high = if_worthless if passed_auc < _LIKE_THE_CHOICE else math.nan
-    return Bounds(min(if_worthless, if_alike), high)
+    low, high = sorted((if_worthless, if_alike))
+    return Bounds(low, high if passed_auc < _LIKE_THE_CHOICE else math.nan)
 
 
 class Measurable(NamedTuple):
@@ -55,19 +56,21 @@ class Measurable(NamedTuple):
     are_partly_scored: bool  # whether they lack the scores of many candidates
 
 
-def measurable(columns: Columns) -> Measurable:
+def measurable(columns: Columns, value_weights: Sequence[float]) -> Measurable:
     """Choose the requests with a score for nearly all candidates, passed or not.
 
-    Requests of which all candidates were passed do not count, as they are the small ones. All
-    requests are measured if all are scored whole, or no other one is.
+    A score is needed for each task with a value weight. Requests of which all candidates were
+    passed do not count, as they are the small ones. All requests are measured if all are scored
+    whole, or only small ones.
     """
+    counted = np.asarray(value_weights) > 0
     counts = columns.counts
     share = np.empty(len(columns))
     for part in slices(counts.retrieved):
         sizes = counts.of(part).retrieved
         values = columns.candidates.fields(part, sizes)["teacher_probability"]
         request = np.repeat(np.arange(len(sizes)), sizes)
-        is_known = ~np.isnan(values).any(axis=1)
+        is_known = ~np.isnan(values[:, counted]).any(axis=1)
         known = np.bincount(request, weights=is_known, minlength=len(sizes))
         share[part] = known / np.maximum(sizes, 1)
     is_whole = share >= LEAST_WHOLE

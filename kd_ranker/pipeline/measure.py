@@ -164,7 +164,9 @@ def _summed(
     limit = limit or config.evaluation.limit
     keys = registry.order_keys(rivals, dataset, split) if rivals else None
     # A live teacher scores all candidates.
-    of_split = Measurable(None, False) if teacher else measurable(dataset.columns[split])
+    of_split = Measurable(None, False)
+    if not teacher:
+        of_split = measurable(dataset.columns[split], config.value_weights)
     batches: Iterable[EvaluationBatch] = evaluation_batches(
         dataset,
         split,

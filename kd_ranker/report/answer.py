@@ -153,10 +153,10 @@ class _Saving:
             return "No repeat has both rankers, so what the scores save is unknown."
         if not self._has_bounds:
             return "This log cannot show how much the final ranker's scores save."
-        if not low:
-            return f"The saving is {mean}% of the funnel's {self._unit}, without an interval."
         if self._estimates.are_partly_scored:
             return f"If unscored candidates are worthless, {self._verdict_if_worthless()}"
+        if not low:
+            return f"The saving is {mean}% of the funnel's {self._unit}, without an interval."
         if self.interval.low > 0:
             return (
                 f"The final ranker's scores save {mean}% of the funnel's {self._unit} "
@@ -175,6 +175,8 @@ class _Saving:
 
     def _verdict_if_worthless(self) -> str:
         mean, low, high = percents(self.interval)
+        if not low:
+            return f"the saving is {mean}% of the funnel's {self._unit}, without an interval."
         if self.interval.low > 0:
             saved = f"{mean}% of the funnel's {self._unit} (95% interval {low} to {high}%)"
             return f"the final ranker's scores save {saved}."

@@ -131,7 +131,7 @@ def in_parts(
 
 
 def last_requests(columns: Columns, most: int) -> slice:
-    """Return the last requests of a split: at most half of them, with `most` candidates in all."""
+    """Return the last requests of a split: at most half of them, or one, and `most` candidates."""
     from_end = np.cumsum(columns.counts.retrieved[::-1])
     number = int(np.searchsorted(from_end, most, side="right"))
     number = max(1, min(number, len(columns) // 2))
@@ -148,9 +148,10 @@ def item_rates(
     """Return numbers of each item from its passes in training requests.
 
     They are log(1 + times shown), the share of its passes in which it was shown, log(1 + times
-    passed), the mean value of its user labels, and the share of its scores that were among the
-    `top` of their request. Only the last one needs the final ranker's scores; they count for
-    candidates that reached the stage `scored`.
+    passed), the value of its user labels over the times shown, and the share of its scores that
+    were among the `top` of their request. Shares have ten more passes without success. Only the
+    last one needs the final ranker's scores; they count for candidates that reached the stage
+    `scored`.
     """
     num_items = dataset.spec.num_items
     times_shown, times_passed, wanted, times_scored, times_top = np.zeros((5, num_items))

@@ -78,7 +78,7 @@ def mean_places(
     known = ~np.isnan(scores)
     request = np.repeat(np.arange(len(sizes)), sizes)
     number = np.bincount(request[known], minlength=len(sizes))[request]
-    # Both orders keep ties as the file has them, so their mean is that of the ties.
+    # Ties are in the order of the file, from the first and from the last: the mean is theirs.
     from_first = places_by(scores, sizes)
     from_last = number - 1 - places_by(-scores, sizes)
     return (from_first + from_last) / 2

@@ -26,7 +26,7 @@ class Scorer(Protocol):
 class Rival(NamedTuple):
     """A fitted ranker, with one of the settings that validation chooses from."""
 
-    family: str  # of the rivals that validation chooses one of
+    family: str  # validation keeps one rival of each
     setting: str  # in words; "" if there is nothing to choose
     scorer: Scorer
     needs_scores: bool = False  # whether its training needs the final ranker's scores
@@ -53,7 +53,7 @@ def family_of(name: str) -> str:
     >>> family_of("rank fusion: k0 60")
     'rank fusion'
     """
-    return name.partition(":")[0]
+    return name.partition(": ")[0]
 
 
 def _fusion(task: Task) -> list[Rival]:
@@ -66,11 +66,12 @@ def _fusion(task: Task) -> list[Rival]:
         for constant in fusion.RANK_CONSTANTS
     ]
     deviations = _deviations(task.dataset)
-    for index in range(1, len(names)):
+    # Of two scores, only the weight of the second one varies.
+    for index in range(1 if len(names) == 2 else 0, len(names)):
         for weight in fusion.WEIGHTS:
             weights = np.where(np.arange(len(names)) == index, weight, 1.0)
-            if weight == 1 and index > 1:
-                continue  # the same sum as for the first index
+            if weight == 1 and index < len(names) - 1:
+                continue  # the same sum for each index
             setting = " + ".join(
                 f"{number:g} {name}" for number, name in zip(weights, names, strict=True)
             )
@@ -94,7 +95,7 @@ def _trees(task: Task) -> list[Rival]:
     counts = task.dataset.columns["train"].counts
     if (counts.retrieved > counts.shown).any():
         targets.append("stages")
-    if task.scored is not None and not np.isnan(data.final_value).all():
+    if task.scored is not None and not np.isnan(data.final_place).all():
         targets.append("scores")
     rivals = []
     for target in targets:
@@ -184,8 +185,8 @@ def order_keys(
 ) -> Float32[np.ndarray, "sum rivals"]:
     """Return a number in [0, 1) per candidate of a split and rival, in the order of its scores.
 
-    It is the share of the request's candidates that have a lower score: exact in float32, whatever
-    the scores. The least is that of a missing score.
+    It is the share of the request's candidates that have a lower score: float32 keeps their order,
+    whatever the scores. The least is that of a missing score.
     """
     sizes = dataset.columns[split].counts.retrieved
     keys = np.empty((sizes.sum(), len(rivals)), np.float32)

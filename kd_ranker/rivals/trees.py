@@ -55,12 +55,12 @@ class TreeData(NamedTuple):
     sizes: Int[np.ndarray, "requests"]
     stage: Int[np.ndarray, "n"]
     user_value: Float[np.ndarray, "n"]
-    final_value: Float[np.ndarray, "n"]
-    draw: Float[np.ndarray, "n"]  # uniform, of each candidate
+    final_place: Float[np.ndarray, "n"]  # by the final ranker, in the whole request; NaN: no score
+    draw: Float[np.ndarray, "n"]  # uniform, of each candidate; those of a stage with the largest
 
 
 class Trees(NamedTuple):
-    """A fitted model, which reads the first numbers of a candidate."""
+    """A fitted model, which reads as many of a candidate's first numbers as it has features."""
 
     model: Any  # a `lightgbm.Booster`
     rates: Float32[np.ndarray, "items C"]
@@ -110,6 +110,9 @@ def tree_data(
         draw = generator.random(len(candidates))
         user_value = candidates.user_value(value_weights)
         kept = _sampled(candidates, user_value > 0, draw)
+        final_value = candidates.final_value(value_weights, scored)
+        final_place = places_by(final_value, candidates.sizes).astype(float)
+        final_place[np.isnan(final_value)] = np.nan
         of_request = np.bincount(candidates.request[kept], minlength=len(candidates.sizes))
         parts.append(
             TreeData(
@@ -117,7 +120,7 @@ def tree_data(
                 of_request,
                 candidates.stage[kept],
                 user_value[kept],
-                candidates.final_value(value_weights, scored)[kept],
+                final_place[kept],
                 draw[kept],
             )
         )
@@ -149,10 +152,10 @@ def fit(
     Rates help where tomorrow's requests want the items of today's. Without the last of them, trees
     on labels and on stages need no scores.
     """
-    unread = rates.shape[1]
+    left_out = rates.shape[1]
     if with_rates:
-        unread = 0 if target == "scores" else 1
-    numbers = data.numbers[:, : data.numbers.shape[1] - unread]
+        left_out = 0 if target == "scores" else 1
+    numbers = data.numbers[:, : data.numbers.shape[1] - left_out]
     grade, gains = _grades(data, target, shown)
     kept = np.full(len(grade), True)
     if target == "labels":
@@ -171,10 +174,9 @@ def _grades(data: TreeData, target: Target, shown: int) -> tuple[Int[np.ndarray,
     if target == "stages":
         return data.stage - int(Stage.RETRIEVED), [0.0, 1.0, 3.0]
     if target == "scores":
-        place = places_by(data.final_value, data.sizes)
-        place[np.isnan(data.final_value)] = len(place)
         ends = [5 * shown, 2 * shown, shown, -(-shown // 2)]
-        grade = np.sum([place < end for end in ends], axis=0)
+        # False for NaN.
+        grade = np.sum([data.final_place < end for end in ends], axis=0)
         return grade, [0.0, 1.0, 3.0, 7.0, 15.0]
     value = np.nan_to_num(data.user_value)
     levels = np.unique(value)

@@ -1,6 +1,7 @@
 """Which requests of a log are scored whole."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def columns_with(tmp_path, scored, passed=9):
 def test_the_funnel_is_measured_where_nearly_all_candidates_have_scores(
     scored, expected, partly, tmp_path
 ):
-    found = measurable(columns_with(tmp_path, scored))
+    found = measurable(columns_with(tmp_path, scored), (1.0, 2.0, 4.0))
 
     requests = found.requests if found.requests is None else found.requests.tolist()
     assert (requests, found.are_partly_scored) == (expected, partly)
@@ -55,6 +56,18 @@ def test_requests_of_which_all_candidates_were_passed_do_not_count(tmp_path):
     columns = columns_with(tmp_path, (20, 9, 9))
     counts = columns.counts._replace(passed=np.array([20, 9, 9]))
 
-    found = measurable(dataclasses.replace(columns, counts=counts))
+    found = measurable(dataclasses.replace(columns, counts=counts), (1.0, 2.0, 4.0))
 
     assert found == (None, True)
+
+
+def test_a_task_without_value_needs_no_score(tmp_path):
+    columns = columns_with(tmp_path, (20, 20))
+    values = columns.candidates.fields(slice(None), columns.counts.retrieved)
+    assert values["teacher_probability"].shape == (40, 3)
+    values["teacher_probability"][:, 2] = np.nan
+    candidates = SimpleNamespace(fields=lambda *_: values)
+    lacking = dataclasses.replace(columns, candidates=candidates)
+
+    assert measurable(lacking, (1.0, 2.0, 4.0)) == (None, True)
+    assert measurable(lacking, (1.0, 2.0, 0.0)) == (None, False)

@@ -5,8 +5,11 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.rivals import trees
-from kd_ranker.rivals.candidates import places_by
+from kd_ranker.rivals.candidates import in_parts, places_by
 from kd_ranker.rivals.trees import TreeData, fit
+from tests.rivals.some_dataset import open_some
+
+WEIGHTS = (1.0, 2.0, 4.0)
 
 
 def random_data(requests=200, size=40):
@@ -17,8 +20,8 @@ def random_data(requests=200, size=40):
     place = places_by(numbers[:, 0].astype(float), sizes)
     stage = np.select([place < 5, place < 15], [Stage.SHOWN, Stage.PASSED], Stage.RETRIEVED)
     user_value = np.where(place < 3, 2.0, np.where(place < 20, 0.0, np.nan))
-    final_value = np.where(stage >= Stage.PASSED, numbers[:, 0], np.nan)
-    return TreeData(numbers, sizes, stage, user_value, final_value, generator.random(len(place)))
+    final_place = np.where(stage >= Stage.PASSED, place, np.nan)
+    return TreeData(numbers, sizes, stage, user_value, final_place, generator.random(len(place)))
 
 
 @pytest.mark.parametrize("target", ["labels", "stages", "scores"])
@@ -102,8 +105,8 @@ def test_many_levels_of_value_become_few_grades_in_their_order():
 
 def test_grades_by_scores_fall_with_the_place_and_are_0_without_a_score():
     sizes = np.array([12])
-    value = np.array([np.nan, *np.arange(11.0, 0, -1)])
-    data = TreeData(np.zeros((12, 1)), sizes, value, value, value, value)
+    place = np.array([np.nan, *range(11)])
+    data = TreeData(np.zeros((12, 1)), sizes, place, place, place, place)
 
     grade, _ = trees._grades(data, "scores", shown=2)
 
@@ -130,3 +133,17 @@ def test_trees_see_all_wanted_candidates_and_a_bounded_number_of_others_of_a_sta
     assert others[:500].sum() == 100
     assert others[500:700].sum() == 30
     assert chosen[700:].all()
+
+
+def test_the_place_of_a_candidate_is_that_in_its_whole_request(tmp_path):
+    dataset, _ = open_some(tmp_path, train=30)
+
+    data, _ = trees.tree_data(dataset, WEIGHTS, Stage.RETRIEVED, shown=3)
+
+    learning = slice(30 - len(data.sizes), 30)
+    (candidates,) = in_parts(dataset, "train", learning)
+    value = candidates.final_value(WEIGHTS, Stage.RETRIEVED)
+    places = places_by(value, candidates.sizes)[~np.isnan(value)]
+    known = data.final_place[~np.isnan(data.final_place)]
+    # No request has so many candidates that some are left out.
+    np.testing.assert_array_equal(known, places)
