@@ -206,8 +206,10 @@ class Estimates:
     def labels_are_chosen(self) -> bool:
         """True if the funnel of the log chose which candidates have labels.
 
-        False if it showed all candidates of each request, as in public data with a label for each.
+        False if more have labels than it shows, or if it showed all candidates of each request.
         """
+        if self.study.has_labels_beyond_shown:
+            return False
         column = f"shown_recall@{self.study.passed}"
         tested = self.study.tested
         return column not in tested or bool(tested[column].notna().any())
@@ -221,6 +223,8 @@ class Estimates:
         Args:
           settings: a student that learns from the final ranker's scores, then the one before it.
         """
+        if self.study.has_labels_beyond_shown:
+            return ""
         share = self.coverage(settings)
         if self.study.incumbent in settings and not self.study.knows_truth:
             return "candidates that today's early ranker left out have no labels"

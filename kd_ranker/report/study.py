@@ -101,13 +101,22 @@ class Study(NamedTuple):
     def users_measures(self) -> list[str]:
         """The columns that measure the value for users: at `funnel.passed`, then at `TARGET`.
 
-        They are the true value where it is known. Else it is the value of user labels that a funnel
-        keeps of the candidates that the logged funnel passed, which can have labels. Labels cannot
-        compare funnels that pass different numbers, so the second column is left out then.
+        They are the true value where it is known. Where more candidates have labels than are shown,
+        it is the NDCG by labels of the final ranker's list. Else it is the value of user labels
+        that a funnel keeps of the candidates that the logged funnel passed, which can have labels.
+        Labels cannot compare funnels that pass different numbers, so there is no second column.
         """
-        if not self.knows_truth:
-            return [f"covered_user_value@{self.passed}"]
-        return [f"true_value_captured@{self.passed}", "true_value_for_99"]
+        if self.knows_truth:
+            return [f"true_value_captured@{self.passed}", "true_value_for_99"]
+        if self.has_labels_beyond_shown:
+            return [f"served_ndcg@{self.passed}"]
+        return [f"covered_user_value@{self.passed}"]
+
+    @property
+    def has_labels_beyond_shown(self) -> bool:
+        """True if more candidates of a request have labels than the final ranker shows."""
+        column = f"served_ndcg@{self.passed}"
+        return column in self.rows and bool(self.rows[column].notna().any())
 
     @property
     def rivals(self) -> dict[str, bool]:

@@ -178,6 +178,12 @@ STEPS = {
         "ranker makes: 30 with the scores, 40 "
         "without, 50 with today's ranker.",
     ),
+    "a gain by labels of more than the shown items, with little coverage": (
+        students({"none": [400, 400], "shared": [300, 300]}, coverage={"none": 0.1, "shared": 0.1},
+                 **{"served_ndcg@30": {"none": [0.50, 0.525], "shared": [0.60, 0.62]},
+                    "shown_recall@30": {"none": 0.5, "shared": 0.5}}),
+        "By the log's labels, users have more.",
+    ),
     "a few lost scores": (
         [*students(STUDENTS, scored_share={"none": 0.95, "shared": 0.95}), INCUMBENT],
         "320 candidates must pass with them, 420 without, 600 with today's ranker.",
