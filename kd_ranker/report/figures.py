@@ -312,7 +312,7 @@ def _over_k(
         values=[k for k in ticks if ks[0] <= k <= ks[1]], format="d", labelOverlap=True,
     )  # fmt: skip
     values = {"domain": (low, top + 0.05 * (top - low)), "nice": False}
-    y = _axis(alt.Y, f"{measure.replace('_', ' ')} at k", values)
+    y = _axis(alt.Y, f"{title_of(measure)} at k", values)
     base = alt.Chart().encode(color=_color(study, data, "stroke"), x=x("k"))
     tooltip = ["setting:N", "k:Q", alt.Tooltip("mean:Q", format=".4f")]
     layers = [
