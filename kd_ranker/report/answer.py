@@ -230,6 +230,10 @@ def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -
         at_passed, at_target = changes
         return _users_by_truth(study, at_passed, at_target)
     (change,) = changes
+    if study.has_labels_beyond_shown:
+        text = change_text(change, study.config.report.margin)
+        sentence = f"For users, by their labels: {text} if both pass {study.passed}."
+        return _Users(sentence, text.startswith(_UNDECIDED))
     return _users_by_labels(estimates, with_scores, without, change)
 
 
