@@ -290,9 +290,8 @@ def _more_seeds(study: Study) -> str:
     seeds = sorted({*study.rows["seed"].astype(int)})
     more = range(seeds[-1] + 1, seeds[-1] + 1 + _MORE_SEEDS)
     named = ",".join(map(str, [*seeds, *more]))
-    return (
-        f'For three more seeds, add `--config.sweep.seeds="({named})" --config.sweep.extend=True`.'
-    )
+    flags = f'--config.sweep.seeds="({named})" --config.sweep.extend=True'
+    return f"For {_MORE_SEEDS} more seeds, add `{flags}`."
 
 
 def _why_unknown(study: Study) -> str:
@@ -364,11 +363,14 @@ def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:
             of_plain = number(estimates.of(study.plain, measure).mean, 3)
             below_plain.append(f"{found}, mode none {of_plain}")
     if by_chance or below_plain:
-        than = "chance" if by_chance else "a student of mode none"
+        predicts = (
+            "is not shown to predict users better than chance"
+            if by_chance
+            else "predicts users worse than a student of mode none"
+        )
         yield (
-            f"The final ranker is not shown to predict users better than {than} "
-            f"({'; '.join(by_chance or below_plain)}): this is about copying it, not about "
-            "serving users."
+            f"The final ranker {predicts} ({'; '.join(by_chance or below_plain)}): this is about "
+            "copying it, not about serving users."
         )
 
 

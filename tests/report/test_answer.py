@@ -262,7 +262,7 @@ STEPS = {
     ),
     "a final ranker below mode none": (
         under_teachers(0.6, 0.6, 0.6, none=[0.70, 0.71, 0.69]),
-        "better than a student of mode none (AUC watch 0.600, mode none 0.700): this",
+        "predicts users worse than a student of mode none (AUC watch 0.600, mode none 0.700): this",
     ),
     "repeats of teachers": (under_teachers(0.8, 0.8, 0.8, none=0.7), "the repeats have 3 teachers"),
     "labels of a gain": (
