@@ -95,23 +95,21 @@ def list_sums(
         weights: Float[Array, "m"],
     ) -> Float[Array, "N"]:
         known = mask & ~jnp.isnan(of_teacher)
-        by_teacher = ascending(jnp.where(known, -of_teacher, jnp.inf))
-        place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
+        by_teacher, place = _teacher_order(of_teacher, known)
         # Place N is an empty slot.
         number_at = jnp.append(jnp.where(known, numbers, 0.0)[by_teacher], 0.0)
         arriving = jnp.where(known, place, place.size)[_student_order(value, mask)]
 
-        # Those behind a newcomer move down by a slot.
-        def insert(
-            best: Int[Array, "m"], newcomer: Int[Array, ""]
+        def pass_one(
+            slots: Int[Array, "m"], newcomer: Int[Array, ""]
         ) -> tuple[Int[Array, "m"], Float[Array, ""]]:
-            above = jnp.concatenate([jnp.full(1, -1, best.dtype), best[:-1]])
-            best = jnp.minimum(best, jnp.maximum(newcomer, above))
-            return best, jnp.sum(number_at[best] * weights)
+            slots = _with_newcomer(slots, newcomer)
+            return slots, jnp.sum(number_at[slots] * weights)
 
         empty = jnp.full(weights.size, place.size, place.dtype)
+        _, sums = lax.scan(pass_one, empty, arriving)
         diverged = jnp.any(known & jnp.isnan(value))
-        return jnp.where(diverged, jnp.nan, lax.scan(insert, empty, arriving)[1])
+        return jnp.where(diverged, jnp.nan, sums)
 
     return jax.vmap(of_request)(student_value, teacher_value, candidate_mask, numbers, slot_weights)
 
@@ -139,11 +137,25 @@ def share_of_pairs(
     """
     order = jax.vmap(_student_order)(student_value, candidate_mask)
     is_chosen = jnp.take_along_axis(chosen, order, axis=1)
-    others = candidate_mask.sum(axis=1) - chosen.sum(axis=1)
+    num_chosen = chosen.sum(axis=1)
+    num_others = candidate_mask.sum(axis=1) - num_chosen
+    # Padding comes last, so that it is before no chosen candidate.
     others_before = jnp.cumsum(~is_chosen, axis=1)
-    late = jnp.sum(others_before / jnp.maximum(others, 1)[:, None], axis=1, where=is_chosen)
-    share = 1 - late / jnp.maximum(chosen.sum(axis=1), 1)
-    return jnp.where((others > 0) & chosen.any(axis=1), share, jnp.nan)
+    wrong_pairs = jnp.sum(others_before, axis=1, where=is_chosen)
+    pairs = num_chosen * num_others
+    return jnp.where(pairs > 0, 1 - wrong_pairs / jnp.maximum(pairs, 1), jnp.nan)
+
+
+def _teacher_order(
+    teacher_value: Float[Array, "N"], known: Bool[Array, "N"]
+) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """The candidates in the teacher's order, its favorite first, and the place of each in it.
+
+    Those that it does not know come last.
+    """
+    by_teacher = ascending(jnp.where(known, -teacher_value, jnp.inf))
+    place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
+    return by_teacher, place
 
 
 def _student_order(
@@ -184,10 +196,9 @@ def _of_request(
     of_shown: _Numbers,
 ) -> FunnelCurves:
     known = candidate_mask & ~jnp.isnan(teacher_value)
-    # The teacher's order: place 0 is its favourite. Those that it cannot choose come last, and are
-    # worth 0 below, so that whether one of them fills an empty slot makes no difference.
-    by_teacher = ascending(jnp.where(known, -teacher_value, jnp.inf))
-    place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
+    # Those that the teacher cannot choose are worth 0 below, so that whether one of them fills an
+    # empty slot makes no difference.
+    by_teacher, place = _teacher_order(teacher_value, known)
     by_student = _student_order(student_value, candidate_mask)
     arriving = place[by_student]  # places in the teacher's order, as the student lets them pass
     leaving = _leaving_places(arriving, shown)
@@ -222,14 +233,22 @@ def _of_request(
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
     """The place that each newcomer evicts from the top m, maybe its own; N while there is room."""
 
-    # Slot i of the sorted top keeps its place unless the newcomer's is smaller; then it takes the
-    # larger of the newcomer's place and that of slot i - 1.
-    def insert(
-        best: Int[Array, "m"], newcomer: Int[Array, ""]
+    def pass_one(
+        slots: Int[Array, "m"], newcomer: Int[Array, ""]
     ) -> tuple[Int[Array, "m"], Int[Array, ""]]:
-        before = jnp.concatenate([jnp.full(1, -1, best.dtype), best[:-1]])
-        leaves = jnp.maximum(best[-1], newcomer)
-        return jnp.minimum(best, jnp.maximum(newcomer, before)), leaves
+        leaves = jnp.maximum(slots[-1], newcomer)
+        return _with_newcomer(slots, newcomer), leaves
 
     empty = jnp.full(shown, arriving.size, arriving.dtype)
-    return lax.scan(insert, empty, arriving)[1]
+    _, leaving = lax.scan(pass_one, empty, arriving)
+    return leaving
+
+
+def _with_newcomer(slots: Int[Array, "m"], newcomer: Int[Array, ""]) -> Int[Array, "m"]:
+    """Insert a place into the sorted best m; the last one, or the newcomer itself, drops out.
+
+    A slot keeps its place unless the newcomer's is smaller; then it takes the larger of the
+    newcomer's place and that of the slot before.
+    """
+    before = jnp.concatenate([jnp.full(1, -1, slots.dtype), slots[:-1]])
+    return jnp.minimum(slots, jnp.maximum(newcomer, before))

@@ -198,14 +198,14 @@ def _of_served_lists(ranked: Ranked) -> Sums:
 def _of_partly_scored(ranked: Ranked) -> Sums:
     """The sums for requests of which the log has the scores of some candidates only."""
     mask, teacher_value = ranked.mask, ranked.teacher_value
-    known = (mask & ranked.teacher_knows).sum(axis=1)
-    slot_weights = funnel.slots_of_part(ranked.sizes.shown, known, mask.sum(axis=1))
+    num_scored = (mask & ranked.teacher_knows).sum(axis=1)
+    slot_weights = funnel.slots_of_part(ranked.sizes.shown, num_scored, mask.sum(axis=1))
     captured = funnel.list_sums(ranked.value, teacher_value, mask, teacher_value, slot_weights)
-    pairs = funnel.share_of_pairs(ranked.value, ranked.mask, ranked.was_passed)
+    passed_auc = funnel.share_of_pairs(ranked.value, mask, ranked.was_passed)
     return {
         "value_if_alike": captured,
-        "passed_auc": jnp.nan_to_num(pairs),
-        "passed_auc_requests": ~jnp.isnan(pairs),
+        "passed_auc": jnp.nan_to_num(passed_auc),
+        "passed_auc_requests": ~jnp.isnan(passed_auc),
     }
 
 
@@ -292,7 +292,7 @@ def _alignment(distance: str) -> Ends:
 
 
 def _if_summed(name: str, ends: Ends, like: str = "value_captured") -> Ends:
-    """The same if the requests have this sum; else NaN, in the shape of another sum."""
+    """The same ends where the sum `name` was measured; else NaN, in the shape of the sum `like`."""
 
     def or_nothing(sums: Sums, teacher: Sums) -> Any:
         if name in sums:
@@ -318,6 +318,7 @@ _loss = functools.partial(
 )
 _gain = functools.partial(Metric, better="higher", per=("k",))
 _at_passed_for = functools.partial(Metric, per=("target",))
+_candidates_for = functools.partial(Metric, per=("target",), digits=0, better="lower")
 # Small for a student that predicts users well as for one that strays: neither way is better.
 _aligned = functools.partial(
     Metric, digits=3, probabilities_of=("ranker", "teacher"), of_teacher=False
@@ -503,30 +504,24 @@ METRICS: dict[str, Metric] = {
             better="higher",
             ends=_ratio("teacher_tau", "teacher_tau_requests"),
         ),
-        _at_passed_for(
+        _candidates_for(
             name="passed_for",
             formula="the smallest k with `value_captured@k` at or above this percentage",
-            digits=0,
-            better="lower",
             ends=_captured("value_captured"),
         ),
-        _at_passed_for(
+        _candidates_for(
             name="passed_for_alike",
             formula="the same if the candidates without a score are like those with one, and not "
             "worth nothing: of s scored among n retrieved, the teacher shows m · s / n; empty "
             "unless the log lacks the scores of many candidates",
             title="passed if alike",
-            digits=0,
-            better="lower",
             ends=_if_summed("value_if_alike", _captured("value_if_alike")),
         ),
-        _at_passed_for(
+        _candidates_for(
             name="passed_for_users",
             formula="the smallest k with `served_ndcg@k` at or above this percentage of that of "
             "all retrieved",
             title="passed for users'",
-            digits=0,
-            better="lower",
             ends=_if_summed("served_ndcg", _captured("served_ndcg")),
         ),
         Metric(

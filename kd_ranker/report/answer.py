@@ -13,7 +13,6 @@ from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import LISTS
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.saving import CRITERION
-from kd_ranker.evaluation.whole import Bounds
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Pair, Study
@@ -27,6 +26,7 @@ _WHOLE_ONE_IN, _WHOLE_WIDTH = 200, 0.1
 _MORE_SEEDS = 3
 _TARGET = f"{100 * TARGET:g}%"
 _UNDECIDED = "undecided"
+_UNKNOWN_NUMBER = "an unknown number of"
 _FOR_USERS = f"passed_for_users_{100 * TARGET:g}"
 
 
@@ -119,7 +119,7 @@ def _percent(share: float, digits: int) -> str:
 
 
 def _count(candidates: float) -> str:
-    return number(candidates, 0) or "an unknown number of"
+    return number(candidates, 0) or _UNKNOWN_NUMBER
 
 
 class _Saving:
@@ -174,6 +174,7 @@ class _Saving:
         )
 
     def _verdict_if_worthless(self) -> str:
+        """Return the same in fewer words, since the assumption comes before it."""
         mean, low, high = percents(self.interval)
         if not low:
             return f"the saving is {mean}% of the funnel's {self._unit}, without an interval."
@@ -209,8 +210,7 @@ class _Saving:
         return f"{sentence}, {today}{best}."
 
     def _passed(self, setting: str) -> str:
-        low, high = self._estimates.passed_bounds(setting)
-        return bounds_text(Bounds(low, high)) or "an unknown number of"
+        return bounds_text(self._estimates.passed_bounds(setting)) or _UNKNOWN_NUMBER
 
 
 class _Users(NamedTuple):
