@@ -206,10 +206,8 @@ class Estimates:
     def labels_are_chosen(self) -> bool:
         """True if the funnel of the log chose which candidates have labels.
 
-        False if more have labels than it shows, or if it showed all candidates of each request.
+        False if it showed all candidates of each request, as in public data with a label for each.
         """
-        if self.study.has_labels_beyond_shown:
-            return False
         column = f"shown_recall@{self.study.passed}"
         tested = self.study.tested
         return column not in tested or bool(tested[column].notna().any())
@@ -223,6 +221,7 @@ class Estimates:
         Args:
           settings: a student that learns from the final ranker's scores, then the one before it.
         """
+        # The final ranker did not choose these labels, and any candidate may have one.
         if self.study.has_labels_beyond_shown:
             return ""
         share = self.coverage(settings)

@@ -309,6 +309,19 @@ def test_labels_of_chosen_items_show_a_loss_and_no_gain(
     assert reason in found
 
 
+def test_labels_beyond_the_shown_items_show_gains_whatever_the_coverage(tmp_path):
+    rows = [
+        {"mode": mode, "seed": seed, "coverage": 0.1, "shown_recall@30": 0.5,
+         "served_ndcg@30": ndcg}
+        for mode, ndcg in (("none", 0.80), ("shared", 0.85))
+        for seed in range(3)
+    ]  # fmt: skip
+
+    estimates = estimates_of(sweeps.write_rows(tmp_path / "study", rows))
+
+    assert estimates.why_unlabelled(PAIR) == ""
+
+
 def test_requests_for_a_width_follow_from_the_spread_over_draws_of_the_requests(made):
     counts = request_counts(REQUESTS, estimates.DRAWS)
     means = [np.mean([passed(EACH["none", seed], times) for seed in SEEDS]) for times in counts[1:]]
