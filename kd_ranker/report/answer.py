@@ -70,7 +70,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     if without == study.incumbent:
         settings["without"] += ", today's early ranker"
     notes = [
-        *_scored_part(estimates, with_scores),
+        *_scored_part(study, estimates, with_scores),
         *_doubts(study, estimates),
         *_simple_orders(estimates, with_scores),
         *_needed_by_users(study, estimates, Pair(with_scores, without)),
@@ -319,7 +319,7 @@ def _scored_share(estimates: Estimates, student: str) -> float:
     return 1.0 if math.isnan(share) or share > 1 - 1e-6 else share
 
 
-def _scored_part(estimates: Estimates, student: str) -> Iterator[str]:
+def _scored_part(study: Study, estimates: Estimates, student: str) -> Iterator[str]:
     """Yield notes on counts and bounds if the final ranker scored a part of the candidates."""
     share = _scored_share(estimates, student)
     measured = estimates.of(student, "measured_requests").mean
@@ -341,13 +341,24 @@ def _scored_part(estimates: Estimates, student: str) -> Iterator[str]:
         )
         needed = estimates.requests_for(student, CRITERION, _WHOLE_WIDTH)
         if needed > 0:
-            whole = _two_digits(needed)
-            of_all = _two_digits(needed * _WHOLE_ONE_IN)
+            of_all = needed * _WHOLE_ONE_IN
+            days = of_all / study.requests_a_day
+            spent = "" if math.isnan(days) else f", {_days(days)} at the rate of this log"
             yield (
                 "To count exactly, let the final ranker score all candidates of 1 request in "
-                f"{_WHOLE_ONE_IN}. About {whole} such requests give the count to "
-                f"±{100 * _WHOLE_WIDTH:g}%: those of {of_all} requests."
+                f"{_WHOLE_ONE_IN}. About {_two_digits(needed)} such requests give the count to "
+                f"±{100 * _WHOLE_WIDTH:g}%: those of {_two_digits(of_all)} requests{spent}."
             )
+
+
+def _days(days: float) -> str:
+    """Return a number of days to two digits, and at least one.
+
+    >>> _days(0.2), _days(1234.0)
+    ('1 day', '1,200 days')
+    """
+    number_of_days = max(1, math.ceil(days)) if days < 10 else days
+    return f"{_two_digits(number_of_days)} {'day' if number_of_days == 1 else 'days'}"
 
 
 def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:

@@ -16,7 +16,7 @@ from kd_ranker.evaluation.metrics import METRICS
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.report.intervals import Interval, interval
-from kd_ranker.sources.logs.data_report import read_data_report
+from kd_ranker.sources.logs.data_report import read_data_report, requests_a_day
 from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training import workdir as workdirs
 
@@ -59,6 +59,7 @@ class Study(NamedTuple):
     frozen: pd.DataFrame  # of members with a loss that stopped being finite
     varying: list[str]  # columns of a setting that differ, without mode, serving choice and weight
     allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
+    requests_a_day: float  # of the user's log; NaN without times
     configs: dict[str, ConfigDict]  # by the folder of each sweep
     environments: dict[str, Environment]  # the same
     # Of each sweep's number and cohort, what each test request adds to the measures of its rankers.
@@ -256,7 +257,7 @@ def _study(dataset: str, folders: list[Path]) -> Study:
     against = saving.baselines(ranked[is_compared])
     ranked = saving.with_savings(ranked, against)
     healthy, references = (ranked[ranked["role"] == of] for of in ("student", "reference"))
-    reports = filter(None, map(read_data_report, folders))
+    reports = [report for report in map(read_data_report, folders) if report]
     faults = (of for report in reports for of in report["allowed"])
     return Study(
         dataset=dataset,
@@ -273,6 +274,7 @@ def _study(dataset: str, folders: list[Path]) -> Study:
         frozen=students[~is_healthy].drop_duplicates(["source", "member"]),
         varying=results.varying_columns(students),
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
+        requests_a_day=requests_a_day(reports[0]) if reports else float("nan"),
         configs=configs,
         environments={str(folder): _environment(folder) for folder in folders},
         kept=[

@@ -315,6 +315,28 @@ def test_scores_of_all_candidates_need_no_note(tmp_path):
     assert "at least" not in given.sentence
 
 
+@pytest.mark.parametrize(
+    ("requests_a_day", "spent"),
+    [
+        (30_000.0, ", 2 days at the rate of this log"),
+        (1e9, ", 1 day at the rate of this log"),
+        (20.0, ", 3,000 days at the rate of this log"),
+        (float("nan"), ""),
+    ],
+)
+def test_requests_to_score_whole_are_counted_in_days_too(
+    tmp_path, monkeypatch, requests_a_day, spent
+):
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *partly_scored(passed_auc=0.6)])
+    monkeypatch.setattr(Estimates, "requests_for", lambda *_: 300.0)
+    study = study._replace(requests_a_day=requests_a_day)
+    notes = answer(study, Estimates(study)).notes
+    # 1 in 200 is whole.
+    assert f"About 300 such requests give the count to ±10%: those of 60,000 requests{spent}." in (
+        " ".join(notes)
+    )
+
+
 def test_a_list_is_named_as_one(tmp_path):
     rows = [*students(STUDENTS, flops={"shared": 0.2}), reference_row("show_rate", 390)]
     given = of_rows(tmp_path, rows)

@@ -398,3 +398,14 @@ def read_data_report(folder: Path) -> Report | None:
         raise UserError(
             f"{path} is damaged ({error}); make the dataset again, or copy it from there"
         ) from error
+
+
+def requests_a_day(report: Report) -> float:
+    """Return how many requests a day a log holds, from its first to its last; NaN without times."""
+    splits = report.get("splits", {}).values()
+    first, last = (
+        np.array([split[end] for split in splits], "datetime64[s]") for end in ("first", "last")
+    )
+    span = (last.max() - first.min()) / np.timedelta64(1, "D") if len(first) else 0.0
+    # The span is NaN if a split has no times.
+    return sum(split["requests"] for split in splits) / span if span > 0 else float("nan")
