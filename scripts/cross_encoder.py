@@ -191,9 +191,14 @@ def scores_of(
     texts: Texts,
     films: Mapping[int, Int[np.ndarray, "n"]],
 ) -> dict[int, Float32[np.ndarray, "n"]]:
-    """Return the scores of the films of each query; a file keeps those of each query."""
+    """Return the scores of the films of each query; a file keeps those of each query.
+
+    Files of other weights, texts or candidates are not read: the folder is named by their digest.
+    """
     compiled = jax.jit(score)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((texts.queries, texts.films)).encode())
+    for query in films:
+        digest.update(repr((query, films[query].tolist())).encode())
     for leaf in jax.tree.leaves(parameters):
         digest.update(np.asarray(leaf).tobytes())
     folder = path / digest.hexdigest()[:12]
