@@ -13,7 +13,8 @@ For each pair of rankers with different shares of the errors, and for `funnel.pa
 it, take the difference in true value if its 95% interval over requests excludes 0, and that of each
 estimate from labels, for the ranker that agrees more. Print a Markdown table by world and estimate:
 pairs, gains and losses by the estimate whose interval excludes 0, and how many of these have the
-wrong sign.
+wrong sign. No log has the last estimate, the truth of the candidates that it passed. It shows what
+no estimate from labels of these candidates can know.
 """
 
 import argparse
@@ -61,9 +62,10 @@ class Values(NamedTuple):
     true: Float[np.ndarray, "N K"]  # by the truth, of all retrieved
     covered: Float[np.ndarray, "N K"]  # by the labels, of the candidates that the log passed
     ips: Float[np.ndarray, "N K"]  # the same, each label over its propensity
+    covered_truth: Float[np.ndarray, "N K"]  # the same funnel, by the truth
 
 
-ESTIMATES = ("covered", "ips")
+ESTIMATES = ("covered", "ips", "covered_truth")
 
 
 def main() -> None:
@@ -120,7 +122,7 @@ def _values(
     funnel = config.funnel
     ks = [*(round(share * funnel.passed) for share in PASSED), funnel.retrieved]
     item_noise = rng.standard_normal((config.data.num_items, len(cascade.TASKS)))
-    true, covered, ips = np.zeros((3, len(requests), len(ks)))
+    true, covered, ips, covered_truth = np.zeros((4, len(requests), len(ks)))
     for place, request in enumerate(requests):
         logits, of_teacher = logit(request.true_probability), logit(request.teacher_probability)
         candidate_noise = rng.standard_normal(logits.shape)
@@ -150,7 +152,8 @@ def _values(
             covered[place, column] = weight @ user_value[shown]
             by_propensity = user_value[shown] / request.propensity[shown]
             ips[place, column] = weight @ np.nan_to_num(by_propensity)
-    return Values(true, covered, ips)
+            covered_truth[place, column] = weight @ true_value[shown]
+    return Values(true, covered, ips, covered_truth)
 
 
 def _shown(

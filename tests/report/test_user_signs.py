@@ -46,4 +46,5 @@ def test_rankers_that_differ_only_by_chance_are_no_sure_pairs(monkeypatch, capsy
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| 0.0 | covered | 0 | 0 | 0 | 0 | 0 |",
         "| 0.0 | ips | 0 | 0 | 0 | 0 | 0 |",
+        "| 0.0 | covered_truth | 0 | 0 | 0 | 0 | 0 |",
     ]
