@@ -1,42 +1,48 @@
 """Map in which worlds the final ranker's scores are worth it.
 
     python scripts/score_map.py --workdir=runs/map
-    python scripts/score_map.py --workdir=runs/map --worlds=unseen
+    python scripts/score_map.py --workdir=runs/map --worlds=map,unseen --figure=map.svg \\
+        "--more=film search=runs/filmsearch/sweep"
 
 The worlds are small cascades. One thing differs from the center at a time: how much cheap features
 express of the final ranker's order (`data.hint`), how much users differ (`data.taste`), and how
 many labels there are (`data.train_requests`). The corners differ in two things. The unseen worlds
-are drawn at random.
+are drawn at random. `--more` adds a finished sweep of other data.
 
-In each world and for each data seed, students of all ways and trees are tuned on validation. The
-table has, as means over the data seeds with 95% intervals of Student's t: `kept`, the share of the
-final ranker's own top that is passed by trees on cheap features that learned its order; the
-candidates to pass for 99% of its value, by the best ranker without its scores and by the best with
-them; and the share that the scores save, of all rankers, of students, and of trees.
+In each world and for each data seed, students of all methods and trees are tuned on validation. The
+table has the mean over the data seeds, with 95% intervals of Student's t. The first two columns are
+what an owner of a log can measure in seconds, without a student: the share of the final ranker's
+own top that survives if the best trees on cheap features pass `funnel.passed` candidates, with its
+order as their labels; and the most that survives with any other cheap ranker that needs no scores
+(today's, a list of items, a fusion, trees on user labels or stages). The others are the candidates
+to pass for 99% of the final value, by the best ranker without scores and by the best with them, and
+what the scores save: as a share of the retrieved candidates, and of those to pass, for the best of
+all rankers, of students, and of trees.
 
 Sweeps that are complete are kept, so several processes may share the work by `--seeds`.
 """
 
 import argparse
 import itertools
-from collections.abc import Mapping
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import altair as alt
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker import api
-from kd_ranker.evaluation import results
 from kd_ranker.evaluation.references import NO_RANKERS
-from kd_ranker.evaluation.saving import CRITERION, needs_scores
+from kd_ranker.evaluation.saving import CRITERION, of_split
 from kd_ranker.main import read_config
+from kd_ranker.report.figures import Chart
 from kd_ranker.report.intervals import Interval, interval
+from kd_ranker.report.study import Pair, Study, read_studies
 
 CONFIG = "configs/sweeps/cascade.py:worlds"
 CENTER = {"hint": 0.0, "taste": 1.0, "train_requests": 4000}
-KINDS = ("all", "students", "trees")
 
 
 class World(NamedTuple):
@@ -47,9 +53,39 @@ class World(NamedTuple):
     train_requests: int
 
     @property
-    def name(self) -> str:
+    def folder(self) -> str:
         """The name of its folder."""
         return f"hint{self.hint:g}-taste{self.taste:g}-requests{self.train_requests}"
+
+    @property
+    def title(self) -> str:
+        """Its name in the table."""
+        return f"hint {self.hint:g}, taste {self.taste:g}, {self.train_requests:,} requests"
+
+
+class Measured(NamedTuple):
+    """What one sweep shows; shares are in [0, 1]."""
+
+    kept: float  # by the best trees on the final ranker's order
+    kept_by_others: float  # by the best other cheap ranker, which needs no scores
+    without: float  # candidates to pass
+    with_scores: float
+    of_retrieved: float  # share that the scores save
+    all: float
+    students: float
+    trees: float
+
+
+TITLES = {
+    "kept": "kept by trees on its order",
+    "kept_by_others": "kept by other cheap rankers",
+    "without": "without",
+    "with_scores": "with",
+    "of_retrieved": "saved of the retrieved",
+    "all": "saved",
+    "students": "by students",
+    "trees": "by trees",
+}
 
 
 def worlds_of(which: str) -> list[World]:
@@ -86,71 +122,141 @@ def world_config(world: World, seed: int) -> ConfigDict:
     return config
 
 
-def measured(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Run the sweep of a world unless it is complete, and return the row of one data seed."""
-    api.prepare(config)
-    api.sweep(config, workdir)
-    rows = results.read_csv(workdir / results.FILE)
-    rows = rows[~rows["member"].isin([results.TEACHER, *NO_RANKERS])]
-    rows = rows.assign(
-        with_scores=needs_scores(rows),
-        trees=rows["member"].str.startswith("trees"),
-        student=rows["role"] == "student",
+def measured(folder: Path) -> Measured:
+    """Return the numbers of a finished sweep."""
+    (study,) = read_studies([folder])
+    rows = pd.concat([study.rows, study.references])
+    rows = rows[~rows["setting"].isin(NO_RANKERS)]
+    # Settings that validation did not choose are not measured on test.
+    rows = rows[rows["setting"].isin(of_split(rows, "test")["setting"])]
+    kept = f"survival@{study.passed}"
+    means = rows.groupby(["split", "setting"])[[CRITERION, kept]].mean()
+    validation, test = means.loc["validation"], means.loc["test"]
+    first = rows.groupby("setting").first()
+    needs_scores = first["needs_scores"].astype(bool)
+    is_student = first["role"] == "student"
+    is_trees = first.index.to_series().str.startswith("trees")
+
+    def best(is_allowed: pd.Series) -> Pair:
+        chosen = (
+            str(validation.loc[is_allowed & of_kind, CRITERION].idxmin())
+            for of_kind in (needs_scores, ~needs_scores)
+        )
+        return Pair(*chosen)
+
+    def passed(setting: str) -> float:
+        return float(test[CRITERION][setting])
+
+    def saved(pair: Pair) -> float:
+        return 1 - passed(pair.with_scores) / passed(pair.without)
+
+    of_all, of_trees = best(pd.Series(True, needs_scores.index)), best(is_trees)
+    without, with_scores = passed(of_all.without), passed(of_all.with_scores)
+    return Measured(
+        kept=float(validation[kept][of_trees.with_scores]),
+        kept_by_others=float(validation.loc[~needs_scores & ~is_student, kept].max()),
+        without=without,
+        with_scores=with_scores,
+        of_retrieved=(without - with_scores) / _retrieved(study),
+        all=saved(of_all),
+        students=saved(best(is_student)),
+        trees=saved(of_trees),
     )
-    validation, test = (
-        rows[rows["split"] == split].set_index(["member", "serve"])
-        for split in ("validation", "test")
-    )
-    # The others were not chosen on validation.
-    validation = validation[validation.index.isin(test.index)]
-
-    def best(pool: pd.Series) -> pd.Series:
-        return test.loc[validation.loc[pool, CRITERION].idxmin()]
-
-    scored, trees, student = (validation[name] for name in ("with_scores", "trees", "student"))
-    found = {"kept": best(trees & scored)[f"survival@{config.funnel.passed}"]}
-    for kind, pool in zip(KINDS, (scored | ~scored, student, trees), strict=True):
-        with_scores, without = (best(pool & of)[CRITERION] for of in (scored, ~scored))
-        found[f"saved {kind}"] = 1 - with_scores / without
-        if kind == "all":
-            found |= {"without": without, "with": with_scores}
-    return {name: float(number) for name, number in found.items()}
 
 
-def table(worlds: Mapping[World, pd.DataFrame]) -> str:
-    """Return a Markdown table of a row per world."""
-    columns = ["kept", "without", "with", *(f"saved {kind}" for kind in KINDS)]
-    lines = [f"| {' | '.join([*World._fields, *columns])} |", "|---" * (3 + len(columns)) + "|"]
-    for world, seeds in worlds.items():
-        numbers = [text(name, interval(seeds[name].to_numpy())) for name in columns]
-        lines.append(f"| {' | '.join(map(str, [*world, *numbers]))} |")
+def _retrieved(study: Study) -> float:
+    """The mean number of candidates of a test request."""
+    return float(study.tested["candidates"].mean())
+
+
+def table(points: pd.DataFrame) -> str:
+    """Return a Markdown table of a row per world; see `intervals_of` for the points."""
+    lines = [f"| world | {' | '.join(TITLES.values())} |", "|---" * (1 + len(TITLES)) + "|"]
+    for title, row in points.iterrows():
+        cells = [_text(column, row[column]) for column in TITLES]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def text(column: str, mean: Interval) -> str:
-    """Return a mean, in percent with its interval if it is a share."""
-    if column in ("with", "without"):
+def _text(column: str, mean: Interval) -> str:
+    if column in ("with_scores", "without"):
         return f"{mean.mean:.0f}"
-    if np.isnan(mean.low):
-        return f"{mean.mean:.0%}"
-    return f"{mean.mean:.0%} ({mean.low:.0%} to {mean.high:.0%})"
+    digits = 1 if column in ("kept", "kept_by_others", "of_retrieved") else 0
+    text = f"{mean.mean:.{digits}%}"
+    is_saving = column not in ("kept", "kept_by_others")
+    if is_saving and not np.isnan(mean.low):
+        text += f" ({mean.low:.{digits}%} to {mean.high:.{digits}%})"
+    return text
+
+
+def chart(points: pd.DataFrame) -> Chart:
+    """Return what the scores save, of the retrieved candidates, over what trees keep."""
+    data = [
+        {"kept": row["kept"].mean, "kind": row["kind"], "title": title}
+        | dict(zip(("saved", "low", "high"), row["of_retrieved"][:3], strict=True))
+        for title, row in points.iterrows()
+    ]
+    base = alt.Chart(
+        alt.InlineData(values=json.loads(pd.DataFrame(data).to_json(orient="records")))
+    )
+    base = base.encode(
+        x=alt.X(
+            "kept:Q",
+            title="share of the final ranker's top kept by trees on its order",
+            scale=alt.Scale(domain=(0.3, 1.0)),
+            axis=alt.Axis(format="%"),
+        ),
+        color=alt.Color("kind:N", title=None, legend=alt.Legend(orient="top")),
+    )
+    zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[6, 5])
+    saved = "share of the retrieved candidates that the scores save"
+    y = alt.Y("saved:Q", title=saved, axis=alt.Axis(format="%"))
+    return alt.layer(
+        zero.encode(y="zero:Q"),
+        base.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title=saved), y2="high:Q"),
+        base.mark_point(filled=True, size=60, opacity=1).encode(y=y, tooltip="title:N"),
+        base.transform_filter("datum.kind === 'other data'")
+        .mark_text(align="right", dx=-7, dy=-7, fontSize=10)
+        .encode(y=y, text="title:N"),
+    ).properties(width=460, height=300)
 
 
 def main() -> None:
-    """Runs what is missing, and prints the table."""
+    """Runs what is missing, prints the table, and draws the map."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--worlds", choices=("map", "unseen"), default="map")
+    parser.add_argument("--worlds", default="map", help="map, unseen, or both")
     parser.add_argument("--seeds", default="0,1,2,3", help="values of data.seed")
+    parser.add_argument("--more", action="append", default=[], help="NAME=FOLDER of a sweep")
+    parser.add_argument("--figure", help="the file of the map, .svg or .png")
     flags = parser.parse_args()
     seeds = [int(seed) for seed in flags.seeds.split(",")]
-    worlds = worlds_of(flags.worlds)
-    rows: dict[World, list[dict[str, float]]] = {world: [] for world in worlds}
-    for seed, world in itertools.product(seeds, worlds):
-        config = world_config(world, seed)
-        config.data.dir = str(flags.workdir / "datasets")
-        rows[world].append(measured(config, flags.workdir / world.name / f"seed{seed}"))
-    print(table({world: pd.DataFrame(of) for world, of in rows.items()}))
+    rows: dict[str, dict[str, Any]] = {}
+    for which in flags.worlds.split(","):
+        worlds = worlds_of(which)
+        found: dict[World, list[Measured]] = {world: [] for world in worlds}
+        for seed, world in itertools.product(seeds, worlds):
+            config = world_config(world, seed)
+            config.data.dir = str(flags.workdir / "datasets")
+            folder = flags.workdir / world.folder / f"seed{seed}"
+            api.prepare(config)
+            api.sweep(config, folder)
+            found[world].append(measured(folder))
+        for world, of_seeds in found.items():
+            rows[world.title] = _intervals(of_seeds) | {"kind": f"worlds of the {which}"}
+    for more in flags.more:
+        name, _, folder = more.partition("=")
+        rows[name] = _intervals([measured(Path(folder))]) | {"kind": "other data"}
+    points = pd.DataFrame.from_dict(rows, orient="index")
+    print(table(points))
+    if flags.figure:
+        chart(points).save(flags.figure)
+
+
+def _intervals(of_seeds: list[Measured]) -> dict[str, Interval]:
+    """The mean of each number over the data seeds, with its interval."""
+    numbers = pd.DataFrame(of_seeds)
+    return {column: interval(numbers[column].to_numpy()) for column in Measured._fields}
 
 
 if __name__ == "__main__":
