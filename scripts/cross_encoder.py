@@ -10,10 +10,12 @@ labels" are LambdaMART on training queries of the log, without any score of a fi
 
 Then it scores the first 500 candidates of some validation and test queries. Two final rankers come
 of it: the encoder, and the sum of it and LambdaMART with a weight that validation chooses. Both are
-calibrated to people's labels on validation. Two Markdown tables are printed: nDCG@10 of each ranker
-by people's labels, with the paired difference to LambdaMART; and the candidates that each early
-ranker must pass to keep 99% of the value of each final ranker. Brackets are 95% intervals over
-queries.
+calibrated to people's labels on validation. Four Markdown tables are printed: nDCG@10 of each
+ranker by people's labels, with the paired difference to LambdaMART; and for each early and final
+ranker, the candidates to pass for 99% of the final ranker's value; those for 99% of nDCG@10, by
+people's labels, of the list that it makes of the passed; and the share of its own top that survives
+if a tenth is passed. "Trees on its order" learn from the scores of the validation queries. Brackets
+are 95% intervals over queries.
 
 Trained weights and scores are kept in the workdir, and a run that was stopped while it scored goes
 on there. Take another workdir for other data.
@@ -37,6 +39,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from kd_ranker.configs.filmsearch import get_config
+from kd_ranker.rivals import trees as tree_rivals
 from kd_ranker.sources import filmsearch, sentences
 from kd_ranker.sources.filmsearch import FEATURES, RANKER, Candidates, Collection
 
@@ -307,6 +310,7 @@ def main() -> None:
 class Scored(NamedTuple):
     """The first candidates of a query by BM25, with the scores of all rankers."""
 
+    features: Float32[np.ndarray, "n F"]
     label: Int[np.ndarray, "n"]
     bm25: Float[np.ndarray, "n"]
     cosine: Float[np.ndarray, "n"]
@@ -320,6 +324,7 @@ class Scored(NamedTuple):
         features = found.features[:CANDIDATES]
         columns = dict(zip(FEATURES, features.T, strict=True))
         return cls(
+            features,
             found.label[:CANDIDATES],
             columns["bm25"],
             columns["minilm"],
@@ -366,21 +371,96 @@ def report(validation: Sequence[Scored], test: Sequence[Scored], shown: int) -> 
     ):
         print(f"| {name} | {mean:.3f} | {difference:+.3f} ± {width:.3f} |")
     finals = ("LambdaMART", "encoder", "LambdaMART + encoder")
-    print(f"\n| early ranker | {' | '.join(f'for 99% of {name}' for name in finals)} |")
-    print("|---" * (len(finals) + 1) + "|")
+    early = [*names[:5], "trees on its order"]
+    tables: dict[str, dict[str, list[str]]] = {
+        title: {name: [] for name in early}
+        for title in ("for 99% of", "for people's 99% under", "kept of")
+    }
     at = draws(len(test))
-    values = {name: _calibrated(name, validation, test, blend) for name in finals}
-    for early in names[:5]:
-        cells = []
-        for final in finals:
-            curves = np.array([
-                value_curve(order[early], value, shown)
-                for order, value in zip(orders, values[final], strict=True)
+    for final in finals:
+        learned = _trees_on_order(validation, [of.orders(blend)[final] for of in validation], shown)
+        values = _calibrated(final, validation, test, blend)
+        learned_scores = [np.asarray(learned.predict(of.features)) for of in test]
+        by_people = [ndcg(score, of.label) for score, of in zip(learned_scores, test, strict=True)]
+        print(f"\nnDCG@10 of trees on the order of {final}: {np.nanmean(by_people):.3f}")
+        for name in early:
+            scores = learned_scores if name == early[-1] else [order[name] for order in orders]
+            curves = np.array([*map(value_curve, scores, values, [shown] * len(test))])
+            of_people = np.array([
+                people_curve(score, value, of.label)
+                for score, value, of in zip(scores, values, test, strict=True)
             ])  # fmt: skip
-            drawn = [passed_for_99(curves[places]) for places in at]
-            low, high = np.quantile(drawn, [0.025, 0.975])
-            cells.append(f"{passed_for_99(curves)} ({low:.0f} to {high:.0f})")
-        print(f"| {early} | {' | '.join(cells)} |")
+            of_people = of_people[~np.isnan(of_people).any(axis=1)]
+            survivals = [*map(survival, scores, values, [shown] * len(test))]
+            cells = (
+                _needed(curves, at),
+                _needed(of_people, draws(len(of_people))),
+                f"{np.mean(survivals):.1%}",
+            )
+            for table, cell in zip(tables.values(), cells, strict=True):
+                table[name].append(cell)
+    for title, table in tables.items():
+        print(f"\n| early ranker | {' | '.join(f'{title} {name}' for name in finals)} |")
+        print("|---" * (len(finals) + 1) + "|")
+        for name, row in table.items():
+            print(f"| {name} | {' | '.join(row)} |")
+
+
+def _needed(curves: Float[np.ndarray, "queries n"], at: Int[np.ndarray, "1000 queries"]) -> str:
+    """The smallest k that keeps 99%, with its interval over the draws `at`."""
+    low, high = np.quantile([passed_for_99(curves[places]) for places in at], [0.025, 0.975])
+    return f"{passed_for_99(curves)} ({low:.0f} to {high:.0f})"
+
+
+def people_curve(
+    early: Float[np.ndarray, "n"], value: Float[np.ndarray, "n"], label: Int[np.ndarray, "n"]
+) -> Float[np.ndarray, "n"]:
+    """Return nDCG@10 by labels of the list that a final ranker makes of the first k, for each k.
+
+    Films without a label are left out of the list. The ideal list is that of all films. NaN without
+    one that is wanted.
+    """
+    place = np.argsort(np.argsort(-early, kind="stable"))
+    order = np.argsort(-value, kind="stable")
+    order = order[label[order] >= 0]
+    discount = 1 / np.log2(2 + np.arange(10))
+    ideal = -np.sort(-label[order])[:10]
+    best = float(ideal @ discount[: len(ideal)])
+    curve = np.full(len(early), np.nan)
+    if best == 0:
+        return curve
+    # The list changes only where a film with a label joins.
+    changes = np.sort(place[order])
+    curve[: changes[0]] = 0.0
+    for start, end in zip(changes, [*changes[1:], len(early)], strict=True):
+        gain = label[order[place[order] <= start]][:10]
+        curve[start:end] = float(gain @ discount[: len(gain)]) / best
+    return curve
+
+
+def survival(early: Float[np.ndarray, "n"], value: Float[np.ndarray, "n"], shown: int) -> float:
+    """Return the share of the `shown` candidates of most value among the first tenth."""
+    passed = np.argsort(-early, kind="stable")[: len(early) // 10]
+    top = np.argsort(-value, kind="stable")[:shown]
+    return float(np.isin(top, passed).mean())
+
+
+def _trees_on_order(
+    queries: Sequence[Scored], score: Sequence[Float[np.ndarray, "n"]], shown: int
+) -> Any:
+    """Return small trees that learned the order of a final ranker from all candidates."""
+    numbers = np.concatenate([of.features for of in queries])
+    place = np.concatenate([np.argsort(np.argsort(-of, kind="stable")) for of in score])
+    data = tree_rivals.TreeData(
+        numbers=numbers,
+        sizes=np.array([len(of) for of in score]),
+        stage=np.zeros(len(numbers), int),
+        user_value=np.zeros(len(numbers)),
+        final_place=place.astype(float),
+        draw=np.zeros(len(numbers)),
+    )
+    no_rates = np.zeros((1, 0), np.float32)
+    return tree_rivals.fit(data, "scores", no_rates, shown, with_rates=False).model
 
 
 def _calibrated(
