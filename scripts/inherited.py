@@ -10,7 +10,7 @@ ranker's value and less of the true value.
 
 Each row of the Markdown table is a way to serve in the worlds of one `data.noise`: the user heads,
 the teacher heads or the blend of a student of mode `aux`, and mode `shared`. It has the candidates
-to pass for 99% of the final value, and the differences to the best ranker without scores in the
+to pass for 99% of the final value, and the differences to the best student without scores in the
 final value and in the true value that are kept with `funnel.passed` passed, in percent. "Inherited"
 is the first less the second: a gain by the final ranker's errors. The numbers are means over the
 draws of the data, with Student's 95% intervals, on validation requests, where every way to serve is
@@ -23,7 +23,6 @@ from pathlib import Path
 import pandas as pd
 
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.saving import CRITERION, needs_scores
 from kd_ranker.report.intervals import interval
 from kd_ranker.training import workdir as workdirs
@@ -53,11 +52,10 @@ def _rows(folder: Path) -> pd.DataFrame:
     """A row per student that learns from the scores of one sweep, and per way to serve it."""
     config = workdirs.read_config(folder)
     rows = results.read_csv(folder / results.FILE)
-    is_ranker = ~rows["member"].isin([results.TEACHER, *NO_RANKERS])
-    rows = rows[is_ranker & (rows["split"] == "validation")]
+    rows = rows[(rows["role"] == "student") & (rows["split"] == "validation")]
     learned = needs_scores(rows)
     without = rows[~learned].sort_values(CRITERION).iloc[0]
-    students = rows[learned & (rows["role"] == "student")].assign(noise=config.data.noise)
+    students = rows[learned].assign(noise=config.data.noise)
     for column, name in (("value_captured", "final value"), ("true_value_captured", "true value")):
         at_passed = f"{column}@{config.funnel.passed}"
         students[name] = students[at_passed] - without[at_passed]
