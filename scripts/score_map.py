@@ -7,7 +7,8 @@
 The worlds are small cascades. One thing differs from the center at a time: how much cheap features
 express of the final ranker's order (`data.hint`), how much users differ (`data.taste`), and how
 many labels there are (`data.train_requests`). The corners differ in two things. The unseen worlds
-are drawn at random. `--more` adds a finished sweep of other data.
+are drawn at random. `--more` adds a finished sweep of other data, and `--point` a mark to the
+figure, as for the final rankers of `scripts/cross_encoder.py`.
 
 In each world and for each data seed, students of all methods and trees are tuned on validation. The
 table has the mean over the data seeds, with 95% intervals of Student's t. The first two columns are
@@ -34,6 +35,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker import api
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.saving import CRITERION, of_split
 from kd_ranker.main import read_config
@@ -42,6 +44,9 @@ from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import Pair, Study, read_studies
 
 CONFIG = "configs/sweeps/cascade.py:worlds"
+KINDS = {"map": "worlds of the map", "unseen": "unseen worlds"}
+# Trees that keep this share leave few candidates to save.
+FEW_TO_SAVE = 0.7
 CENTER = {"hint": 0.0, "taste": 1.0, "train_requests": 4000}
 
 
@@ -190,35 +195,46 @@ def _text(column: str, mean: Interval) -> str:
 
 
 def chart(points: pd.DataFrame) -> Chart:
-    """Return what the scores save, of the retrieved candidates, over what trees keep."""
+    """Return what the scores save over what trees on the final ranker's order keep beyond others.
+
+    Marks are filled where these trees keep 70% or more.
+    """
     data = [
-        {"kept": row["kept"].mean, "kind": row["kind"], "title": title}
-        | dict(zip(("saved", "low", "high"), row["of_retrieved"][:3], strict=True))
+        {
+            "ahead": row["kept"].mean - row["kept_by_others"].mean,
+            "is_filled": row["kept"].mean >= FEW_TO_SAVE,
+            "kind": row["kind"],
+            "title": title,
+            "saved": row["of_retrieved"].mean,
+            "low": row["of_retrieved"].low,
+            "high": row["of_retrieved"].high,
+        }
         for title, row in points.iterrows()
     ]
-    base = alt.Chart(
-        alt.InlineData(values=json.loads(pd.DataFrame(data).to_json(orient="records")))
-    )
-    base = base.encode(
+    values = json.loads(pd.DataFrame(data).to_json(orient="records"))
+    saved = "share of the retrieved candidates that the scores save"
+    y = alt.Y("saved:Q", title=saved, axis=alt.Axis(format="%"))
+    base = alt.Chart(alt.InlineData(values=values)).encode(
         x=alt.X(
-            "kept:Q",
-            title="share of the final ranker's top kept by trees on its order",
-            scale=alt.Scale(domain=(0.3, 1.0)),
-            axis=alt.Axis(format="%"),
+            "ahead:Q",
+            title="what trees on its order keep of its top, less what other cheap rankers keep",
+            axis=alt.Axis(format="+%"),
         ),
         color=alt.Color("kind:N", title=None, legend=alt.Legend(orient="top")),
     )
+    marks = base.encode(y=y, tooltip="title:N")
+    named = marks.encode(text="title:N").transform_filter("datum.kind === 'other data'")
     zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[6, 5])
-    saved = "share of the retrieved candidates that the scores save"
-    y = alt.Y("saved:Q", title=saved, axis=alt.Axis(format="%"))
     return alt.layer(
         zero.encode(y="zero:Q"),
+        zero.encode(x="zero:Q"),
         base.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title=saved), y2="high:Q"),
-        base.mark_point(filled=True, size=60, opacity=1).encode(y=y, tooltip="title:N"),
-        base.transform_filter("datum.kind === 'other data'")
-        .mark_text(align="right", dx=-7, dy=-7, fontSize=10)
-        .encode(y=y, text="title:N"),
-    ).properties(width=460, height=300)
+        marks.mark_point(size=60, opacity=1).transform_filter("!datum.is_filled"),
+        marks.mark_point(size=60, opacity=1, filled=True).transform_filter("datum.is_filled"),
+        # Beside the other marks, of which there are many on the right of the middle.
+        named.transform_filter("!datum.is_filled").mark_text(align="right", dx=-8, fontSize=10),
+        named.transform_filter("datum.is_filled").mark_text(align="left", dx=5, dy=13, fontSize=10),
+    ).properties(width=520, height=320)
 
 
 def main() -> None:
@@ -228,6 +244,9 @@ def main() -> None:
     parser.add_argument("--worlds", default="map", help="map, unseen, or both")
     parser.add_argument("--seeds", default="0,1,2,3", help="values of data.seed")
     parser.add_argument("--more", action="append", default=[], help="NAME=FOLDER of a sweep")
+    parser.add_argument(
+        "--point", action="append", default=[], help="NAME=KEPT,OTHERS,SAVED for the figure only"
+    )
     parser.add_argument("--figure", help="the file of the map, .svg or .png")
     flags = parser.parse_args()
     seeds = [int(seed) for seed in flags.seeds.split(",")]
@@ -236,21 +255,38 @@ def main() -> None:
         worlds = worlds_of(which)
         found: dict[World, list[Measured]] = {world: [] for world in worlds}
         for seed, world in itertools.product(seeds, worlds):
-            config = world_config(world, seed)
-            config.data.dir = str(flags.workdir / "datasets")
             folder = flags.workdir / world.folder / f"seed{seed}"
-            api.prepare(config)
-            api.sweep(config, folder)
+            # Written last.
+            if not (folder / results.FILE).exists():
+                config = world_config(world, seed)
+                config.data.dir = str(flags.workdir / "datasets")
+                api.prepare(config)
+                api.sweep(config, folder)
             found[world].append(measured(folder))
         for world, of_seeds in found.items():
-            rows[world.title] = _intervals(of_seeds) | {"kind": f"worlds of the {which}"}
+            rows[world.title] = _intervals(of_seeds) | {"kind": KINDS[which]}
     for more in flags.more:
         name, _, folder = more.partition("=")
         rows[name] = _intervals([measured(Path(folder))]) | {"kind": "other data"}
     points = pd.DataFrame.from_dict(rows, orient="index")
     print(table(points))
     if flags.figure:
-        chart(points).save(flags.figure)
+        chart(pd.concat([points, _given(flags.point)])).save(flags.figure)
+
+
+def _given(points: list[str]) -> pd.DataFrame:
+    """Points that were measured elsewhere, without intervals."""
+    rows = {}
+    for point in points:
+        name, _, numbers = point.partition("=")
+        kept, others, saved = (interval(np.array([float(number)])) for number in numbers.split(","))
+        rows[name] = {
+            "kept": kept,
+            "kept_by_others": others,
+            "of_retrieved": saved,
+            "kind": "other data",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _intervals(of_seeds: list[Measured]) -> dict[str, Interval]:
