@@ -156,7 +156,7 @@ def measured(folder: Path) -> Measured:
     of_all, of_trees = best(pd.Series(True, needs_scores.index)), best(is_trees)
     without, with_scores = passed(of_all.without), passed(of_all.with_scores)
     return Measured(
-        kept=float(validation[kept][of_trees.with_scores]),
+        kept=float(validation[kept].get(of_trees.with_scores, np.nan)),
         kept_by_others=float(validation.loc[~needs_scores & ~is_student, kept].max()),
         without=without,
         with_scores=with_scores,
