@@ -68,9 +68,12 @@ def funnel_curves(
       of_shown: numbers to sum over the items shown: the m that the teacher chooses of these.
     """
     # Booleans become counts.
-    numbers = jax.tree.map(lambda of: 1 * of, (of_passed or {}, of_shown or {}))
-    of_request = jax.vmap(functools.partial(_of_request, shown))
-    return of_request(student_value, teacher_value, candidate_mask, *numbers)
+    passed_numbers = {name: 1 * numbers for name, numbers in (of_passed or {}).items()}
+    shown_numbers = {name: 1 * numbers for name, numbers in (of_shown or {}).items()}
+    curves_of_request = jax.vmap(functools.partial(_curves_of_request, shown))
+    return curves_of_request(
+        student_value, teacher_value, candidate_mask, passed_numbers, shown_numbers
+    )
 
 
 def list_sums(
@@ -86,32 +89,35 @@ def list_sums(
     k = 1..N. The sums of a request are NaN if the student has diverged. See `funnel_curves` for the
     other arguments.
     """
+    return jax.vmap(_list_sums_of_request)(
+        student_value, teacher_value, candidate_mask, numbers, slot_weights
+    )
 
-    def of_request(
-        value: Float[Array, "N"],
-        of_teacher: Float[Array, "N"],
-        mask: Bool[Array, "N"],
-        numbers: Float[Array, "N"],
-        weights: Float[Array, "m"],
-    ) -> Float[Array, "N"]:
-        known = mask & ~jnp.isnan(of_teacher)
-        by_teacher, place = _teacher_order(of_teacher, known)
-        # Place N is an empty slot.
-        number_at = jnp.append(jnp.where(known, numbers, 0.0)[by_teacher], 0.0)
-        arriving = jnp.where(known, place, place.size)[_student_order(value, mask)]
 
-        def pass_one(
-            slots: Int[Array, "m"], newcomer: Int[Array, ""]
-        ) -> tuple[Int[Array, "m"], Float[Array, ""]]:
-            slots = _with_newcomer(slots, newcomer)
-            return slots, jnp.sum(number_at[slots] * weights)
+def _list_sums_of_request(
+    student_value: Float[Array, "N"],
+    teacher_value: Float[Array, "N"],
+    candidate_mask: Bool[Array, "N"],
+    numbers: Float[Array, "N"],
+    slot_weights: Float[Array, "m"],
+) -> Float[Array, "N"]:
+    known = candidate_mask & ~jnp.isnan(teacher_value)
+    by_teacher, place = _teacher_order(teacher_value, known)
+    # Place N is an empty slot.
+    number_at = jnp.append(jnp.where(known, numbers, 0.0)[by_teacher], 0.0)
+    by_student = _student_order(student_value, candidate_mask)
+    arriving = jnp.where(known, place, place.size)[by_student]
 
-        empty = jnp.full(weights.size, place.size, place.dtype)
-        _, sums = lax.scan(pass_one, empty, arriving)
-        diverged = jnp.any(known & jnp.isnan(value))
-        return jnp.where(diverged, jnp.nan, sums)
+    def pass_one(
+        slots: Int[Array, "m"], newcomer: Int[Array, ""]
+    ) -> tuple[Int[Array, "m"], Float[Array, ""]]:
+        slots = _with_newcomer(slots, newcomer)
+        return slots, jnp.sum(number_at[slots] * slot_weights)
 
-    return jax.vmap(of_request)(student_value, teacher_value, candidate_mask, numbers, slot_weights)
+    empty = jnp.full(slot_weights.size, place.size, place.dtype)
+    _, sums = lax.scan(pass_one, empty, arriving)
+    diverged = jnp.any(known & jnp.isnan(student_value))
+    return jnp.where(diverged, jnp.nan, sums)
 
 
 def slots_of_part(shown: int, part: Int[Array, "R"], whole: Int[Array, "R"]) -> Float[Array, "R m"]:
@@ -187,7 +193,7 @@ def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
     return low[high]
 
 
-def _of_request(
+def _curves_of_request(
     shown: int,
     student_value: Float[Array, "N"],
     teacher_value: Float[Array, "N"],
@@ -204,25 +210,28 @@ def _of_request(
     leaving = _leaving_places(arriving, shown)
     own_top = jnp.minimum(shown, known.sum())
 
-    def over_shown(values: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
+    def sum_over_passed(numbers: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
+        return jnp.cumsum(numbers[by_student], axis=0)
+
+    def sum_over_shown(numbers: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
+        known_numbers = jnp.where(jnp.expand_dims(known, range(1, numbers.ndim)), numbers, 0)
         # Place N is an empty slot with value 0.
-        of_known = jnp.where(jnp.expand_dims(known, range(1, values.ndim)), values, 0)
-        by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
+        by_place = jnp.append(known_numbers[by_teacher], jnp.zeros_like(numbers[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
     gain = jnp.where(known, teacher_value, 0.0)
-    curves = {
-        "survival": jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1),
-        **{name: jnp.cumsum(of[by_student], axis=0) for name, of in of_passed.items()},
-        **{name: over_shown(of) for name, of in of_shown.items()},
-    }
+    curves = {"survival": jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1)}
+    for name, numbers in of_passed.items():
+        curves[name] = sum_over_passed(numbers)
+    for name, numbers in of_shown.items():
+        curves[name] = sum_over_shown(numbers)
     diverged = jnp.any(known & jnp.isnan(student_value))
 
     def unless_diverged(values: Num[Array, "..."]) -> Float[Array, "..."]:
         return jnp.where(diverged, jnp.nan, values.astype(gain.dtype))
 
     return FunnelCurves(
-        {name: unless_diverged(of) for name, of in curves.items()},
+        {name: unless_diverged(curve) for name, curve in curves.items()},
         first=by_student[:shown],
         gain=unless_diverged(gain[by_student[:shown]]),
         ideal_gain=gain[by_teacher[:shown]],

@@ -80,9 +80,16 @@ class Counts(NamedTuple):
         for table in ("used", "request_rows", "items"):
             row = self.row(f"moments_of_{table}")
             if row.get(f"{name}/number"):
-                rounded = {of: np.float32(row[f"{name}/{of}"]) for of in ("mean", "deviation")}
-                return {of: float(str(number)) for of, number in rounded.items()}
+                return {
+                    moment: _float32_digits(row[f"{name}/{moment}"])
+                    for moment in ("mean", "deviation")
+                }
         return {}
+
+
+def _float32_digits(number: float) -> float:
+    """The number with the digits that a 32-bit float has."""
+    return float(str(np.float32(number)))
 
 
 def make_data_report(
@@ -135,20 +142,27 @@ def _columns(layout: LogLayout, counts: Counts, some_numbers: SomeNumbers) -> li
             key, _, fault = name.rpartition("/")
             faults.setdefault(f"data.{key}", {})[fault] = number
     columns: list[dict[str, Any]] = [
-        {"key": of.key, "column": of.column, **faults[of.key]}
-        for of in wanted_columns(layout)
-        if of.key in faults
+        {"key": wanted.key, "column": wanted.column, **faults[wanted.key]}
+        for wanted in wanted_columns(layout)
+        if wanted.key in faults
     ]
     for column in columns:
-        key, bad = column["key"], column["out_of_range"]
-        is_label, is_teacher = (key.startswith(f"data.{of}.") for of in ("labels", "teacher"))
-        is_teacher &= layout.teacher_signal == "probability"
-        is_teacher &= 2 * bad > column["values"] - column["missing"]
-        if (is_label and bad) or is_teacher:
-            numbers = some_numbers(column["column"])
-            found = f"{numbers.min():.4g} to {numbers.max():.4g}" if len(numbers) else ""
-            column["hint"] = f"{found}{_NO_PROBABILITIES}" if found and is_teacher else found
+        bad = column["out_of_range"]
+        is_bad_label = column["key"].startswith("data.labels.") and bad > 0
+        are_no_probabilities = (
+            column["key"].startswith("data.teacher.")
+            and layout.teacher_signal == "probability"
+            and 2 * bad > column["values"] - column["missing"]
+        )
+        if is_bad_label or are_no_probabilities:
+            column["hint"] = _range_of(some_numbers(column["column"]))
+        if are_no_probabilities and column["hint"]:
+            column["hint"] += _NO_PROBABILITIES
     return columns
+
+
+def _range_of(numbers: Float64[np.ndarray, "n"]) -> str:
+    return f"{numbers.min():.4g} to {numbers.max():.4g}" if len(numbers) else ""
 
 
 def _requests(counts: Counts) -> dict[str, Any]:
@@ -165,19 +179,30 @@ def _splits(counts: Counts) -> dict[str, dict[str, Any]]:
     """Return the counts of each split that has requests, and rates; None for those of nothing."""
     splits: dict[int, dict[str, Any]] = {}
     for row in sorted(counts.tables["splits"], key=operator.itemgetter("split")):
-        times = (str(np.datetime64(row[end], "s")).replace("T", " ") for end in ("first", "last"))
-        splits[row["split"]] = {"requests": row["requests"], "without_a_label": 0}
-        splits[row["split"]] |= {"scored_whole": 0, "scored_beyond_passed": 0}
-        splits[row["split"]] |= dict(zip(("first", "last"), times, strict=True))
+        splits[row["split"]] = {
+            "requests": row["requests"],
+            "without_a_label": 0,
+            "scored_whole": 0,
+            "scored_beyond_passed": 0,
+            "first": _time_text(row["first"]),
+            "last": _time_text(row["last"]),
+        }
     for row in counts.tables["sizes"]:
-        splits[row["split"]]["without_a_label"] += row["without_label"]
-        splits[row["split"]]["scored_whole"] += row["whole"]
-        splits[row["split"]]["scored_beyond_passed"] += row["whole_beyond"]
-    for row in counts.tables["totals"]:  # 12 digits hide the order of summation
-        digits = {of: float(f"{x:.12g}") if isinstance(x, float) else x for of, x in row.items()}
-        del digits["split"]
-        splits[row["split"]] |= digits
-    return {SPLITS[split]: of for split, of in splits.items()}
+        split = splits[row["split"]]
+        split["without_a_label"] += row["without_label"]
+        split["scored_whole"] += row["whole"]
+        split["scored_beyond_passed"] += row["whole_beyond"]
+    for row in counts.tables["totals"]:
+        split = splits[row["split"]]
+        for name, number in row.items():
+            if name != "split":
+                # 12 digits hide the order of summation.
+                split[name] = float(f"{number:.12g}") if isinstance(number, float) else number
+    return {SPLITS[number]: split for number, split in splits.items()}
+
+
+def _time_text(seconds: int | None) -> str:
+    return str(np.datetime64(seconds, "s")).replace("T", " ")
 
 
 def _feature(feature: Feature, counts: Counts) -> dict[str, Any]:
