@@ -24,17 +24,17 @@ from tabulate import tabulate
 
 from kd_ranker.batch import abstract_items
 from kd_ranker.config import checks
+from kd_ranker.config.runs import Runs, sweep_runs
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
-from kd_ranker.pipeline import datasets, runs
+from kd_ranker.pipeline import datasets, training
 from kd_ranker.pipeline.job import Finished, Job, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.requests.row_files import columns_of
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep import Members, sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.loop import abstract_states
 from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of
@@ -295,10 +295,10 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     return Dataset(Path(), {}, spec, abstract_items(spec), {"train": columns})
 
 
-PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
+PROGRAMS: dict[str, Callable[[ConfigDict], Runs]] = {
     "train": lambda config: {"": config},
     "sweep": lambda config: dict(
-        itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
+        itertools.islice(sweep_runs(config).items(), config.sweep.group_size or None)
     ),
     "train_teacher": lambda config: {},
 }
@@ -362,7 +362,7 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
     config.parallel.mapping = "shard_map"
     job = _job_of_shapes(name, config, sample, devices)
-    run = runs.prepare_run(job, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
+    run = training.prepare_run(job, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     (packed, _), one = run.batches.take(1), jnp.int32(0)
     take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))

@@ -18,11 +18,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
+from kd_ranker.cohorts.plan import FOLDER
 from kd_ranker.config import checks, defaults, schema
+from kd_ranker.config.runs import list_runs, repeats, sweep_runs
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import datasets, runs, scoring
+from kd_ranker.pipeline import datasets, scoring, training
 from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.job import check_select, config_of, open_finished
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
@@ -37,7 +39,6 @@ from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
 from kd_ranker.sources.logs.layout import split_path
-from kd_ranker.sweep import FOLDER, repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
@@ -262,7 +263,7 @@ def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None
     """
     config, place = _own(config), place_of(workdir)
     checks.validate(config)
-    runs.train("train_teacher", config, {}, place, progress or Progress())
+    training.train("train_teacher", config, {}, place, progress or Progress())
     return Trained(place)
 
 
@@ -306,7 +307,7 @@ def train(
     config, place = _own(config, teacher), place_of(workdir)
     checks.validate(config, single=True)
     checks.check_students([config])
-    runs.train("train", config, {"": config}, place, progress or Progress())
+    training.train("train", config, {"": config}, place, progress or Progress())
     return Trained(place)
 
 
@@ -318,16 +319,18 @@ def sweep(
     weights: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
     axes: Mapping[str, Sequence[Any]] | None = None,
+    runs: Iterable[Mapping[str, Any]] | None = None,
     show: Show = logging.info,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train a student for each combination of the swept values, and measure all of them.
+    """Train the students of a list of runs, and measure all of them.
 
-    A sweep that was killed resumes, and is refused if its config has changed. With
-    `config.sweep.extend` it may name more members than before, and only those are trained.
+    Each run occurs once for each combination of the other swept values. A sweep that was killed
+    resumes, and is refused if its config has changed. With `config.sweep.extend` it may name more
+    runs than before, and only those are trained.
 
     Args:
-      config: the common part of all students, and the values to sweep where arguments are None.
+      config: the common part of all students, and what to sweep where arguments are None.
       workdir: the folder of the run.
       teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
       modes: values of `distill.mode`.
@@ -335,6 +338,9 @@ def sweep(
       seeds: values of `seed`.
       axes: values of any other key that a sweep may vary, by its name:
         `{"distill.loss": ("bce", "topk")}`.
+      runs: the values that each run changes, by key:
+        `[{"distill.mode": "none"}, {"distill.mode": "aux", "distill.loss": "softmax"}]`. Without
+        any there is one run for each mode.
       show: called with each line on the part of the sweep that was done.
       progress: times the phases; None shows only bars, on a terminal.
 
@@ -349,9 +355,11 @@ def sweep(
             axis = schema.axis_of(key)
             checks.check_key(config, axis)
             config.update_from_flattened_dict({axis: tuple(values)})
+    if runs is not None:
+        config.sweep.runs = list_runs(runs)
     checks.validate(config)
-    checks.check_students(sweep_members(config).values())
-    runs.train_sweep(config, place, show, progress or Progress())
+    checks.check_students(sweep_runs(config).values())
+    training.train_sweep(config, place, show, progress or Progress())
     return Trained(place)
 
 
@@ -475,7 +483,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     """
     config, place, progress = _own(config), place_of(workdir), Progress(show)
     checks.validate(config)
-    checks.check_students(sweep_members(config).values())
+    checks.check_students(sweep_runs(config).values())
     logged = config.teacher.source == "logged"
     teacher, students = None, place_of(f"{place}/sweep")
     show("prepare_data")

@@ -7,13 +7,14 @@ functions, so that the list of commands takes no time.
 
 import argparse
 import ast
+import contextlib
 import errno
 import hashlib
 import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -202,9 +203,9 @@ def _parse(
         if flag.default is None and not getattr(given, name):
             raise UserError(f"--{name} is missing; it is {flag.help}")
     if command.config_from == "config":
-        if not given.config:
-            raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
         given.keys = _keys(rest)
+        if not given.config:
+            return _with_overrides(_config_of_workdir(command, given), rest), given
         return read_config(given.config, rest), given
     config = ConfigDict()
     if command.config_from == "workdir":
@@ -218,13 +219,26 @@ def _parse(
     return _with_overrides(config, rest), given
 
 
+def _config_of_workdir(command: Command, given: argparse.Namespace) -> "ConfigDict":
+    """Return the config of the run that a workdir holds, with which the command resumes it."""
+    from kd_ranker.pipeline.job import config_of, is_run
+    from kd_ranker.pipeline.remote import place_of
+
+    if "workdir" in command.flags and command.flags["workdir"].default is None:
+        # `run` writes no config of its own: that of its sweep is the one.
+        for workdir in (given.workdir, f"{given.workdir}/sweep"):
+            if is_run(place_of(workdir)):
+                return config_of(place_of(workdir))
+    raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
+
+
 def _keys(overrides: Sequence[str]) -> list[str]:
     """Return the keys of the config that flags override."""
     return [found[1] for of in overrides if (found := _KEY.match(of))]
 
 
 def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
-    """Load the config file that `--config` names, and set the keys that flags override.
+    """Load the config file that `--config` names, set the keys that flags override, list its runs.
 
     `named` is a file, or the name of a config of the package (`cascade`, `sweeps/cascade` or
     `configs/cascade.py`), with `:VARIANT` or without. A file that is missing or does not load, and
@@ -242,15 +256,29 @@ def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
                 f"--config={named}: there is no file {name}, and the package's configs are: "
                 f"{', '.join(known)}"
             )
-    try:
-        config = runpy.run_path(str(file))["get_config"](*variant)
-    except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"--config={named} does not load: {reason}") from error
+    with _load_errors(named):
+        module = runpy.run_path(str(file))
+        config = module["get_config"](*variant)
     if not file.resolve().is_relative_to(folder.resolve()):
         # For other processes that train or score with it, which do not read the command line.
         config.registered_by = str(file.resolve())
-    return _with_overrides(config, overrides)
+    config = _with_overrides(config, overrides)
+    if "sweep" in module:
+        from kd_ranker.config.runs import list_runs
+
+        with _load_errors(named), config.unlocked():
+            config.sweep.runs = list_runs(module["sweep"](config, *variant))
+    return config
+
+
+@contextlib.contextmanager
+def _load_errors(named: str) -> Iterator[None]:
+    """Raise UserError in place of any error of a config file."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={named} does not load: {reason}") from error
 
 
 def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":

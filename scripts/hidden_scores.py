@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_ranker.batch import FeatureSpec
+from kd_ranker.cohorts.plan import open_sweep
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.results import Row
@@ -28,10 +29,9 @@ from kd_ranker.evaluation.saving import CRITERION
 from kd_ranker.evaluation.whole import Bounds, bounds
 from kd_ranker.pipeline.job import Job, config_of, open_job
 from kd_ranker.pipeline.measure import measure
-from kd_ranker.pipeline.runs import fitted_rivals
+from kd_ranker.pipeline.training import fitted_rivals
 from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
 from kd_ranker.requests.request import starts_of
-from kd_ranker.sweep import open_sweep
 
 SPLIT = "test"
 

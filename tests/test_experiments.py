@@ -7,10 +7,12 @@ import tomllib
 import pytest
 
 from kd_ranker import api, configs, main
-from kd_ranker.config import defaults
+from kd_ranker.config import checks, defaults
 from kd_ranker.config.keys import DATA_KEYS, KEYS
+from kd_ranker.config.runs import sweep_runs
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import results
+from kd_ranker.training import workdir as workdirs
 from tests import small
 from tests.faults import fault_of
 from tests.small import CONFIG, ROOT
@@ -58,6 +60,84 @@ def test_a_config_file_that_does_not_load_says_why(tmp_path):
     ):
         file.write_text(text)
         assert message in fault_of(main.read_config, str(file))
+
+
+A_CONFIG = """
+from kd_ranker.configs import cascade
+
+def get_config(variant=""):
+    return cascade("small")
+
+def sweep(config, variant=""):
+    for weight in (0.1, 3.0):
+        yield {{"distill.weight": weight * config.optimizer.learning_rate, "seed": {seed}}}
+"""
+
+
+def test_the_runs_of_a_config_file_see_the_flags(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(A_CONFIG.format(seed="int(variant or 0)"))
+
+    config = main.read_config(f"{file}:7", ["--config.optimizer.learning_rate=10"])
+
+    assert config.sweep.runs == (
+        {"distill.weight": 1.0, "seed": 7},
+        {"distill.weight": 30.0, "seed": 7},
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return []", "does not load: the sweep yields no run"),
+        ("return ['aux']", "does not load: run 0 of the sweep is 'aux'; it must be a dict"),
+        (
+            "return [{'distil.mode': 'aux'}]",
+            "run 0 of the sweep sets 'distil.mode', which no sweep",
+        ),
+        (
+            "return [{'seed': 1}, {'seed': 1}]",
+            "runs 0 and 1 of the sweep are the same: {'seed': 1}",
+        ),
+        ("return 1 / 0", "does not load: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_bad_list_of_runs_is_one_line(tmp_path, body, message):
+    file = tmp_path / "config.py"
+    before, _, _ = A_CONFIG.partition("    for weight")
+    file.write_text(f"{before}    {body}\n")
+
+    def load():
+        checks.validate(main.read_config(str(file)))
+
+    assert message in fault_of(load)
+
+
+@pytest.mark.parametrize("key", ["sweep.ways", "distill.terms", "teacher.signal"])
+def test_a_key_of_an_earlier_version_names_the_new_one(key):
+    fault = fault_of(main.read_config, "cascade:small", [f"--config.{key}=x"])
+    assert fault.startswith(f"config key '{key}' is of an earlier version; ")
+
+
+def parsed(name, *flags):
+    """The config of a command with these flags."""
+    command = main.COMMANDS[name]
+    config, _ = main._parse(command, main._parser(command, name), flags)
+    return config
+
+
+def test_a_sweep_resumes_without_its_config_file(world):
+    workdir = world.sweep()
+    stored = workdirs.read_config(workdir)
+
+    config = parsed("sweep", f"--workdir={workdir}", "--config.sweep.extend=True")
+
+    assert config.sweep.extend
+    assert sweep_runs(config).keys() == sweep_runs(stored).keys()
+
+
+def test_a_workdir_without_a_run_needs_a_config(tmp_path):
+    assert fault_of(parsed, "sweep", f"--workdir={tmp_path}").startswith("--config is missing")
 
 
 @pytest.mark.parametrize("given", ["cascade:small", "configs/cascade.py:small"])
@@ -192,7 +272,7 @@ def test_each_command_has_a_module_and_is_listed_without_a_name():
 def test_help_has_an_example_and_every_key_with_its_value_in_the_config():
     shown = kd_ranker("sweep", "--help", "--config=cascade:small")
     assert shown.returncode == 0, shown.stderr
-    assert "Train a student for each combination of the swept values" in shown.stdout
+    assert "Train the students of a list of runs" in shown.stdout
     assert "    kd-ranker sweep --config=configs/sweeps/cascade.py --workdir=runs" in shown.stdout
     words = shown.stdout.split()
     assert {f"--config.{key}" for key in KEYS | DATA_KEYS["cascade"]} <= {*words}

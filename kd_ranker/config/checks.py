@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.config.keys import JOIN, PLAN, Key
-from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of, ways
+from kd_ranker.config.runs import check_runs, overrides_of_runs
+from kd_ranker.config.schema import axis_of, keys_of, value_of
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.teacher_signal import SCORES
 from kd_ranker.errors import UserError, check_choice, check_tasks, command
 from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
@@ -36,8 +38,8 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends "
             "out to read the whole log"
         )
-    if c.sweep.whole_repeats and c.sweep.axes.batch.seed:
-        yield "sweep.whole_repeats orders the data by sweep.seeds; leave sweep.axes.batch.seed out"
+    if c.sweep.whole_repeats and any("batch.seed" in of for of in overrides_of_runs(c)):
+        yield "sweep.whole_repeats orders the data by the seed; leave batch.seed out of the runs"
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
             f"sweep.part={c.sweep.part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty "
@@ -67,12 +69,19 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             "the other costs are in your own unit, and costs.teacher.candidate=0 takes FLOPs; set "
             "that as well"
         )
-    of_student = [axis_of(key.name) for key in sweepable() if key.name.startswith("student.")]
-    if student.candidate and any(len(value_of(c, axis)) > 1 for axis in of_student):
+    if student.candidate and len(_students(c)) > 1:
         yield (
-            f"costs.student.candidate={student.candidate} is of one student, and "
-            "sweep.axes.student has several; leave it 0, which takes the FLOPs of each"
+            f"costs.student.candidate={student.candidate} is of one student, and the runs of the "
+            "sweep have several; leave it 0, which takes the FLOPs of each"
         )
+
+
+def _students(config: ConfigDict) -> set[str]:
+    """The architectures of the runs of a sweep, each as text."""
+    return {
+        repr(sorted((key, value) for key, value in of.items() if key.startswith("student.")))
+        for of in overrides_of_runs(config)
+    }
 
 
 def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]:
@@ -99,8 +108,8 @@ def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]
     # Where a sweep leaves it open, its members are spread so that the requests fit.
     elif parallel.members or parallel.mapping == "pmap":
         sharing = devices // max(parallel.members, 1)
-        swept = c.sweep.axes.batch.requests or (c.batch.requests,)
-        shared += [("batch.requests", requests, sharing) for requests in swept]
+        swept = {of.get("batch.requests", c.batch.requests) for of in overrides_of_runs(c)}
+        shared += [("batch.requests", requests, sharing) for requests in sorted(swept)]
     for name, requests, number in shared:
         if requests % number:
             yield (
@@ -114,19 +123,14 @@ def validate(config: ConfigDict, devices: int | None = None, single: bool = Fals
 
     If it trains a `single` student, all devices share the requests of a batch.
     """
-    keys = check_keys(config)
-    keys["sweep.ways"].check(config.sweep.ways)  # before their texts are read
-    found = _num_devices()
-    for text, way in {"": config, **ways(config)}.items():
-        try:
-            for key in keys.values():
-                key.check(value_of(way, key.name))
-            check_tasks(way.tasks, SOURCES[way.data.name].tasks_of(way.data))
-            of_devices = _device_faults(way, devices or found, single)
-            if fault := next(itertools.chain(_faults(way), of_devices), None):
-                raise UserError(fault)
-        except UserError as error:
-            raise UserError(f"sweep.ways={text!r}: {error}" if text else str(error)) from error
+    available = _num_devices()
+    for key in check_keys(config).values():
+        key.check(value_of(config, key.name))
+    check_runs(config)
+    check_tasks(config.tasks, SOURCES[config.data.name].tasks_of(config.data))
+    of_devices = _device_faults(config, devices or available, single)
+    if fault := next(itertools.chain(_faults(config), of_devices), None):
+        raise UserError(fault)
 
 
 def check_keys(config: ConfigDict) -> dict[str, Key]:
@@ -161,8 +165,18 @@ def check_key(config: ConfigDict, name: str) -> None:
         raise _no_key(config, name) from error
 
 
+_OLD_KEYS = {
+    "sweep.ways": "list the runs of a sweep in a function sweep(config) of the config file",
+    "distill.terms": "write the terms into distill.loss, as 'softmax + 0.5 * softmax:stage'",
+    "distill.term_weights": "write the weights into distill.loss, as 'bce + 0.5 * softmax:stage'",
+    "teacher.signal": "write the signal into distill.loss, as 'softmax:stage'",
+}
+
+
 def _no_key(config: ConfigDict, name: str) -> UserError:
     """The error for a key that does not exist, with a guess at the intended one."""
+    if name in _OLD_KEYS:
+        return UserError(f"config key {name!r} is of an earlier version; {_OLD_KEYS[name]}")
     known = [key for key in keys_of(config.data.name) if not key.startswith(axis_of(""))]
     # Else a key in the wrong section, or in none.
     last = name.rpartition(".")[2]
@@ -196,32 +210,29 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
     """
     for member in members:
         distill, terms, candidates = member.distill, terms_of(member), member.batch.candidates
-        serves, weights = MODES[distill.mode].serve, tuple(distill.term_weights)
+        serves = MODES[distill.mode].serve
         # Only a mode with a choice of heads reads the key.
         if len(serves) > 1:
             check_choice("distill.serve", distill.serve, serves)
-        if terms and weights and len(weights) != len(terms):
-            raise UserError(
-                f"distill.term_weights={weights} must have one number per term of "
-                f"distill.terms={tuple(distill.terms)}"
-            )
         if {term.loss for term in terms} & {"topk", "dftopk"} and distill.top_k >= candidates:
             raise UserError(
                 f"distill.top_k={distill.top_k} takes in all batch.candidates={candidates} of a "
                 "request, which leaves the losses topk and dftopk nothing to learn; lower it"
             )
-        if terms and not distill.user_weight + distill.weight * sum(weights or (1,)):
+        total_weight = distill.weight * sum(term.weight for term in terms)
+        if terms and not distill.user_weight + total_weight:
             raise UserError(
                 f"distill.user_weight=0, distill.weight={distill.weight:g} and "
-                f"distill.term_weights={weights} leave a student nothing to learn from; raise one"
+                f"distill.loss={distill.loss!r} leave a student nothing to learn from; raise a "
+                "weight"
             )
-        for loss, signal in terms:
-            if LOSSES[loss].needs_probabilities and signal in orders:
-                name = "distill.terms" if distill.terms else "distill.loss"
+        for term in terms:
+            if LOSSES[term.loss].needs_probabilities and term.signal in orders:
                 others = sorted(name for name, of in LOSSES.items() if not of.needs_probabilities)
                 raise UserError(
-                    f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "
-                    f"choose {name} of: {', '.join(others)}; or distill.mode=none"
+                    f"distill.loss={distill.loss!r}: {term.loss} needs the teacher's "
+                    f"probabilities, and {orders[term.signal]}; take one of: "
+                    f"{', '.join(others)}; or distill.mode=none"
                 )
 
 
@@ -239,7 +250,7 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
     signals = set()
     for member in members:
         stage, own = member.teacher.stage, {term.signal for term in terms_of(member)}
-        if "logged" in own and stage in of_stage and not of_stage[stage].any():
+        if SCORES in own and stage in of_stage and not of_stage[stage].any():
             raise UserError(
                 f"teacher.stage={stage}: in the training requests of {name}, no candidate has "
                 f"{stage} as its furthest stage; choose another one"
@@ -247,12 +258,12 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
         _check_sampler("batch.sampler", member.batch.sampler, dataset)
         signals |= own
     if config.teacher.source == "logged":
-        _check_logged(dataset, members, "logged" in signals)
+        _check_logged(dataset, members, SCORES in signals)
     reached = np.stack([counts.shown, counts.passed])
     if "stage" in signals and not ((reached > 0) & (reached < counts.retrieved)).any():
         raise UserError(
             f"the signal stage is constant: all candidates of a request of {name} came equally "
-            "far; choose teacher.signal=logged, or distill.mode=none"
+            "far; learn from scores instead, or choose distill.mode=none"
         )
 
 
@@ -262,10 +273,10 @@ def _check_logged(dataset: Dataset, members: Collection[ConfigDict], is_learned:
     name, signal = config.data.name, dataset.spec.teacher_signal
     if is_learned and signal != "probability":
         what = {"rank": "positions", "score": "scores"}[signal]
-        check_students(members, {"logged": f"the log of {name} holds its {what}"})
+        check_students(members, {SCORES: f"the log of {name} holds its {what}"})
     if is_learned and not logged.any():
         raise UserError(
-            f"the signal logged is missing: no training request of {name} holds a proper number "
+            f"the signal scores is missing: no training request of {name} holds a proper number "
             "of its teacher; look at the columns and the version that data.* names, or choose "
             "distill.mode=none"
         )

@@ -16,7 +16,8 @@ from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.batches.training import ORDERS
 from kd_ranker.distillation.losses import LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.distillation.teacher_signal import SIGNALS
+from kd_ranker.distillation.teacher_signal import SCORES, SIGNALS
+from kd_ranker.distillation.terms import check_terms
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.models.model import COMPUTE_DTYPES
@@ -53,7 +54,13 @@ BELOW_ONE = Bound("in [0, 1)", lambda number: 0 <= number < 1)
 INSIDE_ONE = Bound("in (0, 1)", lambda number: 0 < number < 1)
 HISTORY = Bound("in [1, 100000]", lambda number: 1 <= number <= 100_000)
 
-_KINDS = {str: "names", int: "whole numbers", float: "numbers", bool: "True or False"}
+_KINDS = {
+    str: "names",
+    int: "whole numbers",
+    float: "numbers",
+    bool: "True or False",
+    dict: "dicts of values by key",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +74,7 @@ class Key:
       help: its meaning in one line.
       allowed: a bound of its numbers, `NOT_NEGATIVE` if None, or the names that it takes. For a
         tuple it applies to each element.
-      signals: the names that may follow an allowed name and a colon.
+      check_text: raises UserError unless it is a text of allowed names.
       influences: the first thing that it changes.
       sweep: how a sweep may vary it.
       element: the type of a tuple's elements, if the default is empty.
@@ -87,7 +94,7 @@ class Key:
     default: Any
     help: str
     allowed: Bound | Collection[str] | None = None
-    signals: Collection[str] = ()
+    check_text: Callable[[str], None] | None = None
     influences: Influence | None = None
     sweep: Sweep | None = None
     element: type | None = None
@@ -119,8 +126,7 @@ class Key:
     @property
     def of_distillation(self) -> bool:
         """True if a student that does not distil has no use for it."""
-        of_loss = self.name.startswith("distill.") and self.name != "distill.mode"
-        return of_loss or self.name == "teacher.signal"
+        return self.name.startswith("distill.") and self.name != "distill.mode"
 
     @property
     def title(self) -> str:
@@ -159,11 +165,10 @@ class Key:
             raise UserError(f"{self.name} has {value!r}; it takes {takes}")
         if self.type is int and abs(value) >= 2**63:
             raise UserError(f"{self.name} has {value!r}; it takes whole numbers below 2^63")
-        if isinstance(value, str) and self.allowed is not None:
-            name, colon, signal = value.partition(":") if self.signals else (value, "", "")
-            check_choice(self.name, name, cast("Collection[str]", self.allowed))
-            if colon:
-                check_choice(f"{self.name}={value!r}: signal", signal, self.signals)
+        if isinstance(value, str) and self.check_text:
+            self.check_text(value)
+        elif isinstance(value, str) and self.allowed is not None:
+            check_choice(self.name, value, cast("Collection[str]", self.allowed))
 
 
 def section(
@@ -302,15 +307,13 @@ _ALL = (
         "distill",
         Key("mode", "shared", "how the student learns from user labels and teacher labels", MODES,
             column="mode"),
-        Key("loss", "bce", "against the teacher: \"loss\", which learns from teacher.signal, or "
-            "\"loss:signal\"; the sizes of losses differ", LOSSES, SIGNALS, column="distill_loss"),
+        Key("loss", "bce", "against the teacher, a sum of terms: \"softmax + 0.5 * softmax:stage\" "
+            f"has two losses, signals after a colon ({', '.join(SIGNALS)}; without one, {SCORES}) "
+            "and a weight; the sizes of losses differ", LOSSES, check_text=check_terms,
+            column="distill_loss"),
         Key("weight", 1.0, "λ in user loss + λ · distillation loss", column="distill_weight",
             tuned=True),
         Key("user_weight", 1.0, "on the user loss; 0: learn only from the teacher"),
-        Key("terms", (), "losses at once, each \"loss\" or \"loss:signal\"; () takes distill.loss",
-            LOSSES, SIGNALS, element=str, column="distill_loss"),
-        Key("term_weights", (), "on the terms, one each; () weighs all by 1", element=float,
-            tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
             column="temperature", tuned=True),
         Key("top_k", 10, "losses topk, dftopk, rank_distil: k, out of a request's in the batch",
@@ -342,8 +345,6 @@ _ALL = (
             may_differ=True),
         Key("stage", "retrieved", "the candidates with teacher labels in training", TEACHER_STAGES,
             sweep="cohorts"),
-        Key("signal", "logged", "of losses: the teacher's output, or how far a candidate came",
-            SIGNALS, sweep="members", column="distill_loss"),
         Key("flops_per_candidate", 0.0, "of a logged teacher from elsewhere; 0: those of the model "
             "that teacher.* describes", influences="report"),
         influences="student",
@@ -415,13 +416,13 @@ _ALL = (
     ),
     section(
         "sweep",
-        Key("modes", ("none", "aux", "shared"), "the values of distill.mode; () takes its own",
-            MODES),
-        Key("weights", (1.0,), "the values of distill.weight; () takes its own"),
-        Key("seeds", (0,), "the values of seed; () takes its own"),
-        Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
-            "members of the sweep with these values in place of the sweep's; () trains the sweep "
-            "as it is", element=str),
+        Key("runs", (), "the list of runs, each a dict of values by key; the function sweep of a "
+            "config file yields them", element=dict),
+        Key("modes", (), "values of distill.mode, for each run; () leaves it to the runs, and "
+            "without any takes all modes", MODES, element=str),
+        Key("weights", (), "values of distill.weight, for each run; () leaves it to the runs",
+            element=float),
+        Key("seeds", (), "values of seed, for each run; () leaves it to the runs", element=int),
         Key("rivals", (), "rankers of other architectures to compare with the students",
             RIVALS, element=str, may_differ=True, later=True),
         Key("group_size", 0, "members that train in one program; 0: as many as memory allows"),

@@ -1,6 +1,5 @@
 """Lookups over all config keys, from the table in `keys`, and the page of them in the docs."""
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast, get_args
 
@@ -8,7 +7,6 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.config.keys import DATA_KEYS, KEYS, Influence, Key
-from kd_ranker.errors import UserError
 from kd_ranker.training.workdir import values_by_key
 
 # In the order of the chain: a change to a dataset changes everything made from it.
@@ -57,65 +55,12 @@ def _axis_key(key: Key) -> Key:
     return Key(
         axis_of(key.name),
         (),
-        f"the values of {key.name}; () takes its own",
+        f"values of {key.name}, for each run; () leaves it to the runs",
         element=type(key.default),
         swept=key,
         influences="nothing",
         sweep="no",
     )
-
-
-def ways(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The sweeps that together make the sweep of a config, by the texts of `sweep.ways`.
-
-    A way is a copy of the config in which the values that the text assigns replace axes. Without
-    `sweep.ways` the config itself is the only way, under "".
-
-    Raises:
-      UserError: a text is not a list of assignments to keys that a sweep may vary.
-    """
-    return {text: _way(config, text) for text in config.sweep.ways} or {"": config}
-
-
-def _way(config: ConfigDict, text: str) -> ConfigDict:
-    way, known = config.copy_and_resolve_references(), {key.name: key for key in sweepable()}
-    way.sweep.ways = ()
-    for assignment in text.split():
-        name, equals, values = assignment.partition("=")
-        if not equals or name not in known:
-            raise UserError(
-                f"sweep.ways={text!r}: {assignment!r} is not KEY=VALUE,VALUE with a key that a "
-                "sweep varies; docs/config.md lists these"
-            )
-        parsed = tuple(_parsed(known[name], value) for value in values.split(","))
-        way.update_from_flattened_dict({axis_of(name): parsed})
-    return way
-
-
-def _parsed(key: Key, text: str) -> Any:
-    """The value in a text: a tuple is written like 64x32, or one of names like a+b.
-
-    Text that is no such value stays as it is, and checks refuse it.
-    """
-    if isinstance(key.default, tuple):
-        parts = text.split("+" if key.type is str else "x") if text else []
-        element = dataclasses.replace(key, default=key.type())
-        return tuple(_parsed(element, part) for part in parts)
-    try:
-        return {"True": True, "False": False}[text] if key.type is bool else key.type(text)
-    except (KeyError, ValueError):
-        return text
-
-
-def axes(config: ConfigDict) -> dict[Key, tuple]:
-    """The swept keys of a config with their values, those of all ways together."""
-    union: dict[Key, dict] = {key: {} for key in sweepable()}
-    for way in ways(config).values():
-        for key, values in union.items():
-            swept = value_of(way, axis_of(key.name))
-            own = (value_of(way, key.name),) if key.name in NAMED_AXES else ()
-            values.update(dict.fromkeys(swept or own))
-    return {key: tuple(values) for key, values in union.items() if values}
 
 
 def value_of(config: ConfigDict, name: str) -> Any:
@@ -219,8 +164,6 @@ def _line(key: Key) -> str:
         takes = bound.text
     else:
         takes = ", ".join(sorted(cast("Collection[str]", key.allowed or ())))
-    if key.signals:
-        takes = f"losses {takes}; signals {', '.join(sorted(key.signals))}"
     sweep = f"{key.sweep}{', tuned' * key.tuned}{', switch' * key.switch}"
     sweep = "" if key.sweep == "no" else sweep
     cells = (f"`{key.name}`", default, key.help, takes, key.influences, sweep)

@@ -77,10 +77,9 @@ def _follow_lcron(config: ConfigDict) -> None:
     config.batch.update(requests=1024, candidates=40)
     config.student.history = "mean"
     # As their baseline FS-RankNet: pairs of candidates at different stages, without user labels.
-    config.teacher.signal = "stage"
-    config.distill.update(loss="ranknet", user_weight=0.0, affine=False)
+    config.distill.update(loss="ranknet:stage", user_weight=0.0, affine=False)
     # A pass, if days are equal: 20 of 37, of 9.37 million requests.
     config.train.update(steps=4_950, eval_every=1_000, checkpoint_every=1_000)
     config.sweep.update(modes=("none", "shared"), seeds=(0, 1, 2))
-    config.sweep.axes.distill.loss = ("ranknet", "softmax", "topk")
+    config.sweep.axes.distill.loss = ("ranknet:stage", "softmax:stage", "topk:stage")
     config.sweep.axes.optimizer.learning_rate = (5e-3, 1e-2)

@@ -1,6 +1,6 @@
 """Signals: the targets that a loss learns from, as probabilities and weights.
 
-    logged    scores of the candidate by the logged or the live teacher
+    scores    the final ranker's scores of the candidate, logged or of the live teacher
     stage     last stage of the candidate in the logged funnel; needs no teacher
 
 All code after the log expects probabilities, so other signals become pseudo-probabilities. The
@@ -79,7 +79,7 @@ TeacherSignal = tuple[Float[Array, "R scored T"], Float[Array, "R scored T"]]
 """Teacher probabilities and weights of the first candidates of each request."""
 
 
-def _logged(batch: CandidateBatch) -> TeacherSignal:
+def _scores(batch: CandidateBatch) -> TeacherSignal:
     return batch.teacher_probability, batch.teacher_weight
 
 
@@ -103,7 +103,9 @@ class Signal(NamedTuple):
     needs_scores: bool
 
 
+SCORES = "scores"
+
 SIGNALS: dict[str, Signal] = {
-    "logged": Signal(_logged, needs_scores=True),
+    SCORES: Signal(_scores, needs_scores=True),
     "stage": Signal(_stage, needs_scores=False),
 }

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.config import schema
+from kd_ranker.distillation.terms import format_terms, parse_terms, without_weights
 from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns, result_columns
@@ -71,10 +72,7 @@ def columns(tasks: Sequence[str], report_at: ReportAt) -> list[str]:
 
 
 def made_of(config: ConfigDict) -> Row:
-    """Return the part of a student's row with the keys that a sweep may vary.
-
-    A loss has the name of its signal, as in "softmax:stage", unless that is logged.
-    """
+    """Return the part of a student's row with the keys that a sweep may vary."""
     terms = terms_of(config)
     row: Row = {
         key.title: schema.value_of(config, key.name) if terms or not key.of_distillation else None
@@ -82,8 +80,7 @@ def made_of(config: ConfigDict) -> Row:
     }
     if not terms:
         return row | {"distill_weight": 0.0}
-    losses = (of.loss if of.signal == "logged" else f"{of.loss}:{of.signal}" for of in terms)
-    return row | {"distill_loss": "+".join(losses)}
+    return row | {"distill_loss": format_terms(terms)}
 
 
 def curves_columns(tasks: Sequence[str]) -> list[str]:
@@ -121,6 +118,8 @@ def labelled(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
     for column in named:
         key, values = keys[column], students[column]
         settings.append(_named(values))
+        if column == "distill_loss":
+            values = values.map(_without_weights, na_action="ignore")
         if key.switch:
             values = values.gt(0).map({True: ""})
         if key.switch or not key.tuned:
@@ -131,6 +130,11 @@ def labelled(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
         texts = [", ".join(filter(None, of)) for of in zip(*parts, strict=True)]
         rows[label] = pd.Series(texts, students.index).reindex(rows.index).fillna(rows["member"])
     return rows
+
+
+def _without_weights(terms: str) -> str:
+    """The weights of terms are tuned."""
+    return format_terms(without_weights(parse_terms(terms)))
 
 
 def varying_columns(students: pd.DataFrame) -> list[str]:

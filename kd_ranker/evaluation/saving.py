@@ -17,8 +17,6 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from kd_ranker.batches.samplers import SAMPLERS
-from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
 from kd_ranker.rivals.registry import family_of
@@ -180,29 +178,10 @@ def best_of(table: pd.DataFrame) -> str | None:
 def needs_scores(rows: pd.DataFrame) -> pd.Series:
     """True for rows of students and references that need the final ranker's scores or its order.
 
-    Training records this of a student, see `recipes.needs_scores`. A table of an earlier release
-    lacks the column. There, a student needs no scores in mode `none`, or if all its distillation
-    terms learn from the stage, and if its batches are sampled without scores.
+    Training records this of a student, see `recipes.needs_scores`, and fitting of a rival.
     """
-    unknown = pd.Series(index=rows.index, dtype=object)
-    distilled = rows["distill_loss"].notna() & rows["distill_loss"].map(_read_scores).astype(bool)
-    with_scores = [name for name, sampler in SAMPLERS.items() if sampler.needs_scores]
-    sampled = rows.get("batch.sampler", unknown).isin(with_scores)
-    recorded = rows.get("needs_scores", unknown)
-    needed = (recorded == True) | (recorded.isna() & (distilled | sampled))  # noqa: E712
-    is_list = rows["member"].isin(NEED_SCORES)
-    is_rival = (rows["role"] == "reference") & (recorded == True)  # noqa: E712
-    return ((rows["role"] == "student") & needed) | is_list | is_rival
-
-
-def _read_scores(losses: object) -> bool:
-    """Test whether any term of a column `distill_loss` has a signal that needs scores."""
-    for term in str(losses).split("+"):
-        signal = term.partition(":")[2] or "logged"
-        # One that only the run had registered may need them.
-        if signal not in SIGNALS or SIGNALS[signal].needs_scores:
-            return True
-    return False
+    recorded = rows["needs_scores"] == True  # noqa: E712
+    return recorded | rows["member"].isin(NEED_SCORES)
 
 
 def baselines(rows: pd.DataFrame) -> dict[str, str]:

@@ -16,7 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
+from kd_ranker.cohorts.memory import spread
+from kd_ranker.cohorts.plan import Sweep, open_sweep
 from kd_ranker.config import checks, schema
+from kd_ranker.config.runs import Runs, common
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError, check_choice, command
@@ -32,7 +35,6 @@ from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.remote import Place, fetched, place_of
 from kd_ranker.progress import Progress
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep import Members, Sweep, common, open_sweep, spread
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import abstract_states
@@ -49,7 +51,7 @@ class Job:
     """Rankers that train together, and all that training and measuring them reads."""
 
     config: ConfigDict  # the values that its members have in common
-    members: Members  # the configs of the students; none in the job of a teacher
+    members: Runs  # the configs of the students; none in the job of a teacher
     built: Dataset  # as it was built
     devices: Sequence[jax.Device]  # of all processes
     # The teacher that was opened last, and the dataset with its scores, by `teacher.workdir` and
@@ -59,7 +61,7 @@ class Job:
     )
     progress: Progress = dataclasses.field(default_factory=Progress)
 
-    def of(self, members: Members) -> "Job":
+    def of(self, members: Runs) -> "Job":
         """The job of other students on the same dataset, which share batches and a teacher."""
         return dataclasses.replace(self, config=common(members), members=members)
 
@@ -168,7 +170,7 @@ class Job:
 
 def open_job(
     config: ConfigDict,
-    members: Members | None = None,
+    members: Runs | None = None,
     unchanged: bool = False,
     progress: Progress | None = None,
 ) -> Job:
@@ -328,9 +330,9 @@ def load_teacher(config: ConfigDict) -> Finished:
 
 def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, int, str, str]:
     """The title, cohort, name and serving choice of a student of a sweep, by default the best."""
-    if member and member not in sweep.members:
+    if member and member not in sweep.runs:
         raise UserError(
-            f"the sweep at {place} has no member {member!r}; it has: {', '.join(sweep.members)}"
+            f"the sweep at {place} has no member {member!r}; it has: {', '.join(sweep.runs)}"
         )
     if not sweep.is_complete():
         raise UserError(
@@ -340,12 +342,12 @@ def _member(sweep: Sweep, place: Place, member: str, serve: str) -> tuple[str, i
     if best is None and not member:
         raise UserError(
             f"no student of the sweep at {place} reaches the criterion for the best on "
-            f"validation; name one with --member: {', '.join(sweep.members)}"
+            f"validation; name one with --member: {', '.join(sweep.runs)}"
         )
     # A named member may miss the criterion.
     name, best_serve = best or (member, "")
     (cohort,) = (number for number, names in enumerate(sweep.plan) if name in names)
-    how = "--member" if member else f"the best of {len(sweep.members)} on validation"
+    how = "--member" if member else f"the best of {len(sweep.runs)} on validation"
     return f"member {name} of the sweep at {place} ({how})", cohort, name, serve or best_serve
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
+from kd_ranker.cohorts.plan import FOLDER, TEST
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import results, saving
@@ -17,7 +18,6 @@ from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.sources.logs.data_report import read_data_report, requests_a_day
-from kd_ranker.sweep import FOLDER, TEST
 from kd_ranker.training import workdir as workdirs
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from tabulate import MIN_PADDING, SEPARATING_LINE, tabulate
 
 from kd_ranker.config import schema
+from kd_ranker.distillation.terms import parse_terms
 from kd_ranker.evaluation.metrics import title_of
 from kd_ranker.evaluation.references import LISTS, NEED_SCORES
 from kd_ranker.evaluation.results import key_title, value_text
@@ -24,7 +25,7 @@ _LEAST_WIDTH = 20
 # Headers are wrapped to lines of this width; tabulate separates columns by a gap.
 _HEADER_WIDTH = 8
 _GAP = 2
-_SIGNALS = {"logged": "scores", "stage": "stages"}
+_SIGNALS = {"stage": "stages"}
 
 
 class _Line(NamedTuple):
@@ -151,7 +152,7 @@ def way_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
 
     `row` is one of `results.csv`; `varying` are the columns in which the settings differ.
 
-    >>> row = {"mode": "aux", "distill_loss": "softmax+softmax:stage", "unshown_weight": 0.3}
+    >>> row = {"mode": "aux", "distill_loss": "softmax + softmax:stage", "unshown_weight": 0.3}
     >>> way_in_words(row, ["distill_loss", "unshown_weight"])
     'aux, softmax on scores and stages, unshown negatives'
     """
@@ -175,12 +176,10 @@ def way_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
 def _losses_in_words(losses: str) -> str:
     """Return distillation losses with the signals that they learn from.
 
-    >>> _losses_in_words("topk:stage"), _losses_in_words("bce+topk:stage")
+    >>> _losses_in_words("topk:stage"), _losses_in_words("bce + topk:stage")
     ('topk on stages', 'bce on scores, topk on stages')
     """
     signals: dict[str, list[str]] = {}
-    for term in losses.split("+"):
-        loss, _, signal = term.partition(":")
-        signal = signal or "logged"
-        signals.setdefault(loss, []).append(_SIGNALS.get(signal, signal))
+    for term in parse_terms(losses):
+        signals.setdefault(term.loss, []).append(_SIGNALS.get(term.signal, term.signal))
     return ", ".join(f"{loss} on {' and '.join(names)}" for loss, names in signals.items())

@@ -21,6 +21,7 @@ from kd_ranker.batches.training import Needs
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.distillation.teacher_signal import SIGNALS
+from kd_ranker.distillation.terms import Term, format_terms, parse_terms, without_weights
 from kd_ranker.embedding.row_optimizers import ADAM, ROW_OPTIMIZERS
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import Init, Model, build_model
@@ -31,7 +32,6 @@ from kd_ranker.training.state import (
     LiveTeacher,
     OptimizerNumbers,
     Recipe,
-    Term,
     TrainState,
     init_state,
     stack_members,
@@ -40,7 +40,7 @@ from kd_ranker.training.state import (
 # The config keys of numbers that are traced, so that the members of a group may differ in them.
 TRACED_KEYS = (
     *("seed", "train.steps", "train.unshown_weight"),
-    *("distill.weight", "distill.user_weight", "distill.term_weights"),
+    *("distill.weight", "distill.user_weight"),
     *("distill.temperature", "distill.top_k", "distill.numbers"),
     *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
 )
@@ -129,6 +129,8 @@ def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list
 def shared_part(config: ConfigDict) -> str:
     """Return the part of a student's config that the members of its group share, as JSON."""
     shared = json.loads(config.to_json())
+    if terms := terms_of(config):
+        shared["distill"]["loss"] = format_terms(without_weights(terms))
     for key in TRACED_KEYS:
         section, _, name = key.rpartition(".")
         del (shared[section] if section else shared)[name]
@@ -140,7 +142,7 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     configs = list(members.values())
     config = configs[0]
     model, init = student_model(config, spec)
-    recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)._replace(
+    recipe = _recipe(model, MODES[config.distill.mode], config)._replace(
         user_loss=config.train.user_loss, unshown_are_negatives=config.train.unshown_weight > 0
     )
     numbers = stack_members([_student_numbers(config) for config in configs])
@@ -155,11 +157,12 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """
     model, init = teacher_model(config, spec)
     log_weight = config.teacher.log_weight
-    recipe = _recipe(model, MODES["none"], (), config.teacher)
+    recipe = _recipe(model, MODES["none"], config.teacher)
+    terms: tuple[Term, ...] = ()
     if log_weight:
-        mode = recipe.mode._replace(teacher_logits=recipe.mode.user_logits)
-        recipe = recipe._replace(mode=mode, terms=(Term("bce", "logged"),))
-    numbers = stack_members([_numbers(config.teacher, distill_weight=log_weight)])
+        recipe = recipe._replace(mode=recipe.mode._replace(teacher_logits=recipe.mode.user_logits))
+        terms = (Term("bce"),)
+    numbers = stack_members([_numbers(config.teacher, distill_weight=log_weight, terms=terms)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
@@ -185,7 +188,7 @@ def needs(
 
 def signals_of(groups: Sequence[Group]) -> set[str]:
     """Return the names of the signals that the groups learn from."""
-    return {term.signal for group in groups for term in group.recipe.terms}
+    return {term.signal for group in groups for term in group.numbers.terms}
 
 
 def learn_from_scores(groups: Sequence[Group]) -> bool:
@@ -205,21 +208,17 @@ def needs_scores(config: ConfigDict) -> bool:
 def terms_of(config: ConfigDict) -> tuple[Term, ...]:
     """Return the terms of a student's distillation loss; () if its mode does not use a teacher.
 
-    They are those of `distill.terms`, or the one of `distill.loss` if that is empty. A term without
-    a signal uses `teacher.signal`.
+    They are the config key `distill.loss`.
     """
-    distill = config.distill
-    if MODES[distill.mode].teacher_logits is None:
+    if MODES[config.distill.mode].teacher_logits is None:
         return ()
-    named = [text.partition(":") for text in distill.terms or (distill.loss,)]
-    return tuple(Term(loss, signal or config.teacher.signal) for loss, _, signal in named)
+    return parse_terms(config.distill.loss)
 
 
 def _student_numbers(config: ConfigDict) -> Hyperparameters:
     distill, terms = config.distill, terms_of(config)
     # Without a teacher there is nothing else to learn from.
     user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
-    term_weights = distill.term_weights or (1.0,) * max(len(distill.terms), 1)
     own = {name: value for term in terms for name, value in LOSSES[term.loss].numbers.items()}
     if terms and distill.numbers and len(distill.numbers) != len(own):
         names = ", ".join(own) or "none"
@@ -232,7 +231,7 @@ def _student_numbers(config: ConfigDict) -> Hyperparameters:
         config,
         user_weight=user_weight,
         distill_weight=distill.weight,
-        term_weights=tuple(term_weights),
+        terms=terms,
         loss=LossNumbers(distill.temperature, distill.top_k, given),
         unshown_weight=config.train.unshown_weight,
     )
@@ -241,17 +240,16 @@ def _student_numbers(config: ConfigDict) -> Hyperparameters:
 def _numbers(trainee: ConfigDict, **numbers: Any) -> Hyperparameters:
     """The traced numbers of one member; `trainee` is `config` or `config.teacher`."""
     optimizer = OptimizerNumbers(*(trainee.optimizer[name] for name in OptimizerNumbers._fields))
-    of_teacher = {"user_weight": 1, "term_weights": (1,), "loss": DEFAULT_NUMBERS}
+    of_teacher = {"user_weight": 1, "loss": DEFAULT_NUMBERS}
     numbers = {**of_teacher, "unshown_weight": 0, "steps": trainee.train.steps, **numbers}
     return jax.tree.map(jnp.float32, Hyperparameters(optimizer=optimizer, **numbers))
 
 
-def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:
+def _recipe(model: Model, mode: Mode, trainee: ConfigDict) -> Recipe:
     optimizer = trainee.optimizer
     return Recipe(
         model=model,
         mode=mode,
-        terms=terms,
         optimizer=OPTIMIZERS[optimizer.name](),
         row_optimizer=ROW_OPTIMIZERS[optimizer.table_name],
         schedule=functools.partial(SCHEDULES[optimizer.schedule], optimizer.warmup_steps),

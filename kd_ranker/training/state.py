@@ -17,15 +17,9 @@ from jaxtyping import Array, Float, Int
 from kd_ranker.batch import Items, Stage
 from kd_ranker.distillation.losses import LossNumbers
 from kd_ranker.distillation.modes import Mode, Transform
+from kd_ranker.distillation.terms import Term
 from kd_ranker.embedding.row_optimizers import RowOptimizer
 from kd_ranker.models.model import Model, Parameters
-
-
-class Term(NamedTuple):
-    """A term of the distillation loss: names of `losses.LOSSES` and `teacher_signal.SIGNALS`."""
-
-    loss: str
-    signal: str
 
 
 class Recipe(NamedTuple):
@@ -33,7 +27,6 @@ class Recipe(NamedTuple):
 
     model: Model
     mode: Mode
-    terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
     optimizer: optax.GradientTransformation  # a direction, to be scaled by minus the learning rate
     row_optimizer: RowOptimizer  # the same for embedding rows
     # (step, counted from 1; a member's number of steps) -> factor of the peak learning rates
@@ -60,7 +53,7 @@ class Hyperparameters(NamedTuple):
 
     user_weight: Float[Array, "members"]  # of the user loss
     distill_weight: Float[Array, "members"]  # λ, of the distillation loss
-    term_weights: tuple[Float[Array, "members"], ...]  # of each term of the distillation loss
+    terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
     loss: LossNumbers
     optimizer: OptimizerNumbers
     steps: Float[Array, "members"]  # to train, an integer; after them the member is frozen

@@ -150,7 +150,7 @@ def _train_group(
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group; one without a finite loss is frozen from this step."""
     spec, tables = recipe.model.embedding, state.parameters.tables
-    signals = [SIGNALS[term.signal].read(batch) for term in recipe.terms]
+    signals = [SIGNALS[term.signal].read(batch) for term in numbers.terms]
     if not recipe.unshown_are_negatives:
         # Candidates without a label or a signal would only cost time.
         batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in signals)]))
@@ -238,14 +238,12 @@ def _losses(
         totals = user(user_logits, batch.user_label, label_weight, DEFAULT_NUMBERS)
         user_loss += _mean_over_devices(*totals)
     distill_loss = jnp.zeros(())
-    # A mode without a teacher has a weight and no term.
-    for term, (probability, weight), factor in zip(
-        recipe.terms, signals, numbers.term_weights, strict=False
-    ):
-        assert mode.teacher_logits is not None, "a mode without a teacher has no terms"
+    for term, (probability, weight) in zip(numbers.terms, signals, strict=True):
+        if mode.teacher_logits is None:
+            continue
         teacher_logits = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
         totals = LOSSES[term.loss].function(teacher_logits, probability, weight, numbers.loss)
-        distill_loss += factor * _mean_over_devices(*totals)
+        distill_loss += term.weight * _mean_over_devices(*totals)
     loss = numbers.user_weight * user_loss + numbers.distill_weight * distill_loss
     return loss, dict(zip(_LOSSES, (loss, user_loss, distill_loss), strict=True))
 

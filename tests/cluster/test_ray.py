@@ -7,9 +7,9 @@ import time
 import pytest
 
 from kd_ranker import api
+from kd_ranker.cohorts.plan import FOLDER
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.sweep import FOLDER
 from tests import small
 
 ray = pytest.importorskip("ray", reason="ray is not installed; scripts/test_cluster.sh does it")

@@ -13,11 +13,11 @@ import pytest
 from kd_ranker import configs
 from kd_ranker.config import checks
 from kd_ranker.config.keys import DATA_KEYS, KEYS, Bound
+from kd_ranker.config.runs import sweep_runs
 from kd_ranker.configs import cascade, parquet
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.row_files import columns_of
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep import sweep_members
 from tests.faults import fault_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_source
@@ -42,7 +42,7 @@ def config_with(changes):
 
 def check(config):
     checks.validate(config)
-    checks.check_students(sweep_members(config).values())
+    checks.check_students(sweep_runs(config).values())
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,17 @@ def test_values_at_the_limit_are_valid(changes):
     check(config_with(changes))
 
 
-LIKE_LOSS = "distill.term_weights=(1.0,) must have one number per term of distill.terms=('bce', 't"
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"distill.mode": "auxx"}, "distill.mode='auxx' does not exist; choose one of: aux, none"),
         ({"data.name": "netflix"}, ", ".join(sorted(SOURCES))),
-        ({"distill.terms": ("bce", "l2")}, "distill.terms='l2' does not exist; choose one of"),
-        ({"distill.terms": ("bce:rank",)}, "'bce:rank': signal='rank' does not exist; choose one"),
-        ({"distill.terms": (1,)}, "distill.terms has 1; it takes names"),
-        ({"distill.terms": ("bce", "topk"), "distill.term_weights": (1.0,)}, LIKE_LOSS),
+        ({"distill.loss": "bce + l2"}, "'bce + l2': loss='l2' does not exist; choose one of"),
+        ({"distill.loss": "bce:rank"}, "'bce:rank': signal='rank' does not exist; choose one of"),
+        ({"distill.loss": "bce+"}, "'bce+': loss='' does not exist; choose one of"),
+        ({"distill.loss": "x * bce"}, "'x * bce': the weight 'x' is not a number of at least 0"),
+        ({"distill.loss": "-1 * bce"}, "the weight '-1' is not a number of at least 0"),
+        ({"distill.loss": "nan * bce"}, "the weight 'nan' is not a number of at least 0"),
         ({"distill.serve": "nope"}, "distill.serve='nope' does not exist; choose one of: blend"),
         ({"data.history_length": 10**22}, "history_length has 10000000000000000000000; it takes"),
         ({"seed": 2**63}, "seed has 9223372036854775808; it takes whole numbers below 2^63"),
@@ -120,7 +119,7 @@ LIKE_LOSS = "distill.term_weights=(1.0,) must have one number per term of distil
                 "costs.teacher.candidate": 2.0, "costs.student.candidate": 0.1,
                 "sweep.axes.student.width": (8, 16),
             },
-            "costs.student.candidate=0.1 is of one student, and sweep.axes.student has several",
+            "costs.student.candidate=0.1 is of one student, and the runs of the sweep have several",
         ),
     ],
 )  # fmt: skip
@@ -233,10 +232,11 @@ def check_with_log(*changes, log=REQUESTS, signal="probability"):
     checks.check_teacher_signals(dataset, members)
 
 
-LOGGED, STAGE = {"teacher.source": "logged"}, {"teacher.signal": "stage"}
+LOGGED, STAGE = {"teacher.source": "logged"}, {"distill.loss": "bce:stage"}
 RANKS = {"signal": "rank"}
+TOPK_STAGE = {"distill.loss": "topk:stage"}
 TOPK, NONE = {"distill.loss": "topk"}, {"distill.mode": "none"}
-ORDER = "needs the teacher's probabilities, and stages are an order; choose distill"
+ORDER = "bce needs the teacher's probabilities, and stages are an order; take one of: approx"
 PASSED, HARD = {"teacher.stage": "passed"}, {"batch.sampler": "hard"}
 
 
@@ -244,25 +244,25 @@ PASSED, HARD = {"teacher.stage": "passed"}, {"batch.sampler": "hard"}
     ("changes", "how", "message"),
     [
         # Positions where a loss needs probabilities.
-        (LOGGED, RANKS, r"distill\.loss=bce needs .* its positions; .*softmax.*distill\.mode=none"),
+        (LOGGED, RANKS, r"'bce': bce needs .* its positions; .*softmax.*distill\.mode=none"),
         (LOGGED | {"distill.loss": "softmax"}, RANKS, None),
         (LOGGED | {"distill.loss": "topk:stage"}, RANKS, None),
         (LOGGED, {}, None),
         # Stages where a loss needs probabilities, each term with its own signal.
-        (STAGE, {}, f"distill.loss=bce {ORDER}.loss of: approx_ndcg"),
-        (STAGE | {"distill.loss": "bce:logged"}, {}, None),
-        ({"distill.terms": ("softmax", "bce:stage")}, {}, f"distill.terms=bce {ORDER}.terms of"),
+        (STAGE, {}, f"distill.loss='bce:stage': {ORDER}"),
+        ({"distill.loss": "bce:scores"}, {}, None),
+        ({"distill.loss": "softmax + bce:stage"}, {}, rf"'softmax \+ bce:stage': {ORDER}"),
         # Stages that do not differ.
-        ({"distill.terms": ("bce", "topk:stage")}, {}, None),
-        ({"distill.terms": ("bce", "topk:stage")}, {"log": ALL_SHOWN}, "signal stage is constant"),
-        (STAGE | TOPK, {"log": NOTHING_SHOWN}, "the signal stage is constant: all candidates of a"),
-        (STAGE | TOPK, {"log": [*ALL_SHOWN, REQUESTS[0]]}, None),
+        ({"distill.loss": "bce + topk:stage"}, {}, None),
+        ({"distill.loss": "bce + topk:stage"}, {"log": ALL_SHOWN}, "signal stage is constant"),
+        (TOPK_STAGE, {"log": NOTHING_SHOWN}, "the signal stage is constant: all candidates of a"),
+        (TOPK_STAGE, {"log": [*ALL_SHOWN, REQUESTS[0]]}, None),
         # A teacher without candidates of its stage.
         (PASSED, {"log": PASSED_ARE_SHOWN}, r"^teacher\.stage=passed: in the training .* has pass"),
         (PASSED, {"log": [*PASSED_ARE_SHOWN, REQUESTS[0]]}, None),
         # A log without a teacher, or without its number of a task.
-        (LOGGED, {"log": NO_TEACHER}, "the signal logged is missing: no training request"),
-        (LOGGED | STAGE | TOPK, {"log": NO_TEACHER}, None),
+        (LOGGED, {"log": NO_TEACHER}, "the signal scores is missing: no training request"),
+        (LOGGED | TOPK_STAGE, {"log": NO_TEACHER}, None),
         (LOGGED, {"log": LIKE_UNSCORED}, "value_weights gives like a weight, and no training"),
         (LOGGED | {"value_weights": (1.0, 0.0, 4.0)}, {"log": LIKE_UNSCORED}, None),
         # A sampler without its scores.

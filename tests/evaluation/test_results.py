@@ -15,6 +15,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.evaluation.results import Kept
+from tests.sweeps import needs_scores
 
 TASKS = ("watch", "like")
 
@@ -52,29 +53,29 @@ def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "loss", "terms", "signal", "expected"),
+    ("mode", "loss", "expected"),
     [
-        ("aux", "softmax", (), "logged", "softmax"),
-        ("aux", "softmax", (), "stage", "softmax:stage"),
-        ("aux", "softmax", ("topk", "bce:logged"), "stage", "topk:stage+bce"),
-        ("none", "softmax", ("topk", "bce:logged"), "stage", None),
-        ("aux", "topk:stage", (), "logged", "topk:stage"),
+        ("aux", "softmax:scores", "softmax"),
+        ("aux", "topk:stage+2*bce", "topk:stage + 2 * bce"),
+        ("none", "softmax", None),
     ],
 )
-def test_a_row_has_the_loss_with_its_signal(mode, loss, terms, signal, expected):
+def test_a_row_has_the_terms_of_the_loss(mode, loss, expected):
     config = cascade("small")
-    config.distill.mode, config.distill.loss, config.distill.terms = mode, loss, terms
-    config.teacher.signal = signal
+    config.distill.mode = mode
+    config.distill.loss = loss
     assert results.made_of(config)["distill_loss"] == expected
 
 
 def row(role, mode, seed, passed, flops, **more):
     distilled = mode not in (None, "", "none")
+    loss = "bce" if distilled else None
     return dict.fromkeys(results.OTHER_KEYS) | {
         "dataset": "d", "split": "validation", "role": role, "mode": mode, "seed": seed,
         "passed_for_99": passed, "non_finite_step": None, "member": f"{mode}-seed{seed}",
         "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, "serve": "user",
-        "distill_loss": "bce" if distilled else None, "distill_weight": float(distilled),
+        "distill_loss": loss, "distill_weight": float(distilled),
+        "needs_scores": needs_scores(role, loss),
         "temperature": 1.0 if distilled else None, "candidates": 2000.0,
         "user_loss": "bce" if mode else None, "unshown_weight": 0.0 if mode else None,
         "scored_for_99": passed, **more,

@@ -13,6 +13,7 @@ from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
 from kd_ranker.training import recipes
+from tests.sweeps import needs_scores
 
 NAN = math.nan
 
@@ -57,13 +58,18 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == pytest.approx(1280)
 
 
+def needs_scores_of(way):
+    """A way ends with its terms, unless its mode is `none`."""
+    return not way.startswith(("none", "list")) and needs_scores("student", way.split()[-1])
+
+
 def rows_of(passed_by_setting, split="validation"):
     """Rows of ways -> settings -> `passed_for_99` by repeat; None leaves one out."""
     lines = [
         {"split": split, "way": way, "setting": f"{way} {name}", "repeat": str(repeat),
          "mode": way.split()[0], "role": "student", "member": f"{way} {name}",
          "distill_loss": None if way.startswith("none") else way.split()[-1],
-         saving.CRITERION: passed, **saving.PLAIN}
+         "needs_scores": needs_scores_of(way), saving.CRITERION: passed, **saving.PLAIN}
         for way, settings in passed_by_setting.items()
         for name, by_repeat in settings.items()
         for repeat, passed in enumerate(by_repeat)
@@ -131,10 +137,6 @@ def test_each_saving_has_the_baseline_that_it_names():
     without = whole[whole["setting"] != "none list loss"]
     # 145, as the mean of the two terms.
     assert saving.baselines(without)["funnel_cost_saving"] == "aux softmax:stage+topk:stage a"
-    # A sampler that takes scores makes them needed.
-    hard = without["setting"].str.contains("stage a") & (without["role"] == "student")
-    sampled = without.assign(**{"batch.sampler": hard.map({True: "hard", False: "uniform"})})
-    assert saving.baselines(sampled)["funnel_cost_saving"] == "show_rate"
     lists = without[~without["setting"].str.contains("stage a")]
     assert saving.baselines(lists)["funnel_cost_saving"] == "show_rate"
 
@@ -156,25 +158,23 @@ def test_the_baseline_has_the_cheapest_funnel_and_not_the_fewest_candidates():
 
 
 def test_what_training_recorded_decides_who_needs_scores():
-    rows = rows_of({"none": {"a": [100, 100], "b": [300, 310]}, "aux topk:own": {"a": [200, 200]}})
+    rows = rows_of({"none": {"a": [100, 100], "b": [300, 310]}, "aux topk": {"a": [200, 200]}})
     assert saving.baselines(rows)["funnel_cost_saving"] == "none a"
-    # It started from a distilled student; the loss of the other has a signal without scores.
-    recorded = {"none a": True, "none b": False, "aux topk:own a": False}
+    # It started from a distilled student; the other learns from a signal without scores.
+    recorded = {"none a": True, "none b": False, "aux topk a": False}
     rows["needs_scores"] = rows["setting"].map(recorded)
-    assert saving.baselines(rows)["funnel_cost_saving"] == "aux topk:own a"
+    assert saving.baselines(rows)["funnel_cost_saving"] == "aux topk a"
 
 
-@pytest.mark.parametrize(
-    ("needs_scores", "baseline"), [(True, "none a"), (False, "aux topk:own a")]
-)
-def test_a_signal_declares_whether_it_needs_scores(monkeypatch, needs_scores, baseline):
-    signal = SIGNALS["stage"]._replace(needs_scores=needs_scores)
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_signal_declares_whether_it_needs_scores(monkeypatch, needed):
+    signal = SIGNALS["stage"]._replace(needs_scores=needed)
     monkeypatch.setitem(SIGNALS, "own", signal)
-    rows = rows_of({"none": {"a": [300, 310]}, "aux topk:own": {"a": [200, 200]}})
-    assert saving.baselines(rows)["funnel_cost_saving"] == baseline
     config = defaults.get_config("cascade")
     config.distill.mode, config.distill.loss = "aux", "topk:own"
-    assert recipes.needs_scores(config) == needs_scores
+    assert recipes.needs_scores(config) == needed
+    config.batch.sampler = "hard"
+    assert recipes.needs_scores(config)
 
 
 @pytest.mark.parametrize("lacking", ["validation", "test"])

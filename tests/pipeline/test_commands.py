@@ -13,6 +13,7 @@ import pytest
 from kd_ranker import api, manifest
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
+from kd_ranker.config.runs import sweep_runs
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -25,7 +26,6 @@ from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
-from kd_ranker.sweep import sweep_members
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -221,7 +221,7 @@ def test_cohorts_of_two_stages_read_the_scores_of_each(apart):
         apart.teacher.stage = stage
         api.log_teacher(apart)
     apart.teacher.source = "logged"
-    members = sweep_members(apart)
+    members = sweep_runs(apart)
     job = open_job(apart)
     read = [job.of({name: member}).dataset for name, member in members.items()]
     for member, dataset in zip(members.values(), read, strict=True):
@@ -403,7 +403,7 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     config = world.config(**SWEEP)
     tested = rows_of(swept, "test").set_index(["member", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
-    job = open_job(config, sweep_members(config))
+    job = open_job(config, sweep_runs(config))
     states, step = job.restored(swept / "cohorts" / "0")
     assert step == config.train.steps
     # All serving choices, in a pass without references.
@@ -508,7 +508,11 @@ def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, 
 
 # One more way: the mode none does not read the weight.
 MORE = SWEEP | {
-    "sweep__ways": ("distill.mode=none,aux", "distill.mode=aux distill.weight=4.0"),
+    "sweep__modes": (),
+    "sweep__runs": tuple(
+        {"distill.mode": mode, "distill.weight": weight}
+        for mode, weight in (("none", 1.0), ("aux", 1.0), ("aux", 4.0))
+    ),
     "sweep__extend": True,
 }
 
@@ -774,7 +778,7 @@ REFUSED = [
     ("sweep", replace("cohorts.json", "seed0", "seed1"), api.sweep, SWEEP,
      "20 belongs to another run: config ("),
     ("sweep", nothing, api.sweep, SWEEP | {"train__steps": 30, "sweep__weights": (1.0, 2.0)},
-     "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)"),
+     "sweep.weights ([] there, [1.0, 2.0] now), train.steps (20 there, 30 now)"),
     ("sweep", nothing, api.sweep, SWEEP | {"sweep__seeds": (0,), "sweep__extend": True},
      "none-seed1, which config.sweep does not name"),
     ("sweep", nothing, api.train, SWEEP, "belongs to a run of sweep"),

@@ -9,8 +9,8 @@ import pytest
 
 import kd_ranker as kd
 from kd_ranker import api, configs
-from kd_ranker.pipeline import runs
-from kd_ranker.sweep import sweep_members
+from kd_ranker.config.runs import sweep_runs
+from kd_ranker.pipeline import training
 from tests.faults import fault_of
 from tests.report import sweeps
 
@@ -32,7 +32,7 @@ def test_the_import_takes_little_along_and_names_are_functions_whatever_is_impor
     program = """
 import sys, kd_ranker as kd
 assert not {"jax", "pandas"} & {*sys.modules}
-import kd_ranker.sweep, kd_ranker.report.write
+import kd_ranker.report, kd_ranker.report.write
 assert callable(kd.sweep) and callable(kd.report), (kd.sweep, kd.report)
 from kd_ranker import configs
 assert kd.configs is configs
@@ -48,10 +48,10 @@ def test_a_config_that_lacks_keys_is_one_line(tmp_path, content):
 
 
 def test_a_name_that_is_replaced_stays_replaced(monkeypatch):
-    """Also where a module has its name: `kd_ranker.sweep`."""
+    """Also where a package has its name: `kd_ranker.report`."""
     for name in ("sweep", "report", "train"):
         monkeypatch.setattr(kd, name, len)
-        importlib.import_module("kd_ranker.sweep")
+        importlib.import_module("kd_ranker.report")
         assert getattr(kd, name) is len
 
 
@@ -72,15 +72,19 @@ def test_a_result_that_is_gone_has_a_name(tmp_path):
 
 def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(runs, "train_sweep", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(training, "train_sweep", lambda config, *_: trained.append(config))
     config = world.config(teacher__workdir="")
     before = config.to_json()
-    axes = {"distill.loss": ["topk"]}
-    arguments = dict(teacher=world.teacher, modes=("none", "aux"), weights=(0.3, 1), axes=axes)
+    arguments = dict(
+        teacher=world.teacher,
+        runs=[{"distill.mode": "none"}, {"distill.mode": "aux", "distill.loss": "bce"}],
+        weights=(0.3, 1),
+        axes={"distill.loss": ["topk"]},
+    )
     students = kd.sweep(config, f"{tmp_path}/sweep", **arguments)
     assert config.to_json() == before
     assert students.workdir == tmp_path / "sweep"
-    members = sweep_members(*trained).values()
+    members = sweep_runs(*trained).values()
     found = {(of.distill.mode, of.distill.weight) for of in members}
     assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
     assert {of.distill.loss for of in members if of.distill.mode == "aux"} == {"topk"}

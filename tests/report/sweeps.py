@@ -14,6 +14,7 @@ import vl_convert
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
+from kd_ranker.config.runs import sweep_runs
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import results
@@ -21,7 +22,7 @@ from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.report import figures
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import Study, read_studies
-from kd_ranker.sweep import sweep_members
+from tests.sweeps import needs_scores
 
 TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
@@ -238,7 +239,7 @@ def write_members(workdir: Path, config: ConfigDict) -> Path:
     rows = [teacher_row() | _numbers(config, 10.0, 1.0)]
     for name, passed in REFERENCES.items():
         rows.append(reference_row(name, passed) | _numbers(config, passed, 0.9))
-    for name, member in sweep_members(config).items():
+    for name, member in sweep_runs(config).items():
         made_of = results.made_of(member)
         learns = made_of["distill_loss"] is not None
         draw = np.random.default_rng([*name.encode()])
@@ -317,6 +318,7 @@ def _frame(rows: Sequence[dict], config: ConfigDict) -> pd.DataFrame:
             | default
             | {short.get(name, name): value for name, value in row.items() if name != "test"}
         )
+        line.setdefault("needs_scores", needs_scores(line["role"], line["distill_loss"]))
         line.setdefault("teacher_bce/watch", line["teacher_kl/watch"] + 0.4)
         line.setdefault("scored_for_99", np.minimum(line["passed_for_99"], line["candidates"]))
         line.setdefault("cost_ratio", line["flops_per_candidate"] / TEACHER_FLOPS)

@@ -11,6 +11,7 @@ from kd_ranker.batch import Stage
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LossNumbers
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.terms import Term
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
@@ -22,7 +23,6 @@ from kd_ranker.training.state import (
     LiveTeacher,
     OptimizerNumbers,
     Recipe,
-    Term,
     init_state,
     select_member,
     stack_members,
@@ -58,7 +58,6 @@ def recipe_of(mode, optimizer, spec, student=MultiInterest):
     return Recipe(
         model=model_of(mode, spec, student)[0],
         mode=MODES[mode],
-        terms=(Term("bce", "logged"),) if MODES[mode].teacher_logits else (),
         optimizer=OPTIMIZERS[optimizer](),
         row_optimizer=ROW_OPTIMIZERS[optimizer],
         schedule=lambda step, steps: jnp.ones_like(steps),
@@ -98,7 +97,7 @@ def hyperparameters(temperature=1.0, top_k=2.0, **changes):
     numbers = {
         "user_weight": 1.0,
         "distill_weight": 0.7,
-        "term_weights": (1.0,),
+        "terms": (Term("bce"),),
         "learning_rate": 0.01,
         "table_learning_rate": 0.02,
         "weight_decay": 0.1,

@@ -14,7 +14,7 @@ from tests.random_batches import SPEC
 from tests.training.steps import config_of
 
 NONE, AUX, SHARED = ({"distill__mode": mode} for mode in ("none", "aux", "shared"))
-STAGES = AUX | {"distill__loss": "softmax", "teacher__signal": "stage"}
+STAGES = AUX | {"distill__loss": "softmax:stage"}
 UNSHOWN = NONE | {"train__unshown_weight": 0.1}
 POOLS = NONE | {"student__history": "mean"}
 
@@ -60,7 +60,7 @@ def test_a_teacher_learns_from_labels_and_may_learn_from_the_log_by_the_same_log
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
     config.teacher.log_weight = 2.0
     group = recipes.teacher_group(config, SPEC)
-    assert group.recipe.terms == (("bce", "logged"),)
+    assert [(term.loss, term.signal) for term in group.numbers.terms] == [("bce", "scores")]
     assert recipes.needs([group], None) == (Stage.SHOWN, Stage.RETRIEVED, True)
     assert (group.numbers.user_weight, group.numbers.distill_weight) == (1, 2)
     mode, logits = group.recipe.mode, np.zeros((2, 3, 3))
@@ -75,7 +75,7 @@ def test_members_that_differ_in_traced_numbers_are_one_group(monkeypatch):
     monkeypatch.setitem(LOSSES, "bce", LOSSES["bce"]._replace(numbers={"own": 1.0}))
     changes = {
         "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
-        "distill__top_k": 4, "distill__user_weight": 0.5, "distill__term_weights": (5.0,),
+        "distill__top_k": 4, "distill__user_weight": 0.5,
         "distill__numbers": (6.0,),
         "train__unshown_weight": 0.7, "optimizer__learning_rate": 0.1,
         "optimizer__weight_decay": 0.3, "optimizer__table_learning_rate": 0.2,
@@ -87,38 +87,32 @@ def test_members_that_differ_in_traced_numbers_are_one_group(monkeypatch):
     assert names_of_groups(first=first, **members) == [("first", *changes)]
     numbers = group_of(distill__mode="aux", **changes).numbers
     numbers = [float(leaf[0]) for leaf in jax.tree.leaves(numbers)]
-    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 2, 3, 4, 5, 6, 7])
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 2, 3, 4, 6, 7])
 
 
-@pytest.mark.parametrize(
-    ("named", "signal", "expected"),
-    [
-        ((), "logged", [("bce", "logged")]),
-        (("softmax",), "logged", [("softmax", "logged")]),
-        (
-            ("softmax", "topk:stage", "bce:logged"), "stage",
-            [("softmax", "stage"), ("topk", "stage"), ("bce", "logged")],
-        ),
-    ],
-)  # fmt: skip
-def test_terms_take_the_signal_that_they_name_or_else_the_configs(named, signal, expected):
-    how = {"distill__terms": named, "teacher__signal": signal}
-    group = group_of(distill__mode="aux", **how)
-    assert group.recipe.terms == tuple(expected)
-    assert [float(weight[0]) for weight in group.numbers.term_weights] == [1.0] * len(expected)
-    assert group_of(distill__mode="none", **how).recipe.terms == ()
-    if not named:
-        group = group_of(distill__mode="aux", distill__loss="topk:stage", **how)
-        assert group.recipe.terms == (("topk", "stage"),)
+def terms_of_group(**changes):
+    """The terms of the loss of a group of one."""
+    terms = group_of(**changes).numbers.terms
+    return [(term.loss, term.signal, float(term.weight[0])) for term in terms]
+
+
+def test_the_terms_of_a_student_are_those_of_its_config():
+    text = "softmax + 0.5 * topk:stage"
+    expected = [("softmax", "scores", 1.0), ("topk", "stage", 0.5)]
+    assert terms_of_group(distill__mode="aux", distill__loss=text) == expected
+
+
+def test_a_mode_without_a_teacher_has_no_terms():
+    assert terms_of_group(distill__mode="none", distill__loss="softmax") == []
 
 
 def test_weights_of_terms_are_traced_and_terms_are_not():
-    terms = {"distill__mode": "aux", "distill__terms": ("softmax", "topk:stage")}
-    weighed = terms | {"distill__term_weights": (1.0, 0.3)}
-    other = terms | {"distill__terms": ("softmax", "topk")}
-    group, second = groups_of({"a": terms, "b": weighed, "c": other})
+    losses = {"a": "softmax + topk:stage", "b": "softmax + 0.3 * topk:stage", "c": "softmax + topk"}
+    members = {name: {"distill__mode": "aux", "distill__loss": of} for name, of in losses.items()}
+    group, second = groups_of(members)
     assert (group.names, second.names) == (("a", "b"), ("c",))
-    np.testing.assert_allclose(group.numbers.term_weights, [[1.0, 1.0], [1.0, 0.3]])
+    weights = [term.weight for term in group.numbers.terms]
+    np.testing.assert_allclose(weights, [[1.0, 1.0], [1.0, 0.3]])
 
 
 @pytest.mark.parametrize(("mode", "weight"), [("none", 1), ("shared", 0), ("aux", 0)])
@@ -134,8 +128,8 @@ def test_without_a_teacher_a_student_learns_from_users_whatever_their_weight(mod
         {"distill__mode": "aux"},
         {"distill__loss": "softmax"},
         {"distill__affine": False},
-        {"teacher__signal": "stage"},
-        {"distill__terms": ("bce", "softmax")},
+        {"distill__loss": "softmax:stage"},
+        {"distill__loss": "bce + softmax"},
         {"student__name": "two_tower"},
         {"student__width": 4},
         {"student__hidden": (8, 8)},

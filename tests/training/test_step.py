@@ -12,6 +12,7 @@ from kd_ranker.batches.cutting import Span, unpack
 from kd_ranker.distillation.losses import USER_LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
+from kd_ranker.distillation.terms import Term
 from kd_ranker.embedding.lookup import gather_rows
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import COMPUTE_DTYPES, apply_model, build_model, score
@@ -23,7 +24,6 @@ from kd_ranker.training.recipes import SCHEDULES
 from kd_ranker.training.state import (
     Frozen,
     LiveTeacher,
-    Term,
     select_member,
     stack_members,
 )
@@ -174,9 +174,10 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
     """
     names = ["bce", "softmax", "lambda", "dftopk"]
     recipe, state = make_recipe("shared", "sgd", seeds=(0, 1), student=TwoTower)
+    terms = [(Term(name),) for name in names]
     recipes = [
-        recipe._replace(terms=(Term(name, "logged"),), user_loss=user_loss)
-        for name, user_loss in zip(names, itertools.cycle(USER_LOSSES), strict=False)
+        recipe._replace(user_loss=user_loss)
+        for user_loss in itertools.islice(itertools.cycle(USER_LOSSES), len(names))
     ]
     first = hyperparameters(distill_weight=0.3, temperature=2.0, top_k=1.0)
     second = hyperparameters(distill_weight=3.0)
@@ -185,7 +186,7 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
         batch.user_label[:3] = 0  # devices without positives
 
     def take_steps(batches, *members, devices=1):
-        numbers = [stack_members(members)] * len(names)
+        numbers = [stack_members([of._replace(terms=own) for of in members]) for own in terms]
         return run_groups(recipes, [state] * len(names), batches, numbers, devices=devices)
 
     reference, losses = take_steps(batches, first, second)
@@ -231,13 +232,15 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
 
 def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
     recipe, state = make_recipe("aux", "sgd")
-    recipes = [recipe._replace(terms=(Term("softmax", signal),)) for signal in SIGNALS]
+    on_scores, on_stages = (
+        hyperparameters(terms=(Term("softmax", signal),)) for signal in ("scores", "stage")
+    )
     batch = random_batch(3)
     probability, weight = SIGNALS["stage"].read(batch)
     said = batch.replace(teacher_probability=probability, teacher_weight=weight)
     silent = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
-    logged, losses = run(recipes[0], state, [said])
-    stage, of_stage = run(recipes[1], state, [silent])
+    logged, losses = run(recipe, state, [said], on_scores)
+    stage, of_stage = run(recipe, state, [silent], on_stages)
     assert losses["distill_loss"] > 0
     assert_equal((logged, losses), (stage, of_stage))
 
@@ -245,17 +248,21 @@ def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
 def test_terms_add_up_by_their_weights():
     """A group per term, one of all terms, and one of all in which a single weight is not 0."""
     recipe, state = make_recipe("shared", "sgd")
-    terms = (Term("bce", "logged"), Term("softmax", "stage"), Term("dftopk", "logged"))
-    weights = [(1.0,)] * 3 + [(1.0, 0.3, 2.0), (1.0, 0.0, 0.0)]
+    weights = (1.0, 0.3, 2.0)
+    terms = [
+        *((Term("bce"),), (Term("softmax", "stage"),), (Term("dftopk"),)),
+        (Term("bce"), Term("softmax", "stage", 0.3), Term("dftopk", weight=2.0)),
+        (Term("bce"), Term("softmax", "stage", 0.0), Term("dftopk", weight=0.0)),
+    ]
     states, losses = run_groups(
-        [recipe._replace(terms=of) for of in (*((term,) for term in terms), terms, terms)],
+        [recipe] * 5,
         [state] * 5,
         [random_batch(3)],
-        [stack_members([hyperparameters(term_weights=of)]) for of in weights],
+        [stack_members([hyperparameters(terms=of)]) for of in terms],
     )
     *each, together, with_others = (float(of["distill_loss"][0]) for of in losses)
     assert len(set(each)) == 3
-    np.testing.assert_allclose(together, np.dot(weights[3], each), rtol=1e-5)
+    np.testing.assert_allclose(together, np.dot(weights, each), rtol=1e-5)
     np.testing.assert_allclose(with_others, each[0], rtol=1e-6)
     assert_close(states[0].parameters, states[4].parameters, 1e-7)
 

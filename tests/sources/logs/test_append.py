@@ -18,7 +18,7 @@ from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import open_finished, open_job
-from kd_ranker.pipeline.runs import warm_start
+from kd_ranker.pipeline.training import warm_start
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary

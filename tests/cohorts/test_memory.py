@@ -1,17 +1,13 @@
-import importlib
-
 import jax
 import pytest
 
 from kd_ranker.batch import empty_batch
+from kd_ranker.cohorts import memory
 from kd_ranker.configs import cascade
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS, first_devices
 from tests.faults import fault_of
 from tests.random_batches import SPEC
-
-# An attribute of the package has this name too: the function.
-sweep = importlib.import_module("kd_ranker.sweep")
 
 
 def bytes_of(config, spec=SPEC):
@@ -24,13 +20,13 @@ def bytes_of(config, spec=SPEC):
 def cohort_size(*members):
     """The size of a cohort of the first of them."""
     devices = first_devices(members[0].parallel.devices)
-    return sweep.cohort_size(members[0], members, SPEC, devices)
+    return memory.cohort_size(members[0], members, SPEC, devices)
 
 
 @pytest.fixture
 def free(monkeypatch):
     """Sets the bytes that are free on each device."""
-    return lambda number: monkeypatch.setattr(sweep, "free_memory", lambda _: number)
+    return lambda number: monkeypatch.setattr(memory, "free_memory", lambda _: number)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +45,7 @@ def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, p
     config.parallel.update(parallel)
     wide = config.copy_and_resolve_references()
     wide.student.width *= 2
-    one = sweep._MARGIN * bytes_of(wide)
+    one = memory._MARGIN * bytes_of(wide)
     for number, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
         free(number)
         assert cohort_size(config, wide) == fit * across
@@ -62,22 +58,22 @@ def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
     groups = recipes.student_groups({"": config}, SPEC)
     for devices, tables in ((1, "replicated"), (2, "sharded")):
         config.parallel.update({"devices": devices, "tables": tables})
-        over = sweep.spread(config.parallel, first_devices(devices), [1], config.batch.requests)
+        over = memory.spread(config.parallel, first_devices(devices), [1], config.batch.requests)
         checked = groups, config.batch, SPEC, over
         needed = bytes_of(config) / devices
         free(needed + 1)
-        sweep.check_memory(*checked)
+        memory.check_memory(*checked)
         free(needed - 1)
-        fault = fault_of(sweep.check_memory, *checked)
+        fault = fault_of(memory.check_memory, *checked)
         assert fault.startswith("training needs at least")
-    free(3.5 * sweep._MARGIN * bytes_of(config))
+    free(3.5 * memory._MARGIN * bytes_of(config))
     # Of a device's share of the tables there is room for more.
     assert cohort_size(config) > 3
 
 
 def test_a_device_that_is_full_is_reported_in_one_line():
     def fail(text):
-        with sweep.exhaustion_reported():
+        with memory.exhaustion_reported():
             raise jax.errors.JaxRuntimeError(text)
 
     fault = fault_of(fail, "RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nAllocator")
@@ -89,6 +85,6 @@ def test_a_device_that_is_full_is_reported_in_one_line():
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():
     one, four = (MAPPINGS["auto"](first_devices(number)) for number in (1, 4))
-    whole = sweep.free_memory(one)
+    whole = memory.free_memory(one)
     assert 10**6 < whole < 10**13
-    assert sweep.free_memory(four) < whole / 3
+    assert memory.free_memory(four) < whole / 3

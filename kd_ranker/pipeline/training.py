@@ -14,8 +14,11 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.batches.training import BatchConfig, training_batches
+from kd_ranker.cohorts.memory import check_memory, cohort_size, exhaustion_reported
+from kd_ranker.cohorts.plan import TEST, Sweep, open_sweep, read_plan
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
+from kd_ranker.config.runs import Runs, common
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results, saving
 from kd_ranker.evaluation.metrics import metric_of
@@ -29,17 +32,6 @@ from kd_ranker.progress import Bar, Progress, Show
 from kd_ranker.requests.lock import hold
 from kd_ranker.rivals import registry
 from kd_ranker.rivals.registry import Rival
-from kd_ranker.sweep import (
-    TEST,
-    Members,
-    Sweep,
-    check_memory,
-    cohort_size,
-    common,
-    exhaustion_reported,
-    open_sweep,
-    read_plan,
-)
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Run, make_run, scalar_name
@@ -55,7 +47,7 @@ _Jobs = Sequence[tuple[Job, Path]]  # the job of each cohort, and its folder
 
 
 def train(
-    command: str, config: ConfigDict, members: Members, place: Place, progress: Progress
+    command: str, config: ConfigDict, members: Runs, place: Place, progress: Progress
 ) -> None:
     """Train one student, or without members the teacher, and measure it; see `api.train`.
 
@@ -140,7 +132,7 @@ def _open(
     job = open_job(config, unchanged=unchanged, progress=progress)
     dataset, free = job.built.identity, schema.without_influence("report")
     if not config.sweep.extend:
-        axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
+        axes = {"sweep.runs", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
     # These change no more than how it is tested, joined and reported.
     free += ["costs", "report", "sweep.rivals"]
@@ -158,13 +150,13 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
     if sweep.is_complete():
         _check_teachers(sweep)
         return False
-    name, first = next(iter(sweep.members.items()))
+    name, first = next(iter(sweep.runs.items()))
     read = job.of({name: first}).dataset
-    checks.check_teacher_signals(read, sweep.members.values())
+    checks.check_teacher_signals(read, sweep.runs.values())
     checks.check_labels(read)
     registry.check(read, config.sweep.rivals)
     # By the memory that is free: of several processes, one decides.
-    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec, job.devices))
+    size = on_first(lambda: cohort_size(config, sweep.runs.values(), read.spec, job.devices))
     sweep = sweep.planned(size)
     # Last, so that an extension counts once its cohorts are known.
     workdirs.write_config(workdir, "sweep", config, dataset.identity)
