@@ -36,7 +36,7 @@ teacher = kd.train_teacher(config, "runs/teacher")
 students = kd.sweep(
     config, "runs/sweep", teacher=teacher, modes=("none", "shared"), weights=(0.3, 1, 3)
 )
-students.results[["split", "member", "survival@30", "value_captured@30", "passed_for_99"]]
+students.results[["split", "run", "survival@30", "value_captured@30", "passed_for_99"]]
 
 # %% [markdown]
 # What that saves in the funnel, with intervals, tables and figures. `docs/concepts.md` has the

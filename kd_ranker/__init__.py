@@ -12,8 +12,6 @@ The names in `__all__` are stable; the rest of the package may change. For examp
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from kd_ranker.batches import samplers
     from kd_ranker.distillation import losses, modes
     from kd_ranker.errors import UserError
-    from kd_ranker.evaluation.interleaving import interleave, requests_needed
+    from kd_ranker.evaluation.live_test import requests_needed
     from kd_ranker.progress import Progress
 
 __all__ = [
@@ -54,7 +52,6 @@ __all__ = [
     "configs",
     "export",
     "infer",
-    "interleave",
     "log_teacher",
     "losses",
     "modes",
@@ -77,34 +74,20 @@ _MODULES = {
     "Request": "kd_ranker.batch",
     "UserError": "kd_ranker.errors",
     "configs": "kd_ranker.configs",
-    "interleave": "kd_ranker.evaluation.interleaving",
     "losses": "kd_ranker.distillation.losses",
     "modes": "kd_ranker.distillation.modes",
-    "requests_needed": "kd_ranker.evaluation.interleaving",
+    "requests_needed": "kd_ranker.evaluation.live_test",
     "samplers": "kd_ranker.batches.samplers",
 }
 
 
-class _Face(types.ModuleType):
-    """This package as a module that loads its names on first use.
-
-    Loading all of them would take seconds, and each module of the package loads this one.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = importlib.import_module(_MODULES.get(name, "kd_ranker.api"))
-        return module if module.__name__.endswith(f".{name}") else getattr(module, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # After an import, Python binds a module of that name here. The name stays the function's.
-        is_own_module = getattr(value, "__name__", "") == f"{__name__}.{name}"
-        if not (name in __all__ and is_own_module):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return [*__all__, *self.__dict__]
+def __getattr__(name: str) -> Any:
+    """Load a name on first use: all of them would take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_MODULES.get(name, "kd_ranker.api"))
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
 
-sys.modules[__name__].__class__ = _Face
+def __dir__() -> list[str]:
+    return [*__all__, *globals()]

@@ -26,16 +26,16 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import datasets, scoring, training
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.job import check_select, config_of, open_finished
+from kd_ranker.pipeline.job import check_select, config_of, open_ranker
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.progress import Progress, Show
-from kd_ranker.report import tables, write
-from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.study import read_studies
-from kd_ranker.report.summary import WIDTH, summary
+from kd_ranker.reporting import tables, write
+from kd_ranker.reporting.estimates import Estimates
+from kd_ranker.reporting.study import read_studies
+from kd_ranker.reporting.summary import WIDTH, summary
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.programs import FORMATS
-from kd_ranker.sources import given
+from kd_ranker.sources import in_memory
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
 from kd_ranker.sources.logs.layout import split_path
@@ -108,11 +108,11 @@ class Dataset(NamedTuple):
         """
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
         if not splits or {*splits} - {"", *SPLITS}:
-            raise UserError(given.NO_REQUESTS)
-        own = defaults.get_config(given.NAME)
+            raise UserError(in_memory.NO_REQUESTS)
+        own = defaults.get_config(in_memory.NAME)
         own.data.dir = os.path.expanduser(directory)
         items, shares = (item_features, item_category), (validation_share, test_share)
-        path, tasks, funnel = given.keep(splits, spec, *items, own.data, shares)
+        path, tasks, funnel = in_memory.write_requests(splits, spec, *items, own.data, shares)
         if config is None:
             own.funnel.update(funnel)
         else:
@@ -142,15 +142,15 @@ class Trained(NamedTuple):
 
     @property
     def results(self) -> pd.DataFrame:
-        """Its `results.csv`: one row per ranker, serving choice and split; see docs/concepts.md."""
+        """Its `results.csv`: one row per ranker, head and split; see docs/concepts.md."""
         with fetched(self.workdir, with_checkpoints=False) as folder:
             return results.read_csv(folder / results.FILE)
 
     def table(self, wide: bool = False) -> str:
         """Return its results for a terminal, in at most 100 columns, or with `wide` all measures.
 
-        A sweep has a line per way, with the saving of the chosen setting and its value for users;
-        the numbers are those of the report.
+        A sweep has a line per method, with the saving of the chosen setting and its value for
+        users; the numbers are those of the report.
         """
         with fetched(self.workdir, with_checkpoints=False) as folder:
             if not wide and (folder / FOLDER).is_dir():
@@ -181,7 +181,7 @@ class Report(NamedTuple):
 
     answers: tuple[str, ...]  # per dataset, at most four sentences on the saving
     page: Place  # with all figures and tables
-    tables: tuple[str, ...] = ()  # per dataset, its ways in at most 100 columns
+    tables: tuple[str, ...] = ()  # per dataset, its methods in at most 100 columns
     teacher: Trained | None = None  # None where the students learn from the dataset's own log
     students: Trained | None = None
 
@@ -295,7 +295,7 @@ def train(
     """Train one student and measure it.
 
     Args:
-      config: with the way of distilling in `config.distill`.
+      config: with the method in `config.distill`.
       workdir: the folder of the run; a run that was killed resumes.
       teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
       progress: times the phases; None shows only bars, on a terminal.
@@ -394,7 +394,7 @@ def score(
     ranker: Trained | Folder,
     path: Any,
     output: Folder | None = None,
-    member: str = "",
+    run: str = "",
     config: ConfigDict | None = None,
     trust: bool = False,
     show: Show = logging.info,
@@ -407,7 +407,7 @@ def score(
       ranker: a teacher, a student or a sweep, or the folder of its run.
       path: of the log; or a table of pandas, polars or Arrow.
       output: the folder to write to; None takes one below `config.data.dir`.
-      member: the student of a sweep; "" takes the best one on validation.
+      run: the student of a sweep; "" takes the best one on validation.
       config: how to read the log; None reads it as that of the run.
       trust: whether to execute the config file of the run where that registers what the run uses,
         and the SELECT of its `data.sql`.
@@ -421,13 +421,13 @@ def score(
         trusted, or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
-    run = config_of(workdir, trust)
+    trained = config_of(workdir, trust)
     if config is None:
-        check_select(run, workdir, trust)
-    config = _own(config or run)
+        check_select(trained, workdir, trust)
+    config = _own(config or trained)
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
-    scored, lines = scoring.score_unseen(config, workdir, member, folder, run)
+    scored, lines = scoring.score_unseen(config, workdir, run, folder, trained)
     for line in (*lines, *str(scored).splitlines()):
         show(line)
     return scored.directory
@@ -436,7 +436,7 @@ def score(
 def export(
     ranker: Trained | Folder,
     output: Folder,
-    member: str = "",
+    run: str = "",
     serve: str = "",
     formats: Sequence[str] = ("jax", "onnx"),
     trust: bool = False,
@@ -447,8 +447,8 @@ def export(
     Args:
       ranker: a teacher, a student or a sweep, or the folder of its run.
       output: the folder to write; it must not exist.
-      member: the student of a sweep; "" takes the best one on validation.
-      serve: its serving choice; "" takes that of its config, of a sweep the best.
+      run: the student of a sweep; "" takes the best one on validation.
+      serve: its head; "" takes that of its config, of a sweep the best.
       formats: of the programs, some of jax and onnx.
       trust: whether to execute the config file of the run where that registers what the run uses.
       show: called with a line on the ranker.
@@ -462,7 +462,7 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    finished = open_finished(workdir, member, serve, config_of(workdir, trust))
+    finished = open_ranker(workdir, run, serve, config_of(workdir, trust))
     export_ranker(finished, folder, formats)
     show(str(finished))
     return folder
@@ -472,7 +472,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     """Do the main job: the dataset, a teacher where the log has none, a sweep, the report.
 
     No teacher is trained where the students learn from the dataset's own log: with
-    `teacher.source = "logged"` and no `teacher.workdir`. Finished steps are not repeated.
+    `teacher.source = "logged"` and no `teacher.workdir`. TrainedRanker steps are not repeated.
 
     Args:
       config: that of the sweep. A teacher is trained in `teacher.workdir`, or if that is empty

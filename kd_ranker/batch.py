@@ -301,7 +301,7 @@ class CandidateBatch:
     value, including NaN, and contribute exactly 0 to a loss.
 
     Shown candidates come first, then passed ones, so data of only a few candidates have shorter
-    arrays. Labels belong to the first `labelled` entries. The first `judged` entries include all
+    arrays. Labels belong to the first `labeled` entries. The first `num_scored` entries include all
     passed candidates and all with a logged teacher probability. Both may be N.
     """
 
@@ -316,10 +316,10 @@ class CandidateBatch:
     request_category: Int[Array, "R K"]  # category ids of user and context; -1 is padding
     candidate_category: Int[Array, "R N L"]  # those that differ from request to request
     stage: Int8[Array, "R N"]  # a `Stage`
-    user_label: Float[Array, "R labelled T"]  # 0 or 1
-    label_weight: Float[Array, "R labelled"]  # 0 where not shown
-    teacher_probability: Float[Array, "R judged T"]
-    teacher_weight: Float[Array, "R judged T"]  # 0 where it was not logged properly
+    user_label: Float[Array, "R labeled T"]  # 0 or 1
+    label_weight: Float[Array, "R labeled"]  # 0 where not shown
+    teacher_probability: Float[Array, "R num_scored T"]
+    teacher_weight: Float[Array, "R num_scored T"]  # 0 where it was not logged properly
 
     @property
     def candidate_mask(self) -> Bool[Array, "R N"]:
@@ -327,12 +327,12 @@ class CandidateBatch:
         return self.stage > Stage.PADDING
 
     @property
-    def labelled(self) -> int:
+    def num_labeled(self) -> int:
         """The number of first candidates of each request that can have user labels."""
         return self.label_weight.shape[1]
 
     @property
-    def judged(self) -> int:
+    def num_scored(self) -> int:
         """The number of first candidates of each request that can have logged probabilities."""
         return self.teacher_weight.shape[1]
 
@@ -344,14 +344,14 @@ class CandidateBatch:
         )
 
 
-class Deal(NamedTuple):
-    """A way to deal rows to devices, see `embedding.deal`."""
+class RowSharding(NamedTuple):
+    """How rows are spread over devices, see `embedding.row_sharding`."""
 
     devices: int = 1  # 1 keeps all rows on each device
     axis: str = ""  # the mapped axis of the devices
 
 
-WHOLE = Deal()
+WHOLE = RowSharding()
 
 
 @flax.struct.dataclass
@@ -363,7 +363,7 @@ class Items:
 
     features: Float[Array, "items F"]
     category: Int[Array, "items I"]  # category ids; -1 is padding
-    deal: Deal = flax.struct.field(pytree_node=False, default=WHOLE)
+    row_sharding: RowSharding = flax.struct.field(pytree_node=False, default=WHOLE)
 
 
 @flax.struct.dataclass

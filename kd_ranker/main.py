@@ -359,12 +359,12 @@ def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
 
 
 def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
-    arguments = (given.workdir, config.data.path, given.out or None, given.member)
+    arguments = (given.workdir, config.data.path, given.out or None, given.run)
     api.score(*arguments, config, given.trust, show=print)
 
 
 def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    arguments = (given.workdir, given.out, given.member, given.serve)
+    arguments = (given.workdir, given.out, given.run, given.serve)
     formats = tuple(given.formats.split(","))
     folder = api.export(*arguments, formats, given.trust, show=print)
     return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
@@ -385,7 +385,7 @@ _SHOWN = _OWNED | {"wide": Flag("print all measures of the table, in lines of an
 _TARGET = Flag("the folder or URL to write to; without a WORKDIR, that of a sweep", None)
 _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
-    "member": Flag("the student of a sweep; without it, the best one on validation"),
+    "run": Flag("the student of a sweep; without it, the best one on validation"),
     "trust": Flag(
         "execute the config file of the run, where that registers a part of it, and its data.sql",
         False,
@@ -393,7 +393,7 @@ _FINISHED = {
 }
 _EXPORTED = {
     "out": Flag("the folder to write, which must not exist", None),
-    "serve": Flag("the serving choice; without it, distill.serve, or of a sweep the best"),
+    "serve": Flag("the head; without it, distill.serve, or of a sweep the best"),
     "formats": Flag("the formats of the programs, with commas: jax, onnx", "jax,onnx"),
 }
 _PREPARED = {
@@ -440,7 +440,7 @@ COMMANDS = {
     "export": Command(
         _export,
         _FINISHED | _EXPORTED,
-        "--workdir=runs/sweep --member=none-seed0 --out=served",
+        "--workdir=runs/sweep --run=none-seed0 --out=served",
         config_from="",
     ),
 }

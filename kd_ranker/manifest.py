@@ -6,11 +6,11 @@ answer everywhere, a fingerprint:
 
     dataset     of the bytes of its files
     teacher     of its parameters
-    run         of its config, its dataset and its teacher, the entries of `made_of`
+    run         of its config, its dataset and its teacher, the entries of `provenance`
 
 Example:
-    write(folder, made_of={"config": digest(config), "dataset": fingerprint(dataset_folder)})
-    check(folder, remedy="make it again with: …", made_of=…)  # when the folder is opened
+    write(folder, provenance={"config": digest(config), "dataset": fingerprint(dataset_folder)})
+    check(folder, remedy="make it again with: …", provenance=…)  # when the folder is opened
 """
 
 import hashlib
@@ -28,9 +28,9 @@ FILE = "manifest.json"
 # Files of at most this many bytes are read at every check, larger ones at a thorough one.
 _SMALL = 2**24
 
-_SECTIONS = ("made_of", "files", "about")
+_SECTIONS = ("provenance", "files", "about")
 
-MadeOf = Mapping[str, str]
+Provenance = Mapping[str, str]
 """Fingerprints of the dependencies of a folder by name, such as "config" and "dataset"."""
 
 
@@ -63,7 +63,7 @@ def check_is_no_folder(path: Path) -> None:
 
 def write(
     folder: Path,
-    made_of: MadeOf,
+    provenance: Provenance,
     files: Iterable[str] | None = None,
     known: Mapping[str, list[Any]] = MappingProxyType({}),
     about: Collection[str] = (),
@@ -78,7 +78,7 @@ def write(
         files = (path.relative_to(folder).as_posix() for path in paths)
     names = sorted(files)
     entries = {**_entries(folder, [name for name in names if name not in known]), **known}
-    content = {"made_of": dict(made_of), "files": {name: entries[name] for name in names}}
+    content = {"provenance": dict(provenance), "files": {name: entries[name] for name in names}}
     if about:
         content["about"] = _entries(folder, about)
     write_whole(folder / FILE, json.dumps(content, indent=2))
@@ -122,19 +122,19 @@ def _check_entry(name: str, entry: Any) -> None:
 
 
 def check(
-    folder: Path, remedy: str, made_of: MadeOf | None = None, thorough: bool = False
-) -> MadeOf:
+    folder: Path, remedy: str, provenance: Provenance | None = None, thorough: bool = False
+) -> Provenance:
     """Check the files of a folder against its manifest, and return its dependencies.
 
-    These must be `made_of`, if it is given. A `thorough` check reads large files too; their sizes
-    are always compared.
+    These must equal `provenance`, if that is given. A `thorough` check reads large files too; their
+    sizes are always compared.
 
     Raises:
       UserError: the manifest is missing, a file is missing or has changed, or the folder depends on
         something else. The message names it and ends with `remedy`, how to make the folder again.
     """
     manifest = read(folder, remedy)
-    if made_of is not None and (differing := differences(manifest["made_of"], made_of)):
+    if provenance is not None and (differing := differences(manifest["provenance"], provenance)):
         raise UserError(f"{folder} has other contents: {differing}; {remedy}")
     to_read = []
     for name, (listed, _) in manifest["files"].items():
@@ -149,13 +149,13 @@ def check(
     for name, entry in _entries(folder, to_read).items():
         if entry != manifest["files"][name]:
             raise UserError(f"{folder / name} has changed; {remedy}")
-    return manifest["made_of"]
+    return manifest["provenance"]
 
 
-def is_made_of(folder: Path, made_of: MadeOf | None = None) -> bool:
-    """Test whether a folder is finished, unchanged and depends on exactly `made_of`, if given."""
+def has_provenance(folder: Path, provenance: Provenance | None = None) -> bool:
+    """Test whether a folder is finished and unchanged, and has this provenance, if given."""
     try:
-        check(folder, "", made_of)
+        check(folder, "", provenance)
     except UserError:
         return False
     return True

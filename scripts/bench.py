@@ -11,7 +11,7 @@
     log_day      one of 30 files of such a log added to a dataset against a build of all files
     scoring      one request of 2,000 candidates, the student against the teacher
     serving      the same by exported programs (needs the extra `onnx`)
-    sweep        16 members as one sweep against as many runs of `experiments.train`
+    sweep        16 runs as one sweep against as many runs of `experiments.train`
     layout       ways of updating the tables of a population within one program
     film_search  the rankers of film search, in microseconds per candidate
     compilers    the project's programs, compiled for TPUs and H100s that are not here
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--profile", help="a folder for a trace by jax.profiler")
-    parser.add_argument("--members", type=int, default=16, help="sweep and layout: how many")
+    parser.add_argument("--runs", type=int, default=16, help="sweep and layout: how many")
     parser.add_argument("--steps", type=int, help="sweep: instead of the config's train.steps")
     parser.add_argument(
         "--rows", type=int, default=4_000_000, help="log_build, log_day: of the log"

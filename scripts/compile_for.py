@@ -22,12 +22,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from ml_collections import ConfigDict  # noqa: E402
 
-from kd_ranker import ahead  # noqa: E402
 from kd_ranker.main import Command, Flag, run_command  # noqa: E402
+from scripts.aot import programs, topologies  # noqa: E402
 
 FLAGS = {
-    "topology": Flag(f"one of: {', '.join(ahead.topology_names())}", None),
-    "programs": Flag(f"some of: {', '.join(ahead.PROGRAMS)}, with commas", "train,train_teacher"),
+    "topology": Flag(f"one of: {', '.join(topologies.topology_names())}", None),
+    "programs": Flag(
+        f"some of: {', '.join(programs.PROGRAMS)}, with commas", "train,train_teacher"
+    ),
     "users": Flag("in place of the dataset's number of users"),
     "items": Flag("in place of the dataset's number of items"),
 }
@@ -35,13 +37,13 @@ FLAGS = {
 
 def main(config: ConfigDict, given: argparse.Namespace) -> None:
     """Compile the programs that the flags name."""
-    topology = ahead.open_topology(given.topology)
+    topology = topologies.open_topology(given.topology)
     users, items = (int(number) if number else None for number in (given.users, given.items))
-    sample, findings = ahead.sample_of(config, users, items), []
+    sample, findings = programs.sample_of(config, users, items), []
     for name in given.programs.split(","):
         print(f"compile_for: {name}", file=sys.stderr)
-        findings.append(ahead.compile_program(name, config, sample, topology))
-    print(ahead.findings_table(findings))
+        findings.append(programs.compile_program(name, config, sample, topology))
+    print(programs.findings_table(findings))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from kd_ranker.evaluation.metrics import passed_for
-from kd_ranker.report.estimates import DRAWS
-from kd_ranker.report.intervals import (
+from kd_ranker.evaluation.metrics.metric import passed_for
+from kd_ranker.reporting.estimates import DRAWS
+from kd_ranker.reporting.intervals import (
     Measured,
     combined,
     crossed_interval,

@@ -22,12 +22,12 @@ import numpy as np
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.cohorts.plan import open_sweep
-from kd_ranker.evaluation import results
-from kd_ranker.evaluation.references import NO_RANKERS
+from kd_ranker.evaluation import setting_names
+from kd_ranker.evaluation.baselines import NO_RANKERS
+from kd_ranker.evaluation.metrics.target import CRITERION
 from kd_ranker.evaluation.results import Row
-from kd_ranker.evaluation.saving import CRITERION
 from kd_ranker.evaluation.whole import Bounds, bounds
-from kd_ranker.pipeline.job import Job, config_of, open_job
+from kd_ranker.pipeline.job import TrainingJob, config_of, open_job
 from kd_ranker.pipeline.measure import measure
 from kd_ranker.pipeline.training import fitted_rivals
 from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
@@ -114,14 +114,14 @@ def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
     )
 
 
-def measured(job: Job, workdir: Path) -> dict[str, Row]:
+def measured(job: TrainingJob, workdir: Path) -> dict[str, Row]:
     """Return the rows of the test split of a sweep's students and references, by their names."""
     sweep = open_sweep(job.config, workdir, job.built.identity)
-    chosen = results.chosen(sweep.validation())
+    chosen = setting_names.chosen(sweep.validation())
     found: dict[str, Row] = {}
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
         of_cohort = job.of(cohort)
-        serves = {name: chosen[name] for name in of_cohort.members if name in chosen}
+        serves = {name: chosen[name] for name in of_cohort.runs if name in chosen}
         first = number == 0
         rows = measure(
             of_cohort,
@@ -132,8 +132,8 @@ def measured(job: Job, workdir: Path) -> dict[str, Row]:
             rivals=fitted_rivals(of_cohort, job.config.sweep.rivals) if first else (),
         ).rows
         for row in rows:
-            if row["role"] != "teacher" and row["member"] not in NO_RANKERS and CRITERION in row:
-                found[f"{row['member']} ({row['serve']})"] = row
+            if row["role"] != "teacher" and row["run"] not in NO_RANKERS and CRITERION in row:
+                found[f"{row['run']} ({row['serve']})"] = row
     return found
 
 

@@ -1,4 +1,4 @@
-"""Show which way of learning the final ranker's scores inherits the least of its errors.
+"""Show which method of learning the final ranker's scores inherits the least of its errors.
 
     python scripts/worlds.py --workdir=runs/noises --config=configs/sweeps/cascade.py:worlds \\
         --tastes=1 --noises=1,2,4 --seeds=0,1,2,3 --config.data.validation_requests=1000
@@ -23,8 +23,9 @@ from pathlib import Path
 import pandas as pd
 
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.saving import CRITERION, needs_scores
-from kd_ranker.report.intervals import interval
+from kd_ranker.evaluation.metrics.target import CRITERION
+from kd_ranker.evaluation.saving import needs_scores
+from kd_ranker.reporting.intervals import interval
 from kd_ranker.training import workdir as workdirs
 
 KEYS = ["noise", "loss", "mode", "serve"]

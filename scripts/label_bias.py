@@ -31,8 +31,8 @@ from ml_collections import ConfigDict
 from scipy.special import expit, logit
 
 from kd_ranker.configs import sweeps
-from kd_ranker.report.estimates import DRAWS
-from kd_ranker.report.intervals import Measured, crossed_interval, request_counts
+from kd_ranker.reporting.estimates import DRAWS
+from kd_ranker.reporting.intervals import Measured, crossed_interval, request_counts
 from kd_ranker.requests.request import Request
 from kd_ranker.sources import cascade
 

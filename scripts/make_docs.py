@@ -7,7 +7,7 @@ from pathlib import Path
 import grimp
 
 from kd_ranker.config.schema import keys_page
-from kd_ranker.evaluation.metrics import METRICS
+from kd_ranker.evaluation.metrics.registry import METRICS
 
 DOCS = Path(__file__).parent.parent / "docs"
 

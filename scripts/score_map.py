@@ -36,12 +36,13 @@ from ml_collections import ConfigDict
 
 from kd_ranker import api
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.references import NO_RANKERS
-from kd_ranker.evaluation.saving import CRITERION, of_split
+from kd_ranker.evaluation.baselines import NO_RANKERS
+from kd_ranker.evaluation.metrics.target import CRITERION
+from kd_ranker.evaluation.saving import of_split
 from kd_ranker.main import read_config
-from kd_ranker.report.figures import Chart
-from kd_ranker.report.intervals import Interval, interval
-from kd_ranker.report.study import Pair, Study, read_studies
+from kd_ranker.reporting.figures import Chart
+from kd_ranker.reporting.intervals import Interval, interval
+from kd_ranker.reporting.study import Pair, Study, read_studies
 
 CONFIG = "configs/sweeps/cascade.py:worlds"
 KINDS = {"map": "worlds of the map", "unseen": "unseen worlds"}

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd_ranker.evaluation.references import LISTS, NEED_SCORES, NO_RANKERS
-from kd_ranker.report.estimates import COVERED, Estimates
-from kd_ranker.report.study import Study, read_studies
+from kd_ranker.evaluation.baselines import LISTS, NEED_SCORES, NO_RANKERS
+from kd_ranker.reporting.estimates import COVERED, Estimates
+from kd_ranker.reporting.study import Study, read_studies
 
 TRUTH = "true_value_captured@{k}"
 COVERED_VALUE = "covered value"

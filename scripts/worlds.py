@@ -1,4 +1,4 @@
-"""Train and compare ways on several draws of the data: worlds of the cascade, final rankers.
+"""Train and compare methods on several draws of the data: worlds of the cascade, final rankers.
 
     python scripts/worlds.py --workdir=runs/worlds
     python scripts/worlds.py --workdir=runs/worlds --tastes=0,1,2 --seeds=0,1,2,3
@@ -22,12 +22,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker import api
-from kd_ranker.evaluation.references import LISTS, NEED_SCORES
-from kd_ranker.evaluation.saving import CRITERION, best
+from kd_ranker.evaluation.baselines import LISTS, NEED_SCORES
+from kd_ranker.evaluation.metrics.target import CRITERION
+from kd_ranker.evaluation.saving import best
 from kd_ranker.main import read_config
-from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.intervals import interval
-from kd_ranker.report.study import read_studies
+from kd_ranker.reporting.estimates import Estimates
+from kd_ranker.reporting.intervals import interval
+from kd_ranker.reporting.study import read_studies
 
 COLUMNS = ("incumbent", "mode none", "best list", "without scores", "with scores")
 

@@ -32,8 +32,8 @@ NUMBERS = {
     "request": ((), ()),
     "event": (("H",), ("H",)),
     "candidate": (("N",), ("N",)),
-    "shown": (("S",), ("labelled",)),
-    "scored": (("A",), ("judged",)),
+    "shown": (("S",), ("labeled",)),
+    "scored": (("A",), ("num_scored",)),
     "known": (("V",), ()),
 }
 
@@ -65,13 +65,13 @@ def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
 def test_the_first_candidates_of_a_batch_keep_all_else():
     few, all_else = (empty_batch(SPEC, 13, of) for of in (4, 11))
     jax.tree.map(np.testing.assert_array_equal, all_else.first(4), few)
-    assert (few.labelled, few.judged, few.candidate_mask.shape) == (4, 4, (13, 4))
+    assert (few.num_labeled, few.num_scored, few.candidate_mask.shape) == (4, 4, (13, 4))
 
 
 def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
-    with pytest.raises(UserError, match="category 'colour': of='user' does not exist"):
-        Category("colour", of="user", size=3)
+    with pytest.raises(UserError, match="category 'color': of='user' does not exist"):
+        Category("color", of="user", size=3)
 
 
 @pytest.mark.parametrize(
@@ -97,5 +97,5 @@ def test_a_spec_of_impossible_sizes_is_refused(change, message):
 
 @pytest.mark.parametrize("change", [{"size": "x"}, {"size": 0}, {"length": 0}, {"length": 1.5}])
 def test_a_category_has_at_least_one_value(change):
-    with pytest.raises(UserError, match=r"'colour': .* must be a whole number, at least 1"):
-        Category(**{"name": "colour", "of": "item", "size": 3, **change})
+    with pytest.raises(UserError, match=r"'color': .* must be a whole number, at least 1"):
+        Category(**{"name": "color", "of": "item", "size": 3, **change})

@@ -14,7 +14,7 @@ from tests import small
 GROUPS, ITEMS, CANDIDATES = 3, 60, 12
 NUM_REQUESTS = {"train": 128, "validation": 16, "test": 32}
 SPEC = kd.FeatureSpec(
-    dataset="groups",
+    dataset="stacks",
     tasks=("watch",),
     num_users=1,
     num_items=ITEMS,
@@ -27,8 +27,8 @@ SPEC = kd.FeatureSpec(
     history_features=1,
     teacher_version="",
     categories=(
-        kd.Category("colours", of="candidate", size=4, length=2),
-        kd.Category("group", of="request", size=GROUPS),
+        kd.Category("colors", of="candidate", size=4, length=2),
+        kd.Category("stack", of="request", size=GROUPS),
         kd.Category("kind", of="item", size=GROUPS),
     ),
 )
@@ -36,19 +36,19 @@ _, FIRST_GROUP, FIRST_KIND = SPEC.category_starts
 
 
 def draw_request(split, index):
-    """A user of a group likes the items of the same kind; those of training occur nowhere else.
+    """A user of a stack likes the items of the same kind; those of training occur nowhere else.
 
     Colours, a bag per candidate, are noise.
     """
     generator = np.random.default_rng((SPLITS.index(split), index))
     items = generator.permutation(ITEMS // 2)[:CANDIDATES] + (split != "train") * ITEMS // 2
-    group = generator.integers(GROUPS)
+    stack = generator.integers(GROUPS)
     return dict(
         user_id=0,
         history_id=items[:1],
         item_id=items,
-        user_label=(items % GROUPS == group)[:, None],
-        request_category=[FIRST_GROUP + group],
+        user_label=(items % GROUPS == stack)[:, None],
+        request_category=[FIRST_GROUP + stack],
         candidate_category=generator.integers(-1, 4, (CANDIDATES, 2)),
     )
 

@@ -17,8 +17,8 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import DATA_KEYS
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import metrics
-from kd_ranker.evaluation.metrics import METRICS
+from kd_ranker.evaluation.metrics import registry
+from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.sources.registry import SOURCES
@@ -67,7 +67,7 @@ def registries() -> Iterator[None]:
         mock.patch.dict(TEACHERS),
         mock.patch.dict(SOURCES),
         mock.patch.dict(METRICS),
-        mock.patch.object(metrics, "MAIN", [*metrics.MAIN]),
+        mock.patch.object(registry, "MAIN", [*registry.MAIN]),
         mock.patch.dict(DATA_KEYS),
     ):
         yield

@@ -39,9 +39,9 @@ def test_every_change_of_a_file_is_found_and_named(folder):
         for other in (flipped, content[:-1], content + b"\0", b""):
             path.write_bytes(other)
             assert f"{name} has changed" in fault_in(folder)
-            assert not manifest.is_made_of(folder, MADE_OF)
+            assert not manifest.has_provenance(folder, MADE_OF)
         path.write_bytes(content)
-        assert manifest.is_made_of(folder, MADE_OF)
+        assert manifest.has_provenance(folder, MADE_OF)
 
 
 def test_every_file_must_be_there(folder):
@@ -62,10 +62,10 @@ def test_only_a_thorough_check_reads_a_large_file(folder, monkeypatch):
 def test_another_dependency_is_named(folder):
     fault = fault_in(folder, MADE_OF | {"dataset": "xyz", "teacher": "t"})
     assert "other contents: dataset (abc there, xyz now), teacher (None there, t now);" in fault
-    assert not manifest.is_made_of(folder, {"config": "0123"})
+    assert not manifest.has_provenance(folder, {"config": "0123"})
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"made_of": 1, "files": {}}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"provenance": 1, "files": {}}'])
 def test_a_damaged_manifest_is_one_line(folder, content):
     (folder / manifest.FILE).write_text(content)
     assert manifest.FILE in fault_in(folder)
@@ -73,7 +73,7 @@ def test_a_damaged_manifest_is_one_line(folder, content):
 
 @pytest.mark.parametrize("entry", [5, [1], [1, 2], ["1", "abc"], None, {"size": 1}])
 def test_an_odd_entry_of_a_manifest_is_one_line(folder, entry):
-    content = {"made_of": MADE_OF, "files": {"a.json": entry}}
+    content = {"provenance": MADE_OF, "files": {"a.json": entry}}
     (folder / manifest.FILE).write_text(json.dumps(content))
     assert f"{manifest.FILE} is damaged" in fault_in(folder)
 
@@ -85,7 +85,7 @@ def test_a_manifest_names_only_files_in_its_folder(tmp_path, outside):
     folder.mkdir()
     secret.write_text("mine")
     name = outside.format(above=tmp_path)
-    content = {"made_of": MADE_OF, "files": {name: [4, "0" * 64]}}
+    content = {"provenance": MADE_OF, "files": {name: [4, "0" * 64]}}
     (folder / manifest.FILE).write_text(json.dumps(content))
     assert f"{name!r} is not in the folder" in fault_in(folder)
 

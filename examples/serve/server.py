@@ -172,7 +172,7 @@ def make_app() -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        about = {name: ranker.described[name] for name in ("role", "member", "serve")}
+        about = {name: ranker.described[name] for name in ("role", "run", "serve")}
         fields = {
             name: {"shape": of["shape"][1:], "dtype": of["dtype"]}
             for name, of in ranker.fields.items()

@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     """The places of the fields in a packed batch; all of it is static under tracing."""
 
     row: np.dtype  # of a request: the arguments of `_batch_of`
-    judged: int  # see `Slots`
+    num_scored: int  # see `Slots`
     logged: Stage = Stage.RETRIEVED  # at which a candidate's teacher probabilities count
 
 
@@ -39,11 +39,11 @@ def layout_of(types: Parts, slots: Slots, logged: Stage = Stage.RETRIEVED) -> La
     fields: list[Any] = [
         ("requests", types.requests),
         ("candidates", types.candidates, (slots.candidates,)),
-        ("labels", types.labels, (slots.labelled,)),
+        ("labels", types.labels, (slots.num_labeled,)),
         ("stage", np.int32, (slots.candidates,)),
-        ("factor", np.float32, (slots.labelled,)),
+        ("factor", np.float32, (slots.num_labeled,)),
     ]
-    return Layout(np.dtype(fields), slots.judged, logged)
+    return Layout(np.dtype(fields), slots.num_scored, logged)
 
 
 class Span(NamedTuple):
@@ -86,8 +86,10 @@ def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
 
 def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch:
     """Return the batch of a step, counted from 0, in the form that models take."""
-    row, judged, logged = batches.layout
-    return _batch_of(**unpack_rows(batches.rows[:, step], row), judged=judged, logged=logged)
+    row, num_scored, logged = batches.layout
+    return _batch_of(
+        **unpack_rows(batches.rows[:, step], row), num_scored=num_scored, logged=logged
+    )
 
 
 def _batch_of(
@@ -95,21 +97,21 @@ def _batch_of(
     candidates: dict[str, Any],
     labels: dict[str, Any],
     stage: Int[Array, "R N"],
-    factor: Float[Array, "R labelled"],
-    judged: int,
+    factor: Float[Array, "R labeled"],
+    num_scored: int,
     logged: Stage,
 ) -> CandidateBatch:
     xp = stage.__array_namespace__()  # type: ignore[attr-defined]
     fields = requests | candidates | labels
     if "teacher_probability" in fields:
-        probability = fields["teacher_probability"][:, :judged]
+        probability = fields["teacher_probability"][:, :num_scored]
     else:
         label = fields["user_label"]
-        probability = xp.full((len(label), judged, label.shape[-1]), xp.nan, np.float32)
+        probability = xp.full((len(label), num_scored, label.shape[-1]), xp.nan, np.float32)
     # NaN marks missing values and values that were not logged properly.
     proper = ~xp.isnan(probability)
     if logged > Stage.RETRIEVED:
-        proper &= (stage >= logged)[:, :judged, None]
+        proper &= (stage >= logged)[:, :num_scored, None]
     fields |= {
         "stage": stage,
         "label_weight": factor * fields["label_weight"],
@@ -130,8 +132,8 @@ def whole_batch(
     counts, factors = columns.counts.of(requests), (places >= 0).astype(np.float32)
     draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)
     own, candidates, labels = map(unpack_rows, read(columns, draw).rows, columns.types)
-    judged = places.shape[1]
-    return _batch_of(own, candidates, labels, draw.stage, draw.factor, judged, Stage.RETRIEVED)
+    num_scored = places.shape[1]
+    return _batch_of(own, candidates, labels, draw.stage, draw.factor, num_scored, Stage.RETRIEVED)
 
 
 def batch_size(requests: int, available: int) -> int:

@@ -20,7 +20,7 @@ The candidates of a request are in this order: `counts.positives` shown ones wit
 the others of the first `counts.shown`, the others of the first `counts.passed`, and the rest. In
 each of the four groups any run of places is spread evenly over the funnel's order.
 
-If a sampler draws a labelled candidate with probability π and gives it the factor 1 / π, weighted
+If a sampler draws a labeled candidate with probability π and gives it the factor 1 / π, weighted
 sums over labels keep their expectation (Horvitz and Thompson, 1952).
 
     funnel      all shown, then shares of the passed and of the rest
@@ -94,16 +94,19 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     without a score are never among the highest; if too few have one, random draws fill the slots.
     """
     kinds = _groups(0, counts.positives, counts.shown)
-    kept = sampling.labelled_numbers(
+    kept = sampling.labeled_numbers(
         counts.positives, counts.shown - counts.positives, batch.negative_rate, batch.candidates
     )
-    labelled = [_run(*of) for of in zip(kinds, map(int, kept), key[:2], strict=True)]
+    num_labeled = [
+        _run(*kind_number_start)
+        for kind_number_start in zip(kinds, map(int, kept), key[:2], strict=True)
+    ]
     factors = [
         np.full(len(run), len(kind) / max(len(run), 1))
-        for kind, run in zip(kinds, labelled, strict=True)
+        for kind, run in zip(kinds, num_labeled, strict=True)
     ]
     (unshown,) = _groups(counts.shown, counts.retrieved)
-    slots = min(batch.candidates - sum(map(len, labelled)), len(unshown))
+    slots = min(batch.candidates - sum(map(len, num_labeled)), len(unshown))
     scored = unshown[~np.isnan(scores[unshown])]
     highest = scored[np.argsort(-scores[scored], kind="stable")]
     highest = highest[: round(batch.passed_share * slots)]
@@ -112,13 +115,13 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     # The labels have used two of the four numbers.
     more = np.random.default_rng(key.view(np.uint64)).random(3)
     others = evenly([left[passed], left[~passed]], slots - len(highest), more)
-    drawn = [*labelled, highest, others]
+    drawn = [*num_labeled, highest, others]
     return np.concatenate(drawn), np.concatenate([*factors, np.zeros(slots)])
 
 
 def _groups(*ends: Any) -> list[Int[np.ndarray, "g"]]:
     """The places between each two of the ends."""
-    return [np.arange(*of) for of in pairwise(ends)]
+    return [np.arange(*ends_of_group) for ends_of_group in pairwise(ends)]
 
 
 def _run(group: Int[np.ndarray, "g"], number: int, start: float) -> Int[np.ndarray, "number"]:
@@ -138,7 +141,10 @@ def evenly(
     """
     ends = np.cumsum([0, *map(len, groups)])
     quotas = np.diff((int(key[0] * ends[-1]) + number * ends) // max(ends[-1], 1))
-    runs = [_run(*of) for of in zip(groups, quotas.tolist(), key[1:], strict=False)]
+    runs = [
+        _run(*group_number_start)
+        for group_number_start in zip(groups, quotas.tolist(), key[1:], strict=False)
+    ]
     return np.concatenate(runs)
 
 
@@ -154,9 +160,9 @@ def slots_of(counts: Counts, stage: Stage, batch: BatchConfig) -> Slots:
     """Return slots that suffice for any sampler, if candidates that reached `stage` count."""
     counted = np.minimum(counting(counts, stage), batch.candidates)
     beyond_passed = (counts.scored > counts.passed).any()
-    judged = counted if beyond_passed else np.minimum(counted, counts.passed)
-    numbers = (counted, np.minimum(counted, counts.shown), judged)
-    return Slots(*(max(int(of.max()), 1) for of in numbers))
+    num_scored = counted if beyond_passed else np.minimum(counted, counts.passed)
+    numbers = (counted, np.minimum(counted, counts.shown), num_scored)
+    return Slots(*(max(int(most.max()), 1) for most in numbers))
 
 
 def scores_of(columns: Columns, stage: Stage, request: int) -> Scores:
@@ -186,7 +192,7 @@ def draw(
 ) -> Draw:
     """Draw the candidates of the batches of some steps, request by request.
 
-    Candidates that did not reach `stage` are drawn and then left out, unless they are labelled or
+    Candidates that did not reach `stage` are drawn and then left out, unless they are labeled or
     scored; see `sampling.kinds_of`. Labelled ones come first, then the others that were passed,
     then the rest. `start` has the key of each request.
 
@@ -206,16 +212,18 @@ def draw(
         places, factors = checked(result, own, batch)
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
-    wide = Counts(*(of[..., None] for of in each))
-    labelled = (place >= 0) & (place < wide.shown) & (factor > 0)
+    wide = Counts(*(values[..., None] for values in each))
+    num_labeled = (place >= 0) & (place < wide.shown) & (factor > 0)
     passed_count, rest_counts = what_counts(wide, stage)
     counted = np.where(place < wide.passed, passed_count, rest_counts) & (place >= 0)
-    kind = np.select([labelled, counted & (place < wide.passed), counted], [0, 1, 2], 3)
+    kind = np.select([num_labeled, counted & (place < wide.passed), counted], [0, 1, 2], 3)
     order = np.argsort(kind.astype(np.int8), axis=-1, kind="stable")[..., : slots.candidates]
     place = np.take_along_axis(np.where(kind < 3, place, np.int32(-1)), order, axis=-1)
-    factor = np.take_along_axis(np.where(labelled, factor, np.float32(0)), order, axis=-1)
-    factor = factor[..., : slots.labelled]
-    request, passed, shown = (of.astype(np.int32) for of in (request, each.passed, each.shown))
+    factor = np.take_along_axis(np.where(num_labeled, factor, np.float32(0)), order, axis=-1)
+    factor = factor[..., : slots.num_labeled]
+    request, passed, shown = (
+        values.astype(np.int32) for values in (request, each.passed, each.shown)
+    )
     return sampling.draw_of(request, place, factor, passed, shown)
 
 

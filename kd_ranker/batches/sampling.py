@@ -36,8 +36,8 @@ class Slots(NamedTuple):
     """The numbers of a request's first slots in a batch that can hold each kind of entry."""
 
     candidates: int  # N, a candidate that counts
-    labelled: int  # a user label that counts
-    judged: int  # a teacher probability, or a candidate that was passed
+    num_labeled: int  # a user label that counts
+    num_scored: int  # a teacher probability, or a candidate that was passed
 
 
 class Draw(NamedTuple):
@@ -45,15 +45,15 @@ class Draw(NamedTuple):
 
     Attributes:
       rows: the request [*R], and the places in it of the candidates [*R, N] and of the labels
-        [*R, labelled], -1 for padding; or the rows themselves, int32 [*R, Q], [*R, N, C] and
-        [*R, labelled, L].
+        [*R, num_labeled], -1 for padding; or the rows themselves, int32 [*R, Q], [*R, N, C] and
+        [*R, num_labeled, L].
       stage: the stage that each candidate reached.
       factor: on the weight of each label; 0 if the label is not a training target.
     """
 
     rows: Parts
     stage: Int8[Array, "*R N"]
-    factor: Float[Array, "*R labelled"]
+    factor: Float[Array, "*R labeled"]
 
 
 def kinds_of(
@@ -76,12 +76,12 @@ def kinds_of(
       batch holds. And the slots that suffice for all of the requests.
     """
     positives, negatives = counts.positives, counts.shown - counts.positives
-    kept_positives, kept_negatives = labelled_numbers(
+    kept_positives, kept_negatives = labeled_numbers(
         positives, negatives, batch.negative_rate, batch.candidates
     )
-    labelled = kept_positives + kept_negatives
-    others, rest = counts.passed - labelled, counts.retrieved - counts.passed
-    slots = np.minimum(batch.candidates - labelled, others + rest)
+    num_labeled = kept_positives + kept_negatives
+    others, rest = counts.passed - num_labeled, counts.retrieved - counts.passed
+    slots = np.minimum(batch.candidates - num_labeled, others + rest)
     from_others = np.minimum(np.rint(batch.passed_share * slots).astype(np.int64), others)
     from_others = np.maximum(from_others, slots - rest)
     passed_count, rest_counts = what_counts(counts, stage)
@@ -90,15 +90,15 @@ def kinds_of(
     numbers = (positives, negatives, others, rest)
     wanted = (kept_positives, kept_negatives, wanted_others, wanted_rest)
     kinds = np.stack((*numbers, *wanted), axis=-1).astype(np.int32)
-    judged = labelled + wanted_others
-    total = judged + wanted_rest
+    num_scored = num_labeled + wanted_others
+    total = num_scored + wanted_rest
     if (counts.scored > counts.passed).any():
-        judged = total
-    most = [max(int(of.max()), 1) for of in (total, labelled, judged)]
+        num_scored = total
+    most = [max(int(numbers.max()), 1) for numbers in (total, num_labeled, num_scored)]
     return kinds, Slots(*most)
 
 
-def labelled_numbers(
+def labeled_numbers(
     positives: Int[np.ndarray, "*n"],
     negatives: Int[np.ndarray, "*n"],
     negative_rate: float,
@@ -154,8 +154,8 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
         return index - number * (index >= number)
 
     slot: Any = xp.arange(slots.candidates, dtype=starts.dtype)
-    shown, labelled = (of[POSITIVES] + of[NEGATIVES] for of in (number, k))
-    passed, place = labelled + number[OTHERS], 0 * slot
+    shown, num_labeled = (by_kind[POSITIVES] + by_kind[NEGATIVES] for by_kind in (number, k))
+    passed, place = num_labeled + number[OTHERS], 0 * slot
     end: Any = 0
     for kind, first in enumerate((0, number[POSITIVES], 0, passed)):
         # A sample is a run on the circle of its kind; the places left out follow it there.
@@ -165,17 +165,17 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
             after = index - (number[POSITIVES] - k[POSITIVES])
             negative = around(start[NEGATIVES] + k[NEGATIVES] + after, number[NEGATIVES])
             left_out = xp.where(after < 0, positive, number[POSITIVES] + negative)
-            index = xp.where(index < shown - labelled, left_out, labelled + index)
+            index = xp.where(index < shown - num_labeled, left_out, num_labeled + index)
         place = xp.where(slot >= end, first + index, place)
         end = end + k[kind]
 
-    of_label = slot[: slots.labelled]
+    of_label = slot[: slots.num_labeled]
     positive, negative = (
         number[kind].astype(xp.float32) / xp.maximum(k[kind], 1).astype(xp.float32)
         for kind in (POSITIVES, NEGATIVES)
     )
     factor = xp.where(of_label < k[POSITIVES], positive, negative)
-    factor = xp.where(of_label < labelled, factor, xp.float32(0))
+    factor = xp.where(of_label < num_labeled, factor, xp.float32(0))
     place = xp.where(slot < end, place, -1)
     request = starts[..., 2 * KINDS]
     return draw_of(request, place, factor, passed[..., 0], shown[..., 0])
@@ -187,7 +187,7 @@ def draw_of(request: Any, place: Any, factor: Any, passed: Any, shown: Any) -> D
     Args:
       request: int [*R], the numbers of the requests.
       place: int [*R, N], the candidates of each, in the order of the batch; -1 for none.
-      factor: float32 [*R, labelled], on the label weight of the first of them.
+      factor: float32 [*R, num_labeled], on the label weight of the first of them.
       passed: int [*R], the number of leading candidates of each request that were passed.
       shown: int [*R], the number that were shown.
     """

@@ -1,12 +1,14 @@
 """Endless training batches, made in a separate thread ahead of the steps that take them.
 
-The batches of many steps are cut in one pass. If the memory of the devices can hold the needed part
-of all requests, the devices cut them from it. Otherwise the host cuts them from files and announces
-to the disk the reads of the next pass. The batches are the same either way.
+    sample → gather → pack → put
+
+A pass makes the batches of many steps at once. If the memory of the devices can hold the needed
+part of all requests, the devices make them from it. Otherwise the host makes them from files and
+announces to the disk the reads of the next pass. The batches are the same either way.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -20,7 +22,7 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, samplers, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches, Span
 from kd_ranker.batches.samplers import SAMPLERS, Scores
-from kd_ranker.batches.sampling import BatchConfig, Draw, Slots
+from kd_ranker.batches.sampling import BatchConfig, Draw, Slots, Starts
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, Parts, counting, needed
 from kd_ranker.requests.records import Dataset
@@ -43,9 +45,6 @@ _READ_AHEAD = 2
 _SHARE_OF_MEMORY = 0.25
 # Number of requests for which samples are planned at a time.
 _CHUNK = 2**16
-
-# The requests of the batches of consecutive steps, and their uniform random numbers.
-_Chance = tuple[Int[np.ndarray, "R steps"], Float[np.ndarray, "R steps kinds"]]
 
 
 class Needs(NamedTuple):
@@ -163,7 +162,8 @@ def training_batches(
     Raises:
       UserError: the split has fewer requests than there are parts of a batch.
     """
-    stored, (part, parts) = dataset.columns["train"], devices.share
+    stored = dataset.columns["train"]
+    part, parts = devices.share
     columns = needed(stored, dataset.spec, needs.logged, needs.history)
     if len(columns) < parts:
         raise UserError(
@@ -171,35 +171,36 @@ def training_batches(
         )
     logged = needs.logged or Stage.RETRIEVED
     scores = functools.partial(samplers.scores_of, stored, logged)
-    slots, draw, chosen = _plan(columns.counts, batch, needs.stage, scores)
-    layout = cutting.layout_of(columns.types, slots, logged)
+    sampling_stage = _sampling_of(columns.counts, batch, needs.stage, scores)
+    layout = cutting.layout_of(columns.types, sampling_stage.slots, logged)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = parts == 1 and _fits(columns, needs.stage, copies)
+    rows: _ResidentRows | _StoredRows
     if resident:
-        cut = _in_memory(columns, needs.stage, chosen, layout, devices)
+        rows = _ResidentRows(columns, needs.stage, sampling_stage, layout, devices)
     else:
-        cut = _in_files(columns, chosen, layout, devices)
+        rows = _StoredRows(columns, needs.stage, sampling_stage, layout, devices)
     # Nothing below refers to the rows of resident requests, which the host may free.
-    announce = None if resident else functools.partial(_announce, columns, needs.stage)
-    chance = _chance(len(columns), batch)
     requests = batch.requests // parts
+    steps = _steps_of_pass(requests, layout)
+    chance = _Chance(len(columns), batch)
     own = slice(part * requests, (part + 1) * requests)
-    steps = _steps(requests, layout)
 
     @functools.lru_cache(maxsize=2)
-    def drawn(number: int) -> Any:
-        block, at = divmod(number * steps, BLOCK)
-        request, start = (of[own, at : at + steps] for of in chance(block))
-        if announce:
-            announce(request.ravel())
-        return draw(request, start)
+    def sample(number: int) -> Any:
+        block, first = divmod(number * steps, BLOCK)
+        of_block = chance.of_block(block)
+        span = slice(first, first + steps)
+        drawn = of_block.requests[own, span]
+        rows.announce(drawn.ravel())
+        return sampling_stage.sample(drawn, of_block.uniform[own, span])
 
     def make(number: int) -> PackedBatches:
-        starts = drawn(number)
-        if announce:
-            drawn(number + 1)  # the disk may fetch it while this one is cut
-        return cut(starts)
+        sampled = sample(number)
+        if not resident:
+            sample(number + 1)  # the disk may fetch it while this one is cut
+        return rows.batches(sampled)
 
     def passes_from(number: int) -> Iterator[PackedBatches]:
         passes = grain.MapDataset.range(number, _ENDLESS).map(make).to_iter_dataset(_AS_ASKED)
@@ -209,34 +210,6 @@ def training_batches(
         )
 
     return BatchIterator(passes_from, steps)
-
-
-def _announce(columns: Columns, stage: Stage, requests: Int[np.ndarray, "n"]) -> None:
-    """Announce to the disk the reads of requests, without candidates that cannot count."""
-    columns.expect(requests, counting(columns.counts.of(requests), stage))
-
-
-def _chance(requests: int, batch: BatchConfig) -> Callable[[int], _Chance]:
-    """The random numbers of a block of steps, by the block's number."""
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> Int[np.ndarray, "requests"]:
-        if batch.order == "time":
-            return np.arange(requests)
-        return np.random.default_rng((batch.seed, epoch)).permutation(requests)
-
-    def draw(block: int, generator: np.random.Generator) -> _Chance:
-        # Places in the endless sequence of epochs.
-        of_block = batch.requests * BLOCK
-        epochs, places = np.divmod(np.arange(block * of_block, (block + 1) * of_block), requests)
-        numbers = [order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        return (
-            np.concatenate(numbers).reshape(BLOCK, batch.requests).T,
-            generator.random((batch.requests, BLOCK, sampling.KINDS)),
-        )
-
-    blocks = grain.MapDataset.range(_ENDLESS).seed(batch.seed).random_map(draw)
-    return functools.lru_cache(maxsize=2)(blocks.__getitem__)
 
 
 def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
@@ -251,7 +224,7 @@ def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
     return copies * size <= _SHARE_OF_MEMORY * free and size <= _SHARE_OF_MEMORY * room
 
 
-def _steps(requests: int, layout: Layout) -> int:
+def _steps_of_pass(requests: int, layout: Layout) -> int:
     """The number of steps for which one pass makes the batches."""
     steps = BLOCK
     while steps > 1 and requests * layout.row.itemsize * steps > _PASS:
@@ -259,88 +232,201 @@ def _steps(requests: int, layout: Layout) -> int:
     return steps
 
 
-def _plan(
-    counts: Counts, batch: BatchConfig, stage: Stage, scores: Callable[[int], Scores]
-) -> tuple[Slots, Callable[..., Any], Callable[[Any], Draw]]:
-    """A way to choose the candidates of the batches of consecutive steps.
-
-    Returns:
-      The slots of a request; a function from `_Chance` to a draw, or to a few integers per request;
-      and one from these to the draw, on NumPy arrays or on a device.
-    """
-    chunks = [counts.of(slice(at, at + _CHUNK)) for at in range(0, len(counts.shown), _CHUNK)]
-    on_host = SAMPLERS[batch.sampler].function is not samplers.funnel
-
-    def slots_of(chunk: Counts) -> Slots:
-        if on_host:
-            return samplers.slots_of(chunk, stage, batch)
-        return sampling.kinds_of(chunk, stage, batch)[1]
-
-    slots = Slots(*np.max([slots_of(chunk) for chunk in chunks], axis=0).tolist())
-    if on_host:
-        draw = functools.partial(samplers.draw, counts, batch, stage, scores, slots)
-        return slots, draw, lambda drawn: drawn
-
-    def starts(
-        request: Int[np.ndarray, "R steps"], start: Float[np.ndarray, "R steps kinds"]
-    ) -> Any:
-        return sampling.draw(request, start, sampling.kinds_of(counts.of(request), stage, batch)[0])
-
-    return slots, starts, functools.partial(sampling.chosen, slots=slots)
+# The first stage: sample. Random numbers choose requests, and candidates of each.
 
 
-def _in_memory(
-    columns: Columns,
-    stage: Stage,
-    chosen: Callable[[Any], Draw],
-    layout: Layout,
-    devices: Devices,
-) -> Callable[[Any], PackedBatches]:
-    """Copy the candidates that can count to the devices, which cut the batches of a draw."""
-    _announce(columns, stage, np.arange(len(columns)))
-    # Candidates that were shown always count, since they may have labels.
-    numbers = counting(columns.counts, stage)
-    first_candidate, candidates = columns.candidates.prefixes(numbers)
-    first_label, labels = columns.labels.prefixes(columns.counts.shown)
-    requests = columns.requests.windows[columns.requests.first]
-    first, data = devices.place((
-        tuple(of.astype(np.int32) for of in (first_candidate, first_label)),
-        Parts(requests, candidates, labels),
-    ))  # fmt: skip
+class _BlockOfChance(NamedTuple):
+    """The random part of the batches of `BLOCK` consecutive steps."""
 
-    def choose(first: tuple[Any, Any], drawn: Any) -> Draw:
-        """The draw, with the numbers of rows in place of its places, 0 for padding."""
-        draw = chosen(drawn)
-        requests, *places = draw.rows
-        numbers = (
-            jnp.where(place >= 0, _rows(of, requests)[..., None] + place, 0)
-            for of, place in zip(first, places, strict=True)
+    requests: Int[np.ndarray, "R steps"]
+    uniform: Float[np.ndarray, "R steps kinds"]  # numbers in [0, 1)
+
+
+class _Chance:
+    """The random numbers of all steps, a pure function of the block."""
+
+    def __init__(self, requests: int, batch: BatchConfig):
+        self._requests = requests
+        self._batch = batch
+        blocks = grain.MapDataset.range(_ENDLESS).seed(batch.seed).random_map(self._draw)
+        self.of_block = functools.lru_cache(maxsize=2)(blocks.__getitem__)
+        self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
+
+    def _draw(self, block: int, generator: np.random.Generator) -> _BlockOfChance:
+        batch = self._batch
+        # Places in the endless sequence of epochs.
+        of_block = batch.requests * BLOCK
+        places = np.arange(block * of_block, (block + 1) * of_block)
+        epochs, places = np.divmod(places, self._requests)
+        numbers = [self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return _BlockOfChance(
+            requests=np.concatenate(numbers).reshape(BLOCK, batch.requests).T,
+            uniform=generator.random((batch.requests, BLOCK, sampling.KINDS)),
         )
-        return draw._replace(rows=Parts(requests, *numbers))
 
-    def gather(data: Parts, draw: Draw) -> Draw:
-        return draw._replace(rows=Parts(*map(_rows, data, draw.rows)))
-
-    # In one program with the computation of the row numbers, XLA on a CPU would repeat that
-    # computation for each number that it reads.
-    numbered, gathered = devices.map_batches(choose), devices.map_batches(gather)
-    packed = devices.map_batches(lambda _, draw: cutting.pack_batches(draw, layout))
-    return lambda drawn: packed((), gathered(data, numbered(first, devices.shard(drawn))))
+    def _order_of_epoch(self, epoch: int) -> Int[np.ndarray, "requests"]:
+        if self._batch.order == "time":
+            return np.arange(self._requests)
+        return np.random.default_rng((self._batch.seed, epoch)).permutation(self._requests)
 
 
-def _rows(rows: Array, which: Int[Array, "*shape"]) -> Array:
+class _FunnelSampling:
+    """The sampler `funnel`, in a compiled form: a few integers a request, then arithmetic."""
+
+    def __init__(self, counts: Counts, batch: BatchConfig, stage: Stage):
+        self._counts, self._batch, self._stage = counts, batch, stage
+        self.slots = _enough_slots(
+            sampling.kinds_of(chunk, stage, batch)[1] for chunk in _chunks(counts)
+        )
+
+    def sample(
+        self, requests: Int[np.ndarray, "R steps"], uniform: Float[np.ndarray, "R steps kinds"]
+    ) -> Starts:
+        """Draw the integers, on the host."""
+        kinds, _ = sampling.kinds_of(self._counts.of(requests), self._stage, self._batch)
+        return sampling.draw(requests, uniform, kinds)
+
+    def choose(self, sampled: Starts) -> Draw:
+        """Compute the draw, on arrays of NumPy or of a device."""
+        return sampling.chosen(sampled, self.slots)
+
+
+class _HostSampling:
+    """Any other sampler: it draws request by request, on the host."""
+
+    def __init__(
+        self,
+        counts: Counts,
+        batch: BatchConfig,
+        stage: Stage,
+        scores_of: Callable[[int], Scores],
+    ):
+        self._counts, self._batch, self._stage = counts, batch, stage
+        self._scores_of = scores_of
+        self.slots = _enough_slots(
+            samplers.slots_of(chunk, stage, batch) for chunk in _chunks(counts)
+        )
+
+    def sample(
+        self, requests: Int[np.ndarray, "R steps"], uniform: Float[np.ndarray, "R steps kinds"]
+    ) -> Draw:
+        """Draw the candidates."""
+        return samplers.draw(
+            self._counts, self._batch, self._stage, self._scores_of, self.slots, requests, uniform
+        )
+
+    def choose(self, sampled: Draw) -> Draw:
+        """Return the draw itself."""
+        return sampled
+
+
+_Sampling = _FunnelSampling | _HostSampling
+
+
+def _sampling_of(
+    counts: Counts, batch: BatchConfig, stage: Stage, scores_of: Callable[[int], Scores]
+) -> _Sampling:
+    if SAMPLERS[batch.sampler].function is samplers.funnel:
+        return _FunnelSampling(counts, batch, stage)
+    return _HostSampling(counts, batch, stage, scores_of)
+
+
+def _chunks(counts: Counts) -> list[Counts]:
+    starts = range(0, len(counts.shown), _CHUNK)
+    return [counts.of(slice(start, start + _CHUNK)) for start in starts]
+
+
+def _enough_slots(slots: Iterable[Slots]) -> Slots:
+    return Slots(*np.max(list(slots), axis=0).tolist())
+
+
+# The other stages: gather the rows of the drawn requests and candidates, pack them into one array
+# per pass, and put that on the devices.
+
+
+class _ResidentRows:
+    """The rows of all candidates that can count, on the devices, which do all three stages."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        stage: Stage,
+        sampling_stage: _Sampling,
+        layout: Layout,
+        devices: Devices,
+    ):
+        _announce(columns, stage, np.arange(len(columns)))
+        # Candidates that were shown always count, since they may have labels.
+        numbers = counting(columns.counts, stage)
+        first_candidate, candidates = columns.candidates.prefixes(numbers)
+        first_label, labels = columns.labels.prefixes(columns.counts.shown)
+        requests = columns.requests.windows[columns.requests.first]
+        first = (first_candidate.astype(np.int32), first_label.astype(np.int32))
+        self._first, self._rows = devices.place((first, Parts(requests, candidates, labels)))
+        self._devices = devices
+
+        def number_rows(first: tuple[Any, Any], sampled: Any) -> Draw:
+            """The draw, with the numbers of rows in place of its indices, 0 for padding."""
+            draw = sampling_stage.choose(sampled)
+            requests, *indices = draw.rows
+            numbers = [
+                jnp.where(index >= 0, _rows_at(starts, requests)[..., None] + index, 0)
+                for starts, index in zip(first, indices, strict=True)
+            ]
+            return draw._replace(rows=Parts(requests, *numbers))
+
+        def gather(rows: Parts, draw: Draw) -> Draw:
+            return draw._replace(rows=Parts(*map(_rows_at, rows, draw.rows)))
+
+        def pack(_: Any, draw: Draw) -> PackedBatches:
+            return cutting.pack_batches(draw, layout)
+
+        # In one program with the computation of the row numbers, XLA on a CPU would repeat that
+        # computation for each number that it reads.
+        self._number_rows = devices.map_batches(number_rows)
+        self._gather = devices.map_batches(gather)
+        self._pack = devices.map_batches(pack)
+
+    def announce(self, requests: Int[np.ndarray, "n"]) -> None:
+        """Do nothing: no rows are read from the disk any more."""
+
+    def batches(self, sampled: Any) -> PackedBatches:
+        """Make the batches of what was sampled."""
+        on_devices = self._devices.shard(sampled)
+        draw = self._number_rows(self._first, on_devices)
+        return self._pack((), self._gather(self._rows, draw))
+
+
+def _rows_at(rows: Array, which: Int[Array, "*shape"]) -> Array:
     return rows.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _in_files(
-    columns: Columns, chosen: Callable[[Any], Draw], layout: Layout, devices: Devices
-) -> Callable[[Any], PackedBatches]:
-    """Read only the rows of a draw from the files, and place its batches on the devices."""
-    # On a device of this process, compiled: in NumPy it would take longer than all the rest.
-    choose = jax.jit(chosen)
+class _StoredRows:
+    """The rows in the files of the dataset, of which the host reads those of a draw."""
 
-    def cut(drawn: Any) -> PackedBatches:
-        rows = cutting.read(columns, jax.device_get(choose(drawn)))
-        return devices.shard(cutting.pack_batches(rows, layout))
+    def __init__(
+        self,
+        columns: Columns,
+        stage: Stage,
+        sampling_stage: _Sampling,
+        layout: Layout,
+        devices: Devices,
+    ):
+        self._columns, self._stage = columns, stage
+        self._layout, self._devices = layout, devices
+        # On a device of this process, compiled: in NumPy it would take longer than all the rest.
+        self._choose = jax.jit(sampling_stage.choose)
 
-    return cut
+    def announce(self, requests: Int[np.ndarray, "n"]) -> None:
+        """Announce to the disk the reads of these requests."""
+        _announce(self._columns, self._stage, requests)
+
+    def batches(self, sampled: Any) -> PackedBatches:
+        """Make the batches of what was sampled."""
+        draw = cutting.read(self._columns, jax.device_get(self._choose(sampled)))
+        return self._devices.shard(cutting.pack_batches(draw, self._layout))
+
+
+def _announce(columns: Columns, stage: Stage, requests: Int[np.ndarray, "n"]) -> None:
+    """Announce to the disk the reads of requests, without candidates that cannot count."""
+    columns.expect(requests, counting(columns.counts.of(requests), stage))

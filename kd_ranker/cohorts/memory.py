@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import psutil
@@ -9,67 +10,67 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, abstract_batch
 from kd_ranker.errors import UserError
-from kd_ranker.training import recipes
-from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis, own_devices
-from kd_ranker.training.recipes import Group, shared_part
+from kd_ranker.training import specs
+from kd_ranker.training.mapping import MAPPINGS, DeviceMap, own_devices, runs_axis
+from kd_ranker.training.specs import Stack, shared_part
 
-# Free memory per member, over the bytes of its state and of a batch. It covers two copies of the
+# Free memory per run, over the bytes of its state and of a batch. It covers two copies of the
 # state for checkpoints, gathered rows, activations, gradients and the evaluation.
 _MARGIN = 7
-_REMEDY = "lower sweep.group_size, batch.requests, batch.candidates or the widths of the model"
+_REMEDY = "lower sweep.cohort_size, batch.requests, batch.candidates or the widths of the model"
 
 
 def spread(
     parallel: ConfigDict, devices: Sequence[jax.Device], sizes: Sequence[int], requests: int
 ) -> DeviceMap:
-    """Spread groups with these numbers of members, and the requests of a batch, over devices.
+    """Spread stacks with these numbers of runs, and the requests of a batch, over devices.
 
     `parallel` is that section of a config.
     """
     sharded = parallel.tables == "sharded"
-    # Spreading members would leave fewer devices to share the rows of tables.
-    if parallel.mapping == "pmap" or (sharded and not parallel.members):
-        members = 1
-    elif parallel.members and sum(sizes) > 1:
-        members = parallel.members
+    # Spreading runs would leave fewer devices to share the rows of tables.
+    if parallel.mapping == "pmap" or (sharded and not parallel.runs):
+        runs = 1
+    elif parallel.runs and sum(sizes) > 1:
+        runs = parallel.runs
     else:
-        members = members_axis(len(devices), sizes, requests)
-    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
+        runs = runs_axis(len(devices), sizes, requests)
+    return MAPPINGS[parallel.mapping](devices, runs, parallel.deterministic, sharded)
 
 
 def cohort_size(
     config: ConfigDict,
-    members: Iterable[ConfigDict],
+    runs: Iterable[ConfigDict],
     spec: FeatureSpec,
     devices: Sequence[jax.Device],
 ) -> int:
-    """Return `sweep.group_size`, or the number of members that fit free memory with a margin."""
-    if config.sweep.group_size:
-        return config.sweep.group_size
-    # As for a cohort with one member per device.
+    """Return `sweep.cohort_size`, or the number of runs that fit free memory with a margin."""
+    if config.sweep.cohort_size:
+        return config.sweep.cohort_size
+    # As for a cohort with one run per device.
     over = spread(config.parallel, devices, [len(devices)], config.batch.requests)
-    one_per_group = {shared_part(member): member for member in members}
+    one_per_stack = {shared_part(run): run for run in runs}
     sizes = (
-        _bytes(recipes.student_groups({"": member}, spec), member.batch, spec)
-        for member in one_per_group.values()
+        _bytes(specs.student_stacks({"": run}, spec), run.batch, spec)
+        for run in one_per_stack.values()
     )
-    largest = max(states / over.deal.devices + of_batch for states, of_batch in sizes)
-    return max(1, int(free_memory(over) / (_MARGIN * largest))) * over.members
+    largest = max(states / over.row_sharding.devices + of_batch for states, of_batch in sizes)
+    return max(1, int(free_memory(over) / (_MARGIN * largest))) * over.runs
 
 
 def check_memory(
-    groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec, devices: DeviceMap
+    stacks: Sequence[Stack], batch: ConfigDict, spec: FeatureSpec, devices: DeviceMap
 ) -> None:
-    """Raise UserError unless a device has room for its part of the states of groups and of a batch.
+    """Raise UserError unless a device has room for its part of the states of stacks and of a batch.
 
     `batch` is `config.batch` or `config.teacher.batch`.
     """
     free = free_memory(devices)
     try:
-        states, of_batch = _bytes(groups, batch, spec)
+        states, of_batch = _bytes(stacks, batch, spec)
     except (OverflowError, ValueError, TypeError) as error:
         raise UserError(f"no model can have this size: {error}; {_REMEDY}") from error
-    needed = states / (devices.members * devices.deal.devices) + of_batch / devices.mesh.size
+    needed = states / (devices.runs * devices.row_sharding.devices) + of_batch / devices.mesh.size
     if needed > free:
         raise UserError(
             f"training needs at least {needed / 1e9:,.1f} GB per device, but {free / 1e9:,.1f} GB "
@@ -89,15 +90,18 @@ def exhaustion_reported() -> Iterator[None]:
         raise UserError(f"a device has too little memory: {first}; {_REMEDY}") from error
 
 
-def _bytes(groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec) -> tuple[int, int]:
-    """The bytes of the states of groups, and of a batch."""
+def _bytes(stacks: Sequence[Stack], batch: ConfigDict, spec: FeatureSpec) -> tuple[int, int]:
+    """The bytes of the states of stacks, and of a batch."""
     trees = (
-        [jax.eval_shape(group.init) for group in groups],
+        [jax.eval_shape(stack.init) for stack in stacks],
         abstract_batch(spec, batch.requests, batch.candidates),
     )
-    leaves = map(jax.tree.leaves, trees)
-    states, of_batch = (sum(leaf.size * leaf.dtype.itemsize for leaf in of) for of in leaves)
+    states, of_batch = (_bytes_of_tree(tree) for tree in trees)
     return states, of_batch
+
+
+def _bytes_of_tree(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def free_memory(devices: DeviceMap) -> int:

@@ -19,15 +19,15 @@ from kd_ranker import manifest
 from kd_ranker.config import schema
 from kd_ranker.config.runs import Runs, sweep_runs
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import results, setting_names
 from kd_ranker.evaluation.results import write_tables
 from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
-from kd_ranker.manifest import MadeOf
+from kd_ranker.manifest import Provenance
 from kd_ranker.training.workdir import read_json, write_atomically
 
 FILE = "cohorts.json"
 FOLDER = "cohorts"
-TEST = "test"  # the subfolder of a cohort with the test tables of its chosen members
+TEST = "test"  # the subfolder of a cohort with the test tables of its chosen runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Sweep:
 
     workdir: Path
     runs: Runs  # all of them
-    # The names of each cohort's members, in the order of training; incomplete if the sweep has not
+    # The names of each cohort's runs, in the order of training; incomplete if the sweep has not
     # started or will be extended.
     plan: Sequence[Sequence[str]]
-    dataset: MadeOf  # the fingerprint of its dataset
+    dataset: Provenance  # the fingerprint of its dataset
 
     @property
     def cohorts(self) -> list[Runs]:
@@ -57,25 +57,28 @@ class Sweep:
         return [self.workdir / FOLDER / str(index) for index in range(len(self.plan))]
 
     def is_complete(self) -> bool:
-        """True if all members are trained and measured, and their results joined.
+        """True if all runs are trained and measured, and their results joined.
 
         A table that changed since it was written does not count, nor do tables joined from it.
         """
-        joined = not self._unplaced() and manifest.is_made_of(self.workdir, self._made_of())
-        if not (joined and all(map(manifest.is_made_of, self.folders))):
+        joined = not self._unplaced() and manifest.has_provenance(self.workdir, self._provenance())
+        if not (joined and all(map(manifest.has_provenance, self.folders))):
             return False
-        tested = self.with_any(results.chosen(self.validation()))
-        return all(manifest.is_made_of(folder / TEST) for folder in tested)
+        tested = self.with_any(setting_names.chosen(self.validation()))
+        return all(manifest.has_provenance(folder / TEST) for folder in tested)
 
     def planned(self, size: int) -> "Sweep":
-        """Assign every member to a cohort of at most `size`, and write the plan to the workdir.
+        """Assign every run to a cohort of at most `size`, and write the plan to the workdir.
 
-        Existing cohorts do not change. The members of a new one are on the same batches.
+        Existing cohorts do not change. The runs of a new one are on the same batches.
         """
-        keys, plan = [of.name for of in schema.sweepable() if of.sweep == "cohorts"], [*self.plan]
+        keys, plan = (
+            [key.name for key in schema.sweepable() if key.sweep == "cohorts"],
+            [*self.plan],
+        )
         sharing: dict[str, list[str]] = {}
-        for name, member in self._unplaced().items():
-            batches = repr([schema.value_of(member, key) for key in keys])
+        for name, run in self._unplaced().items():
+            batches = repr([schema.value_of(run, key) for key in keys])
             sharing.setdefault(batches, []).append(name)
         for names in sharing.values():
             # Of equal sizes, so that no small cohort pays for a whole teacher pass.
@@ -85,65 +88,67 @@ class Sweep:
         return dataclasses.replace(self, plan=plan)
 
     def check_planned(self) -> None:
-        """Raise UserError unless all members have a place in a cohort."""
+        """Raise UserError unless all runs have a place in a cohort."""
         if unplaced := self._unplaced():
             raise UserError(
                 f"{self.workdir} has no cohort for {len(unplaced)} of the sweep's "
-                f"{len(self.runs)} members; settle the cohorts by the same command with "
+                f"{len(self.runs)} runs; settle the cohorts by the same command with "
                 "--config.sweep.part=plan"
             )
 
     def with_any(self, names: Collection[str]) -> list[Path]:
-        """The folders of the cohorts with any of these members; the first one if none has."""
+        """The folders of the cohorts with any of these runs; the first one if none has."""
         cohorts = zip(self.plan, self.folders, strict=True)
-        return [folder for of, folder in cohorts if set(of) & set(names)] or self.folders[:1]
+        return [
+            folder for names_of_cohort, folder in cohorts if set(names_of_cohort) & set(names)
+        ] or self.folders[:1]
 
     def join(self, tested: Sequence[Path]) -> None:
         """Write the tables of the sweep from those of its cohorts; `tested` have tables of test."""
         tables = results.join(self.folders, [folder / TEST for folder in tested], self.costs)
         joined = [*self.folders, *(folder / TEST for folder in tested)]
         parts = [(folder / manifest.FILE).relative_to(self.workdir).as_posix() for folder in joined]
-        write_tables(self.workdir, tables, self._made_of(), [FILE, *parts])
+        write_tables(self.workdir, tables, self._provenance(), [FILE, *parts])
 
     def validation(self) -> pd.DataFrame:
-        """The rows of all members on validation."""
+        """The rows of all runs on validation."""
         return results.read_joined(self.folders)
 
     def _unplaced(self) -> Runs:
         placed = set(itertools.chain.from_iterable(self.plan))
-        return {name: member for name, member in self.runs.items() if name not in placed}
+        return {name: run for name, run in self.runs.items() if name not in placed}
 
-    def _made_of(self) -> MadeOf:
+    def _provenance(self) -> Provenance:
         """The fingerprints of the joined results; those of each cohort contain the teacher.
 
         A change of costs only repeats the join: nothing is trained or measured again.
         """
         names = itertools.chain.from_iterable(self.plan)
-        members = {name: self.runs[name] for name in names}
-        found = {"config": schema.fingerprint(members, "student"), **self.dataset}
-        if rivals := next(iter(members.values())).sweep.rivals:
+        runs = {name: self.runs[name] for name in names}
+        found = {"config": schema.fingerprint(runs, "student"), **self.dataset}
+        if rivals := next(iter(runs.values())).sweep.rivals:
             found["rivals"] = ",".join(rivals)
         return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 
 
-def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
+def open_sweep(config: ConfigDict, workdir: Path, dataset: Provenance) -> Sweep:
     """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
 
-    UserError if one of these has a member that the config does not name.
+    UserError if one of these has a run that the config does not name.
     """
-    members = sweep_runs(config)
+    runs = sweep_runs(config)
     plan = read_plan(workdir)
-    missing = [name for name in itertools.chain.from_iterable(plan) if name not in members]
+    missing = [name for name in itertools.chain.from_iterable(plan) if name not in runs]
     if missing:
         raise UserError(
             f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
-            "sweep.extend adds members, so name those that are there as well"
+            "sweep.extend adds runs, so name those that are there as well"
         )
-    return Sweep(workdir, members, plan, dataset)
+    return Sweep(workdir, runs, plan, dataset)
 
 
 def read_plan(workdir: Path) -> list[list[str]]:
-    """The names of the members of each cohort of a sweep; empty if it has not started."""
+    """The names of the runs of each cohort of a sweep; empty if it has not started."""
     path = workdir / FILE
     if not path.exists():
         return []
@@ -154,5 +159,5 @@ def read_plan(workdir: Path) -> list[list[str]]:
         for names in plan
     )
     if not is_plan:
-        raise UserError(f"{path} is damaged: it lists no members for each cohort; {remedy}")
+        raise UserError(f"{path} is damaged: it lists no runs for each cohort; {remedy}")
     return cast("list[list[str]]", plan)

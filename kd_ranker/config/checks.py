@@ -23,7 +23,7 @@ from kd_ranker.errors import UserError, check_choice, check_tasks, command
 from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training.recipes import terms_of
+from kd_ranker.training.specs import terms_of
 
 # Signals that only order candidates, with the reason for messages.
 _ORDERS = {"stage": "stages are an order"}
@@ -38,7 +38,9 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends "
             "out to read the whole log"
         )
-    if c.sweep.whole_repeats and any("batch.seed" in of for of in overrides_of_runs(c)):
+    if c.sweep.whole_repeats and any(
+        "batch.seed" in overrides for overrides in overrides_of_runs(c)
+    ):
         yield "sweep.whole_repeats orders the data by the seed; leave batch.seed out of the runs"
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
@@ -79,8 +81,8 @@ def _faults(c: ConfigDict) -> Iterator[str]:
 def _students(config: ConfigDict) -> set[str]:
     """The architectures of the runs of a sweep, each as text."""
     return {
-        repr(sorted((key, value) for key, value in of.items() if key.startswith("student.")))
-        for of in overrides_of_runs(config)
+        repr(sorted((key, value) for key, value in overrides.items() if key.startswith("student.")))
+        for overrides in overrides_of_runs(config)
     }
 
 
@@ -89,32 +91,34 @@ def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]
     parallel, devices = c.parallel, c.parallel.devices or available
     if parallel.processes and parallel.devices:
         yield "parallel.processes use all of their devices; set parallel.devices=0"
-    others = parallel.members > 1 or parallel.tables == "sharded" or parallel.deterministic
+    others = parallel.runs > 1 or parallel.tables == "sharded" or parallel.deterministic
     if parallel.mapping == "pmap" and (others or parallel.processes):
         yield (
-            "parallel.mapping='pmap' cannot do parallel.members above 1, parallel.tables="
+            "parallel.mapping='pmap' cannot do parallel.runs above 1, parallel.tables="
             "'sharded', parallel.deterministic or parallel.processes; take 'auto' or 'shard_map'"
         )
     if devices > available:
         yield f"parallel.devices={devices}, but there are {available}; 0 takes all"
-    if parallel.members and devices % parallel.members:
+    if parallel.runs and devices % parallel.runs:
         yield (
-            f"parallel.members={parallel.members} does not divide the {devices} devices; take a "
+            f"parallel.runs={parallel.runs} does not divide the {devices} devices; take a "
             "number that does, or 0"
         )
     shared = [("teacher.batch.requests", c.teacher.batch.requests, devices)]
     if single:
         shared.append(("batch.requests", c.batch.requests, devices))
-    # Where a sweep leaves it open, its members are spread so that the requests fit.
-    elif parallel.members or parallel.mapping == "pmap":
-        sharing = devices // max(parallel.members, 1)
-        swept = {of.get("batch.requests", c.batch.requests) for of in overrides_of_runs(c)}
+    # Where a sweep leaves it open, its runs are spread so that the requests fit.
+    elif parallel.runs or parallel.mapping == "pmap":
+        sharing = devices // max(parallel.runs, 1)
+        swept = {
+            overrides.get("batch.requests", c.batch.requests) for overrides in overrides_of_runs(c)
+        }
         shared += [("batch.requests", requests, sharing) for requests in sorted(swept)]
     for name, requests, number in shared:
         if requests % number:
             yield (
                 f"{name}={requests} cannot be shared by {number} devices; take a multiple of "
-                f"{number}, or change parallel.devices or parallel.members"
+                f"{number}, or change parallel.devices or parallel.runs"
             )
 
 
@@ -170,6 +174,8 @@ _OLD_KEYS = {
     "distill.terms": "write the terms into distill.loss, as 'softmax + 0.5 * softmax:stage'",
     "distill.term_weights": "write the weights into distill.loss, as 'bce + 0.5 * softmax:stage'",
     "teacher.signal": "write the signal into distill.loss, as 'softmax:stage'",
+    "sweep.group_size": "the number of runs in one program is sweep.cohort_size",
+    "parallel.members": "the number of devices to spread runs over is parallel.runs",
 }
 
 
@@ -203,13 +209,13 @@ def _num_devices() -> int:
         ) from error
 
 
-def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDERS) -> None:
+def check_students(runs: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDERS) -> None:
     """Raise UserError unless students can learn from the losses and signals of their configs.
 
     `orders` are the signals that only order candidates, with reasons for the message.
     """
-    for member in members:
-        distill, terms, candidates = member.distill, terms_of(member), member.batch.candidates
+    for run in runs:
+        distill, terms, candidates = run.distill, terms_of(run), run.batch.candidates
         serves = MODES[distill.mode].serve
         # Only a mode with a choice of heads reads the key.
         if len(serves) > 1:
@@ -228,7 +234,9 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
             )
         for term in terms:
             if LOSSES[term.loss].needs_probabilities and term.signal in orders:
-                others = sorted(name for name, of in LOSSES.items() if not of.needs_probabilities)
+                others = sorted(
+                    name for name, loss in LOSSES.items() if not loss.needs_probabilities
+                )
                 raise UserError(
                     f"distill.loss={distill.loss!r}: {term.loss} needs the teacher's "
                     f"probabilities, and {orders[term.signal]}; take one of: "
@@ -236,7 +244,7 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
                 )
 
 
-def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> None:
+def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> None:
     """Check that the training requests of a dataset hold the signals that students learn from.
 
     Raises:
@@ -244,21 +252,21 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
         teacher, no stages or no candidate of a `teacher.stage`, and a student learns from them; or
         a sampler needs scores that the log lacks.
     """
-    config = next(iter(members))
+    config = next(iter(runs))
     name, counts = config.data.name, dataset.columns["train"].counts
     of_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
     signals = set()
-    for member in members:
-        stage, own = member.teacher.stage, {term.signal for term in terms_of(member)}
+    for run in runs:
+        stage, own = run.teacher.stage, {term.signal for term in terms_of(run)}
         if SCORES in own and stage in of_stage and not of_stage[stage].any():
             raise UserError(
                 f"teacher.stage={stage}: in the training requests of {name}, no candidate has "
                 f"{stage} as its furthest stage; choose another one"
             )
-        _check_sampler("batch.sampler", member.batch.sampler, dataset)
+        _check_sampler("batch.sampler", run.batch.sampler, dataset)
         signals |= own
     if config.teacher.source == "logged":
-        _check_logged(dataset, members, SCORES in signals)
+        _check_logged(dataset, runs, SCORES in signals)
     reached = np.stack([counts.shown, counts.passed])
     if "stage" in signals and not ((reached > 0) & (reached < counts.retrieved)).any():
         raise UserError(
@@ -267,13 +275,13 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
         )
 
 
-def _check_logged(dataset: Dataset, members: Collection[ConfigDict], is_learned: bool) -> None:
+def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bool) -> None:
     """Check the logged teacher of students; `is_learned` if any of them learns from its scores."""
-    config, logged = next(iter(members)), _is_logged(dataset.columns["train"])
+    config, logged = next(iter(runs)), _is_logged(dataset.columns["train"])
     name, signal = config.data.name, dataset.spec.teacher_signal
     if is_learned and signal != "probability":
         what = {"rank": "positions", "score": "scores"}[signal]
-        check_students(members, {SCORES: f"the log of {name} holds its {what}"})
+        check_students(runs, {SCORES: f"the log of {name} holds its {what}"})
     if is_learned and not logged.any():
         raise UserError(
             f"the signal scores is missing: no training request of {name} holds a proper number "
@@ -293,7 +301,7 @@ def _check_logged(dataset: Dataset, members: Collection[ConfigDict], is_learned:
 def _check_sampler(key: str, name: str, dataset: Dataset) -> None:
     """Raise UserError if a dataset lacks the scores that a sampler, the value of `key`, needs."""
     if SAMPLERS[name].needs_scores and not _is_logged(dataset.columns["train"]).any():
-        others = sorted(name for name, of in SAMPLERS.items() if not of.needs_scores)
+        others = sorted(name for name, sampler in SAMPLERS.items() if not sampler.needs_scores)
         raise UserError(
             f"{key}={name} needs teacher scores, and no training request of "
             f"{dataset.spec.dataset} holds a proper one; log a teacher with "
@@ -306,7 +314,7 @@ def check_labels(dataset: Dataset) -> None:
     """Raise UserError for a split without any user label."""
     for split, columns in dataset.columns.items():
         shown, labels = columns.counts.shown, columns.labels
-        weights = (labels.fields(of, shown[of])["label_weight"] for of in slices(shown))
+        weights = (labels.fields(some, shown[some])["label_weight"] for some in slices(shown))
         if not any((weight > 0).any() for weight in weights):
             raise UserError(
                 f"no {split} request of {dataset.spec.dataset} has a user label; give labels of a "

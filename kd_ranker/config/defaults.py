@@ -32,7 +32,7 @@ def feature(
     hashed: bool = False,
     size: int = 100_000,
     length: int = 1,
-    standardise: bool = True,
+    standardize: bool = True,
     cheap: bool = True,
 ) -> ConfigDict:
     """Describe one feature of a user's own log, an entry of `config.data.features`.
@@ -40,7 +40,7 @@ def feature(
     Args:
       of: its owner: "user" or "context" (one value per request), "item" (one value per item, the
         same in every request), "candidate" (differs from request to request), or "event": a list
-        with an entry for each event of the history, dense and not standardised.
+        with an entry for each event of the history, dense and not standardized.
       kind: "dense", a number, or a list of `length` of them, such as an embedding; "category", a
         whole number or text; "bag", an unordered list of these; or "history", a list of item
         ids, the most recent last, of the user.
@@ -50,7 +50,7 @@ def feature(
       size: see `hashed`.
       length: number of values to keep: the first of a bag, the last of a history. For a dense
         feature, its width.
-      standardise: for a dense feature, whether to subtract the mean of training requests and divide
+      standardize: for a dense feature, whether to subtract the mean of training requests and divide
         by their standard deviation.
       cheap: for a dense item feature, whether the early ranker can afford it; if not, only the
         final ranker reads it.

@@ -1,6 +1,6 @@
 """The table of all config keys, with the values, the meaning and the influence of each.
 
-Each key is declared only here. Defaults, checks, sweep axes, columns that identify members, and the
+Each key is declared only here. Defaults, checks, sweep axes, columns that identify runs, and the
 page `docs/config.md` derive from this table; see `schema`.
 """
 
@@ -24,19 +24,20 @@ from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.models.student import HISTORIES, STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.rivals.registry import RIVALS
-from kd_ranker.sources import given, kuairand
+from kd_ranker.sources import in_memory, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.mapping import MAPPINGS, TABLES
-from kd_ranker.training.recipes import OPTIMIZERS, SCHEDULES, TEACHER_STAGES
+from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
+from kd_ranker.training.specs import TEACHER_STAGES
 
 # The first link of the chain that a key changes, and with it all that follows. `report` is how
 # trained rankers are measured, and `nothing` changes no number.
 Influence = Literal["dataset", "teacher", "student", "report", "nothing"]
 
-# A key may differ between a sweep's members, or only between its cohorts; the members of a cohort
+# A key may differ between a sweep's runs, or only between its cohorts; the runs of a cohort
 # share their batches.
-Sweep = Literal["no", "members", "cohorts"]
+Sweep = Literal["no", "runs", "cohorts"]
 
 
 class Bound(NamedTuple):
@@ -79,12 +80,12 @@ class Key:
       sweep: how a sweep may vary it.
       element: the type of a tuple's elements, if the default is empty.
       swept: of an axis, the key that it varies.
-      label: its name among members and in the report, if that is not its last part.
+      label: its name among runs and in the report, if that is not its last part.
       column: the column of `results.csv` that contains it, possibly with other keys. A key without
         one that a sweep may vary has a column under its own name.
       tuned: True if validation chooses the best of its values. The values of the other keys make
-        different students, or different ways to teach them, which are compared.
-      switch: True if 0 turns something off: 0 and the other values make different ways.
+        different students, or different methods of teaching them, which are compared.
+      switch: True if 0 turns something off: 0 and the other values make different methods.
       may_differ: True if sweeps that differ in it can share a report. Keys that a sweep varies, and
         keys that influence nothing, may always differ.
       later: True if datasets were made before the key existed. Their names hold at its default.
@@ -115,7 +116,7 @@ class Key:
 
     @property
     def short(self) -> str:
-        """Its name among members and in the report."""
+        """Its name among runs and in the report."""
         return self.label or self.name.rpartition(".")[2]
 
     @property
@@ -224,11 +225,11 @@ _MODEL = (
 )  # fmt: skip
 
 _OPTIMIZER = (
-    Key("name", "adam", "optimiser of the dense parameters", OPTIMIZERS, label="optimizer"),
+    Key("name", "adam", "optimizer of the dense parameters", OPTIMIZERS, label="optimizer"),
     Key("learning_rate", 2e-3, "peak rate of the dense parameters", label="rate",
         column="learning_rate"),
     Key("weight_decay", 0.0, "decoupled decay of the dense parameters"),
-    Key("table_name", "adam", "optimiser of the embedding rows", ROW_OPTIMIZERS),
+    Key("table_name", "adam", "optimizer of the embedding rows", ROW_OPTIMIZERS),
     Key("table_learning_rate", 2e-3, "peak rate of the embedding rows"),
     Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows"),
     Key("schedule", "cosine", "of the rates over the steps; cosine ends at 0", SCHEDULES),
@@ -252,8 +253,8 @@ _TRAIN = (
 _ALL = (
     section(
         "",
-        Key("seed", 0, "of the initialisation, of students and teacher", influences="teacher",
-            sweep="members", column="seed"),
+        Key("seed", 0, "of the initialization, of students and teacher", influences="teacher",
+            sweep="runs", column="seed"),
         Key("tasks", ("watch", "like", "share"), "the user actions to predict"),
         Key("value_weights", (1.0, 2.0, 4.0), "one per task: a ranker sorts by the weighted sum of "
             "probabilities", influences="report"),
@@ -301,7 +302,7 @@ _ALL = (
             HISTORIES),
         *_MODEL,
         influences="student",
-        sweep="members",
+        sweep="runs",
     ),
     section(
         "distill",
@@ -324,9 +325,9 @@ _ALL = (
         Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)", sweep="no",
             may_differ=True),
         influences="student",
-        sweep="members",
+        sweep="runs",
     ),
-    section("optimizer", *_OPTIMIZER, influences="student", sweep="members", tuned=True),
+    section("optimizer", *_OPTIMIZER, influences="student", sweep="runs", tuned=True),
     section(
         "train",
         *_TRAIN,
@@ -335,7 +336,7 @@ _ALL = (
         Key("unshown_weight", 0.0, "label weight of an unshown candidate as a negative of every "
             "task; 0: not used", label="unshown", column="unshown_weight", tuned=True, switch=True),
         influences="student",
-        sweep="members",
+        sweep="runs",
     ),
     section(
         "teacher",
@@ -363,7 +364,7 @@ _ALL = (
     ),
     section(
         "report",
-        Key("margin", 0.002, "relative loss of user value that counts as none in choosing a way"),
+        Key("margin", 0.002, "relative loss of user value that counts as none in choosing methods"),
         influences="report",
     ),
     section(
@@ -396,7 +397,7 @@ _ALL = (
         Key("mapping", "auto", "of a step over devices; auto: shard_map on TPUs and where pmap "
             "cannot, else pmap", MAPPINGS),
         Key("devices", 0, "devices to use; 0 takes all"),
-        Key("members", 0, "of these, the number to spread a sweep's members over, while the others "
+        Key("runs", 0, "of these, the number to spread a sweep's runs over, while the others "
             "share the requests; 0: by their numbers"),
         Key("tables", "replicated", "replicated: each device holds all tables and items; sharded: "
             "of those that share requests, each holds a share of the rows", TABLES),
@@ -425,10 +426,10 @@ _ALL = (
         Key("seeds", (), "values of seed, for each run; () leaves it to the runs", element=int),
         Key("rivals", (), "rankers of other architectures to compare with the students",
             RIVALS, element=str, may_differ=True, later=True),
-        Key("group_size", 0, "members that train in one program; 0: as many as memory allows"),
+        Key("cohort_size", 0, "runs that train in one program; 0: as many as memory allows"),
         Key("whole_repeats", False, "each seed also sets the order of the data, and has a separate "
             "teacher", influences="student", may_differ=True),
-        Key("extend", False, "add the members that a finished sweep does not have yet"),
+        Key("extend", False, "add the runs that a finished sweep does not have yet"),
         Key("part", "", "of a sweep of several runs: plan settles the cohorts, a number trains one "
             "of them, join measures and joins all"),
         influences="nothing",
@@ -581,6 +582,6 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     "trec": _TREC,
     "recflow": _RECFLOW,
     "parquet": _LOG,
-    given.NAME: _GIVEN,
+    in_memory.NAME: _GIVEN,
 }
 """By `data.name`, the keys of `config.data` that only this source has."""

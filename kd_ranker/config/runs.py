@@ -222,7 +222,7 @@ def common(runs: Runs) -> ConfigDict:
     config = next(iter(runs.values())).copy_and_resolve_references()
     config.unlock()  # a config from the command line is locked
     for key in schema.sweepable():
-        if key.sweep == "members":
+        if key.sweep == "runs":
             section, _, last = key.name.rpartition(".")
             del (schema.value_of(config, section) if section else config)[last]
     config.train.steps = max(run.train.steps for run in runs.values())

@@ -94,7 +94,7 @@ def fingerprint(configs: Mapping[str, ConfigDict], made: Influence) -> str:
     that influence a ranker. `made` is "teacher" or "student".
     """
     without = (*without_influence(made), *_WITH_FINGERPRINTS)
-    values = [[name, values_by_key(of, without)] for name, of in configs.items()]
+    values = [[name, values_by_key(config, without)] for name, config in configs.items()]
     return manifest.digest(values)
 
 
@@ -121,7 +121,7 @@ Every key with its default, as `--config.KEY=value` sets it and a config file as
 names the first link of the chain dataset, teacher, student, report that depends on a key, and with
 it all that follows. A run may resume in its workdir with another value of a key that does not
 affect it. *Sweep* marks the keys for which a sweep may try several values, as in
-`--config.sweep.axes.distill.loss="('bce', 'topk')"`: among the members of one program, or among
+`--config.sweep.axes.distill.loss="('bce', 'topk')"`: among the runs of one program, or among
 cohorts, which are trained one after the other. `distill.mode`, `distill.weight` and `seed` have
 axes under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`. A key that is *tuned* has its
 best value chosen on validation for each combination of the others, and only that is read on test. A

@@ -28,12 +28,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.teacher_signal = "rank"
     config.data.allow = ("teacher_coverage",)  # rows that only passed may have no position
     config.data.features = (
-        features("user", "dense", "views", standardise=False)
+        features("user", "dense", "views", standardize=False)
         | features("user", "category", "gender", "province", "age")
         | dict(recent=feature("user", "history", "history", length=50))
-        | features("event", "dense", "history_age", "history_duration", standardise=False)
-        | features("event", "dense", "history_watched", standardise=False)
-        | features("context", "dense", "hour_sin", "hour_cos", standardise=False)
+        | features("event", "dense", "history_age", "history_duration", standardize=False)
+        | features("event", "dense", "history_watched", standardize=False)
+        | features("context", "dense", "hour_sin", "hour_cos", standardize=False)
         | features("context", "dense", "pause")
         | features("context", "category", "weekday")
         | dict(author=feature("item", "category", "author_id", hashed=True, size=1 << 18))

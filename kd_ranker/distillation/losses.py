@@ -102,7 +102,7 @@ def of_one_list(
     Weights are 1 by default. A candidate of weight 0 and of values NaN follows the others.
     """
     lists = ([*logits, jnp.nan], [*probability, jnp.nan], [*(weight or [1.0] * len(logits)), 0.0])
-    z, p, w = (jnp.array(of)[None, :, None] for of in lists)
+    z, p, w = (jnp.array(values)[None, :, None] for values in lists)
     totals = loss(z, p, w, LossNumbers(**numbers))
     return tuple(round(float(total[0]), 4) for total in totals)
 
@@ -247,13 +247,13 @@ def user_softmax(
     """Listwise cross entropy of the positive user labels of a request, in nats.
 
     ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), with the labels y
-    in place of a distribution. With the softmax over the labelled candidates j of the request,
+    in place of a distribution. With the softmax over the labeled candidates j of the request,
     those of weight w > 0,
 
         numerator = Σ_requests Σ_i −w_i y_i log softmax_j(z_j)_i,
         denominator = Σ_requests Σ_i w_i y_i
 
-    over the requests with at least two labelled candidates. With weights of 1 the loss is a mean
+    over the requests with at least two labeled candidates. With weights of 1 the loss is a mean
     over positives. The weight of a negative does not matter, unless it is 0. A request without
     positives adds exactly nothing.
 
@@ -262,7 +262,7 @@ def user_softmax(
     discuss such sums.
 
     Example:
-      Two labelled candidates with equal logits: the positive one costs its weight times log 2.
+      Two labeled candidates with equal logits: the positive one costs its weight times log 2.
 
       >>> of_one_list(user_softmax, [1.0, 1.0], [1.0, 0.0], [2.0, 1.0])
       (1.3863, 2.0)

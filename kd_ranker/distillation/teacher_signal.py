@@ -45,7 +45,7 @@ Numbers = TypeVar("Numbers", float, np.ndarray, Array)
 def probability_of_rank(rank: Numbers) -> Numbers:
     """Return the pseudo-probability in (0, 1/2] of positions r ≥ 0, of any shape; NaN where r is.
 
-    In float32 neighbours differ up to r of some 10⁷.
+    In float32 neighbors differ up to r of some 10⁷.
 
     >>> probability_of_rank(np.array([0.0, 1.0, 8.0, np.nan]))
     array([0.5       , 0.33333333, 0.1       ,        nan])
@@ -71,7 +71,7 @@ def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     [0.5, 0.09090909361839294, 0.009900989942252636]
     """
     positions = {Stage.SHOWN: 0.0, Stage.PASSED: 9.0, Stage.RETRIEVED: 99.0}
-    is_of = [stage == of for of in positions]
+    is_of = [stage == reached for reached in positions]
     return probability_of_rank(jnp.select(is_of, list(positions.values()), jnp.nan))
 
 

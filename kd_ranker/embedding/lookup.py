@@ -5,7 +5,7 @@ arrays, so gradients are taken with respect to the gathered rows and never to a 
 
 A table is one array [rows, W]. A row contains all values that training keeps for an id:
 
-    embedding (D) | number of its updates (1) | slots of the optimiser (W - D - 1)
+    embedding (D) | number of its updates (1) | slots of the optimizer (W - D - 1)
 
 so that each step fetches it from memory once and writes it back once. The row after those of the
 ids is reserved for ids without their own row.
@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from kd_ranker.batch import WHOLE, CandidateBatch, Deal, Items
-from kd_ranker.embedding.deal import length_of_share, read
+from kd_ranker.batch import WHOLE, CandidateBatch, Items, RowSharding
+from kd_ranker.embedding.row_sharding import read, rows_per_device
 
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
 
 # The number of rows that a TPU lays out together. If it divides the length of a table, the adjacent
-# tables of several members form one long table, without a copy.
+# tables of several runs form one long table, without a copy.
 _ROWS_TOGETHER = 8
 # The number of rows drawn at a time, so that a large table needs little additional memory.
 _BLOCK = 1 << 16
@@ -61,29 +61,34 @@ class EmbeddingSpec(NamedTuple):
     width: int
     tables: Mapping[str, TableSpec]
     lookups: Mapping[str, Lookup]
-    deal: Deal = WHOLE
+    row_sharding: RowSharding = WHOLE
 
 
 def init_table(
-    table: TableSpec, width: int, slots: int, scale: float, key: PRNGKeyArray, deal: Deal = WHOLE
+    table: TableSpec,
+    width: int,
+    slots: int,
+    scale: float,
+    key: PRNGKeyArray,
+    row_sharding: RowSharding = WHOLE,
 ) -> Float[Array, "rows W"]:
     """Return a table of normal embeddings without updates; that of the reserved row is 0.
 
     A row has `width` entries, of standard deviation `scale`, the number of its updates, and
-    `slots` optimiser values, which are 0 as well. Several devices call this in a mapped function:
-    each gets its rows by `deal`, with the same bits for any deal.
+    `slots` optimizer values, which are 0 as well. Several devices call this in a mapped function:
+    each gets its rows by `row_sharding`, with the same bits for any of them.
     """
-    block, length = min(_BLOCK, table.size), length_of_share(table.rows, deal.devices)
+    block, length = min(_BLOCK, table.size), rows_per_device(table.rows, row_sharding.devices)
 
     def draw(index: Int[Array, ""], rows: Float[Array, "rows W"]) -> Float[Array, "rows W"]:
         drawn = scale * jax.random.normal(jax.random.fold_in(key, index), (block, width))
         # The last block reaches back over the one before it.
         start = jnp.minimum(index * block, table.size - block)
-        if deal.devices == 1:
+        if row_sharding.devices == 1:
             return jax.lax.dynamic_update_slice(rows, drawn, (start, 0))
         row = start + jnp.arange(block)
-        mine = row % deal.devices == jax.lax.axis_index(deal.axis)
-        place = jnp.where(mine, row // deal.devices, length)
+        mine = row % row_sharding.devices == jax.lax.axis_index(row_sharding.axis)
+        place = jnp.where(mine, row // row_sharding.devices, length)
         return rows.at[place, :width].set(drawn, mode="drop", unique_indices=True)
 
     rows = jnp.zeros((length, width + 1 + slots))
@@ -121,22 +126,22 @@ def gather_rows(
     items: Items,
     *,
     whole_rows: bool,
-    member: Int[Array, ""] | None = None,
+    run: Int[Array, ""] | None = None,
 ) -> Rows:
     """Return the rows that a batch needs: lookup name -> float32 [*shape of the ids, W or D].
 
     Only `whole_rows` have update counts and slots. The tables are those of one model; or with
-    `member`, of all members of a group. On TPUs, a `vmap` over tables would need another layout.
+    `run`, of all runs of a group. On TPUs, a `vmap` over tables would need another layout.
     """
     gathered = {}
     for name, lookup in spec.lookups.items():
         table, row = tables[lookup.table], _rows(spec, lookup, batch, items)
         first: Any = 0
-        if member is not None:
-            first = member * table.shape[1]
+        if run is not None:
+            first = run * table.shape[1]
             table = table.reshape(-1, table.shape[2])
         columns = slice(None if whole_rows else spec.width)
-        gathered[name] = read(spec.deal, table, row, columns, first)
+        gathered[name] = read(spec.row_sharding, table, row, columns, first)
     return gathered
 
 
@@ -157,7 +162,7 @@ def gather_to_serve(
     for name, lookup in spec.lookups.items():
         reserved = spec.tables[lookup.table].size
         row = jnp.where(trained[name], _rows(spec, lookup, batch, items), reserved)
-        served[name] = read(spec.deal, tables[lookup.table], row, slice(spec.width))
+        served[name] = read(spec.row_sharding, tables[lookup.table], row, slice(spec.width))
     return served
 
 
@@ -178,7 +183,7 @@ def was_trained(
     for name, lookup in spec.lookups.items():
         row = _rows(spec, lookup, batch, items)
         count = slice(spec.width, spec.width + 1)
-        updates = read(spec.deal, tables[lookup.table], row, count)[..., 0]
+        updates = read(spec.row_sharding, tables[lookup.table], row, count)[..., 0]
         known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
         trained[name] = known & (updates > 0)
     return trained
@@ -199,11 +204,15 @@ def ids_of_table(
     return ids, jnp.concatenate([lookup.mask(batch, items).reshape(-1) for lookup in lookups])
 
 
-def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "members M W"]:
-    """Return each member's rows, or gradients, for the ids of `ids_of_table`, in that order.
+def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "runs M W"]:
+    """Return each run's rows, or gradients, for the ids of `ids_of_table`, in that order.
 
-    `rows` contains, by lookup name, [members, *shape of ids, W].
+    `rows` contains, by lookup name, [runs, *shape of ids, W].
     """
-    of_lookups = [rows[of] for of, lookup in spec.lookups.items() if lookup.table == name]
-    flat = [of.reshape(of.shape[0], -1, of.shape[-1]) for of in of_lookups]
+    of_lookups = [
+        rows[name_of_lookup]
+        for name_of_lookup, lookup in spec.lookups.items()
+        if lookup.table == name
+    ]
+    flat = [values.reshape(values.shape[0], -1, values.shape[-1]) for values in of_lookups]
     return jnp.concatenate(flat, axis=1)

@@ -1,4 +1,4 @@
-"""Optimisers with a cost in proportion to the rows touched, not the rows held.
+"""Optimizers with a cost in proportion to the rows touched, not the rows held.
 
 Each is a pure function on rows. They share `update_tables`, which adds up the gradients of
 duplicate ids. It writes the touched rows back, in place if the buffers are donated. It never
@@ -26,7 +26,7 @@ ADAM = Adam()
 
 
 class RowOptimizer(NamedTuple):
-    """One optimiser.
+    """One optimizer.
 
     Attributes:
       slots: D -> the number of values that it stores with each row, initially 0.
@@ -42,7 +42,7 @@ class RowOptimizer(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """The duplicate ids of a batch, found once for all members of a group."""
+    """The duplicate ids of a batch, found once for all runs of a group."""
 
     row: Int[Array, "M"]  # of each id
     position: Int[Array, "M"]  # for each id, the index that represents all ids of its row
@@ -66,30 +66,30 @@ def find_occurrences(
 
 def update_tables(
     optimizer: RowOptimizer,
-    tables: Float[Array, "members rows W"],
+    tables: Float[Array, "runs rows W"],
     occurrences: Occurrences,
-    gradients: Float[Array, "members M D"],
-    learning_rate: Float[Array, "members"],
-    weight_decay: Float[Array, "members"],
-    may_change: Bool[Array, "members"],
+    gradients: Float[Array, "runs M D"],
+    learning_rate: Float[Array, "runs"],
+    weight_decay: Float[Array, "runs"],
+    may_change: Bool[Array, "runs"],
     gathered: Float[Array, "M W"] | None = None,
-) -> Float[Array, "members rows W"]:
-    """Update the touched rows of each member's table; every other row keeps its bits.
+) -> Float[Array, "runs rows W"]:
+    """Update the touched rows of each run's table; every other row keeps its bits.
 
     `lookup` describes a row. One is touched if the gradients of its ids add up to something other
     than zero. Then it also decays by `learning_rate * weight_decay * row` (decoupled decay,
-    Loshchilov and Hutter, 2019). A member that may not change keeps its table. `gathered` has the
-    row of each id, if already read for a single member.
+    Loshchilov and Hutter, 2019). A run that may not change keeps its table. `gathered` has the
+    row of each id, if already read for a single run.
     """
-    # One flat table and a loop over members: on two CPU cores, for 16 members, that was faster than
+    # One flat table and a loop over runs: on two CPU cores, for 16 runs, that was faster than
     # `vmap` over stacked tables or one scatter for all (`docs/benchmarks.md`).
     assert gathered is None or tables.shape[0] == 1
-    (members, length, columns), width = tables.shape, gradients.shape[-1]
+    (runs, length, columns), width = tables.shape, gradients.shape[-1]
 
-    def update_member(
-        member: Int[Array, ""], flat: Float[Array, "all_rows W"]
+    def update_run(
+        run: Int[Array, ""], flat: Float[Array, "all_rows W"]
     ) -> Float[Array, "all_rows W"]:
-        first, gradient = member * length, gradients[member]
+        first, gradient = run * length, gradients[run]
         rows = gathered
         if rows is None:
             rows = flat.at[occurrences.row + first].get(mode="promise_in_bounds")
@@ -97,10 +97,10 @@ def update_tables(
         summed = jnp.zeros_like(gradient)
         summed = summed.at[occurrences.position].add(gradient, mode="promise_in_bounds")
         step, slots = optimizer.update(summed, slots, count + 1)
-        new = old - learning_rate[member] * (step + weight_decay[member] * old)
+        new = old - learning_rate[run] * (step + weight_decay[run] * old)
         # A candidate without a label has no gradient, and neither decay nor old moments may move
         # its row: otherwise mode none would depend on how many such candidates fill a batch.
-        touched = jnp.any(summed != 0, axis=1) & occurrences.represents & may_change[member]
+        touched = jnp.any(summed != 0, axis=1) & occurrences.represents & may_change[run]
         place = jnp.where(touched, occurrences.row + first, flat.shape[0])
         # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
         place, new_rows = jax.lax.optimization_barrier(
@@ -108,8 +108,8 @@ def update_tables(
         )
         return flat.at[place].set(new_rows, mode="drop", unique_indices=True)
 
-    flat = tables.reshape(members * length, columns)
-    return jax.lax.fori_loop(0, members, update_member, flat).reshape(tables.shape)
+    flat = tables.reshape(runs * length, columns)
+    return jax.lax.fori_loop(0, runs, update_run, flat).reshape(tables.shape)
 
 
 def _adagrad_update(

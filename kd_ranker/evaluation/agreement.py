@@ -150,7 +150,7 @@ def teacher_tau(
     known_first = jnp.argsort(~known, axis=1, stable=True)
     candidates = known.shape[1]
 
-    def with_next(values: Float[Array, "R N"]) -> Float[Array, "R N 1+neighbours"]:
+    def with_next(values: Float[Array, "R N"]) -> Float[Array, "R N 1+neighbors"]:
         values = jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)
         padded = jnp.pad(values, ((0, 0), (0, NEIGHBOURS)))
         windows = [padded[:, at : at + candidates] for at in range(1 + NEIGHBOURS)]

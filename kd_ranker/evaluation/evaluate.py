@@ -1,8 +1,8 @@
 """One pass over the evaluation requests that measures the teacher and any number of students.
 
-Two kinds of programs run for each batch. A *serving* program per group of students computes their
+Two kinds of programs run for each batch. A *serving* program per stack of students computes their
 probabilities. One *measuring* program turns those of a fixed number of rankers into sums. All
-rankers share it, so it compiles once for a dataset. `metrics.summarise` divides the sums.
+rankers share it, so it compiles once for a dataset. `metrics.summarize` divides the sums.
 
 Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """
@@ -25,11 +25,12 @@ from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items, Stage
 from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.agreement import calibration_bin_sums
-from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions, sums_curves
-from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes, ranked
+from kd_ranker.evaluation.metrics.metric import SumFunction, Sums
+from kd_ranker.evaluation.metrics.registry import sum_functions, sums_curves
+from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes, rank_batch
 from kd_ranker.models.model import Model, Parameters, score
 from kd_ranker.training.mapping import put, put_by_rows, shared_evenly
-from kd_ranker.training.state import Frozen
+from kd_ranker.training.state import Constants
 
 # The least bound on a number of candidates.
 _FEW = 16
@@ -38,7 +39,7 @@ _FEW = 16
 _PER_CALL = 4, 32
 
 
-class Each(NamedTuple):
+class PerRequest(NamedTuple):
     """The sums of each request, without the bins of the calibration."""
 
     sums: Sums  # without an axis of k, [R, ...]
@@ -49,7 +50,7 @@ class Summed(NamedTuple):
     """The sums of a batch, or of a pass, for a ranker; of C rankers with a leading axis."""
 
     sums: Sums  # over all requests, with those of `metrics.calibration`
-    each: Each
+    each: PerRequest
 
 
 class Served(NamedTuple):
@@ -64,15 +65,15 @@ Serve = Callable[[Any, Any, Items], Served]
 
 
 class Ranker(NamedTuple):
-    """A trained model, or a group of them with stacked parameters.
+    """A trained model, or a stack of them with stacked parameters.
 
     Rankers that share one `serve` function share its compiled program.
     """
 
     serve: Serve
-    parameters: Any  # `Parameters`, or for references `references.Lists`
+    parameters: Any  # `Parameters`, or for references `baselines.Lists`
     sees_truth: bool = False  # whether `serve` takes the `EvaluationBatch`, as only a reference may
-    serves: Sequence[Collection[str]] | None = None  # to measure of each member; None takes all
+    serves: Sequence[Collection[str]] | None = None  # to measure of each run; None takes all
 
 
 class Plan(NamedTuple):
@@ -89,7 +90,7 @@ class Plan(NamedTuple):
 
 
 _Put = Callable[[Any], Any]  # a pytree on the devices of a place
-_Slot = tuple[int, int, str]  # a measured ranker: numbers of its group and member, a serve name
+_Slot = tuple[int, int, str]  # a measured ranker: numbers of its stack and run, a serve name
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
@@ -113,7 +114,7 @@ def _make_serve(model: Model, probabilities: tuple[tuple[str, ToProbability], ..
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "sharding"))
-def _serve_group(
+def _serve_stack(
     serve: Serve,
     sees_truth: bool,
     parameters: Any,
@@ -121,22 +122,28 @@ def _serve_group(
     items: Items,
     sharding: Sharding | None,
 ) -> list[dict[str, Scored]]:
-    """Return the scores of each member of a group by serve name, as separate arrays."""
+    """Return the scores of each run of a stack by serve name, as separate arrays."""
     batch = evaluation_batch if sees_truth else evaluation_batch.batch
     served = jax.vmap(lambda parameters: serve(parameters, batch, items))(parameters)
     scored = []
-    for member in range(len(jax.tree.leaves(parameters)[0])):
-        own = jax.tree.map(operator.itemgetter(member), served)
+    for run in range(len(jax.tree.leaves(parameters)[0])):
+        own = jax.tree.map(operator.itemgetter(run), served)
         by_name = own.probability.items()
         scored.append(
-            {name: Scored.of(of, own.seen, evaluation_batch.batch) for name, of in by_name}
+            {
+                name: Scored.of(probability, own.seen, evaluation_batch.batch)
+                for name, probability in by_name
+            }
         )
     return _everywhere(scored, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sharding"))
 def _judge(
-    serve: Serve | None, held: Frozen, evaluation_batch: EvaluationBatch, sharding: Sharding | None
+    serve: Serve | None,
+    held: Constants,
+    evaluation_batch: EvaluationBatch,
+    sharding: Sharding | None,
 ) -> tuple[Scored, EvaluationBatch]:
     """The teacher's scores as those of a ranker, and the batch with them."""
     batch, seen = evaluation_batch.batch, dict[str, Any]()
@@ -176,7 +183,7 @@ def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -
     sums = {name: array.sum(axis=0) for name, array in (single | curves).items()}
     at = np.asarray(ks, int)
     cut = {name: array[:, np.minimum(at, array.shape[1]) - 1] for name, array in curves.items()}
-    return Summed(sums | bins, Each(single, cut))
+    return Summed(sums | bins, PerRequest(single, cut))
 
 
 def add(total: Sums | None, more: Sums) -> Sums:
@@ -199,85 +206,88 @@ def _measure(
     """The sums of one batch for C rankers, with a leading axis of these."""
 
     def of_ranker(scored: Scored, is_teacher: Any) -> Summed:
-        batch = ranked(scored, evaluation_batch, value_weights, sizes, is_teacher)
+        batch = rank_batch(scored, evaluation_batch, value_weights, sizes, is_teacher)
         return summed(batch, functions, ks)
 
-    stacked = jax.tree.map(lambda *of: jnp.stack(of), *rankers)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rankers)
     return jax.vmap(of_ranker)(stacked, is_teacher)
 
 
 class _Part(NamedTuple):
-    """Members of a group that one device serves, or all devices if these share the rows."""
+    """Runs of a stack that one device serves, or all devices if these share the rows."""
 
-    group: int
-    members: Sequence[int]  # may repeat the last one
+    stack: int
+    runs: Sequence[int]  # may repeat the last one
     place: int  # in the list of places
     ranker: Ranker  # there
 
 
-def _parts(groups: Sequence[Ranker], places: Sequence[_Put]) -> Iterator[_Part]:
-    """The members of each group, shared by the places."""
-    for number, group in enumerate(groups):
-        members = _num_members(group)
-        shares = shared_evenly(members, len(places)).reshape(len(places), -1)
-        used = -(-members // shares.shape[1])
+def _parts(stacks: Sequence[Ranker], places: Sequence[_Put]) -> Iterator[_Part]:
+    """The runs of each stack, shared by the places."""
+    for number, stack in enumerate(stacks):
+        runs = _num_runs(stack)
+        shares = shared_evenly(runs, len(places)).reshape(len(places), -1)
+        used = -(-runs // shares.shape[1])
         for place, share in enumerate(shares[:used]):
-            parameters = group.parameters
+            parameters = stack.parameters
             if len(places) > 1:
-                # On the host, because no device need hold all members.
+                # On the host, because no device need hold all runs.
                 parameters = jax.tree.map(operator.itemgetter(share), jax.device_get(parameters))
-            ranker = group._replace(parameters=places[place](parameters))
+            ranker = stack._replace(parameters=places[place](parameters))
             yield _Part(number, share.tolist(), place, ranker)
 
 
-def _num_members(group: Ranker) -> int:
-    return len(jax.tree.leaves(group.parameters)[0])
+def _num_runs(stack: Ranker) -> int:
+    return len(jax.tree.leaves(stack.parameters)[0])
 
 
 def evaluate(
     teacher: Ranker | None,
-    groups: Sequence[Ranker],
+    stacks: Sequence[Ranker],
     batches: Iterable[EvaluationBatch],
     items: Items,
     plan: Plan,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
-    """Measure groups of rankers on the same requests; the teacher scores each request once.
+    """Measure stacks of rankers on the same requests; the teacher scores each request once.
 
     A live teacher knows every candidate; None takes the logged probabilities.
 
     Returns:
-      The sums of the teacher, and for each group those of each member by serve name.
+      The sums of the teacher, and for each stack those of each run by serve name.
 
     Raises:
       ValueError: there are no requests.
     """
     devices = [*plan.devices] or jax.local_devices()[:1]
     own_devices = [device for device in devices if device.process_index == jax.process_index()]
-    places: list[_Put] = [functools.partial(put, device=of) for of in devices]
+    places: list[_Put] = [functools.partial(put, device=device) for device in devices]
     sharding = None
     if plan.sharded and len(devices) > 1:
         places = [functools.partial(put_by_rows, devices=devices)]
         sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
     # The teacher scores at the first place only.
     teachers = [teacher.parameters if teacher else None, *[None] * (len(places) - 1)]
-    held = [place(Frozen(items, of)) for place, of in zip(places, teachers, strict=True)]
-    parts = [*_parts(groups, places)]
+    held = [
+        place(Constants(items, parameters))
+        for place, parameters in zip(places, teachers, strict=True)
+    ]
+    parts = [*_parts(stacks, places)]
 
     def scores(part: _Part, there: Sequence[EvaluationBatch]) -> dict[_Slot, Scored]:
         serve, parameters, sees_truth, serves = part.ranker
         batch, own_items = there[part.place], held[part.place].items
-        served = _serve_group(serve, sees_truth, parameters, batch, own_items, sharding)
+        served = _serve_stack(serve, sees_truth, parameters, batch, own_items, sharding)
         return {
-            (part.group, member, name): scored
-            for member, by_name in zip(part.members, served, strict=True)
+            (part.stack, run, name): scored
+            for run, by_name in zip(part.runs, served, strict=True)
             for name, scored in by_name.items()
-            if serves is None or name in serves[member]
+            if serves is None or name in serves[run]
         }
 
     sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
     slots: dict[_Slot, Scored] = {}
     sums: Sums | None = None
-    each: list[Each] = []
+    each: list[PerRequest] = []
     with ThreadPoolExecutor() as pool:
         # Programs that share rows exchange them, so all devices must start them in one order.
         map_parts = map if sharding else pool.map
@@ -294,17 +304,17 @@ def evaluate(
             sums = add(sums, measured.sums)
             if plan.keep:
                 present = int(np.asarray(evaluation_batch.request_mask).sum())
-                each.append(jax.tree.map(lambda of, n=present: of[:, :n], measured.each))
+                each.append(jax.tree.map(lambda leaf, n=present: leaf[:, :n], measured.each))
     if sums is None:
         raise ValueError("there are no evaluation requests")
-    terms = jax.tree.map(lambda *of: np.concatenate(of, 1), *(each or [Each({}, {})]))
+    terms = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *(each or [PerRequest({}, {})]))
     of_all = Summed(sums, terms)
-    of_groups: list[list[dict[str, Summed]]] = [
-        [{} for _ in range(_num_members(group))] for group in groups
+    of_stacks: list[list[dict[str, Summed]]] = [
+        [{} for _ in range(_num_runs(stack))] for stack in stacks
     ]
-    for place, (number, member, name) in enumerate(slots, start=1):
-        of_groups[number][member][name] = jax.tree.map(operator.itemgetter(place), of_all)
-    return jax.tree.map(operator.itemgetter(0), of_all), of_groups
+    for place, (number, run, name) in enumerate(slots, start=1):
+        of_stacks[number][run][name] = jax.tree.map(operator.itemgetter(place), of_all)
+    return jax.tree.map(operator.itemgetter(0), of_all), of_stacks
 
 
 def _measured(
@@ -342,16 +352,19 @@ def _measured(
 
     firsts = range(0, len(scored), size)
     found = pool.map(call, map(inputs_of, firsts, itertools.cycle(devices)))
-    return jax.tree.map(lambda *of: np.concatenate(of)[: len(scored)], *found)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(scored)], *found)
 
 
 def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:
     """The sizes of a batch, at least those of the batches before: few programs are compiled."""
     batch = evaluation_batch.batch
     counted = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage) >= Stage.PASSED
-    bounds = [min(max(_FEW, _power(int(of.sum(axis=1).max()))), of.shape[1]) for of in counted]
-    labelled, passed = np.maximum((before.labelled, before.passed), bounds).tolist()
-    return before._replace(labelled=labelled, passed=passed)
+    bounds = [
+        min(max(_FEW, _power(int(is_counted.sum(axis=1).max()))), is_counted.shape[1])
+        for is_counted in counted
+    ]
+    num_labeled, passed = np.maximum((before.num_labeled, before.passed), bounds).tolist()
+    return before._replace(num_labeled=num_labeled, passed=passed)
 
 
 def _power(number: int) -> int:

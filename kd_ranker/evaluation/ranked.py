@@ -34,8 +34,12 @@ class Scored(NamedTuple):
     ) -> "Scored":
         """Build scores from the outputs of a model; some lookups may be absent."""
         ids = {"user": batch.user_id, "item": batch.item_id}
-        unknown = {name: jnp.full(of.shape, jnp.nan, jnp.float32) for name, of in ids.items()}
-        known = {name: of.astype(jnp.float32) for name, of in seen.items() if name in ids}
+        unknown = {
+            name: jnp.full(values.shape, jnp.nan, jnp.float32) for name, values in ids.items()
+        }
+        known = {
+            name: was_seen.astype(jnp.float32) for name, was_seen in seen.items() if name in ids
+        }
         return cls(probability, unknown | known)
 
 
@@ -43,14 +47,14 @@ class Sizes(NamedTuple):
     """Static choices of a program that measures."""
 
     shown: int
-    labelled: int  # L, the most candidates with a label
+    num_labeled: int  # L, the most candidates with a label
     passed: int  # the most candidates that the logged funnel passed
     are_partly_scored: bool = False  # whether to measure the bounds of a log that lacks scores
     labels_beyond_shown: bool = False  # whether to measure the final ranker's lists by user labels
 
 
 class Ranked(NamedTuple):
-    """A batch with the scores of a ranker and of the teacher, from `ranked`.
+    """A batch with the scores of a ranker and of the teacher, from `rank_batch`.
 
     Entries that do not count are left out: padding, requests that only fill the batch, and for a
     teacher the candidates without its scores.
@@ -75,7 +79,7 @@ class Ranked(NamedTuple):
     is_measured: Bool[Array, "R"]  # whether the funnel is measured on the request
     with_label: Int[Array, "R L"]  # places of the candidates that have a label
 
-    def of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
+    def of_labeled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
         """The values of the candidates that have a label, in their order."""
         return jax.vmap(lambda of_request, places: of_request[places])(values, self.with_label)
 
@@ -83,12 +87,12 @@ class Ranked(NamedTuple):
     def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
         """Probability, user label and label weight of the candidates that have a label."""
         probability, label, weight = map(
-            self.of_labelled, (self.probability, self.batch.user_label, self.label_weight)
+            self.of_labeled, (self.probability, self.batch.user_label, self.label_weight)
         )
         return probability, label, jnp.broadcast_to(weight[..., None], probability.shape)
 
 
-def ranked(
+def rank_batch(
     scored: Scored,
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
@@ -111,28 +115,33 @@ def ranked(
     counts = mask & (teacher_knows | ~jnp.asarray(is_teacher))
     label_weight = jnp.where(counts, batch.label_weight, 0.0)
     positive = (label_weight > 0)[..., None] & (batch.user_label > 0.5)
-    value, teacher_value, true_value, user_value = (
-        funnel.value(of, value_weights)
-        for of in (
-            *(probability, teacher_probability),
-            *(evaluation_batch.true_probability, positive.astype(jnp.float32)),
-        )
-    )
+    teacher_value = funnel.value(teacher_probability, value_weights)
     return Ranked(
-        *(batch, evaluation_batch, sizes, scored, mask),
-        *(probability, teacher_probability, teacher_weight, teacher_knows, label_weight),
-        *(value, jnp.where(teacher_knows, teacher_value, jnp.nan), true_value, user_value),
+        batch=batch,
+        evaluation_batch=evaluation_batch,
+        sizes=sizes,
+        scored=scored,
+        mask=mask,
+        probability=probability,
+        teacher_probability=teacher_probability,
+        teacher_weight=teacher_weight,
+        teacher_knows=teacher_knows,
+        label_weight=label_weight,
+        value=funnel.value(probability, value_weights),
+        teacher_value=jnp.where(teacher_knows, teacher_value, jnp.nan),
+        true_value=funnel.value(evaluation_batch.true_probability, value_weights),
+        user_value=funnel.value(positive.astype(jnp.float32), value_weights),
         positive=positive,
         was_passed=mask & (batch.stage >= Stage.PASSED),
         is_measured=evaluation_batch.request_mask
         if evaluation_batch.whole is None
         else evaluation_batch.request_mask & evaluation_batch.whole,
         # They do not depend on the ranker, so all rankers of a program share this sort.
-        with_label=_first(mask & (batch.label_weight > 0), sizes.labelled),
+        with_label=_first(mask & (batch.label_weight > 0), sizes.num_labeled),
     )
 
 
-def covered_funnel(of: Ranked) -> dict[str, Float[Array, "R N"]]:
+def covered_funnel(ranked: Ranked) -> dict[str, Float[Array, "R N"]]:
     """Return the user values of the items shown by a funnel of the candidates that were passed.
 
     Of a request's n candidates, the logged funnel passed c. In the funnel of index k − 1, the
@@ -144,21 +153,24 @@ def covered_funnel(of: Ranked) -> dict[str, Float[Array, "R N"]]:
       covered_user_value: the summed `user_value` of these items.
       ips_user_value: the same over the propensity of each label; a label without one counts 0.
     """
-    by_propensity = of.user_value / of.evaluation_batch.propensity
-    has_weight = (of.label_weight > 0) & ~jnp.isnan(by_propensity)
+    by_propensity = ranked.user_value / ranked.evaluation_batch.propensity
+    has_weight = (ranked.label_weight > 0) & ~jnp.isnan(by_propensity)
     user_values = {
-        "covered_user_value": of.user_value,
+        "covered_user_value": ranked.user_value,
         "ips_user_value": jnp.where(has_weight, by_propensity, 0.0),
     }
-    places = _first(of.was_passed, of.sizes.passed)
+    places = _first(ranked.was_passed, ranked.sizes.passed)
 
     def among_passed(array: Any) -> Any:
         return jnp.take_along_axis(array, places, axis=1)
 
-    value, teacher_value, mask = map(among_passed, (of.value, of.teacher_value, of.was_passed))
-    passed, candidates = of.was_passed.sum(axis=1), of.mask.sum(axis=1)
-    slot_weights = funnel.slots_of_part(of.sizes.shown, passed, candidates)
-    k = jnp.arange(1, of.mask.shape[1] + 1)
+    value = among_passed(ranked.value)
+    teacher_value = among_passed(ranked.teacher_value)
+    mask = among_passed(ranked.was_passed)
+    passed = ranked.was_passed.sum(axis=1)
+    candidates = ranked.mask.sum(axis=1)
+    slot_weights = funnel.slots_of_part(ranked.sizes.shown, passed, candidates)
+    k = jnp.arange(1, ranked.mask.shape[1] + 1)
     of_passed = -(-k * passed[:, None] // jnp.maximum(candidates, 1)[:, None])
     index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)[:, None]) - 1
 

@@ -1,8 +1,9 @@
 """The cost of a model and of a funnel, the choice of settings on validation, and their savings.
 
-Rows are students and references of `results.csv` with three labels, see `results.with_labels`:
-`setting` of all keys of a student except its seeds, or of a reference; `way` of the keys that are
-not tuned; and `repeat` of the seeds. No choice sees the requests of `test`.
+Rows are students and references of `results.csv` with three names, see
+`setting_names.with_labels`: `setting` of all keys of a student except its seeds, or of a reference;
+`method` of the keys that are not tuned; and `repeat` of the seeds. No choice sees the requests of
+`test`.
 """
 
 import math
@@ -18,15 +19,12 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
+from kd_ranker.evaluation.baselines import NEED_SCORES, NO_RANKERS
+from kd_ranker.evaluation.metrics.target import CRITERION, SCORED
 from kd_ranker.rivals.registry import family_of
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
-# The smaller mean over repeats is chosen.
-CRITERION = "passed_for_99"
-# The mean number of candidates that the final ranker scores then: its part of the cost.
-SCORED = "scored_for_99"
 # With these values mode `none` is plain: it learns from the labels of shown items.
 PLAIN = {"unshown_weight": 0.0, "user_loss": "bce"}
 # The savings, each against a separate baseline; see `baselines`.
@@ -137,16 +135,16 @@ def best(rows: pd.DataFrame, settings: Sequence[str]) -> str | None:
     return best_of(by_repeat(of_split(rows, "validation"), CRITERION)[list(settings)])
 
 
-def best_of_ways(rows: pd.DataFrame) -> dict[str, str]:
-    """The best setting of each way that is measured, in the order in which ways occur.
+def best_of_methods(rows: pd.DataFrame) -> dict[str, str]:
+    """The best setting of each method that is measured, in the order in which methods occur.
 
-    Every way is tuned over serving choices, and over the swept values of keys that are `tuned`.
+    Every method is tuned over heads, and over the swept values of keys that are `tuned`.
     """
-    of_ways = {
-        str(way): best(rows, list(of_way["setting"].unique()))
-        for way, of_way in of_split(rows, "validation").groupby("way", sort=False)
+    of_methods = {
+        str(method): best(rows, list(of_method["setting"].unique()))
+        for method, of_method in of_split(rows, "validation").groupby("method", sort=False)
     }
-    return {way: setting for way, setting in of_ways.items() if setting is not None}
+    return {method: setting for method, setting in of_methods.items() if setting is not None}
 
 
 def best_of_families(rows: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -157,10 +155,10 @@ def best_of_families(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     best: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row["role"] == "reference" and not np.isnan(row[CRITERION]):
-            family = family_of(row["member"])
+            family = family_of(row["run"])
             if family not in best or row[CRITERION] < best[family][CRITERION]:
                 best[family] = row
-    return {str(row["member"]) for row in best.values()}
+    return {str(row["run"]) for row in best.values()}
 
 
 def best_of(table: pd.DataFrame) -> str | None:
@@ -178,10 +176,10 @@ def best_of(table: pd.DataFrame) -> str | None:
 def needs_scores(rows: pd.DataFrame) -> pd.Series:
     """True for rows of students and references that need the final ranker's scores or its order.
 
-    Training records this of a student, see `recipes.needs_scores`, and fitting of a rival.
+    Training records this of a student, see `specs.needs_scores`, and fitting of a rival.
     """
     recorded = rows["needs_scores"] == True  # noqa: E712
-    return recorded | rows["member"].isin(NEED_SCORES)
+    return recorded | rows["run"].isin(NEED_SCORES)
 
 
 def baselines(rows: pd.DataFrame) -> dict[str, str]:
@@ -197,11 +195,11 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
     splits = rows.groupby("setting")["split"].transform("nunique")
     rows = rows[(rows["role"] == "student") | (splits == rows["split"].nunique())]
     plain = (rows["mode"] == "none") & (rows[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1)
-    without = ~needs_scores(rows) & ~rows["member"].isin(NO_RANKERS)
+    without = ~needs_scores(rows) & ~rows["run"].isin(NO_RANKERS)
     pools = {
         "funnel_cost_saving": without,
         "saving_over_none": plain & (rows["role"] == "student"),
-        "saving_over_incumbent": rows["member"] == "incumbent",
+        "saving_over_incumbent": rows["run"] == "incumbent",
     }
     found = {column: _best_ranker(rows, rows[pool]) for column, pool in pools.items()}
     return {column: setting for column, setting in found.items() if setting is not None}
@@ -226,7 +224,7 @@ def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
 
 
 def with_costs(rows: pd.DataFrame, teacher_flops: float, costs: Costs = FLOPS) -> pd.DataFrame:
-    """The labelled rows with `funnel_cost`, the mean cost of a request at `CRITERION`."""
+    """The labeled rows with `funnel_cost`, the mean cost of a request at `CRITERION`."""
     cost = []
     for row in rows.to_dict("records"):
         flops, unit = student_cost(row, costs)
@@ -262,6 +260,6 @@ def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
     if row["role"] == "teacher":
         return flops, alone
     if costs.teacher:
-        own = dict(costs.rivals).get(family_of(row["member"]), 0.0)
+        own = dict(costs.rivals).get(family_of(row["run"]), 0.0)
         return 0.0, alone._replace(student=own)
     return (0.0 if math.isnan(flops) else flops), alone

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from kd_ranker.batch import WHOLE, CandidateBatch, Deal, FeatureSpec, Items
-from kd_ranker.embedding.deal import read
+from kd_ranker.batch import WHOLE, CandidateBatch, FeatureSpec, Items, RowSharding
 from kd_ranker.embedding.lookup import Lookup, Rows
+from kd_ranker.embedding.row_sharding import read
 
 
 def weights_of(layer: nnx.Linear) -> tuple[Float[Array, "fan_in fan_out"], Float[Array, "fan_out"]]:
@@ -26,7 +26,9 @@ class MultiLayerPerceptron(nnx.Module):
 
     def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
         """Build the layers; `widths` runs from the input's width to the output's."""
-        self.layers = nnx.List([nnx.Linear(*of, rngs=rngs) for of in itertools.pairwise(widths)])
+        self.layers = nnx.List(
+            [nnx.Linear(*sizes, rngs=rngs) for sizes in itertools.pairwise(widths)]
+        )
 
     def __call__(self, inputs: Float[Array, "... fan_in"]) -> Float[Array, "... fan_out"]:
         """Apply the layers to the last axis."""
@@ -79,7 +81,7 @@ def linear_products(
 def features_of_items(
     known: Num[Array, "items W"],
     item_id: Int[Array, "..."],
-    deal: Deal = WHOLE,
+    row_sharding: RowSharding = WHOLE,
     columns: int | None = None,
     missing: int = 0,
 ) -> Num[Array, "... columns"]:
@@ -87,8 +89,8 @@ def features_of_items(
 
     Rows are sliced after they are read: slicing the matrix would cost time in its size per step.
     """
-    is_known = (item_id >= 0) & (item_id < known.shape[0] * deal.devices)
-    row = read(deal, jnp.asarray(known), jnp.where(is_known, item_id, 0), slice(columns))
+    is_known = (item_id >= 0) & (item_id < known.shape[0] * row_sharding.devices)
+    row = read(row_sharding, jnp.asarray(known), jnp.where(is_known, item_id, 0), slice(columns))
     # A product with 1 separates the read from later operations: for matrix products in bfloat16, a
     # TPU would otherwise convert the whole matrix before it reads a few rows of it.
     known_row = is_known[..., None]
@@ -96,7 +98,7 @@ def features_of_items(
 
 
 def _categories_of_items(items: Items, item_id: Int[Array, "..."]) -> Int[Array, "... I"]:
-    return features_of_items(items.category, item_id, items.deal, missing=-1)
+    return features_of_items(items.category, item_id, items.row_sharding, missing=-1)
 
 
 def _field(name: str) -> Callable[[CandidateBatch, Items], Array]:
@@ -211,7 +213,7 @@ def item_inputs(
 
     The item contributes its first `columns` features, those that a ranker can afford.
     """
-    of_item = features_of_items(items.features, item_id, items.deal, columns)
+    of_item = features_of_items(items.features, item_id, items.row_sharding, columns)
     return jnp.concatenate([of_item.astype(own.dtype), own], axis=-1)
 
 

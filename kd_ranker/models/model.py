@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import (
     WHOLE,
     CandidateBatch,
-    Deal,
     FeatureSpec,
     Items,
+    RowSharding,
     abstract_batch,
     abstract_items,
 )
@@ -96,8 +96,8 @@ def build_model(
     """Build a model from `config.student` or `config.teacher`, with `heads` logits per candidate.
 
     Returns:
-      The model, and a pure function (key, slots, deal=WHOLE) -> initial parameters. `slots` is the
-      number of values per row of the tables' optimiser.
+      The model, and a pure function (key, slots, row_sharding=WHOLE) -> initial parameters. `slots`
+      is the number of values per row of the tables' optimizer.
     """
     reads: bool | Callable[[ConfigDict], bool] = getattr(module, "reads_history", True)
     reads_history = reads(config) if callable(reads) else reads
@@ -112,18 +112,18 @@ def build_model(
         )
         if any(lookup.table == name for lookup in lookups.values())
     }
-    # Frozen, so that models can be compared: equal ones share compiled programs.
+    # Constants, so that models can be compared: equal ones share compiled programs.
     embedding = EmbeddingSpec(config.width, FrozenDict(tables), FrozenDict(lookups))
 
     def build(key: Any) -> nnx.Module:
         return module(spec, heads, config, rngs=nnx.Rngs(params=key))
 
-    def init(key: PRNGKeyArray, slots: int, deal: Deal = WHOLE) -> Parameters:
+    def init(key: PRNGKeyArray, slots: int, row_sharding: RowSharding = WHOLE) -> Parameters:
         dense_key, table_key = jax.random.split(key)
         _, dense = nnx.split(build(dense_key), nnx.Param)
         keys = jax.random.split(table_key, len(tables))
         made = {
-            name: init_table(table, config.width, slots, config.table_scale, key, deal)
+            name: init_table(table, config.width, slots, config.table_scale, key, row_sharding)
             for (name, table), key in zip(tables.items(), keys, strict=True)
         }
         return Parameters(dense, made)

@@ -28,7 +28,7 @@ class HistoryAttention(nnx.Module):
         attended = Σ_h mask_h (w · u_h + a) event_h / H         [R, N, D]
         matches = Σ_h mask_h u_h / H                            [R, N, hidden]
 
-    The weights are not normalised, as in the paper: the number of events that match a candidate
+    The weights are not normalized, as in the paper: the number of events that match a candidate
     matters, not only the best match. `matches`, which is not in the paper, counts them directly.
     The first layer is split by its inputs. So the parts that depend only on an event or only on a
     candidate are computed once for each, not for each pair.

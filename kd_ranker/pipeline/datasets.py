@@ -17,11 +17,11 @@ from kd_ranker.errors import UserError, command
 from kd_ranker.manifest import write_whole
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sources import given
+from kd_ranker.sources import in_memory
 from kd_ranker.sources.logs import findings
 from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training.recipes import TEACHER_STAGES
+from kd_ranker.training.specs import TEACHER_STAGES
 from kd_ranker.training.workdir import write_atomically
 
 # Folder below `data.dir` for the scores of rankers.
@@ -37,7 +37,7 @@ def dataset_name(config: ConfigDict) -> str:
     It is `data.name` and eight hex digits that differ where the contents would differ; of requests
     of a program, the name in `data.path`.
     """
-    if config.data.name == given.NAME and config.data.path:
+    if config.data.name == in_memory.NAME and config.data.path:
         return Path(config.data.path).parent.name
     free = {*without_influence("dataset"), *later_defaults(config)}
     of_data, of_funnel = (
@@ -55,11 +55,11 @@ def path_of(log: Any, directory: str) -> str:
     """Return the path of a log; a table is written to a Parquet file named by its content."""
     if isinstance(log, (str, PathLike)):
         return str(log)
-    if not given.is_table(log):
+    if not in_memory.is_table(log):
         raise UserError(f"a {type(log).__name__} is not a table, and not a path")
     buffer = pa.BufferOutputStream()
     try:
-        pq.write_table(given.arrow_of(log), buffer)
+        pq.write_table(in_memory.arrow_of(log), buffer)
     except pa.ArrowException as error:
         raise UserError(f"the table cannot be written to a Parquet file: {error}") from error
     content = buffer.getvalue().to_pybytes()
@@ -100,15 +100,15 @@ def dataset_of(config: ConfigDict, unchanged: bool = False) -> Dataset:
     """
     name = dataset_name(config)
     dataset = storage.open_dataset(name, config.data.dir, made_by=PREPARE_DATA)
-    if config.data.name == given.NAME:
-        given.check_fits(dataset, config.data, config.tasks, config.funnel.retrieved)
+    if config.data.name == in_memory.NAME:
+        in_memory.check_fits(dataset, config.data, config.tasks, config.funnel.retrieved)
     if unchanged:
         SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
     return dataset
 
 
 def scores_folder(config: ConfigDict, teacher_version: str) -> Path:
-    """The folder of a teacher's scores for the config's dataset, by `Finished.version`."""
+    """The folder of a teacher's scores for the config's dataset, by `TrainedRanker.version`."""
     name = f"{dataset_name(config)}-teacher-{teacher_version}-{config.teacher.stage}"
     return Path(config.data.dir) / SCORES_FOLDER / name
 

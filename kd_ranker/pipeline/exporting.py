@@ -19,7 +19,7 @@ from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import COMPUTE_DTYPES, score
-from kd_ranker.pipeline.job import Finished
+from kd_ranker.pipeline.job import TrainedRanker
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check, programs
 from kd_ranker.serving.programs import Exported, Servable
@@ -28,7 +28,7 @@ from kd_ranker.sources.logs.vocabulary import TRANSFORMS, VOCABULARIES_FOLDER
 _REQUESTS, _ITEMS = 4, 32  # of the example
 
 
-def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> None:
+def export_ranker(finished: TrainedRanker, folder: Path, formats: Sequence[str]) -> None:
     """Write a trained ranker as a new folder for a server, see `api.export`."""
     config, dataset, role = finished.config, finished.dataset, finished.job.role
     mode = config.distill.mode if role == "student" else ""
@@ -50,10 +50,10 @@ def export_ranker(finished: Finished, folder: Path, formats: Sequence[str]) -> N
     example = next(iter(evaluation_batches(dataset, "test", **sizes, limit=_REQUESTS))).batch
     about = {
         "role": role,
-        "member": finished.member,
+        "run": finished.run,
         "mode": mode,
         "serve": finished.serve,
-        "run": dict(finished.made_of),
+        "provenance": dict(finished.provenance),
         "formats": list(formats),
     }
     write_export(trained, example, about, dataset.directory, folder)
@@ -113,7 +113,7 @@ def write_export(
         (temporary / "export.json").write_text(json.dumps(described, indent=2))
         readme = templates_of("kd_ranker.serving").get_template("README.md")
         (temporary / "README.md").write_text(readme.render(described))
-        manifest.write(temporary, about["run"])
+        manifest.write(temporary, about["provenance"])
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

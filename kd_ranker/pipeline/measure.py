@@ -14,21 +14,25 @@ from ml_collections import FrozenConfigDict
 from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.cutting import batch_size, evaluation_batches
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import metrics, references, results, saving
-from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
-from kd_ranker.evaluation.results import Kept, Row, Who
+from kd_ranker.evaluation import baselines, request_files, results, saving, setting_names
+from kd_ranker.evaluation.evaluate import PerRequest, Plan, Ranker, Summed, evaluate, make_serve
+from kd_ranker.evaluation.metrics.calibration import calibration
+from kd_ranker.evaluation.metrics.registry import METRICS, summarize
+from kd_ranker.evaluation.metrics.registry import curves as metric_curves
+from kd_ranker.evaluation.request_files import PerRequestByRanker, RankerKey
+from kd_ranker.evaluation.results import Row
 from kd_ranker.evaluation.whole import Measurable, measurable
-from kd_ranker.manifest import MadeOf
+from kd_ranker.manifest import Provenance
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.pipeline.job import Job
+from kd_ranker.pipeline.job import TrainingJob
 from kd_ranker.progress import Bar
 from kd_ranker.rivals import registry
 from kd_ranker.rivals.registry import Rival
-from kd_ranker.training import recipes
+from kd_ranker.training import specs
 from kd_ranker.training.mapping import own_devices
-from kd_ranker.training.state import States, select_member, steps_of_members
+from kd_ranker.training.state import States, select_run, steps_of_runs
 
 _NOT_COUNTED = float("nan")
 
@@ -39,11 +43,11 @@ class Measured(NamedTuple):
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
-    each: dict[Who, Each]  # the contribution of each request; only of the test split
+    each: dict[RankerKey, PerRequest]  # the contribution of each request; only of the test split
 
 
 def measure(
-    job: Job,
+    job: TrainingJob,
     split: str,
     states: States = (),
     *,
@@ -53,13 +57,13 @@ def measure(
     limit: int = 0,
     started_with_scores: bool = False,
 ) -> Measured:
-    """Measure the teacher, then the trained students by member and serving choice, in one pass.
+    """Measure the teacher, then the trained students by run and head, in one pass.
 
     Args:
       job: the job of the students, or of the teacher.
       split: the requests to read, "validation" or "test".
-      states: the trained states of the job's groups; () measures only the teacher of students.
-      serves: the serving choices of each member to measure; None takes all of all members.
+      states: the trained states of the job's stacks; () measures only the teacher of students.
+      serves: the heads of each run to measure; None takes all of all runs.
       with_references: whether to measure the references, too.
       rivals: those to measure as well, among the references.
       limit: how many requests an evaluation during training reads, which omits FLOPs and the bar;
@@ -68,51 +72,51 @@ def measure(
         scores, so that they need them too.
     """
     teacher = job.live_teacher and job.live_teacher.ranker
-    if not job.members:
-        (group,), (state,), states = job.groups, states, ()
-        own = select_member(state.parameters, 0)
-        teacher = Ranker(make_serve(group.recipe.model, group.recipe.mode), own)
+    if not job.runs:
+        (stack,), (state,), states = job.stacks, states, ()
+        own = select_run(state.parameters, 0)
+        teacher = Ranker(make_serve(stack.train_spec.model, stack.train_spec.mode), own)
     if serves is None:
-        serves = {name: MODES[of.distill.mode].serve for name, of in job.members.items() if states}
+        serves = {name: MODES[of.distill.mode].serve for name, of in job.runs.items() if states}
     students = [*_students(job, states, serves)] if states else []
-    groups = [ranker for ranker, _ in students]
+    stacks = [ranker for ranker, _ in students]
     referred: tuple[str, ...] = ()
     if with_references:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
-        referred = references.known_references([of for of in splits if len(of)], job.lists)
+        referred = baselines.known_baselines([of for of in splits if len(of)], job.lists)
         names = tuple(rival.name for rival in rivals)
         referred += names
-        ranker = references.reference_ranker(job.lists, names)
-        groups.append(ranker._replace(serves=[referred]))
+        ranker = baselines.baseline_ranker(job.lists, names)
+        stacks.append(ranker._replace(serves=[referred]))
     with job.progress.phase(split, quiet=bool(limit)):
-        of_teacher, of_groups = _summed(job, split, teacher, groups, rivals, limit)
+        of_teacher, of_stacks = _summed(job, split, teacher, stacks, rivals, limit)
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     measured = Measured([], [], [], {})
     add = functools.partial(_add, measured, job, signal)
     flops = {} if limit else _flops(job, serves)
     of_judge = flops.get((results.TEACHER, "user"), _NOT_COUNTED)
 
-    def named(role: str, member: str, serve: str = "user") -> Row:
-        dataset, own = job.config.data.name, flops.get((member, serve), _NOT_COUNTED)
-        row: Row = dict(dataset=dataset, split=split, role=role, member=member, serve=serve)
+    def named(role: str, run: str, serve: str = "user") -> Row:
+        dataset, own = job.config.data.name, flops.get((run, serve), _NOT_COUNTED)
+        row: Row = dict(dataset=dataset, split=split, role=role, run=run, serve=serve)
         return row | {"flops_per_candidate": own, "cost_ratio": own / of_judge}
 
     # A teacher from elsewhere has neither a seed nor a step.
-    known = not job.members or job.teacher is not None
+    known = not job.runs or job.teacher is not None
     of = job.teacher.config if job.teacher else job.config
     seed, step = (of.seed, of.teacher.train.steps) if known else (None, None)
     add(named("teacher", results.TEACHER) | {"seed": seed, "step": step}, of_teacher, None)
-    for (_, members), of_group in zip(students, of_groups, strict=False):
-        for (name, last_step, non_finite_step), of_member in zip(members, of_group, strict=True):
+    for (_, runs), of_stack in zip(students, of_stacks, strict=False):
+        for (name, last_step, non_finite_step), of_run in zip(runs, of_stack, strict=True):
             for serve in serves[name]:
                 row = named("student", name, serve)
-                row |= results.made_of(job.members[name]) | {"step": last_step}
-                needs_scores = started_with_scores or recipes.needs_scores(job.members[name])
+                row |= setting_names.setting_of(job.runs[name]) | {"step": last_step}
+                needs_scores = started_with_scores or specs.needs_scores(job.runs[name])
                 row |= {"needs_scores": needs_scores}
                 if non_finite_step:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                 else:
-                    add(row, of_member[serve], of_teacher)
+                    add(row, of_run[serve], of_teacher)
     of_rivals = {rival.name: rival for rival in rivals}
     for name in referred:
         row = named("reference", name) | {"seed": seed}
@@ -121,26 +125,26 @@ def measure(
             row |= {"needs_scores": rival.needs_scores}
             row |= {"flops_per_candidate": rival.operations}
             row |= {"cost_ratio": rival.operations / of_judge}
-        add(row, of_groups[-1][0][name], of_teacher)
+        add(row, of_stacks[-1][0][name], of_teacher)
     return measured
 
 
 def _students(
-    job: Job, states: States, serves: Mapping[str, Collection[str]]
+    job: TrainingJob, states: States, serves: Mapping[str, Collection[str]]
 ) -> Iterator[tuple[Ranker, list[tuple[str, int, int]]]]:
-    """Of each trained group, a ranker of the members with serving choices, if any, and these.
+    """Of each trained stack, a ranker of the runs with heads, if any, and these.
 
-    A member is its name, its last step, and the step at which its loss stopped being finite, or 0.
+    A run is its name, its last step, and the step at which its loss stopped being finite, or 0.
     """
-    for group, state in zip(job.groups, states, strict=True):
-        steps = np.asarray(steps_of_members(state, group.numbers))
+    for stack, state in zip(job.stacks, states, strict=True):
+        steps = np.asarray(steps_of_runs(state, stack.hyperparameters))
         non_finite = np.asarray(state.non_finite_step)
-        at = [place for place, name in enumerate(group.names) if name in serves]
-        students = [(group.names[of], int(steps[of]), int(non_finite[of])) for of in at]
+        at = [place for place, name in enumerate(stack.names) if name in serves]
+        students = [(stack.names[of], int(steps[of]), int(non_finite[of])) for of in at]
         parameters = state.parameters
-        if len(at) < len(group.names):
+        if len(at) < len(stack.names):
             parameters = jax.tree.map(operator.itemgetter(np.array(at, int)), parameters)
-        serve = make_serve(group.recipe.model, group.recipe.mode)
+        serve = make_serve(stack.train_spec.model, stack.train_spec.mode)
         if students:
             yield (
                 Ranker(serve, parameters, serves=[serves[name] for name, *_ in students]),
@@ -149,10 +153,10 @@ def _students(
 
 
 def _summed(
-    job: Job,
+    job: TrainingJob,
     split: str,
     teacher: Ranker | None,
-    groups: Sequence[Ranker],
+    stacks: Sequence[Ranker],
     rivals: Sequence[Rival],
     limit: int,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
@@ -191,7 +195,7 @@ def _summed(
     with job.progress.bar(
         split, min(limit or stored, stored), "request", hidden=not has_bar, leave=False
     ) as bar:
-        return evaluate(teacher, groups, _counted(batches, bar), dataset.items, plan)
+        return evaluate(teacher, stacks, _counted(batches, bar), dataset.items, plan)
 
 
 def _counted(batches: Iterable[EvaluationBatch], bar: Bar) -> Iterator[EvaluationBatch]:
@@ -203,7 +207,7 @@ def _counted(batches: Iterable[EvaluationBatch], bar: Bar) -> Iterator[Evaluatio
 
 def _add(
     measured: Measured,
-    job: Job,
+    job: TrainingJob,
     signal: str,
     row: Row,
     summed: Summed,
@@ -211,32 +215,32 @@ def _add(
 ) -> None:
     """Add a ranker's rows of all tables, and the contribution of each request."""
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
-    only_order = row["role"] == "reference" and row["member"] != "oracle"
+    only_order = row["role"] == "reference" and row["run"] != "oracle"
     teacher_sums = of_teacher.sums if of_teacher else None
-    numbers = metrics.summarise(sums, teacher_sums, tasks, at, signal, only_order)
+    numbers = summarize(sums, teacher_sums, tasks, at, signal, only_order)
     measured.rows.append(row | numbers)
     if not summed.each.sums:
         return
-    who = {"member": row["member"], "serve": row["serve"]}
-    measured.each[str(row["member"]), str(row["serve"])] = summed.each
-    curves = metrics.curves(sums, tasks)
+    who = {"run": row["run"], "serve": row["serve"]}
+    measured.each[str(row["run"]), str(row["serve"])] = summed.each
+    curves = metric_curves(sums, tasks)
     # Curves have the points of the config, and those that reach a target.
-    needed = metrics.result_columns(metrics.METRICS["passed_for"], tasks, at)
+    needed = METRICS["passed_for"].columns(tasks, at)
     named = [*at.ks, *(int(numbers[name]) for name in needed if np.isfinite(numbers[name]))]
     measured.curves.extend(
         who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()}
-        for k in results.spaced_ks(next(iter(curves.values())).size, named, spaced=150)
+        for k in request_files.spaced_ks(next(iter(curves.values())).size, named, spaced=150)
     )
     # Positions, and some references, order candidates without predicting probabilities.
     if not (only_order or (row["role"] == "teacher" and signal != "probability")):
-        measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
+        measured.calibration.extend(who | of for of in calibration(sums, tasks))
 
 
-def _flops(job: Job, serves: Mapping[str, Collection[str]]) -> dict[Who, float]:
+def _flops(job: TrainingJob, serves: Mapping[str, Collection[str]]) -> dict[RankerKey, float]:
     """FLOPs per candidate of a job's teacher, and of students for the heads that a choice reads."""
     found, spec = {(results.TEACHER, "user"): teacher_flops(job)}, job.dataset.spec
     for name, choices in serves.items():
-        config = job.members[name]
+        config = job.runs[name]
         mode, student = MODES[config.distill.mode], FrozenConfigDict(config.student)
         for serve in choices:
             heads = saving.heads_read(mode.serve[serve], mode.heads_per_task * len(spec.tasks))
@@ -256,14 +260,14 @@ def _flops_of(
     """
     module = {"student": STUDENTS, "teacher": TEACHERS}[role][config.name]
     model, init = build_model(module, spec, heads, config)
-    # Shapes are enough to count, without the optimiser's slots.
+    # Shapes are enough to count, without the optimizer's slots.
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), 0))
     serve = make_serve(model, MODES["none"])
     inputs = shapes, empty_batch(spec, 1, retrieved), abstract_items(spec)
     return saving.flops(lambda *of: serve(*of).probability, *inputs) / retrieved
 
 
-def teacher_flops(job: Job) -> float:
+def teacher_flops(job: TrainingJob) -> float:
     """FLOPs per candidate of a job's teacher.
 
     For a teacher that was trained elsewhere, and in the job of a teacher, they are
@@ -276,7 +280,7 @@ def teacher_flops(job: Job) -> float:
     return _flops_of("teacher", FrozenConfigDict(config), spec, len(spec.tasks), retrieved)
 
 
-def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) -> None:
+def write_measured(job: TrainingJob, workdir: Path, owner: Provenance, *splits: Measured) -> None:
     """Write the tables of a run: rows of all splits, curves and calibration of the last.
 
     `owner` has the fingerprints of the rankers.
@@ -284,7 +288,9 @@ def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) ->
     tasks, last = job.config.tasks, splits[-1]
     files: dict[str, str | bytes] = {}
     if last.each:
-        files |= results.request_files(Kept(np.array(job.kept_ks), last.each), tasks)
+        files |= request_files.request_files(
+            PerRequestByRanker(np.array(job.kept_ks), last.each), tasks
+        )
         curves = results.curves_columns(tasks)
         files[results.CURVES_FILE] = results.to_csv(last.curves, curves)
         columns = results.CALIBRATION_COLUMNS

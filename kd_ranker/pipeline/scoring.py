@@ -39,7 +39,7 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError, command
 from kd_ranker.evaluation import funnel
 from kd_ranker.pipeline import datasets
-from kd_ranker.pipeline.job import Finished, config_of, load_teacher, open_finished
+from kd_ranker.pipeline.job import TrainedRanker, config_of, load_teacher, open_ranker
 from kd_ranker.pipeline.remote import Place
 from kd_ranker.requests import lock, storage
 from kd_ranker.requests.columns import Columns
@@ -51,7 +51,7 @@ from kd_ranker.sources.logs.encode import ITEM, encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.source import Unseen
-from kd_ranker.training.recipes import TEACHER_STAGES
+from kd_ranker.training.specs import TEACHER_STAGES
 from kd_ranker.training.workdir import read_json
 
 FILE = "scores.json"
@@ -89,7 +89,7 @@ class _Part(NamedTuple):
 class _Scorer(NamedTuple):
     """A ranker, with items and sizes."""
 
-    ranker: Finished
+    ranker: TrainedRanker
     config: ConfigDict
     items: Items
     candidates: int  # the most that a request has
@@ -162,7 +162,7 @@ def score_dataset(config: ConfigDict) -> Scored:
     ranker = load_teacher(config)
     output, stage = datasets.scores_folder(config, ranker.version), config.teacher.stage
     # Those of other value weights, for example, are replaced.
-    with _writing(output, _made_of(config, ranker, [stage]), replaces=True) as work:
+    with _writing(output, _provenance(config, ranker, [stage]), replaces=True) as work:
         if work:
             of_log = (dataset.directory / vocabulary.MANIFEST).exists()
             names = vocabulary.read_vocabulary(dataset.directory, ITEM) if of_log else None
@@ -204,32 +204,32 @@ def _parts_of_dataset(dataset: Dataset, stage: Stage, size: int, work: Path) -> 
 def score_unseen(
     config: ConfigDict,
     workdir: Place,
-    member: str = "",
+    run: str = "",
     output: Path | None = None,
-    run: ConfigDict | None = None,
+    run_config: ConfigDict | None = None,
 ) -> tuple[Scored, list[str]]:
     """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
     The log is read with the ids, means and deviations of the training log. Return the scores, and
-    lines on the ranker and the candidates. `run` is the config of the ranker's run, as `config_of`
-    reads it; other arguments and errors are those of `api.score`.
+    lines on the ranker and the candidates. `run_config` is the config of the ranker's run, as
+    `config_of` reads it; other arguments and errors are those of `api.score`.
     """
-    run = run or config_of(workdir)
-    log, layout, trained = _open_log(config, run, workdir)
-    run.data.dir = config.data.dir or run.data.dir
-    ranker = open_finished(workdir, member, config=run)
+    run_config = run_config or config_of(workdir)
+    log, layout, trained = _open_log(config, run_config, workdir)
+    run_config.data.dir = config.data.dir or run_config.data.dir
+    ranker = open_ranker(workdir, run, config=run_config)
     how_read = [layout.by_request, layout.units_per_second, layout.retrieved]
     inputs = [log.manifest, repr(layout.features), layout.columns, *how_read]
-    made_of = _made_of(config, ranker, inputs)
+    provenance = _provenance(config, ranker, inputs)
     if output is None:
         name = ranker.dataset.directory.parent.name
-        name += f"-{ranker.job.role}-{ranker.version}-{made_of['scores']}"
+        name += f"-{ranker.job.role}-{ranker.version}-{provenance['scores']}"
         output = Path(config.data.dir) / datasets.SCORES_FOLDER / name
     if output.resolve().is_relative_to(Path(layout.path).resolve()):
         raise UserError(
             f"{output} is inside the log and would become a part of it; give another --out"
         )
-    with _writing(output, made_of) as work:
+    with _writing(output, provenance) as work:
         if work:
             read = source.read_unseen(log, layout, trained, ranker.dataset, work / ".read")
             items = jax.device_put(read.items)
@@ -259,7 +259,7 @@ def _open_log(
                 f"is of {name}; {command('log_teacher')} scores the requests of every dataset"
             )
     # One device scores, however many were used for training.
-    checks.validate(config, config.parallel.devices or config.parallel.members or 1)
+    checks.validate(config, config.parallel.devices or config.parallel.runs or 1)
     layout, trained_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
     return *source.open_unseen(layout, trained_layout), trained_layout
 
@@ -281,7 +281,7 @@ def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Ite
         first = file[-1]
 
 
-def _made_of(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.MadeOf:
+def _provenance(config: ConfigDict, ranker: TrainedRanker, inputs: Any) -> manifest.Provenance:
     """The fingerprints of all that scores depend on; `inputs` are JSON."""
     releases = [metadata.version(package) for package in ("kd_ranker", "jax")]
     numbers = [list(config.value_weights), config.evaluation.requests]
@@ -296,25 +296,25 @@ def _made_of(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.Made
 
 @contextlib.contextmanager
 def _writing(
-    output: Path, made_of: manifest.MadeOf, replaces: bool = False
+    output: Path, provenance: manifest.Provenance, replaces: bool = False
 ) -> Iterator[Path | None]:
     """Yield a hidden folder for the files of scores, which then move to `output`.
 
     It is kept if the run is killed. None is yielded if the scores are finished. With `replaces`,
     other scores of the same dataset by the same ranker are replaced; all else is a UserError.
     """
-    work, remedy = output / f".scoring-{made_of['scores']}", _remedy(output)
+    work, remedy = output / f".scoring-{provenance['scores']}", _remedy(output)
     with lock.hold(output):
         finished = (output / manifest.FILE).exists()
-        found = manifest.read(output, remedy)["made_of"] if finished else {}
-        if found == made_of:
+        found = manifest.read(output, remedy)["provenance"] if finished else {}
+        if found == provenance:
             manifest.check(output, remedy)
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its end
             yield None
             return
         is_ours = work.exists() or {path.name for path in output.iterdir()} <= lock.FILES
         if finished:
-            is_ours = replaces and {**found, "scores": ""} == {**made_of, "scores": ""}
+            is_ours = replaces and {**found, "scores": ""} == {**provenance, "scores": ""}
         if not is_ours:
             raise UserError(
                 f"{output} holds something else than these scores by this ranker; remove it, or "
@@ -331,7 +331,7 @@ def _writing(
         # Tables first: a run that is killed here makes those that have moved again.
         for path in sorted(files, key=lambda path: path.suffix != ".parquet"):
             path.replace(output / path.name)
-        manifest.write(output, made_of, [path.name for path in files])
+        manifest.write(output, provenance, [path.name for path in files])
         shutil.rmtree(work)
 
 

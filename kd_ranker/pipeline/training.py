@@ -20,63 +20,62 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.config.runs import Runs, common
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results, saving
-from kd_ranker.evaluation.metrics import metric_of
-from kd_ranker.manifest import is_made_of as is_measured
+from kd_ranker.evaluation import results, saving, setting_names
+from kd_ranker.evaluation.metrics.registry import metric_of
+from kd_ranker.manifest import has_provenance as is_measured
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import cluster, datasets
-from kd_ranker.pipeline.job import Job, is_run, load_teacher, open_finished, open_job
+from kd_ranker.pipeline.job import TrainingJob, is_run, load_teacher, open_job, open_ranker
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
 from kd_ranker.progress import Bar, Progress, Show
 from kd_ranker.requests.lock import hold
 from kd_ranker.rivals import registry
 from kd_ranker.rivals.registry import Rival
-from kd_ranker.training import recipes
+from kd_ranker.training import specs
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.loop import Run, make_run, scalar_name
-from kd_ranker.training.loop import fit as fit_run
+from kd_ranker.training.loop import fit as fit_program
+from kd_ranker.training.loop import scalar_name
 from kd_ranker.training.mapping import DeviceMap, own_devices
 from kd_ranker.training.processes import check_same, is_first, on_first
-from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.state import Frozen, LiveTeacher, States
+from kd_ranker.training.program import Program, make_program
+from kd_ranker.training.specs import TEACHER_STAGES, Stack
+from kd_ranker.training.state import Constants, LiveTeacher, States
 
 # Choices are made on the first; the second is read for the report.
 _SPLITS = ("validation", "test")
-_Jobs = Sequence[tuple[Job, Path]]  # the job of each cohort, and its folder
+_Jobs = Sequence[tuple[TrainingJob, Path]]  # the job of each cohort, and its folder
 
 
-def train(
-    command: str, config: ConfigDict, members: Runs, place: Place, progress: Progress
-) -> None:
-    """Train one student, or without members the teacher, and measure it; see `api.train`.
+def train(command: str, config: ConfigDict, runs: Runs, place: Place, progress: Progress) -> None:
+    """Train one student, or without runs the teacher, and measure it; see `api.train`.
 
     The results of a teacher hold the references as well: they show how much a final ranker leaves
     to gain, next to the oracle if known.
     """
-    job = open_job(config, members, unchanged=True, progress=progress)
+    job = open_job(config, runs, unchanged=True, progress=progress)
     with owned(place) as folder:
         checks.check_labels(job.dataset)
         steps = _check(job)
         free = schema.without_influence(job.role)
         workdirs.check(folder, command, config, job.dataset.identity, without=free)
         workdirs.write_config(folder, command, config, job.dataset.identity)
-        if members:
+        if runs:
             datasets.keep_data_report(job.built, folder)
         with training_bar(job, steps) as bar:
             states = fit(job, folder, bar)
-        with_scores = bool(members) and workdirs.started_with_scores(folder, config)
+        with_scores = bool(runs) and workdirs.started_with_scores(folder, config)
         measured = (
             measure(
                 job,
                 split,
                 states,
-                with_references=not members,
+                with_references=not runs,
                 started_with_scores=with_scores,
             )
             for split in _SPLITS
         )
-        write_measured(job, folder, job.made_of, *measured)
+        write_measured(job, folder, job.provenance, *measured)
 
 
 def train_sweep(config: ConfigDict, workdir: Place, show: Show, progress: Progress) -> None:
@@ -127,7 +126,7 @@ def train_part(
 
 def _open(
     config: ConfigDict, workdir: Path, progress: Progress | None, unchanged: bool = True
-) -> tuple[Sweep, Job]:
+) -> tuple[Sweep, TrainingJob]:
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
     job = open_job(config, unchanged=unchanged, progress=progress)
     dataset, free = job.built.identity, schema.without_influence("report")
@@ -190,7 +189,7 @@ def _check_teachers(sweep: Sweep) -> None:
         workdir = config.teacher.workdir
         if not workdir:
             continue
-        trained_under = manifest.read(folder, "start the sweep again")["made_of"]["teacher"]
+        trained_under = manifest.read(folder, "start the sweep again")["provenance"]["teacher"]
         if workdir not in versions:
             found = is_run(place_of(workdir))
             versions[workdir] = load_teacher(config).version if found else trained_under
@@ -215,54 +214,54 @@ def _train_cohorts(config: ConfigDict, workdir: Path, jobs: _Jobs) -> None:
             _train_cohort(job, folder, bar)
 
 
-def _check(job: Job) -> int:
+def _check(job: TrainingJob) -> int:
     """Check the memory and the signals that a job needs; return the number of its steps."""
-    if job.members:
-        checks.check_teacher_signals(job.dataset, job.members.values())
+    if job.runs:
+        checks.check_teacher_signals(job.dataset, job.runs.values())
     else:
         checks.check_teacher_log(job.config, job.dataset)
-    check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)
+    check_memory(job.stacks, job.trainee.batch, job.dataset.spec, job.device_map)
     return job.trainee.train.steps
 
 
 def _untrained(jobs: _Jobs) -> list[int]:
     """The numbers of the cohorts that are not trained and measured on validation."""
-    return [at for at, (job, folder) in enumerate(jobs) if not is_measured(folder, job.made_of)]
+    return [at for at, (job, folder) in enumerate(jobs) if not is_measured(folder, job.provenance)]
 
 
-def _train_cohort(job: Job, folder: Path, bar: Bar) -> None:
-    """Train the members of a cohort and measure them on validation, if that is not done."""
-    if is_measured(folder, job.made_of):
+def _train_cohort(job: TrainingJob, folder: Path, bar: Bar) -> None:
+    """Train the runs of a cohort and measure them on validation, if that is not done."""
+    if is_measured(folder, job.provenance):
         bar.update(job.config.train.steps)
         return
     states = fit(job, folder, bar)
     with_scores = workdirs.started_with_scores(folder, job.config)
     measured = measure(job, "validation", states, started_with_scores=with_scores)
-    write_measured(job, folder, job.made_of, measured)
+    write_measured(job, folder, job.provenance, measured)
 
 
 def _test_and_join(sweep: Sweep, jobs: _Jobs) -> None:
     """Measure on test what validation chose, and write the tables of the whole sweep."""
-    chosen = results.chosen(sweep.validation())
+    chosen = setting_names.chosen(sweep.validation())
     tested, teachers = sweep.with_any(chosen), set[str]()
     for job, folder in jobs:
         if folder in tested:
-            serves = {name: chosen[name] for name in job.members if name in chosen}
+            serves = {name: chosen[name] for name in job.runs if name in chosen}
             # Once per teacher, which is a final ranker of the references, too.
-            teacher = job.made_of["teacher"]
+            teacher = job.provenance["teacher"]
             _test_cohort(job, folder, serves, teacher not in teachers)
             teachers.add(teacher)
     sweep.join(tested)
 
 
 def _test_cohort(
-    job: Job, folder: Path, serves: Mapping[str, Collection[str]], with_references: bool
+    job: TrainingJob, folder: Path, serves: Mapping[str, Collection[str]], with_references: bool
 ) -> None:
-    """Measure the members that validation chose on the test split, if that is not done.
+    """Measure the runs that validation chose on the test split, if that is not done.
 
-    `serves` are the chosen serving choices of each chosen member.
+    `serves` are the chosen heads of each chosen run.
     """
-    owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
+    owner = {**job.provenance, "serves": json.dumps(serves), "references": str(with_references)}
     names = job.config.sweep.rivals if with_references else ()
     if names:
         owner["rivals"] = ",".join(names)
@@ -293,7 +292,7 @@ def _test_cohort(
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
-def fitted_rivals(job: Job, names: Sequence[str]) -> list[Rival]:
+def fitted_rivals(job: TrainingJob, names: Sequence[str]) -> list[Rival]:
     """Fit the rivals of a sweep to the training requests, with each of their settings."""
     if not names:
         return []
@@ -309,12 +308,12 @@ def fitted_rivals(job: Job, names: Sequence[str]) -> list[Rival]:
         return registry.fit(task, names)
 
 
-def training_bar(job: Job, steps: int) -> contextlib.AbstractContextManager[Bar]:
+def training_bar(job: TrainingJob, steps: int) -> contextlib.AbstractContextManager[Bar]:
     """The bar of the steps of a run."""
     return job.progress.bar("training", steps, "step", hidden=not is_first())
 
 
-def fit(job: Job, workdir: Path, bar: Bar) -> States:
+def fit(job: TrainingJob, workdir: Path, bar: Bar) -> States:
     """Train the rankers of a job in one program on the same batches; return their states.
 
     `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
@@ -324,11 +323,11 @@ def fit(job: Job, workdir: Path, bar: Bar) -> States:
 
     def progress(states: States) -> dict[str, float]:
         measured = measure(job, "validation", states, limit=train.eval_limit)
-        serves = {name: of.distill.serve for name, of in job.members.items()}
+        serves = {name: of.distill.serve for name, of in job.runs.items()}
         return {
-            scalar_name(f"eval/{column}", name if job.members else ""): value
+            scalar_name(f"eval/{column}", name if job.runs else ""): value
             for row in measured.rows
-            for name in [str(row["member"])]
+            for name in [str(row["run"])]
             if (serves or {results.TEACHER: "user"}).get(name) == row["serve"]
             for column, value in row.items()
             if isinstance(value, float) and np.isfinite(value) and metric_of(column)
@@ -337,24 +336,26 @@ def fit(job: Job, workdir: Path, bar: Bar) -> States:
     with exhaustion_reported(), job.progress.phase("training"):
         check_same("dataset", str(job.dataset.identity))
         # Again for each cohort: free memory may differ from that at the start.
-        check_memory(job.groups, job.trainee.batch, job.dataset.spec, job.device_map)
+        check_memory(job.stacks, job.trainee.batch, job.dataset.spec, job.device_map)
         begin = functools.partial(warm_start, job, workdir) if train.warm_start else None
-        return fit_run(prepare_run(job), train, workdir, job.made_of, progress, bar, begin)
+        return fit_program(
+            prepare_program(job), train, workdir, job.provenance, progress, bar, begin
+        )
 
 
-def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
-    """The run of a job: its groups on their batches, spread over its devices.
+def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Program:
+    """The run of a job: its stacks on their batches, spread over its devices.
 
     The items of its dataset and the parameters of its teacher may be only shapes. By default the
     devices make the batches too.
     """
-    dataset, groups, batches_on = job.dataset, job.groups, batches_on or job.device_map
+    dataset, stacks, batches_on = job.dataset, job.stacks, batches_on or job.device_map
     # Students that learn nothing from a teacher do not pay for one.
-    live = job.live_teacher if recipes.learn_from_scores(groups) else None
+    live = job.live_teacher if specs.learn_from_scores(stacks) else None
     stage = TEACHER_STAGES[job.config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
-    frozen = Frozen(items=dataset.items, teacher=live.ranker.parameters if live else None)
-    needs = recipes.needs(groups, teacher, stage)
+    constants = Constants(items=dataset.items, teacher=live.ranker.parameters if live else None)
+    needs = specs.needs(stacks, teacher, stage)
     batches = training_batches(
         dataset,
         BatchConfig(**job.trainee.batch),
@@ -363,10 +364,10 @@ def prepare_run(job: Job, batches_on: DeviceMap | None = None) -> Run:
         # CPU devices hold their data in the memory of the host.
         copies=1 + sum(of.platform == "cpu" for of in own_devices(batches_on.mesh.devices.flat)),
     )
-    return make_run(groups, teacher, batches, frozen, job.device_map)
+    return make_program(stacks, teacher, batches, constants, job.device_map)
 
 
-def warm_start(job: Job, folder: Path, states: States) -> States:
+def warm_start(job: TrainingJob, folder: Path, states: States) -> States:
     """Start initial states from the run `train.warm_start`, and record it in the run's `folder`.
 
     The dataset is that of the earlier run, or one that extends it (`data.extends`), so known ids
@@ -376,7 +377,7 @@ def warm_start(job: Job, folder: Path, states: States) -> States:
     """
     workdir = job.trainee.train.warm_start
     try:
-        before = open_finished(place_of(workdir), with_slots=True)
+        before = open_ranker(place_of(workdir), with_slots=True)
     except UserError as error:
         raise UserError(f"train.warm_start={workdir}: {error}") from error
     if before.job.role != job.role:
@@ -392,19 +393,19 @@ def warm_start(job: Job, folder: Path, states: States) -> States:
     start = jax.tree.map(np.asarray, before.ranker.parameters)
     started = tuple(
         dataclasses.replace(
-            state, parameters=_grown(job, before.model, start, group, state.parameters)
+            state, parameters=_grown(job, before.model, start, stack, state.parameters)
         )
-        for group, state in zip(job.groups, states, strict=True)
+        for stack, state in zip(job.stacks, states, strict=True)
     )
     workdirs.write_start(folder, workdir, before.version, before.needs_scores)
     return started
 
 
 def _grown(
-    job: Job, model: Model, start: Parameters, group: Group, fresh: Parameters
+    job: TrainingJob, model: Model, start: Parameters, stack: Stack, fresh: Parameters
 ) -> Parameters:
-    """The parameters of a group's members, the same for each except in rows of new ids."""
-    old, new = model.embedding.tables, group.recipe.model.embedding.tables
+    """The parameters of a stack's runs, the same for each except in rows of new ids."""
+    old, new = model.embedding.tables, stack.train_spec.model.embedding.tables
 
     def stacked(of: np.ndarray, like: np.ndarray) -> np.ndarray:
         if of.shape != like.shape[1:]:

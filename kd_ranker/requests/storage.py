@@ -252,13 +252,13 @@ def with_column(
     if not folder.exists():
         raise UserError(f"no scores of teacher {version} at {folder}; make them with: {made_by}")
     remedy = _remedy(folder, made_by)
-    made_of = manifest.check(folder, remedy)
-    if made_of.get("ranker") != version:
+    provenance = manifest.check(folder, remedy)
+    if provenance.get("ranker") != version:
         raise UserError(
-            f"{folder} has the scores of teacher {made_of.get('ranker')}, and the teacher is "
+            f"{folder} has the scores of teacher {provenance.get('ranker')}, and the teacher is "
             f"{version}; {remedy}"
         )
-    scored_dataset = made_of.get("dataset")
+    scored_dataset = provenance.get("dataset")
     if scored_dataset != dataset.identity["dataset"]:
         raise UserError(
             f"{folder} has the scores of {scored_dataset}, and the dataset is now "

@@ -68,9 +68,9 @@ class Candidates:
     def user_value(self, value_weights: Sequence[float]) -> Float[np.ndarray, "n"]:
         """Σ over tasks of weight · user label; NaN without a label that counts."""
         fields = self._columns.labels.fields(self._requests, self._counts.shown)
-        labelled = fields["user_label"] @ np.asarray(value_weights, float)
+        labeled = fields["user_label"] @ np.asarray(value_weights, float)
         value = np.full(len(self), np.nan)
-        value[self.stage == Stage.SHOWN] = np.where(fields["label_weight"] > 0, labelled, np.nan)
+        value[self.stage == Stage.SHOWN] = np.where(fields["label_weight"] > 0, labeled, np.nan)
         return value
 
     def final_value(self, value_weights: Sequence[float], reached: Stage) -> Float[np.ndarray, "n"]:

@@ -13,7 +13,7 @@ Widths and order of the features:
   history: completed, liked, log(1 + age in minutes) / 4.
   item: category (one-hot), noisy popularity, an uninformative number; then the costly ones, the
     noisy topic mixture, part of the quality, the noisy style.
-  candidate: the standardised age, (days since the upload − 36) / 17; with `data.hint`, a noisy view
+  candidate: the standardized age, (days since the upload − 36) / 17; with `data.hint`, a noisy view
     of the final ranker's value.
 
 The shape of the funnel follows Covington, Adams and Sargin, "Deep Neural Networks for YouTube
@@ -242,7 +242,7 @@ def logit_terms(
 
     For topics θ of a candidate, the user's interests φ, and c, how well each topic suits the moment
     (θ and φ sum to 1): interest 4 θ·φ; the quality, in standard deviations; freshness, which is
-    minus the standardised age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
+    minus the standardized age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
 
     With the recent count n_k = Σ_h exp(−age_h / FATIGUE_HOURS) θ_hk of the user's events, completed
     or not, fatigue f_k with a topic is n_k² / (n_k² + FATIGUE_HALF²), in [0, 1): nearly nothing
@@ -427,7 +427,7 @@ def _retrieve(
     user: int,
     history: History,
 ) -> tuple[Int64[np.ndarray, "N"], Float32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
-    """Draw the candidates, the passed first: items, standardised ages, scores of the policy."""
+    """Draw the candidates, the passed first: items, standardized ages, scores of the policy."""
     # By interest, popularity and noise; just watched ones only if no others are left.
     score = world.topics @ (4 * world.interests[user]) + 0.5 * world.popularity
     score += RETRIEVAL_NOISE * rng.standard_normal(len(score), np.float32)

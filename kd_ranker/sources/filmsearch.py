@@ -1,7 +1,7 @@
 """Film search as a log: queries that people typed, their labels, and a final ranker trained here.
 
 The Movie Search Ranking Dataset (Metarank Labs, CC BY 4.0), as Elastic adapted it: 9,750 films, and
-16,279 queries with 24 labelled films each. BM25 (Robertson and Zaragoza, 2009) retrieves the first
+16,279 queries with 24 labeled films each. BM25 (Robertson and Zaragoza, 2009) retrieves the first
 1,000 films of a query. An early ranker passes 100 of them: BM25, or its fusion by rank with the
 cosine of sentence embeddings (Cormack, Clarke and Büttcher, 2009); the log has the stages of both.
 LambdaMART (Burges, 2010) over BM25 by field, facts of a film, and that cosine orders them. It
@@ -200,7 +200,7 @@ def fit_ranker(
     """Train a final ranker; a fifth of the queries, in whole groups, stops it and calibrates it.
 
     For the order, 30 random films without a label count as not wanted. For the calibration, only
-    labelled films count.
+    labeled films count.
 
     Returns:
       LambdaMART, and the logistic curve from its score to a probability.
@@ -287,7 +287,7 @@ def _rows(
     splits: Sequence[str],
     ranker: tuple[Any, Any],
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the log; labelled films count as shown, since people have seen them."""
+    """The rows of the log; labeled films count as shown, since people have seen them."""
     films = collection.films
     bags = dict(title=films["title"].map(words_of), people=films["actors"].str[:3])
     bags["genres"] = films["genres"].map(lambda names: [name.lower() for name in names])
@@ -327,7 +327,7 @@ def fused(
 def stages_of(
     score: Float32[np.ndarray, "n"], label: Int[np.ndarray, "n"]
 ) -> Shaped[np.ndarray, "n"]:
-    """The stage of each film in words: the first 100 by a score are passed, labelled ones shown."""
+    """The stage of each film in words: the first 100 by a score are passed, labeled ones shown."""
     place = np.argsort(np.argsort(-score, kind="stable"))
     return np.array(STAGES)[np.where(label >= 0, 2, place < PASSED)]
 

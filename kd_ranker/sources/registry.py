@@ -14,7 +14,7 @@ from kd_ranker.requests.request import Source
 from kd_ranker.sources import (
     cascade,
     filmsearch,
-    given,
+    in_memory,
     kuairand,
     movielens,
     ranking_files,
@@ -59,7 +59,7 @@ SOURCES: dict[str, SourceEntry] = {
     "parquet": SourceEntry(
         None, parquet.open_source, version=2, check_unchanged=parquet.check_unchanged
     ),
-    given.NAME: SourceEntry(None, given.open_source),
+    in_memory.NAME: SourceEntry(None, in_memory.open_source),
     **{
         name: SourceEntry(None, of.open_source, 2, of.check_unchanged)
         for name, of in _CONVERTERS.items()

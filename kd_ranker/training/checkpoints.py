@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from kd_ranker import manifest
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import MadeOf
+from kd_ranker.manifest import Provenance
 from kd_ranker.training.processes import first_without, index, is_first, on_first
 from kd_ranker.training.workdir import ENVIRONMENT_FILE
 
@@ -27,7 +27,7 @@ FOLDER, RECORD = "checkpoints", "record"
 _KEEP = 3
 
 # Orbax also raises the errors that it logs.
-absl.logging.get_absl_logger().addFilter(lambda of: "orbax" not in Path(of.pathname).parts)
+absl.logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def save(
     step: int,
     state: Any,
     batches: grain.DatasetIterator | None,
-    made_of: MadeOf,
+    provenance: Provenance,
 ) -> None:
     """Start to save a checkpoint of a run with these fingerprints, after `step` steps.
 
@@ -89,7 +89,7 @@ def save(
     if not is_first():
         return
     position = batches.get_state() if batches is not None else None
-    record = {"step": step, "made_of": dict(made_of), "batches": position}
+    record = {"step": step, "provenance": dict(provenance), "batches": position}
     state = ocp.args.StandardSave(jax.device_get(state))
     items = ocp.args.Composite(state=state, **{RECORD: ocp.args.JsonSave(record)})
     with _one_line(checkpoints):
@@ -102,7 +102,7 @@ def restore(
     checkpoints: ocp.CheckpointManager,
     state: Any,
     batches: grain.DatasetIterator | None,
-    made_of: MadeOf,
+    provenance: Provenance,
 ) -> tuple[Any, int]:
     """Restore the newest checkpoint that can be read, and warn of later ones.
 
@@ -122,7 +122,7 @@ def restore(
             record = checkpoints.restore(step, args=items)[RECORD]
             if record["step"] != step:
                 raise ValueError(f"it was saved at step {record['step']}")
-            if differing := manifest.differences(record["made_of"], made_of):
+            if differing := manifest.differences(record["provenance"], provenance):
                 raise UserError(
                     f"{place} belongs to another run: {differing}; use another --workdir, or "
                     f"remove {checkpoints.directory} to train from the start"

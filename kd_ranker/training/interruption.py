@@ -89,7 +89,7 @@ def end_on_signal() -> None:
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Install a handler, and return the previous ones; an ignored signal stays so, as of nohup."""
-    heeded = [of for of in _SIGNALS if signal.getsignal(of) != signal.SIG_IGN]
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heeded}
 
 

@@ -1,42 +1,32 @@
-"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint.
-
-A `Run` is the input of the loop: the members that one program trains, their batches and devices.
-"""
+"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint."""
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Int, Shaped
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from kd_ranker.batches.cutting import PackedBatches, Span
-from kd_ranker.batches.training import BatchIterator
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import MadeOf
+from kd_ranker.manifest import Provenance
 from kd_ranker.progress import Bar
 from kd_ranker.training import checkpoints
+from kd_ranker.training.divergence import diverged_runs, mark_diverged
 from kd_ranker.training.interruption import deferred
-from kd_ranker.training.mapping import DeviceMap, shared_evenly
-from kd_ranker.training.recipes import Group
-from kd_ranker.training.state import (
-    Frozen,
-    Hyperparameters,
-    LiveTeacher,
-    States,
-    TrainState,
-    steps_of_members,
+from kd_ranker.training.program import (
+    Program,
+    abstract_states,
+    by_run,
+    initial_states,
+    states_on_host,
+    take_steps,
 )
-from kd_ranker.training.step import Losses, Step, Stepped, in_turn, make_step
+from kd_ranker.training.state import States
+from kd_ranker.training.step import Losses
 from kd_ranker.training.workdir import MetricsWriter
 
 Evaluate = Callable[[States], dict[str, float]]
@@ -46,191 +36,171 @@ Begin = Callable[[States], States]
 _LONGEST_CALL = 2.0
 
 
-class Run(NamedTuple):
-    """The parts of a run, without its states. Its batches and frozen arrays are on the devices."""
-
-    groups: tuple[Group, ...]  # the members to train, all in one program
-    filled: tuple[Group, ...]  # with their last member repeated until devices share them evenly
-    batches: BatchIterator  # endless
-    frozen: Frozen
-    devices: DeviceMap
-    take: Callable[..., Stepped]  # the mapped `step.in_turn`
-
-    @property
-    def numbers(self) -> tuple[Hyperparameters, ...]:
-        """The numbers of the filled groups."""
-        return tuple(group.numbers for group in self.filled)
-
-    @property
-    def steps(self) -> int:
-        """The number of steps until the last member is finished."""
-        return max(int(numbers.steps.max()) for numbers in self.numbers)
-
-
-def make_run(
-    groups: Sequence[Group],
-    teacher: LiveTeacher | None,
-    batches: BatchIterator,
-    frozen: Frozen,
-    devices: DeviceMap,
-) -> Run:
-    """Build a run; its program is compiled at the first step.
-
-    `frozen` is on the host or on one device; its items will record how their rows are dealt.
-    """
-    filled = tuple(group.at(shared_evenly(len(group.names), devices.members)) for group in groups)
-    take = devices.map_step(in_turn(step_for(filled, teacher, devices)), abstract_states(filled))
-    held = devices.place(frozen)
-    held = held.replace(items=held.items.replace(deal=devices.deal))
-    return Run(tuple(groups), filled, batches, held, devices, take)
-
-
-def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
-    """Build the step of groups by `make_step`, for devices that may each hold a share of rows."""
-
-    def dealt(of: Any) -> Any:
-        embedding = of.model.embedding._replace(deal=devices.deal)
-        return of._replace(model=of.model._replace(embedding=embedding))
-
-    recipes = [dealt(group.recipe) for group in groups]
-    return make_step(recipes, teacher and dealt(teacher), devices.members)
-
-
-def abstract_states(groups: Sequence[Group]) -> States:
-    """Return the abstract states before the first step."""
-    return tuple(jax.eval_shape(group.init) for group in groups)
-
-
-def initial_states(run: Run) -> States:
-    """Compute the states before the first step on the devices."""
-    return run.devices.create(lambda deal: tuple(group.init(deal=deal) for group in run.filled))
-
-
-def take_steps(run: Run, states: States, batches: PackedBatches, span: Span) -> Stepped:
-    """Return the states after a range of steps and the losses of the last; donates the states.
-
-    The results are on the devices and may still be computing.
-    """
-    return run.take(states, batches, (span, run.numbers), run.frozen)
-
-
-def states_on_host(run: Run, states: States) -> States:
-    """Return the states of the run's members, without those repeated to fill groups or rows.
-
-    They have the shapes of `Group.init` and are on the host or on one device.
-    """
-
-    def cut(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
-        return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
-
-    return jax.tree.map(cut, run.devices.unreplicate(states), abstract_states(run.groups))
-
-
 def fit(
-    run: Run,
+    program: Program,
     train: ConfigDict,
     workdir: Path,
-    made_of: MadeOf,
+    provenance: Provenance,
     evaluate: Evaluate,
     bar: Bar,
     begin: Begin | None = None,
 ) -> States:
-    """Train until the last member is done, from the newest checkpoint in `workdir` if any.
+    """Train until the last run is done, from the newest checkpoint in `workdir` if any.
 
-    If the loss of a member stops being finite, that member is frozen and reported. The others
-    continue; the run ends early if no member is left. A signal to end the process is handled after
-    the checkpoint of the last step is complete.
+    A run with a loss that stops being finite is reported and keeps its state. The others continue;
+    training ends early if no run is left. A signal to end the process is handled after the
+    checkpoint of the last step is complete.
 
     Args:
-      run: the members, their batches and devices.
+      program: the runs, their batches and devices.
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
-      made_of: the fingerprints of the members, for the checkpoints.
+      provenance: that of the runs, for the checkpoints.
       evaluate: states -> scalars by name; called every `train.eval_every` steps.
-      bar: `run.steps` are added to it. Its progress gets the phase "compiling": all until the first
-        step of this process is done.
+      bar: `program.steps` are added to it. Its progress gets the phase "compiling": all until the
+        first step of this process is done.
       begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
 
     Returns:
-      The state of each group after the last step, on the host.
+      The state of each stack after the last step, on the host.
 
     Raises:
       UserError: the loss of a single run stopped being finite, the checkpoints in `workdir` have
-        other fingerprints, or one cannot be written.
+        another provenance, or one cannot be written.
     """
-    with deferred() as stop:
-        with (
-            checkpoints.open_in(workdir, to_write=True) as saved,
-            contextlib.ExitStack() as opened,
-            contextlib.ExitStack() as compiling,
-        ):
-            abstract = abstract_states(run.groups)
-            states, step = checkpoints.restore(saved, abstract, run.batches, made_of)
-            bar.update(step)
-            if step >= run.steps:
-                return states
-            bar.progress.show("compiling the step, once for all steps")
+    with deferred() as stop, checkpoints.open_in(workdir, to_write=True) as saved:
+        abstract = abstract_states(program.stacks)
+        states, step = checkpoints.restore(saved, abstract, program.batches, provenance)
+        bar.update(step)
+        if step >= program.steps:
+            return states
+        with contextlib.ExitStack() as compiling:
             compiling.callback(bar.restart_clock)
+            bar.progress.show("compiling the step, once for all steps")
             compiling.enter_context(bar.progress.phase("compiling"))
-            states = run.devices.place(states) if step else initial_states(run)
-            if begin and not step:
-                states = run.devices.place(begin(states_on_host(run, states)))
-            writer = opened.enter_context(contextlib.closing(MetricsWriter(workdir, step)))
-            lengths = _by_name(run, [group.numbers.steps for group in run.groups])
-            diverged, longest, stopping = _diverged_members(run, states, before=()), 1, False
-            whole: States = ()
-            while step < run.steps and not stopping:
-                training = {name for name, last in lengths.items() if step < last}
-                if training <= diverged.keys():
-                    bar.update(run.steps - step)
-                    break
-                since, wanted = time.monotonic(), _next_stop(step, lengths.values(), train) - step
-                packed, span = run.batches.take(min(wanted, longest))
-                states, losses = take_steps(run, states, packed, span)
-                if longest < wanted:
-                    jax.block_until_ready(losses)
-                    room = _LONGEST_CALL / _agreed(time.monotonic() - since)
-                    longest = max(1, int(longest * min(room, 2)))
-                compiling.close()  # after the first call
-                taken = span.stop - span.start
-                step += taken
-                bar.update(taken)
-                stopping = bool(_agreed(stop()))
-                saving = step == run.steps or _is_due(step, train.checkpoint_every)
-                logs = saving or _is_due(step, train.log_every)
-                # The last states are measured in full after the run.
-                evaluates = step < run.steps and _is_due(step, train.eval_every)
-                saving = saving or stopping
-                if saving:
-                    states = _mark_diverged(run, states)
-                # A state is checked before it is saved: a run could not resume from a NaN.
-                if logs or saving:
-                    diverged = _diverged_members(run, states, before=diverged)
-                # It may be a copy of whole tables.
-                whole = states_on_host(run, states) if saving or evaluates else ()
-                scalars = _scalars(run, states, losses, training - diverged.keys()) if logs else {}
-                scalars |= evaluate(whole) if evaluates else {}
-                if scalars:
-                    writer.write(step, scalars)
-                    bar.set_postfix(_progress(run, scalars, diverged))
-                if saving:
-                    checkpoints.save(saved, step, whole, run.batches, made_of)
+            states = _first_states(program, states, step, begin)
+            calls = _Calls(program)
+            outputs = outputs_of(program, train)
+            diverged = diverged_runs(program, states, before=())
+            stopping = False
+            on_host: States = ()
+            with contextlib.closing(MetricsWriter(workdir, step)) as writer:
+                while step < program.steps and not stopping:
+                    training = outputs.runs_after(step) - diverged.keys()
+                    if not training:
+                        bar.update(program.steps - step)
+                        break
+                    states, losses, taken = calls.take(states, outputs.next_stop(step) - step)
+                    compiling.close()  # after the first call
+                    step += taken
+                    bar.update(taken)
+                    stopping = bool(_agreed(stop()))
+                    due = outputs.due(step, stopping)
+                    if due.save:
+                        states = mark_diverged(program, states)
+                    # A state is checked before it is saved: a run could not resume from a NaN.
+                    if due.log or due.save:
+                        diverged = diverged_runs(program, states, before=diverged)
+                    # It may be a copy of whole tables.
+                    on_host = states_on_host(program, states) if due.save or due.evaluate else ()
+                    scalars: dict[str, float] = {}
+                    if due.log:
+                        scalars |= _scalars(program, states, losses, training - diverged.keys())
+                    if due.evaluate:
+                        scalars |= evaluate(on_host)
+                    if scalars:
+                        writer.write(step, scalars)
+                        bar.set_postfix(_progress(program, scalars, diverged))
+                    if due.save:
+                        checkpoints.save(saved, step, on_host, program.batches, provenance)
         if stopping and not stop():
             raise UserError(
                 f"another process ended this run after step {step}; start all of them again"
             )
-        return jax.tree.map(np.asarray, whole or states_on_host(run, states))
+        return jax.tree.map(np.asarray, on_host or states_on_host(program, states))
 
 
-def _is_due(step: int, every: int) -> bool:
+def _first_states(program: Program, restored: States, step: int, begin: Begin | None) -> States:
+    """Return the states to continue with on the devices: restored, those of `begin`, or new."""
+    if step:
+        return program.devices.place(restored)
+    states = initial_states(program)
+    if begin:
+        states = program.devices.place(begin(states_on_host(program, states)))
+    return states
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+class Outputs(NamedTuple):
+    """The steps after which there is something to do; 0 in `…_every` means never."""
+
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    ends: dict[str, int]  # the last step of each run, by its name
+
+    def runs_after(self, step: int) -> set[str]:
+        """The runs that have steps left after `step`."""
+        return {name for name, end in self.ends.items() if step < end}
+
+    def next_stop(self, step: int) -> int:
+        """The first later step with something to do, or that is the last of a run."""
+        ends = [end for end in self.ends.values() if end > step]
+        intervals = [self.log_every, self.eval_every, self.checkpoint_every]
+        outputs = [(step // every + 1) * every for every in intervals if every]
+        return min(ends + outputs)
+
+    def due(self, step: int, stopping: bool) -> Due:
+        """What to do after a step; `stopping` if the process ends after it."""
+        is_last = step == max(self.ends.values())
+        save = is_last or _is_multiple(step, self.checkpoint_every)
+        return Due(
+            log=save or _is_multiple(step, self.log_every),
+            # The last states are measured in full after the training.
+            evaluate=not is_last and _is_multiple(step, self.eval_every),
+            save=save or stopping,
+        )
+
+
+def outputs_of(program: Program, train: ConfigDict) -> Outputs:
+    """Return the outputs of `config.train` for the runs of a program."""
+    ends = by_run(program, [stack.hyperparameters.steps for stack in program.stacks])
+    return Outputs(
+        log_every=train.log_every,
+        eval_every=train.eval_every,
+        checkpoint_every=train.checkpoint_every,
+        ends={name: int(end) for name, end in ends.items()},
+    )
+
+
+def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
-    """Return the first later step that has an output, or that is the last of a member."""
-    every = (train.log_every, train.checkpoint_every, train.eval_every)
-    outputs = [(step // steps + 1) * steps for steps in every if steps]
-    return min(*outputs, *(int(last) for last in lengths if last > step))
+class _Calls:
+    """Calls of a program, each of as many steps as take at most `_LONGEST_CALL` seconds."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._most = 1  # steps of the next call
+
+    def take(self, states: States, wanted: int) -> tuple[States, Sequence[Losses], int]:
+        """Take at most `wanted` steps; return the states, the last losses, and how many it took."""
+        start = time.monotonic()
+        batches, span = self._program.batches.take(min(wanted, self._most))
+        states, losses = take_steps(self._program, states, batches, span)
+        if self._most < wanted:
+            jax.block_until_ready(losses)
+            room = _LONGEST_CALL / _agreed(time.monotonic() - start)
+            self._most = max(1, int(self._most * min(room, 2)))
+        return states, losses, span.stop - span.start
 
 
 def _agreed(number: float) -> float:
@@ -240,81 +210,30 @@ def _agreed(number: float) -> float:
     return float(multihost_utils.process_allgather(np.float32(number)).max())
 
 
-def scalar_name(scalar: str, member: str) -> str:
-    """Return the name of a member's scalar in `metrics.jsonl`: `loss/<member>`, or `loss`."""
-    return f"{scalar}/{member}" if member else scalar
-
-
-def _by_name(run: Run, of_groups: Iterable[Shaped[Array, "members"]]) -> dict[str, float]:
-    """Return the number of each member by its name, from one array per group."""
-    on_one = run.devices.unreplicate(list(of_groups))
-    return {
-        name: number
-        for group, of_members in zip(run.groups, on_one, strict=True)
-        # Repeated members follow the others.
-        for name, number in zip(group.names, np.asarray(of_members).tolist(), strict=False)
-    }
-
-
-def _diverged_members(run: Run, states: States, before: Collection[str]) -> dict[str, int]:
-    """Return the step at which the loss stopped being finite, by diverged member.
-
-    Warn of members that are not in `before`; raise in a single run.
-    """
-    steps = _by_name(run, (state.non_finite_step for state in states))
-    diverged = {name: int(step) for name, step in steps.items() if step}
-    for name, step in diverged.items():
-        finding = f"stopped being finite at step {step}"
-        if not name:
-            raise UserError(f"the loss {finding}; try a smaller learning rate or weight")
-        if name not in before:
-            # The warning must not land in the middle of the bar.
-            with tqdm.external_write_mode():
-                logging.warning("%s %s; it is frozen, and the others continue", name, finding)
-    return diverged
-
-
-def _mark_diverged(run: Run, states: States) -> States:
-    """Mark the members with parameters that are not finite after the last update.
-
-    The loss of the next step would show it, but there may be no next step.
-    """
-
-    def marked(state: TrainState, numbers: Hyperparameters) -> Int[Array, "members"]:
-        leaves = jax.tree.leaves(state.parameters)
-        finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-        new = (state.non_finite_step == 0) & ~jnp.stack(finite).all(axis=0)
-        return jnp.where(new, steps_of_members(state, numbers), state.non_finite_step)
-
-    places = [state.non_finite_step.sharding for state in states]
-    mark = jax.jit(lambda *of_groups: list(map(marked, *of_groups)), out_shardings=places)
-    return tuple(
-        dataclasses.replace(state, non_finite_step=at)
-        for state, at in zip(states, mark(states, run.numbers), strict=True)
-    )
+def scalar_name(scalar: str, run: str) -> str:
+    """Return the name of a run's scalar in `metrics.jsonl`: `loss/<run>`, or `loss`."""
+    return f"{scalar}/{run}" if run else scalar
 
 
 def _scalars(
-    run: Run, states: States, losses: Sequence[Losses], members: Collection[str]
+    program: Program, states: States, losses: Sequence[Losses], runs: Collection[str]
 ) -> dict[str, float]:
-    """Return the losses of some members, and the number of trained ids without a row, by table."""
-    scalars = {
-        scalar_name(scalar, name): value
-        for scalar in losses[0]
-        for name, value in _by_name(run, (of[scalar] for of in losses)).items()
-        if name in members
-    }
-    for tables in run.devices.unreplicate([state.unknown_ids for state in states]):
+    """Return the losses of some runs, and the number of trained ids without a row, by table."""
+    scalars: dict[str, float] = {}
+    for scalar in losses[0]:
+        values = by_run(program, (of_stack[scalar] for of_stack in losses))
+        scalars |= {scalar_name(scalar, run): values[run] for run in values if run in runs}
+    for tables in program.devices.unreplicate([state.unknown_ids for state in states]):
         for table, number in tables.items():
             name = f"unknown_ids/{table}"
-            # A group without a use for the teacher trains on fewer candidates of the same batches.
+            # A stack without a use for the teacher trains on fewer candidates of the same batches.
             scalars[name] = max(int(number), scalars.get(name, 0))
     return scalars
 
 
-def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int]) -> str:
+def _progress(program: Program, scalars: dict[str, float], diverged: dict[str, int]) -> str:
     """Return a short text for the end of the bar."""
-    members = sum(len(group.names) for group in run.groups)
-    if run.groups[0].names == ("",):
+    num_runs = sum(len(stack.names) for stack in program.stacks)
+    if program.stacks[0].names == ("",):
         return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
-    return f"alive {members - len(diverged)}/{members}"
+    return f"alive {num_runs - len(diverged)}/{num_runs}"

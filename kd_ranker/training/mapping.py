@@ -1,7 +1,7 @@
 """Devices: where arrays are placed, and the same step on one device or many.
 
-A step is mapped by `jax.shard_map` over one mesh of devices, which has two axes. Along `MEMBERS`,
-devices train different members, which exchange nothing. Along `AXIS`, devices share the requests of
+A step is mapped by `jax.shard_map` over one mesh of devices, which has two axes. Along `RUNS`,
+devices train different runs, which exchange nothing. Along `AXIS`, devices share the requests of
 a batch and exchange sums over them. A step knows only the second axis.
 """
 
@@ -18,17 +18,17 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Int
 
-from kd_ranker.batch import WHOLE, Deal
+from kd_ranker.batch import WHOLE, RowSharding
 from kd_ranker.batches.training import Devices, Share
-from kd_ranker.embedding.deal import dealt, gathered, length_of_share
+from kd_ranker.embedding.row_sharding import from_shards, rows_per_device, to_shards
 from kd_ranker.errors import UserError
-from kd_ranker.training.state import MEMBERS_FIRST, Frozen, States
+from kd_ranker.training.state import RUNS_FIRST, Constants, States
 
-AXIS, MEMBERS = "requests", "members"
-"""The axes of a mesh: devices that share the requests of a batch, and those with other members."""
+AXIS, RUNS = "requests", "runs"
+"""The axes of a mesh: devices that share the requests of a batch, and those with other runs."""
 
 _TABLES = "tables"  # the field of `Parameters` that holds them
-# Fields with one row per id. Rows are the first axis, after the members of tables.
+# Fields with one row per id. Rows are the first axis, after the runs of tables.
 _ROWS = {_TABLES, "owners", "items"}
 
 
@@ -62,25 +62,27 @@ def _filler(path: jax.tree_util.KeyPath) -> int:
     return -1 if "category" in names_of(path) else 0
 
 
-def _axis_of_rows(deal: Deal, path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
+def _axis_of_rows(row_sharding: RowSharding, path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
     """The axis of the rows that are dealt to devices; None without such rows."""
-    if deal == WHOLE or not names_of(path) & _ROWS:
+    if row_sharding == WHOLE or not names_of(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
 
-def _spec(members: int, deal: Deal, path: jax.tree_util.KeyPath, leaf: Any) -> PartitionSpec:
-    """The partition of an array by its field: members over `MEMBERS`, dealt rows over `AXIS`."""
-    has_members = members > 1 and names_of(path) & MEMBERS_FIRST
-    axes: list[str | None] = [MEMBERS] if has_members else []
-    rows = _axis_of_rows(deal, path, leaf)
+def _spec(
+    runs: int, row_sharding: RowSharding, path: jax.tree_util.KeyPath, leaf: Any
+) -> PartitionSpec:
+    """The partition of an array by its field: runs over `RUNS`, sharded rows over `AXIS`."""
+    has_runs = runs > 1 and names_of(path) & RUNS_FIRST
+    axes: list[str | None] = [RUNS] if has_runs else []
+    rows = _axis_of_rows(row_sharding, path, leaf)
     if rows is not None:
         axes += [None] * (rows - len(axes)) + [AXIS]
     return PartitionSpec(*axes)
 
 
-def _specs(members: int, deal: Deal, tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(functools.partial(_spec, members, deal), tree)
+def _specs(runs: int, row_sharding: RowSharding, tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(functools.partial(_spec, runs, row_sharding), tree)
 
 
 def _by_row(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
@@ -117,10 +119,10 @@ def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
     XLA itself splits programs on such arrays over the devices. Rows of padding may follow.
     """
-    spread = DeviceMap(Mesh(np.array(devices), (AXIS,)), Deal(len(devices), AXIS))
+    spread = DeviceMap(Mesh(np.array(devices), (AXIS,)), RowSharding(len(devices), AXIS))
 
     def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        axis = _axis_of_rows(spread.deal, path, leaf)
+        axis = _axis_of_rows(spread.row_sharding, path, leaf)
         if axis is not None:
             widths = [(0, 0)] * leaf.ndim
             widths[axis] = (0, -leaf.shape[axis] % len(devices))
@@ -139,7 +141,7 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
 
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """Compute a function of requests in parts, on the `parts` devices along `MEMBERS`.
+    """Compute a function of requests in parts, on the `parts` devices along `RUNS`.
 
     They hold the same batch. If they cannot share its requests evenly, each computes all of it.
     """
@@ -147,13 +149,13 @@ def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     if parts == 1 or requests % parts:
         return function(batch)
     size = requests // parts
-    start = jax.lax.axis_index(MEMBERS) * size
-    part = jax.tree.map(lambda of: jax.lax.dynamic_slice_in_dim(of, start, size), batch)
-    return jax.lax.all_gather(function(part), MEMBERS, axis=0, tiled=True)
+    start = jax.lax.axis_index(RUNS) * size
+    part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), batch)
+    return jax.lax.all_gather(function(part), RUNS, axis=0, tiled=True)
 
 
 def shared_evenly(number: int, parts: int) -> Int[np.ndarray, "filled"]:
-    """Return the indices of `number` members, the last one repeated up to a multiple of `parts`.
+    """Return the indices of `number` runs, the last one repeated up to a multiple of `parts`.
 
     >>> shared_evenly(number=5, parts=4).tolist()
     [0, 1, 2, 3, 4, 4, 4, 4]
@@ -161,18 +163,18 @@ def shared_evenly(number: int, parts: int) -> Int[np.ndarray, "filled"]:
     return np.minimum(np.arange(-(-number // parts) * parts), number - 1)
 
 
-def members_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
-    """Return the number of devices to spread members over, if the config does not set it.
+def runs_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
+    """Return the number of devices to spread runs over, if the config does not set it.
 
-    It is the smallest one that minimizes members per device: those need no traffic and no smaller
-    batches. A device holds equally many members of each group; `sizes` has their numbers. The
+    It is the smallest one that minimizes runs per device: those need no traffic and no smaller
+    batches. A device holds equally many runs of each stack; `sizes` has their numbers. The
     remaining factor of devices shares the `requests` of a batch, which it has to divide.
 
-    >>> members_axis(devices=8, sizes=[16], requests=32)
+    >>> runs_axis(devices=8, sizes=[16], requests=32)
     8
-    >>> members_axis(devices=8, sizes=[1, 4, 4], requests=32)
+    >>> runs_axis(devices=8, sizes=[1, 4, 4], requests=32)
     4
-    >>> members_axis(devices=7, sizes=[3], requests=24)
+    >>> runs_axis(devices=7, sizes=[3], requests=24)
     7
     """
     axes = [axis for axis in range(1, devices + 1) if devices % axis == 0]
@@ -180,7 +182,7 @@ def members_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
     return min(axes, key=lambda axis: sum(-(-size // axis) for size in sizes))
 
 
-def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
+def share_of(process_of: Int[np.ndarray, "runs sharing"], process: int) -> Share:
     """Return the part of a batch that the devices of a process hold, given that of each device.
 
     Raises:
@@ -197,7 +199,7 @@ def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Sh
             raise UserError(
                 f"process {each} has devices for the parts {', '.join(map(str, held))} of the "
                 f"{parts} of each batch, which are not one aligned range; use another "
-                "parallel.members, or as many devices for each process"
+                "parallel.runs, or as many devices for each process"
             )
         shares_of[each] = Share(start // length, parts // length)
     return shares_of[process]
@@ -210,18 +212,18 @@ class DeviceMap(Devices):
     Its methods that place arrays also take abstract ones and return those with their placement.
     """
 
-    mesh: Mesh  # with the axis `AXIS` and, except under `pmap`, `MEMBERS` before it
-    deal: Deal = WHOLE  # of the rows of tables and items to the devices along `AXIS`
+    mesh: Mesh  # with the axis `AXIS` and, except under `pmap`, `RUNS` before it
+    row_sharding: RowSharding = WHOLE  # of the rows of tables and items to the devices along `AXIS`
     options: dict[str, Any] | None = None  # for XLA's compiler, of a step
     by_pmap: bool = False  # map by `jax.pmap`: batches have a leading axis of devices
 
     @property
-    def members(self) -> int:
-        """The number of devices that members are spread over.
+    def runs(self) -> int:
+        """The number of devices that runs are spread over.
 
-        A step takes a multiple of it of the members of each group, see `shared_evenly`.
+        A step takes a multiple of it of the runs of each stack, see `shared_evenly`.
         """
-        return self.mesh.shape.get(MEMBERS, 1)
+        return self.mesh.shape.get(RUNS, 1)
 
     @functools.cached_property
     def share(self) -> Share:
@@ -232,40 +234,40 @@ class DeviceMap(Devices):
     def place(self, tree: Any) -> Any:
         """Copy a pytree from the host or one device to the devices.
 
-        Each gets its own members, filled by `shared_evenly`, its dealt rows, and all else.
+        Each gets its own runs, filled by `shared_evenly`, its sharded rows, and all else.
         """
-        sharing = self.deal.devices
+        sharing = self.row_sharding.devices
 
         def put(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
             place = self.place_of(path, leaf)
-            axis = _axis_of_rows(self.deal, path, leaf)
+            axis = _axis_of_rows(self.row_sharding, path, leaf)
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 shape = list(leaf.shape)
                 if axis is not None:
-                    shape[axis] = sharing * length_of_share(shape[axis], sharing)
+                    shape[axis] = sharing * rows_per_device(shape[axis], sharing)
                 return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
-            if names_of(path) & MEMBERS_FIRST and len(leaf) % self.members:
-                # On the host, as the members may not fit one device.
-                leaf = np.asarray(leaf)[shared_evenly(len(leaf), self.members)]
+            if names_of(path) & RUNS_FIRST and len(leaf) % self.runs:
+                # On the host, as the runs may not fit one device.
+                leaf = np.asarray(leaf)[shared_evenly(len(leaf), self.runs)]
             # A step donates its states, so they must not share memory with arrays of the caller.
-            own = leaf.copy() if axis is None else dealt(leaf, axis, sharing, _filler(path))
+            own = leaf.copy() if axis is None else to_shards(leaf, axis, sharing, _filler(path))
             return _put_at(place, own)
 
         return jax.tree_util.tree_map_with_path(put, tree)
 
     def place_of(self, path: jax.tree_util.KeyPath, leaf: Any) -> Sharding | Format:
         """Return the placement of a leaf of a pytree, by its field, on these devices."""
-        sharding = NamedSharding(self.mesh, _spec(self.members, self.deal, path, leaf))
+        sharding = NamedSharding(self.mesh, _spec(self.runs, self.row_sharding, path, leaf))
         # `pmap` takes no layouts.
         return sharding if self.by_pmap else _by_row(path, leaf, sharding)
 
-    def create(self, make: Callable[[Deal], States]) -> States:
-        """Compute states on their devices only, by a pure function of a deal, see `Group.init`."""
+    def create(self, make: Callable[[RowSharding], States]) -> States:
+        """Compute states on their devices only, by a function of a sharding, see `Stack.init`."""
         shapes = jax.eval_shape(lambda: make(WHOLE))
-        own: Callable[[], States] = functools.partial(make, self.deal)
-        if self.deal != WHOLE:
-            # Each device makes its own rows; XLA splits the members.
-            own = self._over_mesh(own, (), _specs(1, self.deal, shapes), axis_names={AXIS})
+        own: Callable[[], States] = functools.partial(make, self.row_sharding)
+        if self.row_sharding != WHOLE:
+            # Each device makes its own rows; XLA splits the runs.
+            own = self._over_mesh(own, (), _specs(1, self.row_sharding, shapes), axis_names={AXIS})
         places = jax.tree_util.tree_map_with_path(self.place_of, shapes)
         return jax.jit(own, out_shardings=places)()
 
@@ -303,32 +305,32 @@ class DeviceMap(Devices):
             axes: Any = (None, 0, None, None)
             return self._pmap(step, in_axes=axes, out_axes=None, donate_argnums=0)
         laid_out = states and jax.tree_util.tree_map_with_path(self.place_of, states)
-        of_members = PartitionSpec(MEMBERS) if self.members > 1 else PartitionSpec()
+        of_runs = PartitionSpec(RUNS) if self.runs > 1 else PartitionSpec()
 
         @functools.wraps(step)
-        def mapped(states: States, batch: Any, numbers: Any, frozen: Frozen) -> Any:
-            # Scalars are numbers of the whole step, not of members.
+        def mapped(states: States, batch: Any, numbers: Any, constants: Constants) -> Any:
+            # Scalars are numbers of the whole step, not of runs.
             of_numbers = jax.tree.map(
-                lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
+                lambda array: of_runs if jnp.ndim(array) else PartitionSpec(), numbers
             )
-            of_states, of_frozen = (
-                _specs(self.members, self.deal, tree) for tree in (states, frozen)
+            of_states, of_constants = (
+                _specs(self.runs, self.row_sharding, tree) for tree in (states, constants)
             )
-            specs = (of_states, PartitionSpec(AXIS), of_numbers, of_frozen)
-            on_mesh = self._over_mesh(step, specs, (of_states, of_members))
-            return on_mesh(states, batch, numbers, frozen)
+            specs = (of_states, PartitionSpec(AXIS), of_numbers, of_constants)
+            on_mesh = self._over_mesh(step, specs, (of_states, of_runs))
+            return on_mesh(states, batch, numbers, constants)
 
         return jax.jit(
             mapped,
             donate_argnums=0,
-            out_shardings=(laid_out, NamedSharding(self.mesh, of_members)),
+            out_shardings=(laid_out, NamedSharding(self.mesh, of_runs)),
             compiler_options=self.options,
         )
 
     def unreplicate(self, tree: Any) -> Any:
         """Invert `place`: return a pytree on one device, or on the host.
 
-        It is the host where devices hold different members or rows. Repeated members and rows of
+        It is the host where devices hold different runs or rows. Repeated runs and rows of
         padding follow the others.
         """
 
@@ -338,7 +340,11 @@ class DeviceMap(Devices):
             own = array.is_fully_addressable
             host = np.asarray(array) if own else process_allgather(array, tiled=True)
             axes = tuple(array.sharding.spec)
-            return gathered(host, axes.index(AXIS), self.deal.devices) if AXIS in axes else host
+            return (
+                from_shards(host, axes.index(AXIS), self.row_sharding.devices)
+                if AXIS in axes
+                else host
+            )
 
         return jax.tree.map(on_one, tree)
 
@@ -355,7 +361,7 @@ class DeviceMap(Devices):
 def device_map(
     mapping: str,
     devices: Sequence[jax.Device],
-    members: int = 1,
+    runs: int = 1,
     deterministic: bool = False,
     sharded: bool = False,
 ) -> DeviceMap:
@@ -365,25 +371,25 @@ def device_map(
       mapping: "shard_map"; "pmap", which has only the axis `AXIS`, no layouts and no options; or
         "auto", which is "pmap" where that suffices. On TPUs it does not.
       devices: those to use.
-      members: the number of devices to spread members over, a divisor of their number.
+      runs: the number of devices to spread runs over, a divisor of their number.
       deterministic: on GPUs, whether a step gives the same bits each time: a fixed order of sums.
-      sharded: whether to deal the rows of tables and items to the devices that share requests.
+      sharded: whether the devices that share requests also share the rows of tables and items.
 
     Raises:
       ValueError: `pmap` does not support the other arguments.
     """
-    platform, sharing = devices[0].platform, len(devices) // members
+    platform, sharing = devices[0].platform, len(devices) // runs
     fixes_order = deterministic and platform == "gpu"
-    needs_mesh = members > 1 or sharded or fixes_order or jax.process_count() > 1
+    needs_mesh = runs > 1 or sharded or fixes_order or jax.process_count() > 1
     if mapping == "auto":
         mapping = "shard_map" if needs_mesh or platform == "tpu" else "pmap"
     if mapping == "pmap":
         if needs_mesh:
-            raise ValueError("pmap has no axis of members, sharded tables or compiler options")
+            raise ValueError("pmap has no axis of runs, sharded tables or compiler options")
         return DeviceMap(Mesh(np.array(devices), (AXIS,)), by_pmap=True)
     return DeviceMap(
-        Mesh(np.array(devices).reshape(members, sharing), (MEMBERS, AXIS)),
-        Deal(sharing, AXIS) if sharded and sharing > 1 else WHOLE,
+        Mesh(np.array(devices).reshape(runs, sharing), (RUNS, AXIS)),
+        RowSharding(sharing, AXIS) if sharded and sharing > 1 else WHOLE,
         {"xla_gpu_deterministic_ops": True} if fixes_order else None,
     )
 

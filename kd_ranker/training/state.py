@@ -1,7 +1,7 @@
-"""A group of members in the step: its recipe, its numbers, its state.
+"""A stack of runs in the step: its train_spec, its numbers, its state.
 
-The members of a group differ only in numbers: weights, rates, the seed of their parameters. Their
-arrays are stacked, with a leading axis of members.
+The runs of a stack differ only in numbers: weights, rates, the seed of their parameters. Their
+arrays are stacked, with a leading axis of runs.
 """
 
 import dataclasses
@@ -22,76 +22,76 @@ from kd_ranker.embedding.row_optimizers import RowOptimizer
 from kd_ranker.models.model import Model, Parameters
 
 
-class Recipe(NamedTuple):
-    """The common part of a group's members, static when a step is compiled."""
+class TrainSpec(NamedTuple):
+    """The common part of a stack's runs, static when a step is compiled."""
 
     model: Model
     mode: Mode
     optimizer: optax.GradientTransformation  # a direction, to be scaled by minus the learning rate
     row_optimizer: RowOptimizer  # the same for embedding rows
-    # (step, counted from 1; a member's number of steps) -> factor of the peak learning rates
+    # (step, counted from 1; a run's number of steps) -> factor of the peak learning rates
     schedule: Callable[[Int[Array, ""], Float[Array, ""]], Float[Array, ""]]
-    unshown_are_negatives: bool = False  # whether candidates that were not shown are labelled 0
+    unshown_are_negatives: bool = False  # whether candidates that were not shown are labeled 0
     user_loss: str = "bce"  # one of `losses.USER_LOSSES`
 
 
-class OptimizerNumbers(NamedTuple):
+class OptimizerHyperparameters(NamedTuple):
     """The traced numbers of the update, float32; each is a key of `config.optimizer`.
 
     Rates are peaks that the schedule scales. Weight decay is decoupled from the gradient. `table_`
     is of the embedding rows; the others are of the dense parameters.
     """
 
-    learning_rate: Float[Array, "members"]
-    table_learning_rate: Float[Array, "members"]
-    weight_decay: Float[Array, "members"]
-    table_weight_decay: Float[Array, "members"]
+    learning_rate: Float[Array, "runs"]
+    table_learning_rate: Float[Array, "runs"]
+    weight_decay: Float[Array, "runs"]
+    table_weight_decay: Float[Array, "runs"]
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of a group's members, all float32 [members]."""
+    """The numbers of a stack's runs, all float32 [runs]."""
 
-    user_weight: Float[Array, "members"]  # of the user loss
-    distill_weight: Float[Array, "members"]  # λ, of the distillation loss
+    user_weight: Float[Array, "runs"]  # of the user loss
+    distill_weight: Float[Array, "runs"]  # λ, of the distillation loss
     terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
     loss: LossNumbers
-    optimizer: OptimizerNumbers
-    steps: Float[Array, "members"]  # to train, an integer; after them the member is frozen
-    unshown_weight: Float[Array, "members"]  # label weight of an unshown candidate, if a negative
+    optimizer: OptimizerHyperparameters
+    steps: Float[Array, "runs"]  # to train, an integer; after them the run has diverged
+    unshown_weight: Float[Array, "runs"]  # label weight of an unshown candidate, if a negative
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The arrays that a group carries from step to step.
+    """The arrays that a stack carries from step to step.
 
-    A checkpoint holds them and the loader's position. Every array has a leading axis of members,
-    except `step`, `unknown_ids` and `owners`, which members share.
+    A checkpoint holds them and the loader's position. Every array has a leading axis of runs,
+    except `step`, `unknown_ids` and `owners`, which runs share.
 
-    A member with a loss that stopped being finite is frozen as it was before that step.
+    A run with a loss that stopped being finite has diverged as it was before that step.
     """
 
-    step: Int[Array, ""]  # steps taken; members that finished earlier were frozen in the last
-    parameters: Parameters  # dense, and embedding tables with their optimiser's slots
+    step: Int[Array, ""]  # steps taken; runs that finished earlier were constants in the last
+    parameters: Parameters  # dense, and embedding tables with their optimizer's slots
     transform: Transform  # the mode's parameters
     optimizer_state: optax.OptState  # of the dense parameters and the transform
-    non_finite_step: Int[Array, "members"]  # 0, or the step at which the loss was not finite
+    non_finite_step: Int[Array, "runs"]  # 0, or the step at which the loss was not finite
     unknown_ids: dict[str, Int[Array, ""]]  # by table, the number of trained ids without a row
     owners: dict[str, Int[Array, "rows"]]  # by table, scratch memory of `find_occurrences`
 
 
-MEMBERS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
+RUNS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
     *("step", "unknown_ids", "owners")
 }
-"""The fields of a state with a leading axis of members in their arrays."""
+"""The fields of a state with a leading axis of runs in their arrays."""
 
 States = tuple[TrainState, ...]
-"""The states of a population, one per group."""
+"""The states of a population, one per stack."""
 
 
 class LiveTeacher(NamedTuple):
     """The teacher that scores, inside the step, the candidates of a funnel stage or a later one.
 
-    `Frozen` has its parameters.
+    `Constants` has its parameters.
     """
 
     model: Model
@@ -99,36 +99,38 @@ class LiveTeacher(NamedTuple):
 
 
 @flax.struct.dataclass
-class Frozen:
+class Constants:
     """The arrays that a step only reads."""
 
     items: Items
     teacher: Parameters | None
 
 
-def stack_members(members: Sequence[Any]) -> Any:
-    """Stack pytrees of equal shapes along a leading axis of members."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+def stack_runs(runs: Sequence[Any]) -> Any:
+    """Stack pytrees of equal shapes along a leading axis of runs."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
 
 
-def select_member(tree: Any, member: int) -> Any:
-    """Return one member of a pytree; its leaves have a leading axis of members."""
-    return jax.tree.map(lambda leaf: leaf[member], tree)
+def select_run(tree: Any, run: int) -> Any:
+    """Return one run of a pytree; its leaves have a leading axis of runs."""
+    return jax.tree.map(lambda leaf: leaf[run], tree)
 
 
-def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool) -> TrainState:
-    """Return the state of a group before its first step.
+def init_state(
+    train_spec: TrainSpec, parameters: Parameters, tasks: int, affine: bool
+) -> TrainState:
+    """Return the state of a stack before its first step.
 
-    `parameters` are the members' initial ones, stacked; `affine` is `config.distill.affine`.
+    `parameters` are the runs' initial ones, stacked; `affine` is `config.distill.affine`.
     """
-    members = jax.tree.leaves(parameters)[0].shape[0]
-    transform = stack_members([recipe.mode.init_transform(tasks, affine)] * members)
+    runs = jax.tree.leaves(parameters)[0].shape[0]
+    transform = stack_runs([train_spec.mode.init_transform(tasks, affine)] * runs)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
         transform=transform,
-        optimizer_state=jax.vmap(recipe.optimizer.init)((parameters.dense, transform)),
-        non_finite_step=jnp.zeros(members, jnp.int32),
+        optimizer_state=jax.vmap(train_spec.optimizer.init)((parameters.dense, transform)),
+        non_finite_step=jnp.zeros(runs, jnp.int32),
         unknown_ids={name: jnp.zeros((), jnp.int32) for name in parameters.tables},
         owners={
             name: jnp.zeros(tables.shape[1], jnp.int32)
@@ -137,6 +139,6 @@ def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool)
     )
 
 
-def steps_of_members(state: TrainState, numbers: Hyperparameters) -> Int[Array, "members"]:
-    """Return the last step that each member of a group has taken before it finished."""
+def steps_of_runs(state: TrainState, numbers: Hyperparameters) -> Int[Array, "runs"]:
+    """Return the last step that each run of a stack has taken before it finished."""
     return jnp.minimum(state.step, numbers.steps.astype(jnp.int32))

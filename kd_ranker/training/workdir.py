@@ -18,7 +18,7 @@ from tensorboardX.summary import scalar
 
 from kd_ranker import manifest
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import MadeOf, write_whole
+from kd_ranker.manifest import Provenance, write_whole
 from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
@@ -55,7 +55,7 @@ def read_config(workdir: Path) -> ConfigDict:
 def _with_tuples(value: Any) -> Any:
     """Replace lists of JSON by tuples, because flags cannot set lists."""
     if isinstance(value, dict):
-        return {key: _with_tuples(of) for key, of in value.items()}
+        return {key: _with_tuples(element) for key, element in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
@@ -79,7 +79,11 @@ def read_environment(workdir: Path) -> dict[str, Any]:
 
 
 def check(
-    workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
+    workdir: Path,
+    command: str,
+    config: ConfigDict,
+    dataset: Provenance,
+    without: Sequence[str] = (),
 ) -> None:
     """Check that `workdir` is free or holds a run of this command, config and dataset.
 
@@ -93,7 +97,7 @@ def check(
     owner = read_environment(workdir).get("command", command)
     if owner != command:
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    there, here = (values_by_key(of, without) for of in (read_config(workdir), config))
+    there, here = (values_by_key(each, without) for each in (read_config(workdir), config))
     if differing := manifest.differences(there, here):
         raise UserError(
             f"{workdir} holds a run of another config; use another --workdir or set back: "
@@ -102,7 +106,7 @@ def check(
     check_dataset(workdir, dataset)
 
 
-def check_dataset(workdir: Path, dataset: MadeOf) -> None:
+def check_dataset(workdir: Path, dataset: Provenance) -> None:
     """Raise UserError if the run in `workdir` uses a dataset of another fingerprint."""
     here = dataset["dataset"]
     there = read_environment(workdir).get("dataset", here)
@@ -113,7 +117,7 @@ def check_dataset(workdir: Path, dataset: MadeOf) -> None:
         )
 
 
-def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeOf) -> None:
+def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Provenance) -> None:
     """Write `config.json`, and the environment of the run to `environment.json`."""
     devices = jax.devices()
     environment = {

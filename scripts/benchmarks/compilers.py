@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker import ahead
 from kd_ranker.configs import cascade
 from kd_ranker.requests.records import Dataset
+from scripts.aot import programs, topologies
 
 USERS, ITEMS, WIDTH, BATCH = 1_000_000, 10_000_000, 64, 256
-MEMBERS = 16
+RUNS = 16
 
 
 class Case(NamedTuple):
     """A program and the devices that it is compiled for.
 
     Attributes:
-      topology: one of `ahead.topology_names`.
-      program: one of `ahead.PROGRAMS`.
-      mode: of the student, or of all members.
+      topology: one of `topologies.topology_names`.
+      program: one of `programs.PROGRAMS`.
+      mode: of the student, or of all runs.
       source: `teacher.source`.
       large: whether the sizes are those above, or the cascade's own.
       width: of the embeddings, where it is large.
@@ -87,7 +87,7 @@ def config_of(case: Case) -> ConfigDict:
     config = cascade()
     config.distill.mode, config.teacher.source = case.mode, case.source
     config.parallel.tables = case.tables
-    config.sweep.modes, config.sweep.seeds = (case.mode,), tuple(range(MEMBERS))
+    config.sweep.modes, config.sweep.seeds = (case.mode,), tuple(range(RUNS))
     if case.large:
         for batch in (config.batch, config.teacher.batch):
             batch.requests = BATCH
@@ -101,24 +101,24 @@ def sample_of(case: Case) -> Dataset:
     config = config_of(case)
     # Not a dataset that was built: its own requests are as good.
     config.data.dir = "none"
-    return ahead.sample_of(config, *((USERS, ITEMS) if case.large else ()))
+    return programs.sample_of(config, *((USERS, ITEMS) if case.large else ()))
 
 
-def find(case: Case) -> ahead.Finding:
+def find(case: Case) -> programs.Finding:
     """Compiles a case."""
-    topology = ahead.open_topology(case.topology)
-    return ahead.compile_program(case.program, config_of(case), sample_of(case), topology)
+    topology = topologies.open_topology(case.topology)
+    return programs.compile_program(case.program, config_of(case), sample_of(case), topology)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compiles all cases whose compiler is installed, and prints the table."""
     findings = {}
     for case in CASES:
-        if missing := ahead.missing_packages(case.topology):
+        if missing := topologies.missing_packages(case.topology):
             print(f"{case.name}: left out, without {missing}", file=sys.stderr)
             continue
         findings[case.name] = find(case)
-        print(ahead.findings_table([findings[case.name]]), file=sys.stderr, flush=True)
-    table = ahead.findings_table(list(findings.values()), "github")
+        print(programs.findings_table([findings[case.name]]), file=sys.stderr, flush=True)
+    table = programs.findings_table(list(findings.values()), "github")
     print(table, file=sys.stderr)
-    return {"programs": {name: ahead.line_of(finding) for name, finding in findings.items()}}
+    return {"programs": {name: programs.line_of(finding) for name, finding in findings.items()}}

@@ -69,7 +69,7 @@ def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs a benchmark by its name; what it found, or the end of what it printed if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        flags = [f"--json={path}", f"--members={arguments.members}"]
+        flags = [f"--json={path}", f"--runs={arguments.runs}"]
         if arguments.steps:
             flags.append(f"--steps={arguments.steps}")
         finished = subprocess.run(

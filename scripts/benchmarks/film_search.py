@@ -24,7 +24,7 @@ from kd_ranker.rivals.candidates import Candidates
 from kd_ranker.serving import check, programs
 from kd_ranker.sources import filmsearch, sentences
 from kd_ranker.sources.filmsearch import FEATURES
-from kd_ranker.training import recipes
+from kd_ranker.training import specs
 from scripts.benchmarks import measuring
 
 TRAINING, TEXTS = 2000, 64
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configs.filmsearch()
     config.data.path, config.data.dir = arguments.data, arguments.data_dir
     dataset, size = dataset_of(config), config.funnel.retrieved
-    model, init = recipes.student_model(config, dataset.spec)
+    model, init = specs.student_model(config, dataset.spec)
     parameters, mode = jax.jit(lambda: init(jax.random.key(0), 0))(), MODES["aux"]
     batch = cutting.whole_batch(dataset.columns["test"], np.zeros(1, int), np.arange(size)[None])
     exported = programs.make_programs(

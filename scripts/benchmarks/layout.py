@@ -1,8 +1,8 @@
 """Three ways of updating the tables of a population, at the cascade's sizes with Adam.
 
-`loop` is the project's: one flat table, and a loop over members in the program. `flat` is one
-gather and one scatter over all members' rows, at ids with an offset a member. `vmap` maps the
-update of one member over stacked tables.
+`loop` is the project's: one flat table, and a loop over runs in the program. `flat` is one
+gather and one scatter over all runs' rows, at ids with an offset a run. `vmap` maps the
+update of one run over stacked tables.
 """
 
 import argparse
@@ -22,37 +22,37 @@ OPTIMIZER = ROW_OPTIMIZERS["adam"]
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times all three in turn."""
-    members = arguments.members
+    runs = arguments.runs
     generator = np.random.default_rng(0)
     columns = WIDTH + 1 + OPTIMIZER.slots(WIDTH)
-    gradients = jnp.asarray(generator.normal(size=(members, IDS, WIDTH)), jnp.float32)
-    tables = jnp.asarray(generator.normal(size=(members, ROWS, columns)), jnp.float32)
-    owners = {"loop": ROWS, "flat": members * ROWS, "vmap": ROWS}
+    gradients = jnp.asarray(generator.normal(size=(runs, IDS, WIDTH)), jnp.float32)
+    tables = jnp.asarray(generator.normal(size=(runs, ROWS, columns)), jnp.float32)
+    owners = {"loop": ROWS, "flat": runs * ROWS, "vmap": ROWS}
     milliseconds = measuring.interleaved(
         {
             way.__name__: measuring.donated(
                 way, (tables, jnp.zeros(owners[way.__name__], jnp.int32)), gradients
             )
-            for way in ways(members, jnp.asarray(generator.integers(0, ROWS, IDS), jnp.int32))
+            for way in ways(runs, jnp.asarray(generator.integers(0, ROWS, IDS), jnp.int32))
         }
     )
     best_other = min(milliseconds["flat"]["median"], milliseconds["vmap"]["median"])
     ratio = milliseconds["loop"]["median"] / best_other
-    updated = members * IDS * columns * tables.dtype.itemsize
+    updated = runs * IDS * columns * tables.dtype.itemsize
     return {
         "ratio": ratio,
         "bar": 1.0,
         "passed": ratio <= 1.0,
         "ms": milliseconds,
         "floor": measuring.floor(0, 2 * updated, milliseconds["loop"]["median"]),
-        "sizes": {"members": members, "rows": ROWS, "width": WIDTH, "ids": IDS},
+        "sizes": {"runs": runs, "rows": ROWS, "width": WIDTH, "ids": IDS},
     }
 
 
-def ways(members: int, row: Any) -> list[Callable]:
+def ways(runs: int, row: Any) -> list[Callable]:
     """The three, each (tables and owners, gradients) -> tables and owners."""
     mask = jnp.ones(IDS, bool)
-    numbers = (jnp.full(members, 0.01), jnp.full(members, 0.1), jnp.ones(members, bool))
+    numbers = (jnp.full(runs, 0.01), jnp.full(runs, 0.1), jnp.ones(runs, bool))
 
     def loop(state: Any, gradients: Any) -> Any:
         tables, owner = state
@@ -61,11 +61,11 @@ def ways(members: int, row: Any) -> list[Callable]:
 
     def flat(state: Any, gradients: Any) -> Any:
         tables, owner = state
-        all_rows = (row + (jnp.arange(members) * ROWS)[:, None]).reshape(-1)
-        occurrences, owner = find_occurrences(all_rows, jnp.tile(mask, members), owner)
+        all_rows = (row + (jnp.arange(runs) * ROWS)[:, None]).reshape(-1)
+        occurrences, owner = find_occurrences(all_rows, jnp.tile(mask, runs), owner)
         new = update_tables(
             OPTIMIZER,
-            tables.reshape(1, members * ROWS, -1),
+            tables.reshape(1, runs * ROWS, -1),
             occurrences,
             gradients.reshape(1, -1, WIDTH),
             *(number[:1] for number in numbers),

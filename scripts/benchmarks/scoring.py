@@ -17,7 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.evaluate import make_serve
 from kd_ranker.sources.cascade import open_source
-from kd_ranker.training import recipes
+from kd_ranker.training import specs
 from scripts.benchmarks import measuring
 
 BAR_FLOPS, BAR_WALL, CALLS = 0.05, 0.10, 400
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     features = generator.normal(size=(spec.num_items, spec.item_features)).astype(np.float32)
     items = jax.device_put(Items(features, np.zeros((spec.num_items, 0), np.int32)))
     calls, flops = {}, {}
-    for name, make in (("student", recipes.student_model), ("teacher", recipes.teacher_model)):
+    for name, make in (("student", specs.student_model), ("teacher", specs.teacher_model)):
         model, init = make(config, spec)
         parameters = jax.jit(lambda init=init: init(jax.random.key(0), 0))()
         serve = make_serve(model, MODES["none"])

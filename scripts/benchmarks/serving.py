@@ -30,7 +30,7 @@ from kd_ranker.pipeline.exporting import write_export
 from kd_ranker.serving import check
 from kd_ranker.serving.programs import Exported, Servable, make_programs, to_jax, to_onnx
 from kd_ranker.sources.cascade import open_source
-from kd_ranker.training import recipes
+from kd_ranker.training import specs
 from scripts.benchmarks.scoring import CALLS, percentiles
 
 BAR_OWN, BAR_TEACHER, BAR_LOAD = 1.2, 0.10, 1.0
@@ -38,10 +38,10 @@ ITEMS_TO_LOAD = 1_000_000
 # What an export says of its run, of which there is none here.
 ABOUT = {
     "role": "student",
-    "member": "",
+    "run": "",
     "mode": "none",
     "serve": "user",
-    "run": {},
+    "provenance": {},
     "formats": ["onnx"],
 }
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = open_source(config.data, config.tasks, config.funnel).spec
     batch, items = request(spec, config.funnel.retrieved)
     student, teacher = (
-        trained(*make(config, spec)) for make in (recipes.student_model, recipes.teacher_model)
+        trained(*make(config, spec)) for make in (specs.student_model, specs.teacher_model)
     )
     exported = make_programs(servable(student, spec, items))
     fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
@@ -105,7 +105,7 @@ def per_second(call: Callable[[], Any]) -> float:
 def load(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
     """Seconds until an export is open, and until it has answered its first request."""
     batch, items = request(spec, config.funnel.retrieved)
-    of = servable(trained(*recipes.student_model(config, spec)), spec, items)
+    of = servable(trained(*specs.student_model(config, spec)), spec, items)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
         write_export(of, batch, ABOUT, Path(scratch), folder)

@@ -1,4 +1,4 @@
-"""16 members under a live teacher: one sweep against as many runs of `experiments.train`.
+"""16 runs under a live teacher: one sweep against as many runs of `experiments.train`.
 
 Each run is a process of its own, start-up and compilation included.
 """
@@ -25,9 +25,9 @@ BAR = 0.25
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wall time of one sweep over that of its members trained one by one."""
+    """Wall time of one sweep over that of its runs trained one by one."""
     config = cascade()
-    weights = np.geomspace(0.1, 10, arguments.members).round(3).tolist()
+    weights = np.geomspace(0.1, 10, arguments.runs).round(3).tolist()
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--config.data.dir={folder}/datasets"]
         if arguments.steps:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ])  # fmt: skip
         # Around the sweep, so that a machine that slows down slows both.
         runs = [*first, *(train(weight) for weight in weights[half:])]
-        floor = steps_and_floor(config, arguments.members)
+        floor = steps_and_floor(config, arguments.runs)
     ratio = sweep / sum(runs)
     return {
         "ratio": ratio,
@@ -62,16 +62,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "one run": {"median": statistics.median(runs), "min": min(runs), "max": max(runs)},
         },
         "steps": config.train.steps,
-        "members": arguments.members,
+        "runs": arguments.runs,
         "floor": floor,
     }
 
 
-def steps_and_floor(config: Any, members: int) -> dict[str, Any]:
+def steps_and_floor(config: Any, runs: int) -> dict[str, Any]:
     """Steps on a resident batch, and what they would take at the machine's best rates.
 
-    `ratio` is that of the operations: one teacher pass and the members' updates over as many
-    teacher passes and updates. Bytes are those of the rows that the members' item tables must have
+    `ratio` is that of the operations: one teacher pass and the runs' updates over as many
+    teacher passes and updates. Bytes are those of the rows that the runs' item tables must have
     read and written, once each way. XLA counts the body of the loop that updates tables once, so
     the few operations in there are left out.
     """
@@ -81,23 +81,23 @@ def steps_and_floor(config: Any, members: int) -> dict[str, Any]:
     batch = first_batch(config, dataset)
 
     def program(number: int, live: bool) -> Program:
-        names = {str(member): config for member in range(number)}
+        names = {str(run): config for run in range(number)}
         return Program(names, dataset.spec, dataset.items, batch, teacher if live else None)
 
-    one, alone, together = program(1, True), program(1, False), program(members, True)
+    one, alone, together = program(1, True), program(1, False), program(runs, True)
     milliseconds = measuring.interleaved(
-        {"one member": one.step, "one without teacher": alone.step, "all members": together.step}
+        {"one run": one.step, "one without teacher": alone.step, "all runs": together.step}
     )
     ids = batch.item_id.size
-    of_all, of_one = (milliseconds[name]["median"] for name in ("all members", "one member"))
+    of_all, of_one = (milliseconds[name]["median"] for name in ("all runs", "one run"))
     return {
-        "ratio": together.flops / (members * one.flops),
-        "ratio of steps": of_all / (members * of_one),
+        "ratio": together.flops / (runs * one.flops),
+        "ratio of steps": of_all / (runs * of_one),
         "steps, ms": milliseconds,
-        "step of all members": measuring.floor(
+        "step of all runs": measuring.floor(
             together.flops, 2 * ids * together.row_bytes("item"), of_all
         ),
-        "flops of one member": {"with teacher": one.flops, "without": alone.flops},
+        "flops of one run": {"with teacher": one.flops, "without": alone.flops},
     }
 
 

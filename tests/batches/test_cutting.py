@@ -42,9 +42,9 @@ def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
             np.testing.assert_array_equal(fact[:known], stored[order[:known]])
             assert np.isnan(fact[known:]).all()
         assert batch.candidate_mask[index].sum() == size
-        is_labelled = batch.label_weight[index] > 0
-        np.testing.assert_array_equal(is_labelled[:size], order == 0)
-        np.testing.assert_array_equal(batch.user_label[index][is_labelled], request.user_label)
+        is_labeled = batch.label_weight[index] > 0
+        np.testing.assert_array_equal(is_labeled[:size], order == 0)
+        np.testing.assert_array_equal(batch.user_label[index][is_labeled], request.user_label)
 
 
 def test_a_limit_counts_requests_and_the_funnel_must_hold_each(dataset):

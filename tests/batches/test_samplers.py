@@ -97,22 +97,24 @@ def test_a_batch_tells_the_truth_about_its_candidates(dataset, sampler, candidat
             numbers = (len(request.item_id), request.num_passed, len(request.user_label))
             reached = [at < number for number in numbers]
             np.testing.assert_array_equal(batch.stage[row][real], np.sum(reached, axis=0))
-            labelled = np.flatnonzero(batch.label_weight[row])
-            np.testing.assert_array_equal(labelled, np.arange(len(labelled)))  # they come first
-            assert reached[-1][labelled].all()
-            labels = request.user_label[at[labelled]]
-            np.testing.assert_array_equal(batch.user_label[row][labelled], labels)
+            num_labeled = np.flatnonzero(batch.label_weight[row])
+            np.testing.assert_array_equal(
+                num_labeled, np.arange(len(num_labeled))
+            )  # they come first
+            assert reached[-1][num_labeled].all()
+            labels = request.user_label[at[num_labeled]]
+            np.testing.assert_array_equal(batch.user_label[row][num_labeled], labels)
             if sampler == "uniform":
-                weight = batch.label_weight[row][labelled]
+                weight = batch.label_weight[row][num_labeled]
                 np.testing.assert_allclose(weight, len(place) / len(real), rtol=1e-6)
-                assert len(labelled) == reached[-1].sum()
+                assert len(num_labeled) == reached[-1].sum()
             scored = at < len(request.teacher_probability)
-            judged, stored = scored[: batch.judged], request.teacher_probability[at[scored]]
-            found = batch.teacher_probability[row][: len(real)][judged]
+            num_scored, stored = scored[: batch.num_scored], request.teacher_probability[at[scored]]
+            found = batch.teacher_probability[row][: len(real)][num_scored]
             np.testing.assert_array_equal(found, np.nan_to_num(stored))
             weight = batch.teacher_weight[row]
             assert weight.sum() == (~np.isnan(stored)).sum()
-            np.testing.assert_array_equal(weight[: len(real)][judged], ~np.isnan(stored))
+            np.testing.assert_array_equal(weight[: len(real)][num_scored], ~np.isnan(stored))
 
 
 def counts_of(shown, passed, retrieved, positives):

@@ -120,7 +120,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
                 else:
                     np.testing.assert_array_equal(value, all_of[item][name])
     if stage == Stage.SHOWN and logged in (None, Stage.SHOWN):
-        assert counting.item_id.shape[1] == counting.labelled == 4
+        assert counting.item_id.shape[1] == counting.num_labeled == 4
 
 
 def sample_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
@@ -171,7 +171,7 @@ def test_reweighted_labels_keep_their_totals(positives, negatives, rate, slots, 
 @pytest.mark.parametrize(
     ("candidates", "share", "numbers"), [(8, 0.25, (2, 6)), (30, 1, (10, 20)), (80, 0.5, (10, 40))]
 )
-def test_unlabelled_slots_are_shared_and_fill_up(candidates, share, numbers):
+def test_unlabeled_slots_are_shared_and_fill_up(candidates, share, numbers):
     request = random_request(0, shown=0, passed=10, retrieved=50)
     stage = sample_of(request, candidates, passed_share=share)["stage"]
     assert ((stage == Stage.PASSED).sum(), (stage == Stage.RETRIEVED).sum()) == numbers

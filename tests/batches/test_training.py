@@ -109,9 +109,9 @@ def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
     how = {"needs": Needs(stage, logged), "sampler": sampler}
     resident = take(batches(dataset, **how, resident=True), MANY)
     assert_same(resident, take(batches(dataset, **how, resident=False), MANY))
-    slots = resident[0].item_id.shape[1], resident[0].judged
+    slots = resident[0].item_id.shape[1], resident[0].num_scored
     assert slots[0] < 12 or stage == Stage.RETRIEVED
-    assert resident[0].labelled < slots[1] < 12 or stage == Stage.SHOWN
+    assert resident[0].num_labeled < slots[1] < 12 or stage == Stage.SHOWN
 
 
 @on_devices_or_not

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 CHANGES = {
     "sweep__modes": ("none", "aux"),
     "sweep__seeds": (0, 1),
-    "sweep__group_size": 1,
+    "sweep__cohort_size": 1,
     "train__steps": 60,
     "train__checkpoint_every": 10,
     "train__eval_every": 0,

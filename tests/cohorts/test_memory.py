@@ -4,23 +4,23 @@ import pytest
 from kd_ranker.batch import empty_batch
 from kd_ranker.cohorts import memory
 from kd_ranker.configs import cascade
-from kd_ranker.training import recipes
+from kd_ranker.training import specs
 from kd_ranker.training.mapping import MAPPINGS, first_devices
 from tests.faults import fault_of
 from tests.random_batches import SPEC
 
 
 def bytes_of(config, spec=SPEC):
-    """The bytes of a member's state and of a batch, counted on arrays."""
-    (group,) = recipes.student_groups({"": config}, spec)
-    arrays = group.init(), empty_batch(spec, config.batch.requests, config.batch.candidates)
+    """The bytes of a run's state and of a batch, counted on arrays."""
+    (stack,) = specs.student_stacks({"": config}, spec)
+    arrays = stack.init(), empty_batch(spec, config.batch.requests, config.batch.candidates)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
-def cohort_size(*members):
+def cohort_size(*runs):
     """The size of a cohort of the first of them."""
-    devices = first_devices(members[0].parallel.devices)
-    return memory.cohort_size(members[0], members, SPEC, devices)
+    devices = first_devices(runs[0].parallel.devices)
+    return memory.cohort_size(runs[0], runs, SPEC, devices)
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def free(monkeypatch):
     [
         ({}, 8),
         ({"devices": 2}, 2),
-        ({"members": 4}, 4),
+        ({"runs": 4}, 4),
         ({"mapping": "shard_map"}, 8),
         ({"mapping": "pmap"}, 1),
     ],
     ids=str,
 )
-def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, parallel, across):
+def test_a_cohort_has_as_many_runs_as_fit_the_devices_with_the_margin(free, parallel, across):
     config = cascade("small")
     config.parallel.update(parallel)
     wide = config.copy_and_resolve_references()
@@ -49,17 +49,17 @@ def test_a_cohort_has_as_many_members_as_fit_the_devices_with_the_margin(free, p
     for number, fit in ((0, 1), (one, 1), (10 * one, 10), (10.9 * one, 10)):
         free(number)
         assert cohort_size(config, wide) == fit * across
-    config.sweep.group_size = 3
+    config.sweep.cohort_size = 3
     assert cohort_size(config, wide) == 3
 
 
 def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
     config = cascade("small")
-    groups = recipes.student_groups({"": config}, SPEC)
+    stacks = specs.student_stacks({"": config}, SPEC)
     for devices, tables in ((1, "replicated"), (2, "sharded")):
         config.parallel.update({"devices": devices, "tables": tables})
         over = memory.spread(config.parallel, first_devices(devices), [1], config.batch.requests)
-        checked = groups, config.batch, SPEC, over
+        checked = stacks, config.batch, SPEC, over
         needed = bytes_of(config) / devices
         free(needed + 1)
         memory.check_memory(*checked)
@@ -78,7 +78,7 @@ def test_a_device_that_is_full_is_reported_in_one_line():
 
     fault = fault_of(fail, "RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nAllocator")
     assert fault.startswith("a device has too little memory: RESOURCE_EXHAUSTED: Out")
-    assert "lower sweep.group_size, batch.requests" in fault
+    assert "lower sweep.cohort_size, batch.requests" in fault
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         fail("INTERNAL: another fault")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kd_ranker.cohorts.plan import open_sweep
 from kd_ranker.config import schema
 from kd_ranker.config.runs import common, list_runs, sweep_runs
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import results, setting_names
 from tests.faults import fault_of
 from tests.sweeps import config_of
 
@@ -24,7 +24,7 @@ def planned(folder, size, config):
 
 
 @given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
-def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
+def test_every_run_is_in_one_cohort_of_its_order_and_none_is_too_large(
     tmp_path_factory, size, seeds, data_seeds
 ):
     config = config_of({"batch.seed": tuple(range(data_seeds))}, seeds=tuple(range(seeds)))
@@ -86,19 +86,19 @@ def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
         assert common(cohort).batch.seed == common(cohort).teacher.batch.seed == seed
 
 
-def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_differ():
+def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_runs_may_differ():
     axes = {"train.steps": (20, 50), "teacher.stage": ("passed", "retrieved")}
     config = config_of(axes, weights=(1.0, 3.0))
     config.lock()  # as the entry points do
-    members = sweep_runs(config).items()
-    of_stage = {name: member for name, member in members if member.teacher.stage == "passed"}
+    runs = sweep_runs(config).items()
+    of_stage = {name: run for name, run in runs if run.teacher.stage == "passed"}
     shared = common(of_stage)
     assert (shared.train.steps, shared.teacher.stage) == (50, "passed")
     for key in schema.sweepable():
         section, _, last = key.name.rpartition(".")
         there = last in (schema.value_of(shared, section) if section else shared)
         assert there == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
-    # The members keep all.
+    # The runs keep all.
     assert next(iter(of_stage.values())).distill.mode == "none"
 
 
@@ -110,19 +110,19 @@ def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_p
     assert list(map(len, sweep.plan)) == [1, 3]
     passed = {True: 20.0, False: 30.0}
     told = {"split": "validation", "role": "student", "serve": "user", "non_finite_step": None}
-    names = ["member", "passed_for_99", *told, *results.SETTING, *results.REPEAT]
-    names += results.OTHER_KEYS  # those that a sweep varies later too
+    names = ["run", "passed_for_99", *told, *setting_names.SETTING, *setting_names.REPEAT]
+    names += setting_names.OTHER_KEYS  # those that a sweep varies later too
     for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
         rows = [
-            results.made_of(of)
+            setting_names.setting_of(of)
             | told
-            | {"member": name, "passed_for_99": passed[of.distill.affine]}
+            | {"run": name, "passed_for_99": passed[of.distill.affine]}
             for name, of in cohort.items()
         ]
         folder.mkdir(parents=True)
         (folder / results.FILE).write_text(results.to_csv(rows, list(dict.fromkeys(names))))
-    students = results.with_labels(sweep.validation())
-    affine = [sweep.runs[name].distill.affine for name in students["member"]]
+    students = setting_names.with_labels(sweep.validation())
+    affine = [sweep.runs[name].distill.affine for name in students["run"]]
     assert students["distill.affine"].tolist() == affine
     assert students.groupby("setting")["repeat"].nunique().tolist() == [2, 2]
-    assert len(results.chosen(sweep.validation())) == 4
+    assert len(setting_names.chosen(sweep.validation())) == 4

@@ -10,26 +10,26 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from kd_ranker import ahead
+from scripts.aot import compiled, programs, topologies
 from scripts.benchmarks import compilers
 from scripts.benchmarks.compilers import CASES, Case
 
 pytestmark = pytest.mark.slow
 
 
-def opened(topology: str) -> ahead.Topology:
+def opened(topology: str) -> topologies.Topology:
     """The topology; the test is skipped without its compiler."""
-    if missing := ahead.missing_packages(topology):
+    if missing := topologies.missing_packages(topology):
         pytest.skip(f"{missing} not installed; ./scripts/test_compilers.sh does it")
-    return ahead.open_topology(topology)
+    return topologies.open_topology(topology)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_program_moves_nothing_of_a_tables_size(case):
     topology = opened(case.topology)
     config, sample = compilers.config_of(case), compilers.sample_of(case)
-    found = ahead.compile_program(case.program, config, sample, topology)
-    assert found.fits, ahead.findings_table([found])
+    found = programs.compile_program(case.program, config, sample, topology)
+    assert found.fits, programs.findings_table([found])
     assert not found.compiled.copies
     assert not found.compiled.loops
     if case.large:
@@ -49,7 +49,7 @@ def compile_there(topology, function, *shapes):
         for shape, dtype in zip(shapes, (jnp.float32, jnp.int32, jnp.float32), strict=False)
     ]
     made = jax.jit(function, donate_argnums=0).lower(*arguments)
-    return ahead.read_compiled(made.compile(dict(topology.options)), {math.prod(shapes[0])})
+    return compiled.read_compiled(made.compile(dict(topology.options)), {math.prod(shapes[0])})
 
 
 def test_what_is_looked_for_is_found_where_it_is():
@@ -68,8 +68,8 @@ def test_what_is_looked_for_is_found_where_it_is():
 
 
 def test_every_topology_can_be_opened():
-    for name in ahead.topology_names():
-        if not ahead.missing_packages(name):
+    for name in topologies.topology_names():
+        if not topologies.missing_packages(name):
             topology = opened(name)
             assert len(topology.devices) == math.prod(
                 int(size) for size in name.partition(":")[2].split("x")
@@ -80,7 +80,7 @@ def test_a_config_that_does_not_fit_says_so():
     topology = opened("v5e:1x1")
     case = Case("v5e:1x1", source="live")
     config, sample = compilers.config_of(case), compilers.sample_of(case)
-    found = ahead.compile_program("train", config, sample, topology)
+    found = programs.compile_program("train", config, sample, topology)
     assert not found.fits
     assert "HBM" in found.refused
-    assert " NO " in ahead.findings_table([found])
+    assert " NO " in programs.findings_table([found])

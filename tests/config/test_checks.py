@@ -72,8 +72,8 @@ def test_the_defaults_are_valid_and_each_key_has_a_meaning_and_an_influence():
     [
         {"distill.loss": "ranknet", "distill.top_k": 32},
         {"distill.loss": "topk", "distill.top_k": 31},
-        # A sweep's members may be spread so that the requests fit.
-        {"batch.requests": 6, "parallel.members": 4},
+        # A sweep's runs may be spread so that the requests fit.
+        {"batch.requests": 6, "parallel.runs": 4},
         {"sweep.modes": (), "sweep.weights": (), "sweep.seeds": ()},
     ],
 )
@@ -106,10 +106,10 @@ def test_values_at_the_limit_are_valid(changes):
         ({"sweep.part": "1.5"}, "sweep.part='1.5' must be plan"),
         ({"data.dir": "gs://bucket/data"}, "datasets need a folder of this machine"),
         ({"parallel.devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
-        ({"parallel.members": 3}, "=3 does not divide the 8 devices"),
-        ({"parallel.members": 2, "sweep.axes.batch.requests": (8, 6)}, "=6 cannot be shared by 4"),
+        ({"parallel.runs": 3}, "=3 does not divide the 8 devices"),
+        ({"parallel.runs": 2, "sweep.axes.batch.requests": (8, 6)}, "=6 cannot be shared by 4"),
         ({"teacher.batch.requests": 9}, "teacher.batch.requests=9 cannot be shared by 8 devices"),
-        ({"parallel.members": 2, "parallel.mapping": "pmap"}, "take 'auto' or 'shard_map'"),
+        ({"parallel.runs": 2, "parallel.mapping": "pmap"}, "take 'auto' or 'shard_map'"),
         ({"parallel.processes": True, "parallel.devices": 2}, "processes use all of their devices"),
         ({"funnel.passed": 200}, "each stage must be no larger than the one before"),
         ({"funnel.report_at": (10, 101)}, "has a number above funnel.retrieved=100"),
@@ -225,11 +225,11 @@ LIKE_UNSCORED = each(
 
 
 def check_with_log(*changes, log=REQUESTS, signal="probability"):
-    members = [config_with({"distill.mode": "aux"} | of) for of in changes]
-    checks.check_students(members)
+    runs = [config_with({"distill.mode": "aux"} | of) for of in changes]
+    checks.check_students(runs)
     spec = dataclasses.replace(SPEC, teacher_signal=signal, teacher_version="v1")
     dataset = SimpleNamespace(spec=spec, columns={"train": columns_of(log, spec)})
-    checks.check_teacher_signals(dataset, members)
+    checks.check_teacher_signals(dataset, runs)
 
 
 LOGGED, STAGE = {"teacher.source": "logged"}, {"distill.loss": "bce:stage"}
@@ -275,11 +275,11 @@ PASSED, HARD = {"teacher.stage": "passed"}, {"batch.sampler": "hard"}
 )
 def test_a_student_learns_from_a_log_that_has_its_signals(changes, how, message):
     # The baseline needs nothing of it.
-    of_members = (changes | NONE, changes)
+    of_runs = (changes | NONE, changes)
     if message is None:
-        check_with_log(*of_members, **how)
+        check_with_log(*of_runs, **how)
     else:
-        assert re.search(message, fault_of(check_with_log, *of_members, **how))
+        assert re.search(message, fault_of(check_with_log, *of_runs, **how))
 
 
 @pytest.mark.parametrize("split", SPLITS)

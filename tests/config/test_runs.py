@@ -9,10 +9,10 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.runs import list_runs, repeats, sweep_runs
 from kd_ranker.configs import cascade
 from kd_ranker.distillation import losses
-from kd_ranker.evaluation import results
-from kd_ranker.training import recipes
+from kd_ranker.evaluation import setting_names
+from kd_ranker.training import specs
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.state import Frozen
+from kd_ranker.training.state import Constants
 from kd_ranker.training.step import make_step
 from tests.faults import fault_of
 from tests.random_batches import SPEC, random_batch, random_items
@@ -193,19 +193,19 @@ def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch
     monkeypatch.setitem(losses.LOSSES, "lead", losses.Loss(lead, numbers={"least": 1.0}))
     config = config_of(modes=("shared",))
     config.distill.loss = "lead"
-    (default,) = recipes.student_groups(sweep_runs(config), SPEC)
-    assert default.numbers.loss.own["least"].tolist() == [1.0]
+    (default,) = specs.student_stacks(sweep_runs(config), SPEC)
+    assert default.hyperparameters.loss.own["least"].tolist() == [1.0]
     config.sweep.axes.distill.numbers = ((0.5,), (2.0,))
-    (group,) = recipes.student_groups(valid_runs(config), SPEC)
-    assert group.numbers.loss.own["least"].tolist() == [0.5, 2.0]
+    (stack,) = specs.student_stacks(valid_runs(config), SPEC)
+    assert stack.hyperparameters.loss.own["least"].tolist() == [0.5, 2.0]
     mapping = MAPPINGS["shard_map"](jax.devices()[:1])
-    step = mapping.map_step(make_step([group.recipe]))
-    state = mapping.create(lambda deal: (group.init(),))
-    frozen = mapping.place(Frozen(random_items(), None))
-    _, of_groups = step(state, mapping.shard(random_batch(0)), (group.numbers,), frozen)
-    small, large = np.asarray(of_groups[0]["distill_loss"]).ravel()
+    step = mapping.map_step(make_step([stack.train_spec]))
+    state = mapping.create(lambda row_sharding: (stack.init(),))
+    constants = mapping.place(Constants(random_items(), None))
+    _, of_stacks = step(state, mapping.shard(random_batch(0)), (stack.hyperparameters,), constants)
+    small, large = np.asarray(of_stacks[0]["distill_loss"]).ravel()
     assert large > small > 0
-    assert "distill.numbers" in results.OTHER_KEYS  # a column of results.csv
+    assert "distill.numbers" in setting_names.OTHER_KEYS  # a column of results.csv
     config.sweep.axes.distill.numbers = ((0.5, 2.0),)
-    fault = fault_of(recipes.student_groups, sweep_runs(config), SPEC)
+    fault = fault_of(specs.student_stacks, sweep_runs(config), SPEC)
     assert "has 2 numbers, and the losses take 1 (least)" in fault

@@ -64,12 +64,10 @@ def test_a_scored_copy_is_named_after_its_teacher_and_the_stage_that_was_scored(
         assert scores_folder(config, "abc").name == expected
 
 
-def test_the_order_and_the_names_of_members_are_part_of_their_fingerprint():
-    members = {"a": config_with({"seed": 0}), "b": config_with({"seed": 1})}
-    renamed = {"a": members["a"], "c": members["b"]}
-    of = [
-        fingerprint(each, "student") for each in (members, dict(reversed(members.items())), renamed)
-    ]
+def test_the_order_and_the_names_of_runs_are_part_of_their_fingerprint():
+    runs = {"a": config_with({"seed": 0}), "b": config_with({"seed": 1})}
+    renamed = {"a": runs["a"], "c": runs["b"]}
+    of = [fingerprint(each, "student") for each in (runs, dict(reversed(runs.items())), renamed)]
     assert len(set(of)) == 3
 
 

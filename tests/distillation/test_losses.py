@@ -263,14 +263,14 @@ def test_lists_taken_a_few_at_a_time_give_the_same(lists, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_members_with_different_numbers_are_each_as_if_by_themselves(name):
+def test_runs_with_different_numbers_are_each_as_if_by_themselves(name):
     logits, probability, weight, *_ = random_case(11)
-    members = np.stack([logits, 2 * logits, logits - 1])
+    runs = np.stack([logits, 2 * logits, logits - 1])
     numbers = LossNumbers(jnp.array([1.0, 2.0, 0.5]), jnp.array([1.0, 2.0, 3.0]))
     together = jax.jit(jax.vmap(lambda z, numbers: ALL[name](z, probability, weight, numbers)))(
-        members, numbers
+        runs, numbers
     )
-    for index, own in enumerate(members):
+    for index, own in enumerate(runs):
         by_itself, _ = compiled(name)(
             own, probability, weight, numbers.temperature[index], numbers.top_k[index]
         )

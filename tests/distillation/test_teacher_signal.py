@@ -16,7 +16,7 @@ from tests.random_batches import SPEC, random_batch
 
 @given(rank=st.integers(0, 10**6))
 def test_positions_become_probabilities_whose_softmax_is_zipfs_law(rank):
-    """So logit p(r) = −log(1 + r). In float32 neighbours differ; NaN stays unknown."""
+    """So logit p(r) = −log(1 + r). In float32 neighbors differ; NaN stays unknown."""
     probability = probability_of_rank(np.float64(rank))
     assert logit(probability) == pytest.approx(-np.log1p(rank), abs=1e-9)
     near = np.array([rank, rank + 1, np.nan], np.float32)

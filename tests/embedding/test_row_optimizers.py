@@ -26,7 +26,7 @@ def new_table(optimizer, embeddings):
 
 @functools.partial(jax.jit, static_argnums=0)
 def update_many(optimizer, tables, rows, mask, gradients, rates, decays, may_change, gathered=None):
-    """`update_tables` of members that share the ids."""
+    """`update_tables` of runs that share the ids."""
     # Whatever the owners hold must not matter.
     owner = jnp.full(tables.shape[1], 3, jnp.int32)
     occurrences, _ = find_occurrences(rows, mask, owner)
@@ -36,7 +36,7 @@ def update_many(optimizer, tables, rows, mask, gradients, rates, decays, may_cha
 
 
 def update_one(optimizer, table, rows, gradients, rate, decay, mask=None):
-    """`update_tables` of one member."""
+    """`update_tables` of one run."""
     mask = np.ones(len(rows), bool) if mask is None else mask
     table, rows = jnp.asarray(table), jnp.asarray(rows)
     numbers = (jnp.full(1, rate), jnp.full(1, decay), jnp.ones(1, bool))
@@ -107,15 +107,15 @@ def test_lazy_adam_is_optax_adam_for_a_row_in_every_batch():
 
 
 @pytest.mark.parametrize("name", ROW_OPTIMIZERS)
-def test_members_are_updated_as_each_by_itself(name):
+def test_runs_are_updated_as_each_by_itself(name):
     generator = np.random.default_rng(1)
-    optimizer, members = ROW_OPTIMIZERS[name], 3
+    optimizer, runs = ROW_OPTIMIZERS[name], 3
     rows, mask = generator.integers(0, ROWS, 8), generator.random(8) < 0.8
     tables = np.stack(
-        [new_table(optimizer, generator.normal(size=(ROWS, WIDTH))) for _ in range(members)]
+        [new_table(optimizer, generator.normal(size=(ROWS, WIDTH))) for _ in range(runs)]
     )
-    gradients = generator.normal(size=(members, 8, WIDTH)).astype(np.float32)
-    # What touches a row of one member need not touch it of another.
+    gradients = generator.normal(size=(runs, 8, WIDTH)).astype(np.float32)
+    # What touches a row of one run need not touch it of another.
     gradients[1, :4] = 0
     rates, decays = np.float32([0.1, 0.2, 0.3]), np.float32([0.0, 0.1, 0.2])
     may_change = np.array([True, True, False])
@@ -123,10 +123,8 @@ def test_members_are_updated_as_each_by_itself(name):
         optimizer, jnp.asarray(tables), jnp.asarray(rows), mask, gradients, rates, decays,
         may_change,
     )  # fmt: skip
-    for member in range(members):
-        own = tables[member]
-        if may_change[member]:
-            own = update_one(
-                optimizer, own, rows, gradients[member], rates[member], decays[member], mask
-            )
-        np.testing.assert_array_equal(new[member], own)
+    for run in range(runs):
+        own = tables[run]
+        if may_change[run]:
+            own = update_one(optimizer, own, rows, gradients[run], rates[run], decays[run], mask)
+        np.testing.assert_array_equal(new[run], own)

@@ -14,10 +14,12 @@ from scipy.stats import kendalltau
 from sklearn.metrics import roc_auc_score
 
 from kd_ranker.batch import EvaluationBatch, Stage, empty_batch
-from kd_ranker.evaluation import evaluate, metrics
+from kd_ranker.evaluation import evaluate
 from kd_ranker.evaluation.evaluate import Summed
-from kd_ranker.evaluation.metrics import ReportAt, Sums, sum_functions
-from kd_ranker.evaluation.ranked import Scored, Sizes, ranked
+from kd_ranker.evaluation.metrics import registry
+from kd_ranker.evaluation.metrics.metric import ReportAt, Sums
+from kd_ranker.evaluation.metrics.registry import sum_functions
+from kd_ranker.evaluation.ranked import Scored, Sizes, rank_batch
 from tests import random_batches
 
 TASKS = ("watch", "like")
@@ -31,7 +33,7 @@ def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
             is_teacher: Any, more: tuple[bool, bool]) -> Summed:  # fmt: skip
     sizes = Sizes(SHOWN, *[student.shape[1]] * 2, *more)
     scored = Scored.of(student, {}, batch.batch)
-    return evaluate.summed(ranked(scored, batch, weights, sizes, is_teacher), functions, ks)
+    return evaluate.summed(rank_batch(scored, batch, weights, sizes, is_teacher), functions, ks)
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ class Case:
 
     def row(self, ks: Sequence[int], of_teacher: bool = False, **how: Any) -> dict[str, float]:
         teacher = None if of_teacher else self.sums(is_teacher=True)
-        return metrics.summarise(
+        return registry.summarize(
             self.sums(is_teacher=of_teacher), teacher, TASKS, ReportAt(ks, TARGETS), **how
         )
 
@@ -142,11 +144,11 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
     knows = there & (known | (weights == 0)).all(axis=-1)
     p = np.where(known, case.teacher, np.nan) if of_teacher else case.student
     value, teacher, true = (value_of(of) for of in (p, case.teacher, case.true))
-    labelled = np.where(knows if of_teacher else there, case.label_weight, 0)
-    positive = (labelled > 0)[..., None] & (case.label > 0.5)
+    labeled = np.where(knows if of_teacher else there, case.label_weight, 0)
+    positive = (labeled > 0)[..., None] & (case.label > 0.5)
     users = value_of(positive)
-    weighted = np.nan_to_num(np.where(labelled > 0, users / case.propensity, 0))
-    row = _of_probabilities(case, p, labelled, known, known & knows[..., None])
+    weighted = np.nan_to_num(np.where(labeled > 0, users / case.propensity, 0))
+    row = _of_probabilities(case, p, labeled, known, known & knows[..., None])
 
     curves: dict[str, np.ndarray] = {}
     means: dict[str, list[float]] = {name: [] for name in ("user_ndcg", "teacher_ndcg", "tau")}
@@ -186,9 +188,9 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             best = teacher[r, chosen_of(top)]
             share = np.clip(slots - np.arange(len(best)), 0, 1)
             add("value_if_alike", k, best @ share)
-            gain = np.where(labelled[r] > 0, users[r], 0)
+            gain = np.where(labeled[r] > 0, users[r], 0)
             ideal = _gain(np.sort(gain)[::-1][:SHOWN])
-            lists = ([place for place in top if labelled[r, place] > 0], top)
+            lists = ([place for place in top if labeled[r, place] > 0], top)
             dcg = [_gain(gain[chosen_of(of)]) / (ideal or 1) * (ideal > 0) for of in lists]
             add("served_ndcg", k, [*dcg, ideal > 0])
             add("true_value_captured", k, true[r, shown].sum())
@@ -205,7 +207,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             slots = min(len(top), SHOWN)
             without_label = min(slots, len({*shown} - {*passed}) + len(unscored))
             add("coverage", k, np.array([slots - without_label, slots]) * measured[r])
-        judged = np.flatnonzero(labelled[r] > 0).tolist()
+        judged = np.flatnonzero(labeled[r] > 0).tolist()
         if ideal := _gain(users[r, _best(users[r], judged, SHOWN)]):
             means["user_ndcg"].append(_gain(users[r, _best(value[r], judged, SHOWN)]) / ideal)
         others = [place for place in candidates if place not in passed]
@@ -269,7 +271,7 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
 
 
 def _of_probabilities(
-    case: Case, p: np.ndarray, labelled: np.ndarray, known: np.ndarray, known_shown: np.ndarray
+    case: Case, p: np.ndarray, labeled: np.ndarray, known: np.ndarray, known_shown: np.ndarray
 ) -> dict[str, float]:
     """The measures of the probabilities p, task by task."""
     row, ratios = {}, []
@@ -284,13 +286,13 @@ def _of_probabilities(
 
     for task, name in enumerate(TASKS):
         own, teacher, label = (of[..., task] for of in (p, case.teacher, case.label))
-        weight, logged = labelled, known[..., task] * 1.0
+        weight, logged = labeled, known[..., task] * 1.0
         inside = np.clip(own.astype(np.float64), eps, 1 - eps)
         kl = kl_div(teacher, inside) + kl_div(1 - teacher, 1 - inside)
-        shown = np.where(known_shown[..., task], labelled, 0)
+        shown = np.where(known_shown[..., task], labeled, 0)
         areas = [
             roc_auc_score(label[r, of], own[r, of]) if np.isfinite(own[r, of]).all() else math.nan
-            for r, of in enumerate(labelled > 0)
+            for r, of in enumerate(labeled > 0)
             if len({*label[r, of]}) == 2
         ]
         distance = {"": mean(kl, shown), "_bce": mean(bce(own, teacher), shown)}

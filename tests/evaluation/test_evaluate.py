@@ -8,7 +8,7 @@ from kd_ranker.evaluation import evaluate as evaluation
 from kd_ranker.evaluation.evaluate import Plan, Ranker, evaluate, make_serve
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.training.state import stack_members
+from kd_ranker.training.state import stack_runs
 from tests.random_batches import CATEGORY_SPEC as SPEC
 from tests.random_batches import STUDENT, TEACHER, make_model, random_batch, random_items
 
@@ -17,10 +17,10 @@ ITEMS = random_items(spec=SPEC)
 
 
 def make_students(mode, seeds):
-    """A group with one member per seed."""
+    """A stack with one run per seed."""
     heads = MODES[mode].heads_per_task * TASKS
     models = [make_model(MultiInterest, heads, STUDENT, seed, SPEC) for seed in seeds]
-    parameters = stack_members([parameters for _, parameters in models])
+    parameters = stack_runs([parameters for _, parameters in models])
     return Ranker(make_serve(models[0][0], MODES[mode]), parameters)
 
 
@@ -42,7 +42,7 @@ def evaluation_batch(seed, present=None):
 BATCHES = [evaluation_batch(seed) for seed in (1, 2)]
 
 
-def run(teacher, students, batches=BATCHES, **choices):
+def evaluated(teacher, students, batches=BATCHES, **choices):
     return evaluate(teacher, students, batches, ITEMS, Plan(WEIGHTS, SHOWN, **choices))
 
 
@@ -52,35 +52,35 @@ def assert_same(one, other, rtol=1e-5):
 
 @each_teacher
 def test_students_in_one_pass_are_measured_as_each_in_its_own(teacher):
-    of_teacher, together = run(teacher, [AUX, *STUDENTS.values()])
+    of_teacher, together = evaluated(teacher, [AUX, *STUDENTS.values()])
     names = {"user", "teacher", "blend"}
-    assert [set(of) for group in together for of in group] == [
+    assert [set(of) for stack in together for of in stack] == [
         *[names] * 3, {"user"}, names, {"user"},
     ]  # fmt: skip
-    for group, found in zip([AUX, *STUDENTS.values()], together, strict=True):
-        same_teacher, (own,) = run(teacher, [group])
+    for stack, found in zip([AUX, *STUDENTS.values()], together, strict=True):
+        same_teacher, (own,) = evaluated(teacher, [stack])
         assert_same((same_teacher, own), (of_teacher, found))
-    bces = [of.sums["user_bce"] for member in together[0] for of in member.values()]
+    bces = [of.sums["user_bce"] for run in together[0] for of in run.values()]
     assert len(np.unique(np.array(bces), axis=0)) == 9
 
 
 def test_all_rankers_share_one_measuring_program():
     """Groups of different sizes and modes, more rankers than one call takes, both teachers."""
-    run(None, [STUDENTS["none"]])
+    evaluated(None, [STUDENTS["none"]])
     programs = evaluation._measure._cache_size()
-    run(None, [AUX, *STUDENTS.values()])
-    run(LIVE, [STUDENTS["shared"]])
+    evaluated(None, [AUX, *STUDENTS.values()])
+    evaluated(LIVE, [STUDENTS["shared"]])
     assert evaluation._measure._cache_size() == programs
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["members", "rows"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["runs", "rows"])
 @pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_devices_that_share_the_work_change_nothing(devices, sharded):
-    """Members that they cannot share evenly, a group of one, and the terms of each request."""
+    """Runs that they cannot share evenly, a stack of one, and the terms of each request."""
     choices = {"ks": (1, 2), "keep": True}
     arguments = LIVE, [AUX, STUDENTS["none"]], [BATCHES[0], evaluation_batch(2, present=5)]
-    expected = run(*arguments, **choices)
-    found = run(*arguments, **choices, devices=jax.devices()[:devices], sharded=sharded)
+    expected = evaluated(*arguments, **choices)
+    found = evaluated(*arguments, **choices, devices=jax.devices()[:devices], sharded=sharded)
     assert_same(found, expected)
 
 
@@ -91,8 +91,8 @@ def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
         scores = {"teacher_probability": probability, "teacher_weight": weight.astype(np.float32)}
         return of.replace(batch=of.batch.replace(**jax.device_get(scores)))
 
-    live_teacher, live = run(LIVE, [STUDENTS["shared"]])
-    logged_teacher, from_log = run(None, [STUDENTS["shared"]], [logged(of) for of in BATCHES])
+    live_teacher, live = evaluated(LIVE, [STUDENTS["shared"]])
+    logged_teacher, from_log = evaluated(None, [STUDENTS["shared"]], [logged(of) for of in BATCHES])
     # The ids in the training of a logged teacher are not known.
     unknown = {"unseen_users": np.nan, "unseen_items": np.nan}
     assert_same(live_teacher.sums | unknown, logged_teacher.sums)
@@ -102,7 +102,7 @@ def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
 def test_the_terms_of_each_request_add_up_to_the_sums():
     batches = [BATCHES[0], evaluation_batch(3, present=3)]
     ks = tuple(range(1, 1 + batches[0].batch.item_id.shape[1]))
-    of_teacher, ((student,),) = run(LIVE, [STUDENTS["shared"]], batches, ks=ks, keep=True)
+    of_teacher, ((student,),) = evaluated(LIVE, [STUDENTS["shared"]], batches, ks=ks, keep=True)
     for sums, each in (of_teacher, student["user"]):
         whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
         kept = each.sums | each.curves
@@ -110,21 +110,21 @@ def test_the_terms_of_each_request_add_up_to_the_sums():
         assert each.curves.keys() >= {"survival", "value_captured", "positives_kept"}
         assert_same({name: of.sum(axis=0) for name, of in kept.items()}, whole)
     # The requests have the order in which they were read.
-    _, ((last,),) = run(LIVE, [STUDENTS["shared"]], batches[1:], ks=ks, keep=True)
+    _, ((last,),) = evaluated(LIVE, [STUDENTS["shared"]], batches[1:], ks=ks, keep=True)
     for name, of in last["user"].each.sums.items():
         np.testing.assert_array_equal(of, student["user"].each.sums[name][-3:], err_msg=name)
 
 
-def test_only_the_requested_serving_choices_are_measured_and_no_request_kept():
+def test_only_the_requested_heads_are_measured_and_no_request_kept():
     serves = [("blend",), ("teacher", "user"), ()]
-    _, (group, other) = run(LIVE, [AUX._replace(serves=serves), STUDENTS["none"]])
-    _, (whole,) = run(LIVE, [AUX])
-    for member, names in enumerate(serves):
-        assert group[member].keys() == {*names}
-        assert_same(group[member], {name: whole[member][name] for name in names})
+    _, (stack, other) = evaluated(LIVE, [AUX._replace(serves=serves), STUDENTS["none"]])
+    _, (whole,) = evaluated(LIVE, [AUX])
+    for run, names in enumerate(serves):
+        assert stack[run].keys() == {*names}
+        assert_same(stack[run], {name: whole[run][name] for name in names})
     assert other[0]["user"].each == ({}, {})
     with pytest.raises(ValueError, match="no evaluation requests"):
-        run(LIVE, [], [])
+        evaluated(LIVE, [], [])
 
 
 def test_ids_that_training_did_not_include_are_counted():
@@ -134,12 +134,12 @@ def test_ids_that_training_did_not_include_are_counted():
     tables["item"] = tables["item"].at[:, 1::2, STUDENT.width].set(0.0)
     tables["user"] = tables["user"].at[:, :, STUDENT.width].set(0.0)
     forgetful = student._replace(parameters=student.parameters.replace(tables=tables))
-    teacher, groups = run(LIVE, [student, forgetful])
-    of_student, of_forgetful = (group[0]["user"].sums for group in groups)
+    teacher, stacks = evaluated(LIVE, [student, forgetful])
+    of_student, of_forgetful = (stack[0]["user"].sums for stack in stacks)
     assert teacher.sums["unseen_items"] == 0 == of_student["unseen_items"]
     there = np.stack([batch.batch.stage for batch in BATCHES]) > 0
     odd = np.stack([batch.batch.item_id for batch in BATCHES]) % 2 == 1
     assert of_forgetful["unseen_items"] == (there & odd).sum() > 0
     assert of_forgetful["candidates"] == there.sum()
     assert of_forgetful["unseen_users"] == of_forgetful["requests"] > 0
-    assert np.isnan(run(None, [])[0].sums["unseen_items"])
+    assert np.isnan(evaluated(None, [])[0].sums["unseen_items"])

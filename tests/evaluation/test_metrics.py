@@ -1,5 +1,6 @@
 """The metrics: the row of results against its restatement, and entries of one's own."""
 
+import dataclasses
 import itertools
 from unittest import mock
 
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
 from kd_ranker.batch import Stage
-from kd_ranker.evaluation import evaluate, metrics, results
-from kd_ranker.evaluation.metrics import METRICS, Metric, ReportAt, Sums, ratio
+from kd_ranker.evaluation import evaluate, results, setting_names
+from kd_ranker.evaluation.metrics import calibration, metric, registry
+from kd_ranker.evaluation.metrics.metric import Captured, Metric, ReportAt, Sums
+from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.evaluation.ranked import Ranked
 from kd_ranker.evaluation.saving import SAVINGS
 from tests.evaluation.cases import SHOWN, TARGETS, TASKS, random_case, restated
@@ -69,7 +72,7 @@ def test_rows_and_curves_are_those_of_the_definitions(
     if copies:
         # A copy of the teacher where that is known.
         case.student = np.where(np.isnan(case.teacher), case.student, case.teacher)
-    curves = metrics.curves(case.sums(), TASKS)
+    curves = registry.curves(case.sums(), TASKS)
     for name in ("value_captured", "survival"):
         # Letting more pass never loses value of the teacher. (It may lose true value.)
         assert not (np.diff(curves[name]) < 0).any()
@@ -120,8 +123,14 @@ def test_coverage_is_a_lower_bound_where_the_log_has_no_scores_of_what_was_not_p
 
 def test_row_has_the_measured_columns_of_the_results_in_their_order():
     row = random_case().row([10, 99])
-    others = {*results.KEYS, *results.OTHER_KEYS, *SAVINGS, "flops_per_candidate", "cost_ratio"}
-    others |= {"non_finite_step", "member", "needs_scores"}
+    others = {
+        *results.KEYS,
+        *setting_names.OTHER_KEYS,
+        *SAVINGS,
+        "flops_per_candidate",
+        "cost_ratio",
+    }
+    others |= {"non_finite_step", "run", "needs_scores"}
     columns = results.columns(TASKS, ReportAt([10, 99], TARGETS))
     assert list(row) == [name for name in columns if name not in others]
     assert all(type(number) is float for number in row.values())
@@ -168,7 +177,7 @@ def test_calibration_table_is_that_of_scikit_learn():
     case.label_weight = (case.label_weight > 0).astype(np.float32)
     case.label_weight[0, :2] = 1
     case.student[0, :2] = [[0.0], [1.0]]  # the ends fall into the first and last bin
-    table = pd.DataFrame(metrics.calibration(case.sums(), TASKS))
+    table = pd.DataFrame(calibration.calibration(case.sums(), TASKS))
     shown = case.label_weight > 0
     for task, name in enumerate(TASKS):
         of_task = table[table["task"] == name]
@@ -191,25 +200,29 @@ KEPT_RATE = Metric(
     name="kept_rate",
     formula="the share of the positive labels that the student's top k keeps",
     per=("k", "task"),
-    sums=(liked_kept,),
-    ends=lambda sums, _: ratio(sums["kept"], sums["kept"][-1]),
+    sums=liked_kept,
+    final=Captured("kept"),
 )
 
 
 def test_a_metric_that_is_put_into_the_table_is_measured_and_has_its_columns():
     case = random_case()
-    with mock.patch.dict(METRICS, kept_rate=KEPT_RATE, other=KEPT_RATE._replace(name="other")):
-        row, curves = case.row([1, 10]), metrics.curves(case.sums(), TASKS)
+    with mock.patch.dict(
+        METRICS, kept_rate=KEPT_RATE, other=dataclasses.replace(KEPT_RATE, name="other")
+    ):
+        row, curves = case.row([1, 10]), registry.curves(case.sums(), TASKS)
         # A function that two metrics share is called once.
-        assert metrics.sum_functions() == (*metrics.SUMS, liked_kept)
+        assert registry.sum_functions().count(liked_kept) == 1
         assert "kept_rate@10/like" in results.columns(TASKS, ReportAt(ks=(10,)))
         assert "kept_rate/like" in results.curves_columns(TASKS)
-        assert metrics.title_of("kept_rate@10/like") == "kept rate@10 like"
+        assert registry.title_of("kept_rate@10/like") == "kept rate@10 like"
     for k, task in itertools.product((1, 10), TASKS):
         rate = pytest.approx(row[f"hit_rate@{k}/{task}"])
         assert row[f"kept_rate@{k}/{task}"] == row[f"other@{k}/{task}"] == rate
         assert curves[f"kept_rate/{task}"][k - 1] == rate
-    clash = KEPT_RATE._replace(sums=(lambda ranked: {"user_bce": ranked.mask.sum(axis=1)},))
+    clash = dataclasses.replace(
+        KEPT_RATE, sums=lambda ranked: {"user_bce": ranked.mask.sum(axis=1)}
+    )
     with (
         mock.patch.dict(METRICS, {clash.name: clash}),
         pytest.raises(ValueError, match="two sums of the metrics are named user_bce"),
@@ -221,6 +234,6 @@ def test_passed_for_is_the_smallest_k_that_reaches_the_target() -> None:
     # Not every step rises, as with true value; the first curve never reaches it.
     curves = np.random.default_rng(8).uniform(0, 1.2, (30, 50))
     curves[:, 0], curves[:, 1] = 0.5, np.nan
-    for curve, k in zip(curves.T, metrics.passed_for(curves, 0.9), strict=True):
+    for curve, k in zip(curves.T, metric.passed_for(curves, 0.9), strict=True):
         reached = [place for place in range(1, 31) if curve[place - 1] >= 0.9]
         assert k == reached[0] if reached else np.isnan(k)

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 
 from kd_ranker.batch import EvaluationBatch
-from kd_ranker.evaluation.evaluate import Plan, evaluate
-from kd_ranker.evaluation.references import (
+from kd_ranker.evaluation.baselines import (
+    BASELINES,
     LISTS,
-    REFERENCES,
-    known_references,
+    baseline_ranker,
+    known_baselines,
     lists_of,
-    reference_ranker,
 )
+from kd_ranker.evaluation.evaluate import Plan, evaluate
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from scripts.personal import item_share
@@ -102,10 +102,10 @@ def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
     assert len(np.unique(lists["show_rate"])) > 3
     # A training split has no facts for the evaluation, and a log may have no teacher.
     columns = dataset.columns
-    assert known_references([columns["train"]], lists) == ("random", *LISTS)
+    assert known_baselines([columns["train"]], lists) == ("random", *LISTS)
     del lists["top_rate"]
-    without = tuple(name for name in REFERENCES if name != "top_rate")
-    assert known_references([columns["test"]], lists) == without
+    without = tuple(name for name in BASELINES if name != "top_rate")
+    assert known_baselines([columns["test"]], lists) == without
 
 
 def random_lists():
@@ -126,7 +126,7 @@ def evaluation_batch(seed, known=True):
 
 def measured(batches):
     """The sums of the references by name."""
-    ranker = reference_ranker(random_lists())
+    ranker = baseline_ranker(random_lists())
     _, ((summed,),) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
     return {name: of.sums for name, of in summed.items()}
 
@@ -135,7 +135,7 @@ def test_a_rival_with_the_order_of_a_reference_has_its_sums():
     batch = evaluation_batch(1)
     keys = np.nan_to_num(batch.incumbent, nan=-1e38)
     batch = dataclasses.replace(batch, rivals=np.stack([keys, -keys], axis=-1))
-    ranker = reference_ranker(random_lists(), ("same", "reversed"))
+    ranker = baseline_ranker(random_lists(), ("same", "reversed"))
 
     _, ((summed,),) = evaluate(None, [ranker], [batch], random_items(), Plan(WEIGHTS, SHOWN))
 
@@ -152,7 +152,7 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
     """The top k of each, request by request, against the logged teacher's top."""
     batches = [evaluation_batch(seed) for seed in (1, 2)]
     sums = measured(batches)
-    assert set(sums) == set(REFERENCES)
+    assert set(sums) == set(BASELINES)
     lists = random_lists().items()
     values = {
         "oracle": lambda batch: batch.true_probability @ np.array(WEIGHTS),
@@ -191,16 +191,16 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
 
     dataset = built(tmp_path, change)
     columns = [dataset.columns[name] for name in ("validation", "test")]
-    found = known_references(columns, random_lists())
+    found = known_baselines(columns, random_lists())
     absent = {"incumbent": "incumbent", "true_probability": "oracle"}[field]
-    assert found == tuple(name for name in REFERENCES if known or name != absent)
+    assert found == tuple(name for name in BASELINES if known or name != absent)
 
 
 def test_random_orders_follow_from_the_request_and_not_from_the_batch():
     one = evaluation_batch(1)
     backwards = jax.tree.map(lambda of: of[::-1], one)
     sums, of_backwards = measured([one]), measured([backwards])
-    for name in REFERENCES:
+    for name in BASELINES:
         found, same = sums[name]["survival"], of_backwards[name]["survival"]
         np.testing.assert_allclose(found, same, rtol=1e-5)
 

@@ -11,10 +11,10 @@ from kd_ranker import manifest
 from kd_ranker.config import schema
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import Each
-from kd_ranker.evaluation.metrics import ReportAt
-from kd_ranker.evaluation.results import Kept
+from kd_ranker.evaluation import request_files, results, setting_names
+from kd_ranker.evaluation.evaluate import PerRequest
+from kd_ranker.evaluation.metrics.metric import ReportAt
+from kd_ranker.evaluation.request_files import PerRequestByRanker
 from tests.sweeps import needs_scores
 
 TASKS = ("watch", "like")
@@ -23,13 +23,13 @@ TASKS = ("watch", "like")
 def test_the_columns_are_the_contracts_in_its_order():
     columns = results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995)))
     contract = [
-        *results.KEYS, *results.OTHER_KEYS,
+        *results.KEYS, *setting_names.OTHER_KEYS,
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_calibration/watch",
         "teacher_bce/watch", "teacher_kl/like", "alignment_ratio", "alignment_ratio_bce",
         "survival@10", "survival@50", "value_captured@10", "true_value_captured@50",
         "hit_rate@10/watch", "hit_rate@10/like", "hit_rate@50/watch", "end_to_end_hit_rate@10/like",
         "teacher_ndcg", "teacher_tau", "passed_for_99", "passed_for_99.5", "flops_per_candidate",
-        "cost_ratio", "funnel_cost_saving", "non_finite_step", "member",
+        "cost_ratio", "funnel_cost_saving", "non_finite_step", "run",
     ]  # fmt: skip
     assert [column for column in columns if column in contract] == contract
     assert {key.title for key in schema.sweepable()} <= set(columns)
@@ -64,15 +64,15 @@ def test_a_row_has_the_terms_of_the_loss(mode, loss, expected):
     config = cascade("small")
     config.distill.mode = mode
     config.distill.loss = loss
-    assert results.made_of(config)["distill_loss"] == expected
+    assert setting_names.setting_of(config)["distill_loss"] == expected
 
 
 def row(role, mode, seed, passed, flops, **more):
     distilled = mode not in (None, "", "none")
     loss = "bce" if distilled else None
-    return dict.fromkeys(results.OTHER_KEYS) | {
+    return dict.fromkeys(setting_names.OTHER_KEYS) | {
         "dataset": "d", "split": "validation", "role": role, "mode": mode, "seed": seed,
-        "passed_for_99": passed, "non_finite_step": None, "member": f"{mode}-seed{seed}",
+        "passed_for_99": passed, "non_finite_step": None, "run": f"{mode}-seed{seed}",
         "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, "serve": "user",
         "distill_loss": loss, "distill_weight": float(distilled),
         "needs_scores": needs_scores(role, loss),
@@ -119,21 +119,21 @@ def test_savings_worked_by_hand():
 def write_tables(folder, rows, columns):
     folder.mkdir(parents=True)
     (folder / results.FILE).write_text(results.to_csv(rows, columns))
-    curves = [{"member": row["member"], "k": 1, "survival": 1 / 3} for row in rows]
+    curves = [{"run": row["run"], "k": 1, "survival": 1 / 3} for row in rows]
     (folder / results.CURVES_FILE).write_text(results.to_csv(curves, results.curves_columns(TASKS)))
-    (folder / results.CALIBRATION_FILE).write_text("member\n")
+    (folder / results.CALIBRATION_FILE).write_text("run\n")
     return folder
 
 
 def test_runs_are_joined_as_they_were_written(tmp_path):
     columns = results.columns(TASKS, ReportAt((10,), (0.99,)))
-    teacher = row("teacher", None, 0, 10.0, 200.0, member="teacher")
-    none = row("student", "none", 0, 200.0, 10.0, member="none-seed0")
-    shared = row("student", "shared", 0, 125.0, 10.0, member="shared", step=7)
-    aux = row("student", "aux", 0, 240.0, 12.0, member="aux")
+    teacher = row("teacher", None, 0, 10.0, 200.0, run="teacher")
+    none = row("student", "none", 0, 200.0, 10.0, run="none-seed0")
+    shared = row("student", "shared", 0, 125.0, 10.0, run="shared", step=7)
+    aux = row("student", "aux", 0, 240.0, 12.0, run="aux")
     on_test = {"split": "test"}
     # Of the second run only shared was chosen, and references are measured beside the first.
-    random = row("reference", None, 0, 900.0, 0.0, member="random", split="test")
+    random = row("reference", None, 0, 900.0, 0.0, run="random", split="test")
     tested = [[teacher | on_test, none | on_test, random], [teacher | on_test, shared | on_test]]
     validation, test = (
         [write_tables(tmp_path / split / str(at), rows, columns) for at, rows in enumerate(runs)]
@@ -149,12 +149,12 @@ def test_runs_are_joined_as_they_were_written(tmp_path):
     assert joined[results.FILE] == results.to_csv(filled, columns)
     # The other tables are those of the test split.
     assert [line.split(",")[0] for line in joined[results.CURVES_FILE].splitlines()] == [
-        "member", "teacher", "none-seed0", "random", "shared",
+        "run", "teacher", "none-seed0", "random", "shared",
     ]  # fmt: skip
 
 
-def labelled(*rows):
-    frame = results.with_labels(pd.DataFrame(rows))
+def labeled(*rows):
+    frame = setting_names.with_labels(pd.DataFrame(rows))
     return frame.sort_index()
 
 
@@ -170,29 +170,29 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
         {"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}, {"user_loss": "softmax"},
         {"unshown_weight": 0.1}, {"student.item_rows": 1048576}, {"student.item_rows": 1048583},
     ]  # fmt: skip
-    frame = labelled(first, *(first | of for of in (*same_setting, *same_way, *another_way)))
-    setting, way = (frame[name].tolist() for name in ("setting", "way"))
+    frame = labeled(first, *(first | of for of in (*same_setting, *same_way, *another_way)))
+    setting, method = (frame[name].tolist() for name in ("setting", "method"))
     assert setting[:4] == [setting[0]] * 4
     assert len(set(setting)) == 1 + len(same_way) + len(another_way)
-    assert way[:10] == [way[0]] * 10
-    assert len(set(way)) == 1 + len(another_way)
+    assert method[:10] == [method[0]] * 10
+    assert len(set(method)) == 1 + len(another_way)
     assert frame["repeat"].nunique() == 4
 
 
 def student(mode, seed, passed, serve="user", rate=0.01):
-    more = {"serve": serve, "learning_rate": rate, "member": f"{mode}-rate{rate}-seed{seed}"}
+    more = {"serve": serve, "learning_rate": rate, "run": f"{mode}-rate{rate}-seed{seed}"}
     return row("student", mode, seed, passed, 10.0, **more)
 
 
 RANKERS = pd.DataFrame(
     [
-        row("teacher", None, 0, 10.0, 200.0, member="teacher"),
-        row("reference", None, 0, 1.0, 0.0, member="oracle"),
+        row("teacher", None, 0, 10.0, 200.0, run="teacher"),
+        row("reference", None, 0, 1.0, 0.0, run="oracle"),
         *(student("none", seed, 200.0 + seed) for seed in (0, 1)),
         *(student("none", seed, 190.0, rate=0.1) for seed in (0, 1)),
         *(student("aux", seed, 50.0, serve) for seed in (0, 1) for serve in ("user", "teacher")),
         *(student("aux", seed, 41.0 - seed, "blend") for seed in (0, 1)),
-        # The best by far, of which a member diverged.
+        # The best by far, of which a run diverged.
         student("shared", 0, 10.0, rate=0.1),
         student("shared", 1, math.nan, rate=0.1) | {"non_finite_step": 7.0},
         *(student("shared", seed, 90.0) for seed in (0, 1)),
@@ -200,30 +200,30 @@ RANKERS = pd.DataFrame(
 )
 
 
-def test_the_members_of_the_chosen_settings_with_the_serving_choices_to_read():
+def test_the_runs_of_the_chosen_settings_with_the_heads_to_read():
     serves = {"aux-rate0.01": "blend", "none-rate0.1": "user", "shared-rate0.01": "user"}
     chosen = {f"{name}-seed{seed}": [of] for name, of in serves.items() for seed in (0, 1)}
     test = RANKERS[RANKERS["learning_rate"] != 0.1].assign(split="test", passed_for_99=1.0)
     # Whatever the test says.
     for frame in (RANKERS, pd.concat([RANKERS, test])):
-        assert results.chosen(frame) == chosen
-    assert results.chosen(RANKERS.assign(non_finite_step=7.0)) == {}
+        assert setting_names.chosen(frame) == chosen
+    assert setting_names.chosen(RANKERS.assign(non_finite_step=7.0)) == {}
     # Of equals the first in the order of settings, not of the file.
     equals = RANKERS[RANKERS["mode"] == "aux"].assign(passed_for_99=100.0)
-    assert results.chosen(equals) == results.chosen(equals[::-1])
+    assert setting_names.chosen(equals) == setting_names.chosen(equals[::-1])
 
 
-def test_the_best_member_is_the_best_repeat_of_the_setting_that_is_best_on_average():
+def test_the_best_run_is_the_best_repeat_of_the_setting_that_is_best_on_average():
     test = pd.DataFrame([student("none", 0, 1.0) | {"split": "test"}])
     # Whatever the test says.
     for frame in (RANKERS, pd.concat([RANKERS, test])):
-        assert results.best_member(frame) == ("aux-rate0.01-seed1", "blend")
+        assert setting_names.best_run(frame) == ("aux-rate0.01-seed1", "blend")
     named = {"aux-rate0.01-seed0": "blend", "none-rate0.1-seed1": "user"}
     for name, serve in named.items():
-        assert results.best_member(RANKERS, name) == (name, serve)
+        assert setting_names.best_run(RANKERS, name) == (name, serve)
     # It diverged, or was never measured.
     for name in ("shared-rate0.1-seed1", "shared-seed9"):
-        assert results.best_member(RANKERS, name) is None
+        assert setting_names.best_run(RANKERS, name) is None
 
 
 MADE_OF = {"config": "a"}
@@ -233,12 +233,12 @@ def test_tables_are_known_by_their_rankers_and_their_bytes(tmp_path):
     tables = {results.CURVES_FILE: "k\n1\n", results.FILE: "m\n2\n"}
     results.write_tables(tmp_path, tables, MADE_OF)
     assert (tmp_path / results.FILE).read_text() == "m\n2\n"
-    assert manifest.is_made_of(tmp_path, MADE_OF)
-    assert not manifest.is_made_of(tmp_path, {"config": "b"})
-    assert manifest.is_made_of(tmp_path)
+    assert manifest.has_provenance(tmp_path, MADE_OF)
+    assert not manifest.has_provenance(tmp_path, {"config": "b"})
+    assert manifest.has_provenance(tmp_path)
     (tmp_path / results.CURVES_FILE).write_text("k\n3\n")
-    assert not manifest.is_made_of(tmp_path, MADE_OF)
-    assert not manifest.is_made_of(tmp_path)
+    assert not manifest.has_provenance(tmp_path, MADE_OF)
+    assert not manifest.has_provenance(tmp_path)
     with pytest.raises(UserError, match=f"{results.CURVES_FILE} has changed; again"):
         manifest.check(tmp_path, "again")
 
@@ -249,7 +249,7 @@ def test_tables_are_known_by_their_rankers_and_their_bytes(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         results.write_tables(tmp_path, Dying(), MADE_OF)
-    assert not manifest.is_made_of(tmp_path, MADE_OF)
+    assert not manifest.has_provenance(tmp_path, MADE_OF)
     with pytest.raises(UserError, match="is not finished; again"):
         manifest.check(tmp_path, "again")
 
@@ -261,7 +261,7 @@ def each_of(seed, requests, ks, tasks):
     generator = np.random.default_rng(seed)
     single = {"user_bce": draw(requests, tasks), "requests": np.ones(requests, np.float32)}
     single["requests"][0] = np.nan
-    return Each(
+    return PerRequest(
         single, {"survival": draw(requests, ks), "positives_kept": draw(requests, ks, tasks)}
     )
 
@@ -274,10 +274,10 @@ def each_of(seed, requests, ks, tasks):
 def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks, tasks):
     rankers = [("teacher", "user"), ("aux-seed0", "user"), ("aux-seed0", "blend"), ("", "user")]
     each = {who: each_of(i, requests, len(ks), len(tasks)) for i, who in enumerate(rankers)}
-    files = results.request_files(Kept(np.array(ks), each), tasks)
+    files = request_files.request_files(PerRequestByRanker(np.array(ks), each), tasks)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    found = results.read_requests(tmp_path)
+    found = request_files.read_requests(tmp_path)
     np.testing.assert_array_equal(found.ks, ks)
     assert list(found.each) == rankers
     for who, of in each.items():
@@ -285,19 +285,19 @@ def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks,
             assert {array.dtype for array in there.values()} == {np.dtype(np.float32)}
             np.testing.assert_equal(there, here)
     # Others read them as tables.
-    table = pq.read_table(tmp_path / results.REQUEST_CURVES_FILE).to_pandas()
+    table = pq.read_table(tmp_path / request_files.REQUEST_CURVES_FILE).to_pandas()
     columns = [f"positives_kept/{task}" for task in tasks]
-    assert list(table) == ["member", "serve", "request", "k", "survival", *columns]
+    assert list(table) == ["run", "serve", "request", "k", "survival", *columns]
     rows = table[(table["serve"] == "blend") & (table["k"] == ks[-1])].sort_values("request")
     expected = each["aux-seed0", "blend"].curves["positives_kept"][:, -1]
     np.testing.assert_array_equal(rows[columns], expected)
 
 
 def test_curves_are_kept_at_few_k_from_the_first_to_the_last_with_the_named_ones():
-    ks = results.spaced_ks(2000, [200, 333, 5000])
+    ks = request_files.spaced_ks(2000, [200, 333, 5000])
     assert {1, 200, 333, 2000} <= set(ks)
     assert ks == sorted(ks)
     assert len(ks) < 80
     # Small steps: a line between two of them is near the curve.
     assert (np.array(ks[11:]) / ks[10:-1]).max() < 1.2
-    assert results.spaced_ks(5, [200]) == [1, 2, 3, 4, 5]
+    assert request_files.spaced_ks(5, [200]) == [1, 2, 3, 4, 5]

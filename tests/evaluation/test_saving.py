@@ -12,7 +12,8 @@ from kd_ranker.config import defaults
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
-from kd_ranker.training import recipes
+from kd_ranker.evaluation.metrics.target import CRITERION
+from kd_ranker.training import specs
 from tests.sweeps import needs_scores
 
 NAN = math.nan
@@ -38,8 +39,8 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     config.costs.rivals = {"trees on labels": 1.5}
     costs = saving.costs_of(config)
 
-    def cost_of(role: str, member: str = "") -> float:
-        row = {"role": role, "member": member, "flops_per_candidate": 100.0}
+    def cost_of(role: str, run: str = "") -> float:
+        row = {"role": role, "run": run, "flops_per_candidate": 100.0}
         flops, own = saving.student_cost(row, costs)
         return saving.funnel_cost(2000, 200, flops, 100.0, own)
 
@@ -50,7 +51,7 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     assert cost_of("reference", "trees on labels: with item rates") == 50 + 2000 * 1.5 + 200 * 4
     assert cost_of("reference", "EASE: regularization 300") == 50 + 200 * 4
     # In FLOPs, a rival costs its operations.
-    row = {"role": "reference", "member": "EASE: regularization 300", "flops_per_candidate": 7.0}
+    row = {"role": "reference", "run": "EASE: regularization 300", "flops_per_candidate": 7.0}
     flops, own = saving.student_cost(row, saving.FLOPS)
     assert saving.funnel_cost(2000, 200, flops, 100.0, own) == 2000 * 7 + 200 * 100
     # Without a cost of the student, it is its FLOPs' share of the teacher's: 5% of 4.
@@ -58,19 +59,19 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == pytest.approx(1280)
 
 
-def needs_scores_of(way):
-    """A way ends with its terms, unless its mode is `none`."""
-    return not way.startswith(("none", "list")) and needs_scores("student", way.split()[-1])
+def needs_scores_of(method):
+    """A method ends with its terms, unless its mode is `none`."""
+    return not method.startswith(("none", "list")) and needs_scores("student", method.split()[-1])
 
 
 def rows_of(passed_by_setting, split="validation"):
-    """Rows of ways -> settings -> `passed_for_99` by repeat; None leaves one out."""
+    """Rows of methods -> settings -> `passed_for_99` by repeat; None leaves one out."""
     lines = [
-        {"split": split, "way": way, "setting": f"{way} {name}", "repeat": str(repeat),
-         "mode": way.split()[0], "role": "student", "member": f"{way} {name}",
-         "distill_loss": None if way.startswith("none") else way.split()[-1],
-         "needs_scores": needs_scores_of(way), saving.CRITERION: passed, **saving.PLAIN}
-        for way, settings in passed_by_setting.items()
+        {"split": split, "method": method, "setting": f"{method} {name}", "repeat": str(repeat),
+         "mode": method.split()[0], "role": "student", "run": f"{method} {name}",
+         "distill_loss": None if method.startswith("none") else method.split()[-1],
+         "needs_scores": needs_scores_of(method), CRITERION: passed, **saving.PLAIN}
+        for method, settings in passed_by_setting.items()
         for name, by_repeat in settings.items()
         for repeat, passed in enumerate(by_repeat)
         if passed is not None
@@ -83,10 +84,10 @@ def test_only_validation_decides():
     for on_test in ([1, 1], [NAN, NAN], [9999, 1]):
         test = rows_of({"none": {"a": on_test}, "aux": {"b": on_test}}, split="test")
         rows = pd.concat([test, validation, test.assign(repeat="7")], ignore_index=True)
-        assert saving.best_of_ways(rows) == {"none": "none b", "aux": "aux a"}
+        assert saving.best_of_methods(rows) == {"none": "none b", "aux": "aux a"}
         assert saving.baselines(rows)["funnel_cost_saving"] == "none b"
     unknown = rows_of({"none": {"a": [NAN, NAN]}, "aux": {"a": [300, 310]}})
-    assert saving.best_of_ways(unknown) == {"aux": "aux a"}
+    assert saving.best_of_methods(unknown) == {"aux": "aux a"}
     assert saving.baselines(unknown) == {}
     assert saving.best(unknown, []) is None
 
@@ -100,14 +101,14 @@ def test_a_setting_with_fewer_repeats_is_not_chosen_and_equals_go_to_the_first(l
             "shared": {"b": [300, 300], "a": [310, 290]},
         }
     )
-    assert saving.best_of_ways(rows) == {"none": "none a", "aux": "aux b", "shared": "shared b"}
+    assert saving.best_of_methods(rows) == {"none": "none a", "aux": "aux b", "shared": "shared b"}
 
 
 def references_of(numbers, split="validation"):
     """Rows of references, with a number for each repeat or one for both."""
     return pd.concat(
         rows_of({"list": {name: np.broadcast_to(number, 2).tolist()}}, split).assign(
-            role="reference", member=name, setting=name
+            role="reference", run=name, setting=name
         )
         for name, number in numbers.items()
     )
@@ -147,7 +148,7 @@ def test_the_baseline_has_the_cheapest_funnel_and_not_the_fewest_candidates():
     rows = rows.assign(
         candidates=2000.0,
         scored_for_99=rows["passed_for_99"],
-        flops_per_candidate=rows["member"].map({"trees on labels": 1.0}),
+        flops_per_candidate=rows["run"].map({"trees on labels": 1.0}),
     )
 
     ranked = saving.with_costs(rows, teacher_flops=50.0)
@@ -172,9 +173,9 @@ def test_a_signal_declares_whether_it_needs_scores(monkeypatch, needed):
     monkeypatch.setitem(SIGNALS, "own", signal)
     config = defaults.get_config("cascade")
     config.distill.mode, config.distill.loss = "aux", "topk:own"
-    assert recipes.needs_scores(config) == needed
+    assert specs.needs_scores(config) == needed
     config.batch.sampler = "hard"
-    assert recipes.needs_scores(config)
+    assert specs.needs_scores(config)
 
 
 @pytest.mark.parametrize("lacking", ["validation", "test"])

@@ -17,7 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.models.model import Parameters
 from tests.random_batches import SPEC as ANY_SPEC
 from tests.random_batches import STUDENT, logits_of, random_batch, random_items
-from tests.training.steps import hyperparameters, make_recipe, member_of, run
+from tests.training.steps import hyperparameters, make_train_spec, run_of, train
 
 SPEC = dataclasses.replace(ANY_SPEC, tasks=("watch", "like"), num_users=4, num_items=6)
 USERS, CANDIDATES, TASKS, FEATURES = 4, 3, len(SPEC.tasks), SPEC.user_features
@@ -98,7 +98,7 @@ def by_name(state):
 
 def student(mode):
     """A student that has what the sample has, with no bias of 0 and a transform that does some."""
-    recipe, state = make_recipe(mode, "sgd", spec=SPEC)
+    train_spec, state = make_train_spec(mode, "sgd", spec=SPEC)
     generator = np.random.default_rng(1)
     dense, item = jax.tree.map(
         lambda leaf: jnp.asarray(generator.normal(size=leaf.shape) / 2, jnp.float32),
@@ -112,21 +112,21 @@ def student(mode):
     if state.transform:
         transform = {"scale": jnp.array([[0.7, 1.4]]), "offset": jnp.array([[-0.5, 0.3]])}
         state = state.replace(transform=transform)
-    return recipe, state.replace(parameters=Parameters(dense, tables))
+    return train_spec, state.replace(parameters=Parameters(dense, tables))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_loss_and_gradients_are_those_of_the_sample(mode):
-    recipe, state = student(mode)
-    before = member_of(state)
+    train_spec, state = student(mode)
+    before = run_of(state)
     of = by_name(before)
-    logits = logits_of(recipe.model, before.parameters, BATCH, random_items(spec=SPEC))
+    logits = logits_of(train_spec.model, before.parameters, BATCH, random_items(spec=SPEC))
     np.testing.assert_allclose(logits.reshape(ROWS, -1), sample_logits(of), atol=1e-5)
 
     # A step of plain descent at a rate of 1 goes down by the gradient.
     rates = dict(learning_rate=1, table_learning_rate=1, weight_decay=0, table_weight_decay=0)
     numbers = hyperparameters(distill_weight=1, **rates)
-    after, losses = run(recipe, state, [BATCH], numbers, spec=SPEC)
+    after, losses = train(train_spec, state, [BATCH], numbers, spec=SPEC)
     # The project's losses are means over rows and over tasks, the sample's are sums.
     summed = ROWS * TASKS
     np.testing.assert_allclose(losses["loss"] * summed, sample_loss(mode, of), rtol=1e-6)

@@ -16,19 +16,19 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.runs import sweep_runs
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
-from kd_ranker.evaluation.references import REFERENCES
+from kd_ranker.evaluation import request_files, results
+from kd_ranker.evaluation.baselines import BASELINES
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.pipeline import datasets, measure, scoring
 from kd_ranker.pipeline import job as jobs
-from kd_ranker.pipeline.job import load_teacher, open_finished, open_job
-from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.study import read_studies
+from kd_ranker.pipeline.job import load_teacher, open_job, open_ranker
+from kd_ranker.reporting.estimates import Estimates
+from kd_ranker.reporting.study import read_studies
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
-from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training import checkpoints, specs
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.state import select_member
+from kd_ranker.training.state import select_run
 from tests import small
 from tests.faults import fault_of
 from tests.small import SWEEP
@@ -101,7 +101,7 @@ def student_parameters(workdir):
     job = open_job(config, {"": config})
     (state,), step = job.restored(workdir)
     assert step == config.train.steps
-    return select_member(state.parameters, 0)
+    return select_run(state.parameters, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,7 +120,7 @@ def test_train_leaves_what_the_contract_says(world, mode):
     assert (set(frame["mode"]), set(frame["step"])) == ({mode}, {config.train.steps})
     assert frame["user_bce/watch"].between(0, 2).all()
     assert frame["cost_ratio"].between(0, 0.1).all()
-    assert len(results.read_requests(workdir).each) == 1 + len(serves)
+    assert len(request_files.read_requests(workdir).each) == 1 + len(serves)
     distilled = mode != "none"
     assert frame["distill_loss"].notna().all() == distilled
     assert set(frame["distill_weight"]) == {1.0 if distilled else 0.0}
@@ -171,8 +171,8 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
         api.train(config, workdir)
     one, other = student_parameters(live), student_parameters(logged)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
-    (group,) = recipes.student_groups({"": config}, datasets.dataset_of(config).spec)
-    start = select_member(group.init().parameters, 0)
+    (group,) = specs.student_stacks({"": config}, datasets.dataset_of(config).spec)
+    start = select_run(group.init().parameters, 0)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), one, start)
     assert max(jax.tree.leaves(moved)) > 0.02
     # Of the students: a teacher in a log has no rows of its own for ids.
@@ -221,11 +221,11 @@ def test_cohorts_of_two_stages_read_the_scores_of_each(apart):
         apart.teacher.stage = stage
         api.log_teacher(apart)
     apart.teacher.source = "logged"
-    members = sweep_runs(apart)
+    runs = sweep_runs(apart)
     job = open_job(apart)
-    read = [job.of({name: member}).dataset for name, member in members.items()]
-    for member, dataset in zip(members.values(), read, strict=True):
-        assert f"-{member.teacher.stage}/" in dataset.identity["scored"]
+    read = [job.of({name: run}).dataset for name, run in runs.items()]
+    for run, dataset in zip(runs.values(), read, strict=True):
+        assert f"-{run.teacher.stage}/" in dataset.identity["scored"]
 
 
 def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_a_complete_sweep_does_not_need_its_teacher(apart, tmp_path, exchange):
     shutil.rmtree(teacher)
     assert not small.sweep(apart, tmp_path / "run")
     assert read_studies([tmp_path / "run"])
-    assert open_finished(tmp_path / "run")
+    assert open_ranker(tmp_path / "run")
 
 
 def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_this(
@@ -325,7 +325,7 @@ def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_
     file.unlink()
     assert environment() == ({}, f"Not known: {workdir} holds no {file.name}.")
     # Nothing else depends on it.
-    assert manifest.is_made_of(workdir)
+    assert manifest.has_provenance(workdir)
 
 
 def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(world, tmp_path):
@@ -359,19 +359,19 @@ def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(worl
 
 
 def chosen_by_hand(workdir):
-    """The (member, serve) of each mode's serving choice with the least mean on validation."""
+    """The (run, serve) of each mode's head with the least mean on validation."""
     chosen = []
     for _, of_mode in rows_of(workdir, "validation").groupby("mode", sort=False):
         means = of_mode.groupby("serve", sort=False)["passed_for_99"].mean()
         of_best = of_mode[of_mode["serve"] == means.idxmin()]
-        chosen += zip(of_best["member"], of_best["serve"], strict=True)
+        chosen += zip(of_best["run"], of_best["serve"], strict=True)
     return chosen
 
 
 def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
     frame, config = table(swept), world.config()
     assert list(frame.columns) == results.columns(config.tasks, open_job(config).report_at)
-    referred = ["reference"] * len(REFERENCES)
+    referred = ["reference"] * len(BASELINES)
     of_splits = [["teacher", *["student"] * number, *referred] for number in (8, 4)]
     assert frame["role"].tolist() == [role for of in of_splits for role in of]
     splits = zip(("validation", "test"), of_splits, strict=True)
@@ -388,7 +388,7 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept
     assert list(students[["mode", "serve", "seed"]].itertuples(index=False, name=None)) == expected
     # Heads that do not rank are not charged; the best without scores, a list, costs nothing.
     (teacher_flops,) = rows_of(swept, "validation", "teacher")["flops_per_candidate"]
-    references = rows_of(swept, "validation", "reference").set_index("member")["passed_for_99"]
+    references = rows_of(swept, "validation", "reference").set_index("run")["passed_for_99"]
     without = references[["incumbent", "popularity", "show_rate", "pass_rate"]].min()
     for _, of_seed in students.groupby("seed"):
         row = of_seed.set_index(["mode", "serve"])
@@ -399,18 +399,18 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept
         np.testing.assert_allclose(row["funnel_cost_saving"], saving, atol=1e-5)
 
 
-def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it(world, swept):
+def test_the_test_is_read_by_chosen_settings_alone_as_each_run_measures_on_it(world, swept):
     config = world.config(**SWEEP)
-    tested = rows_of(swept, "test").set_index(["member", "serve"])
+    tested = rows_of(swept, "test").set_index(["run", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
     job = open_job(config, sweep_runs(config))
     states, step = job.restored(swept / "cohorts" / "0")
     assert step == config.train.steps
-    # All serving choices, in a pass without references.
+    # All heads, in a pass without references.
     every = measure.measure(job, "test", states)
-    kept_of_sweep = results.read_requests(swept / "cohorts" / "0" / "test").each
+    kept_of_sweep = request_files.read_requests(swept / "cohorts" / "0" / "test").each
     for row in every.rows:
-        who = row["member"], row["serve"]
+        who = row["run"], row["serve"]
         if who not in tested.index:
             continue
         numbers = [name for name in tested if isinstance(row.get(name), float)]
@@ -419,14 +419,14 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
             tested.loc[who, numbers].astype(float), [row[name] for name in numbers],
             rtol=1e-5, atol=1e-7, equal_nan=True,
         )  # fmt: skip
-    referred = {(name, "user") for name in REFERENCES}
+    referred = {(name, "user") for name in BASELINES}
     assert kept_of_sweep.keys() == {*tested.index, ("teacher", "user"), *referred}
 
 
 def test_references_are_measured_as_what_they_know_allows(swept):
     for split in ("validation", "test"):
-        references = rows_of(swept, split, "reference").set_index("member")
-        assert list(references.index) == list(REFERENCES)
+        references = rows_of(swept, split, "reference").set_index("run")
+        assert list(references.index) == list(BASELINES)
         assert set(references["seed"]) == {0}  # of the teacher that orders by them
         # Only the oracle predicts, and it knows the truth.
         assert references["user_bce/watch"].dropna().index.tolist() == ["oracle"]
@@ -443,7 +443,7 @@ def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(wo
     assert (frame.loc["student", ["seed", "step"]] == [0, 20]).all(axis=None)
 
 
-def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept):
+def test_a_run_of_a_sweep_is_the_student_that_train_makes(world, swept):
     """Same seed, same order of the data: the same numbers up to rounding."""
     frame = table(swept)
     for mode in ("none", "aux"):
@@ -451,7 +451,7 @@ def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept):
         alone = table(world.student(mode)).query("role == 'student'").set_index(keys)
         of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)].set_index(keys)
         assert len(of_sweep) > len(MODES[mode].serve)
-        compared = alone.select_dtypes("number").columns.difference([*SAVINGS, "member"])
+        compared = alone.select_dtypes("number").columns.difference([*SAVINGS, "run"])
         np.testing.assert_allclose(
             of_sweep[compared].astype(float), alone.loc[of_sweep.index, compared],
             rtol=2e-3, atol=1e-6,
@@ -469,12 +469,12 @@ def test_rivals_are_measured_without_training_and_validation_chooses_their_setti
 
     assert sorted(workdir.rglob("checkpoints/*")) == checkpoints
     rows = results.read_csv(workdir / results.FILE)
-    rows = rows[(rows["role"] == "reference") & ~rows["member"].isin(REFERENCES)]
+    rows = rows[(rows["role"] == "reference") & ~rows["run"].isin(BASELINES)]
     validation, test = (rows[rows["split"] == split] for split in ("validation", "test"))
-    for family, settings in validation.groupby(validation["member"].str.partition(":")[0]):
+    for family, settings in validation.groupby(validation["run"].str.partition(":")[0]):
         best = settings.loc[settings["passed_for_99"].idxmin()]
-        (tested,) = test.loc[test["member"].str.startswith(family), "member"]
-        assert tested == best["member"], family
+        (tested,) = test.loc[test["run"].str.startswith(family), "run"]
+        assert tested == best["run"], family
     # Trees on labels and on stages, with item rates and without them, and four of EASE. A live
     # teacher logs no scores.
     assert len(validation) == 2 * 2 + 4
@@ -506,7 +506,7 @@ def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, 
     assert not small.sweep(world.config(**SWEEP, **costs), workdir)
 
 
-# One more way: the mode none does not read the weight.
+# One more setting: the mode none does not read the weight.
 MORE = SWEEP | {
     "sweep__modes": (),
     "sweep__runs": tuple(
@@ -517,9 +517,7 @@ MORE = SWEEP | {
 }
 
 
-def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_members_alone(
-    world, swept, copy_of
-):
+def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_runs_alone(world, swept, copy_of):
     workdir = copy_of(swept)
     cohort = workdir / "cohorts" / "0"
     # As if its own `aux` had been found to be bad on validation.
@@ -527,13 +525,13 @@ def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_members_alone(
     frame.loc[frame["mode"] == "aux", "passed_for_99"] = 1000.0
     frame.to_csv(cohort / results.FILE, index=False)
     written = manifest.read(cohort, "")
-    manifest.write(cohort, written["made_of"], written["files"])
+    manifest.write(cohort, written["provenance"], written["files"])
     before = written_at(cohort)
     assert small.sweep(world.config(**MORE), workdir)
     changed = before.items() - written_at(cohort).items()
     assert {path.parent.name for path, _ in changed} == {"test"}
     old, new = (rows_of(of, "validation").reset_index(drop=True) for of in (swept, workdir))
-    assert set(new["member"]) - set(old["member"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
+    assert set(new["run"]) - set(old["run"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
     compared = old.columns.difference(["passed_for_99", *SAVINGS])
     assert new[: len(old)][compared].equals(old[compared])
     assert table(workdir).query("role == 'student'")["funnel_cost_saving"].notna().all()
@@ -541,7 +539,7 @@ def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_members_alone(
         tested = {
             f"{name}-seed{seed}" for name in ("none", f"aux-weight{weight}") for seed in (0, 1)
         }
-        assert set(rows_of(of, "test")["member"]) == tested
+        assert set(rows_of(of, "test")["run"]) == tested
     # The same again has nothing to do, with and without the word.
     assert not small.sweep(world.config(**MORE), workdir)
     assert not small.sweep(world.config(**MORE | {"sweep__extend": False}), workdir)
@@ -555,7 +553,7 @@ def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_members_alone(
 
 PARTS = {
     "sweep__modes": ("none", "aux"),
-    "sweep__group_size": 1,
+    "sweep__cohort_size": 1,
     "train__steps": 4,
     "train__eval_every": 0,
 }
@@ -576,7 +574,7 @@ def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
     part = functools.partial(part_of, world, workdir)
     fault = functools.partial(fault_of, part)
     for name in ("0", "join"):
-        assert fault(name).startswith(f"{workdir} has no cohort for 2 of the sweep's 2 members; se")
+        assert fault(name).startswith(f"{workdir} has no cohort for 2 of the sweep's 2 runs; se")
     assert not workdir.exists()
     assert part("plan") == ["cohorts: 2", "numbers: 0-1"]
     assert not (workdir / "cohorts").exists()
@@ -608,8 +606,8 @@ def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path):
 
 
 def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
-    """Two groups of two members, on four devices: a mesh of two by two."""
-    keys = ["split", "member", "serve"]
+    """Two groups of two runs, on four devices: a mesh of two by two."""
+    keys = ["split", "run", "serve"]
     sweep = {**SWEEP, "train__eval_every": 10, "sweep__weights": (1.0,)}
     config = world.config(**sweep, parallel__devices=4)
     saved = checkpoints.save
@@ -623,7 +621,7 @@ def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, sw
         patch.setattr(checkpoints, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             api.sweep(config, tmp_path)
-    config.parallel.update({"devices": 2, "members": 2})
+    config.parallel.update({"devices": 2, "runs": 2})
     api.sweep(config, tmp_path)
     spread, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
     assert sorted(spread.index) == sorted(whole.index)
@@ -634,19 +632,19 @@ def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, sw
 
 
 @pytest.mark.parametrize("rates", [(0.01, 1e30), (1e30,)])
-def test_members_that_diverge_are_marked_and_the_others_go_on(world, tmp_path, caplog, rates):
+def test_runs_that_diverge_are_marked_and_the_others_go_on(world, tmp_path, caplog, rates):
     axes = {"sweep__modes": ("shared",), "sweep__axes__optimizer__learning_rate": rates}
     config = world.config(**axes, train__log_every=1)
     api.sweep(config, tmp_path)
-    frame, students = table(tmp_path), rows_of(tmp_path, "validation").set_index("member")
+    frame, students = table(tmp_path), rows_of(tmp_path, "validation").set_index("run")
     diverged = students["learning_rate"] > 1
     assert (students["non_finite_step"].notna() == diverged).all()
     assert students.loc[~diverged, "passed_for_99"].notna().all()
     measured = [name for name in frame if "@" in name or "/" in name]
     assert students.loc[diverged, measured].isna().all(axis=None)
     # The test is read for the others, the teacher and the references.
-    assert set(rows_of(tmp_path, "test")["member"]) == set(students.index[~diverged])
-    assert rows_of(tmp_path, "test", "reference")["member"].tolist() == list(REFERENCES)
+    assert set(rows_of(tmp_path, "test")["run"]) == set(students.index[~diverged])
+    assert rows_of(tmp_path, "test", "reference")["run"].tolist() == list(BASELINES)
     (name,) = students.index[diverged]
     step = int(students.loc[name, "non_finite_step"])
     assert f"{name} stopped being finite at step {step}" in caplog.text
@@ -690,7 +688,7 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
 @pytest.mark.long
 def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
     """Killed while it saves, in its second cohort, and in the test of the first."""
-    axes = {**SWEEP, "sweep__group_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
+    axes = {**SWEEP, "sweep__cohort_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     api.sweep(world.config(**axes), whole)
     flags = world.flags(killed, **axes)

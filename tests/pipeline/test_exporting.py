@@ -21,7 +21,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
-from kd_ranker.pipeline.job import config_of, open_finished
+from kd_ranker.pipeline.job import config_of, open_ranker
 from kd_ranker.serving import check, programs
 from tests import small
 from tests.faults import fault_of
@@ -30,10 +30,10 @@ from tests.serving.test_programs import batch_of, trained_ranker
 SERVE = "blend"
 ABOUT = {
     "role": "student",
-    "member": "shared-seed0",
+    "run": "shared-seed0",
     "mode": "shared",
     "serve": "user",
-    "run": {"config": "456"},
+    "provenance": {"config": "456"},
     "formats": ["jax"],
 }
 
@@ -86,7 +86,7 @@ def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted
     marks.unlink()
     message = rf"the run at {run} needs {file}, .*'of_mine'.* add --trust"
     for refused in (
-        lambda: open_finished(run),
+        lambda: open_ranker(run),
         lambda: api.export(run, tmp_path / "out", formats=("jax",)),
         lambda: api.score(run, tmp_path / "log"),
     ):
@@ -98,7 +98,7 @@ def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted
     # Once everything that the run names is known, the file is not needed.
     file.unlink()
     for trust in (False, True):
-        assert open_finished(run, config=config_of(run, trust)).config.student.name == "of_mine"
+        assert open_ranker(run, config=config_of(run, trust)).config.student.name == "of_mine"
 
 
 _SERVER = """
@@ -131,7 +131,7 @@ def served(folder, runtime, fields, tmp_path):
 
 def evaluated(workdir, serve="user"):
     """All requests of the test split as a batch, and the probabilities that are measured."""
-    found, batches, probabilities = open_finished(workdir), [], []
+    found, batches, probabilities = open_ranker(workdir), [], []
     for few in evaluation_batches(found.dataset, "test", requests=4, candidates=100):
         served = found.ranker.serve(found.ranker.parameters, few.batch, found.dataset.items)
         batches.append(few.batch)
@@ -278,13 +278,13 @@ def test_a_program_that_this_jax_cannot_read_is_one_line(exported, tmp_path):
     )
 
 
-def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
+def test_a_run_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     swept = world.sweep()
     name = "aux-weight1.0-seed1"
     api.export(swept, tmp_path / "out", name, "teacher", formats=("jax",))
     described = json.loads((tmp_path / "out" / "export.json").read_text())
     assert described["difference"] < 1e-5
-    assert (described["member"], described["serve"]) == (name, "teacher")
+    assert (described["run"], described["serve"]) == (name, "teacher")
 
 
 def request_of_readme():
@@ -308,7 +308,7 @@ def test_the_request_in_the_readme_of_the_server_fits_an_export(exported):
 
 REFUSED = [
     ({"ranker": "nowhere"}, "no run at nowhere: it holds no config.json"),
-    ({"member": "aux"}, "only a sweep has 'aux'; leave --member out"),
+    ({"run": "aux"}, "only a sweep has 'aux'; leave --run out"),
     ({"serve": "best"}, "--serve='best' does not exist; choose one of: blend, teac"),
     ({"formats": ("tflite",)}, "--formats='tflite' does not exist; choose one of: jax, on"),
 ]
@@ -322,7 +322,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(trained, tmp_path, changes,
 
 
 def test_a_folder_or_a_type_that_cannot_be_exported_is_one_line(trained, tmp_path):
-    out, finished = tmp_path / "out", open_finished(trained)
+    out, finished = tmp_path / "out", open_ranker(trained)
     finished.config.student.compute_dtype = "bfloat16"
     fault = fault_of(exporting.export_ranker, finished, out, ("jax", "onnx"))
     assert "compute_dtype='bfloat16': the converter to ONNX" in fault
@@ -373,4 +373,4 @@ def test_the_readme_describes_the_folder(tmp_path):
     assert described["programs"]["score"]["inputs"]["item_embedding"]["shape"] == ["rows", 8]
     assert max(check.largest_differences(folder, "jax").values()) <= check.TOLERANCE
     assert 0 <= described["difference"] < 1e-5
-    manifest.check(folder, "", ABOUT["run"])
+    manifest.check(folder, "", ABOUT["provenance"])

@@ -47,8 +47,8 @@ def config_of():
     config.data.labels, config.data.teacher = dict(click="click"), dict(click="scored")
     config.data.split = "column"
     config.data.features = dict(
-        age=kd.configs.feature("user", "dense", standardise=False),
-        match=kd.configs.feature("candidate", "dense", standardise=False),
+        age=kd.configs.feature("user", "dense", standardize=False),
+        match=kd.configs.feature("candidate", "dense", standardize=False),
     )
     config.funnel.update(retrieved=4, passed=2, shown=1, report_at=(1, 2))
     config.data.allow = ("few_positives", "one_label", "teacher_coverage", "times")

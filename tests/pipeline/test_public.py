@@ -1,6 +1,5 @@
 """`import kd_ranker as kd`: the names that outsiders use."""
 
-import importlib
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from kd_ranker import api, configs
 from kd_ranker.config.runs import sweep_runs
 from kd_ranker.pipeline import training
 from tests.faults import fault_of
-from tests.report import sweeps
+from tests.reporting import sweeps
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def test_the_import_takes_little_along_and_names_are_functions_whatever_is_impor
     program = """
 import sys, kd_ranker as kd
 assert not {"jax", "pandas"} & {*sys.modules}
-import kd_ranker.report, kd_ranker.report.write
+import kd_ranker.reporting.write
 assert callable(kd.sweep) and callable(kd.report), (kd.sweep, kd.report)
 from kd_ranker import configs
 assert kd.configs is configs
@@ -45,14 +44,6 @@ def test_a_config_that_lacks_keys_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     fault = fault_of(kd.export, tmp_path, tmp_path / "served")
     assert fault.startswith(f"the run at {tmp_path}: the config lacks ")
-
-
-def test_a_name_that_is_replaced_stays_replaced(monkeypatch):
-    """Also where a package has its name: `kd_ranker.report`."""
-    for name in ("sweep", "report", "train"):
-        monkeypatch.setattr(kd, name, len)
-        importlib.import_module("kd_ranker.report")
-        assert getattr(kd, name) is len
 
 
 def test_only_text_that_is_asked_for_reads_a_url(students, monkeypatch):
@@ -84,18 +75,18 @@ def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_pa
     students = kd.sweep(config, f"{tmp_path}/sweep", **arguments)
     assert config.to_json() == before
     assert students.workdir == tmp_path / "sweep"
-    members = sweep_runs(*trained).values()
-    found = {(of.distill.mode, of.distill.weight) for of in members}
+    runs = sweep_runs(*trained).values()
+    found = {(of.distill.mode, of.distill.weight) for of in runs}
     assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
-    assert {of.distill.loss for of in members if of.distill.mode == "aux"} == {"topk"}
-    assert {of.teacher.workdir for of in members} == {str(world.teacher)}
+    assert {of.distill.loss for of in runs if of.distill.mode == "aux"} == {"topk"}
+    assert {of.teacher.workdir for of in runs} == {str(world.teacher)}
 
 
 def test_results_show_themselves_as_text_and_within_a_notebook(world, students, tmp_path):
     table = students.results
     assert {*table[table.role == "student"]["mode"]} == {"none", "aux"}
     assert str(students.workdir) in str(students)
-    # Asked for, the saving of each way; shown unasked, means over seeds without draws of requests.
+    # Asked for, the saving of each method; shown unasked, means over seeds without draws.
     assert "saving" in str(students)
     assert all(mode in repr(students) for mode in ("none", "aux", "seeds"))
     prepared = kd.prepare(world.config())

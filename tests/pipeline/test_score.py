@@ -19,7 +19,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, make_serve
 from kd_ranker.pipeline import datasets, scoring
-from kd_ranker.pipeline.job import Finished, open_job
+from kd_ranker.pipeline.job import TrainedRanker, open_job
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.row_files import columns_of
@@ -27,7 +27,7 @@ from kd_ranker.serving import check
 from kd_ranker.sources.logs import encode
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.state import select_member
+from kd_ranker.training.state import select_run
 from tests.batches.packing_by_hand import full_batch
 from tests.faults import fault_of
 from tests.sources import faulty_logs
@@ -130,9 +130,9 @@ def student_of(workdir: Path):
     """What serves a student, and its parameters in the newest checkpoint."""
     config = workdirs.read_config(workdir)
     job = open_job(config, {"": config})
-    ((state,), _), (group,) = job.restored(workdir), job.groups
-    parameters = select_member(state.parameters, 0)
-    return make_serve(group.recipe.model, group.recipe.mode), parameters
+    ((state,), _), (stack,) = job.restored(workdir), job.stacks
+    parameters = select_run(state.parameters, 0)
+    return make_serve(stack.train_spec.model, stack.train_spec.mode), parameters
 
 
 def served(world: World, serve: Any, parameters: Any, name: str, items: Any = None) -> Scores:
@@ -337,19 +337,19 @@ def test_a_log_may_lack_the_time_and_call_its_columns_otherwise(world, tmp_path)
     assert scores_in(before) == scores_in(after)
 
 
-def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_path, score):
+def test_without_a_run_the_best_of_a_sweep_on_validation_scores(world, tmp_path, score):
     workdir = world.folder / "sweep"
     table = results.read_csv(workdir / results.FILE)
     rows = table[(table["role"] == "student") & (table["split"] == "validation")]
-    best = rows["member"][rows["passed_for_99"].astype(float).idxmin()]
+    best = rows["run"][rows["passed_for_99"].astype(float).idxmin()]
     _, lines = score("sweep", world.tested)
     assert lines[0] == (
-        f"ranker: member {best} of the sweep at {workdir} (the best of 2 on validation), by its "
+        f"ranker: run {best} of the sweep at {workdir} (the best of 2 on validation), by its "
         "probabilities 'user'"
     )
     config = config_for(world, "sweep", tmp_path / "log")
     _, lines = scoring.score_unseen(config, workdir, "none-seed1", tmp_path / "named")
-    assert lines[0].startswith("ranker: member none-seed1 of the sweep")
+    assert lines[0].startswith("ranker: run none-seed1 of the sweep")
 
 
 def test_a_student_scores_where_its_teacher_is_gone(world, score):
@@ -395,16 +395,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, columns, keys
 
 
 @pytest.mark.parametrize(
-    ("workdir", "member", "message"),
+    ("workdir", "run", "message"),
     [
         ("", "", "no run at"),
-        ("sweep", "x", "has no member 'x'; it has: none-seed0, none-seed1"),
-        ("student", "x", "leave --member out"),
+        ("sweep", "x", "has no run 'x'; it has: none-seed0, none-seed1"),
+        ("student", "x", "leave --run out"),
     ],
 )
-def test_a_ranker_that_there_is_not_is_one_line(world, tmp_path, workdir, member, message):
+def test_a_ranker_that_there_is_not_is_one_line(world, tmp_path, workdir, run, message):
     workdir, log = world.folder / workdir, write_raw(tmp_path / "log", world.tested)
-    assert message in fault_of(api.score, workdir, log, tmp_path / "out", member)
+    assert message in fault_of(api.score, workdir, log, tmp_path / "out", run)
     assert not (tmp_path / "out").exists()
 
 
@@ -436,7 +436,7 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
 VERSION = "0123456789ab"
 
 
-def stub_teacher(config: Any) -> Finished:
+def stub_teacher(config: Any) -> TrainedRanker:
     """A teacher whose probability of a candidate depends on all that it may know of it."""
 
     def serve(parameters: Any, batch: Any, items: Any) -> Served:
@@ -450,7 +450,7 @@ def stub_teacher(config: Any) -> Finished:
 
     ranker = Ranker(serve, None)  # type: ignore[arg-type]
     of = ("stub", open_job(config), "", "user", None, ranker, VERSION, {})
-    return Finished(*of)  # type: ignore[arg-type]
+    return TrainedRanker(*of)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_a_place_below_0_is_the_padding_row(dataset, part):
             assert (values == (-1 if "category" in name else 0)).all()
 
 
-def test_neighbours_are_fetched_as_one(dataset, monkeypatch):
+def test_neighbors_are_fetched_as_one(dataset, monkeypatch):
     fetched = []
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *of: fetched.append(of[:2]))
     columns = dataset.columns["train"]

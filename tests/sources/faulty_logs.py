@@ -43,7 +43,7 @@ def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDic
         dict(
             age=feature("user", "dense"),
             country=feature("user", "category"),
-            hour=feature("context", "dense", standardise=False),
+            hour=feature("context", "dense", standardize=False),
             spots=feature("context", "bag", length=2, hashed=True, size=7),
             recent=feature("user", "history", length=4),
             author=feature("item", "category", size=5),

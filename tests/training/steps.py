@@ -1,4 +1,4 @@
-"""Configs, recipes, groups of members, and the steps that they take on random batches."""
+"""Configs, train_specs, stacks of runs, and the steps that they take on random batches."""
 
 import functools
 
@@ -16,16 +16,16 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.recipes import OPTIMIZERS
+from kd_ranker.training.optimizers import OPTIMIZERS
 from kd_ranker.training.state import (
-    Frozen,
+    Constants,
     Hyperparameters,
     LiveTeacher,
-    OptimizerNumbers,
-    Recipe,
+    OptimizerHyperparameters,
+    TrainSpec,
     init_state,
-    select_member,
-    stack_members,
+    select_run,
+    stack_runs,
 )
 from kd_ranker.training.step import make_step
 from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, model_and_init, random_items
@@ -43,9 +43,9 @@ def config_of(**changes):
 
 @functools.cache
 def world_of(spec):
-    """A live teacher, and the frozen arrays that a step reads."""
+    """A live teacher, and the constants arrays that a step reads."""
     model, parameters = make_model(FinalRanker, len(spec.tasks), TEACHER, seed=1, spec=spec)
-    return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(spec=spec), parameters)
+    return LiveTeacher(model, Stage.RETRIEVED), Constants(random_items(spec=spec), parameters)
 
 
 def model_of(mode, spec, student, slots=0):
@@ -54,8 +54,8 @@ def model_of(mode, spec, student, slots=0):
 
 
 @functools.cache
-def recipe_of(mode, optimizer, spec, student=MultiInterest):
-    return Recipe(
+def train_spec_of(mode, optimizer, spec, student=MultiInterest):
+    return TrainSpec(
         model=model_of(mode, spec, student)[0],
         mode=MODES[mode],
         optimizer=OPTIMIZERS[optimizer](),
@@ -67,29 +67,29 @@ def recipe_of(mode, optimizer, spec, student=MultiInterest):
 PROGRAMS = {}
 
 
-def program_of(recipes, teacher, mapping, devices):
-    """One mapped step for all tests that want it: it compiles once for each number of members."""
-    key = (*map(id, recipes), id(teacher), mapping, devices)
+def program_of(train_specs, teacher, mapping, devices):
+    """One mapped step for all tests that want it: it compiles once for each number of runs."""
+    key = (*map(id, train_specs), id(teacher), mapping, devices)
     if key not in PROGRAMS:
         spread = MAPPINGS[mapping](jax.devices()[:devices])
-        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, teacher))
+        PROGRAMS[key] = spread, spread.map_step(make_step(train_specs, teacher))
     return PROGRAMS[key]
 
 
-def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
-    """A recipe, and the state of a group with one member per seed."""
+def make_train_spec(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
+    """A train_spec, and the state of a stack with one run per seed."""
     how = mode, optimizer, spec, student
-    return recipe_of(*how), state_of(*how, tuple(seeds))
+    return train_spec_of(*how), state_of(*how, tuple(seeds))
 
 
 @functools.cache
 def state_of(mode, optimizer, spec, student, seeds):
-    recipe = recipe_of(mode, optimizer, spec, student)
-    _, init = model_of(mode, spec, student, recipe.row_optimizer.slots(STUDENT.width))
-    members = jax.tree.map(lambda *of: np.stack(of), *(init(jax.random.key(of)) for of in seeds))
+    train_spec = train_spec_of(mode, optimizer, spec, student)
+    _, init = model_of(mode, spec, student, train_spec.row_optimizer.slots(STUDENT.width))
+    runs = jax.tree.map(lambda *of: np.stack(of), *(init(jax.random.key(of)) for of in seeds))
     # In one program, not one per array.
-    return jax.jit(lambda parameters: init_state(recipe, parameters, len(spec.tasks), True))(
-        members
+    return jax.jit(lambda parameters: init_state(train_spec, parameters, len(spec.tasks), True))(
+        runs
     )
 
 
@@ -105,39 +105,45 @@ def hyperparameters(temperature=1.0, top_k=2.0, **changes):
         "steps": 1000,
         "unshown_weight": 0.0,
     } | changes
-    optimizer = OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields))
+    optimizer = OptimizerHyperparameters(
+        *(numbers.pop(name) for name in OptimizerHyperparameters._fields)
+    )
     loss = LossNumbers(temperature, top_k)
     return jax.tree.map(jnp.float32, Hyperparameters(loss=loss, optimizer=optimizer, **numbers))
 
 
-def run_groups(recipes, states, batches, numbers, mapping="pmap", devices=1, live=False, spec=SPEC):
-    """The states after a step on each batch, and the losses of the last, per group"""
-    teacher, frozen = world_of(spec) if live else (None, Frozen(random_items(spec=spec), None))
-    spread, step = program_of(tuple(recipes), teacher, mapping, devices)
-    states, frozen = spread.place(tuple(states)), spread.place(frozen)
+def run_stacks(
+    train_specs, states, batches, numbers, mapping="pmap", devices=1, live=False, spec=SPEC
+):
+    """The states after a step on each batch, and the losses of the last, per stack"""
+    teacher, constants = (
+        world_of(spec) if live else (None, Constants(random_items(spec=spec), None))
+    )
+    spread, step = program_of(tuple(train_specs), teacher, mapping, devices)
+    states, constants = spread.place(tuple(states)), spread.place(constants)
     for batch in batches:
-        states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
+        states, losses = step(states, spread.shard(batch), tuple(numbers), constants)
     return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
 
 
-def run(recipe, state, batches, numbers=None, **how):
-    """`run_groups` of one group of one member, without the axis of members."""
-    numbers = stack_members([numbers or hyperparameters()])
-    (state,), (losses,) = run_groups([recipe], [state], batches, [numbers], **how)
-    return member_of(state), select_member(losses, 0)
+def train(train_spec, state, batches, numbers=None, **how):
+    """`run_stacks` of one stack of one run, without the axis of runs."""
+    numbers = stack_runs([numbers or hyperparameters()])
+    (state,), (losses,) = run_stacks([train_spec], [state], batches, [numbers], **how)
+    return run_of(state), select_run(losses, 0)
 
 
-def member_of(state, member=0):
-    """A member's state without the axis of members, and without fields of no meaning."""
-    own = select_member(state.replace(step=None, unknown_ids=None, owners=None), member)
+def run_of(state, run=0):
+    """A run's state without the axis of runs, and without fields of no meaning."""
+    own = select_run(state.replace(step=None, unknown_ids=None, owners=None), run)
     return own.replace(step=state.step, unknown_ids=state.unknown_ids)
 
 
-def lowered(recipe, state, batch, frozen, teacher=None, devices=1):
+def lowered(train_spec, state, batch, constants, teacher=None, devices=1):
     """The program of a step, before XLA compiles it."""
-    step = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(make_step([recipe], teacher))
-    numbers = stack_members([hyperparameters()] * len(state.non_finite_step))
-    return step.lower((state,), batch, (numbers,), frozen)
+    step = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(make_step([train_spec], teacher))
+    numbers = stack_runs([hyperparameters()] * len(state.non_finite_step))
+    return step.lower((state,), batch, (numbers,), constants)
 
 
 def learned(state):

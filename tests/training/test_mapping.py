@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from kd_ranker.errors import UserError
-from kd_ranker.training import recipes
-from kd_ranker.training.loop import (
+from kd_ranker.training import specs
+from kd_ranker.training.mapping import MAPPINGS, first_devices, share_of
+from kd_ranker.training.program import (
     initial_states,
-    make_run,
+    make_program,
     states_on_host,
     step_for,
 )
-from kd_ranker.training.mapping import MAPPINGS, first_devices, share_of
 from kd_ranker.training.state import TrainState
 from tests.random_batches import SPEC, random_batch
 from tests.training.steps import assert_close, config_of, world_of
@@ -25,37 +25,39 @@ STEPS = 6
 BATCHES = [random_batch(seed, requests=8, candidates=5) for seed in range(STEPS)]
 
 
-def member(mode, seed):
-    # Some members end before the others.
+def run(mode, seed):
+    # Some runs end before the others.
     steps = {"train__steps": STEPS - seed % 2}
     return config_of(seed=seed, distill__mode=mode, distill__weight=1.0 + seed, **steps)
 
 
-# Two groups, of one member and of five: no number of devices here beyond one divides them.
-MEMBERS = {"none": member("none", 0)} | {
-    f"shared-{seed}": member("shared", seed) for seed in range(5)
-}
+# Two stacks, of one run and of five: no number of devices here beyond one divides them.
+RUNS = {"none": run("none", 0)} | {f"shared-{seed}": run("shared", seed) for seed in range(5)}
 
 
 @functools.cache
-def made(mapping, devices, members, sharded=False):
-    """A run of all members, that takes its steps on batches by themselves."""
-    teacher, frozen = world_of(SPEC)
-    devices = MAPPINGS[mapping](jax.devices()[:devices], members, sharded=sharded)
-    run = make_run(recipes.student_groups(MEMBERS, SPEC), teacher, None, frozen, devices)
-    step = step_for(run.groups, teacher, run.devices)
-    return run._replace(take=devices.map_step(step, jax.eval_shape(lambda: initial_states(run))))
+def made(mapping, devices, runs, sharded=False):
+    """A run of all runs, that takes its steps on batches by themselves."""
+    teacher, constants = world_of(SPEC)
+    devices = MAPPINGS[mapping](jax.devices()[:devices], runs, sharded=sharded)
+    program = make_program(specs.student_stacks(RUNS, SPEC), teacher, None, constants, devices)
+    step = step_for(program.stacks, teacher, program.devices)
+    return program._replace(
+        take=devices.map_step(step, jax.eval_shape(lambda: initial_states(program)))
+    )
 
 
-def trained(run, states, start, stop):
+def trained(program, states, start, stop):
     """On the host, the states after these steps, and the losses of the last one."""
     for batch in BATCHES[start:stop]:
-        states, losses = run.take(states, run.devices.shard(batch), run.numbers, run.frozen)
+        states, losses = program.take(
+            states, program.devices.shard(batch), program.hyperparameters, program.constants
+        )
     losses = [
-        {name: of_members[: len(group.names)] for name, of_members in of_group.items()}
-        for group, of_group in zip(run.groups, run.devices.unreplicate(losses), strict=True)
+        {name: of_runs[: len(stack.names)] for name, of_runs in of_stack.items()}
+        for stack, of_stack in zip(program.stacks, program.devices.unreplicate(losses), strict=True)
     ]
-    return jax.tree.map(np.asarray, (states_on_host(run, states), losses))
+    return jax.tree.map(np.asarray, (states_on_host(program, states), losses))
 
 
 def assert_same(trees, others, atol):
@@ -70,19 +72,19 @@ def assert_same(trees, others, atol):
 
 @functools.cache
 def on_one_device():
-    """The states of all members after all steps, and the last one's losses."""
-    run = made("auto", 1, 1)
-    states, losses = trained(run, initial_states(run), 0, STEPS)
+    """The states of all runs after all steps, and the last one's losses."""
+    program = made("auto", 1, 1)
+    states, losses = trained(program, initial_states(program), 0, STEPS)
     # They learned, and not the same.
-    start = run.groups[1].init().parameters.tables["item"]
+    start = program.stacks[1].init().parameters.tables["item"]
     table = states[1].parameters.tables["item"]
     assert (np.abs(table - start).max(axis=(1, 2)) > 1e-2).all()
-    assert len({member.tobytes() for member in table}) == len(table)
+    assert len({run.tobytes() for run in table}) == len(table)
     return states, losses
 
 
-# Where the devices share no requests, a member does what it does on one device. But the compiler
-# gives products of other numbers of members, and of a part of the teacher's requests, other code,
+# Where the devices share no requests, a run does what it does on one device. But the compiler
+# gives products of other numbers of runs, and of a part of the teacher's requests, other code,
 # which adds up in another order.
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -95,7 +97,7 @@ def on_one_device():
     ids=str,
 )
 def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
-    """What is saved, on the host, is the same on any mesh of members, requests and dealt rows."""
+    """What is saved, on the host, is the same on any mesh of runs, requests and dealt rows."""
     first, second = made(*before), made(*after)
     half, _ = trained(first, initial_states(first), 0, STEPS // 2)
     states = second.devices.place(half)
@@ -105,19 +107,24 @@ def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
     assert_same((states, losses), on_one_device(), atol=1e-5)
 
 
-def test_a_device_holds_only_its_own_members_and_they_exchange_nothing():
-    run = made("auto", 8, 8)
-    states = initial_states(run)
+def test_a_device_holds_only_its_own_runs_and_they_exchange_nothing():
+    program = made("auto", 8, 8)
+    states = initial_states(program)
     for state in states:
         for name in (field.name for field in dataclasses.fields(state)):
             for leaf in jax.tree.leaves(getattr(state, name)):
-                members = () if name in ("step", "unknown_ids", "owners") else (1,)
-                expected = members + leaf.shape[len(members) :]
+                runs = () if name in ("step", "unknown_ids", "owners") else (1,)
+                expected = runs + leaf.shape[len(runs) :]
                 assert leaf.addressable_data(3).shape == expected
-    arguments = states, run.devices.shard(BATCHES[0]), run.numbers, run.frozen
-    text = run.take.lower(*arguments).compile().as_text()
+    arguments = (
+        states,
+        program.devices.shard(BATCHES[0]),
+        program.hyperparameters,
+        program.constants,
+    )
+    text = program.take.lower(*arguments).compile().as_text()
     # Those of a group of devices, and not of each with itself; releases of XLA write them so or so.
-    together = re.compile(r"replica_groups=(\{\{0,1|mesh\[.*?\] \{'members'\})")
+    together = re.compile(r"replica_groups=(\{\{0,1|mesh\[.*?\] \{'runs'\})")
     exchanges = [line for line in text.splitlines() if together.search(line)]
     # Only the teacher's probabilities: [requests, candidates, tasks].
     assert [line.split(" = ")[1].split("{")[0] for line in exchanges] == ["f32[8,5,3]"]
@@ -137,10 +144,10 @@ def test_auto_is_pmap_where_that_suffices():
     assert auto(cpu, deterministic=True).by_pmap
     assert not auto(tpu).by_pmap
     assert auto(gpu, deterministic=True).options == {"xla_gpu_deterministic_ops": True}
-    assert auto(cpu * 2, members=2).members == 2
-    for needs in ({"members": 2}, {"deterministic": True}, {"sharded": True}):
+    assert auto(cpu * 2, runs=2).runs == 2
+    for needs in ({"runs": 2}, {"deterministic": True}, {"sharded": True}):
         assert not auto(gpu * 2, **needs).by_pmap
-        with pytest.raises(ValueError, match="pmap has no axis of members"):
+        with pytest.raises(ValueError, match="pmap has no axis of runs"):
             pmap(gpu * 2, **needs)
 
 

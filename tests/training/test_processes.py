@@ -14,7 +14,7 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline.job import open_finished
+from kd_ranker.pipeline.job import open_ranker
 from tests import forked, small
 
 long = pytest.mark.long
@@ -62,9 +62,7 @@ def of_one_process(world):
 
 
 def assert_same_student(workdir, world):
-    expected, found = (
-        open_finished(of).ranker.parameters for of in (of_one_process(world), workdir)
-    )
+    expected, found = (open_ranker(of).ranker.parameters for of in (of_one_process(world), workdir))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), found, expected)
     assert_same_results(workdir, of_one_process(world))
 
@@ -106,7 +104,7 @@ def test_processes_train_the_student_that_one_does(world, tmp_path, number, devi
 
 
 @long
-def test_processes_have_members_of_their_own_in_a_sweep(world, tmp_path):
+def test_processes_have_runs_of_their_own_in_a_sweep(world, tmp_path):
     changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "teacher__source": "live"}
     at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
     expected = world.made("swept_by_one_process", lambda folder: api.sweep(at_once, folder))

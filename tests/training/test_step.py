@@ -20,12 +20,12 @@ from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.requests.row_files import columns_of
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.recipes import SCHEDULES
+from kd_ranker.training.optimizers import SCHEDULES
 from kd_ranker.training.state import (
-    Frozen,
+    Constants,
     LiveTeacher,
-    select_member,
-    stack_members,
+    select_run,
+    stack_runs,
 )
 from kd_ranker.training.step import in_turn, make_step, with_live_teacher
 from tests.batches.packing_by_hand import packed, prepared, starts_of
@@ -44,13 +44,13 @@ from tests.training.steps import (
     hyperparameters,
     learned,
     lowered,
-    make_recipe,
-    member_of,
+    make_train_spec,
     program_of,
-    recipe_of,
-    run,
-    run_groups,
+    run_of,
+    run_stacks,
     state_of,
+    train,
+    train_spec_of,
     world_of,
 )
 
@@ -64,12 +64,12 @@ LIVE, FROZEN = world_of(SPEC)
     ("mode", "mapping", "devices"), [("aux", "pmap", 8), ("shared", "shard_map", 2)]
 )
 def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, mapping, devices):
-    recipe, state = make_recipe(mode, spec=CATEGORY_SPEC)
+    train_spec, state = make_train_spec(mode, spec=CATEGORY_SPEC)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=CATEGORY_SPEC) for seed in range(6)]
     how = {"live": True, "spec": CATEGORY_SPEC}
-    one, losses = run(recipe, state, batches, **how)
-    other, other_losses = run(recipe, state, batches, mapping=mapping, devices=devices, **how)
+    one, losses = train(train_spec, state, batches, **how)
+    other, other_losses = train(train_spec, state, batches, mapping=mapping, devices=devices, **how)
     assert_close(losses, other_losses, 1e-5)
     assert_close((one.parameters, one.transform), (other.parameters, other.transform), 1e-5)
 
@@ -82,9 +82,9 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
     data, kinds, slots = prepared(columns_of(requests, spec, for_training=True), 12, 0.6)
     rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
     batches = packed(data, starts_of(kinds, rows), slots)
-    recipe, state = make_recipe()
+    train_spec, state = make_train_spec()
     unpacked = [unpack(batches, step) for step in range(steps)]
-    expected, expected_losses = run(recipe, state, unpacked)
+    expected, expected_losses = train(train_spec, state, unpacked)
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
     spread = MAPPINGS["shard_map"](jax.devices()[:2])
@@ -92,10 +92,10 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
 
     def counted(*arguments):
         traces.append(1)
-        return in_turn(make_step([recipe]))(*arguments)
+        return in_turn(make_step([train_spec]))(*arguments)
 
     take = spread.map_step(counted)
-    numbers = (stack_members([hyperparameters()]),)
+    numbers = (stack_runs([hyperparameters()]),)
     on_devices = spread.shard(batches), spread.place(FROZEN.replace(teacher=None))
 
     def after(stops):
@@ -105,8 +105,8 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
         return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
 
     one_by_one = (found,), (losses,) = after([1, 2, 3])
-    assert_close(member_of(found).parameters, expected.parameters, 1e-5)
-    assert_close(select_member(losses, 0), expected_losses, 1e-5)
+    assert_close(run_of(found).parameters, expected.parameters, 1e-5)
+    assert_close(select_run(losses, 0), expected_losses, 1e-5)
     for cuts in range(3):
         for stops in itertools.combinations([1, 2, 3], cuts):
             assert_equal(after(stops), one_by_one)
@@ -117,12 +117,12 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
 def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     """The step against plain differentiation of everything, whole tables included, with SGD."""
     spec = CATEGORY_SPEC
-    recipe, group = make_recipe(mode, "sgd", spec=spec)
-    state, (live, frozen) = member_of(group), world_of(spec)
+    train_spec, stack = make_train_spec(mode, "sgd", spec=spec)
+    state, (live, constants) = run_of(stack), world_of(spec)
     batch = random_batch(5, spec=spec)
     numbers = hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
     teacher = jax.jit(
-        lambda: jax.nn.sigmoid(score(live.model, frozen.teacher, batch, frozen.items))
+        lambda: jax.nn.sigmoid(score(live.model, constants.teacher, batch, constants.items))
     )()
 
     def entropy(logits, target, weight):
@@ -133,9 +133,9 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
 
     def loss(parameters, transform):
         # A row that is only padding is not trained, so its gradient is cut here as well.
-        lookups = recipe.model.embedding
-        embedded = gather_rows(lookups, parameters.tables, batch, frozen.items, whole_rows=False)
-        logits = apply_model(recipe.model, parameters.dense, embedded, batch, frozen.items)
+        lookups = train_spec.model.embedding
+        embedded = gather_rows(lookups, parameters.tables, batch, constants.items, whole_rows=False)
+        logits = apply_model(train_spec.model, parameters.dense, embedded, batch, constants.items)
         total = entropy(logits[..., :TASKS], batch.user_label, batch.label_weight[..., None])
         if mode == "none":
             return total
@@ -148,7 +148,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
 
     differentiated = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     before, (gradients, transform_gradients) = differentiated(state.parameters, state.transform)
-    after, losses = run(recipe, group, [batch], numbers, live=True, spec=spec)
+    after, losses = train(train_spec, stack, [batch], numbers, live=True, spec=spec)
     np.testing.assert_allclose(losses["loss"], before, rtol=1e-5)
     assert_close(
         (after.parameters.dense, after.transform),
@@ -167,16 +167,16 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
 
 
 def test_losses_are_the_same_on_any_devices_and_in_any_company():
-    """A group of two members per loss, all groups in one program.
+    """A stack of two runs per loss, all stacks in one program.
 
     `test_losses` has the sums of all losses add up. Adam would scale up the rounding of a gradient
     that cancels: softmax ignores a bias.
     """
     names = ["bce", "softmax", "lambda", "dftopk"]
-    recipe, state = make_recipe("shared", "sgd", seeds=(0, 1), student=TwoTower)
+    train_spec, state = make_train_spec("shared", "sgd", seeds=(0, 1), student=TwoTower)
     terms = [(Term(name),) for name in names]
-    recipes = [
-        recipe._replace(user_loss=user_loss)
+    train_specs = [
+        train_spec._replace(user_loss=user_loss)
         for user_loss in itertools.islice(itertools.cycle(USER_LOSSES), len(names))
     ]
     first = hyperparameters(distill_weight=0.3, temperature=2.0, top_k=1.0)
@@ -185,24 +185,24 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
     for batch in batches:
         batch.user_label[:3] = 0  # devices without positives
 
-    def take_steps(batches, *members, devices=1):
-        numbers = [stack_members([of._replace(terms=own) for of in members]) for own in terms]
-        return run_groups(recipes, [state] * len(names), batches, numbers, devices=devices)
+    def take_steps(batches, *runs, devices=1):
+        numbers = [stack_runs([of._replace(terms=own) for of in runs]) for own in terms]
+        return run_stacks(train_specs, [state] * len(names), batches, numbers, devices=devices)
 
     reference, losses = take_steps(batches, first, second)
-    assert all((of_group["distill_loss"] > 0).all() for of_group in losses)
+    assert all((of_stack["distill_loss"] > 0).all() for of_stack in losses)
     # A request a device.
     other, other_losses = take_steps(batches, first, second, devices=8)
     assert_close(losses, other_losses, 1e-5)
     for one, another in zip(reference, other, strict=True):
-        assert_close(learned(member_of(one))[:2], learned(member_of(another))[:2], 1e-6)
+        assert_close(learned(run_of(one))[:2], learned(run_of(another))[:2], 1e-6)
 
     beside_another, _ = take_steps(batches, second, second)
     for one, another in zip(reference, beside_another, strict=True):
-        assert_equal(member_of(one, 1), member_of(another, 1))
+        assert_equal(run_of(one, 1), run_of(another, 1))
 
     _, at_once = take_steps(batches[:1], first, second)
-    bce, softmax, both, _ = (of_group["user_loss"] for of_group in at_once)
+    bce, softmax, both, _ = (of_stack["user_loss"] for of_stack in at_once)
     np.testing.assert_allclose(both, bce + softmax, rtol=1e-6)
 
     # A value of weight 0 changes no bit.
@@ -224,14 +224,14 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
         teacher_weight=np.zeros_like(batch.teacher_weight),
         teacher_probability=np.full_like(batch.teacher_probability, np.nan),
     )
-    shared, losses = run(*make_recipe("shared", "sgd"), [batch])
-    none, _ = run(*make_recipe("none", "sgd"), [batch])
+    shared, losses = train(*make_train_spec("shared", "sgd"), [batch])
+    none, _ = train(*make_train_spec("none", "sgd"), [batch])
     assert losses["distill_loss"] == 0
     assert_close(shared.parameters, none.parameters, 1e-7)
 
 
 def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
-    recipe, state = make_recipe("aux", "sgd")
+    train_spec, state = make_train_spec("aux", "sgd")
     on_scores, on_stages = (
         hyperparameters(terms=(Term("softmax", signal),)) for signal in ("scores", "stage")
     )
@@ -239,26 +239,26 @@ def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
     probability, weight = SIGNALS["stage"].read(batch)
     said = batch.replace(teacher_probability=probability, teacher_weight=weight)
     silent = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
-    logged, losses = run(recipe, state, [said], on_scores)
-    stage, of_stage = run(recipe, state, [silent], on_stages)
+    logged, losses = train(train_spec, state, [said], on_scores)
+    stage, of_stage = train(train_spec, state, [silent], on_stages)
     assert losses["distill_loss"] > 0
     assert_equal((logged, losses), (stage, of_stage))
 
 
 def test_terms_add_up_by_their_weights():
-    """A group per term, one of all terms, and one of all in which a single weight is not 0."""
-    recipe, state = make_recipe("shared", "sgd")
+    """A stack per term, one of all terms, and one of all in which a single weight is not 0."""
+    train_spec, state = make_train_spec("shared", "sgd")
     weights = (1.0, 0.3, 2.0)
     terms = [
         *((Term("bce"),), (Term("softmax", "stage"),), (Term("dftopk"),)),
         (Term("bce"), Term("softmax", "stage", 0.3), Term("dftopk", weight=2.0)),
         (Term("bce"), Term("softmax", "stage", 0.0), Term("dftopk", weight=0.0)),
     ]
-    states, losses = run_groups(
-        [recipe] * 5,
+    states, losses = run_stacks(
+        [train_spec] * 5,
         [state] * 5,
         [random_batch(3)],
-        [stack_members([hyperparameters(terms=of)]) for of in terms],
+        [stack_runs([hyperparameters(terms=of)]) for of in terms],
     )
     *each, together, with_others = (float(of["distill_loss"][0]) for of in losses)
     assert len(set(each)) == 3
@@ -288,12 +288,12 @@ def test_padding_changes_nothing():
     )
     # Programs for other shapes round otherwise, and Adam divides a gradient by its own size. After
     # a step of SGD at so high a rate, the parameters are little but the gradients.
-    recipe, state = make_recipe("aux", "sgd", spec=spec)
+    train_spec, state = make_train_spec("aux", "sgd", spec=spec)
     numbers = hyperparameters(
         learning_rate=1e3, table_learning_rate=1e3, weight_decay=0.0, table_weight_decay=0.0
     )
     one, other, same = (
-        run(recipe, state, [of], numbers, live=True, spec=spec) for of in (few, padded, noisy)
+        train(train_spec, state, [of], numbers, live=True, spec=spec) for of in (few, padded, noisy)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)
@@ -302,40 +302,40 @@ def test_padding_changes_nothing():
 
 
 def test_candidates_without_labels_are_as_good_as_padding():
-    """Mode none must not depend on how many unlabelled candidates fill up a batch."""
+    """Mode none must not depend on how many unlabeled candidates fill up a batch."""
     batches = [random_batch(seed) for seed in range(3)]
     stages = (np.where(of.label_weight > 0, of.stage, 0).astype(np.int8) for of in batches)
     without = [of.replace(stage=stage) for of, stage in zip(batches, stages, strict=True)]
-    recipe, state = make_recipe("none")
-    one, other = run(recipe, state, batches), run(recipe, state, without)
+    train_spec, state = make_train_spec("none")
+    one, other = train(train_spec, state, batches), train(train_spec, state, without)
     assert_equal(one, other)
 
 
 def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
-    """Members on two devices against single members on batches with such labels."""
+    """Runs on two devices against single runs on batches with such labels."""
     weights = (0.2, 3.0)
-    recipe, state = make_recipe("aux", seeds=(0, 0))
-    learns_unshown = recipe._replace(unshown_are_negatives=True)
+    train_spec, state = make_train_spec("aux", seeds=(0, 0))
+    learns_unshown = train_spec._replace(unshown_are_negatives=True)
     # All have labels, of which those of the candidates that were not shown mean nothing.
     batches = [random_batch(seed) for seed in range(3)]
-    numbers = [stack_members([hyperparameters(unshown_weight=weight) for weight in weights])]
+    numbers = [stack_runs([hyperparameters(unshown_weight=weight) for weight in weights])]
     how = {"mapping": "shard_map", "devices": 2}
-    (after,), _ = run_groups([learns_unshown], [state], batches, numbers, **how)
+    (after,), _ = run_stacks([learns_unshown], [state], batches, numbers, **how)
 
-    def labelled(batch, weight):
+    def labeled(batch, weight):
         unshown = (batch.stage == Stage.RETRIEVED) | (batch.stage == Stage.PASSED)
         return batch.replace(
             label_weight=np.where(unshown, np.float32(weight), batch.label_weight),
             user_label=np.where(unshown[..., None], np.float32(0), batch.user_label),
         )
 
-    for member, weight in enumerate(weights):
-        expected, _ = run(*make_recipe("aux"), [labelled(batch, weight) for batch in batches])
-        assert_close(member_of(after, member).parameters, expected.parameters, 1e-5)
+    for run, weight in enumerate(weights):
+        expected, _ = train(*make_train_spec("aux"), [labeled(batch, weight) for batch in batches])
+        assert_close(run_of(after, run).parameters, expected.parameters, 1e-5)
 
 
 def test_weights_of_both_losses_are_traced_so_a_sweep_compiles_once():
-    recipe, state = make_recipe("shared")
+    train_spec, state = make_train_spec("shared")
     batch = random_batch(3)
     flipped = batch.replace(user_label=1 - batch.user_label)
     how = {"live": True, "mapping": "shard_map"}
@@ -343,14 +343,14 @@ def test_weights_of_both_losses_are_traced_so_a_sweep_compiles_once():
         numbers = hyperparameters(
             1 + distill, distill, user_weight=user, distill_weight=distill, learning_rate=rate
         )
-        one, other = (run(recipe, state, [of], numbers, **how) for of in (batch, flipped))
+        one, other = (train(train_spec, state, [of], numbers, **how) for of in (batch, flipped))
         for _, losses in (one, other):
             expected = user * losses["user_loss"] + distill * losses["distill_loss"]
             np.testing.assert_allclose(losses["loss"], expected, rtol=1e-6)
         # At a user weight of 0, no bit of the labels comes through.
         same = jax.tree.all(jax.tree.map(np.array_equal, one[0].parameters, other[0].parameters))
         assert (same, one[1]["loss"] == other[1]["loss"]) == (user == 0, user == 0)
-    _, step = program_of((recipe,), LIVE, "shard_map", 1)
+    _, step = program_of((train_spec,), LIVE, "shard_map", 1)
     assert step._cache_size() == 1
 
 
@@ -367,48 +367,46 @@ def test_the_live_teacher_scores_what_its_stage_admits():
         np.testing.assert_allclose(scored.teacher_probability, expected, rtol=1e-5)
 
 
-MEMBERS = [
+RUNS = [
     {"seed": 0, "steps": 2},
     {"seed": 0, "steps": 5, "distill_weight": 3.0, "temperature": 2.0},
     {"seed": 1, "steps": 9, "distill_weight": 0.0, "learning_rate": 3e-3, "weight_decay": 0.0},
 ]
 
 
-def numbers_of(members, **more):
-    return stack_members(
-        [hyperparameters(**{k: v for k, v in of.items() if k != "seed"} | more) for of in members]
+def numbers_of(runs, **more):
+    return stack_runs(
+        [hyperparameters(**{k: v for k, v in of.items() if k != "seed"} | more) for of in runs]
     )
 
 
-def test_a_member_that_diverges_is_frozen_and_costs_the_others_no_bit():
+def test_a_run_that_diverges_is_frozen_and_costs_the_others_no_bit():
     batches = [random_batch(seed) for seed in range(6)]
-    recipe, state = make_recipe("shared", seeds=[member["seed"] for member in MEMBERS])
-    recipes, states, healthy = [recipe], [state], numbers_of(MEMBERS)
+    train_spec, state = make_train_spec("shared", seeds=[run["seed"] for run in RUNS])
+    train_specs, states, healthy = [train_spec], [state], numbers_of(RUNS)
     rates = healthy.optimizer.learning_rate.at[1].set(1e30)
     ill = healthy._replace(optimizer=healthy.optimizer._replace(learning_rate=rates))
-    (after,), (losses,) = run_groups(recipes, states, batches, [ill])
-    (expected,), _ = run_groups(recipes, states, batches, [healthy])
+    (after,), (losses,) = run_stacks(train_specs, states, batches, [ill])
+    (expected,), _ = run_stacks(train_specs, states, batches, [healthy])
     step = int(after.non_finite_step[1])
     assert 1 < step <= 6
     assert not np.isfinite(losses["loss"][1])
     np.testing.assert_array_equal(after.non_finite_step, [0, step, 0])
-    for member in (0, 2):
-        jax.tree.map(
-            np.testing.assert_array_equal, member_of(after, member), member_of(expected, member)
-        )
+    for run in (0, 2):
+        jax.tree.map(np.testing.assert_array_equal, run_of(after, run), run_of(expected, run))
     # It is as it was before the step at which its loss was found not to be finite.
-    (before,), _ = run_groups(recipes, states, batches[: step - 1], [ill])
-    assert_equal(learned(member_of(after, 1)), learned(member_of(before, 1)))
+    (before,), _ = run_stacks(train_specs, states, batches[: step - 1], [ill])
+    assert_equal(learned(run_of(after, 1)), learned(run_of(before, 1)))
 
 
-def test_a_member_ends_after_its_own_number_of_steps_as_a_lone_member():
-    """Equal to the last bit to its state after that step; equal up to rounding to a lone member.
+def test_a_run_ends_after_its_own_number_of_steps_as_a_lone_run():
+    """Equal to the last bit to its state after that step; equal up to rounding to a lone run.
 
-    A group per mode, each with an optimizer, a schedule and a student of its own.
+    A stack per mode, each with an optimizer, a schedule and a student of its own.
     """
     kinds = [*zip(MODES, ROW_OPTIMIZERS, (MultiInterest, TwoTower, MultiInterest), strict=True)]
-    recipes = [
-        recipe_of(mode, optimizer, SPEC, student)._replace(
+    train_specs = [
+        train_spec_of(mode, optimizer, SPEC, student)._replace(
             schedule=functools.partial(schedule, 2), unshown_are_negatives=student is TwoTower
         )
         for (mode, optimizer, student), schedule in zip(
@@ -417,40 +415,40 @@ def test_a_member_ends_after_its_own_number_of_steps_as_a_lone_member():
     ]
     batches = [random_batch(seed) for seed in range(9)]
 
-    def after(members, steps):
-        seeds = tuple(member["seed"] for member in members)
+    def after(runs, steps):
+        seeds = tuple(run["seed"] for run in runs)
         states = [
             state_of(mode, optimizer, SPEC, student, seeds) for mode, optimizer, student in kinds
         ]
-        numbers = [numbers_of(members, unshown_weight=0.3)] * len(kinds)
-        return run_groups(recipes, states, batches[:steps], numbers)[0]
+        numbers = [numbers_of(runs, unshown_weight=0.3)] * len(kinds)
+        return run_stacks(train_specs, states, batches[:steps], numbers)[0]
 
-    together = after(MEMBERS, 9)
-    for index, member in enumerate(MEMBERS):
-        then, by_itself = (after(of, member["steps"]) for of in (MEMBERS, [member]))
-        for group, group_then, group_lone in zip(together, then, by_itself, strict=True):
-            own = learned(member_of(group, index))
-            assert_equal(own, learned(member_of(group_then, index)))
-            assert_close(own[:2], learned(member_of(group_lone))[:2], 1e-5)
+    together = after(RUNS, 9)
+    for index, run in enumerate(RUNS):
+        then, by_itself = (after(of, run["steps"]) for of in (RUNS, [run]))
+        for stack, stack_then, stack_lone in zip(together, then, by_itself, strict=True):
+            own = learned(run_of(stack, index))
+            assert_equal(own, learned(run_of(stack_then, index)))
+            assert_close(own[:2], learned(run_of(stack_lone))[:2], 1e-5)
 
 
-def test_a_member_that_is_finished_can_no_longer_fail():
+def test_a_run_that_is_finished_can_no_longer_fail():
     """A loss that is not finite on a batch that it does not train on is none of its faults."""
-    recipe, state = make_recipe("shared", seeds=(0, 0))
-    numbers = stack_members([hyperparameters(steps=steps) for steps in (1, 3)])
+    train_spec, state = make_train_spec("shared", seeds=(0, 0))
+    numbers = stack_runs([hyperparameters(steps=steps) for steps in (1, 3)])
     good, bad = random_batch(0), random_batch(1)
     bad = bad.replace(user_features=np.full_like(bad.user_features, np.nan))
-    (after,), (losses,) = run_groups([recipe], [state], [good, bad], [numbers])
+    (after,), (losses,) = run_stacks([train_spec], [state], [good, bad], [numbers])
     assert not np.isfinite(losses["loss"]).any()
     np.testing.assert_array_equal(after.non_finite_step, [0, 2])
 
 
 def test_the_teacher_is_paid_for_once_and_nothing_is_sorted():
-    """Whatever the number of members, the program holds one teacher."""
+    """Whatever the number of runs, the program holds one teacher."""
 
-    def sorts_and_flops(members):
-        recipe, state = make_recipe("shared", seeds=range(members))
-        program = lowered(recipe, state, random_batch(0), FROZEN, LIVE).compile()
+    def sorts_and_flops(runs):
+        train_spec, state = make_train_spec("shared", seeds=range(runs))
+        program = lowered(train_spec, state, random_batch(0), FROZEN, LIVE).compile()
         return program.as_text().count(" sort("), program.cost_analysis()["flops"]
 
     teacher = jax.jit(lambda batch: score(LIVE.model, FROZEN.teacher, batch, FROZEN.items))
@@ -476,8 +474,8 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
         unknown["item"] += there
         unknown["category"] += 2 + 2 * there
     batches[1].user_id[3] = -7
-    recipe, state = make_recipe("shared", "sgd", spec=spec)
-    after, losses = run(recipe, state, batches, devices=2, live=True, spec=spec)
+    train_spec, state = make_train_spec("shared", "sgd", spec=spec)
+    after, losses = train(train_spec, state, batches, devices=2, live=True, spec=spec)
     assert np.isfinite(losses["loss"])
     assert after.unknown_ids == unknown
     of_items = np.concatenate([batch.item_id[batch.stage > 0] for batch in batches])
@@ -490,9 +488,9 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
             + [batch.candidate_category[batch.stage > 0].ravel() for batch in batches]
         ),
     }
-    width, before = STUDENT.width, member_of(state).parameters.tables
+    width, before = STUDENT.width, run_of(state).parameters.tables
     for name, table in after.parameters.tables.items():
-        reserved = recipe.model.embedding.tables[name].size
+        reserved = train_spec.model.embedding.tables[name].size
         assert 1 <= table[reserved, width] <= 2
         assert (table[reserved, :width] != 0).any()
         # Nothing is clamped: a row at either end changes only if its own id occurs.
@@ -503,13 +501,13 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
 def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
     # No other array has as many rows as one of these tables.
     spec = dataclasses.replace(CATEGORY_SPEC, num_users=990)
-    recipe, state = make_recipe("shared", "adam", spec=spec)
+    train_spec, state = make_train_spec("shared", "adam", spec=spec)
     batch = random_batch(0, requests=8, candidates=9, spec=spec)
-    program = lowered(recipe, state, batch, Frozen(random_items(spec=spec), None), devices=2)
+    program = lowered(train_spec, state, batch, Constants(random_items(spec=spec), None), devices=2)
     lines = program.compile().as_text().splitlines()
     exchanges = [line for line in lines if " all-gather(" in line or " all-reduce(" in line]
     assert exchanges
-    for rows in (table.rows for table in recipe.model.embedding.tables.values()):
+    for rows in (table.rows for table in train_spec.model.embedding.tables.values()):
         assert any(f",{rows}," in line for line in lines)  # the table itself
         assert not any(f",{rows}," in line or f"[{rows}," in line for line in exchanges)
         # A gradient would have the table's rows and an embedding's width.
@@ -521,10 +519,10 @@ def test_products_and_their_gradients_have_the_precision_of_the_config(name):
     """A device takes less than float32 by default, which a CPU does not show."""
     student, teacher = (config.copy_and_resolve_references() for config in (STUDENT, TEACHER))
     student.compute_dtype = teacher.compute_dtype = name
-    recipe, state = make_recipe("shared")
+    train_spec, state = make_train_spec("shared")
     model, _ = build_model(MultiInterest, SPEC, TASKS, student)
     live, _ = build_model(FinalRanker, SPEC, TASKS, teacher)
-    of_model = recipe._replace(model=model)
+    of_model = train_spec._replace(model=model)
     text = lowered(of_model, state, random_batch(0), FROZEN, LIVE._replace(model=live)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) > 20

@@ -274,9 +274,9 @@ def _remarks_on_split(split: str, of: dict, tasks: Sequence[str]) -> Iterator[st
     if without := of["without_a_label"]:
         share = f"{without / of['requests']:.1%}"
         yield f"{without:,} of {of['requests']:,} {split} requests ({share}) have no label."
-    if unlabelled := of["shown"] - of["labelled"]:
+    if unlabeled := of["shown"] - of["labeled"]:
         yield (
-            f"{unlabelled:,} of {of['shown']:,} shown candidates in {split} lack a label or have "
+            f"{unlabeled:,} of {of['shown']:,} shown candidates in {split} lack a label or have "
             "label weight 0, and are not learned from by labels."
         )
     for task in tasks:

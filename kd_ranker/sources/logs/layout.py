@@ -58,7 +58,7 @@ class Feature:
     hashed: bool
     size: int
     length: int
-    standardise: bool
+    standardize: bool
     cheap: bool
     place: int | None = None  # in the vectors of its column; each number is a feature
 
@@ -304,9 +304,9 @@ def _read_features(data: ConfigDict, name: str) -> list[Feature]:
     check_choice(f"{key}.kind", feature.kind, FEATURE_KINDS)
     if feature.kind == "history" and feature.of not in ("user", "context"):
         raise UserError(f"{key}.of={feature.of!r}: a history is one of: user, context")
-    if feature.of == "event" and (feature.kind != "dense" or feature.standardise):
+    if feature.of == "event" and (feature.kind != "dense" or feature.standardize):
         raise UserError(
-            f"{key}: a feature of events has kind 'dense' and standardise=False; the log holds its "
+            f"{key}: a feature of events has kind 'dense' and standardize=False; the log holds its "
             "numbers as the models read them"
         )
     for number in ("size", "length"):

@@ -403,7 +403,7 @@ def _extend_report(earlier: _Earlier, encoding: Encoding, tables: Tables, report
     for feature, new in zip(tables.layout.features, report["features"], strict=True):
         old = before[feature.name]
         varies = new.get("deviation") or new.get("mean", old.get("mean")) != old.get("mean")
-        if feature.standardise and not old.get("deviation") and varies:
+        if feature.standardize and not old.get("deviation") and varies:
             raise UserError(
                 f"data.features.{feature.key} had at most one value in {earlier.directory}, so "
                 f"there is no deviation to divide new values by; leave it out, {_REMEDY}"

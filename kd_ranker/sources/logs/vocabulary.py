@@ -167,7 +167,7 @@ def _scale_of(feature: Feature, moments: Mapping[str, float]) -> dict[str, float
     """The number subtracted, the divisor, and the value for a missing one."""
     # In 32 bits, so that the order in which the moments were added up leaves no trace.
     mean, deviation = (float(np.float32(moments.get(of, 0.0))) for of in ("mean", "deviation"))
-    if not feature.standardise:
+    if not feature.standardize:
         return {"mean": 0.0, "scale": 1.0, "missing": mean}
     # By rounding, a column of one value may have a deviation just above 0.
     constant = deviation <= 1e-6 * abs(mean) or deviation == 0

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets
-from kd_ranker.pipeline.job import open_finished, open_job
+from kd_ranker.pipeline.job import open_job, open_ranker
 from kd_ranker.pipeline.training import warm_start
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
@@ -287,7 +287,7 @@ def test_a_feature_that_varies_for_the_first_time_has_no_scale(tmp_path):
 
 
 def parameters_of(workdir):
-    return jax.tree.map(np.asarray, open_finished(workdir, with_slots=True).ranker.parameters)
+    return jax.tree.map(np.asarray, open_ranker(workdir, with_slots=True).ranker.parameters)
 
 
 @pytest.fixture
@@ -297,9 +297,9 @@ def monday(day_one, tmp_path):
 
 
 def started(config, folder):
-    """The parameters of a fresh run, and those that it starts with, without the axis of members."""
+    """The parameters of a fresh run, and those that it starts with, without the axis of runs."""
     job = open_job(config, {"": config})
-    fresh = tuple(group.init() for group in job.groups)
+    fresh = tuple(stack.init() for stack in job.stacks)
     (begun,) = warm_start(job, folder, fresh)
     return jax.tree.map(lambda of: np.asarray(of)[0], (fresh[0].parameters, begun.parameters))
 
@@ -316,7 +316,7 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, monday, day_o
     config.train.warm_start, config.seed = str(monday[1]), 7
     fresh, begun = started(config, tmp_path)
     assert_equal(begun.dense, old.dense)
-    spec = open_finished(monday[1]).dataset.spec
+    spec = open_ranker(monday[1]).dataset.spec
     sizes = {"user": "num_users", "item": "num_items", "category": "num_categories"}
     known = {name: getattr(spec, of) for name, of in sizes.items()}
     for name, of in sizes.items():
@@ -351,7 +351,7 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tm
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(workdir), 7
     job = open_job(config)
-    (begun,) = warm_start(job, tmp_path, tuple(group.init() for group in job.groups))
+    (begun,) = warm_start(job, tmp_path, tuple(stack.init() for stack in job.stacks))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
     assert_equal(begun.parameters.tables["item"][:, :known], table[:, :known])

@@ -196,10 +196,10 @@ def add_vectors(rows, seed):
 
 
 VECTORS = dict(
-    stars=feature("event", "dense", standardise=False),
-    views=feature("event", "dense", length=2, standardise=False),
+    stars=feature("event", "dense", standardize=False),
+    views=feature("event", "dense", length=2, standardize=False),
     embedding=feature("item", "dense", length=3),
-    again=feature("candidate", "dense", "embedding", length=3, standardise=False),
+    again=feature("candidate", "dense", "embedding", length=3, standardize=False),
     short=feature("candidate", "dense", "embedding", length=2),
 )
 
@@ -584,7 +584,7 @@ def test_the_report_counts_what_is_in_a_column(build):
     assert columns["data.features.score"]["missing"] == 1
     train = report["splits"]["train"]
     number, shown = train["requests"], train["shown"]
-    assert shown == 1 + 3 + train["labelled"]
+    assert shown == 1 + 3 + train["labeled"]
     assert train["without_a_label"] == 2
     assert f"2 of {number} train requests ({2 / number:.1%}) have no label." in report["remarks"]
     varying = {of["name"]: of.get("items_with_several_values") for of in report["features"]}

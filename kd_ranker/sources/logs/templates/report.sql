@@ -131,9 +131,9 @@ CREATE TABLE {{ table }} AS
 {% endif %}
 
 -- 3. Sums over what is used.
-{% set labelled = "stage = 3 AND label_weight > 0" %}
+{% set labeled = "stage = 3 AND label_weight > 0" %}
 CREATE TABLE totals AS
-    WITH weighed AS (SELECT split, stage, CASE WHEN {{ labelled }} THEN label_weight::DOUBLE END AS weight
+    WITH weighed AS (SELECT split, stage, CASE WHEN {{ labeled }} THEN label_weight::DOUBLE END AS weight
     {% for task in layout.tasks %}
         , "label:{{ task }}"
     {% endfor %}
@@ -142,7 +142,7 @@ CREATE TABLE totals AS
             AND teacher_weight > 0 THEN "teacher:{{ task }}"::DOUBLE END AS "teacher:{{ task }}"
     {% endfor %}
         FROM used),
-    of_stages AS (SELECT split, stage, count(*) AS candidates, count(weight) AS labelled, sum(weight) AS weight
+    of_stages AS (SELECT split, stage, count(*) AS candidates, count(weight) AS labeled, sum(weight) AS weight
     {% for task in layout.tasks %}{% set is_one = 'FILTER (WHERE "label:' ~ task ~ '" = 1)' %}
         , count(*) {{ is_one }} AS "ones/{{ task }}", count(weight) {{ is_one }} AS "positives/{{ task }}",
         sum(weight) {{ is_one }} AS "weight/{{ task }}"
@@ -178,10 +178,10 @@ CREATE TABLE totals AS
     {% for task in layout.scored_tasks if layout.teacher_signal == "probability" %}
         sum("sum/{{ task }}") / nullif(sum("observed/{{ task }}"), 0) AS "predicted_over_observed/{{ task }}",
     {% endfor %}
-        sum(labelled)::BIGINT AS labelled FROM of_stages GROUP BY split;
+        sum(labeled)::BIGINT AS labeled FROM of_stages GROUP BY split;
 CREATE TABLE sizes AS
     WITH of_requests AS (SELECT number, split, count(*) AS size,
-        count(*) FILTER (WHERE {{ labelled }}) AS labels,
+        count(*) FILTER (WHERE {{ labeled }}) AS labels,
         count(*) FILTER (WHERE teacher_weight > 0
     {% for task in layout.scored_tasks %}
             AND "teacher:{{ task }}" BETWEEN {{ layout.teacher_range[0] }} AND {{ layout.teacher_range[1] }}

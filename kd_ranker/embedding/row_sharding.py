@@ -1,0 +1,135 @@
+"""Rows spread over devices like dealt cards: row r on device r mod n, of n devices.
+
+So each device has an equal share of any range of rows, which spreads hot rows with adjacent
+numbers. A device reads and changes only its own rows. Ids travel to all devices; rows travel only
+to the device that needs them.
+
+    row r is at place r // n of device r mod n, and place p of device d has row p · n + d
+
+A device expects to own about M / n of M ids, and has room for twice that number. If it owns more,
+it processes all M, which takes longer and gives the same result.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Num
+
+from kd_ranker.batch import RowSharding
+
+_State = TypeVar("_State")
+
+RARELY = "more_ids_than_room"
+"""The named scope of the operations that run only in this rare case."""
+
+# As many rows as a TPU lays out together, see `lookup.TableSpec.rows`.
+_ROWS_TOGETHER = 8
+# The ratio of a device's room for ids that it owns to their expected number.
+_ROOM = 2
+
+
+def rows_per_device(rows: int, devices: int) -> int:
+    """Return the number of places per device for `rows` rows; those after the last are empty.
+
+    >>> rows_per_device(100, devices=4), rows_per_device(100, devices=1)
+    (32, 100)
+    """
+    return rows if devices == 1 else -(-rows // (devices * _ROWS_TOGETHER)) * _ROWS_TOGETHER
+
+
+def to_shards(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
+    """Order all rows of a host's array by device, and pad each share with `filler`.
+
+    >>> to_shards(np.arange(10), 0, devices=2).tolist()
+    [0, 2, 4, 6, 8, 0, 0, 0, 1, 3, 5, 7, 9, 0, 0, 0]
+    """
+    host, length = np.asarray(array), rows_per_device(array.shape[axis], devices)
+    padding = [(0, 0)] * host.ndim
+    padding[axis] = (0, devices * length - host.shape[axis])
+    padded = np.pad(host, padding, constant_values=filler)
+    by_place = padded.reshape(*host.shape[:axis], length, devices, *host.shape[axis + 1 :])
+    return np.ascontiguousarray(by_place.swapaxes(axis, axis + 1)).reshape(padded.shape)
+
+
+def from_shards(array: Any, axis: int, devices: int) -> np.ndarray:
+    """Invert `to_shards`, except that the padding rows remain, after the others."""
+    host = np.asarray(array)
+    by_device = host.reshape(*host.shape[:axis], devices, -1, *host.shape[axis + 1 :])
+    return np.ascontiguousarray(by_device.swapaxes(axis, axis + 1)).reshape(host.shape)
+
+
+def read(
+    row_sharding: RowSharding,
+    places: Num[Array, "places W"],
+    row: Int[Array, "..."],
+    columns: slice,
+    first: Any = 0,
+) -> Num[Array, "... columns"]:
+    """Return columns of the rows that this device requests; only these columns travel.
+
+    Several devices call this in a mapped function, each with its share of the rows, which begins at
+    the place `first`. Row numbers are in range. Rows are read whole and sliced afterwards: a TPU
+    reads parts of rows one by one, in a loop.
+    """
+    if row_sharding.devices == 1:
+        return _take(places, row + first)[..., columns]
+    asked = jax.lax.all_gather(row.reshape(-1), row_sharding.axis, tiled=True)
+
+    def fill(found: Array, place: Array, mask: Array, _: None, index: Array | None) -> Array:
+        taken = _take(places, place + first)[:, columns]
+        if index is None:
+            return jnp.where(mask[:, None], taken, found)
+        return found.at[index].set(taken, mode="drop", unique_indices=True)
+
+    number = len(range(*columns.indices(places.shape[1])))
+    none = jnp.zeros((asked.shape[0], number), places.dtype)
+    found = update_own_rows(row_sharding, fill, none, asked, jnp.full(asked.shape, True), None)
+    # One device has the row, and the others add 0.
+    own = jax.lax.psum_scatter(found, row_sharding.axis, scatter_dimension=0, tiled=True)
+    return own.reshape(*row.shape, *own.shape[1:])
+
+
+def update_own_rows(
+    row_sharding: RowSharding,
+    function: Callable[..., _State],
+    state: _State,
+    row: Int[Array, "M"],
+    mask: Bool[Array, "M"],
+    values: Num[Array, "k M W"] | None,
+) -> _State:
+    """Call `function(state, place, mask, values, index)` on the rows that this device owns.
+
+    They are in order. `index` has the place of each among all M, and M where the mask is False; or
+    it is None, and all M are given. The function updates `state`, in place if possible, and must
+    not depend on masked rows. Row numbers are in range, and the same on all devices, as are mask
+    and values.
+    """
+    if row_sharding.devices == 1:
+        return function(state, row, mask, values, None)
+    number, place = row.shape[0], row // row_sharding.devices
+    mask &= row % row_sharding.devices == jax.lax.axis_index(row_sharding.axis)
+    room = _ROOM * -(-number // row_sharding.devices)
+
+    def some(_: Any, state: _State) -> _State:
+        (order,) = jnp.nonzero(mask, size=room, fill_value=number)
+        own_place = place.at[order].get(mode="fill", fill_value=0)
+        own = None if values is None else values.at[:, order].get(mode="fill", fill_value=0)
+        return function(state, own_place, order < number, own, order)
+
+    def every(_: Any, state: _State) -> _State:
+        return function(state, place, mask, values, None)
+
+    if room >= number:
+        return every(0, state)
+    # Loops of one trip or none: XLA would copy the tables that a condition changes.
+    fits = (jnp.sum(mask) <= room).astype(jnp.int32)
+    state = jax.lax.fori_loop(0, fits, some, state)
+    with jax.named_scope(RARELY):
+        return jax.lax.fori_loop(0, 1 - fits, every, state)
+
+
+def _take(rows: Num[Array, "rows W"], row: Int[Array, "..."]) -> Num[Array, "... W"]:
+    return rows.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)

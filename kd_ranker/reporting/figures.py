@@ -1,0 +1,373 @@
+"""The figures of a report, drawn with Altair from a tidy table each.
+
+A method has the same color in every figure of a study. Files and the page have the same charts.
+"""
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import vl_convert
+
+from kd_ranker.evaluation.metrics.registry import title_of
+from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, TARGET
+from kd_ranker.evaluation.saving import SAVINGS, by_repeat, of_split
+from kd_ranker.evaluation.setting_names import SETTING_COLUMNS
+from kd_ranker.reporting.estimates import Estimates
+from kd_ranker.reporting.intervals import interval
+from kd_ranker.reporting.study import Study
+
+Chart = alt.LayerChart | alt.FacetChart
+
+# After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008), then of Tol's
+# muted one (personal.sron.nl/~pault, 2021). All are visible on a white and on a black page.
+_COLORS = (
+    *("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    *("#332288", "#999933", "#882255", "#44aa99"),
+)
+_INCUMBENT, _LIST, _RULE = "#b4b4b4", "#8c6d31", "#808080"
+# The width of a file, in pixels or points; the height of a plot on the page over that in a file.
+_WIDTH, _PAGE_HEIGHT = 403, 1.4
+_THEME: dict[str, Any] = {
+    "background": "transparent", "font": "sans-serif", "padding": 3, "aria": False,
+    "view": {"stroke": None},
+    "axis": {
+        "labelFontSize": 11, "titleFontSize": 13, "titleFontWeight": "normal", "titlePadding": 6,
+        "labelFlush": False, "domainColor": "black", "tickColor": "black", "tickCount": 6,
+        "gridColor": "#e4e4e4", "gridWidth": 0.8,
+    },
+    "legend": {
+        "orient": "top", "title": None, "labelFontSize": 11, "labelLimit": 0, "symbolOpacity": 1,
+        "symbolStrokeWidth": 1.9, "symbolSize": 60, "offset": 6, "columnPadding": 16,
+    },
+}  # fmt: skip
+
+
+class Figure(NamedTuple):
+    """A figure of a study: its name in those of files, its table, and its chart without a size.
+
+    `height` is that of the plot in a file, in pixels.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: pd.DataFrame
+    chart: Chart
+    height: int = 270
+
+
+def files(figure: Figure) -> dict[str, bytes]:
+    """Return the files of a figure by format."""
+    spec = _sized(figure, width=_WIDTH, height=figure.height, background="white").to_dict()
+    return {
+        "svg": vl_convert.vegalite_to_svg(spec).encode(),
+        "pdf": vl_convert.vegalite_to_pdf(spec),
+        "png": vl_convert.vegalite_to_png(spec, ppi=200),
+    }
+
+
+def page_chart(figure: Figure) -> str:
+    """Return the chart of a figure as JSON, as wide as its place on the page."""
+    chart = _sized(figure, width="container", height=_PAGE_HEIGHT * figure.height)
+    # A "<" in a name must not end the script element that holds the JSON.
+    return json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
+
+
+def _sized(figure: Figure, width: Any, height: float, **theme: str) -> Chart:
+    # Legends do not wrap by themselves: about 6 pixels per character, and the symbol.
+    columns = max(1, _WIDTH // (6 * int(figure.data["line"].str.len().max()) + 50))
+    legend = _THEME["legend"] | {"columns": columns}
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    chart = figure.chart.properties(width=width, height=height, autosize=fit)
+    return chart.configure(**(_THEME | {"legend": legend} | theme))
+
+
+def figures(study: Study, estimates: Estimates) -> list[Figure]:
+    """Return the figures of a study that have numbers, in their order."""
+    drawn = (
+        _waterfall(study, estimates),
+        _plane(study, estimates),
+        _over_k(
+            study, estimates, "value_captured", TARGET,
+            "Value captured by candidates passed",
+            "The share of the final value that is kept when k candidates are passed, on the test "
+            "split; of each method the setting that did best on validation. The dashed line is "
+            f"{PERCENT}; marks and the legend show what each needs for it, the mean over repeats.",
+        ),
+        _over_k(
+            study, estimates, "true_value_captured", None,
+            "True value captured by candidates passed",
+            "The same items, valued by the true probabilities: the share of the value if all "
+            "retrieved candidates reach the final ranker. It can exceed 1 if an early ranker drops "
+            "candidates that the final ranker overrates.",
+        ) if study.knows_truth else None,
+        _over_k(
+            study, estimates, "served_ndcg", None,
+            "Quality for people by candidates passed",
+            "NDCG by people's labels of the list that the final ranker makes when k candidates are "
+            "passed, without those that have no label, on the test split; mean over requests.",
+        ),
+        _over_k(
+            study, estimates, "served_ndcg_of_all", None,
+            "Quality for people, with candidates without a label",
+            "The same with the candidates without a label, which count as not wanted.",
+        ),
+        _pareto(study),
+    )  # fmt: skip
+    return [figure for figure in drawn if figure is not None]
+
+
+def _values(data: pd.DataFrame) -> alt.InlineData:
+    # Unknown numbers are null.
+    return alt.InlineData(values=json.loads(data.to_json(orient="records", double_precision=9)))
+
+
+def _axis(
+    channel: Callable[..., Any], title: str, scale: dict[str, Any], **options: Any
+) -> Callable[[str], Any]:
+    """Return a function from a column to the channel of an axis that several columns share."""
+    return functools.partial(
+        channel, type="quantitative", title=title,
+        scale=alt.Scale(**scale), axis=alt.Axis(**options),
+    )  # fmt: skip
+
+
+def _color(study: Study, data: pd.DataFrame, symbol: str) -> alt.Color:
+    """Return the colors of the lines by their methods; the incumbent is gray, a list is brown."""
+    lines = data.drop_duplicates("line")
+    colors: dict[str | None, str] = dict(zip(study.chosen, itertools.cycle(_COLORS), strict=False))
+    colors[study.incumbent] = _INCUMBENT
+    palette = [colors.get(method, _LIST) for method in lines["method"]]
+    scale = alt.Scale(domain=lines["line"].tolist(), range=palette)
+    return alt.Color("line:N", scale=scale, legend=alt.Legend(symbolType=symbol))
+
+
+def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
+    """Return a dashed line for comparison at a value."""
+    line = alt.Chart(alt.InlineData(values=[{"rule": value}]))
+    return line.mark_rule(strokeDash=[6, 5], clip=True).encode(color=alt.value(_RULE), y=y("rule"))
+
+
+def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
+    """Draw a bar per step from today's ranker to the best with scores, with its number."""
+    steps = {
+        "today's early ranker": study.incumbent, "mode none": study.plain,
+        "best without scores": study.baseline, "best with scores": study.best_with_scores,
+    }  # fmt: skip
+    # A ranker that is two steps at once has one bar, with both names.
+    names_of: dict[str, list[str]] = {}
+    for step, setting in steps.items():
+        names_of.setdefault(setting or "", []).append(step)
+    lines = [
+        (", ".join(names_of[setting or ""]), setting, *estimates.of(setting or "", CRITERION)[:3])
+        for step, setting in steps.items()
+        if names_of[setting or ""][0] == step
+    ]
+    columns = ["line", "setting", "mean", "low", "high"]
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["mean"])
+    if data.empty:
+        return None
+    data = data.assign(end=data[["mean", "high"]].max(axis=1))
+    # The longest bar leaves room for its number.
+    x = _axis(
+        alt.X, f"candidates to pass for {PERCENT} of the final value",
+        {"domain": (0, 1.15 * data["end"].max()), "nice": False},
+    )  # fmt: skip
+    order = data["line"].tolist()
+    palette = dict(zip(steps, (_INCUMBENT, _COLORS[0], _COLORS[5], _COLORS[1]), strict=True))
+    # A bar of two steps has the color of the second.
+    color = alt.Scale(domain=order, range=[palette[line.split(", ")[-1]] for line in order])
+    # Both names of a ranker, one below the other.
+    axis = alt.Axis(labelLimit=0, labelExpr="split(datum.label, ', ')")
+    base = alt.Chart().encode(y=alt.Y("line:N", title=None, sort=order, axis=axis))
+    bars = base.mark_bar().encode(
+        x=x("mean"), color=alt.Color("line:N", scale=color, legend=None),
+        tooltip=["setting:N", alt.Tooltip("mean:Q", title="candidates", format=".0f")],
+    )  # fmt: skip
+    ends = base.mark_rule(strokeWidth=0.8).encode(x=x("low"), x2="high")
+    numbers = base.mark_text(align="left", fontSize=11, dx=10).encode(
+        x=x("end"), text=alt.Text("mean:Q", format=".0f")
+    )
+    return Figure(
+        "waterfall", "Candidates to pass, step by step",
+        f"Candidates per request that have to be passed for {PERCENT} of the final value, on the "
+        "test split: with the early ranker that filled the log, with a student of plain mode none, "
+        "with the best ranker that needs no scores of the final ranker, and with the best student "
+        "that learns from them. Bars are 95% intervals.",
+        data, alt.layer(bars, ends, numbers, data=_values(data)), height=110,
+    )  # fmt: skip
+
+
+def _points(
+    study: Study, data: pd.DataFrame, x: Callable[[str], Any], y: Callable[[str], Any],
+    columns: Sequence[str], order: str = "",
+) -> list[alt.Chart]:  # fmt: skip
+    """Return layers of a mark per row, with its intervals from `_low` to `_high` of the columns.
+
+    Lines connect the marks along the column `order`, which labels them; "" draws none.
+    """
+    across, up = columns
+    base = alt.Chart().encode(color=_color(study, data, "circle"))
+    # Pale, since readers should compare the marks.
+    bar = base.mark_rule(strokeWidth=0.8, opacity=0.45)
+    layers = [
+        bar.encode(x=x(f"{across}_low"), x2=f"{across}_high", y=y(up)),
+        bar.encode(x=x(across), y=y(f"{up}_low"), y2=f"{up}_high"),
+    ]
+    numbers = (alt.Tooltip(f"{of}:Q", title=title_of(of), format=".4f") for of in columns)
+    placed = base.encode(x=x(across), y=y(up), tooltip=["setting:N", *numbers])
+    if order:
+        text = placed.mark_text(align="left", fontSize=10, dx=5, dy=-6).encode(text=f"{order}:Q")
+        layers += [placed.mark_line().encode(order=f"{order}:Q"),
+                   text.transform_filter(f"isValid(datum.{order})")]  # fmt: skip
+    return [*layers, placed.mark_point(filled=True, size=50, opacity=1)]
+
+
+def _plane(study: Study, estimates: Estimates) -> Figure | None:
+    """Draw the change for users over the saving; None if either is unknown for all methods."""
+    lines = [
+        (method, method, setting, *estimates.of(setting, SAVINGS[0])[:3],
+         *estimates.gap(setting, study.baseline, measure)[:3])
+        for measure in study.users_measures[1:]
+        for method, setting in study.chosen.items()
+        if study.baseline not in (None, setting)
+    ]  # fmt: skip
+    columns = ["line", "method", "setting", *_ends("saving"), *_ends("users")]
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["saving", "users"])
+    if data.empty:
+        return None
+    margin = study.config.report.margin
+    # Room beyond the outermost marks, so that neither the margin nor the origin is on an axis.
+    x_domain = _with_room(0.0, *data[[*_ends("saving")]].to_numpy().ravel())
+    y_domain = _with_room(0.0, -margin, *data[[*_ends("users")]].to_numpy().ravel())
+    x = _axis(alt.X, "saving", {"domain": x_domain, "nice": False}, format="~%")
+    y = _axis(
+        alt.Y, "change for users", {"domain": y_domain, "nice": False},
+        format="+.2~%", labelExpr="datum.label === '+0%' ? '0%' : datum.label",
+    )  # fmt: skip
+    origin = alt.Chart(alt.InlineData(values=[{"saving": 0, "users": 0, "text": "the baseline"}]))
+    origin = origin.encode(x=x("saving"), y=y("users"), color=alt.value(_RULE))
+    layers = [
+        _rule(y, -margin),
+        origin.mark_rule().encode(y=alt.value(0), y2=alt.value("height")),
+        origin.mark_rule().encode(x=alt.value(0), x2=alt.value("width")),
+        origin.mark_point(filled=False, size=60, opacity=1),
+        origin.mark_text(align="right", dx=-7, dy=-7, fontSize=10).encode(text="text:N"),
+        *_points(study, data, x, y, ("saving", "users")),
+    ]
+    return Figure(
+        "plane", "Saving against the change for users",
+        f"Each method against the baseline {study.baseline}, the best ranker without the final "
+        "ranker's scores, which is at the origin; on the test split, with as many passed as each "
+        f"needs for {PERCENT} of the final value: the share of the funnel's cost, "
+        f"{study.costs.unit}, that is saved, and the change of the value for users, as a share of "
+        f"that if all are passed. The dashed line is the margin of {100 * margin:g}%. Bars are 95% "
+        "intervals.",
+        data, alt.layer(*layers, data=_values(data)),
+    )  # fmt: skip
+
+
+def _with_room(*values: float) -> tuple[float, float]:
+    """Return the ends of an axis that shows all known values, a twelfth of their range apart."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    room = (high - low) / 12 or 0.01
+    return low - room, high + room
+
+
+def _over_k(
+    study: Study, estimates: Estimates, measure: str, rule: float | None, title: str, caption: str
+) -> Figure | None:
+    """Draw a measure over k with a band per ranker; None if no student has it.
+
+    `rule` is where a dashed line is, at which lines have marks.
+    """
+    if not study.chosen:
+        return None
+    others = [of for of in (study.incumbent, study.baseline) if of is not None]
+    drawn = study.chosen.values()
+    rankers = study.chosen | {name: name for name in others if name not in drawn}
+    curves = [
+        estimates.curve(setting, measure).assign(
+            method=method, setting=setting, passed=estimates.of(setting, CRITERION).mean
+        )
+        for method, setting in rankers.items()
+    ]
+    data = pd.concat(curves).dropna(subset=["mean"])
+    students = data[data["method"].isin([*study.chosen])]
+    if students.empty:
+        return None
+    data["line"] = data["method"] + ("" if rule is None else data["passed"].map(": {:.0f}".format))
+    # Values start far below 99%: the window starts where the best of them is near it.
+    low = max(0.0, min(0.9, float(students["mean"].median()) - 0.1))
+    near = students[students["mean"] >= low]
+    top = float(near[["mean", "high"]].max().max())
+    ks = int(near["k"].min()), int(near["k"].max())
+    ticks = [step * 10**power for power in range(8) for step in (1, 2, 5)]
+    x = _axis(
+        alt.X, "candidates passed, k", {"type": "log", "domain": ks, "nice": False},
+        values=[k for k in ticks if ks[0] <= k <= ks[1]], format="d", labelOverlap=True,
+    )  # fmt: skip
+    values = {"domain": (low, top + 0.05 * (top - low)), "nice": False}
+    y = _axis(alt.Y, f"{title_of(measure)} at k", values)
+    base = alt.Chart().encode(color=_color(study, data, "stroke"), x=x("k"))
+    tooltip = ["setting:N", "k:Q", alt.Tooltip("mean:Q", format=".4f")]
+    layers = [
+        base.mark_area(opacity=0.15, clip=True).encode(y=y("low"), y2="high"),
+        base.mark_line(strokeWidth=1.9, clip=True).encode(y=y("mean")),
+        # Invisible, to show numbers under the pointer.
+        base.mark_point(size=150, opacity=0, clip=True).encode(y=y("mean"), tooltip=tooltip),
+    ]
+    if rule is not None:
+        at = _values(data.drop_duplicates("line").assign(mean=rule))
+        marks = base.mark_point(filled=True, size=50, opacity=1, clip=True)
+        marks = marks.encode(x=x("passed"), y=y("mean")).properties(data=at)
+        layers += [_rule(y, rule), marks]
+    caption += (
+        " Bands are 95% intervals. Gray is the early ranker that filled the log, brown a list if no"
+        " student without scores needs fewer."
+    )
+    return Figure(measure, title, caption, data, alt.layer(*layers, data=_values(data)))
+
+
+def _pareto(study: Study) -> Figure | None:
+    """Draw the loss against the teacher over that against users, on validation.
+
+    The points of a method are its chosen setting and those that differ from it only in the weight.
+    """
+    rows = of_split(study.rows, "validation")
+    alike = [column for column in SETTING_COLUMNS if column != "distill_weight"]
+    chosen = rows.loc[rows["setting"].isin([*study.chosen.values()]), alike].drop_duplicates()
+    points = rows.drop_duplicates("setting").merge(chosen, on=alike)
+    data = points[["method", "setting"]].assign(line=points["method"])
+    data["weight"] = points["distill_weight"].where(points["distill_loss"].notna())
+    measures = ("user_bce", "teacher_bce")
+    for measure in measures:
+        table = by_repeat(rows, measure)
+        means = [interval(table[setting].to_numpy())[:3] for setting in data["setting"]]
+        data[[*_ends(measure)]] = np.reshape(means, (-1, 3))
+    data = data.dropna(subset=[*measures])
+    if data.empty:
+        return None
+    x, y = (
+        _axis(channel, f"{title_of(of)}, mean over tasks (nats)", {"zero": False})
+        for channel, of in zip((alt.X, alt.Y), measures, strict=True)
+    )
+    return Figure(
+        "pareto", "Predicting users against following the teacher",
+        "Binary cross entropy against user labels and against the teacher's probabilities, means "
+        "over tasks, on validation; lower is better for both. One line per method as the distill "
+        "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
+        data,
+        alt.layer(*_points(study, data, x, y, measures, "weight"), data=_values(data)),
+    )  # fmt: skip
+
+
+def _ends(name: str) -> tuple[str, str, str]:
+    """Return the columns of a mean and of the ends of its interval."""
+    return name, f"{name}_low", f"{name}_high"

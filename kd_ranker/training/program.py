@@ -1,0 +1,115 @@
+"""The program of a cohort: the stacks that it trains, their batches and devices, and its step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from kd_ranker.batches.cutting import PackedBatches, Span
+from kd_ranker.batches.training import BatchIterator
+from kd_ranker.training.mapping import DeviceMap, shared_evenly
+from kd_ranker.training.specs import Stack
+from kd_ranker.training.state import Constants, Hyperparameters, LiveTeacher, States, TrainSpec
+from kd_ranker.training.step import Step, Stepped, in_turn, make_step
+
+_WithModel = TypeVar("_WithModel", TrainSpec, LiveTeacher)
+
+
+class Program(NamedTuple):
+    """A cohort ready to be trained, without its states.
+
+    Its batches and constants are on the devices.
+    """
+
+    stacks: tuple[Stack, ...]
+    filled: tuple[Stack, ...]  # with their last run repeated until devices share them evenly
+    batches: BatchIterator  # endless
+    constants: Constants
+    devices: DeviceMap
+    take: Callable[..., Stepped]  # the mapped `step.in_turn`
+
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameters, ...]:
+        """Those of the filled stacks."""
+        return tuple(stack.hyperparameters for stack in self.filled)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps until the last run is finished."""
+        return max(int(stack.hyperparameters.steps.max()) for stack in self.filled)
+
+
+def make_program(
+    stacks: Sequence[Stack],
+    teacher: LiveTeacher | None,
+    batches: BatchIterator,
+    constants: Constants,
+    devices: DeviceMap,
+) -> Program:
+    """Build a program, which is compiled at the first step.
+
+    `constants` are on the host or on one device; their items will record how rows are sharded.
+    """
+    filled = tuple(stack.at(shared_evenly(len(stack.names), devices.runs)) for stack in stacks)
+    step = step_for(filled, teacher, devices)
+    take = devices.map_step(in_turn(step), abstract_states(filled))
+    placed = devices.place(constants)
+    placed = placed.replace(items=placed.items.replace(row_sharding=devices.row_sharding))
+    return Program(tuple(stacks), filled, batches, placed, devices, take)
+
+
+def step_for(stacks: Sequence[Stack], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
+    """Build the step of stacks by `make_step`, for devices that may each hold a share of rows."""
+
+    def sharded(owner: _WithModel) -> _WithModel:
+        embedding = owner.model.embedding._replace(row_sharding=devices.row_sharding)
+        return owner._replace(model=owner.model._replace(embedding=embedding))
+
+    train_specs = [sharded(stack.train_spec) for stack in stacks]
+    return make_step(train_specs, sharded(teacher) if teacher else None, devices.runs)
+
+
+def abstract_states(stacks: Sequence[Stack]) -> States:
+    """Return the abstract states before the first step."""
+    return tuple(jax.eval_shape(stack.init) for stack in stacks)
+
+
+def initial_states(program: Program) -> States:
+    """Compute the states before the first step on the devices."""
+    return program.devices.create(
+        lambda row_sharding: tuple(
+            stack.init(row_sharding=row_sharding) for stack in program.filled
+        )
+    )
+
+
+def take_steps(program: Program, states: States, batches: PackedBatches, span: Span) -> Stepped:
+    """Return the states after a range of steps and the losses of the last; donates the states.
+
+    The results are on the devices and may still be computing.
+    """
+    return program.take(states, batches, (span, program.hyperparameters), program.constants)
+
+
+def states_on_host(program: Program, states: States) -> States:
+    """Return the states of the runs, without those repeated to fill stacks or rows.
+
+    They have the shapes of `Stack.init` and are on the host or on one device.
+    """
+
+    def cut(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+        return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
+
+    return jax.tree.map(cut, program.devices.unreplicate(states), abstract_states(program.stacks))
+
+
+def by_run(program: Program, of_stacks: Iterable[Shaped[Array, "runs"]]) -> dict[str, float]:
+    """Return the number of each run by its name, from one array per stack."""
+    on_host = program.devices.unreplicate(list(of_stacks))
+    numbers: dict[str, float] = {}
+    for stack, of_runs in zip(program.stacks, on_host, strict=True):
+        # Repeated runs follow the others.
+        numbers |= zip(stack.names, np.asarray(of_runs).tolist(), strict=False)
+    return numbers

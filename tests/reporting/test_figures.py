@@ -1,0 +1,151 @@
+"""The figures: their tables against the estimates, and what is drawn of them."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+import vl_convert
+
+from kd_ranker.reporting import figures
+from kd_ranker.reporting.estimates import Estimates
+
+SVG = "{http://www.w3.org/2000/svg}"
+CURVES = ["value_captured", "true_value_captured"]
+SHARED = "shared, weight 1"
+
+
+def of_estimates(estimates):
+    return {figure.name: figure for figure in figures.figures(estimates.study, estimates)}
+
+
+@pytest.fixture(scope="module")
+def drawn(estimates):
+    return of_estimates(estimates)
+
+
+@pytest.fixture(scope="module")
+def files(drawn):
+    return {name: figures.files(figure) for name, figure in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def roots(files):
+    return {name: ElementTree.fromstring(of["svg"]) for name, of in files.items()}
+
+
+def texts_of(root):
+    return [text.text for text in root.iter(f"{SVG}text")]
+
+
+def test_every_figure_is_drawn_in_every_format_without_a_date(drawn, files, roots):
+    assert list(files) == ["waterfall", "plane", *CURVES, "pareto"]
+    for name, of_figure in files.items():
+        for ending, start in (("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
+            assert of_figure[ending].startswith(start)
+        assert not re.search(rb"20\d\d-\d\d-\d\d", of_figure["svg"])
+        assert b"tIME" not in of_figure["png"]
+        assert name == "waterfall" or any(text.startswith("aux") for text in texts_of(roots[name]))
+    assert figures.files(drawn["plane"])["png"] == files["plane"]["png"]
+
+
+def test_vega_warns_of_nothing_and_draws_unknown_ends(estimates, capfd, monkeypatch):
+    """As of a single repeat: unknown ends are null on the page, and no NaN in a path."""
+    draw = vl_convert.vegalite_to_svg
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda of: draw(of, show_warnings=True))
+    values = figures._values
+
+    def without_ends(data):
+        ends = data.columns[data.columns.str.endswith(("low", "high"))]
+        return values(data.assign(**dict.fromkeys(ends, np.nan)))
+
+    monkeypatch.setattr(figures, "_values", without_ends)
+    for figure in of_estimates(estimates).values():
+        assert b"NaN" not in figures.files(figure)["svg"]
+        assert "NaN" not in figures.page_chart(figure)
+    output = capfd.readouterr()
+    assert "WARN" not in output.out + output.err
+
+
+def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates):
+    chart = json.loads(figures.page_chart(drawn["pareto"]))
+    values = pd.DataFrame(chart["datasets"][chart["data"]["name"]])
+    columns = ["user_bce", "user_bce_low", "teacher_bce_high"]
+    np.testing.assert_allclose(values[columns], drawn["pareto"].data[columns], atol=1e-9)
+    methods = {f"</script>{method}": of for method, of in estimates.study.chosen.items()}
+    renamed = Estimates(estimates.study._replace(chosen=methods))
+    assert "<" not in figures.page_chart(of_estimates(renamed)["plane"])
+
+
+def test_the_pareto_front_has_a_line_per_way_and_a_point_per_weight_of_it(drawn, estimates):
+    data = drawn["pareto"].data
+    assert list(data["line"].unique()) == ["none", "aux", "shared"]
+    assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
+    # All else as it was chosen.
+    of_aux = data.loc[data["line"] == "aux", "setting"]
+    assert list(of_aux) == ["aux (teacher), weight 0.3", "aux (teacher), weight 1"]
+    (none,) = data[data["line"] == "none"].to_dict("records")
+    assert np.isnan(none["weight"])
+    rows = estimates.study.rows.query("setting == 'none' and split == 'validation'")
+    assert none["user_bce"] == pytest.approx(rows.filter(like="user_bce/").to_numpy().mean())
+    assert none["user_bce_low"] < none["user_bce"] < none["user_bce_high"]
+
+
+@pytest.mark.parametrize("measure", CURVES)
+def test_the_curves_are_those_of_the_chosen_settings_and_of_today(drawn, roots, estimates, measure):
+    data = drawn[measure].data
+    assert list(data["method"].unique()) == ["none", "aux", "shared", "incumbent"]
+    of_shared = data[data["method"] == "shared"].reset_index(drop=True)
+    curve = estimates.curve(SHARED, measure)
+    pd.testing.assert_frame_equal(of_shared[list(curve)], curve)
+    # The legend has the number at 99%.
+    lines = data.drop_duplicates("method")
+    passed = (estimates.of(setting, "passed_for_99").mean for setting in lines["setting"])
+    expected = [
+        f"{method}: {of:.0f}" if measure == "value_captured" else method
+        for method, of in zip(lines["method"], passed, strict=True)
+    ]
+    assert [text for text in texts_of(roots[measure]) if text in expected] == expected
+
+
+def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, estimates):
+    data = drawn["waterfall"].data
+    steps = {
+        # One ranker has one bar, with both of its names.
+        "today's early ranker": "incumbent", "mode none, best without scores": "none",
+        "best with scores": estimates.study.best_with_scores,
+    }  # fmt: skip
+    assert dict(zip(data["line"], data["setting"], strict=True)) == steps
+    for line in data.to_dict("records"):
+        mean = estimates.of(line["setting"], "passed_for_99")
+        assert (line["mean"], line["low"], line["high"]) == pytest.approx(mean[:3], nan_ok=True)
+    names = {name for step in steps for name in step.split(", ")}
+    drawn_texts = {"".join(text.itertext()) for text in roots["waterfall"].iter(f"{SVG}text")}
+    written = " ".join(drawn_texts)
+    assert all(name in written for name in names)
+    assert {f"{of:.0f}" for of in data["mean"]} <= drawn_texts
+
+
+def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estimates):
+    data = drawn["plane"].data
+    assert estimates.study.baseline == "none"
+    assert list(data["line"]) == ["aux", "shared"]
+    for mark in data.to_dict("records"):
+        users = estimates.gap(mark["setting"], "none", "true_value_for_99")
+        for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
+            found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
+            assert found == pytest.approx(mean[:3])
+
+
+def test_the_plane_shows_the_origin_and_the_margin_inside_its_axes(drawn, estimates):
+    chart = drawn["plane"].chart.to_dict()
+    axes = {}
+    for layer in chart["layer"]:
+        for channel in ("x", "y"):
+            if "scale" in layer["encoding"].get(channel, {}):
+                axes[channel] = layer["encoding"][channel]["scale"]["domain"]
+    margin = estimates.study.config.report.margin
+    assert axes["x"][0] < 0 < axes["x"][1]
+    assert axes["y"][0] < -margin < 0 < axes["y"][1]

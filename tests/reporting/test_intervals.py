@@ -1,0 +1,156 @@
+"""Intervals by hand, against SciPy, and the share of them that contain the truth."""
+
+import math
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kd_ranker.reporting.intervals import (
+    Measured,
+    combined,
+    crossed_interval,
+    interval,
+    request_counts,
+)
+
+
+@pytest.mark.parametrize(("count", "confidence"), [(0, 0.95), (1, 0.95), (2, 0.95), (7, 0.90)])
+def test_intervals_are_scipys_over_the_known_repeats(count, confidence):
+    values = np.random.default_rng(count).normal(3, 2, count)
+    ours = interval(np.array([*values, math.nan]), confidence)
+    assert (ours.n, ours.covers) == (count, "repeats" if count > 1 else "nothing")
+    ends = (math.nan, math.nan)
+    if count > 1:
+        ends = tuple(stats.ttest_1samp(values, 0).confidence_interval(confidence))
+    mean = values.mean() if count else math.nan
+    assert ours[:3] == pytest.approx((mean, *ends), nan_ok=True)
+
+
+def measured(values, counts, measure, repeats=None):
+    """A measure of the sums of terms [R, N, ...], on the requests and on each draw of them."""
+    names = tuple(range(len(values)) if repeats is None else repeats)
+    return Measured(names, measure(np.tensordot(counts, values, (1, 1))), values.shape[1])
+
+
+def share(sums):
+    """The ratio of two sums, the last axis."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def of_setting(generator, repeats, requests):
+    """Per-request sums [R, N, 2] of a share, with a part of each repeat, request and both."""
+    weight = generator.gamma(2, 1, requests)
+    effect = (
+        generator.normal(0, 0.1, (repeats, 1))
+        + generator.normal(0, 1, requests)
+        + generator.normal(0, 1, (repeats, requests))
+    )
+    return np.stack([weight * effect, np.broadcast_to(weight, effect.shape)], axis=-1)
+
+
+def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alone():
+    once, *counts = request_counts(50, draws=200, seed=3)
+    assert (once == 1).all()
+    counts = np.array(counts)
+    assert (counts.sum(axis=1) == 50).all()
+    np.testing.assert_array_equal(counts, request_counts(50, draws=200, seed=3)[1:])
+    # With replacement: a request's count varies by 1 − 1/N, and its mean is 1.
+    assert counts.mean(axis=0) == pytest.approx(np.ones(50), abs=0.3)
+    assert counts.var() == pytest.approx(0.98, rel=0.05)
+
+
+def test_a_crossed_interval_worked_by_hand():
+    # N = 3, so N/(N − 1) = 1.5. Both repeats move alike: B = 1.5 · 1, S = 2 / 2.
+    alike = Measured((0, 1), np.array([[1.0, 3], [0, 2], [2, 4], [1, 3]]), 3)
+    half = (4.30265 * 1.5 + 12.7062 * 1) / math.sqrt(2.5)
+    assert crossed_interval(alike)[:4] == pytest.approx((2, 2 - half, 2 + half, 2), rel=1e-5)
+    # They move against each other: B = 0, and S contains all of the variance.
+    apart = alike._replace(numbers=np.array([[1.0, 3], [0, 4], [2, 2], [1, 3]]))
+    assert crossed_interval(apart).high == pytest.approx(2 + 12.7062, rel=1e-5)
+    # Repeats that happen to agree: Cov = 0.5, so B = 0.75, and S = 0.
+    agree = Measured((0, 1), np.array([[2.0, 2], [0, 1], [2, 2], [1, 3]]), 3)
+    assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
+
+
+def test_one_repeat_gives_the_interval_of_its_requests_and_says_so():
+    values = np.random.default_rng(2).normal(1, 2, (1, 300))
+    found = crossed_interval(measured(values, request_counts(300, 20_000), lambda sums: sums / 300))
+    theirs = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    assert (found.n, found.covers) == (1, "requests")
+
+
+def test_a_difference_is_paired_over_the_repeats_that_both_have():
+    generator = np.random.default_rng(3)
+    counts = request_counts(60, draws=100)
+    values = of_setting(generator, 3, 60)
+    one = measured(values, counts, share, ["a", "b", "c"])
+    other = measured(values[[2, 0]], counts, share, ["c", "a"])
+    gap = combined(np.subtract, one, other)
+    assert gap.repeats == ("a", "c")
+    # The same sums, so that nothing is left of what chance does to them.
+    assert crossed_interval(gap) == pytest.approx((0, 0, 0, 2, "both"), abs=1e-12)
+    assert crossed_interval(one).high > crossed_interval(one).low + 0.1
+
+
+def test_without_the_measure_there_is_no_interval():
+    values, counts = of_setting(np.random.default_rng(6), 4, 60), request_counts(60, draws=100)
+    whole = crossed_interval(measured(values[:3], counts, share))
+    # A repeat without the measure does not count: a ratio over nothing.
+    values[3, :, 1] = 0
+    assert crossed_interval(measured(values, counts, share)) == whole
+    # Settings without a common repeat have no difference.
+    pair = (measured(values[:1], counts, share, [name]) for name in "ab")
+    for unknown in (measured(0 * values, counts, share), combined(np.subtract, *pair)):
+        assert crossed_interval(unknown)[3:] == (0, "nothing")
+
+
+def test_draws_without_the_measure_are_left_out_if_they_are_few():
+    numbers = np.random.default_rng(7).normal(1, 1, (101, 2))
+    numbers[0] = 1
+    kept = crossed_interval(Measured((0, 1), np.delete(numbers, slice(1, 6), axis=0), 30))
+    numbers[1:6, 0] = math.nan
+    assert crossed_interval(Measured((0, 1), numbers, 30)) == kept
+    numbers[6, 1] = math.nan
+    unknown = crossed_interval(Measured((0, 1), numbers, 30))
+    assert unknown == pytest.approx((1, math.nan, math.nan, 2, "nothing"), nan_ok=True)
+
+
+def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
+    """The share for a measure with normal parts.
+
+    Requests add 1 to the variance of the mean, `of_pairs` of it in each repeat separately.
+    `of_repeats` is the part of the repeats in the same unit. The width of an interval is
+    independent of its mean here, so the share of means within it is known.
+    """
+    generator = np.random.default_rng(repeats)
+
+    def of_requests(*shape):
+        shared = generator.normal(0, np.sqrt(1 - of_pairs), (*shape, 1))
+        return shared + generator.normal(0, np.sqrt(of_pairs * repeats), (*shape, repeats))
+
+    each = of_requests(studies) + generator.normal(
+        0, np.sqrt(of_repeats * repeats), (studies, repeats)
+    )
+    drawn = each[:, None] + of_requests(studies, draws)
+    numbers, names = np.concatenate([each[:, None], drawn], axis=1), tuple(range(repeats))
+    found = [crossed_interval(Measured(names, of, 2000)) for of in numbers]
+    half = np.array([one.high - one.mean for one in found])
+    return np.mean(1 - 2 * stats.norm.sf(half / np.sqrt(1 + of_repeats)))
+
+
+# No variance of repeats, a small part, and the parts of the cascade.
+@pytest.mark.parametrize("parts", [(0, 0.2), (0.3, 0.3), (5, 0.2)])
+@pytest.mark.parametrize(("repeats", "most"), [(2, 98), (3, 97), (5, 97)])
+def test_nominal_95_percent_intervals_are_neither_narrow_nor_wide(repeats, most, parts):
+    assert 95 <= round(100 * coverage(repeats, *parts)) <= most
+
+
+def test_the_script_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coverage.py", "--studies=2", "--requests=30"])
+    runpy.run_path("scripts/coverage.py", run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * 2 * 4

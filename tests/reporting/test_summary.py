@@ -1,0 +1,68 @@
+"""The table for a terminal: its lines, their order, and its width."""
+
+import pytest
+
+from kd_ranker.configs import sweeps as shipped
+from kd_ranker.reporting.estimates import Estimates
+from kd_ranker.reporting.study import read_studies
+from kd_ranker.reporting.summary import summary
+from tests.reporting import sweeps
+from tests.reporting.sweeps import reference_row
+from tests.reporting.test_answer import SHIPPED, STUDENTS, students
+
+
+def lines_of(tmp_path, rows):
+    """The lines of the table, without its header and its notes."""
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    table, _, _ = summary(study, Estimates(study)).partition("\n\n")
+    header, _, body = table.partition("-\n")
+    assert header
+    return body.splitlines()
+
+
+@pytest.mark.parametrize(("name", "variant"), SHIPPED)
+def test_the_table_of_each_shipped_sweep_has_at_most_100_columns(tmp_path, name, variant):
+    config = getattr(shipped, name)(variant)
+    (study,) = read_studies([sweeps.write_runs(tmp_path, config)])
+    text = summary(study, Estimates(study))
+    assert max(map(len, text.splitlines())) <= 100
+    # Each method has its line, and a count of its own.
+    assert text.count(" ± ") >= len(study.chosen)
+
+
+def test_ways_are_sorted_by_candidates_with_the_baselines_below_a_line(tmp_path):
+    rows = [
+        *students(STUDENTS | {"aux": [200, 210, 220]}),
+        reference_row("incumbent", 150), reference_row("show_rate", 600),
+        reference_row("popularity", 700), reference_row("top_rate", 800),
+        reference_row("oracle", 9),
+    ]  # fmt: skip
+    lines = lines_of(tmp_path, rows)
+    firsts = [line.split("  ")[0] for line in lines]
+    assert firsts[:3] == ["aux, bce on scores", "shared, bce on scores", "none"]
+    assert set(firsts[3]) == {"-"}
+    # Of the lists of either kind the best; no funnel could use the oracle.
+    assert firsts[4:] == [
+        "today's early ranker", "list of items: show_rate", "list of items: top_rate",
+    ]  # fmt: skip
+
+
+def test_a_line_has_the_numbers_of_its_setting(tmp_path):
+    rows = students(
+        STUDENTS,
+        true_value={"none": [0.8, 0.9, 0.7], "shared": [0.81, 0.912, 0.708]},
+        **{"user_auc/watch": {"none": 0.7, "shared": 0.75}},
+    )
+    shared, none = lines_of(tmp_path, rows)
+    # 20,000 FLOPs of the student, and 200 of each that passes: 20 of 100, 19.6 of 104 and 20.4 of
+    # 108 thousand are saved. 320 ± 4.303 · 19.08 / √3.
+    for cell in ("yes", "320 ± 47", "19% (18 to 21)", "0.8100 ± 0.2534", "0.750"):
+        assert f" {cell}" in shared
+    for cell in ("no", "420 ± 50", "baseline", "0.8000 ± 0.2484", "0.700"):
+        assert f" {cell}" in none
+
+
+def test_a_ranker_that_learns_from_the_lists_of_the_final_ranker_needs_its_scores(tmp_path):
+    lines = lines_of(tmp_path, [*students(STUDENTS), reference_row("top_rate", 800)])
+    assert lines[-1].startswith("list of items: top_rate")
+    assert " yes " in lines[-1]

@@ -1,0 +1,234 @@
+"""The tables: each ranker once with the numbers of its estimates, and every format."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.metrics.registry import metric_of, title_of
+from kd_ranker.reporting import tables
+from kd_ranker.reporting.estimates import Estimates
+from kd_ranker.reporting.intervals import interval
+from tests.reporting import sweeps
+
+
+def test_the_terminal_has_a_mean_and_its_interval_on_the_test_split(tmp_path):
+    aucs = (0.61, 0.67, 0.75)
+    rows = [
+        *({"mode": "none", "seed": seed, "user_auc/watch": auc, "passed": 100.0 + seed}
+          for seed, auc in enumerate(aucs)),
+        # Over seeds of both kinds; a run whose loss is not finite does not count.
+        *({"mode": "shared", "seed": seed, "data_seed": order,
+           "non_finite_step": None if seed or order else 7, "test": {"user_auc/watch": 0.8}}
+          for seed in (0, 1) for order in (0, 1)),
+        sweeps.teacher_row() | {"data_seed": None}, sweeps.reference_row("oracle", 9.0),
+    ]  # fmt: skip
+    sweeps.write_rows(tmp_path, rows)
+    text, path = tables.results_text(tmp_path, 30).split("\n\nresults: ")
+    assert path == str(tmp_path / results.FILE)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0][:4] == ["mode", "serves", "weight", "seeds"]
+    assert [line[0] for line in lines[1:]] == ["none", "shared", "teacher", "oracle"]
+    assert (lines[1][2], lines[2][3]) == ("3", "3")
+    none, shared = text.splitlines()[1:3]
+    mean = interval(np.array(aucs))
+    assert f"{mean.mean:.4f} ± {mean.high - mean.mean:.4f}" in none
+    # Whole candidates need no digits.
+    assert f"101 ± {4.303 / np.sqrt(3):.0f}" in none
+    assert "0.800" in shared
+    # The workdir of a teacher has no student.
+    sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "teacher"])
+    assert tables.results_text(tmp_path, 30).splitlines()[1].startswith("teacher")
+
+
+LOWER, HIGHER, ONE = "teacher_kl/watch", "teacher_tau", "user_calibration/watch"
+CLEAR = {"none": [1.0, 1.1, 1.2], "aux": [2.0, 2.1, 2.2], "shared": [3.0, 3.2, 3.1]}
+
+
+@pytest.mark.parametrize(
+    ("table", "measure", "expected"),
+    [
+        (CLEAR, LOWER, ["none"]),
+        (CLEAR, HIGHER, ["shared"]),
+        # Differences do not show which of two is closer to one.
+        (CLEAR, ONE, []),
+        # The winner cannot be told from the runner-up; or from the noisy other one.
+        (CLEAR | {"none": [1.0, 1.4, 1.2], "aux": [1.3, 1.3, 1.3]}, LOWER, []),
+        (CLEAR | {"aux": [1.5, 1.6, 1.7], "shared": [0.5, 3.0, 4.0]}, LOWER, []),
+        # One setting, no pair, no difference.
+        ({"none": [1.0, 1.1]}, LOWER, []),
+        ({"none": [1.0, math.nan], "aux": [math.nan, 2.0]}, LOWER, []),
+        ({"none": [1.0, 1.0], "aux": [1.0, 1.0]}, LOWER, []),
+    ],
+)
+def test_the_best_is_marked_if_it_differs_from_every_other(tmp_path, table, measure, expected):
+    rows = [
+        {"mode": mode, "seed": seed, "test": {measure: value}}
+        for mode, values in table.items()
+        for seed, value in enumerate(values)
+    ]
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    # What the dataset does not know is no measure of the table.
+    assert not {"alignment_ratio", "true_value_captured@30"} & {*tables.important_columns(study)}
+    numbers = tables.comparison(study, Estimates(study))
+    found = numbers[numbers["measure"] == measure]
+    assert len(found) == len(table)
+    assert list(found.loc[found["best"], "mode"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("modes", "passed", "shown"),
+    [
+        (("none", "shared"), math.nan, ["teacher"]),
+        (("aux", "shared"), 100.0, ["teacher", "aux", "shared"]),
+    ],
+)
+def test_tables_without_a_baseline(tmp_path, modes, passed, shown):
+    """Where nothing reaches 99%, and where every student needs scores."""
+    rows = [{"mode": mode, "passed": passed} for mode in modes]
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    estimates = Estimates(study)
+    numbers = tables.comparison(study, estimates)
+    assert list(tables.main_table(study, estimates, numbers).cells["mode"]) == shown
+    assert tables.difference_table(study, estimates) is None
+
+
+def assert_cell(text, mean, digits):
+    """A cell has a mean and half its interval, rounded to its digits or fewer."""
+    found = [float(of.strip("%").replace("−", "-")) for of in text.split(" ± ")]
+    half = [mean.high - mean.mean] if mean.high - mean.mean > 1e-9 else []
+    assert found == pytest.approx([mean.mean, *half], abs=0.51 * 10.0**-digits)
+
+
+def assert_numbers(table, settings, columns, estimate):
+    """A table has a line for each setting, with the estimates of the measures that it shows."""
+    assert len(table.cells) == len(settings)
+    for column in columns:
+        for setting, text in zip(settings, table.cells[title_of(column)], strict=True):
+            mean = estimate(setting, column)
+            assert bool(text) != math.isnan(mean.mean)
+            if text:
+                assert_cell(text, mean, metric_of(column).digits)
+
+
+def test_every_ranker_is_once_in_a_table_with_its_estimates(estimates):
+    study = estimates.study
+    columns, numbers = tables.important_columns(study), tables.comparison(study, estimates)
+    table = tables.main_table(study, estimates, numbers)
+    settings = sorted(estimates.settings, key=lambda name: estimates.of(name, "passed_for_99").mean)
+    assert_numbers(table, settings, columns, estimates.of)
+    # The second has the others against the baseline; a saving is a difference already.
+    table = tables.difference_table(study, estimates)
+    assert study.baseline == "none"
+    settings = [study.chosen[mode] for mode in ("aux", "shared")]
+    columns = [of for of in columns if of not in ("funnel_cost_saving", "alignment_ratio")]
+    assert_numbers(table, settings, columns, lambda one, of: estimates.gap(one, "none", of))
+
+
+def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(tmp_path):
+    passed = {"oracle": 5, "top_rate": 320, "show_rate": 350, "incumbent": 380, "random": 1900}
+    rows = [
+        sweeps.teacher_row(),
+        {"mode": "none", "passed": 400},
+        {"mode": "shared", "passed": 300},
+        {"mode": "aux", "distill_loss": "topk:stage", "passed": 340},
+        *(sweeps.reference_row(name, at) for name, at in passed.items()),
+        # Unknown numbers are last.
+        sweeps.reference_row("popularity", np.nan),
+    ]
+    study = sweeps.study_of(tmp_path, rows)
+    estimates = Estimates(study)
+    table = tables.main_table(study, estimates, tables.comparison(study, estimates))
+    found = table.cells[["mode", "scores", "passed for 99%"]].itertuples(index=False, name=None)
+    assert list(found) == [
+        ("oracle", "", "5"), ("teacher", "", "10"), ("shared", "yes", "300"),
+        ("top_rate", "yes", "320"), ("aux", "no", "340"), ("show_rate", "no", "350"),
+        ("incumbent", "no", "380"), ("none", "no", "400"), ("random", "", "1900"),
+        ("popularity", "no", ""),
+    ]  # fmt: skip
+
+
+def test_the_tuning_table_has_all_that_was_tried_and_the_choices(estimates):
+    study, cells = estimates.study, tables.tuning_table(estimates.study).cells
+    rows = study.rows[study.rows["split"] == "validation"]
+    groups = rows.groupby("setting", sort=False)["passed_for_99"]
+    assert len(cells) == len(groups) == 9
+    for text, (_, values) in zip(cells["passed for 99%"], groups, strict=True):
+        assert_cell(text, interval(values.to_numpy()), 0)
+    chosen = cells[cells[""] == "chosen"]
+    assert chosen[["mode", "serves", "weight"]].to_numpy().tolist() == [
+        ["none", "user", ""], ["aux", "teacher", "1"], ["shared", "user", "1"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_cost_table_by_hand(tmp_path, estimates, own):
+    """In FLOPs, and where costs of one's own take their place."""
+    teacher, request, aux, none = (3, 500, 0.1, 0.1) if own else (150_000, 0, 900, 800)
+    if own:
+        costs = {"teacher.candidate": 3.0, "teacher.request": 500.0, "student.candidate": 0.1}
+        changes = {f"costs.{key}": cost for key, cost in costs.items()}
+        estimates = sweeps.estimates_of(tmp_path, changes=changes)
+    study = estimates.study
+    table = tables.cost_table(study, estimates)
+    assert ("in the units of costs" in table.notes[0]) == own
+    cells = table.cells.set_index("")
+    assert list(cells.index) == ["only the teacher", *study.chosen.values()]
+    assert list(cells.iloc[0])[1:3] == ["150,000", "100%"]
+    found = cells.loc[study.chosen["aux"]].str.partition(" ±")[0]
+    for target in (95, 99):
+        passed = study.tested.pivot(index="repeat", columns="mode", values=f"passed_for_{target}")
+        cost = request + 2000 * aux + teacher * passed["aux"]
+        saved = 1 - cost / (request + 2000 * none + teacher * passed["none"])
+        assert float(found[f"saving at {target}%"]) == pytest.approx(saved.mean(), abs=5e-4)
+    share = 100 * cost.mean() / (request + 2000 * teacher)
+    assert float(found["funnel's cost (%)"]) == pytest.approx(share, abs=0.05)
+
+
+def test_a_table_in_every_format():
+    cells = pd.DataFrame({"a_b": ["x & y", "z"], "n": ["−0.5 ± 0.1", ""], "k": ["1,000", "20%"]})
+    best = pd.DataFrame({"a_b": [False, False], "n": [True, False], "k": [False, False]})
+    table = tables.Table("title", cells, ["note"], best)
+    assert table.numeric == [False, True, True]
+    assert table.markdown().splitlines()[2:5] == [
+        "| a_b       | n              | k     |",
+        "|-----------|----------------|-------|",
+        "| x &amp; y | **−0.5 ± 0.1** | 1,000 |",
+    ]
+    assert table.latex().splitlines()[2:7] == [
+        r"\begin{tabular}{lrr}", r"\toprule", r"a\_b & n & k \\", r"\midrule",
+        r"x \& y & \bfseries $-$0.5 $\pm$ 0.1 & 1,000 \\",
+    ]  # fmt: skip
+    for text in (table.markdown(), table.latex()):
+        assert "title" in text
+        assert "note" in text
+
+
+HOSTILE = "<img src=x>|*[y](z)\n\\input{w} & $1"
+
+
+def hostile_table():
+    """A table in which the title, a column, a marked cell and a note are names from a log."""
+    cells, best = pd.DataFrame({HOSTILE: [HOSTILE]}), pd.DataFrame({HOSTILE: [True]})
+    return tables.Table(HOSTILE, cells, [HOSTILE], best)
+
+
+def test_markdown_shows_names_as_they_are():
+    shown = r"&lt;img src=x&gt;\|\*\[y\](z) \\input{w} &amp; $1"
+    lines = hostile_table().markdown().splitlines()
+    row = f"**{shown}**"
+    assert lines == [
+        f"# {shown}", "", f"| {shown:{len(row)}} |", f"|{'-' * (len(row) + 2)}|", f"| {row} |",
+        "", shown,
+    ]  # fmt: skip
+
+
+def test_latex_shows_names_as_they_are():
+    comment = r"% <img src=x>|*[y](z) \input{w} & $1"
+    shown = r"<img src=x>|*[y](z) \textbackslash input\{w\} \& \$1"
+    assert hostile_table().latex().splitlines() == [
+        comment, comment, r"\begin{tabular}{l}", r"\toprule", rf"{shown} \\", r"\midrule",
+        rf"\bfseries {shown} \\", r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
