@@ -163,7 +163,7 @@ class FeatureSpec:
     def to_json(self) -> str:
         """The spec as JSON, one key per attribute; without `_LATER_FIELDS` that are empty."""
         fields = dataclasses.asdict(self)
-        for name in _LATER_FIELDS:  # so that datasets without them keep their fingerprints
+        for name in _LATER_FIELDS:  # so that datasets without them keep their provenance
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, indent=2, default=int)

@@ -2,14 +2,14 @@
 
 It is written last: a folder without one is not finished. Every folder that a later command depends
 on has one: datasets, runs, cohorts, exports and scored logs. "Is this the same content?" has one
-answer everywhere, a fingerprint:
+answer everywhere, a digest:
 
     dataset     of the bytes of its files
     teacher     of its parameters
     run         of its config, its dataset and its teacher, the entries of `provenance`
 
 Example:
-    write(folder, provenance={"config": digest(config), "dataset": fingerprint(dataset_folder)})
+    write(folder, provenance={"config": digest(config), "dataset": digest_of_files(dataset_folder)})
     check(folder, remedy="make it again with: …", provenance=…)  # when the folder is opened
 """
 
@@ -31,7 +31,7 @@ _SMALL = 2**24
 _SECTIONS = ("provenance", "files", "about")
 
 Provenance = Mapping[str, str]
-"""Fingerprints of the dependencies of a folder by name, such as "config" and "dataset"."""
+"""Provenance of the dependencies of a folder by name, such as "config" and "dataset"."""
 
 
 def digest(value: Any) -> str:
@@ -179,7 +179,7 @@ def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
     )
 
 
-def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
+def digest_of_files(folder: Path, files: Collection[str], remedy: str) -> str:
     """Return twelve hex digits that identify the content of some files of a finished folder.
 
     Raises:

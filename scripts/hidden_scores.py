@@ -116,7 +116,7 @@ def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
 
 def measured(job: TrainingJob, workdir: Path) -> dict[str, Row]:
     """Return the rows of the test split of a sweep's students and references, by their names."""
-    sweep = open_sweep(job.config, workdir, job.built.identity)
+    sweep = open_sweep(job.config, workdir, job.built.provenance)
     chosen = setting_names.chosen(sweep.validation())
     found: dict[str, Row] = {}
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):

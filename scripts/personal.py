@@ -1,6 +1,6 @@
 """Print how personal data are: the variance within a request that the item alone explains.
 
-    python scripts/personal.py datasets/requests/cascade-0123abcd/2.1.0
+    python scripts/personal.py datasets/requests/cascade-0123abcd/2.2.0
     python scripts/personal.py movies-judgments.tsv.gz --columns=0,2,3
     python scripts/personal.py ml-100k/u.data --columns=0,1,2
 

@@ -99,17 +99,17 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
     assert manifest.FILE in fault_of(manifest.remove, tmp_path)
 
 
-def test_a_fingerprint_is_of_the_content_of_the_named_files(folder, tmp_path_factory):
-    def fingerprint(of):
-        return manifest.fingerprint(of, ["b.bin", "a.json"], REMEDY)
+def test_a_digest_is_of_the_content_of_the_named_files(folder, tmp_path_factory):
+    def digest(of):
+        return manifest.digest_of_files(of, ["b.bin", "a.json"], REMEDY)
 
-    before = fingerprint(folder)
+    before = digest(folder)
     moved = shutil.copytree(folder, tmp_path_factory.mktemp("other") / "copy")
     for name, changes in (("rejected/rows", False), ("b.bin", True)):
         (moved / name).write_bytes(b"other")
         manifest.write(moved, {})
-        assert (fingerprint(moved) != before) == changes
-    fault = fault_of(manifest.fingerprint, moved, ["c.bin"], REMEDY)
+        assert (digest(moved) != before) == changes
+    fault = fault_of(manifest.digest_of_files, moved, ["c.bin"], REMEDY)
     assert fault.endswith(f"does not list c.bin; {REMEDY}")
 
 

@@ -39,7 +39,7 @@ class Sweep:
     # The names of each cohort's runs, in the order of training; incomplete if the sweep has not
     # started or will be extended.
     plan: Sequence[Sequence[str]]
-    dataset: Provenance  # the fingerprint of its dataset
+    dataset: Provenance  # the digest of its dataset
 
     @property
     def cohorts(self) -> list[Runs]:
@@ -119,20 +119,20 @@ class Sweep:
         return {name: run for name, run in self.runs.items() if name not in placed}
 
     def _provenance(self) -> Provenance:
-        """The fingerprints of the joined results; those of each cohort contain the teacher.
+        """The provenance of the joined results; those of each cohort contain the teacher.
 
         A change of costs only repeats the join: nothing is trained or measured again.
         """
         names = itertools.chain.from_iterable(self.plan)
         runs = {name: self.runs[name] for name in names}
-        found = {"config": schema.fingerprint(runs, "student"), **self.dataset}
+        found = {"config": schema.digest_of(runs, "student"), **self.dataset}
         if rivals := next(iter(runs.values())).sweep.rivals:
             found["rivals"] = ",".join(rivals)
         return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 
 
 def open_sweep(config: ConfigDict, workdir: Path, dataset: Provenance) -> Sweep:
-    """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
+    """Open the sweep of `config` on the dataset of this digest, with the cohorts in `workdir`.
 
     UserError if one of these has a run that the config does not name.
     """

@@ -83,17 +83,17 @@ def later_defaults(config: ConfigDict) -> list[str]:
     return [key.name for key in keys if key.later and value_of(config, key.name) == key.default]
 
 
-# The dataset and the teacher have separate fingerprints.
-_WITH_FINGERPRINTS = ("data", "teacher.workdir")
+# The dataset and the teacher have a separate provenance.
+_WITH_PROVENANCE = ("data", "teacher.workdir")
 
 
-def fingerprint(configs: Mapping[str, ConfigDict], made: Influence) -> str:
+def digest_of(configs: Mapping[str, ConfigDict], made: Influence) -> str:
     """Return twelve hex digits that identify the rankers that configs make.
 
     They depend on the names of the rankers, on the order in which they train, and on the values
     that influence a ranker. `made` is "teacher" or "student".
     """
-    without = (*without_influence(made), *_WITH_FINGERPRINTS)
+    without = (*without_influence(made), *_WITH_PROVENANCE)
     values = [[name, values_by_key(config, without)] for name, config in configs.items()]
     return manifest.digest(values)
 

@@ -68,7 +68,7 @@ def write_export(
       trained: the ranker.
       batch: the requests of the example.
       about: more entries of `export.json`: `formats`, some of `programs.FORMATS`; `run`, the
-        fingerprints of the ranker; and others for the README.
+        provenance of the ranker; and others for the README.
       dataset: the folder with the vocabularies and transforms of a log, if there are any.
       folder: the folder to write.
     """

@@ -127,17 +127,17 @@ class TrainingJob:
 
     @property
     def own(self) -> Provenance:
-        """The fingerprints of its rankers, without those of a teacher and its scores."""
-        config = schema.fingerprint(self.runs or {"": self.config}, self.role)
-        return {"config": config, **self.built.identity}
+        """The provenance of its rankers, without those of a teacher and its scores."""
+        config = schema.digest_of(self.runs or {"": self.config}, self.role)
+        return {"config": config, **self.built.provenance}
 
     @functools.cached_property
     def provenance(self) -> Provenance:
-        """The fingerprints of the trained rankers, which their checkpoints and tables record."""
+        """The provenance of the trained rankers, which their checkpoints and tables record."""
         if not self.runs:
             return self.own
         teacher = self.teacher.version if self.teacher else "of the logs"
-        return {**self.own, **self.dataset.identity, "teacher": teacher}
+        return {**self.own, **self.dataset.provenance, "teacher": teacher}
 
     @functools.cached_property
     def report_at(self) -> ReportAt:
@@ -200,7 +200,7 @@ class TrainedRanker(NamedTuple):
     model: Model
     ranker: Ranker  # as the evaluation calls it
     version: str  # a name for its exact weights
-    provenance: Provenance  # the fingerprints that its checkpoint records
+    provenance: Provenance  # that its checkpoint records
     needs_scores: bool = False  # whether a student's training needs the final ranker's scores
 
     def __str__(self) -> str:
@@ -295,12 +295,12 @@ def open_ranker(
         if run and owner != "sweep":
             raise UserError(f"{place} is of {owner}, and only a sweep has {run!r}; leave --run out")
         job = open_job(config, {"": config} if owner == "train" else None)
-        workdirs.check_dataset(workdir, job.built.identity)
+        workdirs.check_dataset(workdir, job.built.provenance)
         remedy = f"finish it with: {command(owner)}, with the flags that started it"
         manifest.check(workdir, remedy)
         title, folder = f"the {job.role} at {place}", workdir
         if owner == "sweep":
-            sweep = open_sweep(config, workdir, job.built.identity)
+            sweep = open_sweep(config, workdir, job.built.provenance)
             title, index, run, serve = _run(sweep, place, run, serve)
             job, folder = job.of(sweep.cohorts[index]), sweep.folders[index]
         return _finished(title, job, run, serve, folder, remedy, with_slots)
@@ -352,7 +352,7 @@ def _finished(
     title: str, job: TrainingJob, run: str, serve: str, folder: Path, remedy: str, with_slots: bool
 ) -> TrainedRanker:
     """A ranker of a job, from its checkpoint; UserError if it is unfinished or diverged."""
-    # The teacher of a student and its scores may be gone: their fingerprints are those recorded.
+    # The teacher of a student and its scores may be gone: their provenance is the recorded one.
     provenance = {**manifest.read(folder, remedy)["provenance"], **job.own}
     states, step = job.restored(folder, provenance)
     if step < (steps := job.trainee.train.steps):

@@ -283,7 +283,7 @@ def teacher_flops(job: TrainingJob) -> float:
 def write_measured(job: TrainingJob, workdir: Path, owner: Provenance, *splits: Measured) -> None:
     """Write the tables of a run: rows of all splits, curves and calibration of the last.
 
-    `owner` has the fingerprints of the rankers.
+    `owner` has the provenance of the rankers.
     """
     tasks, last = job.config.tasks, splits[-1]
     files: dict[str, str | bytes] = {}

@@ -282,10 +282,10 @@ def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Ite
 
 
 def _provenance(config: ConfigDict, ranker: TrainedRanker, inputs: Any) -> manifest.Provenance:
-    """The fingerprints of all that scores depend on; `inputs` are JSON."""
+    """The provenance of all that scores depend on; `inputs` are JSON."""
     releases = [metadata.version(package) for package in ("kd_ranker", "jax")]
     numbers = [list(config.value_weights), config.evaluation.requests]
-    dataset = ranker.dataset.identity["dataset"]
+    dataset = ranker.dataset.provenance["dataset"]
     of_ranker = [ranker.version, ranker.job.role, ranker.serve, *numbers]
     return {
         "dataset": dataset,

@@ -58,8 +58,8 @@ def train(command: str, config: ConfigDict, runs: Runs, place: Place, progress: 
         checks.check_labels(job.dataset)
         steps = _check(job)
         free = schema.without_influence(job.role)
-        workdirs.check(folder, command, config, job.dataset.identity, without=free)
-        workdirs.write_config(folder, command, config, job.dataset.identity)
+        workdirs.check(folder, command, config, job.dataset.provenance, without=free)
+        workdirs.write_config(folder, command, config, job.dataset.provenance)
         if runs:
             datasets.keep_data_report(job.built, folder)
         with training_bar(job, steps) as bar:
@@ -129,7 +129,7 @@ def _open(
 ) -> tuple[Sweep, TrainingJob]:
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
     job = open_job(config, unchanged=unchanged, progress=progress)
-    dataset, free = job.built.identity, schema.without_influence("report")
+    dataset, free = job.built.provenance, schema.without_influence("report")
     if not config.sweep.extend:
         axes = {"sweep.runs", *(schema.axis_of(key.name) for key in schema.sweepable())}
         free = [name for name in free if name not in axes]
@@ -158,7 +158,7 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
     size = on_first(lambda: cohort_size(config, sweep.runs.values(), read.spec, job.devices))
     sweep = sweep.planned(size)
     # Last, so that an extension counts once its cohorts are known.
-    workdirs.write_config(workdir, "sweep", config, dataset.identity)
+    workdirs.write_config(workdir, "sweep", config, dataset.provenance)
     if part == PLAN:
         return True
     jobs = list(zip(map(job.of, sweep.cohorts), sweep.folders, strict=True))
@@ -334,7 +334,7 @@ def fit(job: TrainingJob, workdir: Path, bar: Bar) -> States:
         }
 
     with exhaustion_reported(), job.progress.phase("training"):
-        check_same("dataset", str(job.dataset.identity))
+        check_same("dataset", str(job.dataset.provenance))
         # Again for each cohort: free memory may differ from that at the start.
         check_memory(job.stacks, job.trainee.batch, job.dataset.spec, job.device_map)
         begin = functools.partial(warm_start, job, workdir) if train.warm_start else None
@@ -384,8 +384,8 @@ def warm_start(job: TrainingJob, folder: Path, states: States) -> States:
         raise UserError(
             f"train.warm_start={workdir} is of a {before.job.role}, not of a {job.role}"
         )
-    dataset, earlier = job.built, before.dataset.identity["dataset"]
-    if earlier not in (*dataset.earlier, dataset.identity["dataset"]):
+    dataset, earlier = job.built, before.dataset.provenance["dataset"]
+    if earlier not in (*dataset.earlier, dataset.provenance["dataset"]):
         raise UserError(
             f"train.warm_start={workdir} was trained on {earlier}, and its ids are not those of "
             f"{dataset.directory}; name a run on that dataset, or on one that it extends"

@@ -36,9 +36,9 @@ class Dataset:
     """A built dataset, opened for reading."""
 
     directory: Path
-    # Under `dataset`, its name and the fingerprint of its content. With the scores of a teacher
-    # that was trained on it, their name and fingerprint are under `scored`.
-    identity: Mapping[str, str]
+    # Under `dataset`, its name and the digest of its content. With the scores of a teacher
+    # that was trained on it, their name and digest are under `scored`.
+    provenance: Mapping[str, str]
     spec: FeatureSpec
     items: Items  # their features and categories, on the host
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)  # split -> requests, in files

@@ -8,7 +8,7 @@ A built dataset is the folder `data.dir/requests/<name>/<version>`. Each request
     items.npy           float32 [num_items, F], the features of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
     *.json, *record*    the index by which TFDS reads the requests, see `records`
-    manifest.json       sizes and digests of all these files, see `manifest`; the fingerprint of a
+    manifest.json       sizes and digests of all these files, see `manifest`; the digest of a
                         dataset is a digest of those of the files above, without the index
 
 and the additional files of its source. It is written to a temporary folder that is renamed at the
@@ -43,7 +43,7 @@ from kd_ranker.requests.records import BLOCK, Dataset, blocks_of, write_index
 from kd_ranker.requests.request import SPLITS, Block, Source, block_of, starts_of
 from kd_ranker.requests.row_files import Flat
 
-FORMAT_VERSION = "2.1.0"
+FORMAT_VERSION = "2.2.0"
 SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
@@ -112,7 +112,7 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
     np.save(folder / _CATEGORY_FILE, category)
     known = {}
     if earlier:
-        identities = [*earlier.earlier, earlier.identity["dataset"]]
+        identities = [*earlier.earlier, earlier.provenance["dataset"]]
         (folder / _EARLIER_FILE).write_text(json.dumps(identities))
         entries = manifest.read(earlier.directory, "make it again")["files"]
         for path in itertools.chain(*row_files.all_paths(earlier.directory, "train")):
@@ -197,10 +197,10 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
         path.name for of in SPLITS for pair in row_files.all_paths(directory, of) for path in pair
     )
     files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
-    fingerprint = manifest.fingerprint(directory, files, remedy)
+    digest = manifest.digest_of_files(directory, files, remedy)
     return Dataset(
         directory=directory,
-        identity={"dataset": f"{name}/{fingerprint}"},
+        provenance={"dataset": f"{name}/{digest}"},
         spec=spec,
         items=Items(
             row_files.load_array(directory / _ITEMS_FILE),
@@ -259,13 +259,13 @@ def with_column(
             f"{version}; {remedy}"
         )
     scored_dataset = provenance.get("dataset")
-    if scored_dataset != dataset.identity["dataset"]:
+    if scored_dataset != dataset.provenance["dataset"]:
         raise UserError(
             f"{folder} has the scores of {scored_dataset}, and the dataset is now "
-            f"{dataset.identity['dataset']}; {remedy}"
+            f"{dataset.provenance['dataset']}; {remedy}"
         )
     files = [_column_path(folder, split).name for split in SPLITS]
-    fingerprint = manifest.fingerprint(folder, files, remedy)
+    digest = manifest.digest_of_files(folder, files, remedy)
     columns = {}
     for split, of in dataset.columns.items():
         stored = row_files.load_array(_column_path(folder, split), mmap_mode="r")
@@ -281,8 +281,8 @@ def with_column(
             counts=of.counts._replace(scored=scored),
         )
     spec = dataclasses.replace(dataset.spec, teacher_version=version, teacher_signal="probability")
-    identity = {**dataset.identity, "scored": f"{folder.name}/{fingerprint}"}
-    return dataclasses.replace(dataset, identity=identity, spec=spec, columns=columns)
+    provenance = {**dataset.provenance, "scored": f"{folder.name}/{digest}"}
+    return dataclasses.replace(dataset, provenance=provenance, spec=spec, columns=columns)
 
 
 def _column_path(folder: Path, split: str) -> Path:

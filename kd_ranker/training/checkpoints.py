@@ -1,6 +1,6 @@
 """Orbax checkpoints of a run.
 
-A checkpoint contains the states of all groups, and a record: the step, the fingerprints of the run,
+A checkpoint contains the states of all groups, and a record: the step, the provenance of the run,
 and the position of the loader. Orbax writes it from a copy on the host while training continues,
 and renames it when it is complete, so an interrupted write leaves no checkpoint.
 """
@@ -79,7 +79,7 @@ def save(
     batches: grain.DatasetIterator | None,
     provenance: Provenance,
 ) -> None:
-    """Start to save a checkpoint of a run with these fingerprints, after `step` steps.
+    """Start to save a checkpoint of a run with this provenance, after `step` steps.
 
     It has the position of `batches`. When this returns, `state`, a pytree of arrays, may be
     donated: Orbax writes a copy of it on the host. UserError if the previous one was not written.
@@ -110,7 +110,7 @@ def restore(
     position. Return the state, on the host, and its step; `state` as given and 0 without any.
 
     Raises:
-      UserError: the checkpoint is of a run with other fingerprints, or none can be read.
+      UserError: the checkpoint is of a run with another provenance, or none can be read.
     """
     abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     # Another host may have an older listing of the folder.

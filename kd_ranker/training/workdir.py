@@ -107,7 +107,7 @@ def check(
 
 
 def check_dataset(workdir: Path, dataset: Provenance) -> None:
-    """Raise UserError if the run in `workdir` uses a dataset of another fingerprint."""
+    """Raise UserError if the run in `workdir` uses a dataset of another digest."""
     here = dataset["dataset"]
     there = read_environment(workdir).get("dataset", here)
     if there != here:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_ranker.config.schema import fingerprint
+from kd_ranker.config.schema import digest_of
 from kd_ranker.configs import cascade
 from kd_ranker.pipeline.datasets import dataset_name, scores_folder
 from kd_ranker.training import workdir as workdirs
@@ -15,9 +15,9 @@ def config_with(changes):
 
 
 def identities(changes):
-    """The name of the dataset, and the fingerprints of a student and of a teacher."""
+    """The name of the dataset, and the provenance of a student and of a teacher."""
     config = config_with(changes)
-    of_roles = (fingerprint({"": config}, role) for role in ("student", "teacher"))
+    of_roles = (digest_of({"": config}, role) for role in ("student", "teacher"))
     return (dataset_name(config), *of_roles)
 
 
@@ -64,10 +64,10 @@ def test_a_scored_copy_is_named_after_its_teacher_and_the_stage_that_was_scored(
         assert scores_folder(config, "abc").name == expected
 
 
-def test_the_order_and_the_names_of_runs_are_part_of_their_fingerprint():
+def test_the_order_and_the_names_of_runs_are_part_of_their_digest():
     runs = {"a": config_with({"seed": 0}), "b": config_with({"seed": 1})}
     renamed = {"a": runs["a"], "c": runs["b"]}
-    of = [fingerprint(each, "student") for each in (runs, dict(reversed(runs.items())), renamed)]
+    of = [digest_of(each, "student") for each in (runs, dict(reversed(runs.items())), renamed)]
     assert len(set(of)) == 3
 
 
@@ -75,4 +75,4 @@ def test_a_config_that_was_written_and_read_is_the_same(tmp_path):
     config = config_with({})
     workdirs.write_config(tmp_path, "train", config, {"dataset": "d"})
     read = workdirs.read_config(tmp_path)
-    assert fingerprint({"": read}, "student") == fingerprint({"": config}, "student")
+    assert digest_of({"": read}, "student") == digest_of({"": config}, "student")

@@ -225,7 +225,7 @@ def test_cohorts_of_two_stages_read_the_scores_of_each(apart):
     job = open_job(apart)
     read = [job.of({name: run}).dataset for name, run in runs.items()]
     for run, dataset in zip(runs.values(), read, strict=True):
-        assert f"-{run.teacher.stage}/" in dataset.identity["scored"]
+        assert f"-{run.teacher.stage}/" in dataset.provenance["scored"]
 
 
 def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, monkeypatch):

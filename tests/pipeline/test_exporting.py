@@ -345,8 +345,8 @@ def test_a_run_with_a_key_that_is_gone_is_named_with_the_key(tmp_path):
     )
 
 
-def test_a_dataset_of_another_fingerprint_is_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "fingerprint", lambda *_: "000000000000")
+def test_a_dataset_of_other_content_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "digest", lambda *_: "000000000000")
     fault = fault_of(api.export, trained, tmp_path / "out")
     assert "/000000000000, which has other" in fault
 

@@ -116,7 +116,7 @@ def test_the_identity_of_a_dataset_follows_its_content(tmp_path):
         dataclasses.replace(random_source(), item_features=random_source().item_features + 1),
     ]
     first, *others = (
-        built(tmp_path / str(number), source).identity["dataset"]
+        built(tmp_path / str(number), source).provenance["dataset"]
         for number, source in enumerate(sources)
     )
     assert re.fullmatch(r"small/[0-9a-f]{12}", first)

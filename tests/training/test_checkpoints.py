@@ -38,11 +38,11 @@ def numbers():
     return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
-def restore(workdir, iterator=None, identity=OURS):
+def restore(workdir, iterator=None, provenance=OURS):
     """What a run in `workdir` would start from."""
     with checkpoints.open_in(workdir) as saved:
         blank = jax.tree.map(np.zeros_like, state_of(0))
-        return checkpoints.restore(saved, blank, iterator, identity)
+        return checkpoints.restore(saved, blank, iterator, provenance)
 
 
 def assert_starts_at(workdir, step):

@@ -187,8 +187,8 @@ def test_ids_scales_and_files_of_before_stay(second, day_one):
     rules = [json.loads((of.directory / "transforms.json").read_text()) for of in (before, after)]
     assert rules[0] == rules[1]
     assert os.path.samefile(*(of.directory / "rows-train.bin" for of in (before, after)))
-    assert after.earlier == (before.identity["dataset"],)
-    assert after.identity["dataset"] != before.identity["dataset"]
+    assert after.earlier == (before.provenance["dataset"],)
+    assert after.provenance["dataset"] != before.provenance["dataset"]
     kept = len(before.columns["train"])
     one, other = (list(read_requests(of, "train")) for of in (before, after))
     assert faulty_logs.same(dict.fromkeys(SPLITS, one), dict.fromkeys(SPLITS, other[:kept]))

@@ -114,7 +114,7 @@ def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made
     new = datasets.dataset_of(world)
     # The name and all sizes are equal.
     assert (new.directory, new.spec) == (old.directory, old.spec)
-    there, here = (of.identity["dataset"] for of in (old, new))
+    there, here = (of.provenance["dataset"] for of in (old, new))
     live = changed(world, teacher__source="live", teacher__workdir=str(made / "train_teacher"))
     found = [*faults_of(world, made)]
     found.append((made / "train_teacher", fault_of(api.train, live, tmp_path / "live")))
@@ -139,7 +139,7 @@ def test_students_of_the_dataset_before_are_of_use_beside_the_new_one(world, mad
     grow(made / "log", tmp_path)
     new = changed(world, data__dir=str(tmp_path / "datasets"))
     api.prepare(new)
-    assert datasets.dataset_of(new).identity != old.identity
+    assert datasets.dataset_of(new).provenance != old.provenance
     api.train(new, tmp_path / "train")
     for name in RUNS:
         api.export(made / name, tmp_path / f"{name} exported", formats=("jax",))
@@ -147,11 +147,11 @@ def test_students_of_the_dataset_before_are_of_use_beside_the_new_one(world, mad
         scored, _ = scoring.score_unseen(world, made / name, output=tmp_path / f"{name} scored")
         assert len([*scored.directory.glob("*.parquet")]) == 3
     fault = fault_of(api.sweep, changed(new, **ANOTHER_SEED), made / "sweep")
-    assert f"sweep holds a run on the dataset {old.identity['dataset']}, and data.dir" in fault
+    assert f"sweep holds a run on the dataset {old.provenance['dataset']}, and data.dir" in fault
     # A rebuild of the same log gives the same dataset.
     (made / "log" / "part-9.parquet").unlink()
     again = changed(world, data__dir=str(tmp_path / "again"), data__processes=1)
     api.prepare(again)
-    assert datasets.dataset_of(again).identity == old.identity
+    assert datasets.dataset_of(again).provenance == old.provenance
     assert small.sweep(changed(again, **ANOTHER_SEED), made / "sweep")
     assert set(results.read_csv(made / "sweep" / results.FILE)["seed"].dropna()) == {0, 1}
