@@ -472,7 +472,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     """Do the main job: the dataset, a teacher where the log has none, a sweep, the report.
 
     No teacher is trained where the students learn from the dataset's own log: with
-    `teacher.source = "logged"` and no `teacher.workdir`. TrainedRanker steps are not repeated.
+    `teacher.source = "logged"` and no `teacher.workdir`. Steps that are finished are not repeated.
 
     Args:
       config: that of the sweep. A teacher is trained in `teacher.workdir`, or if that is empty

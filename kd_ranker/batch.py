@@ -240,8 +240,9 @@ FIELDS = (
     Field("user_label", "shown", np.uint8, np.float32, _tasks),
     Field("label_weight", "shown", np.float32, np.float32),
     Field("teacher_probability", "scored", np.float32, np.float32, _tasks, np.nan),
-    # The log has one per candidate. Batches have one per task, 0 for improper probabilities.
+    # On disk, one per candidate, as the log has it.
     Field("teacher_weight", "scored", np.float32, None),
+    # In a batch, one per candidate and task: 0 where the probability is not proper.
     Field("teacher_weight", "scored", None, np.float32, _tasks),
     Field("teacher_version", "request", str, None),
     Field("true_probability", "known", np.float32, None, _tasks, np.nan),
@@ -301,8 +302,8 @@ class CandidateBatch:
     value, including NaN, and contribute exactly 0 to a loss.
 
     Shown candidates come first, then passed ones, so data of only a few candidates have shorter
-    arrays. Labels belong to the first `labeled` entries. The first `num_scored` entries include all
-    passed candidates and all with a logged teacher probability. Both may be N.
+    arrays. The first `num_labeled` entries can have labels. The first `num_scored` entries include
+    all passed candidates and all with a logged teacher probability. Either number may be N.
     """
 
     user_id: Int[Array, "R"]

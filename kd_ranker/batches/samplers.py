@@ -97,16 +97,16 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     kept = sampling.labeled_numbers(
         counts.positives, counts.shown - counts.positives, batch.negative_rate, batch.candidates
     )
-    num_labeled = [
-        _run(*kind_number_start)
-        for kind_number_start in zip(kinds, map(int, kept), key[:2], strict=True)
+    labeled = [
+        _run(kind, int(number), start)
+        for kind, number, start in zip(kinds, kept, key[:2], strict=True)
     ]
     factors = [
         np.full(len(run), len(kind) / max(len(run), 1))
-        for kind, run in zip(kinds, num_labeled, strict=True)
+        for kind, run in zip(kinds, labeled, strict=True)
     ]
     (unshown,) = _groups(counts.shown, counts.retrieved)
-    slots = min(batch.candidates - sum(map(len, num_labeled)), len(unshown))
+    slots = min(batch.candidates - sum(map(len, labeled)), len(unshown))
     scored = unshown[~np.isnan(scores[unshown])]
     highest = scored[np.argsort(-scores[scored], kind="stable")]
     highest = highest[: round(batch.passed_share * slots)]
@@ -115,7 +115,7 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     # The labels have used two of the four numbers.
     more = np.random.default_rng(key.view(np.uint64)).random(3)
     others = evenly([left[passed], left[~passed]], slots - len(highest), more)
-    drawn = [*num_labeled, highest, others]
+    drawn = [*labeled, highest, others]
     return np.concatenate(drawn), np.concatenate([*factors, np.zeros(slots)])
 
 
@@ -193,7 +193,7 @@ def draw(
     """Draw the candidates of the batches of some steps, request by request.
 
     Candidates that did not reach `stage` are drawn and then left out, unless they are labeled or
-    scored; see `sampling.kinds_of`. Labelled ones come first, then the others that were passed,
+    scored; see `sampling.kinds_of`. Labeled ones come first, then the others that were passed,
     then the rest. `start` has the key of each request.
 
     Raises:
@@ -213,13 +213,13 @@ def draw(
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
     wide = Counts(*(values[..., None] for values in each))
-    num_labeled = (place >= 0) & (place < wide.shown) & (factor > 0)
+    is_labeled = (place >= 0) & (place < wide.shown) & (factor > 0)
     passed_count, rest_counts = what_counts(wide, stage)
     counted = np.where(place < wide.passed, passed_count, rest_counts) & (place >= 0)
-    kind = np.select([num_labeled, counted & (place < wide.passed), counted], [0, 1, 2], 3)
+    kind = np.select([is_labeled, counted & (place < wide.passed), counted], [0, 1, 2], 3)
     order = np.argsort(kind.astype(np.int8), axis=-1, kind="stable")[..., : slots.candidates]
     place = np.take_along_axis(np.where(kind < 3, place, np.int32(-1)), order, axis=-1)
-    factor = np.take_along_axis(np.where(num_labeled, factor, np.float32(0)), order, axis=-1)
+    factor = np.take_along_axis(np.where(is_labeled, factor, np.float32(0)), order, axis=-1)
     factor = factor[..., : slots.num_labeled]
     request, passed, shown = (
         values.astype(np.int32) for values in (request, each.passed, each.shown)

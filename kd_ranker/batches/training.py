@@ -50,14 +50,14 @@ _CHUNK = 2**16
 class Needs(NamedTuple):
     """The parts of a batch that its learners need.
 
-    Candidates that did not reach `stage` are left out, unless they were shown or are `logged`. The
-    rest of a batch is drawn as if they were kept. Batches hold the candidates with a logged teacher
-    probability, and the probabilities of those that reached the stage `logged`; with None they hold
-    no probabilities. Without `history`, H is 0.
+    What is left out does not change what is drawn: candidates are drawn first, from all.
     """
 
+    # The earliest stage of the candidates to keep. Shown ones and those with a logged score stay.
     stage: Stage = Stage.RETRIEVED
+    # Logged scores count for candidates of this stage or a later one; None: batches hold no scores.
     logged: Stage | None = Stage.RETRIEVED
+    # Whether batches hold the users' histories; without, H is 0.
     history: bool = True
 
 
@@ -73,7 +73,10 @@ ALL = Needs()
 
 
 class Devices:
-    """The default device of JAX. `training.mapping.DeviceMap` places batches on many."""
+    """Where batches are made and placed: here, on one device, the default one of JAX.
+
+    `training.mapping.DeviceMap` does the same on many.
+    """
 
     @property
     def share(self) -> Share:
@@ -171,16 +174,16 @@ def training_batches(
         )
     logged = needs.logged or Stage.RETRIEVED
     scores = functools.partial(samplers.scores_of, stored, logged)
-    sampling_stage = _sampling_of(columns.counts, batch, needs.stage, scores)
-    layout = cutting.layout_of(columns.types, sampling_stage.slots, logged)
+    draws = _sampling_of(columns.counts, batch, needs.stage, scores)
+    layout = cutting.layout_of(columns.types, draws.slots, logged)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = parts == 1 and _fits(columns, needs.stage, copies)
     rows: _ResidentRows | _StoredRows
     if resident:
-        rows = _ResidentRows(columns, needs.stage, sampling_stage, layout, devices)
+        rows = _ResidentRows(columns, needs.stage, draws, layout, devices)
     else:
-        rows = _StoredRows(columns, needs.stage, sampling_stage, layout, devices)
+        rows = _StoredRows(columns, needs.stage, draws, layout, devices)
     # Nothing below refers to the rows of resident requests, which the host may free.
     requests = batch.requests // parts
     steps = _steps_of_pass(requests, layout)
@@ -194,12 +197,13 @@ def training_batches(
         span = slice(first, first + steps)
         drawn = of_block.requests[own, span]
         rows.announce(drawn.ravel())
-        return sampling_stage.sample(drawn, of_block.uniform[own, span])
+        return draws.sample(drawn, of_block.uniform[own, span])
 
     def make(number: int) -> PackedBatches:
         sampled = sample(number)
         if not resident:
-            sample(number + 1)  # the disk may fetch it while this one is cut
+            # Announces the next reads, which the disk may do while these batches are made.
+            sample(number + 1)
         return rows.batches(sampled)
 
     def passes_from(number: int) -> Iterator[PackedBatches]:
@@ -351,7 +355,7 @@ class _ResidentRows:
         self,
         columns: Columns,
         stage: Stage,
-        sampling_stage: _Sampling,
+        draws: _Sampling,
         layout: Layout,
         devices: Devices,
     ):
@@ -367,7 +371,7 @@ class _ResidentRows:
 
         def number_rows(first: tuple[Any, Any], sampled: Any) -> Draw:
             """The draw, with the numbers of rows in place of its indices, 0 for padding."""
-            draw = sampling_stage.choose(sampled)
+            draw = draws.choose(sampled)
             requests, *indices = draw.rows
             numbers = [
                 jnp.where(index >= 0, _rows_at(starts, requests)[..., None] + index, 0)
@@ -408,14 +412,14 @@ class _StoredRows:
         self,
         columns: Columns,
         stage: Stage,
-        sampling_stage: _Sampling,
+        draws: _Sampling,
         layout: Layout,
         devices: Devices,
     ):
         self._columns, self._stage = columns, stage
         self._layout, self._devices = layout, devices
         # On a device of this process, compiled: in NumPy it would take longer than all the rest.
-        self._choose = jax.jit(sampling_stage.choose)
+        self._choose = jax.jit(draws.choose)
 
     def announce(self, requests: Int[np.ndarray, "n"]) -> None:
         """Announce to the disk the reads of these requests."""

@@ -8,6 +8,7 @@ adds to it.
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
@@ -72,18 +73,17 @@ class Sweep:
 
         Existing cohorts do not change. The runs of a new one are on the same batches.
         """
-        keys, plan = (
-            [key.name for key in schema.sweepable() if key.sweep == "cohorts"],
-            [*self.plan],
-        )
-        sharing: dict[str, list[str]] = {}
+        plan = [*self.plan]
+        batch_keys = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
+        names_by_batches: dict[str, list[str]] = {}
         for name, run in self._unplaced().items():
-            batches = repr([schema.value_of(run, key) for key in keys])
-            sharing.setdefault(batches, []).append(name)
-        for names in sharing.values():
-            # Of equal sizes, so that no small cohort pays for a whole teacher pass.
-            number = -(-len(names) // size)
-            plan += [names[index::number] for index in range(number)]
+            batches = repr([schema.value_of(run, key) for key in batch_keys])
+            names_by_batches.setdefault(batches, []).append(name)
+        for names in names_by_batches.values():
+            # Runs are dealt to the cohorts like cards, so their sizes differ by at most one: no
+            # small cohort pays for a whole teacher pass.
+            num_cohorts = math.ceil(len(names) / size)
+            plan += [names[first::num_cohorts] for first in range(num_cohorts)]
         write_atomically(self.workdir / FILE, json.dumps({"cohorts": plan}, indent=2))
         return dataclasses.replace(self, plan=plan)
 

@@ -131,7 +131,7 @@ def gather_rows(
     """Return the rows that a batch needs: lookup name -> float32 [*shape of the ids, W or D].
 
     Only `whole_rows` have update counts and slots. The tables are those of one model; or with
-    `run`, of all runs of a group. On TPUs, a `vmap` over tables would need another layout.
+    `run`, of all runs of a stack. On TPUs, a `vmap` over tables would need another layout.
     """
     gathered = {}
     for name, lookup in spec.lookups.items():

@@ -42,7 +42,7 @@ class RowOptimizer(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """The duplicate ids of a batch, found once for all runs of a group."""
+    """The duplicate ids of a batch, found once for all runs of a stack."""
 
     row: Int[Array, "M"]  # of each id
     position: Int[Array, "M"]  # for each id, the index that represents all ids of its row

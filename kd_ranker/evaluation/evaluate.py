@@ -1,8 +1,9 @@
 """One pass over the evaluation requests that measures the teacher and any number of students.
 
-Two kinds of programs run for each batch. A *serving* program per stack of students computes their
-probabilities. One *measuring* program turns those of a fixed number of rankers into sums. All
-rankers share it, so it compiles once for a dataset. `metrics.summarize` divides the sums.
+Two kinds of programs run for each batch. A *serving* program per stack of students, and one for the
+teacher, compute their probabilities. One *measuring* program turns those of a fixed number of
+rankers into sums. All rankers share it, so it compiles once for a dataset. `registry.summarize` of
+the metrics divides the sums.
 
 Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """

@@ -71,85 +71,108 @@ def measure(
       started_with_scores: whether the students started from a ranker that needs the final ranker's
         scores, so that they need them too.
     """
-    teacher = job.live_teacher and job.live_teacher.ranker
-    if not job.runs:
-        (stack,), (state,), states = job.stacks, states, ()
-        own = select_run(state.parameters, 0)
-        teacher = Ranker(make_serve(stack.train_spec.model, stack.train_spec.mode), own)
+    if job.runs:
+        teacher = job.live_teacher.ranker if job.live_teacher else None
+    else:
+        teacher, states = _trained_teacher(job, states), ()
     if serves is None:
-        serves = {name: MODES[of.distill.mode].serve for name, of in job.runs.items() if states}
-    students = [*_students(job, states, serves)] if states else []
-    stacks = [ranker for ranker, _ in students]
-    referred: tuple[str, ...] = ()
+        trained = job.runs if states else {}
+        serves = {name: MODES[config.distill.mode].serve for name, config in trained.items()}
+    students = _student_stacks(job, states, serves)
+    stacks = [stack.ranker for stack in students]
+    references: tuple[str, ...] = ()
     if with_references:
-        splits = [job.dataset.columns[name] for name in ("validation", "test")]
-        referred = baselines.known_baselines([of for of in splits if len(of)], job.lists)
-        names = tuple(rival.name for rival in rivals)
-        referred += names
-        ranker = baselines.baseline_ranker(job.lists, names)
-        stacks.append(ranker._replace(serves=[referred]))
+        references = _known_references(job, rivals)
+        ranker = baselines.baseline_ranker(job.lists, tuple(rival.name for rival in rivals))
+        stacks.append(ranker._replace(serves=[references]))
     with job.progress.phase(split, quiet=bool(limit)):
         of_teacher, of_stacks = _summed(job, split, teacher, stacks, rivals, limit)
+
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
-    measured = Measured([], [], [], {})
-    add = functools.partial(_add, measured, job, signal)
     flops = {} if limit else _flops(job, serves)
-    of_judge = flops.get((results.TEACHER, "user"), _NOT_COUNTED)
-
-    def named(role: str, run: str, serve: str = "user") -> Row:
-        dataset, own = job.config.data.name, flops.get((run, serve), _NOT_COUNTED)
-        row: Row = dict(dataset=dataset, split=split, role=role, run=run, serve=serve)
-        return row | {"flops_per_candidate": own, "cost_ratio": own / of_judge}
-
+    tables = _Tables(job, split, signal, flops)
     # A teacher from elsewhere has neither a seed nor a step.
-    known = not job.runs or job.teacher is not None
-    of = job.teacher.config if job.teacher else job.config
-    seed, step = (of.seed, of.teacher.train.steps) if known else (None, None)
-    add(named("teacher", results.TEACHER) | {"seed": seed, "step": step}, of_teacher, None)
-    for (_, runs), of_stack in zip(students, of_stacks, strict=False):
-        for (name, last_step, non_finite_step), of_run in zip(runs, of_stack, strict=True):
-            for serve in serves[name]:
-                row = named("student", name, serve)
-                row |= setting_names.setting_of(job.runs[name]) | {"step": last_step}
-                needs_scores = started_with_scores or specs.needs_scores(job.runs[name])
-                row |= {"needs_scores": needs_scores}
-                if non_finite_step:
-                    measured.rows.append(row | {"non_finite_step": non_finite_step})
+    seed, step = None, None
+    if job.teacher or not job.runs:
+        config = job.teacher.config if job.teacher else job.config
+        seed, step = config.seed, config.teacher.train.steps
+    row = tables.start("teacher", results.TEACHER) | {"seed": seed, "step": step}
+    tables.add(row, of_teacher, None)
+    for stack, of_stack in zip(students, of_stacks, strict=False):
+        for student, of_run in zip(stack.students, of_stack, strict=True):
+            config = job.runs[student.name]
+            needs_scores = started_with_scores or specs.needs_scores(config)
+            for serve in serves[student.name]:
+                row = tables.start("student", student.name, serve)
+                row |= setting_names.setting_of(config)
+                row |= {"step": student.last_step, "needs_scores": needs_scores}
+                if student.non_finite_step:
+                    tables.measured.rows.append(row | {"non_finite_step": student.non_finite_step})
                 else:
-                    add(row, of_run[serve], of_teacher)
-    of_rivals = {rival.name: rival for rival in rivals}
-    for name in referred:
-        row = named("reference", name) | {"seed": seed}
-        if name in of_rivals:
-            rival = of_rivals[name]
-            row |= {"needs_scores": rival.needs_scores}
-            row |= {"flops_per_candidate": rival.operations}
-            row |= {"cost_ratio": rival.operations / of_judge}
-        add(row, of_stacks[-1][0][name], of_teacher)
-    return measured
+                    tables.add(row, of_run[serve], of_teacher)
+    rival_of_name = {rival.name: rival for rival in rivals}
+    for name in references:
+        row = tables.start("reference", name) | {"seed": seed}
+        if name in rival_of_name:
+            rival = rival_of_name[name]
+            row |= {"needs_scores": rival.needs_scores} | tables.costs(rival.operations)
+        tables.add(row, of_stacks[-1][0][name], of_teacher)
+    return tables.measured
 
 
-def _students(
+def _trained_teacher(job: TrainingJob, states: States) -> Ranker:
+    """The ranker of a teacher's job."""
+    (stack,), (state,) = job.stacks, states
+    serve = make_serve(stack.train_spec.model, stack.train_spec.mode)
+    return Ranker(serve, select_run(state.parameters, 0))
+
+
+def _known_references(job: TrainingJob, rivals: Sequence[Rival]) -> tuple[str, ...]:
+    """The names of the baselines that the dataset can provide, and of the rivals."""
+    splits = [job.dataset.columns[name] for name in ("validation", "test")]
+    known = baselines.known_baselines([columns for columns in splits if len(columns)], job.lists)
+    return (*known, *(rival.name for rival in rivals))
+
+
+class _Student(NamedTuple):
+    """A trained student."""
+
+    name: str
+    last_step: int
+    non_finite_step: int  # at which its loss stopped being finite, or 0
+
+
+class _StudentStack(NamedTuple):
+    """The students of a trained stack that are measured, and the ranker that serves them."""
+
+    ranker: Ranker
+    students: list[_Student]
+
+
+def _student_stacks(
     job: TrainingJob, states: States, serves: Mapping[str, Collection[str]]
-) -> Iterator[tuple[Ranker, list[tuple[str, int, int]]]]:
-    """Of each trained stack, a ranker of the runs with heads, if any, and these.
-
-    A run is its name, its last step, and the step at which its loss stopped being finite, or 0.
-    """
+) -> list[_StudentStack]:
+    """The stacks with students in `serves`, with these alone; none without states."""
+    if not states:
+        return []
+    found = []
     for stack, state in zip(job.stacks, states, strict=True):
-        steps = np.asarray(steps_of_runs(state, stack.hyperparameters))
-        non_finite = np.asarray(state.non_finite_step)
-        at = [place for place, name in enumerate(stack.names) if name in serves]
-        students = [(stack.names[of], int(steps[of]), int(non_finite[of])) for of in at]
+        indices = [index for index, name in enumerate(stack.names) if name in serves]
+        if not indices:
+            continue
+        last_steps = np.asarray(steps_of_runs(state, stack.hyperparameters))
+        non_finite_steps = np.asarray(state.non_finite_step)
+        students = [
+            _Student(stack.names[index], int(last_steps[index]), int(non_finite_steps[index]))
+            for index in indices
+        ]
         parameters = state.parameters
-        if len(at) < len(stack.names):
-            parameters = jax.tree.map(operator.itemgetter(np.array(at, int)), parameters)
+        if len(indices) < len(stack.names):
+            parameters = jax.tree.map(operator.itemgetter(np.array(indices)), parameters)
         serve = make_serve(stack.train_spec.model, stack.train_spec.mode)
-        if students:
-            yield (
-                Ranker(serve, parameters, serves=[serves[name] for name, *_ in students]),
-                students,
-            )
+        heads = [serves[student.name] for student in students]
+        found.append(_StudentStack(Ranker(serve, parameters, serves=heads), students))
+    return found
 
 
 def _summed(
@@ -205,35 +228,61 @@ def _counted(batches: Iterable[EvaluationBatch], bar: Bar) -> Iterator[Evaluatio
         bar.update(int(np.asarray(batch.request_mask).sum()))
 
 
-def _add(
-    measured: Measured,
-    job: TrainingJob,
-    signal: str,
-    row: Row,
-    summed: Summed,
-    of_teacher: Summed | None,
-) -> None:
-    """Add a ranker's rows of all tables, and the contribution of each request."""
-    tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
-    only_order = row["role"] == "reference" and row["run"] != "oracle"
-    teacher_sums = of_teacher.sums if of_teacher else None
-    numbers = summarize(sums, teacher_sums, tasks, at, signal, only_order)
-    measured.rows.append(row | numbers)
-    if not summed.each.sums:
-        return
-    who = {"run": row["run"], "serve": row["serve"]}
-    measured.each[str(row["run"]), str(row["serve"])] = summed.each
-    curves = metric_curves(sums, tasks)
-    # Curves have the points of the config, and those that reach a target.
-    needed = METRICS["passed_for"].columns(tasks, at)
-    named = [*at.ks, *(int(numbers[name]) for name in needed if np.isfinite(numbers[name]))]
-    measured.curves.extend(
-        who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()}
-        for k in request_files.spaced_ks(next(iter(curves.values())).size, named, spaced=150)
-    )
-    # Positions, and some references, order candidates without predicting probabilities.
-    if not (only_order or (row["role"] == "teacher" and signal != "probability")):
-        measured.calibration.extend(who | of for of in calibration(sums, tasks))
+class _Tables:
+    """The rows of all tables, ranker by ranker."""
+
+    def __init__(self, job: TrainingJob, split: str, signal: str, flops: Mapping[RankerKey, float]):
+        """Start with no rows; `signal` is what the teacher gives, `flops` are per candidate."""
+        self.measured = Measured([], [], [], {})
+        self._job = job
+        self._split = split
+        self._signal = signal
+        self._flops = flops
+
+    def start(self, role: str, run: str, serve: str = "user") -> Row:
+        """Return the part of a row that names the ranker, with its costs."""
+        row: Row = {
+            "dataset": self._job.config.data.name,
+            "split": self._split,
+            "role": role,
+            "run": run,
+            "serve": serve,
+        }
+        return row | self.costs(self._flops.get((run, serve), _NOT_COUNTED))
+
+    def costs(self, flops: float) -> Row:
+        """Return the columns of costs of a ranker with these FLOPs per candidate."""
+        of_teacher = self._flops.get((results.TEACHER, "user"), _NOT_COUNTED)
+        return {"flops_per_candidate": flops, "cost_ratio": flops / of_teacher}
+
+    def add(self, row: Row, summed: Summed, of_teacher: Summed | None) -> None:
+        """Add a ranker; `of_teacher` is None for the teacher itself."""
+        tasks, report_at = self._job.dataset.spec.tasks, self._job.report_at
+        only_order = row["role"] == "reference" and row["run"] != "oracle"
+        teacher_sums = of_teacher.sums if of_teacher else None
+        numbers = summarize(summed.sums, teacher_sums, tasks, report_at, self._signal, only_order)
+        self.measured.rows.append(row | numbers)
+        if not summed.each.sums:
+            return
+        ranker: Row = {"run": row["run"], "serve": row["serve"]}
+        self.measured.each[str(row["run"]), str(row["serve"])] = summed.each
+        self._add_curves(ranker, summed, numbers)
+        # Positions, and some references, order candidates without predicting probabilities.
+        gives_order = row["role"] == "teacher" and self._signal != "probability"
+        if not (only_order or gives_order):
+            bins = calibration(summed.sums, tasks)
+            self.measured.calibration.extend(ranker | of_bin for of_bin in bins)
+
+    def _add_curves(self, ranker: Row, summed: Summed, numbers: Mapping[str, float]) -> None:
+        """Add the points of the config, those that reach a target, and others between them."""
+        tasks, report_at = self._job.dataset.spec.tasks, self._job.report_at
+        curves = metric_curves(summed.sums, tasks)
+        reached = [numbers[name] for name in METRICS["passed_for"].columns(tasks, report_at)]
+        ks = [*report_at.ks, *(int(k) for k in reached if np.isfinite(k))]
+        retrieved = next(iter(curves.values())).size
+        for k in request_files.spaced_ks(retrieved, ks, spaced=150):
+            values = {name: float(curve[k - 1]) for name, curve in curves.items()}
+            self.measured.curves.append(ranker | {"k": k} | values)
 
 
 def _flops(job: TrainingJob, serves: Mapping[str, Collection[str]]) -> dict[RankerKey, float]:

@@ -43,7 +43,7 @@ class Study(NamedTuple):
     `source` (the number of the sweep), `needs_scores` and, under their names, the means over tasks
     of metrics that are `averaged`.
 
-    Of the students, only those of finite loss take part, except in `frozen`.
+    Of the students, only those of finite loss take part, except in `diverged`.
     """
 
     dataset: str  # `data.title` of an own log, or `data.name`
@@ -57,7 +57,7 @@ class Study(NamedTuple):
     teachers: pd.DataFrame  # on the test split, one per repeat of the students
     num_teachers: int  # which differ in their seeds
     references: pd.DataFrame  # of rankers without a model, on both splits
-    frozen: pd.DataFrame  # of runs with a loss that stopped being finite
+    diverged: pd.DataFrame  # of runs with a loss that stopped being finite
     varying: list[str]  # columns of a setting that differ, without mode, head and weight
     allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
     requests_a_day: float  # of the user's log; NaN without times
@@ -272,7 +272,7 @@ def _study(dataset: str, folders: list[Path]) -> Study:
         teachers=of_split(teachers, "test"),
         num_teachers=joined.loc[joined["role"] == "teacher", "seed"].nunique(dropna=False),
         references=references,
-        frozen=students[~is_healthy].drop_duplicates(["source", "run"]),
+        diverged=students[~is_healthy].drop_duplicates(["source", "run"]),
         varying=setting_names.varying_columns(students),
         allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
         requests_a_day=requests_a_day(reports[0]) if reports else float("nan"),

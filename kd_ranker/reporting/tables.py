@@ -275,10 +275,10 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
             "an order do not keep them calibrated. BCE measures how well users are predicted, "
             "not how well candidates are ordered; compare AUC."
         )
-    if len(study.frozen):
+    if len(study.diverged):
         names = ", ".join(
             f"{line['run'] or line['setting']} (step {line['non_finite_step']:g})"
-            for line in study.frozen.to_dict("records")
+            for line in study.diverged.to_dict("records")
         )
         notes.append(f"Left out, because their loss stopped being finite: {names}.")
     return Table(f"{study.dataset}: the best of each method, on test", cells, notes, best)

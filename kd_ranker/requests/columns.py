@@ -239,11 +239,16 @@ def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
 def what_counts(
     counts: Counts, stage: Stage
 ) -> tuple[Bool[np.ndarray, "*n"], Bool[np.ndarray, "*n"]]:
-    """Test for each request if its passed candidates count in training, and if the rest do.
+    """Test for each request if its passed candidates are kept for training, and if the rest are.
 
-    Candidates that reached `stage` or have a score count. Shown candidates count as passed, in
-    addition to counting by their labels. A teacher that has scored only shown candidates makes no
-    other passed candidate count.
+    Candidates are kept if they reached `stage`, or if the log has scores for their kind:
+
+        scored                      passed are kept    the rest are kept
+        none, or shown ones only    no                 no
+        some that were passed       yes                no
+        some that were not          yes                yes
+
+    Shown candidates are always kept, for their labels.
     """
     beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
     return (

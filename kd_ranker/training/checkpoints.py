@@ -1,6 +1,6 @@
 """Orbax checkpoints of a run.
 
-A checkpoint contains the states of all groups, and a record: the step, the provenance of the run,
+A checkpoint contains the states of all stacks, and a record: the step, the provenance of the run,
 and the position of the loader. Orbax writes it from a copy on the host while training continues,
 and renames it when it is complete, so an interrupted write leaves no checkpoint.
 """

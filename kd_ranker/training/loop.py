@@ -97,8 +97,9 @@ def fit(
                     stopping = bool(_agreed(stop()))
                     due = outputs.due(step, stopping)
                     if due.save:
+                        # A finite loss may have made parameters that are not finite.
                         states = mark_diverged(program, states)
-                    # A state is checked before it is saved: a run could not resume from a NaN.
+                    # Check a state before it is saved: a run could not resume from a NaN.
                     if due.log or due.save:
                         diverged = diverged_runs(program, states, before=diverged)
                     # It may be a copy of whole tables.
@@ -113,6 +114,7 @@ def fit(
                         bar.set_postfix(_progress(program, scalars, diverged))
                     if due.save:
                         checkpoints.save(saved, step, on_host, program.batches, provenance)
+        # This process got no signal, so another one did.
         if stopping and not stop():
             raise UserError(
                 f"another process ended this run after step {step}; start all of them again"

@@ -24,8 +24,11 @@ from kd_ranker.embedding.row_sharding import from_shards, rows_per_device, to_sh
 from kd_ranker.errors import UserError
 from kd_ranker.training.state import RUNS_FIRST, Constants, States
 
-AXIS, RUNS = "requests", "runs"
-"""The axes of a mesh: devices that share the requests of a batch, and those with other runs."""
+AXIS = "requests"
+"""The axis of a mesh along which devices share the requests of a batch, for the same runs."""
+
+RUNS = "runs"
+"""The axis along which devices train different runs on the same requests."""
 
 _TABLES = "tables"  # the field of `Parameters` that holds them
 # Fields with one row per id. Rows are the first axis, after the runs of tables.

@@ -12,7 +12,7 @@ from kd_ranker.batches.training import BatchIterator
 from kd_ranker.training.mapping import DeviceMap, shared_evenly
 from kd_ranker.training.specs import Stack
 from kd_ranker.training.state import Constants, Hyperparameters, LiveTeacher, States, TrainSpec
-from kd_ranker.training.step import Step, Stepped, in_turn, make_step
+from kd_ranker.training.step import Step, Stepped, make_step, many_steps
 
 _WithModel = TypeVar("_WithModel", TrainSpec, LiveTeacher)
 
@@ -28,7 +28,7 @@ class Program(NamedTuple):
     batches: BatchIterator  # endless
     constants: Constants
     devices: DeviceMap
-    take: Callable[..., Stepped]  # the mapped `step.in_turn`
+    take: Callable[..., Stepped]  # the mapped `step.many_steps`
 
     @property
     def hyperparameters(self) -> tuple[Hyperparameters, ...]:
@@ -54,7 +54,7 @@ def make_program(
     """
     filled = tuple(stack.at(shared_evenly(len(stack.names), devices.runs)) for stack in stacks)
     step = step_for(filled, teacher, devices)
-    take = devices.map_step(in_turn(step), abstract_states(filled))
+    take = devices.map_step(many_steps(step), abstract_states(filled))
     placed = devices.place(constants)
     placed = placed.replace(items=placed.items.replace(row_sharding=devices.row_sharding))
     return Program(tuple(stacks), filled, batches, placed, devices, take)

@@ -86,7 +86,7 @@ def shared_part(config: ConfigDict) -> str:
     for key in TRACED_KEYS:
         section, _, name = key.rpartition(".")
         del (shared[section] if section else shared)[name]
-    # At a weight of 0 unshown negatives would only cost time: a separate program.
+    # At a weight of 0 unshown negatives would only cost time: those runs are another stack.
     return json.dumps([shared, config.train.unshown_weight > 0], sort_keys=True)
 
 
@@ -154,7 +154,7 @@ def _student_hyperparameters(config: ConfigDict) -> Hyperparameters:
         user_weight=user_weight,
         distill_weight=distill.weight,
         terms=terms,
-        loss=LossNumbers(distill.temperature, distill.top_k, _own_numbers(config, terms)),
+        loss_numbers=LossNumbers(distill.temperature, distill.top_k, _own_numbers(config, terms)),
         unshown_weight=config.train.unshown_weight,
     )
 
@@ -181,8 +181,8 @@ def _hyperparameters(trainee: ConfigDict, **chosen: Any) -> Hyperparameters:
     optimizer = OptimizerHyperparameters(
         *(trainee.optimizer[name] for name in OptimizerHyperparameters._fields)
     )
-    of_teacher = {"user_weight": 1, "loss": DEFAULT_NUMBERS, "unshown_weight": 0}
-    values = {**of_teacher, "steps": trainee.train.steps, **chosen}
+    defaults = {"user_weight": 1, "loss_numbers": DEFAULT_NUMBERS, "unshown_weight": 0}
+    values = {**defaults, "steps": trainee.train.steps, **chosen}
     return jax.tree.map(jnp.float32, Hyperparameters(optimizer=optimizer, **values))
 
 
@@ -210,23 +210,31 @@ def terms_of(config: ConfigDict) -> tuple[Term, ...]:
 
 
 def needs(
-    stacks: Sequence[Stack], teacher: LiveTeacher | None, stage: Stage = Stage.RETRIEVED
+    stacks: Sequence[Stack], teacher: LiveTeacher | None, logged_stage: Stage = Stage.RETRIEVED
 ) -> Needs:
     """Return what batches must hold for the stacks, and for the live teacher if there is one.
 
-    Without one, the logged teacher scores candidates of `stage` or a later one.
+    A batch holds the candidates that anyone has a use for: all retrieved ones as negatives or for a
+    loss on stages; those that the live teacher scores; and always the shown.
+
+    Args:
+      stacks: the stacks that one program trains.
+      teacher: the live teacher; None with a logged one.
+      logged_stage: a logged teacher's scores count for candidates of this stage or a later one.
     """
     reads_stages = any(not SIGNALS[name].needs_scores for name in signals_of(stacks))
     has_negatives = any(stack.train_spec.unshown_are_negatives for stack in stacks)
     models = [stack.train_spec.model for stack in stacks]
     if teacher:
         models.append(teacher.model)
+    if has_negatives or reads_stages:
+        earliest_stage = Stage.RETRIEVED
+    else:
+        earliest_stage = teacher.stage if teacher else Stage.SHOWN
+    reads_logged_scores = learn_from_scores(stacks) and teacher is None
     return Needs(
-        stage=min(
-            teacher.stage if teacher else Stage.SHOWN,
-            Stage.RETRIEVED if has_negatives or reads_stages else Stage.SHOWN,
-        ),
-        logged=stage if learn_from_scores(stacks) and teacher is None else None,
+        stage=earliest_stage,
+        logged=logged_stage if reads_logged_scores else None,
         history=any(model.reads_history for model in models),
     )
 

@@ -54,9 +54,11 @@ class Hyperparameters(NamedTuple):
     user_weight: Float[Array, "runs"]  # of the user loss
     distill_weight: Float[Array, "runs"]  # λ, of the distillation loss
     terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
-    loss: LossNumbers
+    loss_numbers: LossNumbers  # those that losses read
     optimizer: OptimizerHyperparameters
-    steps: Float[Array, "runs"]  # to train, an integer; after them the run has diverged
+    steps: Float[
+        Array, "runs"
+    ]  # to train, a whole number; after them the run's state stays as it is
     unshown_weight: Float[Array, "runs"]  # label weight of an unshown candidate, if a negative
 
 
@@ -67,10 +69,10 @@ class TrainState:
     A checkpoint holds them and the loader's position. Every array has a leading axis of runs,
     except `step`, `unknown_ids` and `owners`, which runs share.
 
-    A run with a loss that stopped being finite has diverged as it was before that step.
+    A run diverged if its loss stopped being finite. It keeps the state from before that step.
     """
 
-    step: Int[Array, ""]  # steps taken; runs that finished earlier were constants in the last
+    step: Int[Array, ""]  # steps taken by the stack; a run that finished earlier kept its state
     parameters: Parameters  # dense, and embedding tables with their optimizer's slots
     transform: Transform  # the mode's parameters
     optimizer_state: optax.OptState  # of the dense parameters and the transform
@@ -85,7 +87,7 @@ RUNS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
 """The fields of a state with a leading axis of runs in their arrays."""
 
 States = tuple[TrainState, ...]
-"""The states of a population, one per stack."""
+"""The states of a cohort, one per stack."""
 
 
 class LiveTeacher(NamedTuple):

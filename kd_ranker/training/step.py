@@ -47,7 +47,7 @@ from kd_ranker.training.state import (
     TrainState,
 )
 
-_LOSSES = ("loss", "user_loss", "distill_loss")
+_NAMES = ("loss", "user_loss", "distill_loss")
 _Dense = tuple[Any, Transform]  # dense parameters and the mode's transform, or their gradients
 Losses = dict[str, Float[Array, "runs"]]
 Stepped = tuple[States, tuple[Losses, ...]]
@@ -61,11 +61,12 @@ def make_step(
 ) -> Step:
     """Build the function that one device runs under a mapped axis named `AXIS`.
 
-    The batch holds this device's requests. The states are the same on all devices before and after.
-    Losses are weighted means over the valid entries, pairs or requests of all devices, and then
-    over tasks. Numerators and denominators are summed over the axis before they are divided, so the
-    same global batch gives the same update on any number of devices. Devices along the axis of runs
-    train other runs on the same requests, independently.
+    The batch holds this device's requests. Devices that share the requests of a batch have the same
+    states before and after, except that each may hold its own rows of the tables. Losses are
+    weighted means over the valid entries, pairs or requests of all devices, and then over tasks.
+    Numerators and denominators are summed over the axis before they are divided, so the same global
+    batch gives the same update on any number of devices. Devices along the axis of runs train other
+    runs on the same requests, independently.
 
     Args:
       train_specs: one per stack; all of them learn from the same batches.
@@ -153,8 +154,9 @@ def _train_stack(
     # Counted from 1: a factor of 0 at the first step would waste a batch.
     step = state.step + 1
     num_runs = len(state.non_finite_step)
-    # With one run on one device, reuse the gathered rows for the update. Those of many runs would
-    # not stay in a cache, and each device gathers other rows.
+    # The update needs the rows that were gathered for the logits. With one run on one device they
+    # are still in a cache. With many runs they are not, and with many devices each has other rows:
+    # then the update reads them again.
     reuses_rows = num_runs == 1 and jax.lax.axis_size(AXIS) == 1
 
     def train_run(
@@ -165,7 +167,7 @@ def _train_stack(
         hyperparameters: Hyperparameters,
     ) -> _Trained:
         rows = gather_rows(embedding, tables, batch, items, whole_rows=reuses_rows, run=run)
-        (gradients, row_gradients), losses = jax.grad(_losses, argnums=(0, 1), has_aux=True)(
+        (gradients, row_gradients), losses = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
             dense, embeddings(embedding, rows), train_spec, hyperparameters, batch, targets, items
         )
         gradients, losses = jax.lax.psum((gradients, losses), AXIS)
@@ -228,7 +230,7 @@ def _without_idle_candidates(
     return batch.first(max([batch.num_labeled, *(weight.shape[1] for _, weight in targets)]))
 
 
-def _losses(
+def _loss(
     trained: _Dense,
     embedded: Rows,
     train_spec: TrainSpec,
@@ -246,7 +248,7 @@ def _losses(
     user_loss = _user_loss(train_spec, logits, transform, batch)
     distill_loss = _distill_loss(train_spec, hyperparameters, logits, transform, targets)
     loss = hyperparameters.user_weight * user_loss + hyperparameters.distill_weight * distill_loss
-    return loss, dict(zip(_LOSSES, (loss, user_loss, distill_loss), strict=True))
+    return loss, dict(zip(_NAMES, (loss, user_loss, distill_loss), strict=True))
 
 
 def _user_loss(
@@ -260,7 +262,7 @@ def _user_loss(
     total = jnp.zeros(())
     for loss in USER_LOSSES[train_spec.user_loss]:
         sums = loss(user_logits, batch.user_label, label_weight, DEFAULT_NUMBERS)
-        total += _mean_over_devices(*sums)
+        total += _share_of_mean(*sums)
     return total
 
 
@@ -279,8 +281,8 @@ def _distill_loss(
     for term, (probability, weight) in zip(hyperparameters.terms, targets, strict=True):
         teacher_logits = to_teacher_logits(logits[:, : weight.shape[1]], transform)
         loss = LOSSES[term.loss].function
-        sums = loss(teacher_logits, probability, weight, hyperparameters.loss)
-        total += term.weight * _mean_over_devices(*sums)
+        sums = loss(teacher_logits, probability, weight, hyperparameters.loss_numbers)
+        total += term.weight * _share_of_mean(*sums)
     return total
 
 
@@ -297,7 +299,7 @@ def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> 
     )
 
 
-def _mean_over_devices(
+def _share_of_mean(
     numerator: Float[Array, "T"], denominator: Float[Array, "T"]
 ) -> Float[Array, ""]:
     """Return this device's share of the global mean; all shares add up to it."""
@@ -317,7 +319,7 @@ def _update_dense(
     rate = factor * hyperparameters.optimizer.learning_rate
     decay = hyperparameters.optimizer.weight_decay
     direction, optimizer_state = train_spec.optimizer.update(gradients, optimizer_state, dense)
-    new, transform = jax.tree.map(lambda value, step: value - rate * step, dense, direction)
+    new, transform = jax.tree.map(lambda value, along: value - rate * along, dense, direction)
     # The transform does not decay.
     old, _ = dense
     new = jax.tree.map(lambda value, before: value - rate * decay * before, new, old)
@@ -383,7 +385,7 @@ def _update_table(
     return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown)
 
 
-def in_turn(step: Step) -> Callable[..., Stepped]:
+def many_steps(step: Step) -> Callable[..., Stepped]:
     """Build the function that takes a step of `make_step` on each of a range of batches.
 
     A step is many small operations. In one program they run without the host in between, and one
@@ -398,17 +400,17 @@ def in_turn(step: Step) -> Callable[..., Stepped]:
     def steps(
         states: Sequence[TrainState],
         batches: PackedBatches,
-        same_on_all: tuple[Span, Sequence[Hyperparameters]],
+        span_and_hyperparameters: tuple[Span, Sequence[Hyperparameters]],  # the same on all devices
         constants: Constants,
     ) -> Stepped:
-        span, hyperparameters = same_on_all
+        span, hyperparameters = span_and_hyperparameters
 
         def take(index: Any, before: Stepped) -> Stepped:
             states, _ = before
             return step(states, unpack(batches, index), hyperparameters, constants)
 
         no_losses = tuple(
-            dict.fromkeys(_LOSSES, jnp.zeros(state.non_finite_step.shape)) for state in states
+            dict.fromkeys(_NAMES, jnp.zeros(state.non_finite_step.shape)) for state in states
         )
         return jax.lax.fori_loop(*span, take, (tuple(states), no_losses))
 

@@ -194,10 +194,10 @@ def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch
     config = config_of(modes=("shared",))
     config.distill.loss = "lead"
     (default,) = specs.student_stacks(sweep_runs(config), SPEC)
-    assert default.hyperparameters.loss.own["least"].tolist() == [1.0]
+    assert default.hyperparameters.loss_numbers.own["least"].tolist() == [1.0]
     config.sweep.axes.distill.numbers = ((0.5,), (2.0,))
     (stack,) = specs.student_stacks(valid_runs(config), SPEC)
-    assert stack.hyperparameters.loss.own["least"].tolist() == [0.5, 2.0]
+    assert stack.hyperparameters.loss_numbers.own["least"].tolist() == [0.5, 2.0]
     mapping = MAPPINGS["shard_map"](jax.devices()[:1])
     step = mapping.map_step(make_step([stack.train_spec]))
     state = mapping.create(lambda row_sharding: (stack.init(),))

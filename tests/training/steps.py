@@ -108,8 +108,10 @@ def hyperparameters(temperature=1.0, top_k=2.0, **changes):
     optimizer = OptimizerHyperparameters(
         *(numbers.pop(name) for name in OptimizerHyperparameters._fields)
     )
-    loss = LossNumbers(temperature, top_k)
-    return jax.tree.map(jnp.float32, Hyperparameters(loss=loss, optimizer=optimizer, **numbers))
+    loss_numbers = LossNumbers(temperature, top_k)
+    return jax.tree.map(
+        jnp.float32, Hyperparameters(loss_numbers=loss_numbers, optimizer=optimizer, **numbers)
+    )
 
 
 def run_stacks(

@@ -27,7 +27,7 @@ from kd_ranker.training.state import (
     select_run,
     stack_runs,
 )
-from kd_ranker.training.step import in_turn, make_step, with_live_teacher
+from kd_ranker.training.step import make_step, many_steps, with_live_teacher
 from tests.batches.packing_by_hand import packed, prepared, starts_of
 from tests.random_batches import (
     CATEGORY_SPEC,
@@ -92,7 +92,7 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
 
     def counted(*arguments):
         traces.append(1)
-        return in_turn(make_step([train_spec]))(*arguments)
+        return many_steps(make_step([train_spec]))(*arguments)
 
     take = spread.map_step(counted)
     numbers = (stack_runs([hyperparameters()]),)
