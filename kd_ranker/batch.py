@@ -240,7 +240,7 @@ FIELDS = (
     Field("user_label", "shown", np.uint8, np.float32, _tasks),
     Field("label_weight", "shown", np.float32, np.float32),
     Field("teacher_probability", "scored", np.float32, np.float32, _tasks, np.nan),
-    # On disk, one per candidate, as the log has it.
+    # Of a request, one per candidate, as the log has it; stored probabilities of weight 0 are NaN.
     Field("teacher_weight", "scored", np.float32, None),
     # In a batch, one per candidate and task: 0 where the probability is not proper.
     Field("teacher_weight", "scored", None, np.float32, _tasks),

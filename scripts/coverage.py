@@ -21,7 +21,7 @@ from scipy import stats
 from kd_ranker.evaluation.metrics.metric import passed_for
 from kd_ranker.reporting.estimates import DRAWS
 from kd_ranker.reporting.intervals import (
-    Measured,
+    OverDraws,
     combined,
     crossed_interval,
     request_counts,
@@ -113,7 +113,7 @@ def coverage(
         for name, repeats in holds:
             number, function = MEASURES[name]
             pair = (
-                Measured(
+                OverDraws(
                     tuple(range(repeats)),
                     drawn[:, :repeats, student, number],
                     requests,

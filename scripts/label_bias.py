@@ -32,7 +32,7 @@ from scipy.special import expit, logit
 
 from kd_ranker.configs import sweeps
 from kd_ranker.reporting.estimates import DRAWS
-from kd_ranker.reporting.intervals import Measured, crossed_interval, request_counts
+from kd_ranker.reporting.intervals import OverDraws, crossed_interval, request_counts
 from kd_ranker.requests.request import Request
 from kd_ranker.sources import cascade
 
@@ -173,7 +173,7 @@ def _sign(
     """The sign of the difference in the share of the value kept, 0 if its interval includes 0."""
     first, second = counts @ one, counts @ other
     change = first[:, k] / first[:, -1] - second[:, k] / second[:, -1]
-    gap = crossed_interval(Measured((0,), change[:, None], counts.shape[1]))
+    gap = crossed_interval(OverDraws((0,), change[:, None], counts.shape[1]))
     return int(gap.low > 0) - int(gap.high < 0)
 
 

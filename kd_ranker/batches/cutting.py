@@ -1,6 +1,6 @@
 """From a draw to the batches of some steps in one array, and from that array to each batch.
 
-    Draw ─read→ Draw ─pack_batches→ PackedBatches ─unpack→ CandidateBatch
+    Draw ─read→ Gathered ─pack_batches→ PackedBatches ─unpack→ CandidateBatch
 
 The first two make the batches of many train steps at once. The last runs before each train step,
 in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX. `training` reads
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.batches import sampling
-from kd_ranker.batches.sampling import Draw, Slots
+from kd_ranker.batches.sampling import Draw, Gathered, Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Parts, unpack_rows
 from kd_ranker.requests.records import Dataset
@@ -64,22 +64,22 @@ class PackedBatches:
     layout: Layout = flax.struct.field(pytree_node=False)
 
 
-def read(columns: Columns, draw: Draw) -> Draw:
-    """Replace the places of a draw by their rows, on the host, from memory or from a file."""
-    requests, candidates, labels = map(np.asarray, draw.rows)
+def read(columns: Columns, draw: Draw) -> Gathered:
+    """Read the rows of a draw, on the host, from memory or from a file."""
+    requests, candidates, labels = map(np.asarray, draw.indices)
     own = columns.requests
     rows = Parts(
         own.windows[own.first[requests]],
         columns.candidates.at(requests, candidates),
         columns.labels.at(requests, labels),
     )
-    return draw._replace(rows=rows)
+    return Gathered(rows, draw.stage, draw.factor)
 
 
-def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
-    """Pack the batches of all steps of a draw with its rows, [R, steps, ...]."""
-    xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
-    parts = (*draw.rows, draw.stage.astype(np.int32), draw.factor.view(np.int32))
+def pack_batches(gathered: Gathered, layout: Layout) -> PackedBatches:
+    """Pack the batches of all steps of a draw, [R, steps, ...]."""
+    xp = gathered.stage.__array_namespace__()  # type: ignore[attr-defined]
+    parts = (*gathered.rows, gathered.stage.astype(np.int32), gathered.factor.view(np.int32))
     flat = [part.reshape(*part.shape[:2], -1) for part in parts]
     return PackedBatches(xp.concatenate(flat, axis=2), layout)
 

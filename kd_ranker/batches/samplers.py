@@ -66,7 +66,7 @@ def funnel(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tupl
     del scores
     kinds, slots = sampling.kinds_of(counts, Stage.RETRIEVED, batch)
     drawn = sampling.chosen(sampling.draw(np.zeros((), np.int32), key, kinds), slots)
-    places = np.asarray(drawn.rows.candidates)
+    places = np.asarray(drawn.indices.candidates)
     factors = np.zeros(len(places), np.float32)
     factors[: len(drawn.factor)] = drawn.factor
     return places[places >= 0], factors[places >= 0]
@@ -185,7 +185,7 @@ def draw(
     counts: Counts,
     batch: BatchConfig,
     stage: Stage,
-    scores_of: Callable[[int], Scores],
+    read_scores: Callable[[int], Scores],
     slots: Slots,
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps 4"],
@@ -205,7 +205,7 @@ def draw(
     for at in np.ndindex(request.shape):
         own = each.of(at)
         if sampler.needs_scores:
-            scores = scores_of(int(request[at]))
+            scores = read_scores(int(request[at]))
         else:
             scores = np.full(own.retrieved, np.nan, np.float32)
         result = sampler.function(own, scores, batch, start[at])

@@ -44,11 +44,25 @@ class Draw(NamedTuple):
     """The entries that batches hold: of R requests, for each of a few steps.
 
     Attributes:
-      rows: the request [*R], and the places in it of the candidates [*R, N] and of the labels
-        [*R, num_labeled], -1 for padding; or the rows themselves, int32 [*R, Q], [*R, N, C] and
-        [*R, num_labeled, L].
+      indices: the request [*R], and the indices in it of the candidates [*R, N] and of the labels
+        [*R, num_labeled], -1 for padding.
       stage: the stage that each candidate reached.
       factor: on the weight of each label; 0 if the label is not a training target.
+    """
+
+    indices: Parts
+    stage: Int8[Array, "*R N"]
+    factor: Float[Array, "*R labeled"]
+
+
+class Gathered(NamedTuple):
+    """A draw with the rows in place of the indices.
+
+    Attributes:
+      rows: of the requests, the candidates and the labels, int32 [*R, Q], [*R, N, C] and
+        [*R, num_labeled, L]; see `kd_ranker.requests.row_files`.
+      stage: see `Draw`.
+      factor: see `Draw`.
     """
 
     rows: Parts
@@ -139,7 +153,7 @@ def draw(
 
 
 def chosen(starts: Starts, slots: Slots) -> Draw:
-    """Return the candidates that `starts` select: shown candidates first, padding last.
+    """Return the candidates that `starts` select: those with labels first, padding last.
 
     Takes arrays of NumPy or of JAX.
     """
@@ -150,17 +164,21 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
     )
 
     def around(index: Any, number: Any) -> Any:
-        """`index`, in [0, 2 · number), on a circle of `number` places."""
+        """An index on a circle of `number` places; right for those in [0, 2 · number)."""
         return index - number * (index >= number)
 
     slot: Any = xp.arange(slots.candidates, dtype=starts.dtype)
     shown, num_labeled = (by_kind[POSITIVES] + by_kind[NEGATIVES] for by_kind in (number, k))
     passed, place = num_labeled + number[OTHERS], 0 * slot
     end: Any = 0
+    # Kinds are written in their order. Each overwrites all slots from its first one on, so what a
+    # kind writes into the slots of later ones does not matter.
     for kind, first in enumerate((0, number[POSITIVES], 0, passed)):
         # A sample is a run on the circle of its kind; the places left out follow it there.
         index = around(start[kind] + slot - end, number[kind])
-        if kind == OTHERS:  # first among them are the shown candidates left out
+        # The circle of the others has the positives left out, then the negatives left out, then
+        # the candidates that were passed and not shown.
+        if kind == OTHERS:
             positive = around(start[POSITIVES] + k[POSITIVES] + index, number[POSITIVES])
             after = index - (number[POSITIVES] - k[POSITIVES])
             negative = around(start[NEGATIVES] + k[NEGATIVES] + after, number[NEGATIVES])
@@ -197,7 +215,7 @@ def draw_of(request: Any, place: Any, factor: Any, passed: Any, shown: Any) -> D
     stage = xp.where(place < shown, xp.int8(Stage.SHOWN), stage)
     first = place[..., : factor.shape[-1]]
     return Draw(
-        rows=Parts(request, place, xp.where(first < shown, first, -1)),
+        indices=Parts(request, place, xp.where(first < shown, first, -1)),
         stage=xp.where(place >= 0, stage, xp.int8(Stage.PADDING)),
         factor=factor,
     )

@@ -22,7 +22,7 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, samplers, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches, Span
 from kd_ranker.batches.samplers import SAMPLERS, Scores
-from kd_ranker.batches.sampling import BatchConfig, Draw, Slots, Starts
+from kd_ranker.batches.sampling import BatchConfig, Draw, Gathered, Slots, Starts
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, Parts, counting, needed
 from kd_ranker.requests.records import Dataset
@@ -370,20 +370,20 @@ class _ResidentRows:
         self._devices = devices
 
         def number_rows(first: tuple[Any, Any], sampled: Any) -> Draw:
-            """The draw, with the numbers of rows in place of its indices, 0 for padding."""
+            """The draw, with indices in all resident rows, 0 for padding."""
             draw = draws.choose(sampled)
-            requests, *indices = draw.rows
+            requests, *indices = draw.indices
             numbers = [
                 jnp.where(index >= 0, _rows_at(starts, requests)[..., None] + index, 0)
                 for starts, index in zip(first, indices, strict=True)
             ]
-            return draw._replace(rows=Parts(requests, *numbers))
+            return draw._replace(indices=Parts(requests, *numbers))
 
-        def gather(rows: Parts, draw: Draw) -> Draw:
-            return draw._replace(rows=Parts(*map(_rows_at, rows, draw.rows)))
+        def gather(rows: Parts, draw: Draw) -> Gathered:
+            return Gathered(Parts(*map(_rows_at, rows, draw.indices)), draw.stage, draw.factor)
 
-        def pack(_: Any, draw: Draw) -> PackedBatches:
-            return cutting.pack_batches(draw, layout)
+        def pack(_: Any, gathered: Gathered) -> PackedBatches:
+            return cutting.pack_batches(gathered, layout)
 
         # In one program with the computation of the row numbers, XLA on a CPU would repeat that
         # computation for each number that it reads.
@@ -427,8 +427,9 @@ class _StoredRows:
 
     def batches(self, sampled: Any) -> PackedBatches:
         """Make the batches of what was sampled."""
-        draw = cutting.read(self._columns, jax.device_get(self._choose(sampled)))
-        return self._devices.shard(cutting.pack_batches(draw, self._layout))
+        draw = jax.device_get(self._choose(sampled))
+        gathered = cutting.read(self._columns, draw)
+        return self._devices.shard(cutting.pack_batches(gathered, self._layout))
 
 
 def _announce(columns: Columns, stage: Stage, requests: Int[np.ndarray, "n"]) -> None:

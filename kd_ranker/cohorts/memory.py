@@ -17,7 +17,10 @@ from kd_ranker.training.specs import Stack, shared_part
 # Free memory per run, over the bytes of its state and of a batch. It covers two copies of the
 # state for checkpoints, gathered rows, activations, gradients and the evaluation.
 _MARGIN = 7
-_REMEDY = "lower sweep.cohort_size, batch.requests, batch.candidates or the widths of the model"
+_REMEDY = (
+    "use another --workdir with a lower sweep.cohort_size, or lower batch.requests, "
+    "batch.candidates or the widths of the model"
+)
 
 
 def spread(
@@ -47,7 +50,8 @@ def cohort_size(
     """Return `sweep.cohort_size`, or the number of runs that fit free memory with a margin."""
     if config.sweep.cohort_size:
         return config.sweep.cohort_size
-    # As for a cohort with one run per device.
+    # Assume at least one run per device, so that runs spread as widely as they can. Then the limit
+    # of a device counts once for each device along the axis of runs.
     over = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_stack = {shared_part(run): run for run in runs}
     sizes = (

@@ -203,7 +203,8 @@ def _batch(requests: int, candidates: int, passed_share: float) -> tuple[Key, ..
     return (
         Key("requests", requests, "requests per batch, over all devices", POSITIVE),
         Key("candidates", candidates, "candidates per request of a batch", POSITIVE),
-        Key("passed_share", passed_share, "share of the passed in slots left by the shown", SHARE),
+        Key("passed_share", passed_share, "share of the passed in slots left by the shown; "
+            "sampler hard: of the highest scores", SHARE),
         Key("negative_rate", 1.0, "share of the shown without a positive label to keep", SHARE),
         Key("seed", 0, "of the order of the data and the draws of candidates", label="data",
             column="data_seed", may_differ=True),

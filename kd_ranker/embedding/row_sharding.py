@@ -102,10 +102,14 @@ def update_own_rows(
 ) -> _State:
     """Call `function(state, place, mask, values, index)` on the rows that this device owns.
 
-    They are in order. `index` has the place of each among all M, and M where the mask is False; or
-    it is None, and all M are given. The function updates `state`, in place if possible, and must
-    not depend on masked rows. Row numbers are in range, and the same on all devices, as are mask
-    and values.
+    `place` are the places of rows on this device. The function is called in one of two forms:
+
+    * on the device's own rows alone, in their order, with `index` their indices among the M; slots
+      that are left have a mask of False and an index of M;
+    * on all M, with `index` None and a mask that is True for the device's own rows.
+
+    The function updates `state`, in place if possible, and must not depend on masked rows. Row
+    numbers are in range, and the same on all devices, as are mask and values.
     """
     if row_sharding.devices == 1:
         return function(state, row, mask, values, None)

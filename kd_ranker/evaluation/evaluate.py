@@ -91,7 +91,14 @@ class Plan(NamedTuple):
 
 
 _Put = Callable[[Any], Any]  # a pytree on the devices of a place
-_Slot = tuple[int, int, str]  # a measured ranker: numbers of its stack and run, a serve name
+
+
+class _RankerId(NamedTuple):
+    """A ranker of a pass: a head of a run."""
+
+    stack: int
+    run: int
+    serve: str
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
@@ -274,19 +281,19 @@ def evaluate(
     ]
     parts = [*_parts(stacks, places)]
 
-    def scores(part: _Part, there: Sequence[EvaluationBatch]) -> dict[_Slot, Scored]:
+    def scores(part: _Part, there: Sequence[EvaluationBatch]) -> dict[_RankerId, Scored]:
         serve, parameters, sees_truth, serves = part.ranker
         batch, own_items = there[part.place], held[part.place].items
         served = _serve_stack(serve, sees_truth, parameters, batch, own_items, sharding)
         return {
-            (part.stack, run, name): scored
+            _RankerId(part.stack, run, name): scored
             for run, by_name in zip(part.runs, served, strict=True)
             for name, scored in by_name.items()
             if serves is None or name in serves[run]
         }
 
     sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
-    slots: dict[_Slot, Scored] = {}
+    scores_of: dict[_RankerId, Scored] = {}
     sums: Sums | None = None
     each: list[PerRequest] = []
     with ThreadPoolExecutor() as pool:
@@ -297,10 +304,10 @@ def evaluate(
             there = [place(evaluation_batch) for place in places]
             serve = teacher.serve if teacher else None
             of_teacher, judged = _judge(serve, held[0], there[0], sharding)
-            slots = {}
+            scores_of = {}
             for found in map_parts(scores, parts, itertools.repeat(there)):
-                slots |= found
-            scored = [of_teacher, *slots.values()]
+                scores_of |= found
+            scored = [of_teacher, *scores_of.values()]
             measured = _measured(scored, judged, plan, sizes, own_devices, pool)
             sums = add(sums, measured.sums)
             if plan.keep:
@@ -313,8 +320,10 @@ def evaluate(
     of_stacks: list[list[dict[str, Summed]]] = [
         [{} for _ in range(_num_runs(stack))] for stack in stacks
     ]
-    for place, (number, run, name) in enumerate(slots, start=1):
-        of_stacks[number][run][name] = jax.tree.map(operator.itemgetter(place), of_all)
+    # The teacher is the first of all rankers.
+    for index, ranker in enumerate(scores_of, start=1):
+        of_ranker = jax.tree.map(operator.itemgetter(index), of_all)
+        of_stacks[ranker.stack][ranker.run][ranker.serve] = of_ranker
     return jax.tree.map(operator.itemgetter(0), of_all), of_stacks
 
 

@@ -185,12 +185,18 @@ def needs_scores(rows: pd.DataFrame) -> pd.Series:
 def baselines(rows: pd.DataFrame) -> dict[str, str]:
     """Return the baseline of each saving: column of `results.csv` -> the setting, if measured.
 
-    `funnel_cost_saving` is against the best of all that needs no scores of the final ranker:
-    students, lists of items, rivals, and the incumbent. The best has the cheapest funnel on
-    validation, as rankers of other kinds cost more or less; or it passes fewest, for rows without
-    `funnel_cost`. `saving_over_none` is against the best setting of
-    plain mode `none`, and `saving_over_incumbent` against the early ranker that filled the log. A
-    reference that is missing on one of the splits in `rows` cannot be a baseline.
+        funnel_cost_saving      the best ranker that needs no scores of the final ranker
+        saving_over_none        the best setting of plain mode `none`
+        saving_over_incumbent   the early ranker that filled the log
+
+    The best ranker without scores is found in three steps, all on validation:
+
+    1. Of all students without scores, take the one that passes fewest (`CRITERION`).
+    2. Put the lists of items, the rivals without scores and the incumbent beside it.
+    3. Of these, take the one with the cheapest funnel, as rankers of other kinds cost more or less.
+       If no row has `funnel_cost`, take the one that passes fewest.
+
+    A reference that is missing on one of the splits in `rows` cannot be a baseline.
     """
     splits = rows.groupby("setting")["split"].transform("nunique")
     rows = rows[(rows["role"] == "student") | (splits == rows["split"].nunique())]
@@ -206,10 +212,10 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
-    """The best student or reference of a pool, in the repeats that both have.
+    """The best student or reference of a pool, see `baselines`.
 
-    A reference has every repeat, even one in which all students of the pool diverged. Of students,
-    the best one by `CRITERION` takes part.
+    They are compared in the repeats that all of them have: a reference has every repeat, even one
+    in which all students of the pool diverged.
     """
     students, references = (
         list(pool.loc[pool["role"] == role, "setting"].unique())

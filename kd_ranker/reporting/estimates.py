@@ -25,7 +25,7 @@ from kd_ranker.evaluation.request_files import PerRequestByRanker
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.whole import Bounds, bounds
 from kd_ranker.reporting import intervals
-from kd_ranker.reporting.intervals import Interval, Measured, combined, crossed_interval
+from kd_ranker.reporting.intervals import Interval, OverDraws, combined, crossed_interval
 from kd_ranker.reporting.study import Study
 
 DRAWS = 500
@@ -34,7 +34,7 @@ DRAWS = 500
 COVERED = 0.35
 # `passed_for_alike` at the target of the criterion.
 ALIKE = at_target("passed_for_alike")
-_NOWHERE = Measured((), np.zeros((1, 0)), 0)
+_NOWHERE = OverDraws((), np.zeros((1, 0)), 0)
 
 # The numbers of a ranker on the test requests, and then on each draw of them: [1+B] by column of
 # `results.csv`, and [1+B, K] by column of `curves.csv`, at the kept k.
@@ -242,7 +242,7 @@ class Estimates:
             return ""
         return "labels that the final ranker chose show losses only, and here none"
 
-    def _measured(self, setting: str, measure: str) -> Measured:
+    def _measured(self, setting: str, measure: str) -> OverDraws:
         if measure in saving.SAVINGS:
             return self._saving(setting, self.study.baselines.get(measure))
         rows = self._rows.get(setting, pd.DataFrame())
@@ -251,17 +251,17 @@ class Estimates:
         values = rows[measure].dropna().astype(float)
         each, drawn = values.to_numpy()[None], self._stacked(setting, values.index, measure)
         if not drawn.repeats:
-            return Measured(tuple(values.index), each, 0)
+            return OverDraws(tuple(values.index), each, 0)
         # The first row has the digits of `results.csv`.
         return drawn._replace(numbers=np.concatenate([each, drawn.numbers[1:]]))
 
-    def _saving(self, setting: str, other: str | None, target: float = TARGET) -> Measured:
+    def _saving(self, setting: str, other: str | None, target: float = TARGET) -> OverDraws:
         if other is None:
             return _NOWHERE
         pair = (self._cost(name, target) for name in (setting, other))
         return combined(lambda cost, of_other: 1 - cost / of_other, *pair)
 
-    def _cost(self, setting: str, target: float) -> Measured:
+    def _cost(self, setting: str, target: float) -> OverDraws:
         """Return the mean cost of a request at a target."""
         row, of_teacher = self._rows[setting].iloc[0].to_dict(), self._teacher_flops
         flops, costs = saving.student_cost(row, self.study.costs)
@@ -272,7 +272,7 @@ class Estimates:
             self._measured(setting, column),
         )
 
-    def _stacked(self, setting: str, repeats: Iterable[Any], column: str) -> Measured:
+    def _stacked(self, setting: str, repeats: Iterable[Any], column: str) -> OverDraws:
         """Return a column of each repeat, [1+B, R, ...]; no repeat if the draws of one lack it."""
         repeats = tuple(repeats)
         numbers = [self._drawn.get((setting, repeat), {}).get(column) for repeat in repeats]
@@ -280,7 +280,7 @@ class Estimates:
         if not known or len(known) < len(numbers):
             return _NOWHERE
         requests = len(self.study.kept[0][1].each[TEACHER, "user"].sums["funnel_requests"])
-        return Measured(repeats, np.stack(known, axis=1), requests)
+        return OverDraws(repeats, np.stack(known, axis=1), requests)
 
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:

@@ -9,9 +9,11 @@ the measure of repeat r is
     θ_r = θ + a_r + b + c_r
 
 with a_r of the repeat, b of the requests, which all repeats share, and c_r of the interaction of
-the requests with this repeat. The estimand is θ, and the variance of the mean over R repeats is
-Var(a)/R + Var(b) + Var(c)/R. Repeats identify the first and the last of these, draws of the
-requests the other two.
+the requests with this repeat. The estimand is θ. The variance of the mean over R repeats is
+
+    V_requests + V_repeats,    V_requests = Var(b),    V_repeats = (Var(a) + Var(c)) / R
+
+The differences among repeats identify V_repeats, and draws of the requests identify V_requests.
 
 Axes: `R` repeats, `N` test requests, `B` draws of the requests, `K` values of k.
 """
@@ -74,11 +76,12 @@ def interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> 
     return Interval(mean, mean - half, mean + half, n)
 
 
-class Measured(NamedTuple):
+class OverDraws(NamedTuple):
     """A measure of a setting in each of the named repeats, NaN where it has none.
 
-    Its numbers are those on the test requests, then on each draw of them; without known draws, only
-    the first. A curve has one more axis.
+    Row 0 of its numbers is measured on the test requests, and rows 1 to B on a draw of them each.
+    Where a measure is known on the test requests only, there is only row 0. A curve has one more
+    axis.
     """
 
     repeats: tuple[Hashable, ...]
@@ -97,7 +100,7 @@ def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, 
     return np.concatenate([np.ones((1, requests), drawn.dtype), drawn])
 
 
-def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
+def combined(function: Callable[..., Any], *settings: OverDraws) -> OverDraws:
     """Return a function of the numbers of settings, over the repeats that they have in common.
 
     `np.subtract` gives the paired difference. Repeats and draws are paired, so all settings must
@@ -110,19 +113,20 @@ def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
         setting.numbers[:rows, [setting.repeats.index(name) for name in common]]
         for setting in settings
     ]
-    return Measured(tuple(common), function(*numbers), first.requests)
+    return OverDraws(tuple(common), function(*numbers), first.requests)
 
 
-def crossed_interval(setting: Measured) -> Interval:
+def crossed_interval(setting: OverDraws) -> Interval:
     """Return the mean over repeats with the measure, and an interval over requests and repeats.
 
-    mean ± (t_N · B + t_R · S) / √(B + S), with two parts of the variance of the mean,
+    mean ± (t_N · V_requests + t_R · V_repeats) / √(V_requests + V_repeats), with
 
-        B = N/(N−1) · mean of Cov_b(drawn[b, r], drawn[b, s]) over r ≠ s    requests, at least 0
-        S = Var_r(each[r]) / R                    repeats, and pairs of a repeat and a request
+        V_requests = N/(N−1) · mean of Cov(drawn[:, r], drawn[:, s]) over r ≠ s, at least 0
+        V_repeats = Var(each) / R
 
-    and t_N, t_R the points of Student's distribution (Biometrika 1908) with N − 1 and R − 1
-    degrees of freedom. B + S is an unbiased estimate of the variance if B > 0. Its factor is the
+    where `drawn` is [draws, repeats] and `each` [repeats] is measured on the test requests, and
+    t_N, t_R the points of Student's distribution (Biometrika 1908) with N − 1 and R − 1 degrees of
+    freedom. The sum is an unbiased estimate of the variance if V_requests > 0. Its factor is the
     mean of both points, weighted by the parts (Cochran, Biometrics 1964). One point with
     Satterthwaite's degrees of freedom (Biometrics 1946) covers less if repeats are few.
     `docs/report.md` has the measured coverage. The interval of one repeat is ± t_N · √V with

@@ -248,7 +248,9 @@ def what_counts(
         some that were passed       yes                no
         some that were not          yes                yes
 
-    Shown candidates are always kept, for their labels.
+    Shown candidates are always kept, for their labels. Where all that were passed were shown,
+    scores of all of them count as scores of some that were passed: shown candidates without a drawn
+    label are then kept for their scores.
     """
     beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
     return (

@@ -114,9 +114,13 @@ def restore(
     """
     abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     # Another host may have an older listing of the folder.
-    steps, reason = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True)), ""
+    steps = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True))
+    reason = ""
     for step in steps:
-        place, found, reason = checkpoints.directory / str(step), None, "another process failed"
+        place = checkpoints.directory / str(step)
+        found: Any = None
+        record: dict[str, Any] = {}
+        reason = "another process failed"
         try:
             items = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
             record = checkpoints.restore(step, args=items)[RECORD]
@@ -128,15 +132,16 @@ def restore(
                     f"remove {checkpoints.directory} to train from the start"
                 )
             items = ocp.args.Composite(state=abstract)
-            found = checkpoints.restore(step, args=items).state, record["batches"]
+            found = checkpoints.restore(step, args=items).state
         except (UserError, MemoryError, PermissionError):
             raise  # not the fault of the checkpoint
         except Exception as error:
             reason = _reason(error)
-        if first_without(found is not None) is None and found:
+        all_found = first_without(found is not None) is None
+        if all_found:
             if batches is not None:
-                batches.set_state(found[1])
-            return found[0], step
+                batches.set_state(record["batches"])
+            return found, step
         absl.logging.warning("%s cannot be restored: %s", place, reason)
     if steps:
         raise UserError(

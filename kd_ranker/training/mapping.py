@@ -1,8 +1,9 @@
 """Devices: where arrays are placed, and the same step on one device or many.
 
-A step is mapped by `jax.shard_map` over one mesh of devices, which has two axes. Along `RUNS`,
-devices train different runs, which exchange nothing. Along `AXIS`, devices share the requests of
-a batch and exchange sums over them. A step knows only the second axis.
+A step is mapped over one mesh of devices, which has two axes. Along `AXIS`, devices share the
+requests of a batch and exchange sums over them. Along `RUNS`, devices train different runs, and
+exchange nothing but the logits of a live teacher. `jax.pmap` maps over the first axis alone, and
+`jax.shard_map` over both; see `device_map`.
 """
 
 import dataclasses

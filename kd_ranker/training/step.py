@@ -57,7 +57,7 @@ Step = Callable[
 
 
 def make_step(
-    train_specs: Sequence[TrainSpec], teacher: LiveTeacher | None = None, sharing: int = 1
+    train_specs: Sequence[TrainSpec], teacher: LiveTeacher | None = None, devices_of_runs: int = 1
 ) -> Step:
     """Build the function that one device runs under a mapped axis named `AXIS`.
 
@@ -71,8 +71,8 @@ def make_step(
     Args:
       train_specs: one per stack; all of them learn from the same batches.
       teacher: the live teacher; None where probabilities come with the batch.
-      sharing: the number of devices that hold the same requests, `DeviceMap.runs`. They share the
-        teacher's pass and exchange only its probabilities.
+      devices_of_runs: the number of devices along the axis of runs, which hold the same requests.
+        They share the teacher's pass and exchange only its logits.
 
     Returns:
       step(states, batch, hyperparameters, constants) -> (states, losses). States, hyperparameters
@@ -86,7 +86,7 @@ def make_step(
         hyperparameters: Sequence[Hyperparameters],
         constants: Constants,
     ) -> Stepped:
-        batch = with_live_teacher(teacher, batch, constants, sharing)
+        batch = with_live_teacher(teacher, batch, constants, devices_of_runs)
         trained = [
             _train_stack(train_spec, state, batch, own_hyperparameters, constants.items)
             for train_spec, state, own_hyperparameters in zip(
@@ -99,7 +99,10 @@ def make_step(
 
 
 def with_live_teacher(
-    teacher: LiveTeacher | None, batch: CandidateBatch, constants: Constants, sharing: int = 1
+    teacher: LiveTeacher | None,
+    batch: CandidateBatch,
+    constants: Constants,
+    devices_of_runs: int = 1,
 ) -> CandidateBatch:
     """Replace a batch's logged probabilities by those of the live teacher.
 
@@ -111,7 +114,9 @@ def with_live_teacher(
     assert parameters is not None, "a live teacher needs its parameters"
     # Scoring is the largest part of such a step: only candidates of its stage are scored.
     scored = batch.first(batch.num_scored) if teacher.stage >= Stage.PASSED else batch
-    logits = in_parts(lambda part: score(teacher.model, parameters, part, items), scored, sharing)
+    logits = in_parts(
+        lambda part: score(teacher.model, parameters, part, items), scored, devices_of_runs
+    )
     weight = (scored.stage >= teacher.stage)[..., None]
     return dataclasses.replace(
         batch,

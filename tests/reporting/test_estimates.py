@@ -7,7 +7,7 @@ from kd_ranker.evaluation.evaluate import PerRequest
 from kd_ranker.evaluation.request_files import PerRequestByRanker, request_files
 from kd_ranker.reporting import estimates
 from kd_ranker.reporting.estimates import Estimates
-from kd_ranker.reporting.intervals import Interval, Measured, crossed_interval, request_counts
+from kd_ranker.reporting.intervals import Interval, OverDraws, crossed_interval, request_counts
 from kd_ranker.reporting.study import read_studies
 from tests.reporting import sweeps
 
@@ -135,7 +135,7 @@ def by_hand(number, seeds=SEEDS):
     """The interval of a number of (seed, times that each request counts), draw by draw."""
     assert len(COUNTS) == 1 + estimates.DRAWS
     numbers = np.array([[number(seed, times) for seed in seeds] for times in COUNTS])
-    return crossed_interval(Measured(seeds, numbers, REQUESTS))
+    return crossed_interval(OverDraws(seeds, numbers, REQUESTS))
 
 
 def assert_interval(found, expected):

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from kd_ranker.reporting.intervals import (
-    Measured,
+    OverDraws,
     combined,
     crossed_interval,
     interval,
@@ -32,7 +32,7 @@ def test_intervals_are_scipys_over_the_known_repeats(count, confidence):
 def measured(values, counts, measure, repeats=None):
     """A measure of the sums of terms [R, N, ...], on the requests and on each draw of them."""
     names = tuple(range(len(values)) if repeats is None else repeats)
-    return Measured(names, measure(np.tensordot(counts, values, (1, 1))), values.shape[1])
+    return OverDraws(names, measure(np.tensordot(counts, values, (1, 1))), values.shape[1])
 
 
 def share(sums):
@@ -65,14 +65,14 @@ def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alo
 
 def test_a_crossed_interval_worked_by_hand():
     # N = 3, so N/(N − 1) = 1.5. Both repeats move alike: B = 1.5 · 1, S = 2 / 2.
-    alike = Measured((0, 1), np.array([[1.0, 3], [0, 2], [2, 4], [1, 3]]), 3)
+    alike = OverDraws((0, 1), np.array([[1.0, 3], [0, 2], [2, 4], [1, 3]]), 3)
     half = (4.30265 * 1.5 + 12.7062 * 1) / math.sqrt(2.5)
     assert crossed_interval(alike)[:4] == pytest.approx((2, 2 - half, 2 + half, 2), rel=1e-5)
     # They move against each other: B = 0, and S contains all of the variance.
     apart = alike._replace(numbers=np.array([[1.0, 3], [0, 4], [2, 2], [1, 3]]))
     assert crossed_interval(apart).high == pytest.approx(2 + 12.7062, rel=1e-5)
     # Repeats that happen to agree: Cov = 0.5, so B = 0.75, and S = 0.
-    agree = Measured((0, 1), np.array([[2.0, 2], [0, 1], [2, 2], [1, 3]]), 3)
+    agree = OverDraws((0, 1), np.array([[2.0, 2], [0, 1], [2, 2], [1, 3]]), 3)
     assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
 
 
@@ -112,11 +112,11 @@ def test_without_the_measure_there_is_no_interval():
 def test_draws_without_the_measure_are_left_out_if_they_are_few():
     numbers = np.random.default_rng(7).normal(1, 1, (101, 2))
     numbers[0] = 1
-    kept = crossed_interval(Measured((0, 1), np.delete(numbers, slice(1, 6), axis=0), 30))
+    kept = crossed_interval(OverDraws((0, 1), np.delete(numbers, slice(1, 6), axis=0), 30))
     numbers[1:6, 0] = math.nan
-    assert crossed_interval(Measured((0, 1), numbers, 30)) == kept
+    assert crossed_interval(OverDraws((0, 1), numbers, 30)) == kept
     numbers[6, 1] = math.nan
-    unknown = crossed_interval(Measured((0, 1), numbers, 30))
+    unknown = crossed_interval(OverDraws((0, 1), numbers, 30))
     assert unknown == pytest.approx((1, math.nan, math.nan, 2, "nothing"), nan_ok=True)
 
 
@@ -138,7 +138,7 @@ def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
     )
     drawn = each[:, None] + of_requests(studies, draws)
     numbers, names = np.concatenate([each[:, None], drawn], axis=1), tuple(range(repeats))
-    found = [crossed_interval(Measured(names, of, 2000)) for of in numbers]
+    found = [crossed_interval(OverDraws(names, of, 2000)) for of in numbers]
     half = np.array([one.high - one.mean for one in found])
     return np.mean(1 - 2 * stats.norm.sf(half / np.sqrt(1 + of_repeats)))
 

@@ -48,20 +48,22 @@ def funnel_sums(ranked: Ranked) -> Sums:
             "value_captured": ranked.teacher_value,
             "true_value_captured": ranked.true_value,
             "positives_shown": ranked.positive,
-            "passed_shown": ranked.was_passed,
-            "all_shown": mask,
+            "known_passed_shown": ranked.was_passed,
+            "known_shown": mask,
         },
     )
     ndcg, ndcg_counts = agreement.ndcg(found.gain, found.ideal_gain)
     curves = dict(found.curves)
-    # The final ranker of a live funnel would score all that are passed to it. Any of those without
-    # a score in the log may be shown then, in place of one that the log has passed.
+    # A shown item without a chance of a label is one that the log did not pass. A live final ranker
+    # would also score the candidates that have no score in the log, and may show any of them. So
+    # at most this number of the slots has no label:
+    not_passed = curves.pop("known_shown") - curves.pop("known_passed_shown")
+    without_label = not_passed + curves.pop("unscored")
     slots = is_measured * jnp.minimum(jnp.minimum(passed, candidates), shown)
-    without_label = curves["all_shown"] - curves["passed_shown"] + curves.pop("unscored")
-    curves["all_shown"] = slots
-    curves["passed_shown"] = slots - jnp.minimum(slots, without_label)
     sums = {
         **curves,
+        "slots": slots,
+        "slots_with_label": slots - jnp.minimum(slots, without_label),
         "funnel_requests": found.counts,
         **covered_funnel(ranked),
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
@@ -194,9 +196,9 @@ BY_K = (
     ),
     Metric(
         name="covered_user_value",
-        formula="of a funnel of the candidates that the logged funnel passed: Σ value of the user "
-        "labels of the best m · c / n, by the teacher, of the student's first ⌈k · c / n⌉ of these "
-        "c, of n retrieved, over Σ of the same of all c",
+        formula="of a funnel of the c candidates, of n retrieved, that the logged funnel passed: "
+        "the student passes its first ⌈k · c / n⌉ of them, and the teacher shows m · c / n. Σ "
+        "value of the user labels of the shown, over Σ of the same if all c pass",
         sums=funnel_sums,
         final=Captured("covered_user_value"),
         better="higher",
@@ -209,7 +211,7 @@ BY_K = (
         "get a label. A lower bound where candidates have no score of the final ranker: each of "
         "these that was not passed counts as shown",
         sums=funnel_sums,
-        final=Ratio("passed_shown", "all_shown"),
+        final=Ratio("slots_with_label", "slots"),
         per=("k",),
         digits=3,
     ),

@@ -242,7 +242,11 @@ def _history(
 def _dense(
     encoding: Encoding, field: str, width: int, table: pa.Table
 ) -> Float32[np.ndarray, "n width"]:
-    """A field of dense features; without any, or any that is cheap, it begins with a zero."""
+    """Normalize the dense features of a field, which fill its last columns.
+
+    A first column without a feature is 0: there is one if the log has no such feature, and for
+    items if none of theirs is cheap.
+    """
     features = encoding.rules["dense"][field]
     matrix = np.zeros((table.num_rows, width), np.float32)
     for column, feature in enumerate(features, width - len(features)):
