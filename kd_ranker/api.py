@@ -24,10 +24,11 @@ from kd_ranker.config.runs import list_runs, repeats, sweep_runs
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import datasets, scoring, training
+from kd_ranker.pipeline import datasets, scoring, sweeping, training
 from kd_ranker.pipeline.exporting import export_ranker
-from kd_ranker.pipeline.job import check_select, config_of, open_ranker
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
+from kd_ranker.pipeline.scores import Scored
+from kd_ranker.pipeline.trained import check_select, config_of, open_ranker
 from kd_ranker.progress import Progress, Show
 from kd_ranker.reporting import tables, write
 from kd_ranker.reporting.estimates import Estimates
@@ -267,7 +268,7 @@ def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None
     return Trained(place)
 
 
-def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> scoring.Scored:
+def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> Scored:
     """Score the dataset with a teacher.
 
     The scores are a table next to the dataset, which its owner joins by request and item, and a
@@ -359,7 +360,7 @@ def sweep(
         config.sweep.runs = list_runs(runs)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
-    training.train_sweep(config, place, show, progress or Progress())
+    sweeping.train_sweep(config, place, show, progress or Progress())
     return Trained(place)
 
 

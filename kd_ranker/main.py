@@ -209,8 +209,8 @@ def _parse(
         return read_config(given.config, rest), given
     config = ConfigDict()
     if command.config_from == "workdir":
-        from kd_ranker.pipeline.job import check_select, config_of
         from kd_ranker.pipeline.remote import place_of
+        from kd_ranker.pipeline.trained import check_select, config_of
 
         workdir = place_of(given.workdir)
         config = config_of(workdir, given.trust)
@@ -221,8 +221,8 @@ def _parse(
 
 def _config_of_workdir(command: Command, given: argparse.Namespace) -> "ConfigDict":
     """Return the config of the run that a workdir holds, with which the command resumes it."""
-    from kd_ranker.pipeline.job import config_of, is_run
     from kd_ranker.pipeline.remote import place_of
+    from kd_ranker.pipeline.trained import config_of, is_run
 
     if "workdir" in command.flags and command.flags["workdir"].default is None:
         # `run` writes no config of its own: that of its sweep is the one.

@@ -27,9 +27,12 @@ from kd_ranker.evaluation.baselines import NO_RANKERS
 from kd_ranker.evaluation.metrics.target import CRITERION
 from kd_ranker.evaluation.results import Row
 from kd_ranker.evaluation.whole import Bounds, bounds
-from kd_ranker.pipeline.job import TrainingJob, config_of, open_job
+from kd_ranker.pipeline.job import Teachers, make_job
 from kd_ranker.pipeline.measure import measure
-from kd_ranker.pipeline.training import fitted_rivals
+from kd_ranker.pipeline.sweeping import fitted_rivals
+from kd_ranker.pipeline.trained import config_of
+from kd_ranker.pipeline.trainees import Trainees, open_trainees
+from kd_ranker.progress import Progress
 from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
 from kd_ranker.requests.request import starts_of
 
@@ -82,12 +85,14 @@ def main() -> None:
 def cases(workdir: Path) -> Iterator[Case]:
     """Yield the rankers of a sweep, measured with all scores and with those of the passed."""
     config = config_of(workdir)
-    job = open_job(config)
-    hidden = {SPLIT: with_scores_of_passed(job.built.columns[SPLIT], job.built.spec)}
-    built = dataclasses.replace(job.built, columns={**job.built.columns, **hidden})
-    of_partly = dataclasses.replace(job, built=built, last_teacher={})
-    truth = measured(job, workdir)
-    for name, row in measured(of_partly, workdir).items():
+    trainees = open_trainees(config)
+    dataset = trainees.dataset
+    hidden = {SPLIT: with_scores_of_passed(dataset.columns[SPLIT], dataset.spec)}
+    partly_scored = dataclasses.replace(dataset, columns={**dataset.columns, **hidden})
+    truth = measured(trainees, workdir)
+    for name, row in measured(
+        dataclasses.replace(trainees, dataset=partly_scored), workdir
+    ).items():
         yield Case(
             name,
             row[CRITERION],
@@ -114,22 +119,24 @@ def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
     )
 
 
-def measured(job: TrainingJob, workdir: Path) -> dict[str, Row]:
+def measured(trainees: Trainees, workdir: Path) -> dict[str, Row]:
     """Return the rows of the test split of a sweep's students and references, by their names."""
-    sweep = open_sweep(job.config, workdir, job.built.provenance)
+    config = trainees.config
+    sweep = open_sweep(config, workdir, trainees.dataset.provenance)
+    teachers = Teachers(trainees.dataset)
     chosen = setting_names.chosen(sweep.validation())
     found: dict[str, Row] = {}
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
-        of_cohort = job.of(cohort)
-        serves = {name: chosen[name] for name in of_cohort.runs if name in chosen}
+        job = make_job(trainees.of(cohort), teachers, Progress())
+        serves = {name: chosen[name] for name in job.runs if name in chosen}
         first = number == 0
         rows = measure(
-            of_cohort,
+            job,
             SPLIT,
-            of_cohort.restored(folder)[0],
+            job.restored(folder)[0],
             serves=serves,
             with_references=first,
-            rivals=fitted_rivals(of_cohort, job.config.sweep.rivals) if first else (),
+            rivals=fitted_rivals(job, config.sweep.rivals) if first else (),
         ).rows
         for row in rows:
             if row["role"] != "teacher" and row["run"] not in NO_RANKERS and CRITERION in row:

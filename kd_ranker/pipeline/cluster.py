@@ -28,22 +28,19 @@ def call_on_cluster(
     after its machine was lost resumes. A call that fails, or loses its machine more than
     `ray.retries` times, ends all of them by a UserError.
     """
-    ray, wanted = _open(config.ray.address), {"CPU": config.ray.cpus, "GPU": config.ray.gpus}
+    ray = _open(config.ray.address)
     try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        # A task without a machine that is large enough would wait forever.
-        if not any(all(of.get(name, 0) >= wanted[name] for name in wanted) for of in alive):
-            raise UserError(
-                f"no machine of the cluster has ray.cpus={wanted['CPU']:g} and "
-                f"ray.gpus={wanted['GPU']:g}; choose fewer"
-            )
+        _check_size(ray, config.ray.cpus, config.ray.gpus)
         remote = ray.remote(_call).options(
-            num_cpus=wanted["CPU"],
-            num_gpus=wanted["GPU"],
+            num_cpus=config.ray.cpus,
+            num_gpus=config.ray.gpus,
             max_retries=config.ray.retries,
             scheduling_strategy="SPREAD",
         )
-        waiting = [remote.remote(Path.cwd(), config.registered_by, function, of) for of in calls]
+        waiting = [
+            remote.remote(Path.cwd(), config.registered_by, function, arguments)
+            for arguments in calls
+        ]
         for _ in tqdm(calls, description, leave=False, unit="part", disable=None):
             (ended,), waiting = ray.wait(waiting, num_returns=1)
             ray.get(ended)
@@ -58,6 +55,17 @@ def call_on_cluster(
         ) from error
     finally:
         ray.shutdown()
+
+
+def _check_size(ray: Any, cpus: float, gpus: float) -> None:
+    """Raise UserError unless a machine is large enough: a task would wait for one forever."""
+    for node in ray.nodes():
+        resources = node["Resources"]
+        if node["Alive"] and resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus:
+            return
+    raise UserError(
+        f"no machine of the cluster has ray.cpus={cpus:g} and ray.gpus={gpus:g}; choose fewer"
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,11 +92,13 @@ def _call(folder: Path, registered_by: str, function: Callable, arguments: tuple
 
 
 def _open(address: str) -> Any:
+    """Connect to a cluster; return the module `ray`."""
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise UserError("launcher='ray' needs the package ray: install the extra `ray`") from error
-    handler, (host, _, port) = signal.getsignal(signal.SIGTERM), address.rpartition(":")
+    handler = signal.getsignal(signal.SIGTERM)
+    host, _, port = address.rpartition(":")
     try:
         if port.isdecimal() and "/" not in host:
             # If nothing listens there, Ray would retry for many minutes.

@@ -40,14 +40,18 @@ def dataset_name(config: ConfigDict) -> str:
     if config.data.name == in_memory.NAME and config.data.path:
         return Path(config.data.path).parent.name
     free = {*without_influence("dataset"), *later_defaults(config)}
-    of_data, of_funnel = (
-        {key: value for key, value in config[section].items() if f"{section}.{key}" not in free}
-        for section in ("data", "funnel")
-    )
-    version = SOURCES[config.data.name].version
-    text = json.dumps(
-        [of_data, list(config.tasks), of_funnel, version], sort_keys=True, default=str
-    )
+    sections = {}
+    for section in ("data", "funnel"):
+        sections[section] = {
+            key: value for key, value in config[section].items() if f"{section}.{key}" not in free
+        }
+    contents = [
+        sections["data"],
+        list(config.tasks),
+        sections["funnel"],
+        SOURCES[config.data.name].version,
+    ]
+    text = json.dumps(contents, sort_keys=True, default=str)
     return f"{config.data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -73,7 +77,8 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
     """Build the dataset of a valid config, or check one that exists, see `api.prepare`."""
     name = dataset_name(config)
     directory = storage.directory_of(name, config.data.dir)
-    entry, before = SOURCES[config.data.name], config.data.get("extends", "")
+    entry = SOURCES[config.data.name]
+    before = config.data.get("extends", "")
     if not directory.exists():
         if before and not storage.directory_of(name, before).exists():
             raise UserError(
@@ -129,7 +134,8 @@ def keep_data_report(dataset: Dataset, workdir: Path) -> None:
 
 def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
     """The lines on a dataset: an own log's candidates and remarks, and the epochs of training."""
-    lines, requests = [], len(dataset.columns["train"])
+    lines = []
+    requests = len(dataset.columns["train"])
     if report := read_data_report(dataset.directory):
         candidates = report["candidates"]
         reasons = {name: entry["candidates"] for name, entry in candidates["by_reason"].items()}

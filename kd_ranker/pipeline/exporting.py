@@ -19,7 +19,7 @@ from kd_ranker.batches.cutting import evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import COMPUTE_DTYPES, score
-from kd_ranker.pipeline.job import TrainedRanker
+from kd_ranker.pipeline.trained import TrainedRanker
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check, programs
 from kd_ranker.serving.programs import Exported, Servable
@@ -30,7 +30,9 @@ _REQUESTS, _ITEMS = 4, 32  # of the example
 
 def export_ranker(finished: TrainedRanker, folder: Path, formats: Sequence[str]) -> None:
     """Write a trained ranker as a new folder for a server, see `api.export`."""
-    config, dataset, role = finished.config, finished.dataset, finished.job.role
+    config = finished.config
+    dataset = finished.dataset
+    role = finished.role
     mode = config.distill.mode if role == "student" else ""
     computes = config[role].compute_dtype
     if "onnx" in formats and COMPUTE_DTYPES[computes].dtype != jnp.float32:
@@ -91,8 +93,8 @@ def write_export(
         "tables": _types(exported.tables),
         "hashed_tables": [
             programs.name_of(name)
-            for name, of in trained.model.embedding.tables.items()
-            if of.hashed
+            for name, table in trained.model.embedding.tables.items()
+            if table.hashed
         ],
         "features": json.loads(trained.spec.to_json()),
     }
@@ -101,7 +103,7 @@ def write_export(
     try:
         for program, name in itertools.product(exported.programs.values(), about["formats"]):
             (temporary / f"{program.name}.{name}").write_bytes(programs.FORMATS[name](program))
-        contiguous = {name: np.ascontiguousarray(of) for name, of in exported.tables.items()}
+        contiguous = {name: np.ascontiguousarray(table) for name, table in exported.tables.items()}
         save_file(contiguous, temporary / "tables.safetensors")
         np.savez(temporary / "example.npz", **example)
         shutil.copy(check.__file__, temporary / "check.py")
@@ -121,25 +123,29 @@ def write_export(
 
 def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
     """Return inputs of requests and of items under `in.`, and their results under `out.`."""
-    parts, tables = exported
-    needed = {name for program in parts.values() for name in program.inputs}
+    parts = exported.programs
+    tables = exported.tables
+    needed = set[str]()
+    for program in parts.values():
+        needed.update(program.inputs)
     fields = programs.fields_of(batch)
-    inputs = {name: np.asarray(of) for name, of in fields.items() if name in needed}
-    found = jax.jit(lambda arrays: check.rank(parts, arrays))(inputs | tables)
+    inputs = {name: np.asarray(array) for name, array in fields.items() if name in needed}
+    outputs = jax.jit(lambda arrays: check.rank(parts, arrays))(inputs | tables)
     if "item" in parts:
         ids = np.arange(min(_ITEMS, trained.spec.num_items), dtype=np.int32)
         items = programs.inputs_of_items(trained, ids)
-        found |= jax.jit(parts["item"])(tables | items)
+        outputs |= jax.jit(parts["item"])(tables | items)
         inputs |= {f"item.{name}": array for name, array in items.items()}
     named = {f"in.{name}": array for name, array in inputs.items()}
-    return named | {f"out.{name}": np.asarray(array) for name, array in found.items()}
+    return named | {f"out.{name}": np.asarray(array) for name, array in outputs.items()}
 
 
 def _types(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes and dtypes of arrays, as JSON; a size may be a symbol."""
     return {
         name: {
-            "shape": [size if isinstance(size, int) else str(size) for size in of.shape],
-            "dtype": of.dtype.name,
+            "shape": [size if isinstance(size, int) else str(size) for size in array.shape],
+            "dtype": array.dtype.name,
         }
-        for name, of in described.items()
+        for name, array in described.items()
     }

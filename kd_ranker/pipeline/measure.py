@@ -74,7 +74,8 @@ def measure(
     if job.runs:
         teacher = job.live_teacher.ranker if job.live_teacher else None
     else:
-        teacher, states = _trained_teacher(job, states), ()
+        teacher = _trained_teacher(job, states)
+        states = ()
     if serves is None:
         trained = job.runs if states else {}
         serves = {name: MODES[config.distill.mode].serve for name, config in trained.items()}
@@ -86,7 +87,7 @@ def measure(
         ranker = baselines.baseline_ranker(job.lists, tuple(rival.name for rival in rivals))
         stacks.append(ranker._replace(serves=[references]))
     with job.progress.phase(split, quiet=bool(limit)):
-        of_teacher, of_stacks = _summed(job, split, teacher, stacks, rivals, limit)
+        teacher_sums, stack_sums = _summed(job, split, teacher, stacks, rivals, limit)
 
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     flops = {} if limit else _flops(job, serves)
@@ -97,9 +98,10 @@ def measure(
         config = job.teacher.config if job.teacher else job.config
         seed, step = config.seed, config.teacher.train.steps
     row = tables.start("teacher", results.TEACHER) | {"seed": seed, "step": step}
-    tables.add(row, of_teacher, None)
-    for stack, of_stack in zip(students, of_stacks, strict=False):
-        for student, of_run in zip(stack.students, of_stack, strict=True):
+    tables.add(row, teacher_sums, None)
+    # The references, if any, are a last stack of one ranker.
+    for stack, run_sums in zip(students, stack_sums, strict=False):
+        for student, sums_of_head in zip(stack.students, run_sums, strict=True):
             config = job.runs[student.name]
             needs_scores = started_with_scores or specs.needs_scores(config)
             for serve in serves[student.name]:
@@ -109,20 +111,21 @@ def measure(
                 if student.non_finite_step:
                     tables.measured.rows.append(row | {"non_finite_step": student.non_finite_step})
                 else:
-                    tables.add(row, of_run[serve], of_teacher)
+                    tables.add(row, sums_of_head[serve], teacher_sums)
     rival_of_name = {rival.name: rival for rival in rivals}
     for name in references:
         row = tables.start("reference", name) | {"seed": seed}
         if name in rival_of_name:
             rival = rival_of_name[name]
             row |= {"needs_scores": rival.needs_scores} | tables.costs(rival.operations)
-        tables.add(row, of_stacks[-1][0][name], of_teacher)
+        tables.add(row, stack_sums[-1][0][name], teacher_sums)
     return tables.measured
 
 
 def _trained_teacher(job: TrainingJob, states: States) -> Ranker:
     """The ranker of a teacher's job."""
-    (stack,), (state,) = job.stacks, states
+    (stack,) = job.trainees.stacks
+    (state,) = states
     serve = make_serve(stack.train_spec.model, stack.train_spec.mode)
     return Ranker(serve, select_run(state.parameters, 0))
 
@@ -155,8 +158,8 @@ def _student_stacks(
     """The stacks with students in `serves`, with these alone; none without states."""
     if not states:
         return []
-    found = []
-    for stack, state in zip(job.stacks, states, strict=True):
+    student_stacks = []
+    for stack, state in zip(job.trainees.stacks, states, strict=True):
         indices = [index for index, name in enumerate(stack.names) if name in serves]
         if not indices:
             continue
@@ -171,8 +174,8 @@ def _student_stacks(
             parameters = jax.tree.map(operator.itemgetter(np.array(indices)), parameters)
         serve = make_serve(stack.train_spec.model, stack.train_spec.mode)
         heads = [serves[student.name] for student in students]
-        found.append(_StudentStack(Ranker(serve, parameters, serves=heads), students))
-    return found
+        student_stacks.append(_StudentStack(Ranker(serve, parameters, serves=heads), students))
+    return student_stacks
 
 
 def _summed(
@@ -184,37 +187,39 @@ def _summed(
     limit: int,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
     """`evaluate` on the requests of a split."""
-    config, dataset = job.config, job.dataset
+    config = job.config
+    dataset = job.dataset
+    columns = dataset.columns[split]
     has_bar = not limit
-    largest = max(len(columns) for columns in dataset.columns.values())
+    largest = max(len(split_columns) for split_columns in dataset.columns.values())
     requests = batch_size(config.evaluation.requests, largest)
     limit = limit or config.evaluation.limit
     keys = registry.order_keys(rivals, dataset, split) if rivals else None
     # A live teacher scores all candidates.
-    of_split = Measurable(None, False)
+    by_logs = Measurable(None, False)
     if not teacher:
-        of_split = measurable(dataset.columns[split], config.value_weights)
+        by_logs = measurable(columns, config.value_weights)
     batches: Iterable[EvaluationBatch] = evaluation_batches(
         dataset,
         split,
         requests=requests,
         candidates=config.funnel.retrieved,
         limit=limit,
-        measured=of_split.requests,
+        measured=by_logs.requests,
         rivals=keys,
     )
     sharded = config.parallel.tables == "sharded"
     plan = Plan(
         config.value_weights,
         config.funnel.shown,
-        ks=job.kept_ks,
+        ks=job.curve_ks,
         keep=split == "test",
-        devices=job.devices if sharded else own_devices(job.devices),
+        devices=job.trainees.devices if sharded else own_devices(job.trainees.devices),
         sharded=sharded,
-        are_partly_scored=of_split.are_partly_scored,
-        labels_beyond_shown=bool((dataset.columns[split].counts.shown > config.funnel.shown).any()),
+        are_partly_scored=by_logs.are_partly_scored,
+        labels_beyond_shown=bool((columns.counts.shown > config.funnel.shown).any()),
     )
-    stored = len(dataset.columns[split])
+    stored = len(columns)
     with job.progress.bar(
         split, min(limit or stored, stored), "request", hidden=not has_bar, leave=False
     ) as bar:
@@ -252,14 +257,15 @@ class _Tables:
 
     def costs(self, flops: float) -> Row:
         """Return the columns of costs of a ranker with these FLOPs per candidate."""
-        of_teacher = self._flops.get((results.TEACHER, "user"), _NOT_COUNTED)
-        return {"flops_per_candidate": flops, "cost_ratio": flops / of_teacher}
+        teacher_flops = self._flops.get((results.TEACHER, "user"), _NOT_COUNTED)
+        return {"flops_per_candidate": flops, "cost_ratio": flops / teacher_flops}
 
-    def add(self, row: Row, summed: Summed, of_teacher: Summed | None) -> None:
-        """Add a ranker; `of_teacher` is None for the teacher itself."""
-        tasks, report_at = self._job.dataset.spec.tasks, self._job.report_at
+    def add(self, row: Row, summed: Summed, teacher: Summed | None) -> None:
+        """Add a ranker; `teacher` is None for the teacher itself."""
+        tasks = self._job.dataset.spec.tasks
+        report_at = self._job.report_at
         only_order = row["role"] == "reference" and row["run"] != "oracle"
-        teacher_sums = of_teacher.sums if of_teacher else None
+        teacher_sums = teacher.sums if teacher else None
         numbers = summarize(summed.sums, teacher_sums, tasks, report_at, self._signal, only_order)
         self.measured.rows.append(row | numbers)
         if not summed.each.sums:
@@ -270,12 +276,13 @@ class _Tables:
         # Positions, and some references, order candidates without predicting probabilities.
         gives_order = row["role"] == "teacher" and self._signal != "probability"
         if not (only_order or gives_order):
-            bins = calibration(summed.sums, tasks)
-            self.measured.calibration.extend(ranker | of_bin for of_bin in bins)
+            for bin_row in calibration(summed.sums, tasks):
+                self.measured.calibration.append(ranker | bin_row)
 
     def _add_curves(self, ranker: Row, summed: Summed, numbers: Mapping[str, float]) -> None:
         """Add the points of the config, those that reach a target, and others between them."""
-        tasks, report_at = self._job.dataset.spec.tasks, self._job.report_at
+        tasks = self._job.dataset.spec.tasks
+        report_at = self._job.report_at
         curves = metric_curves(summed.sums, tasks)
         reached = [numbers[name] for name in METRICS["passed_for"].columns(tasks, report_at)]
         ks = [*report_at.ks, *(int(k) for k in reached if np.isfinite(k))]
@@ -287,15 +294,16 @@ class _Tables:
 
 def _flops(job: TrainingJob, serves: Mapping[str, Collection[str]]) -> dict[RankerKey, float]:
     """FLOPs per candidate of a job's teacher, and of students for the heads that a choice reads."""
-    found, spec = {(results.TEACHER, "user"): teacher_flops(job)}, job.dataset.spec
+    spec = job.dataset.spec
+    flops = {(results.TEACHER, "user"): teacher_flops(job)}
     for name, choices in serves.items():
         config = job.runs[name]
-        mode, student = MODES[config.distill.mode], FrozenConfigDict(config.student)
+        mode = MODES[config.distill.mode]
+        student = FrozenConfigDict(config.student)
         for serve in choices:
             heads = saving.heads_read(mode.serve[serve], mode.heads_per_task * len(spec.tasks))
-            flops = _flops_of("student", student, spec, heads, config.funnel.retrieved)
-            found[name, serve] = flops
-    return found
+            flops[name, serve] = _flops_of("student", student, spec, heads, config.funnel.retrieved)
+    return flops
 
 
 # A sweep needs the same numbers on each split and in each cohort, and each is a compilation.
@@ -313,7 +321,7 @@ def _flops_of(
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), 0))
     serve = make_serve(model, MODES["none"])
     inputs = shapes, empty_batch(spec, 1, retrieved), abstract_items(spec)
-    return saving.flops(lambda *of: serve(*of).probability, *inputs) / retrieved
+    return saving.flops(lambda *arrays: serve(*arrays).probability, *inputs) / retrieved
 
 
 def teacher_flops(job: TrainingJob) -> float:
@@ -322,7 +330,8 @@ def teacher_flops(job: TrainingJob) -> float:
     For a teacher that was trained elsewhere, and in the job of a teacher, they are
     `config.teacher.flops_per_candidate`, or if that is 0 those of the model in `config.teacher`.
     """
-    config, spec = (job.teacher or job).config.teacher, job.dataset.spec
+    config = (job.teacher or job).config.teacher
+    spec = job.dataset.spec
     if config.flops_per_candidate and not job.teacher:
         return float(config.flops_per_candidate)
     retrieved = job.config.funnel.retrieved
@@ -334,11 +343,12 @@ def write_measured(job: TrainingJob, workdir: Path, owner: Provenance, *splits: 
 
     `owner` has the provenance of the rankers.
     """
-    tasks, last = job.config.tasks, splits[-1]
+    tasks = job.config.tasks
+    last = splits[-1]
     files: dict[str, str | bytes] = {}
     if last.each:
         files |= request_files.request_files(
-            PerRequestByRanker(np.array(job.kept_ks), last.each), tasks
+            PerRequestByRanker(np.array(job.curve_ks), last.each), tasks
         )
         curves = results.curves_columns(tasks)
         files[results.CURVES_FILE] = results.to_csv(last.curves, curves)

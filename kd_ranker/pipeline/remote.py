@@ -34,7 +34,8 @@ from kd_ranker.training.processes import are_distributed, first_holds
 Place = Path | str
 
 _SECONDS_BETWEEN_UPLOADS = 5.0
-_OF_CHECKPOINTS, _RECORD = f"/{checkpoints.FOLDER}/", f"/{checkpoints.RECORD}/"
+_CHECKPOINTS = f"/{checkpoints.FOLDER}/"
+_RECORD = f"/{checkpoints.RECORD}/"
 # Names that are not copied: hidden files, unfinished checkpoints, and marks of a store's folders.
 _NOT_COPIED = re.compile(r"(^|/)\.|\.orbax-checkpoint-tmp|/$")
 
@@ -68,14 +69,16 @@ def fetched(place: Place, with_checkpoints: bool = True, lock_record: str = "") 
     if isinstance(place, Path):
         yield place
         return
-    above, stop, uploads = Path(tempfile.mkdtemp(prefix="kd_ranker-")), threading.Event(), None
+    above = Path(tempfile.mkdtemp(prefix="kd_ranker-"))
+    stop = threading.Event()
+    uploads = None
     folder = above / place.rpartition("/")[2]
     folder.mkdir()
     try:
         with _reaching(place) as store:
-            there = _download(store, folder, with_checkpoints)
+            stored = _download(store, folder, with_checkpoints)
         if lock_record:
-            upload = functools.partial(_upload, store, folder, there, lock_record)
+            upload = functools.partial(_upload, store, folder, stored, lock_record)
             uploads = ThreadPoolExecutor().submit(_repeat, upload, stop, place)
         yield folder
     except UserError as error:
@@ -83,7 +86,8 @@ def fetched(place: Place, with_checkpoints: bool = True, lock_record: str = "") 
     finally:
         with deferred():
             stop.set()
-            if not (lost := uploads and uploads.exception()):
+            lost = uploads.exception() if uploads else None  # once the last upload has ended
+            if not lost:
                 shutil.rmtree(above, ignore_errors=True)
         if lost:
             raise UserError(
@@ -168,7 +172,7 @@ def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Fi
     """
     names = [name for name in store.find("") if not _NOT_COPIED.search(name)]
     if not with_checkpoints:
-        names = [name for name in names if _OF_CHECKPOINTS not in f"/{name}"]
+        names = [name for name in names if _CHECKPOINTS not in f"/{name}"]
     for name in names:  # not every store makes folders here
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     store.get(names, [str(folder / name) for name in names])
@@ -180,15 +184,15 @@ def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Fi
 
 def _files(folder: Path) -> _Files:
     """Return the files of a local copy that are uploaded."""
-    found = {}
+    files = {}
     # Orbax may rename or delete a folder meanwhile, which `rglob` would not survive.
     for above, _, names in os.walk(folder):
         for path in map(Path(above).joinpath, names):
             name = path.relative_to(folder).as_posix()
             with contextlib.suppress(FileNotFoundError):
                 if not _NOT_COPIED.search(name):
-                    found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
-    return found
+                    files[name] = (path.stat().st_mtime_ns, path.stat().st_size)
+    return files
 
 
 def _repeat(upload: Callable[[], None], stop: threading.Event, url: str) -> None:
@@ -204,23 +208,29 @@ def _repeat(upload: Callable[[], None], stop: threading.Event, url: str) -> None
     upload()
 
 
-def _upload(store: DirFileSystem, folder: Path, there: _Files, record: str) -> None:
-    """Upload the files that changed, and delete those that are gone here, if the lock holds."""
+def _upload(store: DirFileSystem, folder: Path, stored: _Files, record: str) -> None:
+    """Upload the files that changed, and delete those that are gone here, if the lock holds.
+
+    `stored` are the files at the URL, which are updated.
+    """
     files = _files(folder)
-    changed = [name for name, at in files.items() if at != there.get(name)]
-    gone = there.keys() - files.keys()
+    changed = [name for name, version in files.items() if version != stored.get(name)]
+    gone = stored.keys() - files.keys()
     if (changed or gone) and (holder := _holder(store)) != record:
         raise UserError(f"its lock was broken, and is that of {holder or 'no process'}")
-    for name in sorted(
-        changed, key=lambda of: (_OF_CHECKPOINTS in f"/{of}", _RECORD in of, files[of])
-    ):
+    for name in sorted(changed, key=functools.partial(_upload_order, files)):
         with contextlib.suppress(FileNotFoundError):  # of a checkpoint that was just retired
             store.put_file(str(folder / name), name)
-            there[name] = files[name]
+            stored[name] = files[name]
     for name in gone:
         with contextlib.suppress(FileNotFoundError):
             store.rm_file(name)
-        del there[name]
+        del stored[name]
+
+
+def _upload_order(files: _Files, name: str) -> tuple[bool, bool, tuple[int, int]]:
+    """Checkpoints come last, and their records after all of their other files."""
+    return _CHECKPOINTS in f"/{name}", _RECORD in name, files[name]
 
 
 def _short(error: BaseException) -> str:

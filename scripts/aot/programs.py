@@ -23,7 +23,10 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import check_choice
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, training
-from kd_ranker.pipeline.job import TrainedRanker, TrainingJob, served
+from kd_ranker.pipeline.job import TrainingJob
+from kd_ranker.pipeline.trained import TrainedRanker, served
+from kd_ranker.pipeline.trainees import Trainees
+from kd_ranker.progress import Progress
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.requests.row_files import columns_of
@@ -96,25 +99,33 @@ def _job_of_shapes(
 
     The teacher is that of `teacher.workdir` if that exists, else of `config`.
     """
-    job, runs = TrainingJob(config, {}, sample, devices), PROGRAMS[name](config)
-    if not runs:
-        return job
-    finished = None
-    if config.teacher.source == "live":
+    trainees = Trainees(config, {}, sample, devices)
+    runs = PROGRAMS[name](config)
+    teacher = None
+    if runs:
+        trainees = trainees.of(runs)
+    if runs and config.teacher.source == "live":
         folder = Path(config.teacher.workdir)
         exists = config.teacher.workdir and (folder / workdir.CONFIG_FILE).exists()
         trained = workdir.read_config(folder) if exists else config
         stack = specs.teacher_stack(trained, sample.spec)
-        model, (state,) = stack.train_spec.model, abstract_states([stack])
+        model = stack.train_spec.model
+        (state,) = abstract_states([stack])
         learned = jax.eval_shape(
-            lambda of: served(model, select_run(of, 0), devices[0].platform), state.parameters
+            lambda parameters: served(model, select_run(parameters, 0), devices[0].platform),
+            state.parameters,
         )
-        ranker = Ranker(make_serve(model, MODES["none"]), learned)
-        own = TrainingJob(trained, {}, sample, devices)
-        finished = TrainedRanker("", own, "", "user", model, ranker, "", {})
-    of_teacher = next(iter(runs.values())).teacher
-    job.last_teacher[of_teacher.workdir, of_teacher.stage] = finished, sample
-    return job.of(runs)
+        teacher = TrainedRanker(
+            title="",
+            trainees=Trainees(trained, {}, sample, devices),
+            run="",
+            serve="user",
+            model=model,
+            ranker=Ranker(make_serve(model, MODES["none"]), learned),
+            version="",
+            provenance={},
+        )
+    return TrainingJob(trainees, teacher, sample, Progress())
 
 
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.batches import training
 from kd_ranker.batches.cutting import PackedBatches, Span, unpack
-from kd_ranker.pipeline.job import TrainedRanker
+from kd_ranker.pipeline.trained import TrainedRanker
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import specs
 from kd_ranker.training.mapping import MAPPINGS

@@ -19,9 +19,10 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import request_files, results
 from kd_ranker.evaluation.baselines import BASELINES
 from kd_ranker.evaluation.saving import SAVINGS
-from kd_ranker.pipeline import datasets, measure, scoring
+from kd_ranker.pipeline import datasets, measure, scores, scoring
 from kd_ranker.pipeline import job as jobs
-from kd_ranker.pipeline.job import load_teacher, open_job, open_ranker
+from kd_ranker.pipeline.job import open_job, open_teaching
+from kd_ranker.pipeline.trained import load_teacher, open_ranker
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.study import read_studies
 from kd_ranker.requests.lock import hold
@@ -222,9 +223,9 @@ def test_cohorts_of_two_stages_read_the_scores_of_each(apart):
         api.log_teacher(apart)
     apart.teacher.source = "logged"
     runs = sweep_runs(apart)
-    job = open_job(apart)
-    read = [job.of({name: run}).dataset for name, run in runs.items()]
-    for run, dataset in zip(runs.values(), read, strict=True):
+    built = datasets.dataset_of(apart)
+    for run in runs.values():
+        dataset = open_teaching(run, built).dataset
         assert f"-{run.teacher.stage}/" in dataset.provenance["scored"]
 
 
@@ -233,7 +234,7 @@ def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, mo
     before = files_of(directory)
     monkeypatch.setattr(scoring, "_BATCHES", 64)
     with monkeypatch.context() as patch:
-        patch.setattr(scoring._Scorer, "write", None)
+        patch.setattr(scores.Scorer, "write", None)
         assert api.log_teacher(apart).directory == directory
     # Scores of other value weights replace these; columns depend on neither these nor on parts.
     apart.value_weights = tuple(2 * weight for weight in apart.value_weights)
@@ -241,7 +242,7 @@ def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, mo
     after = files_of(directory)
     columns = {name for name in before if name.startswith("teacher-")}
     assert len(columns) == 3
-    assert {name for name in after if after[name] == before[name]} == {*columns, scoring.FILE}
+    assert {name for name in after if after[name] == before[name]} == {*columns, scores.FILE}
     logged = apart.copy_and_resolve_references()
     logged.teacher.source = "logged"
     (directory / "teacher-test.npy").write_bytes(after["teacher-test.npy"][:-1] + b"x")

@@ -21,7 +21,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import exporting
 from kd_ranker.pipeline.cluster import register
-from kd_ranker.pipeline.job import config_of, open_ranker
+from kd_ranker.pipeline.trained import config_of, open_ranker
 from kd_ranker.serving import check, programs
 from tests import small
 from tests.faults import fault_of

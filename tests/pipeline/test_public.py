@@ -9,7 +9,7 @@ import pytest
 import kd_ranker as kd
 from kd_ranker import api, configs
 from kd_ranker.config.runs import sweep_runs
-from kd_ranker.pipeline import training
+from kd_ranker.pipeline import sweeping
 from tests.faults import fault_of
 from tests.reporting import sweeps
 
@@ -63,7 +63,7 @@ def test_a_result_that_is_gone_has_a_name(tmp_path):
 
 def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(training, "train_sweep", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(sweeping, "train_sweep", lambda config, *_: trained.append(config))
     config = world.config(teacher__workdir="")
     before = config.to_json()
     arguments = dict(

@@ -18,8 +18,10 @@ from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, make_serve
-from kd_ranker.pipeline import datasets, scoring
-from kd_ranker.pipeline.job import TrainedRanker, open_job
+from kd_ranker.pipeline import datasets, scores, scoring
+from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.trained import TrainedRanker
+from kd_ranker.pipeline.trainees import open_trainees
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.row_files import columns_of
@@ -111,7 +113,7 @@ def score(world, tmp_path):
     return score
 
 
-def scores_in(scored: scoring.Scored) -> Scores:
+def scores_in(scored: scores.Scored) -> Scores:
     """(request, item), both as in the log -> its probabilities and its value."""
     table = pa.concat_tables(pq.read_table(path) for path in scored.directory.rglob("*.parquet"))
     assert tuple(table.column_names) == scored.columns == COLUMNS
@@ -130,7 +132,7 @@ def student_of(workdir: Path):
     """What serves a student, and its parameters in the newest checkpoint."""
     config = workdirs.read_config(workdir)
     job = open_job(config, {"": config})
-    ((state,), _), (stack,) = job.restored(workdir), job.stacks
+    ((state,), _), (stack,) = job.restored(workdir), job.trainees.stacks
     parameters = select_run(state.parameters, 0)
     return make_serve(stack.train_spec.model, stack.train_spec.mode), parameters
 
@@ -297,7 +299,7 @@ def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
     names = [f"{number:05d}-part-{number}.parquet" for number in range(4)]
     assert sorted(name for name in whole if name.endswith(".parquet")) == names
     assert not pq.read_metadata(tmp_path / "whole" / names[2]).num_rows
-    written, table_of = [], scoring._Scorer._table
+    written, table_of = [], scores.Scorer.score
 
     def dying(scorer, part):
         written.append(part.path.name)
@@ -305,7 +307,7 @@ def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
             raise KeyboardInterrupt
         return table_of(scorer, part)
 
-    monkeypatch.setattr(scoring._Scorer, "_table", dying)
+    monkeypatch.setattr(scores.Scorer, "score", dying)
     output, killed_at = tmp_path / "out", names[1]
     with pytest.raises(KeyboardInterrupt):
         scoring.score_unseen(config, workdir, output=output)
@@ -449,7 +451,7 @@ def stub_teacher(config: Any) -> TrainedRanker:
         return Served({"user": (1 / (1 + np.exp(-both))).astype(np.float32)}, {})
 
     ranker = Ranker(serve, None)  # type: ignore[arg-type]
-    of = ("stub", open_job(config), "", "user", None, ranker, VERSION, {})
+    of = ("stub", open_trainees(config), "", "user", None, ranker, VERSION, {})
     return TrainedRanker(*of)  # type: ignore[arg-type]
 
 
@@ -540,12 +542,12 @@ def test_the_select_of_a_run_is_executed_only_if_trusted(world, tmp_path, monkey
     (run / workdirs.CONFIG_FILE).write_text(config.to_json())
     read: list[str] = []
 
-    def score_unseen(config: ConfigDict, *_: Any) -> tuple[scoring.Scored, list[str]]:
+    def score_unseen(config: ConfigDict, *_: Any) -> tuple[scores.Scored, list[str]]:
         read.append(config.data.sql)
-        return scoring.Scored(world.folder), []
+        return scores.Scored(world.folder), []
 
     monkeypatch.setattr(scoring, "score_unseen", score_unseen)
-    monkeypatch.setattr(scoring.Scored, "__str__", lambda _: "")
+    monkeypatch.setattr(scores.Scored, "__str__", lambda _: "")
     message = (
         rf"the run at {run} reads its log by data\.sql.*private\.csv.* add --trust, or trust=Tr"
     )

@@ -14,7 +14,7 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline.job import open_ranker
+from kd_ranker.pipeline.trained import open_ranker
 from tests import forked, small
 
 long = pytest.mark.long

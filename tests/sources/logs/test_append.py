@@ -17,8 +17,9 @@ import tensorflow_datasets as tfds
 from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets
-from kd_ranker.pipeline.job import open_job, open_ranker
-from kd_ranker.pipeline.training import warm_start
+from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.trained import open_ranker
+from kd_ranker.pipeline.warm_start import warm_start
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
@@ -299,7 +300,7 @@ def monday(day_one, tmp_path):
 def started(config, folder):
     """The parameters of a fresh run, and those that it starts with, without the axis of runs."""
     job = open_job(config, {"": config})
-    fresh = tuple(stack.init() for stack in job.stacks)
+    fresh = tuple(stack.init() for stack in job.trainees.stacks)
     (begun,) = warm_start(job, folder, fresh)
     return jax.tree.map(lambda of: np.asarray(of)[0], (fresh[0].parameters, begun.parameters))
 
@@ -351,7 +352,7 @@ def test_a_teacher_starts_with_the_slots_of_its_rows(second, monday, day_one, tm
     config = made_small(config_of(day_one / "log", tmp_path / "after"))
     config.teacher.train.warm_start, config.seed = str(workdir), 7
     job = open_job(config)
-    (begun,) = warm_start(job, tmp_path, tuple(stack.init() for stack in job.stacks))
+    (begun,) = warm_start(job, tmp_path, tuple(stack.init() for stack in job.trainees.stacks))
     known = dataset.spec.num_items
     table = np.asarray(old.parameters.tables["item"])
     assert_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
