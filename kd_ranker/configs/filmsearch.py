@@ -11,7 +11,7 @@ from kd_ranker.sources.filmsearch import (
     LEXICAL,
     PASSED,
     RETRIEVED,
-    STAGE_OF,
+    STAGE_COLUMNS,
 )
 
 
@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = defaults.get_config("filmsearch")
     config.tasks, config.value_weights = ("wanted",), (1.0,)
     config.data.title = "film search"
-    config.data.columns = dict(incumbent=incumbent, stage=STAGE_OF[incumbent])
+    config.data.columns = dict(incumbent=incumbent, stage=STAGE_COLUMNS[incumbent])
     if not is_lexical:
         config.data.columns.early_scores = f"bm25,{COSINE}"
     config.data.labels, config.data.teacher = dict(wanted="wanted"), dict(wanted="final_score")
