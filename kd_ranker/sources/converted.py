@@ -36,10 +36,13 @@ from kd_ranker.sources.logs.vocabulary import MANIFEST
 # Requests that are held before they are written.
 _AT_A_TIME = 256
 BLOCK_KEYS = (
-    *("ratings_per_request", "validation_share", "test_share"),
-    *("validation_requests_per_user", "test_requests_per_user"),
+    "ratings_per_request",
+    "validation_share",
+    "test_share",
+    "validation_requests_per_user",
+    "test_requests_per_user",
 )
-"""The keys of `config.data` that `blocks_of` reads."""
+"""The keys of `config.data` that `cut_blocks` reads."""
 
 
 class Converter(NamedTuple):
@@ -198,30 +201,49 @@ def moment_of(seconds: str) -> str:
     return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
 
 
-def blocks_of(
-    time: Int64[np.ndarray, "n"], data: ConfigDict
-) -> Iterator[tuple[int, str, int, int]]:
-    """Yield the blocks of a user's ratings that become requests: number, split, first rating, end.
+class Block(NamedTuple):
+    """Consecutive ratings of a user, which become a request."""
+
+    number: int  # of the block, among all blocks of the user
+    split: str
+    start: int  # the first rating
+    end: int  # after the last rating
+
+
+def cut_blocks(time: Int64[np.ndarray, "n"], data: ConfigDict) -> Iterator[Block]:
+    """Yield the blocks of a user's ratings that become requests; `time` ascends.
 
     A block takes `data.ratings_per_request` ratings, and then all that share the last one's
     second. A last block of less than half of that joins the one before it, if there is one. A
-    split starts with the block, not the first, that starts nearest to its share. `time` ascends.
+    split starts with the block, not the first, that starts nearest to its share.
     """
-    size, total, starts = int(data.ratings_per_request), len(time), [0]
-    while starts[-1] + size <= total:
-        starts.append(int(np.searchsorted(time, time[starts[-1] + size - 1], side="right")))
-    if len(starts) > 1 and 2 * (total - starts[-1]) < size:
-        starts.pop()
-    ends, stop, later = [*starts[1:], total], len(starts), 0.0
+    starts = _block_starts(time, int(data.ratings_per_request))
+    ends = [*starts[1:], len(time)]
+    stop = len(starts)  # the first block of the later splits
+    later_share = 0.0
     for split in reversed(SPLITS):
-        cut = 0
+        first = 0
         if split != "train":
-            later += data[f"{split}_share"]
-            distance = np.abs(np.array(starts[1:stop]) - (1 - later) * total)
-            cut = 1 + int(distance.argmin()) if later and stop > 1 else stop
-        for block in range(cut, stop)[: data.get(f"{split}_requests_per_user") or None]:
-            yield block, split, starts[block], ends[block]
-        stop = cut
+            later_share += data[f"{split}_share"]
+            first = stop
+            if later_share and stop > 1:
+                distance = np.abs(np.array(starts[1:stop]) - (1 - later_share) * len(time))
+                first = 1 + int(distance.argmin())
+        most = data.get(f"{split}_requests_per_user") or None
+        for number in range(first, stop)[:most]:
+            yield Block(number, split, starts[number], ends[number])
+        stop = first
+
+
+def _block_starts(time: Int64[np.ndarray, "n"], size: int) -> list[int]:
+    """Return the first rating of each block."""
+    starts = [0]
+    while starts[-1] + size <= len(time):
+        last = time[starts[-1] + size - 1]
+        starts.append(int(np.searchsorted(time, last, side="right")))
+    if len(starts) > 1 and 2 * (len(time) - starts[-1]) < size:
+        starts.pop()
+    return starts
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
