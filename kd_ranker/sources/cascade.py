@@ -500,7 +500,7 @@ def _retrieve(
 def _highest_first(
     rng: np.random.Generator, score: Float[np.ndarray, "N"], count: int
 ) -> Int64[np.ndarray, "N"]:
-    """Return a permutation of N places: the `count` highest scores, then the rest; both shuffled."""
+    """Return a permutation of N places: the `count` highest scores, then the others, shuffled."""
     order = np.argpartition(score, -count)[::-1]
     # The order after a partition still depends on the scores.
     return np.concatenate([rng.permutation(order[:count]), rng.permutation(order[count:])])
