@@ -64,19 +64,20 @@ def main() -> None:
     flags = parser.parse_args()
     print("| sweep | ranker | worthless | alike | passed AUC | bounds | truth | holds |")
     print("|---" * 8 + "|")
-    held = []
+    holds = []
     for workdir in flags.workdirs:
         for case in cases(workdir):
             low, high = case.bounds
-            shown = f"at least {low:.0f}" if math.isnan(high) else f"{low:.0f} to {high:.0f}"
+            bounds = f"at least {low:.0f}" if math.isnan(high) else f"{low:.0f} to {high:.0f}"
+            verdict = "yes" if case.holds else "NO"
             print(
                 f"| {workdir} | {case.name} | {case.if_worthless:.0f} | {case.if_alike:.0f} "
-                f"| {case.passed_auc:.2f} | {shown} | {case.truth:.0f} "
-                f"| {'yes' if case.holds else 'NO'} |",
+                f"| {case.passed_auc:.2f} | {bounds} | {case.truth:.0f} "
+                f"| {verdict} |",
                 flush=True,
             )
-            held.append(case.holds)
-    print(f"\n{sum(held)} of {len(held)} bounds contain the truth")
+            holds.append(case.holds)
+    print(f"\n{sum(holds)} of {len(holds)} bounds contain the truth")
 
 
 def cases(workdir: Path) -> Iterator[Case]:
@@ -85,9 +86,9 @@ def cases(workdir: Path) -> Iterator[Case]:
     job = open_job(config)
     hidden = {SPLIT: with_scores_of_passed(job.built.columns[SPLIT], job.built.spec)}
     built = dataclasses.replace(job.built, columns={**job.built.columns, **hidden})
-    of_partly = dataclasses.replace(job, built=built, last_teacher={})
+    partly_scored = dataclasses.replace(job, built=built, last_teacher={})
     truth = measured(job, workdir)
-    for name, row in measured(of_partly, workdir).items():
+    for name, row in measured(partly_scored, workdir).items():
         yield Case(
             name,
             row[CRITERION],
@@ -108,9 +109,9 @@ def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
     stored = np.concatenate([np.full((1, score.shape[1]), np.nan), score]).astype(np.float32)
     windows = Windows([stored.view(np.int32).reshape(-1)], score.shape[1])
     column = Rows(windows, row_type(spec, "scored"), score.shape[1] * (1 + first), score.shape[1])
-    own = columns.candidates.first_fields(row_type(spec, "candidate"))
+    unscored = columns.candidates.first_fields(row_type(spec, "candidate"))
     return dataclasses.replace(
-        columns, candidates=own._replace(type=columns.candidates.type, column=column)
+        columns, candidates=unscored._replace(type=columns.candidates.type, column=column)
     )
 
 
@@ -118,7 +119,7 @@ def measured(job: TrainingJob, workdir: Path) -> dict[str, Row]:
     """Return the rows of the test split of a sweep's students and references, by their names."""
     sweep = open_sweep(job.config, workdir, job.built.provenance)
     chosen = setting_names.chosen(sweep.validation())
-    found: dict[str, Row] = {}
+    rows_by_name: dict[str, Row] = {}
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
         of_cohort = job.of(cohort)
         serves = {name: chosen[name] for name in of_cohort.runs if name in chosen}
@@ -133,8 +134,8 @@ def measured(job: TrainingJob, workdir: Path) -> dict[str, Row]:
         ).rows
         for row in rows:
             if row["role"] != "teacher" and row["run"] not in NO_RANKERS and CRITERION in row:
-                found[f"{row['run']} ({row['serve']})"] = row
-    return found
+                rows_by_name[f"{row['run']} ({row['serve']})"] = row
+    return rows_by_name
 
 
 if __name__ == "__main__":
