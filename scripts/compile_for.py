@@ -35,12 +35,14 @@ FLAGS = {
 }
 
 
-def main(config: ConfigDict, given: argparse.Namespace) -> None:
+def main(config: ConfigDict, flags: argparse.Namespace) -> None:
     """Compile the programs that the flags name."""
-    topology = topologies.open_topology(given.topology)
-    users, items = (int(number) if number else None for number in (given.users, given.items))
-    sample, findings = programs.sample_of(config, users, items), []
-    for name in given.programs.split(","):
+    topology = topologies.open_topology(flags.topology)
+    users = int(flags.users) if flags.users else None
+    items = int(flags.items) if flags.items else None
+    sample = programs.sample_of(config, users, items)
+    findings = []
+    for name in flags.programs.split(","):
         print(f"compile_for: {name}", file=sys.stderr)
         findings.append(programs.compile_program(name, config, sample, topology))
     print(programs.findings_table(findings))
@@ -48,5 +50,5 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     example = "--config=configs/cascade.py --topology=v5e:4x4"
-    command = Command(lambda api, config, given: main(config, given), FLAGS, example, text=__doc__)
+    command = Command(lambda api, config, flags: main(config, flags), FLAGS, example, text=__doc__)
     run_command(command, "python scripts/compile_for.py", sys.argv[1:])

@@ -28,7 +28,9 @@ from kd_ranker.reporting.intervals import (
 )
 
 KS = np.array([50, 60, 75, 90, 110, 135, 165, 200, 250, 320, 420, 2000])
-AT_EVERY_K = np.stack([np.interp(np.arange(1, KS[-1] + 1), KS, of) for of in np.eye(len(KS))])
+EVERY_K = np.arange(1, KS[-1] + 1)
+# A curve at `KS` times this matrix is the curve at every k, interpolated.
+AT_EVERY_K = np.stack([np.interp(EVERY_K, KS, unit) for unit in np.eye(len(KS))])
 DEPTHS = np.array([30.0, 24.0])  # of the baseline and of the distilled student
 REPEATS = (1, 2, 3, 5)
 # Deviation of log depth among requests: of both students alike, of one in all repeats, and of one
@@ -92,11 +94,13 @@ def truths(spread: float, shape: Any) -> dict[str, float]:
     """Each measure, expected over repeats, with infinitely many requests."""
     of_repeats = np.log(DEPTHS) + spread * quantiles(shape, 300)[:, None]
     of_requests = np.sqrt(3) * AMONG_REQUESTS * quantiles(SHAPES["normal"], 1000)
-    curves = np.mean([captured(of_repeats + one) for one in of_requests], axis=0)
+    curves = np.mean([captured(of_repeats + effect) for effect in of_requests], axis=0)
     before, after = np.moveaxis(numbers(curves), 1, 0)
     return {
-        name: float(of.function(before[:, None, of.number], after[:, of.number]).mean())
-        for name, of in MEASURES.items()
+        name: float(
+            measure.function(before[:, None, measure.number], after[:, measure.number]).mean()
+        )
+        for name, measure in MEASURES.items()
     }
 
 
@@ -104,7 +108,8 @@ def coverage(
     spread: float, shape: Any, studies: int, requests: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Per measure and number of repeats, the share of intervals that contain the truth."""
-    generator, counts = np.random.default_rng(seed), request_counts(requests, DRAWS)
+    generator = np.random.default_rng(seed)
+    counts = request_counts(requests, DRAWS)
     truth = truths(spread, shape)
     holds = {(name, repeats): 0 for name in MEASURES for repeats in REPEATS}
     for _ in range(studies):
@@ -120,25 +125,26 @@ def coverage(
                 )
                 for student in (0, 1)
             )
-            found = crossed_interval(combined(function, *pair))
-            holds[name, repeats] += found.low <= truth[name] <= found.high
+            interval = crossed_interval(combined(function, *pair))
+            holds[name, repeats] += interval.low <= truth[name] <= interval.high
     for (name, repeats), count in holds.items():
         yield {"measure": name, "repeats": repeats, "coverage": 100 * count / studies}
 
 
 def main() -> None:
+    """Simulate the studies, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    flags = parser.parse_args()
     rows = [
         {"variance of repeats": spread, "effects": shape} | row
         for spread in SPREADS
         for shape in SHAPES
-        for row in coverage(SPREADS[spread], SHAPES[shape], **vars(given))
+        for row in coverage(SPREADS[spread], SHAPES[shape], **vars(flags))
     ]
     table = pd.DataFrame(rows).pivot(
         index=["variance of repeats", "effects", "repeats"], columns="measure", values="coverage"

@@ -24,7 +24,7 @@ on there. Take another workdir for other data.
 import argparse
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +41,31 @@ from tqdm import tqdm
 from kd_ranker.configs.filmsearch import get_config
 from kd_ranker.rivals import trees as tree_rivals
 from kd_ranker.sources import filmsearch, sentences
-from kd_ranker.sources.filmsearch import FEATURES, RANKER, Candidates, Collection
+from kd_ranker.sources.filmsearch import FEATURES, RANKER, Candidates, Collection, FinalRanker
 
-TOKENS, QUERY_TOKENS = 32, 12
-QUERIES_A_STEP, FILMS_A_QUERY = 2, 24
-LEARNING_RATE, WARM_UP = 5e-5, 0.1
-SCORED, CANDIDATES = 200, 500
-OTHERS = 3000  # training queries of the trees that an early ranker could be
+TOKENS = 32  # of a pair
+QUERY_TOKENS = 12
+QUERIES_PER_STEP = 2
+FILMS_PER_QUERY = 24  # in a step
+LEARNING_RATE = 5e-5
+WARM_UP = 0.1  # of the steps
+SCORED = 200  # queries of each split
+CANDIDATES = 500  # of a query
+EARLY_QUERIES = 3000  # training queries of the trees that an early ranker could be
 BLENDS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_SCORED_AT_A_TIME = 256
+_BATCH = 256  # pairs that are scored at a time
+
+# Rankers, as the tables name them.
+BM25 = "BM25"
+COSINE = "cosine"
+FUSION = "fusion, k0 60"
+ON_LABELS = "trees on labels"
+LAMBDAMART = "LambdaMART"
+ENCODER = "encoder"
+BLENDED = "LambdaMART + encoder"
+ON_ORDER = "trees on its order"
+EARLY_RANKERS = (BM25, COSINE, FUSION, ON_LABELS, LAMBDAMART)
+FINAL_RANKERS = (LAMBDAMART, ENCODER, BLENDED)
 
 Parameters = dict[str, Any]
 
@@ -67,7 +83,7 @@ class Texts:
 
     def __init__(self, collection: Collection, tokenizer: Any) -> None:
         self.queries = [_ids(tokenizer, text) for text in collection.queries]
-        self.films = [_ids(tokenizer, text) for text in filmsearch.texts_of(collection.films)]
+        self.films = [_ids(tokenizer, text) for text in filmsearch.film_texts(collection.films)]
         self.first = tokenizer.token_to_id("[CLS]")
         self.end = tokenizer.token_to_id("[SEP]")
 
@@ -78,11 +94,11 @@ class Texts:
         mask = np.zeros(tokens.shape, bool)
         head = [self.first, *self.queries[query][:QUERY_TOKENS], self.end]
         for row, film in enumerate(films):
-            both = [*head, *self.films[film]]
-            text = [*both[: TOKENS - 1], self.end]
-            tokens[row, : len(text)] = text
-            segments[row, len(head) : len(text)] = 1
-            mask[row, : len(text)] = True
+            pair = [*head, *self.films[film]]
+            pair = [*pair[: TOKENS - 1], self.end]
+            tokens[row, : len(pair)] = pair
+            segments[row, len(head) : len(pair)] = 1
+            mask[row, : len(pair)] = True
         return Pairs(tokens, mask, segments)
 
 
@@ -117,48 +133,55 @@ def score(parameters: Parameters, pairs: Pairs) -> Float[Array, "pairs"]:
     return inputs @ parameters["head"] + parameters["bias"]
 
 
-def loss(
-    parameters: Parameters, pairs: Pairs, label: Float[Array, "Q F"], known: Bool[Array, "Q F"]
-) -> Float[Array, ""]:
+class Batch(NamedTuple):
+    """The films of some queries, for a training step."""
+
+    pairs: Pairs  # of all films of the first query, then of the second one, ...
+    label: Float32[np.ndarray, "queries films"]  # 1 if a person wanted the film
+    is_labeled: Bool[np.ndarray, "queries films"]  # False on padding
+
+
+def loss(parameters: Parameters, batch: Batch) -> Float[Array, ""]:
     """Return softmax cross-entropy over each query's films, and cross-entropy of each label."""
-    scores = score(parameters, pairs).reshape(label.shape)
-    log_share = jax.nn.log_softmax(jnp.where(known, scores, -1e9), axis=1)
+    label = batch.label
+    scores = score(parameters, batch.pairs).reshape(label.shape)
+    log_share = jax.nn.log_softmax(jnp.where(batch.is_labeled, scores, -1e9), axis=1)
     positives = jnp.sum(label, axis=1)
     listwise = -jnp.sum(label * log_share, axis=1) / jnp.maximum(positives, 1)
     pointwise = optax.sigmoid_binary_cross_entropy(scores, label)
-    return jnp.mean(listwise) + jnp.sum(pointwise * known) / jnp.sum(known)
+    pointwise = jnp.sum(pointwise * batch.is_labeled) / jnp.sum(batch.is_labeled)
+    return jnp.mean(listwise) + pointwise
 
 
-def training_steps(
+def training_batches(
     texts: Texts, labels: Sequence[dict[int, int]], queries: Sequence[int]
-) -> Iterator[tuple[Pairs, np.ndarray, np.ndarray]]:
+) -> Iterator[Batch]:
     """Yield one epoch of batches, in an order drawn with seed 0."""
     generator = np.random.default_rng(0)
-    order = generator.permutation([of for of in queries if 1 in labels[of].values()])
-    for start in range(0, len(order) - QUERIES_A_STEP + 1, QUERIES_A_STEP):
+    with_positive = [query for query in queries if 1 in labels[query].values()]
+    order = generator.permutation(with_positive)
+    for start in range(0, len(order) - QUERIES_PER_STEP + 1, QUERIES_PER_STEP):
         parts = []
-        label = np.zeros((QUERIES_A_STEP, FILMS_A_QUERY), np.float32)
-        known = np.zeros(label.shape, bool)
-        for row, query in enumerate(order[start : start + QUERIES_A_STEP]):
-            films = generator.permutation(list(labels[query]))[:FILMS_A_QUERY].tolist()
-            known[row, : len(films)] = True
+        label = np.zeros((QUERIES_PER_STEP, FILMS_PER_QUERY), np.float32)
+        is_labeled = np.zeros(label.shape, bool)
+        for row, query in enumerate(order[start : start + QUERIES_PER_STEP]):
+            films = generator.permutation(list(labels[query]))[:FILMS_PER_QUERY].tolist()
             label[row, : len(films)] = [labels[query][film] for film in films]
-            padded = films + [films[0]] * (FILMS_A_QUERY - len(films))
-            parts.append(texts.pairs(query, padded))
-        yield Pairs(*map(np.concatenate, zip(*parts, strict=True))), label, known
+            is_labeled[row, : len(films)] = True
+            padding = [films[0]] * (FILMS_PER_QUERY - len(films))
+            parts.append(texts.pairs(query, films + padding))
+        pairs = Pairs(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            mask=np.concatenate([part.mask for part in parts]),
+            segments=np.concatenate([part.segments for part in parts]),
+        )
+        yield Batch(pairs, label, is_labeled)
 
 
-def trained(
-    path: Path, texts: Texts, labels: Sequence[dict[int, int]], queries: Sequence[int]
-) -> Parameters:
-    """Return the fine-tuned weights, from the workdir if they are there."""
-    weights, _ = sentences.pretrained()
-    parameters = new_parameters(weights)
-    leaves, tree = jax.tree.flatten(parameters)
-    if path.exists():
-        stored = load_file(path)
-        return jax.tree.unflatten(tree, [stored[str(place)] for place in range(len(leaves))])
-    batches = list(training_steps(texts, labels, queries))
+def fine_tune(batches: Sequence[Batch]) -> Parameters:
+    """Train the pretrained encoder and a new head, one step per batch."""
+    pretrained, _ = sentences.pretrained()
+    parameters = new_parameters(pretrained)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, int(WARM_UP * len(batches)), len(batches)
     )
@@ -166,35 +189,52 @@ def trained(
     state = optimizer.init(parameters)
 
     @jax.jit
-    def step(parameters: Parameters, state: Any, *batch: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss)(parameters, *batch)
+    def step(
+        parameters: Parameters, state: optax.OptState, batch: Batch
+    ) -> tuple[Parameters, optax.OptState, Float[Array, ""]]:
+        value, gradient = jax.value_and_grad(loss)(parameters, batch)
         updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, value
 
-    began, losses = time.process_time(), []
+    began = time.process_time()
+    losses = []
     for batch in tqdm(batches, desc="train", mininterval=10):
-        parameters, state, value = step(parameters, state, *batch)
+        parameters, state, value = step(parameters, state, batch)
         losses.append(float(value))
     seconds = time.process_time() - began
+    first = losses[: len(losses) // 10]
+    last = losses[-len(losses) // 10 :]
     print(
-        f"trained {len(batches)} steps of {QUERIES_A_STEP * FILMS_A_QUERY} pairs in "
+        f"trained {len(batches)} steps of {QUERIES_PER_STEP * FILMS_PER_QUERY} pairs in "
         f"{seconds:,.0f} CPU seconds; mean loss of the first and last tenth: "
-        f"{np.mean(losses[: len(losses) // 10]):.3f}, {np.mean(losses[-len(losses) // 10 :]):.3f}"
+        f"{np.mean(first):.3f}, {np.mean(last):.3f}"
     )
-    leaves = jax.tree.leaves(parameters)
-    part = path.with_suffix(".part")
-    save_file({str(place): np.asarray(leaf) for place, leaf in enumerate(leaves)}, part)
-    part.rename(path)
     return parameters
 
 
-def scores_of(
+def save_parameters(path: Path, parameters: Parameters) -> None:
+    """Write the fine-tuned weights, numbered in the order of their leaves."""
+    leaves = jax.tree.leaves(parameters)
+    part = path.with_suffix(".part")
+    save_file({str(index): np.asarray(leaf) for index, leaf in enumerate(leaves)}, part)
+    part.rename(path)
+
+
+def load_parameters(path: Path) -> Parameters:
+    """Read weights that `save_parameters` has written."""
+    pretrained, _ = sentences.pretrained()
+    structure = jax.tree.structure(new_parameters(pretrained))
+    stored = load_file(path)
+    return jax.tree.unflatten(structure, [stored[str(index)] for index in range(len(stored))])
+
+
+def score_films(
     path: Path,
     parameters: Parameters,
     texts: Texts,
     films: Mapping[int, Int[np.ndarray, "n"]],
 ) -> dict[int, Float32[np.ndarray, "n"]]:
-    """Return the scores of the films of each query; a file keeps those of each query.
+    """Return the scores of the films of each query, and store them in a file per query.
 
     Files of other weights, texts or candidates are not read: the folder is named by their digest.
     """
@@ -206,33 +246,84 @@ def scores_of(
         digest.update(np.asarray(leaf).tobytes())
     folder = path / digest.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
+    scores = {}
     for query in tqdm(films, desc="score", mininterval=10):
         file = folder / f"{query}.npy"
         if not file.exists():
-            number = len(films[query])
-            whole = -(-number // _SCORED_AT_A_TIME) * _SCORED_AT_A_TIME
-            pairs = texts.pairs(query, np.resize(films[query], whole).tolist())
-            parts = [
-                np.asarray(compiled(parameters, Pairs(*(part[start : start + _SCORED_AT_A_TIME]
-                                                        for part in pairs))))
-                for start in range(0, whole, _SCORED_AT_A_TIME)
-            ]  # fmt: skip
             part = file.with_suffix(".part.npy")
-            np.save(part, np.concatenate(parts)[:number])
+            np.save(part, _score_query(compiled, parameters, texts, query, films[query]))
             part.rename(file)
-        found[query] = np.load(file)
-    return found
+        scores[query] = np.load(file)
+    return scores
+
+
+def _score_query(
+    compiled: Callable[[Parameters, Pairs], Array],
+    parameters: Parameters,
+    texts: Texts,
+    query: int,
+    films: Int[np.ndarray, "n"],
+) -> Float32[np.ndarray, "n"]:
+    """Score the films of a query in batches of equal size, so that one program is compiled."""
+    num_batches = -(-len(films) // _BATCH)
+    # The last batch repeats films.
+    padded = np.resize(films, num_batches * _BATCH)
+    scores = [
+        np.asarray(compiled(parameters, texts.pairs(query, batch.tolist())))
+        for batch in np.split(padded, num_batches)
+    ]
+    return np.concatenate(scores)[: len(films)]
+
+
+class Query(NamedTuple):
+    """The first candidates of a query by BM25."""
+
+    features: Float32[np.ndarray, "n F"]
+    label: Int[np.ndarray, "n"]
+    scores: dict[str, Float[np.ndarray, "n"]]  # by the ranker; `BLENDED` is not among them
+
+    def score(self, ranker: str, blend: float) -> Float[np.ndarray, "n"]:
+        """Return the numbers that a ranker sorts by; `blend` is the encoder's weight in a sum."""
+        if ranker == BLENDED:
+            return self.scores[LAMBDAMART] + blend * self.scores[ENCODER]
+        return self.scores[ranker]
+
+
+def score_query(
+    candidates: Candidates,
+    encoder_score: Float32[np.ndarray, "n"],
+    trees: FinalRanker,
+    early_trees: FinalRanker,
+) -> Query:
+    """Score the first candidates of a query by all rankers; `early_trees` saw other queries."""
+    features = candidates.features[:CANDIDATES]
+    columns = dict(zip(FEATURES, features.T, strict=True))
+    bm25 = columns["bm25"]
+    cosine = columns[filmsearch.COSINE]
+    scores = {
+        BM25: bm25,
+        COSINE: cosine,
+        FUSION: filmsearch.fuse(bm25, cosine),
+        ON_LABELS: np.asarray(early_trees.trees.predict(features)),
+        LAMBDAMART: np.asarray(trees.trees.predict(features)),
+        ENCODER: encoder_score,
+    }
+    return Query(features, candidates.label[:CANDIDATES], scores)
 
 
 def ndcg(score: Float[np.ndarray, "n"], label: Int[np.ndarray, "n"]) -> float:
     """Return nDCG@10 of the labeled films; NaN without one that is wanted."""
-    labeled = label >= 0
-    gain = label[labeled][np.argsort(-score[labeled], kind="stable")][:10]
-    ideal = -np.sort(-label[labeled])[:10]
-    discount = 1 / np.log2(2 + np.arange(10))
-    best = float(ideal @ discount[: len(ideal)])
-    return float(gain @ discount[: len(gain)]) / best if best else float("nan")
+    is_labeled = label >= 0
+    order = np.argsort(-score[is_labeled], kind="stable")
+    best = _dcg(-np.sort(-label[is_labeled]))
+    return _dcg(label[is_labeled][order]) / best if best else float("nan")
+
+
+def _dcg(label: Int[np.ndarray, "n"]) -> float:
+    """Return DCG@10 of the labels in an order."""
+    gain = label[:10]
+    discount = 1 / np.log2(2 + np.arange(len(gain)))
+    return float(gain @ discount)
 
 
 def value_curve(
@@ -240,176 +331,12 @@ def value_curve(
 ) -> Float[np.ndarray, "n"]:
     """Return the summed value of the best `shown` of the first k candidates, for k = 1 … n."""
     ordered = value[np.argsort(-early, kind="stable")]
-    kept: list[float] = []
+    best: list[float] = []
     curve = np.empty(len(ordered))
-    for place, one in enumerate(ordered):
-        kept = sorted([*kept, one], reverse=True)[:shown]
-        curve[place] = sum(kept)
+    for place, candidate_value in enumerate(ordered):
+        best = sorted([*best, candidate_value], reverse=True)[:shown]
+        curve[place] = sum(best)
     return curve
-
-
-def passed_for_99(curves: Float[np.ndarray, "queries n"]) -> int:
-    """Return the smallest k that keeps 99% of the value over all queries."""
-    total = curves.sum(axis=0)
-    return int(np.argmax(total >= 0.99 * total[-1])) + 1
-
-
-def draws(queries: int) -> Int[np.ndarray, "1000 queries"]:
-    """Return places of queries, drawn with replacement."""
-    return np.random.default_rng(0).integers(0, queries, (1000, queries))
-
-
-def main() -> None:
-    """Trains what is missing, scores, and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the raw files")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--vectors", type=Path, help="the folder of the sentence vectors' file")
-    flags = parser.parse_args()
-    flags.workdir.mkdir(parents=True, exist_ok=True)
-    seed = int(get_config().data.seed)
-    collection = filmsearch.read(flags.data)
-    films, queries = filmsearch.vectors_of(collection, flags.vectors or flags.workdir)
-    retrieve = filmsearch.retriever(collection, lambda query, film: films[film] @ queries[query])
-    candidates = [
-        retrieve(query)
-        for query in tqdm(range(len(collection.queries)), "retrieve", mininterval=10)
-    ]
-    best = {
-        query: int(found.film[found.label.argmax()])
-        for query, found in enumerate(candidates)
-        if found.label.max() > 0
-    }
-    groups = filmsearch.groups_of(collection, best)
-    splits = np.array(filmsearch.splits_of(groups, seed))
-    learns = np.flatnonzero(splits == RANKER)
-    trees, _ = filmsearch.fit_ranker([candidates[of] for of in learns], groups[learns], seed)
-    others = np.random.default_rng(0).permutation(np.flatnonzero(splits == "train"))[:OTHERS]
-    early, _ = filmsearch.fit_ranker([candidates[of] for of in others], groups[others], seed)
-    texts = Texts(collection, sentences.pretrained()[1])
-    encoder = trained(flags.workdir / "encoder.safetensors", texts, collection.labels, learns)
-
-    chosen = {
-        split: np.random.default_rng(0).permutation(np.flatnonzero(splits == split))[:SCORED]
-        for split in ("validation", "test")
-    }
-    first = {
-        int(query): candidates[query].film[:CANDIDATES] for of in chosen.values() for query in of
-    }
-    by_encoder = scores_of(flags.workdir / "scores", encoder, texts, first)
-    of_queries = {
-        query: Scored.of(candidates[query], by_encoder[query], trees, early) for query in first
-    }
-    report(
-        [of_queries[int(query)] for query in chosen["validation"]],
-        [of_queries[int(query)] for query in chosen["test"]],
-        shown=int(get_config().funnel.shown),
-    )
-
-
-class Scored(NamedTuple):
-    """The first candidates of a query by BM25, with the scores of all rankers."""
-
-    features: Float32[np.ndarray, "n F"]
-    label: Int[np.ndarray, "n"]
-    bm25: Float[np.ndarray, "n"]
-    cosine: Float[np.ndarray, "n"]
-    trees: Float[np.ndarray, "n"]
-    early_trees: Float[np.ndarray, "n"]  # trained on other queries
-    encoder: Float[np.ndarray, "n"]
-
-    @classmethod
-    def of(cls, found: Candidates, encoder: np.ndarray, trees: Any, early_trees: Any) -> "Scored":
-        """Join the scores of one query."""
-        features = found.features[:CANDIDATES]
-        columns = dict(zip(FEATURES, features.T, strict=True))
-        return cls(
-            features,
-            found.label[:CANDIDATES],
-            columns["bm25"],
-            columns["minilm"],
-            np.asarray(trees.predict(features)),
-            np.asarray(early_trees.predict(features)),
-            encoder,
-        )
-
-    def orders(self, blend: float) -> dict[str, Float[np.ndarray, "n"]]:
-        """Return the numbers that each ranker sorts by."""
-        return {
-            "BM25": self.bm25,
-            "cosine": self.cosine,
-            "fusion, k0 60": filmsearch.fused(self.bm25, self.cosine),
-            "trees on labels": self.early_trees,
-            "LambdaMART": self.trees,
-            "encoder": self.encoder,
-            "LambdaMART + encoder": self.trees + blend * self.encoder,
-        }
-
-
-def report(validation: Sequence[Scored], test: Sequence[Scored], shown: int) -> None:
-    """Print both tables."""
-    means = [
-        np.nanmean([ndcg(of.orders(blend)["LambdaMART + encoder"], of.label) for of in validation])
-        for blend in BLENDS
-    ]
-    blend = BLENDS[int(np.argmax(means))]
-    print(f"\nweight of the encoder, chosen on {len(validation)} validation queries: {blend}\n")
-    orders = [of.orders(blend) for of in test]
-    names = list(orders[0])
-    quality = np.array(
-        [
-            [ndcg(order[name], of.label) for name in names]
-            for of, order in zip(test, orders, strict=True)
-        ]
-    )
-    quality = quality[~np.isnan(quality).any(axis=1)]
-    gap = quality - quality[:, [names.index("LambdaMART")]]
-    half = 1.96 * gap.std(axis=0, ddof=1) / len(gap) ** 0.5
-    print(f"| ranker | nDCG@10, {len(quality)} test queries | minus LambdaMART |\n|---|---|---|")
-    for name, mean, difference, width in zip(
-        names, quality.mean(0), gap.mean(0), half, strict=True
-    ):
-        print(f"| {name} | {mean:.3f} | {difference:+.3f} ± {width:.3f} |")
-    finals = ("LambdaMART", "encoder", "LambdaMART + encoder")
-    early = [*names[:5], "trees on its order"]
-    tables: dict[str, dict[str, list[str]]] = {
-        title: {name: [] for name in early}
-        for title in ("for 99% of", "for people's 99% under", "kept of")
-    }
-    at = draws(len(test))
-    for final in finals:
-        learned = _trees_on_order(validation, [of.orders(blend)[final] for of in validation], shown)
-        values = _calibrated(final, validation, test, blend)
-        learned_scores = [np.asarray(learned.predict(of.features)) for of in test]
-        by_people = [ndcg(score, of.label) for score, of in zip(learned_scores, test, strict=True)]
-        print(f"\nnDCG@10 of trees on the order of {final}: {np.nanmean(by_people):.3f}")
-        for name in early:
-            scores = learned_scores if name == early[-1] else [order[name] for order in orders]
-            curves = np.array([*map(value_curve, scores, values, [shown] * len(test))])
-            of_people = np.array([
-                people_curve(score, value, of.label)
-                for score, value, of in zip(scores, values, test, strict=True)
-            ])  # fmt: skip
-            of_people = of_people[~np.isnan(of_people).any(axis=1)]
-            survivals = [*map(survival, scores, values, [shown] * len(test))]
-            cells = (
-                _needed(curves, at),
-                _needed(of_people, draws(len(of_people))),
-                f"{np.mean(survivals):.1%}",
-            )
-            for table, cell in zip(tables.values(), cells, strict=True):
-                table[name].append(cell)
-    for title, table in tables.items():
-        print(f"\n| early ranker | {' | '.join(f'{title} {name}' for name in finals)} |")
-        print("|---" * (len(finals) + 1) + "|")
-        for name, row in table.items():
-            print(f"| {name} | {' | '.join(row)} |")
-
-
-def _needed(curves: Float[np.ndarray, "queries n"], at: Int[np.ndarray, "1000 queries"]) -> str:
-    """The smallest k that keeps 99%, with its interval over the draws `at`."""
-    low, high = np.quantile([passed_for_99(curves[places]) for places in at], [0.025, 0.975])
-    return f"{passed_for_99(curves)} ({low:.0f} to {high:.0f})"
 
 
 def people_curve(
@@ -423,9 +350,7 @@ def people_curve(
     place = np.argsort(np.argsort(-early, kind="stable"))
     order = np.argsort(-value, kind="stable")
     order = order[label[order] >= 0]
-    discount = 1 / np.log2(2 + np.arange(10))
-    ideal = -np.sort(-label[order])[:10]
-    best = float(ideal @ discount[: len(ideal)])
+    best = _dcg(-np.sort(-label[order]))
     curve = np.full(len(early), np.nan)
     if best == 0:
         return curve
@@ -433,8 +358,8 @@ def people_curve(
     changes = np.sort(place[order])
     curve[: changes[0]] = 0.0
     for start, end in zip(changes, [*changes[1:], len(early)], strict=True):
-        gain = label[order[place[order] <= start]][:10]
-        curve[start:end] = float(gain @ discount[: len(gain)]) / best
+        has_joined = place[order] <= start
+        curve[start:end] = _dcg(label[order[has_joined]]) / best
     return curve
 
 
@@ -445,33 +370,194 @@ def survival(early: Float[np.ndarray, "n"], value: Float[np.ndarray, "n"], shown
     return float(np.isin(top, passed).mean())
 
 
-def _trees_on_order(
-    queries: Sequence[Scored], score: Sequence[Float[np.ndarray, "n"]], shown: int
-) -> Any:
+def passed_for_99(curves: Float[np.ndarray, "queries n"]) -> int:
+    """Return the smallest k that keeps 99% of the value over all queries."""
+    total = curves.sum(axis=0)
+    return int(np.argmax(total >= 0.99 * total[-1])) + 1
+
+
+def _with_interval(curves: Float[np.ndarray, "queries n"]) -> str:
+    """Return `passed_for_99` as text, with its interval over queries drawn with replacement."""
+    draws = np.random.default_rng(0).integers(0, len(curves), (1000, len(curves)))
+    low, high = np.quantile([passed_for_99(curves[queries]) for queries in draws], [0.025, 0.975])
+    return f"{passed_for_99(curves)} ({low:.0f} to {high:.0f})"
+
+
+def report(validation: Sequence[Query], test: Sequence[Query], shown: int) -> None:
+    """Print the four tables."""
+    blend = _best_blend(validation)
+    print(f"\nweight of the encoder, chosen on {len(validation)} validation queries: {blend}\n")
+    _report_quality(test, blend)
+
+    cells = {}
+    for final in FINAL_RANKERS:
+        learned = _trees_on_order(final, validation, blend, shown)
+        learned_scores = [np.asarray(learned.predict(query.features)) for query in test]
+        quality = [
+            ndcg(score, query.label) for query, score in zip(test, learned_scores, strict=True)
+        ]
+        print(f"\nnDCG@10 of trees on the order of {final}: {np.nanmean(quality):.3f}")
+        values = _probabilities(final, validation, test, blend)
+        for early in EARLY_RANKERS:
+            scores = [query.score(early, blend) for query in test]
+            cells[early, final] = _measure(scores, values, test, shown)
+        cells[ON_ORDER, final] = _measure(learned_scores, values, test, shown)
+
+    _print_table("for 99% of", {pair: cell.for_value for pair, cell in cells.items()})
+    _print_table("for people's 99% under", {pair: cell.for_people for pair, cell in cells.items()})
+    _print_table("kept of", {pair: cell.survival for pair, cell in cells.items()})
+
+
+def _best_blend(queries: Sequence[Query]) -> float:
+    """Return the weight of the encoder with the highest mean nDCG@10."""
+    means = []
+    for blend in BLENDS:
+        quality = [ndcg(query.score(BLENDED, blend), query.label) for query in queries]
+        means.append(np.nanmean(quality))
+    return BLENDS[int(np.argmax(means))]
+
+
+def _report_quality(queries: Sequence[Query], blend: float) -> None:
+    """Print nDCG@10 of each ranker, with the paired difference to LambdaMART."""
+    names = [*EARLY_RANKERS, ENCODER, BLENDED]
+    quality = np.empty((len(queries), len(names)))
+    for row, query in enumerate(queries):
+        quality[row] = [ndcg(query.score(name, blend), query.label) for name in names]
+    quality = quality[~np.isnan(quality).any(axis=1)]
+    mean = quality.mean(axis=0)
+    gap = quality - quality[:, [names.index(LAMBDAMART)]]
+    mean_gap = gap.mean(axis=0)
+    half_width = 1.96 * gap.std(axis=0, ddof=1) / len(gap) ** 0.5
+    print(f"| ranker | nDCG@10, {len(quality)} test queries | minus LambdaMART |\n|---|---|---|")
+    for index, name in enumerate(names):
+        difference = f"{mean_gap[index]:+.3f} ± {half_width[index]:.3f}"
+        print(f"| {name} | {mean[index]:.3f} | {difference} |")
+
+
+class Cells(NamedTuple):
+    """What an early ranker leaves room for under a final one: a cell in each of three tables."""
+
+    for_value: str  # candidates to pass for 99% of the final ranker's value
+    for_people: str  # for 99% of nDCG@10 by labels
+    survival: str  # of the final ranker's own top, if a tenth is passed
+
+
+def _measure(
+    scores: Sequence[Float[np.ndarray, "n"]],
+    values: Sequence[Float[np.ndarray, "n"]],
+    queries: Sequence[Query],
+    shown: int,
+) -> Cells:
+    """Measure an early ranker's scores of each query under a final ranker's values."""
+    value_curves = []
+    people_curves = []
+    survivals = []
+    for score, value, query in zip(scores, values, queries, strict=True):
+        value_curves.append(value_curve(score, value, shown))
+        people_curves.append(people_curve(score, value, query.label))
+        survivals.append(survival(score, value, shown))
+    by_people = np.array(people_curves)
+    by_people = by_people[~np.isnan(by_people).any(axis=1)]
+    return Cells(
+        for_value=_with_interval(np.array(value_curves)),
+        for_people=_with_interval(by_people),
+        survival=f"{np.mean(survivals):.1%}",
+    )
+
+
+def _print_table(title: str, cells: Mapping[tuple[str, str], str]) -> None:
+    """Print a table of early rankers by final rankers."""
+    header = " | ".join(f"{title} {final}" for final in FINAL_RANKERS)
+    print(f"\n| early ranker | {header} |")
+    print("|---" * (len(FINAL_RANKERS) + 1) + "|")
+    for early in (*EARLY_RANKERS, ON_ORDER):
+        row = " | ".join(cells[early, final] for final in FINAL_RANKERS)
+        print(f"| {early} | {row} |")
+
+
+def _trees_on_order(final: str, queries: Sequence[Query], blend: float, shown: int) -> Any:
     """Return small trees that learned the order of a final ranker from all candidates."""
-    numbers = np.concatenate([of.features for of in queries])
-    place = np.concatenate([np.argsort(np.argsort(-of, kind="stable")) for of in score])
+    numbers = np.concatenate([query.features for query in queries])
+    places = []
+    for query in queries:
+        order = np.argsort(-query.score(final, blend), kind="stable")
+        places.append(np.argsort(order))
     data = tree_rivals.TreeData(
         numbers=numbers,
-        sizes=np.array([len(of) for of in score]),
+        sizes=np.array([len(query.features) for query in queries]),
         stage=np.zeros(len(numbers), int),
         user_value=np.zeros(len(numbers)),
-        final_place=place.astype(float),
+        final_place=np.concatenate(places).astype(float),
         draw=np.zeros(len(numbers)),
     )
     no_rates = np.zeros((1, 0), np.float32)
     return tree_rivals.fit(data, "scores", no_rates, shown, with_rates=False).model
 
 
-def _calibrated(
-    final: str, validation: Sequence[Scored], test: Sequence[Scored], blend: float
+def _probabilities(
+    final: str, validation: Sequence[Query], test: Sequence[Query], blend: float
 ) -> list[Float[np.ndarray, "n"]]:
     """Return the probability that a person wants each film of the test, by a logistic curve."""
-    score = np.concatenate([of.orders(blend)[final] for of in validation])
-    label = np.concatenate([of.label for of in validation])
-    curve = LogisticRegression().fit(score[label >= 0, None], label[label >= 0])
-    slope, start = float(curve.coef_[0, 0]), float(curve.intercept_[0])
-    return [expit(slope * of.orders(blend)[final] + start) for of in test]
+    score = np.concatenate([query.score(final, blend) for query in validation])
+    label = np.concatenate([query.label for query in validation])
+    is_labeled = label >= 0
+    curve = LogisticRegression().fit(score[is_labeled, None], label[is_labeled])
+    slope = float(curve.coef_[0, 0])
+    intercept = float(curve.intercept_[0])
+    return [expit(slope * query.score(final, blend) + intercept) for query in test]
+
+
+def main() -> None:
+    """Train what is missing, score, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the raw files")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--vectors", type=Path, help="the folder of the sentence vectors' file")
+    flags = parser.parse_args()
+    flags.workdir.mkdir(parents=True, exist_ok=True)
+    config = get_config()
+    seed = int(config.data.seed)
+
+    collection = filmsearch.read(flags.data)
+    vectors = filmsearch.sentence_vectors(collection, flags.vectors or flags.workdir)
+    retriever = filmsearch.Retriever(collection, vectors)
+    candidates = [
+        retriever.retrieve(query)
+        for query in tqdm(range(len(collection.queries)), "retrieve", mininterval=10)
+    ]
+    query_splits = filmsearch.split_queries(collection, candidates, seed)
+    groups = query_splits.group
+    splits = np.array(query_splits.split)
+
+    def draw_queries(split: str, most: int) -> list[int]:
+        queries = np.flatnonzero(splits == split)
+        return list(np.random.default_rng(0).permutation(queries)[:most].tolist())
+
+    learned = np.flatnonzero(splits == RANKER).tolist()
+    trees = filmsearch.fit_ranker([candidates[query] for query in learned], groups[learned], seed)
+    early = draw_queries("train", EARLY_QUERIES)
+    early_trees = filmsearch.fit_ranker([candidates[query] for query in early], groups[early], seed)
+    _, tokenizer = sentences.pretrained()
+    texts = Texts(collection, tokenizer)
+    weights = flags.workdir / "encoder.safetensors"
+    if not weights.exists():
+        batches = list(training_batches(texts, collection.labels, learned))
+        save_parameters(weights, fine_tune(batches))
+    encoder = load_parameters(weights)
+
+    validation = draw_queries("validation", SCORED)
+    test = draw_queries("test", SCORED)
+    films = {query: candidates[query].film[:CANDIDATES] for query in (*validation, *test)}
+    encoder_scores = score_films(flags.workdir / "scores", encoder, texts, films)
+    queries = {
+        query: score_query(candidates[query], encoder_scores[query], trees, early_trees)
+        for query in films
+    }
+    report(
+        validation=[queries[query] for query in validation],
+        test=[queries[query] for query in test],
+        shown=int(config.funnel.shown),
+    )
 
 
 if __name__ == "__main__":

@@ -67,19 +67,20 @@ def main() -> None:
     flags = parser.parse_args()
     print("| sweep | ranker | worthless | alike | passed AUC | bounds | truth | holds |")
     print("|---" * 8 + "|")
-    held = []
+    holds = []
     for workdir in flags.workdirs:
         for case in cases(workdir):
             low, high = case.bounds
-            shown = f"at least {low:.0f}" if math.isnan(high) else f"{low:.0f} to {high:.0f}"
+            bounds = f"at least {low:.0f}" if math.isnan(high) else f"{low:.0f} to {high:.0f}"
+            verdict = "yes" if case.holds else "NO"
             print(
                 f"| {workdir} | {case.name} | {case.if_worthless:.0f} | {case.if_alike:.0f} "
-                f"| {case.passed_auc:.2f} | {shown} | {case.truth:.0f} "
-                f"| {'yes' if case.holds else 'NO'} |",
+                f"| {case.passed_auc:.2f} | {bounds} | {case.truth:.0f} "
+                f"| {verdict} |",
                 flush=True,
             )
-            held.append(case.holds)
-    print(f"\n{sum(held)} of {len(held)} bounds contain the truth")
+            holds.append(case.holds)
+    print(f"\n{sum(holds)} of {len(holds)} bounds contain the truth")
 
 
 def cases(workdir: Path) -> Iterator[Case]:
@@ -113,9 +114,9 @@ def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
     stored = np.concatenate([np.full((1, score.shape[1]), np.nan), score]).astype(np.float32)
     windows = Windows([stored.view(np.int32).reshape(-1)], score.shape[1])
     column = Rows(windows, row_type(spec, "scored"), score.shape[1] * (1 + first), score.shape[1])
-    own = columns.candidates.first_fields(row_type(spec, "candidate"))
+    unscored = columns.candidates.first_fields(row_type(spec, "candidate"))
     return dataclasses.replace(
-        columns, candidates=own._replace(type=columns.candidates.type, column=column)
+        columns, candidates=unscored._replace(type=columns.candidates.type, column=column)
     )
 
 
@@ -125,7 +126,7 @@ def measured(trainees: Trainees, workdir: Path) -> dict[str, Row]:
     sweep = open_sweep(config, workdir, trainees.dataset.provenance)
     teachers = Teachers(trainees.dataset)
     chosen = setting_names.chosen(sweep.validation())
-    found: dict[str, Row] = {}
+    rows_by_name: dict[str, Row] = {}
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
         job = make_job(trainees.of(cohort), teachers, Progress())
         serves = {name: chosen[name] for name in job.runs if name in chosen}
@@ -140,8 +141,8 @@ def measured(trainees: Trainees, workdir: Path) -> dict[str, Row]:
         ).rows
         for row in rows:
             if row["role"] != "teacher" and row["run"] not in NO_RANKERS and CRITERION in row:
-                found[f"{row['run']} ({row['serve']})"] = row
-    return found
+                rows_by_name[f"{row['run']} ({row['serve']})"] = row
+    return rows_by_name
 
 
 if __name__ == "__main__":

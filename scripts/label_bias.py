@@ -81,10 +81,15 @@ def main() -> None:
     for noise in map(float, flags.noises.split(",")):
         pairs = pd.concat([_pairs(noise, seed, flags.requests) for seed in seeds])
         for estimate in ESTIMATES:
-            gains, losses = pairs[pairs[estimate] > 0], pairs[pairs[estimate] < 0]
-            wrong = (gains["true"] < 0).sum(), (losses["true"] > 0).sum()
-            cells = [noise, estimate, len(pairs), len(gains), wrong[0], len(losses), wrong[1]]
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            gains = pairs[pairs[estimate] > 0]
+            losses = pairs[pairs[estimate] < 0]
+            wrong_gains = (gains["true"] < 0).sum()
+            wrong_losses = (losses["true"] > 0).sum()
+            print(
+                f"| {noise} | {estimate} | {len(pairs)} | {len(gains)} | {wrong_gains} | "
+                f"{len(losses)} | {wrong_losses} |",
+                flush=True,
+            )
 
 
 def _pairs(noise: float, seed: int, number: int) -> pd.DataFrame:
@@ -105,40 +110,42 @@ def _pairs(noise: float, seed: int, number: int) -> pd.DataFrame:
         if RANKERS[less].errors == RANKERS[more].errors:
             continue
         for k in range(len(PASSED)):
-            pair = values[more]._asdict(), values[less]._asdict()
-            true = _sign(*(of["true"] for of in pair), k, counts)
-            if true:
-                signs.append(
-                    {"true": true}
-                    | {name: _sign(*(of[name] for of in pair), k, counts) for name in ESTIMATES}
-                )
+            pair_signs = {"true": _sign(values[more].true, values[less].true, k, counts)}
+            if not pair_signs["true"]:
+                continue
+            for name in ESTIMATES:
+                first = getattr(values[more], name)
+                second = getattr(values[less], name)
+                pair_signs[name] = _sign(first, second, k, counts)
+            signs.append(pair_signs)
     return pd.DataFrame(signs, columns=Values._fields)
 
 
 def _values(
     requests: Sequence[Request], ranker: Ranker, config: ConfigDict, rng: np.random.Generator
 ) -> Values:
-    """The values of one ranker, with noise of its own."""
+    """Return the values of one ranker, with noise of its own."""
     funnel = config.funnel
     ks = [*(round(share * funnel.passed) for share in PASSED), funnel.retrieved]
     item_noise = rng.standard_normal((config.data.num_items, len(cascade.TASKS)))
-    true, covered, ips, covered_truth = np.zeros((4, len(requests), len(ks)))
+    shape = (len(requests), len(ks))
+    values = Values(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape))
     for place, request in enumerate(requests):
-        logits, of_teacher = logit(request.true_probability), logit(request.teacher_probability)
+        logits = logit(request.true_probability)
+        teacher_logits = logit(request.teacher_probability)
         candidate_noise = rng.standard_normal(logits.shape)
         incumbent = scipy.stats.zscore(request.incumbent)[:, None]
-        score = logits + ranker.errors * (of_teacher - logits) + ranker.incumbent * incumbent
+        score = logits + ranker.errors * (teacher_logits - logits) + ranker.incumbent * incumbent
         score += ranker.noise * (item_noise[request.item_id] + candidate_noise)
-        value, teacher_value, true_value = (
-            probability @ cascade.PRODUCTION_VALUE_WEIGHTS
-            for probability in (expit(score), request.teacher_probability, request.true_probability)
-        )
+        value = expit(score) @ cascade.PRODUCTION_VALUE_WEIGHTS
+        teacher_value = request.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS
+        true_value = request.true_probability @ cascade.PRODUCTION_VALUE_WEIGHTS
         # Only shown candidates, which come first, have labels.
         user_value = np.zeros(len(value))
         user_value[: funnel.shown] = request.user_label @ cascade.PRODUCTION_VALUE_WEIGHTS
         for column, k in enumerate(ks):
             shown = _shown(value, teacher_value, k, funnel.shown)
-            true[place, column] = true_value[shown].sum()
+            values.true[place, column] = true_value[shown].sum()
             part = funnel.passed / funnel.retrieved
             slots = part * funnel.shown
             shown = _shown(
@@ -149,11 +156,11 @@ def _values(
             )
             # The last slot counts for the fraction that is left.
             weight = np.clip(slots - np.arange(len(shown)), 0, 1)
-            covered[place, column] = weight @ user_value[shown]
+            values.covered[place, column] = weight @ user_value[shown]
             by_propensity = user_value[shown] / request.propensity[shown]
-            ips[place, column] = weight @ np.nan_to_num(by_propensity)
-            covered_truth[place, column] = weight @ true_value[shown]
-    return Values(true, covered, ips, covered_truth)
+            values.ips[place, column] = weight @ np.nan_to_num(by_propensity)
+            values.covered_truth[place, column] = weight @ true_value[shown]
+    return values
 
 
 def _shown(
@@ -170,8 +177,9 @@ def _sign(
     k: int,
     counts: Int[np.ndarray, "1+B N"],
 ) -> int:
-    """The sign of the difference in the share of the value kept, 0 if its interval includes 0."""
-    first, second = counts @ one, counts @ other
+    """Return the sign of the difference in the share of the value, 0 if its interval has 0."""
+    first = counts @ one
+    second = counts @ other
     change = first[:, k] / first[:, -1] - second[:, k] / second[:, -1]
     gap = crossed_interval(OverDraws((0,), change[:, None], counts.shape[1]))
     return int(gap.low > 0) - int(gap.high < 0)

@@ -84,19 +84,25 @@ def make_requests(
     generator: np.random.Generator,
 ) -> pa.Table:
     """Some of all requests, a row a candidate, in the order of time."""
-    count, users, items = len(numbers), len(world["age"]), len(world["author"])
+    count = len(numbers)
+    users = len(world["age"])
+    items = len(world["author"])
     user = generator.integers(0, users, count)
     # A request's candidates are different items: a random stretch of a random order.
-    start, step = generator.integers(0, items, count), 2 * generator.integers(1, items // 2, count)
+    start = generator.integers(0, items, count)
+    step = 2 * generator.integers(1, items // 2, count)
     step += np.gcd(step + 1, items) == 1
     item = (start[:, None] + step[:, None] * np.arange(CANDIDATES)) % items
     match = np.einsum("rt,rct->rc", world["user_traits"][user], world["item_traits"][item])
     logit = 0.5 * match + 0.5 * world["quality"][item] - 1
     score = logit + generator.normal(size=logit.shape)
     order = np.argsort(-score, axis=1)
-    item, logit, score = (np.take_along_axis(a, order, axis=1) for a in (item, logit, score))
+    item = np.take_along_axis(item, order, axis=1)
+    logit = np.take_along_axis(logit, order, axis=1)
+    score = np.take_along_axis(score, order, axis=1)
     place = np.broadcast_to(np.arange(CANDIDATES), item.shape)
-    shown, passed = place < SHOWN, place < PASSED
+    shown = place < SHOWN
+    passed = place < PASSED
     probability = [1 / (1 + np.exp(-logit)), 1 / (1 + np.exp(1.5 - logit))]
     row = np.repeat(np.arange(count), CANDIDATES)
 

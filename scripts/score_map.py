@@ -138,15 +138,21 @@ def measured(folder: Path) -> Measured:
     rows = rows[rows["setting"].isin(of_split(rows, "test")["setting"])]
     kept = f"survival@{study.passed}"
     means = rows.groupby(["split", "setting"])[[CRITERION, kept]].mean()
-    validation, test = means.loc["validation"], means.loc["test"]
+    validation = means.loc["validation"]
+    test = means.loc["test"]
     first = rows.groupby("setting").first()
     needs_scores = first["needs_scores"].astype(bool)
     is_student = first["role"] == "student"
     is_trees = first.index.to_series().str.startswith("trees")
 
+    def best_setting(to_pass: pd.Series) -> str:
+        return "" if to_pass.empty else str(to_pass.idxmin())
+
     def best(is_allowed: pd.Series) -> Pair:
-        pools = (validation.loc[is_allowed & of, CRITERION] for of in (needs_scores, ~needs_scores))
-        return Pair(*("" if pool.empty else str(pool.idxmin()) for pool in pools))
+        return Pair(
+            best_setting(validation.loc[is_allowed & needs_scores, CRITERION]),
+            best_setting(validation.loc[is_allowed & ~needs_scores, CRITERION]),
+        )
 
     def passed(setting: str) -> float:
         return float(test[CRITERION].get(setting, np.nan))
@@ -154,8 +160,10 @@ def measured(folder: Path) -> Measured:
     def saved(pair: Pair) -> float:
         return 1 - passed(pair.with_scores) / passed(pair.without)
 
-    of_all, of_trees = best(pd.Series(True, needs_scores.index)), best(is_trees)
-    without, with_scores = passed(of_all.without), passed(of_all.with_scores)
+    of_all = best(pd.Series(True, needs_scores.index))
+    of_trees = best(is_trees)
+    without = passed(of_all.without)
+    with_scores = passed(of_all.with_scores)
     return Measured(
         kept=float(validation[kept].get(of_trees.with_scores, np.nan)),
         kept_by_others=float(validation.loc[~needs_scores & ~is_student, kept].max()),
@@ -256,7 +264,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for which in filter(None, flags.worlds.split(",")):
         worlds = worlds_of(which)
-        found: dict[World, list[Measured]] = {world: [] for world in worlds}
+        measurements: dict[World, list[Measured]] = {world: [] for world in worlds}
         for seed, world in itertools.product(seeds, worlds):
             folder = flags.workdir / world.folder / f"seed{seed}"
             # Written last.
@@ -265,20 +273,20 @@ def main() -> None:
                 config.data.dir = str(flags.workdir / "datasets")
                 api.prepare(config)
                 api.sweep(config, folder)
-            found[world].append(measured(folder))
-        for world, of_seeds in found.items():
-            rows[world.title] = _intervals(of_seeds) | {"kind": KINDS[which]}
+            measurements[world].append(measured(folder))
+        for world, per_seed in measurements.items():
+            rows[world.title] = _intervals(per_seed) | {"kind": KINDS[which]}
     for more in flags.more:
         name, _, folder = more.partition("=")
         rows[name] = _intervals([measured(Path(folder))]) | {"kind": "other data"}
     points = pd.DataFrame.from_dict(rows, orient="index")
     print(table(points))
     if flags.figure:
-        chart(pd.concat([points, _given(flags.point)])).save(flags.figure)
+        chart(pd.concat([points, _read_points(flags.point)])).save(flags.figure)
 
 
-def _given(points: list[str]) -> pd.DataFrame:
-    """Points that were measured elsewhere, without intervals."""
+def _read_points(points: list[str]) -> pd.DataFrame:
+    """Read points that were measured elsewhere, without intervals."""
     rows = {}
     for point in points:
         name, _, numbers = point.partition("=")
@@ -292,9 +300,9 @@ def _given(points: list[str]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _intervals(of_seeds: list[Measured]) -> dict[str, Interval]:
-    """The mean of each number over the data seeds, with its interval."""
-    numbers = pd.DataFrame(of_seeds)
+def _intervals(per_seed: list[Measured]) -> dict[str, Interval]:
+    """Return the mean of each number over the data seeds, with its interval."""
+    numbers = pd.DataFrame(per_seed)
     return {column: interval(numbers[column].to_numpy()) for column in Measured._fields}
 
 

@@ -29,8 +29,11 @@ def bodies_of(export: Path) -> list[bytes]:
             for name in example
             if name.startswith("in.") and not name.startswith("in.item.")
         }
-    requests = (dict(zip(fields, of, strict=True)) for of in zip(*fields.values(), strict=True))
-    return [json.dumps(request).encode() for request in requests]
+    bodies = []
+    for values in zip(*fields.values(), strict=True):
+        request = dict(zip(fields, values, strict=True))
+        bodies.append(json.dumps(request).encode())
+    return bodies
 
 
 async def load(arguments: argparse.Namespace) -> tuple[list[float], Counter[str], float]:
@@ -83,8 +86,9 @@ def main() -> int:
     arguments = parser.parse_args()
     seconds, faults, total = asyncio.run(load(arguments))
     p50, p99 = np.percentile(1e3 * np.array(seconds), [50, 99]) if seconds else (np.nan, np.nan)
+    kind = "open" if arguments.rate else "closed"
     print(
-        f"{'open' if arguments.rate else 'closed'}-loop, {arguments.clients} clients: "
+        f"{kind}-loop, {arguments.clients} clients: "
         f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, {len(seconds) / total:.1f} requests a second, "
         f"{faults.total()} errors of {len(seconds) + faults.total()} requests"
         + "".join(f"; {name}: {count}" for name, count in faults.items())

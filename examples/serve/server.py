@@ -67,33 +67,37 @@ def open_ranker(folder: Path) -> Ranker:
     tables = read_tables(folder / "tables.safetensors")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # a process a core does more than threads over so little work
-    sessions, fields, known = [], {}, set(tables)
+    sessions = []
+    fields = {}
+    known = set(tables)  # and the results of the programs so far
     for name, program in described["programs"].items():
-        if name != "item":
-            sessions.append(onnxruntime.InferenceSession(folder / f"{name}.onnx", options))
-            fields |= {given: of for given, of in program["inputs"].items() if given not in known}
-            known |= set(program["outputs"])
+        if name == "item":
+            continue
+        sessions.append(onnxruntime.InferenceSession(folder / f"{name}.onnx", options))
+        fields |= {field: entry for field, entry in program["inputs"].items() if field not in known}
+        known |= set(program["outputs"])
     return Ranker(described, sessions, tables, fields, sizes_of(described, tables))
 
 
 def read_tables(path: Path) -> Tables:
-    """The tables by name, which stay in the file: all processes share what was read of them."""
+    """Map the tables by name; they stay in the file, so all processes share what was read."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     content = np.memmap(path, mode="r", offset=8 + length)
 
-    def table(dtype: str, shape: list[int], data_offsets: list[int]) -> onnxruntime.OrtValue:
-        start, stop = data_offsets
-        array = content[start:stop].view(NUMPY_TYPES[dtype]).reshape(shape)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-    return {name: table(**of) for name, of in header.items()}
+    tables = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        array = content[start:stop].view(NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        tables[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return tables
 
 
 def sizes_of(described: dict[str, Any], tables: Tables) -> dict[str, int]:
-    """The number of ids of each field that holds some; any id will do where tables are hashed."""
-    features, items = described["features"], described["features"]["num_items"]
+    """Return the number of ids of each field of ids, without those of hashed tables."""
+    features = described["features"]
+    items = features["num_items"]
     if "item_embedding" in tables:  # with new items, maybe; its last row is that of unknown ones
         items = tables["item_embedding"].shape()[0] - 1
     categories = sum(category["size"] for category in features["categories"])
@@ -109,26 +113,26 @@ def sizes_of(described: dict[str, Any], tables: Tables) -> dict[str, int]:
 
 
 def read_request(ranker: Ranker, request: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The fields of a request as arrays; raises HTTPException with a line that names the fault."""
+    """Return the fields of a request as arrays; HTTPException has a line that names the fault."""
     if missing := [name for name in ranker.fields if name not in request]:
         raise HTTPException(422, f"missing: {', '.join(missing)}")
     candidates = len(request["item_id"]) if isinstance(request["item_id"], list) else 0
     if not 1 <= candidates <= MOST_CANDIDATES:
         raise HTTPException(422, f"item_id: a list of 1 to {MOST_CANDIDATES} candidates expected")
     arrays = {}
-    for name, of in ranker.fields.items():
-        shape = [candidates if size == "candidates" else size for size in of["shape"][1:]]
+    for name, field in ranker.fields.items():
+        shape = [candidates if size == "candidates" else size for size in field["shape"][1:]]
         try:
-            arrays[name] = read_field(request[name], shape, of["dtype"], ranker.sizes.get(name))
+            arrays[name] = read_field(request[name], shape, field["dtype"], ranker.sizes.get(name))
         except ValueError as error:
             raise HTTPException(422, f"{name}: {error}") from error
     return arrays
 
 
-def read_field(given: Any, shape: list[int], dtype: str, size: int | None) -> np.ndarray:
-    """A field as an array with an axis of one request; raises ValueError if it cannot be one."""
+def read_field(value: Any, shape: list[int], dtype: str, size: int | None) -> np.ndarray:
+    """Return a field as an array with an axis of one request; ValueError if it cannot be one."""
     try:
-        array = np.asarray(given)
+        array = np.asarray(value)
     except ValueError as error:
         raise ValueError("lists of different lengths") from error
     if array.dtype.kind not in KINDS[dtype]:
@@ -136,7 +140,8 @@ def read_field(given: Any, shape: list[int], dtype: str, size: int | None) -> np
     if list(array.shape) != shape:
         raise ValueError(f"shape {shape} expected, found {list(array.shape)}")
     if dtype == "int32":
-        low, high = UNKNOWN, (size or 2**31) - 1
+        low = UNKNOWN
+        high = (size or 2**31) - 1
         if not low <= array.min() <= array.max() <= high:
             raise ValueError(f"ids from {low} to {high} expected")
     with np.errstate(over="ignore"):
@@ -147,21 +152,22 @@ def read_field(given: Any, shape: list[int], dtype: str, size: int | None) -> np
 
 
 def rank(ranker: Ranker, fields: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [N, T] and values [N] of the candidates of a request."""
-    of_numpy = onnxruntime.OrtValue.ortvalue_from_numpy
-    known = ranker.tables | {name: of_numpy(array) for name, array in fields.items()}
+    """Return probabilities [N, T] and values [N] of the candidates of a request."""
+    arrays = dict(ranker.tables)
+    for name, array in fields.items():
+        arrays[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
     for session in ranker.sessions:
-        inputs = {of.name: known[of.name] for of in session.get_inputs()}
-        outputs = [of.name for of in session.get_outputs()]
-        known |= zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True)
-    return known["probability"].numpy()[0], known["value"].numpy()[0]
+        inputs = {entry.name: arrays[entry.name] for entry in session.get_inputs()}
+        outputs = [entry.name for entry in session.get_outputs()]
+        arrays |= zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True)
+    return arrays["probability"].numpy()[0], arrays["value"].numpy()[0]
 
 
 def make_app() -> FastAPI:
-    """The application that serves the export at `EXPORT`."""
+    """Build the application that serves the export at `EXPORT`."""
     ranker = open_ranker(Path(os.environ["EXPORT"]))
     tasks = ranker.described["tasks"]
-    gc.freeze()  # what is here by now is not gone through again when a request's lists are
+    gc.freeze()  # the collections after each request's lists skip the objects made so far
     app = FastAPI(title="kd_ranker", max_body_size=MOST_BYTES)
 
     @app.exception_handler(RequestValidationError)
@@ -174,8 +180,8 @@ def make_app() -> FastAPI:
     async def health() -> dict[str, Any]:
         about = {name: ranker.described[name] for name in ("role", "run", "serve")}
         fields = {
-            name: {"shape": of["shape"][1:], "dtype": of["dtype"]}
-            for name, of in ranker.fields.items()
+            name: {"shape": field["shape"][1:], "dtype": field["dtype"]}
+            for name, field in ranker.fields.items()
         }
         return {"status": "ok", **about, "tasks": tasks, "fields": fields}
 

@@ -2,6 +2,13 @@
 
 `configs.cascade("small")` equals `--config=configs/cascade.py:small` on a command line. Here the
 functions have the names of their files. Import a file by its full module name.
+
+    cascade     the simulated feed, the default
+    movielens, kuairand, recflow, ebnerd, filmsearch
+                public datasets
+    letor, trec ranking files
+    parquet     a user's own log, with columns to name
+    sweeps      sweeps of several of these: methods, weights and seeds
 """
 
 from kd_ranker.config.defaults import feature

@@ -20,7 +20,8 @@ def get_config(variant: str = "") -> ConfigDict:
         optimizer.update(learning_rate=1e-2, weight_decay=0.1, table_weight_decay=1.0)
     # An early ranker must learn by item id what the final ranker reads from costly features.
     config.optimizer.table_learning_rate = 6e-3
-    config.train.steps, config.teacher.train.steps = 1000, 600
+    config.train.steps = 1000
+    config.teacher.train.steps = 600
     if variant == "small":
         config.data.update(num_users=50, num_items=300, train_requests=64)
         config.data.update(validation_requests=12, test_requests=12)

@@ -9,13 +9,16 @@ from kd_ranker.configs.parquet import get_config as parquet
 def get_config(variant: str = "") -> ConfigDict:
     """Give `--config.data.path`, the log; see `docs/datasets.md`."""
     config = parquet(variant)
-    config.tasks, config.value_weights = ("click", "read"), (1.0, 1.0)
-    config.data.title, config.data.rows = "EB-NeRD", "request"
+    config.tasks = ("click", "read")
+    config.value_weights = (1.0, 1.0)
+    config.data.title = "EB-NeRD"
+    config.data.rows = "request"
     # All articles of an impression were shown, in an order that the publishers have shuffled.
     config.data.columns = dict(
         request="impression_id", time="impression_time", user="user_id", item="item"
     )
-    config.data.labels, config.data.teacher = dict(click="click", read="read"), {}
+    config.data.labels = dict(click="click", read="read")
+    config.data.teacher = {}
     config.data.features = (
         dict(
             subscriber=feature("user", "category", "is_subscriber"),

@@ -11,7 +11,7 @@ from kd_ranker.sources.filmsearch import (
     LEXICAL,
     PASSED,
     RETRIEVED,
-    STAGE_OF,
+    STAGE_COLUMNS,
 )
 
 
@@ -25,12 +25,14 @@ def get_config(variant: str = "") -> ConfigDict:
     is_lexical = variant == "lexical"
     incumbent = "bm25" if is_lexical else FUSION
     config = defaults.get_config("filmsearch")
-    config.tasks, config.value_weights = ("wanted",), (1.0,)
+    config.tasks = ("wanted",)
+    config.value_weights = (1.0,)
     config.data.title = "film search"
-    config.data.columns = dict(incumbent=incumbent, stage=STAGE_OF[incumbent])
+    config.data.columns = dict(incumbent=incumbent, stage=STAGE_COLUMNS[incumbent])
     if not is_lexical:
         config.data.columns.early_scores = f"bm25,{COSINE}"
-    config.data.labels, config.data.teacher = dict(wanted="wanted"), dict(wanted="final_score")
+    config.data.labels = dict(wanted="wanted")
+    config.data.teacher = dict(wanted="final_score")
     config.data.features = (
         dict(
             words=feature("context", "bag", length=8, size=8000),
@@ -46,7 +48,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.funnel.update(retrieved=RETRIEVED, passed=PASSED, report_at=(10, 20, 50, 100, 200))
     config.teacher.update(source="logged", stage="passed")
     # Microseconds on one machine, by `scripts/bench.py film_search`: docs/filmsearch.md has more.
-    config.costs.teacher.candidate, config.costs.teacher.request = 2.2, 1850.0
+    config.costs.teacher.candidate = 2.2
+    config.costs.teacher.request = 1850.0
     config.costs.student.candidate = 0.12
     config.costs.rivals = {
         "incumbent": 0.07,

@@ -23,8 +23,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.allow = ("few_positives", "one_label")  # some actions are rare
     # From the columns of the log that `sources/kuairand.py` writes.
     size = 1 << 20 if is_large else 8192
-    of_user = (*USER_NUMBERS, *USER_FLAGS, *(f"user_{of}" for of in ("seen", *ACTIONS)))
-    of_video = (f"video_{of}" for of in ("seen", *CANDIDATE_ACTIONS))
+    of_user = (*USER_NUMBERS, *USER_FLAGS, *(f"user_{count}" for count in ("seen", *ACTIONS)))
+    of_video = (f"video_{count}" for count in ("seen", *CANDIDATE_ACTIONS))
     config.data.features = (
         features("user", "dense", *of_user, standardize=False)
         | features("user", "category", *USER_CATEGORIES)

@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant.endswith(_SCORED):
         config.data.scores = "{split}.scores"
         config.data.teacher = dict.fromkeys(config.tasks, "final_rank")
-        config.data.teacher_signal, config.teacher.source = "rank", "logged"
+        config.data.teacher_signal = "rank"
+        config.teacher.source = "logged"
     config.batch.candidates = 64
     return config

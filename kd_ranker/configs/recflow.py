@@ -15,7 +15,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     defaults.check_variant(variant, "small", "lcron")
     config = defaults.get_config("recflow")
-    config.tasks, config.value_weights = ("effective_view",), (1.0,)
+    config.tasks = ("effective_view",)
+    config.value_weights = (1.0,)
     # The mirror lacks the day before (docs/recflow.md).
     config.data.train_days = _days("2024-01-14", "2024-02-16")
     config.data.update(validation_days=("2024-02-17",), test_days=("2024-02-18",))

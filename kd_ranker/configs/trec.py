@@ -11,11 +11,15 @@ def get_config(variant: str = "") -> ConfigDict:
     defaults.check_variant(variant)
     config = defaults.get_config("trec")
     config.data.grades = (2,)  # as TREC Deep Learning counts passages
-    config.tasks, config.value_weights = ("grade_2",), (1.0,)
-    config.data.runs, config.data.final = dict(first="first.run", final="final.run"), "final"
-    config.data.columns, config.data.incumbent_signal = dict(incumbent="first_rank"), "rank"
+    config.tasks = ("grade_2",)
+    config.value_weights = (1.0,)
+    config.data.runs = dict(first="first.run", final="final.run")
+    config.data.final = "final"
+    config.data.columns = dict(incumbent="first_rank")
+    config.data.incumbent_signal = "rank"
     config.data.labels = dict(grade_2="grade_2")
-    config.data.teacher, config.data.teacher_signal = dict(grade_2="final_rank"), "rank"
+    config.data.teacher = dict(grade_2="final_rank")
+    config.data.teacher_signal = "rank"
     config.data.features = features("candidate", "dense", "first_score", "first_rank")
     config.funnel.update(retrieved=1000, passed=100, report_at=(10, 20, 50, 100))
     config.student.item_rows = config.teacher.item_rows = 1  # a document is in few lists

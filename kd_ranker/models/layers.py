@@ -15,7 +15,7 @@ from kd_ranker.embedding.row_sharding import read
 
 
 def weights_of(layer: nnx.Linear) -> tuple[Float[Array, "fan_in fan_out"], Float[Array, "fan_out"]]:
-    """Kernel and bias of a linear layer that has both."""
+    """Return the kernel and the bias of a linear layer that has both."""
     assert layer.kernel is not None
     assert layer.bias is not None
     return layer.kernel[...], layer.bias[...]
@@ -48,7 +48,7 @@ class ItemEncoder(nnx.Module):
     def __call__(
         self, row: Float[Array, "... D"], features: Float[Array, "... F"]
     ) -> Float[Array, "... D"]:
-        """Row + W features + b."""
+        """Return row + W features + b."""
         return row + self.features(features)
 
     def products(
@@ -102,11 +102,12 @@ def _categories_of_items(items: Items, item_id: Int[Array, "..."]) -> Int[Array,
 
 
 def _field(name: str) -> Callable[[CandidateBatch, Items], Array]:
+    """Return a function that reads a field of a batch."""
     return lambda batch, items: getattr(batch, name)
 
 
 def _of_items(name: str) -> Callable[[CandidateBatch, Items], Int[Array, "... I"]]:
-    """The categories of the items in a field of ids."""
+    """Return a function that reads the categories of the items in a field of ids."""
     return lambda batch, items: _categories_of_items(items, getattr(batch, name))
 
 
@@ -126,7 +127,8 @@ def _categories(
     return Lookup("category", ids, known)
 
 
-_CANDIDATES, _EVENTS = _field("candidate_mask"), _field("history_mask")
+_CANDIDATES = _field("candidate_mask")
+_EVENTS = _field("history_mask")
 
 LOOKUPS = {
     "user": Lookup("user", _field("user_id"), _every_request),
@@ -153,8 +155,8 @@ def category_shares(
     """
     shares = []
     for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
-        there = (category[..., end - length : end] >= 0).astype(dtype)
-        shares.append(there / jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1))
+        has_value = (category[..., end - length : end] >= 0).astype(dtype)
+        shares.append(has_value / jnp.maximum(jnp.sum(has_value, axis=-1, keepdims=True), 1))
     return jnp.concatenate(shares, axis=-1)
 
 
@@ -166,8 +168,9 @@ def category_means(
     `rows` are those of the ids; see `category_shares` for these.
     """
     weighted = category_shares(category, lengths, rows.dtype)[..., None] * rows
-    of_features = jnp.split(weighted, list(itertools.accumulate(lengths))[:-1], axis=-2)
-    return jnp.concatenate([jnp.sum(of_feature, axis=-2) for of_feature in of_features], axis=-1)
+    ends = list(itertools.accumulate(lengths))
+    features = jnp.split(weighted, ends[:-1], axis=-2)
+    return jnp.concatenate([jnp.sum(feature, axis=-2) for feature in features], axis=-1)
 
 
 def plus_category_means(
@@ -200,21 +203,21 @@ def candidate_rows(
 ) -> Float[Array, "R N D"]:
     """Return `item_rows` of each candidate plus the mean rows of the candidate's categories."""
     row = item_rows(rows, "item", batch.item_id, items, spec)
-    if own := spec.category_lengths("candidate"):
+    if lengths := spec.category_lengths("candidate"):
         category = batch.candidate_category
-        row = plus_category_means(row, rows["candidate_category"], category, own)
+        row = plus_category_means(row, rows["candidate_category"], category, lengths)
     return row
 
 
 def item_inputs(
-    items: Items, item_id: Int[Array, "R N"], own: Float[Array, "R N X"], columns: int
+    items: Items, item_id: Int[Array, "R N"], features: Float[Array, "R N X"], columns: int
 ) -> Float[Array, "R N columns+X"]:
-    """Return the other inputs of candidates or events: features of the item, and their own.
+    """Return the other inputs of candidates or events: the item's features, and their own.
 
     The item contributes its first `columns` features, those that a ranker can afford.
     """
     of_item = features_of_items(items.features, item_id, items.row_sharding, columns)
-    return jnp.concatenate([of_item.astype(own.dtype), own], axis=-1)
+    return jnp.concatenate([of_item.astype(features.dtype), features], axis=-1)
 
 
 def user_inputs(
@@ -222,8 +225,8 @@ def user_inputs(
 ) -> Float[Array, "R user_width"]:
     """Return the inputs of the user and the request: row, features, context, category means."""
     inputs = [rows["user"], batch.user_features, batch.context]
-    if of_request := spec.category_lengths("request"):
-        means = category_means(rows["request_category"], batch.request_category, of_request)
+    if lengths := spec.category_lengths("request"):
+        means = category_means(rows["request_category"], batch.request_category, lengths)
         inputs.append(means)
     return jnp.concatenate(inputs, axis=-1)
 
@@ -246,7 +249,8 @@ class HistoryMean(nnx.Module):
 
     def __call__(self, batch: CandidateBatch, rows: Rows, items: Items) -> Float[Array, "R D"]:
         """Return the mean of each request's history."""
-        events, spec = batch.history_id, self.spec
+        spec = self.spec
+        events = batch.history_id
         features = item_inputs(items, events, batch.history_features, spec.cheap_item_features)
         mask = batch.history_mask[..., None]
         number = jnp.maximum(jnp.sum(mask, axis=1), 1)

@@ -103,15 +103,13 @@ def build_model(
     reads_history = reads(config) if callable(reads) else reads
     seen = spec if reads_history else dataclasses.replace(spec, history_length=0)
     lookups = {name: lookup for name, lookup in module.lookups.items() if _finds_ids(lookup, seen)}
-    tables = {
-        name: TableSpec(rows or ids, hashed=bool(rows))
-        for name, rows, ids in (
-            ("user", config.user_rows, spec.num_users),
-            ("item", config.item_rows, spec.num_items),
-            ("category", config.category_rows, spec.num_categories),
-        )
-        if any(lookup.table == name for lookup in lookups.values())
+    all_tables = {
+        "user": _table_spec(config.user_rows, spec.num_users),
+        "item": _table_spec(config.item_rows, spec.num_items),
+        "category": _table_spec(config.category_rows, spec.num_categories),
     }
+    read_tables = {lookup.table for lookup in lookups.values()}
+    tables = {name: table for name, table in all_tables.items() if name in read_tables}
     # Constants, so that models can be compared: equal ones share compiled programs.
     embedding = EmbeddingSpec(config.width, FrozenDict(tables), FrozenDict(lookups))
 
@@ -122,14 +120,19 @@ def build_model(
         dense_key, table_key = jax.random.split(key)
         _, dense = nnx.split(build(dense_key), nnx.Param)
         keys = jax.random.split(table_key, len(tables))
-        made = {
+        initial = {
             name: init_table(table, config.width, slots, config.table_scale, key, row_sharding)
             for (name, table), key in zip(tables.items(), keys, strict=True)
         }
-        return Parameters(dense, made)
+        return Parameters(dense, initial)
 
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param)
     return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype], reads_history), init
+
+
+def _table_spec(rows: int, ids: int) -> TableSpec:
+    """Return a table of hashed ids, or with a row per id if `rows` is 0."""
+    return TableSpec(rows or ids, hashed=bool(rows))
 
 
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
@@ -158,9 +161,12 @@ def apply_part(model: Model, dense: Any, part: Callable[..., Any], *arrays: Any)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
-    )
+    """Cast the floating-point leaves."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
 
 
 def score(

@@ -70,7 +70,9 @@ class _Towers(nnx.Module):
     def _build(self, spec: FeatureSpec, outputs: int, config: ConfigDict, rngs: nnx.Rngs) -> None:
         """Build the towers; that of the user has this number of outputs."""
         self.spec = spec
-        inputs = user_width(spec, config.width) + reads_history(config) * config.width
+        inputs = user_width(spec, config.width)
+        if reads_history(config):
+            inputs += config.width
         self.user = MultiLayerPerceptron([inputs, *config.hidden, outputs], rngs=rngs)
         self.item = ItemEncoder(
             spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs

@@ -119,15 +119,16 @@ class FinalRanker(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """Return the logits of every candidate."""
-        spec, every = self.spec, self.spec.item_features
-        inputs = item_inputs(items, batch.history_id, batch.history_features, every)
+        spec = self.spec
+        all_features = spec.item_features
+        inputs = item_inputs(items, batch.history_id, batch.history_features, all_features)
         events = self.event(item_rows(rows, "history", batch.history_id, items, spec), inputs)
-        inputs = item_inputs(items, batch.item_id, batch.candidate_features, every)
-        item = self.item(candidate_rows(batch, rows, items, self.spec), inputs)
+        inputs = item_inputs(items, batch.item_id, batch.candidate_features, all_features)
+        item = self.item(candidate_rows(batch, rows, items, spec), inputs)
         attended, matches = self.attention(events, item, batch.history_mask)
 
         seen = jnp.sum(events * batch.history_mask[..., None], axis=1) / events.shape[1]
-        request = jnp.concatenate([user_inputs(batch, rows, self.spec), seen], axis=-1)
+        request = jnp.concatenate([user_inputs(batch, rows, spec), seen], axis=-1)
         request = jnp.broadcast_to(request[:, None], (*item.shape[:2], request.shape[-1]))
         joined = jnp.concatenate(
             [request, item, inputs, attended, attended * item, matches], axis=-1

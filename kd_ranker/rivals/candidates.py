@@ -39,6 +39,7 @@ class Candidates:
         self.stage[self._leading(self._counts.shown)] = Stage.SHOWN
 
     def __len__(self) -> int:
+        """Return n."""
         return len(self.stage)
 
     @functools.cached_property
@@ -66,7 +67,7 @@ class Candidates:
         return np.full((len(self), known.shape[1]), np.nan, np.float32)
 
     def user_value(self, value_weights: Sequence[float]) -> Float[np.ndarray, "n"]:
-        """Σ over tasks of weight · user label; NaN without a label that counts."""
+        """Return Σ over tasks of weight · user label; NaN without a label that counts."""
         fields = self._columns.labels.fields(self._requests, self._counts.shown)
         labeled = fields["user_label"] @ np.asarray(value_weights, float)
         value = np.full(len(self), np.nan)
@@ -74,7 +75,7 @@ class Candidates:
         return value
 
     def final_value(self, value_weights: Sequence[float], reached: Stage) -> Float[np.ndarray, "n"]:
-        """The final ranker's value of those that reached a stage; NaN where it is not known."""
+        """Return the final ranker's value of those that reached a stage; NaN where unknown."""
         weights = np.asarray(value_weights, float)
         value = self._fields["teacher_probability"][:, weights > 0] @ weights[weights > 0]
         value[~self._leading(self._counts.scored) | (self.stage < reached)] = np.nan
@@ -95,7 +96,8 @@ class Candidates:
         self, rates: Float32[np.ndarray, "items C"], chosen: Any
     ) -> Float32[np.ndarray, "chosen F"]:
         """Return the numbers of the candidates that a mask or a slice chooses."""
-        request, item_id = self.request[chosen], self.item_id[chosen]
+        request = self.request[chosen]
+        item_id = self.item_id[chosen]
         features: Any = self._dataset.items.features
         cheap = np.asarray(features[:, : self._dataset.spec.cheap_item_features])
         parts = [
@@ -112,7 +114,7 @@ class Candidates:
         return self._columns.candidates.fields(self._requests, self.sizes)
 
     def _leading(self, number: Int[np.ndarray, "requests"]) -> Bool[np.ndarray, "n"]:
-        """The first candidates of each request."""
+        """Choose the first candidates of each request, `number` of them."""
         place = np.arange(self.sizes.sum()) - np.repeat(starts_of(self.sizes)[:-1], self.sizes)
         return place < np.repeat(number, self.sizes)
 
@@ -154,7 +156,11 @@ def item_rates(
     `scored`.
     """
     num_items = dataset.spec.num_items
-    times_shown, times_passed, wanted, times_scored, times_top = np.zeros((5, num_items))
+    times_shown = np.zeros(num_items)
+    times_passed = np.zeros(num_items)
+    wanted = np.zeros(num_items)  # summed value of the user labels
+    times_scored = np.zeros(num_items)
+    times_top = np.zeros(num_items)
     for candidates in in_parts(dataset, "train", requests, Stage.PASSED):
         item_id = candidates.item_id
         is_shown = candidates.stage == Stage.SHOWN

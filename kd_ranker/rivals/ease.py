@@ -45,9 +45,10 @@ class Ease:
         history.data[:] = 1
         scores = np.empty(len(candidates))
         for start in range(0, len(user_id), _REQUESTS):
-            of_items = history[start : start + _REQUESTS] @ self.weights
-            here = (candidates.request >= start) & (candidates.request < start + _REQUESTS)
-            scores[here] = of_items[candidates.request[here] - start, candidates.item_id[here]]
+            item_scores = history[start : start + _REQUESTS] @ self.weights
+            is_in_block = (candidates.request >= start) & (candidates.request < start + _REQUESTS)
+            request = candidates.request[is_in_block] - start
+            scores[is_in_block] = item_scores[request, candidates.item_id[is_in_block]]
         return scores
 
     @property
@@ -62,8 +63,8 @@ def taken_items(dataset: Dataset) -> Any:
     for candidates in in_parts(dataset, "train", reached=Stage.SHOWN):
         user_id = candidates.of_requests["user_id"]
         wanted = candidates.user_value([1.0] * len(dataset.spec.tasks)) > 0
-        pairs = (user_id[candidates.request[wanted]], candidates.item_id[wanted])
-        taken += _ones(*pairs, taken.shape)
+        user_of_wanted = user_id[candidates.request[wanted]]
+        taken += _ones(user_of_wanted, candidates.item_id[wanted], taken.shape)
         events = _events(candidates, taken.shape[1]).tocoo()
         taken += _ones(user_id[events.row], events.col, taken.shape)
     taken.data[:] = 1
@@ -71,15 +72,16 @@ def taken_items(dataset: Dataset) -> Any:
 
 
 def _ones(row: Int[np.ndarray, "n"], column: Int[np.ndarray, "n"], shape: tuple[int, int]) -> Any:
+    """Return a sparse matrix with 1 added at each place."""
     return scipy.sparse.csr_array((np.ones(len(row), np.float32), (row, column)), shape)
 
 
 def _events(candidates: Candidates, num_items: int) -> Any:
     """Return the history of each request as a row, [requests, items]."""
     history_id = candidates.of_requests["history_id"]
-    there: Bool[np.ndarray, "requests H"] = candidates.of_requests["history_mask"] > 0
-    request = np.repeat(np.arange(len(history_id)), there.sum(axis=1))
-    return _ones(request, history_id[there], (len(history_id), num_items))
+    is_event: Bool[np.ndarray, "requests H"] = candidates.of_requests["history_mask"] > 0
+    request = np.repeat(np.arange(len(history_id)), is_event.sum(axis=1))
+    return _ones(request, history_id[is_event], (len(history_id), num_items))
 
 
 def fit(taken: Any, regularization: float) -> Ease:

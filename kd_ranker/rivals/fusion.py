@@ -62,6 +62,7 @@ class ScoreSum:
 
 
 def _filled(scores: Float[np.ndarray, "n"], candidates: Candidates) -> Float[np.ndarray, "n"]:
+    """Replace missing scores by the least of their request, or by 0 if it has none."""
     least = np.full(len(candidates.sizes), np.inf)
     np.minimum.at(least, candidates.request, np.where(np.isnan(scores), np.inf, scores))
     least[np.isinf(least)] = 0.0  # no score of the request is known
@@ -78,7 +79,8 @@ def mean_places(
     known = ~np.isnan(scores)
     request = np.repeat(np.arange(len(sizes)), sizes)
     number = np.bincount(request[known], minlength=len(sizes))[request]
-    # Ties are in the order of the file, from the first and from the last: the mean is theirs.
+    # Counted from either end, equal scores are in the order of the file: the mean of both places
+    # does not depend on that order.
     from_first = places_by(scores, sizes)
     from_last = number - 1 - places_by(-scores, sizes)
     return (from_first + from_last) / 2

@@ -67,11 +67,13 @@ def _fusion(task: Task) -> list[Rival]:
     ]
     deviations = _deviations(task.dataset)
     # Of two scores, only the weight of the second one varies.
-    for index in range(1 if len(names) == 2 else 0, len(names)):
+    first = 1 if len(names) == 2 else 0
+    for index in range(first, len(names)):
         for weight in fusion.WEIGHTS:
-            weights = np.where(np.arange(len(names)) == index, weight, 1.0)
             if weight == 1 and index < len(names) - 1:
                 continue  # the same sum for each index
+            weights = np.ones(len(names))
+            weights[index] = weight
             setting = " + ".join(
                 f"{number:g} {name}" for number, name in zip(weights, names, strict=True)
             )
@@ -104,7 +106,7 @@ def _trees(task: Task) -> list[Rival]:
             rivals.append(
                 Rival(
                     f"trees on {target}",
-                    f"{'with' if with_rates else 'without'} item rates",
+                    "with item rates" if with_rates else "without item rates",
                     fitted,
                     needs_scores=target == "scores",
                     operations=fitted.operations,
@@ -200,6 +202,7 @@ def order_keys(
 
 
 def _share_below(scores: Float[np.ndarray, "n"], candidates: Candidates) -> Float[np.ndarray, "n"]:
+    """Return the share of its request's candidates with a lower score than each candidate."""
     known = np.where(np.isnan(scores), -np.inf, scores)
     share = np.empty(len(known))
     for start, stop in itertools.pairwise(starts_of(candidates.sizes)):

@@ -28,7 +28,7 @@ Target = Literal["labels", "stages", "scores"]
 # The most training candidates to read, and of a request the most of each stage to learn from, at
 # random. Shown ones that a user wanted are always learned from.
 _MOST_CANDIDATES = 3_000_000
-_SHOWN, _PASSED, _RETRIEVED = 100, 30, 30
+_MOST_OF_STAGE = {Stage.SHOWN: 100, Stage.PASSED: 30, Stage.RETRIEVED: 30}
 # The most candidates of a request without a label to learn from as unwanted.
 _UNLABELED = 30
 # More trees, or larger ones, did no better in the cascade and in film search, and take longer.
@@ -109,31 +109,30 @@ def tree_data(
     for candidates in in_parts(dataset, "train", learning):
         draw = generator.random(len(candidates))
         user_value = candidates.user_value(value_weights)
-        kept = _sampled(candidates, user_value > 0, draw)
+        chosen = _sample(candidates, user_value > 0, draw)
         final_value = candidates.final_value(value_weights, scored)
         final_place = places_by(final_value, candidates.sizes).astype(float)
         final_place[np.isnan(final_value)] = np.nan
-        of_request = np.bincount(candidates.request[kept], minlength=len(candidates.sizes))
         parts.append(
             TreeData(
-                candidates.numbers_of(rates, kept),
-                of_request,
-                candidates.stage[kept],
-                user_value[kept],
-                final_place[kept],
-                draw[kept],
+                numbers=candidates.numbers_of(rates, chosen),
+                sizes=np.bincount(candidates.request[chosen], minlength=len(candidates.sizes)),
+                stage=candidates.stage[chosen],
+                user_value=user_value[chosen],
+                final_place=final_place[chosen],
+                draw=draw[chosen],
             )
         )
-    return TreeData(*map(np.concatenate, zip(*parts, strict=True))), rates
+    columns_of_parts = zip(*parts, strict=True)
+    return TreeData(*(np.concatenate(column) for column in columns_of_parts)), rates
 
 
-def _sampled(
+def _sample(
     candidates: Candidates, is_wanted: Bool[np.ndarray, "n"], draw: Float[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """Choose the candidates that a user wanted, and some others of each stage at random."""
-    most_of = {Stage.SHOWN: _SHOWN, Stage.PASSED: _PASSED, Stage.RETRIEVED: _RETRIEVED}
     chosen = is_wanted.copy()
-    for stage, most in most_of.items():
+    for stage, most in _MOST_OF_STAGE.items():
         is_other = (candidates.stage == stage) & ~is_wanted
         drawn = np.where(is_other, draw, np.nan)
         chosen |= is_other & (places_by(drawn, candidates.sizes) < most)
@@ -152,19 +151,24 @@ def fit(
     Rates help where tomorrow's requests want the items of today's. Without the last of them, trees
     on labels and on stages need no scores.
     """
-    left_out = rates.shape[1]
-    if with_rates:
-        left_out = 0 if target == "scores" else 1
+    # The rates are the last numbers.
+    if not with_rates:
+        left_out = rates.shape[1]
+    elif target == "scores":
+        left_out = 0
+    else:
+        left_out = 1
     numbers = data.numbers[:, : data.numbers.shape[1] - left_out]
     grade, gains = _grades(data, target, shown)
-    kept = np.full(len(grade), True)
+    is_learned = np.full(len(grade), True)
     if target == "labels":
-        unlabeled = np.where(np.isnan(data.user_value), data.draw, np.nan)
-        kept = ~np.isnan(data.user_value) | (places_by(unlabeled, data.sizes) < _UNLABELED)
+        is_labeled = ~np.isnan(data.user_value)
+        draw_of_unlabeled = np.where(is_labeled, np.nan, data.draw)
+        is_learned = is_labeled | (places_by(draw_of_unlabeled, data.sizes) < _UNLABELED)
     request = np.repeat(np.arange(len(data.sizes)), data.sizes)
-    sizes = np.bincount(request[kept], minlength=len(data.sizes))
+    sizes = np.bincount(request[is_learned], minlength=len(data.sizes))
     module = lightgbm()
-    learned = module.Dataset(numbers[kept], grade[kept], group=sizes[sizes > 0])
+    learned = module.Dataset(numbers[is_learned], grade[is_learned], group=sizes[sizes > 0])
     model = module.train({**_PARAMETERS, "label_gain": gains}, learned, _NUM_TREES)
     return Trees(model, rates)
 
@@ -174,8 +178,9 @@ def _grades(data: TreeData, target: Target, shown: int) -> tuple[Int[np.ndarray,
     if target == "stages":
         return data.stage - int(Stage.RETRIEVED), [0.0, 1.0, 3.0]
     if target == "scores":
-        ends = [5 * shown, 2 * shown, shown, -(-shown // 2)]
-        # False for NaN.
+        half = -(-shown // 2)
+        # One grade more for each of these that the place is below; NaN is below none.
+        ends = [5 * shown, 2 * shown, shown, half]
         grade = np.sum([data.final_place < end for end in ends], axis=0)
         return grade, [0.0, 1.0, 3.0, 7.0, 15.0]
     value = np.nan_to_num(data.user_value)

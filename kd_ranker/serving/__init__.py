@@ -1,1 +1,6 @@
-"""Trained rankers at work: logs that they score, and programs and tables for a server."""
+"""Trained rankers at work: programs and tables for a server.
+
+programs    a ranker as functions of named arrays, and the formats of their files
+check       copied into each export: compares its files and results, and is a minimal server
+README.md   the template of an export's description
+"""

@@ -59,12 +59,14 @@ def _open_onnx(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    # The inputs that the converter has kept.
-    inputs, outputs = [of.name for of in session.get_inputs()], list(described["outputs"])
+    # The converter leaves out inputs without effect.
+    input_names = [entry.name for entry in session.get_inputs()]
+    output_names = list(described["outputs"])
 
     def run(arrays: Arrays) -> Arrays:
-        results = session.run(outputs, {name: np.asarray(arrays[name]) for name in inputs})
-        return dict(zip(outputs, results, strict=True))
+        inputs = {name: np.asarray(arrays[name]) for name in input_names}
+        results = session.run(output_names, inputs)
+        return dict(zip(output_names, results, strict=True))
 
     return run
 
@@ -90,29 +92,35 @@ def _open_jax(
 
     def run(arrays: Arrays) -> Arrays:
         inputs = {name: np.asarray(arrays[name]) for name in described["inputs"]}
-        return {name: np.asarray(of) for name, of in call(inputs).items()}
+        return {name: np.asarray(result) for name, result in call(inputs).items()}
 
     return run
 
 
 def rank(programs: Programs, arrays: Arrays) -> Arrays:
     """Compute the probabilities and values of candidates, from tables and fields of requests."""
-    for name in ("rank",) if "rank" in programs else ("user", "score"):
+    names = ["rank"] if "rank" in programs else ["user", "score"]
+    for name in names:
         arrays = arrays | programs[name](arrays)
     return {name: arrays[name] for name in ("probability", "value")}
 
 
 def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
     """Return the largest difference from the expected value, by result of the example."""
-    programs, tables = open_programs(folder, runtime), read_tables(folder)
+    programs = open_programs(folder, runtime)
+    tables = read_tables(folder)
     with np.load(folder / "example.npz") as example:
-        inputs = {name[3:]: example[name] for name in example if name.startswith("in.")}
-        expected = {name[4:]: example[name] for name in example if name.startswith("out.")}
-    found = rank(programs, tables | inputs)
+        inputs = _with_prefix("in.", example)
+        expected = _with_prefix("out.", example)
+    results = rank(programs, tables | inputs)
     if "item" in programs:
-        items = {name[5:]: array for name, array in inputs.items() if name.startswith("item.")}
-        found |= programs["item"](tables | items)
-    return {name: float(np.abs(found[name] - of).max()) for name, of in expected.items()}
+        results |= programs["item"](tables | _with_prefix("item.", inputs))
+    return {name: float(np.abs(results[name] - expected[name]).max()) for name in expected}
+
+
+def _with_prefix(prefix: str, arrays: Mapping[str, Any]) -> Arrays:
+    """Return the arrays whose names start with a prefix, by the rest of the name."""
+    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -122,7 +130,7 @@ def changed_files(folder: Path) -> list[str]:
         listed = json.loads(path.read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{path} is missing or damaged; copy the whole export again") from error
-    return [name for name, entry in listed.items() if _sha256(folder / name) != entry[1]]
+    return [name for name, (_, sha256) in listed.items() if _sha256(folder / name) != sha256]
 
 
 def _sha256(path: Path) -> str:
@@ -160,16 +168,19 @@ def check(folder: Path, named: list[str]) -> int:
         return 1
     formats = json.loads((folder / "export.json").read_text())["formats"]
     runtimes = choose_runtimes(formats, named)
-    wrong = 0
+    is_wrong = False
     for runtime in runtimes:
         for name, difference in largest_differences(folder, runtime).items():
-            verdict = "ok" if difference <= TOLERANCE else "WRONG"
-            wrong += verdict != "ok"
+            if difference <= TOLERANCE:
+                verdict = "ok"
+            else:
+                verdict = "WRONG"
+                is_wrong = True
             sys.stdout.write(f"{runtime} {name}: largest difference {difference:.1e}, {verdict}\n")
     for name in formats:
         if not named and name not in runtimes:
             sys.stdout.write(f"{name}: not run, because {PACKAGES[name]} is not installed\n")
-    return 1 if wrong else 0
+    return 1 if is_wrong else 0
 
 
 def main(arguments: list[str]) -> int:

@@ -37,13 +37,13 @@ from kd_ranker.batch import (
     abstract_items,
 )
 from kd_ranker.distillation.modes import ToProbability
-from kd_ranker.embedding.lookup import EmbeddingSpec, gather_rows, rows_of_ids
+from kd_ranker.embedding.lookup import EmbeddingSpec, Rows, gather_rows, rows_of_ids
 from kd_ranker.embedding.lookup import Tables as TrainedTables
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.funnel import value
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
 from kd_ranker.models.model import Model, Parameters, apply_part
-from kd_ranker.models.student import InParts
+from kd_ranker.models.student import InParts, Users
 
 ITEM_EMBEDDING = "item_embedding"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -112,38 +112,59 @@ class Exported(NamedTuple):
 
 def make_programs(trained: Servable) -> Exported:
     """Build the programs of a ranker."""
-    in_parts = isinstance(nnx.merge(trained.model.graph, trained.parameters.dense), InParts)
-    features, category = np.asarray(trained.items.features), np.asarray(trained.items.category)
-    if in_parts:
-        features = features[:, : trained.spec.cheap_item_features]
-    held = served_tables(trained.model.embedding, trained.parameters.tables)
-    known = {"item_features": features, "item_category": category}
-    held |= {name: of for name, of in known.items() if of.size}
-    if in_parts:
-        held[ITEM_EMBEDDING] = _item_embeddings(trained, held)
-    # Item embeddings may have more rows, for new items.
-    types = {
-        name: typed(("rows", *of.shape[1:]) if name == ITEM_EMBEDDING else of.shape, of.dtype)
-        for name, of in held.items()
-    }
-    fields = functools.partial(_fields, trained.seen)
-    if in_parts:
-        offered = fields("request", "event") | types
-        user = _program("user", functools.partial(_user, trained), offered)
-        of_item = {
-            name: typed(("items", *of.shape[1:]), of.dtype)
-            for name, of in inputs_of_items(trained, np.zeros(1, np.int32)).items()
-        }
-        item = _program("item", functools.partial(_item, trained), of_item | types)
-        score = functools.partial(_score, trained, tuple(user.outputs))
-        offered = user.outputs | fields("candidate") | types
-        programs = [user, item, _program("score", score, offered)]
+    has_parts = isinstance(nnx.merge(trained.model.graph, trained.parameters.dense), InParts)
+    tables = _all_tables(trained, has_parts)
+    table_types = {}
+    for name, table in tables.items():
+        # Item embeddings may have more rows, for new items.
+        shape = ("rows", *table.shape[1:]) if name == ITEM_EMBEDDING else table.shape
+        table_types[name] = typed(shape, table.dtype)
+    if has_parts:
+        programs = _programs_of_parts(trained, table_types)
     else:
-        offered = fields("request", "event", "candidate") | types
+        offered = _field_types(trained.seen, "request", "event", "candidate") | table_types
         programs = [_program("rank", functools.partial(_rank, trained), offered)]
-    read = {name for program in programs for name in program.inputs}
-    named = {program.name: program for program in programs}
-    return Exported(named, {name: table for name, table in held.items() if name in read})
+    inputs = {name for program in programs for name in program.inputs}
+    return Exported(
+        programs={program.name: program for program in programs},
+        tables={name: table for name, table in tables.items() if name in inputs},
+    )
+
+
+def _all_tables(trained: Servable, has_parts: bool) -> Tables:
+    """Return the tables that a program of this ranker may read; none of them is empty."""
+    tables = served_tables(trained.model.embedding, trained.parameters.tables)
+    features = np.asarray(trained.items.features)
+    if has_parts:
+        features = features[:, : trained.spec.cheap_item_features]
+    category = np.asarray(trained.items.category)
+    if features.size:
+        tables["item_features"] = features
+    if category.size:
+        tables["item_category"] = category
+    if has_parts:
+        tables[ITEM_EMBEDDING] = _item_embeddings(trained, tables)
+    return tables
+
+
+def _programs_of_parts(trained: Servable, table_types: Types) -> list[Program]:
+    """Build the programs `user`, `item` and `score` of a student with separate parts."""
+    request_types = _field_types(trained.seen, "request", "event")
+    user = _program("user", functools.partial(_user, trained), request_types | table_types)
+
+    item_types = {
+        name: typed(("items", *array.shape[1:]), array.dtype)
+        for name, array in inputs_of_items(trained, np.zeros(1, np.int32)).items()
+    }
+    item = _program("item", functools.partial(_item, trained), item_types | table_types)
+
+    candidate_types = _field_types(trained.seen, "candidate")
+    score = _program(
+        "score",
+        functools.partial(_score, trained, tuple(user.outputs)),
+        user.outputs | candidate_types | table_types,
+    )
+    return [user, item, score]
 
 
 def name_of(table: str) -> str:
@@ -160,10 +181,12 @@ def served_tables(spec: EmbeddingSpec, trained: TrainedTables) -> Tables:
     tables = {}
     for name, table in spec.tables.items():
         rows = np.asarray(trained[name])[: table.size + 1]
-        updates, reserved = rows[:, spec.width], rows[table.size, : spec.width]
-        own = np.where(updates[:, None] > 0, rows[:, : spec.width], reserved)
-        own[table.size] = reserved
-        tables[name_of(name)] = own
+        values = rows[:, : spec.width]
+        num_updates = rows[:, spec.width, None]
+        reserved = values[table.size]
+        served = np.where(num_updates > 0, values, reserved)
+        served[table.size] = reserved
+        tables[name_of(name)] = served
     return tables
 
 
@@ -172,58 +195,82 @@ def fields_of(batch: CandidateBatch) -> dict[str, Any]:
     return {field.name: getattr(batch, field.name) for field in IN_BATCH}
 
 
-class _Recorded(dict[str, Any]):
-    """Arrays by name that record in `read` which of them were read."""
-
-    def __init__(self, arrays: Arrays, read: set[str]):
-        super().__init__(arrays)
-        self._read = read
-
-    def __getitem__(self, name: str) -> Any:
-        self._read.add(name)
-        return super().__getitem__(name)
-
-
 def _program(name: str, function: Callable[[Arrays], dict[str, Any]], offered: Types) -> Program:
     """Build a program that takes only the offered arrays that its function reads."""
     # Formats do not support empty arrays.
-    offered = {of: found for of, found in offered.items() if 0 not in found.shape}
-    read: set[str] = set()
-    results = jax.eval_shape(lambda arrays: function(_Recorded(arrays, read)), offered)
-    outputs = {of: jax.ShapeDtypeStruct(found.shape, found.dtype) for of, found in results.items()}
-    return Program(name, function, {of: offered[of] for of in offered if of in read}, outputs)
+    offered = {name: type_ for name, type_ in offered.items() if 0 not in type_.shape}
+    names_read: set[str] = set()
+    results = jax.eval_shape(lambda arrays: function(_Recorded(arrays, names_read)), offered)
+    return Program(
+        name=name,
+        function=function,
+        inputs={name: type_ for name, type_ in offered.items() if name in names_read},
+        outputs={
+            name: jax.ShapeDtypeStruct(result.shape, result.dtype)
+            for name, result in results.items()
+        },
+    )
 
 
-def _fields(spec: FeatureSpec, *owners: str) -> Types:
-    """Return the fields of these owners in a request, as a ranker receives them."""
+class _Recorded(dict[str, Any]):
+    """Arrays by name that add to `names_read` the name of each array that is read."""
+
+    def __init__(self, arrays: Arrays, names_read: set[str]):
+        super().__init__(arrays)
+        self._names_read = names_read
+
+    def __getitem__(self, name: str) -> Any:
+        self._names_read.add(name)
+        return super().__getitem__(name)
+
+
+def _field_types(spec: FeatureSpec, *owners: str) -> Types:
+    """Return the types of these owners' fields in a request, as a ranker receives them."""
     sizes: Any = export.symbolic_shape("requests, candidates", scope=_SIZES)
     batch = abstract_batch(spec, *sizes)
     # How far a candidate came is for those who measure.
-    names = [of.name for of in IN_BATCH if of.of in owners and of.name != "stage"]
+    names = [field.name for field in IN_BATCH if field.of in owners and field.name != "stage"]
     return {name: getattr(batch, name) for name in names}
 
 
 def _on_requests(trained: Servable, part: Callable[..., Any], arrays: Arrays) -> Any:
     """Return the results of `part(module, batch, rows, items)` on the requests in the arrays.
 
-    Missing arrays are empty, or dead code.
+    Missing arrays are replaced by zeros: they are empty, or their results are not used.
     """
-    spec, requests = trained.seen, arrays["user_id"].shape[0]
-    candidates = arrays["item_id"].shape[1] if "item_id" in arrays else 0
-    like, of_items = abstract_batch(spec, requests, candidates), abstract_items(spec)
-    fields = {of.name: _or_zeros(arrays, of.name, getattr(like, of.name)) for of in IN_BATCH}
+    spec = trained.seen
+    num_requests = arrays["user_id"].shape[0]
+    num_candidates = arrays["item_id"].shape[1] if "item_id" in arrays else 0
+    batch_types = abstract_batch(spec, num_requests, num_candidates)
+    batch = CandidateBatch(
+        **{
+            field.name: _or_zeros(arrays, field.name, getattr(batch_types, field.name))
+            for field in IN_BATCH
+        }
+    )
     # Without candidates and a history no id of an item is read.
-    known = arrays if candidates or spec.history_length else {}
-    features = _or_zeros(known, "item_features", of_items.features)
-    category = _or_zeros(known, "item_category", of_items.category)
-    batch, items = CandidateBatch(**fields), Items(features, category)
-    embedding = trained.model.embedding
-    lookups = embedding.lookups.items()
-    used = {name: lookup for name, lookup in lookups if lookup.ids(batch, items).size != 0}
-    held = {of.table: jnp.asarray(arrays[name_of(of.table)]) for of in used.values()}
-    only = embedding._replace(lookups=used)
-    rows = gather_rows(only, held, batch, items, whole_rows=False)
-    return _part(trained, lambda module, *of: part(module, *of, items), batch, rows)
+    reads_items = num_candidates or spec.history_length
+    item_types = abstract_items(spec)
+    items = Items(
+        features=_or_zeros(arrays if reads_items else {}, "item_features", item_types.features),
+        category=_or_zeros(arrays if reads_items else {}, "item_category", item_types.category),
+    )
+    lookups = {
+        name: lookup
+        for name, lookup in trained.model.embedding.lookups.items()
+        if lookup.ids(batch, items).size != 0
+    }
+    tables = {
+        lookup.table: jnp.asarray(arrays[name_of(lookup.table)]) for lookup in lookups.values()
+    }
+    embedding = trained.model.embedding._replace(lookups=lookups)
+    rows = gather_rows(embedding, tables, batch, items, whole_rows=False)
+
+    # Items are not cast to the dtype of the model, see `apply_model`.
+    def part_with_items(module: Any, batch: CandidateBatch, rows: Rows) -> Any:
+        return part(module, batch, rows, items)
+
+    return _part(trained, part_with_items, batch, rows)
 
 
 def _or_zeros(arrays: Arrays, name: str, like: Any) -> Any:
@@ -240,10 +287,10 @@ def _rows_of(trained: Servable, table: str, ids: Int[Array, "..."], arrays: Arra
 
 
 def _plus_categories(
-    trained: Servable, row: Float[Array, "... D"], of: str, name: str, arrays: Arrays
+    trained: Servable, row: Float[Array, "... D"], owner: str, name: str, arrays: Arrays
 ) -> Float[Array, "... D"]:
-    """Add the mean rows of the categories of an item or a candidate, if it has any."""
-    lengths = trained.spec.category_lengths(of)
+    """Add the mean rows of an owner's categories, if it has any; `name` is the array of them."""
+    lengths = trained.spec.category_lengths(owner)
     if not lengths:
         return row
     rows = _rows_of(trained, "category", arrays[name], arrays)
@@ -251,6 +298,7 @@ def _plus_categories(
 
 
 def _part(trained: Servable, part: Callable[..., Any], *arrays: Any) -> Any:
+    """Return the results of `part(module, *arrays)`, see `apply_part`."""
     return apply_part(trained.model, trained.parameters.dense, part, *arrays)
 
 
@@ -261,15 +309,25 @@ def _answer(trained: Servable, logits: Float[Array, "R N heads"]) -> dict[str, A
 
 
 def _rank(trained: Servable, arrays: Arrays) -> dict[str, Any]:
-    logits = _on_requests(trained, lambda module, *of: module(*of), arrays)
-    return _answer(trained, logits)
+    """Run the program `rank`."""
+
+    def logits(module: Any, batch: CandidateBatch, rows: Rows, items: Items) -> Any:
+        return module(batch, rows, items)
+
+    return _answer(trained, _on_requests(trained, logits, arrays))
 
 
 def _user(trained: Servable, arrays: Arrays) -> dict[str, Any]:
-    return _on_requests(trained, lambda module, *of: module.users(*of), arrays)
+    """Run the program `user`."""
+
+    def users(module: InParts, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
+        return module.users(batch, rows, items)
+
+    return _on_requests(trained, users, arrays)
 
 
 def _item(trained: Servable, arrays: Arrays) -> dict[str, Any]:
+    """Run the program `item`."""
     row = _rows_of(trained, "item", arrays["item_id"], arrays)
     row = _plus_categories(trained, row, "item", "category", arrays)
     features = _or_zeros(arrays, "features", row[..., :0])
@@ -280,49 +338,54 @@ def _embedding(
     module: Any, row: Float[Array, "items D"], features: Float[Array, "items F"]
 ) -> Float[Array, "items D"]:
     """Embed items by the encoder of candidates, with candidate features of 0."""
-    own = jnp.zeros((*row.shape[:-1], module.spec.candidate_features), features.dtype)
-    return module.item(row, jnp.concatenate([features, own], axis=-1))
+    candidate = jnp.zeros((*row.shape[:-1], module.spec.candidate_features), features.dtype)
+    return module.item(row, jnp.concatenate([features, candidate], axis=-1))
 
 
 def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[str, np.ndarray]:
     """Return the inputs of the program `item` for items of the dataset, without tables."""
-    cheap = trained.spec.cheap_item_features
-    known = {
-        "item_id": ids,
-        "features": np.asarray(trained.items.features)[ids, :cheap],
-        "category": np.asarray(trained.items.category)[ids],
-    }
-    return {name: of for name, of in known.items() if 0 not in of.shape[1:]}
+    features = np.asarray(trained.items.features)[ids, : trained.spec.cheap_item_features]
+    category = np.asarray(trained.items.category)[ids]
+    inputs = {"item_id": ids}
+    if features.shape[1]:
+        inputs["features"] = features
+    if category.shape[1]:
+        inputs["category"] = category
+    return inputs
 
 
-def _item_embeddings(trained: Servable, held: Tables) -> Float32[np.ndarray, "items+1 D"]:
+def _item_embeddings(trained: Servable, tables: Tables) -> Float32[np.ndarray, "items+1 D"]:
     """Return the embeddings of all items, a block at a time, and then of an unknown item."""
-    item, number = jax.jit(functools.partial(_item, trained)), trained.spec.num_items
-    rows = {name: table for name, table in held.items() if name.endswith("_table")}
+    item = jax.jit(functools.partial(_item, trained))
+    num_items = trained.spec.num_items
+    row_tables = {name: table for name, table in tables.items() if name.endswith("_table")}
     blocks = []
-    for first in range(0, number, _BLOCK):
-        ids = np.arange(first, min(first + _BLOCK, number), dtype=np.int32)
-        found = item(inputs_of_items(trained, ids) | rows)
-        blocks.append(np.asarray(found[ITEM_EMBEDDING]))
-    reserved = held[name_of("item")][-1:]
-    nothing = jnp.zeros((1, trained.spec.cheap_item_features))
-    return np.concatenate([*blocks, np.asarray(_part(trained, _embedding, reserved, nothing))])
+    for first in range(0, num_items, _BLOCK):
+        ids = np.arange(first, min(first + _BLOCK, num_items), dtype=np.int32)
+        outputs = item(inputs_of_items(trained, ids) | row_tables)
+        blocks.append(np.asarray(outputs[ITEM_EMBEDDING]))
+    reserved = tables[name_of("item")][-1:]
+    no_features = jnp.zeros((1, trained.spec.cheap_item_features))
+    blocks.append(np.asarray(_part(trained, _embedding, reserved, no_features)))
+    return np.concatenate(blocks)
 
 
-def _score(trained: Servable, of_user: Sequence[str], arrays: Arrays) -> dict[str, Any]:
-    spec = trained.spec
+def _score(trained: Servable, user_outputs: Sequence[str], arrays: Arrays) -> dict[str, Any]:
+    """Run the program `score` on the outputs of the program `user` and the candidates."""
 
     def logits(module: Any, users: Any, row: Any, features: Any) -> Float[Array, "R N heads"]:
         weights, _ = weights_of(module.item.features)
-        own = weights[spec.cheap_item_features :]
-        return module.logits(users, linear_products(users["queries"], row, own, features))
+        candidate_weights = weights[trained.spec.cheap_item_features :]
+        products = linear_products(users["queries"], row, candidate_weights, features)
+        return module.logits(users, products)
 
-    ids, last = arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0] - 1
     # The last row is that of unknown items.
+    ids = arrays["item_id"]
+    last = arrays[ITEM_EMBEDDING].shape[0] - 1
     row = _read(arrays, ITEM_EMBEDDING, jnp.where((ids >= 0) & (ids < last), ids, last))
     row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
     features = _or_zeros(arrays, "candidate_features", row[..., :0])
-    users = {name: arrays[name] for name in of_user}
+    users = {name: arrays[name] for name in user_outputs}
     return _answer(trained, _part(trained, logits, users, row, features))
 
 
@@ -347,21 +410,27 @@ def to_onnx(program: Program) -> bytes:
 
     UserError if jax2onnx is not installed, or ONNX lacks an operation of the program.
     """
-    names, outputs = list(program.inputs), list(program.outputs)
+    input_names = list(program.inputs)
+    output_names = list(program.outputs)
 
     def positional(*arrays: Any) -> Any:
-        results = program.function(dict(zip(names, arrays, strict=True)))
-        return tuple(results[name] for name in outputs)
+        results = program.function(dict(zip(input_names, arrays, strict=True)))
+        return tuple(results[name] for name in output_names)
 
-    types, before = list(program.inputs.values()), logging.root.manager.disable
-    named = {"input_names": names, "output_names": outputs}
     # Without the converter's logs and warnings on other packages and its intermediate results.
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(action="ignore"):
             import jax2onnx
 
-            model = jax2onnx.to_onnx(positional, types, model_name=program.name, **named)
+            model = jax2onnx.to_onnx(
+                positional,
+                list(program.inputs.values()),
+                model_name=program.name,
+                input_names=input_names,
+                output_names=output_names,
+            )
     except ImportError as error:
         raise UserError(
             "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only --formats=jax"
@@ -373,7 +442,7 @@ def to_onnx(program: Program) -> bytes:
             "--formats=jax"
         ) from error
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)
     return model.SerializeToString()
 
 

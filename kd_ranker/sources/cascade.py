@@ -23,7 +23,7 @@ follow Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", K
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -38,7 +38,8 @@ TASKS = ("watch", "like", "share")
 
 # The production final ranker sorts by the sum of its task probabilities with these weights.
 PRODUCTION_VALUE_WEIGHTS = np.array([1.0, 2.0, 4.0], np.float32)
-TEACHER_VERSION, OLD_TEACHER_VERSION = "production_2", "production_1"
+TEACHER_VERSION = "production_2"
+OLD_TEACHER_VERSION = "production_1"
 
 # Terms of the logits, in the order of the last axis of `logit_terms` -> weight for each of `TASKS`.
 TERM_WEIGHT = {
@@ -61,17 +62,33 @@ FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
 FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
 MOOD_HOURS = 12.0
 # Deviations in the scores of the retrieval and of the policy; the other terms vary by about 1.
-RETRIEVAL_NOISE, POLICY_NOISE = np.float32(1.0), np.float32(0.7)
+RETRIEVAL_NOISE = np.float32(1.0)
+POLICY_NOISE = np.float32(0.7)
 
 DAY = 24 * 3600  # seconds
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
-# Split -> its first day, counted from START, the number of its days, and that in the seeds of its
-# requests; 0 is the world's, 4 that of tastes and styles.
-_SPLITS = {"train": (0, 7, 1), "validation": (7, 1, 3), "test": (8, 2, 2)}
+
+
+class _Split(NamedTuple):
+    """The days of a split, and a number for the seeds of its requests."""
+
+    first_day: int  # counted from `START`
+    days: int
+    seed: int  # others are `_WORLD_SEED` and `_TASTE_SEED`
+
+
+_SPLITS = {
+    "train": _Split(first_day=0, days=7, seed=1),
+    "validation": _Split(first_day=7, days=1, seed=3),
+    "test": _Split(first_day=8, days=2, seed=2),
+}
+_WORLD_SEED = 0
+_TASTE_SEED = 4  # of tastes and styles
 UPLOAD_DAYS = 60
 HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
 CATEGORY_HIT_RATE = 0.4
-CONTEXT_FEATURES, HISTORY_FEATURES = 8, 3
+CONTEXT_FEATURES = 8
+HISTORY_FEATURES = 3
 
 
 class World:
@@ -81,9 +98,12 @@ class World:
     """
 
     def __init__(self, data: ConfigDict) -> None:
-        users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
+        users = int(data.num_users)
+        items = int(data.num_items)
+        topics = int(data.num_topics)
+        rng = np.random.default_rng([data.seed, _TASTE_SEED])
         # Tastes and styles of deviation 1, times `data.taste`; D is 0 if that is 0.
-        rng, size = np.random.default_rng([data.seed, 4]), TASTE_SIZE if data.taste else 0
+        size = TASTE_SIZE if data.taste else 0
         taste = _normal(rng, users, size)
         self.taste: Float32[np.ndarray, "users D"] = data.taste * taste
         self.style: Float32[np.ndarray, "items D"] = _normal(rng, items, size)
@@ -93,7 +113,7 @@ class World:
         self.policy_style: Float32[np.ndarray, "items D"]
         self.policy_style = (self.style + _normal(rng, items, size)) / 2**0.5
         self.shown_style = self.style + 0.05 * _normal(rng, items, size)
-        rng = np.random.default_rng([data.seed, 0])
+        rng = np.random.default_rng([data.seed, _WORLD_SEED])
         self._draw_users(rng, users, topics, int(data.history_length))
         self._draw_items(rng, items, topics)
         self.moment_taste: Float32[np.ndarray, "context K"] = _normal(rng, CONTEXT_FEATURES, topics)
@@ -141,7 +161,8 @@ class World:
         mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
         self.topics: Float32[np.ndarray, "items K"]
         self.topics = (mixture / mixture.sum(axis=1, keepdims=True)).astype(np.float32)
-        shown_quality, hidden_quality = _normal(rng, items), _normal(rng, items)
+        shown_quality = _normal(rng, items)
+        hidden_quality = _normal(rng, items)
         self.quality: Float32[np.ndarray, "items"] = 0.8 * shown_quality + 0.6 * hidden_quality
         # In standard deviations of its logarithm.
         self.popularity: Float32[np.ndarray, "items"]
@@ -238,7 +259,7 @@ def logit_terms(
     item: Int64[np.ndarray, "N"],
     age: Float32[np.ndarray, "N"],
 ) -> Float32[np.ndarray, "N terms"]:
-    """The terms of the true logits of N candidates, in the order of `TERM_WEIGHT`.
+    """Return the terms of the true logits of N candidates, in the order of `TERM_WEIGHT`.
 
     For topics θ of a candidate, the user's interests φ, and c, how well each topic suits the moment
     (θ and φ sum to 1): interest 4 θ·φ; the quality, in standard deviations; freshness, which is
@@ -257,14 +278,16 @@ def logit_terms(
     weight = np.exp(-history.age_hours / MOOD_HOURS) * reception
     mood = np.tanh(0.5 * (weight @ event_topics)).astype(event_topics.dtype)
     moment = context @ world.moment_taste / CONTEXT_FEATURES**0.5
-    effects = [4 * world.interests[user], moment, fatigue, mood, moment * fatigue]
-    interest, suits, tired, received, relieved = (world.topics[item] @ np.stack(effects, axis=1)).T
-    terms = [interest, world.quality[item], -age, suits, tired, received, relieved]
+    # One product for all terms that depend on the topics of a candidate.
+    by_topic = [4 * world.interests[user], moment, fatigue, mood, moment * fatigue]
+    products = world.topics[item] @ np.stack(by_topic, axis=1)
+    interest, suits_moment, tired, received, relieved = products.T
+    terms = [interest, world.quality[item], -age, suits_moment, tired, received, relieved]
     return np.stack(terms, axis=1)
 
 
 def sigmoid(logits: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """1 / (1 + exp(−logits))."""
+    """Return 1 / (1 + exp(−logits))."""
     return 1 / (1 + np.exp(-logits))
 
 
@@ -277,11 +300,11 @@ def _draw_request(
     index: int,
 ) -> Request:
     """Draw a request; `columns` are the indices in `TASKS` of the requested tasks."""
-    first, days, seed = _SPLITS[split]
+    first_day, days, seed = _SPLITS[split]
     rng = np.random.default_rng([data.seed, seed, index])
     # A moment in the request's own slice of its split's days: times rise with `index`.
     offset = days * DAY * (index + rng.random()) / data[f"{split}_requests"]
-    time = START + first * DAY + int(offset)
+    time = START + first_day * DAY + int(offset)
     context = _draw_context(rng, time)
     user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))
     history = draw_history(rng, world, user)
@@ -295,12 +318,16 @@ def _draw_request(
     # Of the production final ranker.
     probability = sigmoid(logits + data.noise * error + data.noise * noise)
 
-    value = probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS
+    # All arrays so far are in the order of the policy; `order` is that of the request.
+    num_passed = int(funnel.passed)
+    num_shown = int(funnel.shown)
+    value = probability[:num_passed] @ PRODUCTION_VALUE_WEIGHTS
     order = np.arange(funnel.retrieved)
-    order[: funnel.passed] = _shown_first(rng, value, funnel.shown, data.exploration)
-    chance = shown_probability(int(funnel.passed), int(funnel.shown), float(data.exploration))
+    order[:num_passed] = _shown_first(rng, value, num_shown, data.exploration)
+    chance = shown_probability(num_passed, num_shown, float(data.exploration))
+    place_by_value = (-value).argsort().argsort()
     propensity = np.full(funnel.retrieved, np.nan, np.float32)
-    propensity[: funnel.shown] = chance[(-value).argsort().argsort()[order[: funnel.shown]]]
+    propensity[:num_shown] = chance[place_by_value[order[:num_shown]]]
 
     features = age[:, None]
     if data.hint:
@@ -311,16 +338,21 @@ def _draw_request(
             np.float32(data.hint),
         )
         features = np.stack([age, hint], axis=1)
-    truth = sigmoid(logits[order])[:, columns]
+    true_probability = sigmoid(logits[order])[:, columns]
     # Drawn for all tasks, so that a draw does not depend on the requested tasks.
-    luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
-    probability = probability[order][:, columns]
-    known, teacher_weight = None, np.ones(funnel.retrieved, np.float32)
-    teacher: dict[str, Any] = dict(teacher_probability=probability, teacher_weight=teacher_weight)
-    teacher["teacher_version"] = TEACHER_VERSION
+    luck = rng.random((num_shown, len(TASKS)))[:, columns]
+    teacher_probability = probability[order][:, columns]
     if split == "train":
-        known, passed = 0, order[: funnel.passed]
-        teacher |= _log_teacher(rng, probability[: funnel.passed], terms[passed], columns, data)
+        logged = _log_teacher(
+            rng, teacher_probability[:num_passed], terms[order[:num_passed]], columns, data
+        )
+        num_known = 0  # facts are for the evaluation only
+    else:
+        logged = _LoggedTeacher(
+            teacher_probability, np.ones(funnel.retrieved, np.float32), TEACHER_VERSION
+        )
+        num_known = int(funnel.retrieved)
+    history_features = [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4]
     return Request(
         request_id=index,
         time=time,
@@ -328,30 +360,38 @@ def _draw_request(
         user_features=world.user_features[user],
         context=context,
         history_id=history.item_id.astype(np.int32),
-        history_features=np.stack(
-            [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4], axis=1
-        ).astype(np.float32),
+        history_features=np.stack(history_features, axis=1).astype(np.float32),
         item_id=item[order].astype(np.int32),
         candidate_features=features[order],
-        num_passed=int(funnel.passed),
-        user_label=(luck < truth[: funnel.shown]).astype(np.uint8),
-        label_weight=np.ones(funnel.shown, np.float32),
-        true_probability=truth[:known],
-        incumbent=policy[order][:known],
-        propensity=propensity[:known],
-        **teacher,
+        num_passed=num_passed,
+        user_label=(luck < true_probability[:num_shown]).astype(np.uint8),
+        label_weight=np.ones(num_shown, np.float32),
+        true_probability=true_probability[:num_known],
+        incumbent=policy[order][:num_known],
+        propensity=propensity[:num_known],
+        teacher_probability=logged.probability,
+        teacher_weight=logged.weight,
+        teacher_version=logged.version,
     )
 
 
 def _hint(
     rng: np.random.Generator, value: Float32[np.ndarray, "N"], correlation: np.float32
 ) -> Float32[np.ndarray, "N"]:
-    """Numbers with this correlation with the logarithm of the final ranker's value in a request."""
+    """Draw numbers that correlate with the logarithm of the final ranker's value in a request."""
     log_value = np.log(value)
     standard = (log_value - log_value.mean()) / log_value.std()
     noise = (1 - correlation**2) ** 0.5
     hint: Float32[np.ndarray, "N"] = correlation * standard + noise * _normal(rng, len(value))
     return hint
+
+
+class _LoggedTeacher(NamedTuple):
+    """What a request's log has of the final ranker."""
+
+    probability: Float32[np.ndarray, "L T"]
+    weight: Float32[np.ndarray, "L"]
+    version: str
 
 
 def _log_teacher(
@@ -360,8 +400,11 @@ def _log_teacher(
     terms: Float32[np.ndarray, "L terms"],
     columns: Int[np.ndarray, "T"],
     data: ConfigDict,
-) -> dict[str, Any]:
-    """Log probabilities with faults; the weight is 0 where nothing was written, NaN, and else 1."""
+) -> _LoggedTeacher:
+    """Log probabilities with faults.
+
+    Where nothing was written, the probability is NaN and the weight 0; elsewhere the weight is 1.
+    """
     version = TEACHER_VERSION
     if rng.random() < data.fault_version:
         # A worse model, which knows no history, shrinks its logits, and is noisy.
@@ -376,7 +419,7 @@ def _log_teacher(
     logged = np.where(is_wrong, nonsense, probability)
     logged[(fault < data.fault_nan) | lost[:, None]] = np.nan
     weight = np.where(lost, 0, 1).astype(np.float32)
-    return dict(teacher_probability=logged, teacher_weight=weight, teacher_version=version)
+    return _LoggedTeacher(logged, weight, version)
 
 
 def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
@@ -388,7 +431,7 @@ def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C
 
 
 def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
-    """The user's events before a request: older ones from all interests, then the session's.
+    """Draw the user's events before a request: older ones from all interests, then the session's.
 
     A session is made of two topics or so, of the user's interests more often than not, and some
     strays. The appetite for each topic is drawn afresh as well; appetites drive completions.
@@ -419,6 +462,14 @@ def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
     return History(item, completed, liked, age_hours.astype(np.float32))
 
 
+class _Retrieved(NamedTuple):
+    """The candidates of a request."""
+
+    item: Int64[np.ndarray, "N"]
+    age: Float32[np.ndarray, "N"]  # standardized
+    policy: Float32[np.ndarray, "N"]  # scores of the policy
+
+
 def _retrieve(
     rng: np.random.Generator,
     world: World,
@@ -426,8 +477,8 @@ def _retrieve(
     time: int,
     user: int,
     history: History,
-) -> tuple[Int64[np.ndarray, "N"], Float32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
-    """Draw the candidates, the passed first: items, standardized ages, scores of the policy."""
+) -> _Retrieved:
+    """Draw the candidates, the passed first."""
     # By interest, popularity and noise; just watched ones only if no others are left.
     score = world.topics @ (4 * world.interests[user]) + 0.5 * world.popularity
     score += RETRIEVAL_NOISE * rng.standard_normal(len(score), np.float32)
@@ -443,13 +494,13 @@ def _retrieve(
     policy += taste_match(world.policy_taste[user], world.policy_style[item])
     policy = policy + POLICY_NOISE * rng.standard_normal(len(item), np.float32)
     order = _highest_first(rng, policy, funnel.passed)
-    return item[order], age[order], policy[order]
+    return _Retrieved(item[order], age[order], policy[order])
 
 
 def _highest_first(
     rng: np.random.Generator, score: Float[np.ndarray, "N"], count: int
 ) -> Int64[np.ndarray, "N"]:
-    """A permutation of N places: the `count` highest scores, shuffled, then the rest, shuffled."""
+    """Return a permutation of N places: the `count` highest scores, then the others, shuffled."""
     order = np.argpartition(score, -count)[::-1]
     # The order after a partition still depends on the scores.
     return np.concatenate([rng.permutation(order[:count]), rng.permutation(order[count:])])
@@ -458,7 +509,7 @@ def _highest_first(
 def _shown_first(
     rng: np.random.Generator, value: Float[np.ndarray, "P"], shown: int, exploration: float
 ) -> Int64[np.ndarray, "P"]:
-    """A permutation of P places: the shown ones, shuffled, then the rest, shuffled.
+    """Return a permutation of P places: the shown ones, shuffled, then the rest, shuffled.
 
     A binomial number of slots is filled at random from the candidates of lesser value.
     """
@@ -470,7 +521,7 @@ def _shown_first(
 
 @functools.lru_cache(maxsize=16)
 def shown_probability(passed: int, shown: int, exploration: float) -> Float64[np.ndarray, "passed"]:
-    """The probability that `_shown_first` shows each candidate, that of highest value first.
+    """Return the probability that `_shown_first` shows each candidate, in the order of value.
 
     Let e slots be filled at random, with e = min(Binomial(shown, exploration), passed − shown). The
     shown − e candidates of highest value are shown. Each of the other passed − shown + e has a slot

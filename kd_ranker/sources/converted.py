@@ -33,13 +33,15 @@ from kd_ranker.sources.logs.files import line_of
 from kd_ranker.sources.logs.layout import IDENTIFYING, OPTIONAL, STAGES
 from kd_ranker.sources.logs.vocabulary import MANIFEST
 
-# Requests that are held before they are written.
-_AT_A_TIME = 256
+_ROWS = 256  # requests that are in memory before they are written
 BLOCK_KEYS = (
-    *("ratings_per_request", "validation_share", "test_share"),
-    *("validation_requests_per_user", "test_requests_per_user"),
+    "ratings_per_request",
+    "validation_share",
+    "test_share",
+    "validation_requests_per_user",
+    "test_requests_per_user",
 )
-"""The keys of `config.data` that `blocks_of` reads."""
+"""The keys of `config.data` that `cut_blocks` reads."""
 
 
 class Converter(NamedTuple):
@@ -56,7 +58,7 @@ class Converter(NamedTuple):
         folder = self._folder(data, files)
         if not folder.exists():
             self._convert(data, files, folder)
-        source = parquet.open_source(_own(data, folder), tasks, funnel)
+        source = parquet.open_source(_log_config(data, folder), tasks, funnel)
         spec = dataclasses.replace(source.spec, dataset=str(data.name))
         return dataclasses.replace(source, spec=spec)
 
@@ -80,45 +82,49 @@ class Converter(NamedTuple):
         manifest = directory / MANIFEST
         if not data.path or not Path(data.path).exists() or not manifest.exists():
             return
-        name = self._folder(data, self.find_files(data)).name
-        if any(Path(file).parent.name != name for file in json.loads(manifest.read_text())):
+        log = self._folder(data, self.find_files(data)).name
+        if any(Path(file).parent.name != log for file in json.loads(manifest.read_text())):
             raise UserError(
                 f"the files at {data.path} have changed since {directory} was made of them; give "
                 "another data.dir to make a dataset of them as they are now, or restore them"
             )
 
     def _folder(self, data: ConfigDict, files: Sequence[Path]) -> Path:
-        """The folder of the log, named by all that decides its content."""
+        """Return the folder of the log, named by all that decides its content."""
         logs = Path(data.dir) / "logs"
-        contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
-        given = data.copy_and_resolve_references().to_dict()
-        values = {key: given.get(key) for key in (*self.keys, "seed")}
+        names = [file.name for file in files]
+        contents = [list(pair) for pair in zip(names, _digests(files, logs), strict=True)]
+        config = data.copy_and_resolve_references().to_dict()
+        values = {key: config.get(key) for key in (*self.keys, "seed")}
         return logs / f"{data.name}-{digest([self.version, values, contents])}"
 
 
-def _own(data: ConfigDict, folder: Path) -> ConfigDict:
-    """The config of the log in a folder, by the names of its columns."""
+def _log_config(data: ConfigDict, folder: Path) -> ConfigDict:
+    """Return the config of the log in a folder, by the names of its columns."""
     schema = pq.read_schema(next(folder.glob("*.parquet")))
-    own = data.copy_and_resolve_references()
-    named = {role: role for role in (*IDENTIFYING, *OPTIONAL) if role in schema.names}
-    by_request = pa.types.is_nested(schema.field("item").type)
-    with own.unlocked():
-        own.path, own.sql, own.rows = str(folder), "", "request" if by_request else "candidate"
-        own.columns = ConfigDict(named | data.columns.to_dict())
-        own.stages = ConfigDict({stage: stage for stage in STAGES})
-        if own.split == "column" and "split" not in named:
-            own.split = "request"
-    return own
+    roles = {role: role for role in (*IDENTIFYING, *OPTIONAL) if role in schema.names}
+    has_lists = pa.types.is_nested(schema.field("item").type)
+    config = data.copy_and_resolve_references()
+    with config.unlocked():
+        config.path = str(folder)
+        config.sql = ""
+        config.rows = "request" if has_lists else "candidate"
+        config.columns = ConfigDict(roles | data.columns.to_dict())
+        config.stages = ConfigDict({stage: stage for stage in STAGES})
+        if config.split == "column" and "split" not in roles:
+            config.split = "request"
+    return config
 
 
 def _digests(files: Sequence[Path], logs: Path) -> list[str]:
-    """The SHA-256 of each file; a folder of logs keeps those of files with the same size and time.
+    """Return the SHA-256 of each file.
 
-    A copy of the files is thus the same dataset.
+    A folder of logs stores the digests of files with their size and time, so that no file is read
+    twice. A copy of the files has the same digests.
     """
     record = logs / ".raw_files.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-    found = []
+    digests = []
     for file in files:
         stat = file.stat()
         key = f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
@@ -127,18 +133,19 @@ def _digests(files: Sequence[Path], logs: Path) -> list[str]:
             with contextlib.suppress(OSError):  # a folder that may only be read
                 logs.mkdir(parents=True, exist_ok=True)
                 write_whole(record, json.dumps(known))
-        found.append(known[key])
-    return found
+        digests.append(known[key])
+    return digests
 
 
 def find_raw(data: ConfigDict, names: Iterable[str], where: str, folder: str = "") -> list[Path]:
-    """The paths of files in `data.path`, or in another folder if that is empty.
+    """Return the paths of files in `data.path`, or in another folder if that is empty.
 
     UserError names one that is missing, and `where` they come from.
     """
-    paths = [Path(data.path or folder) / name for name in names]
+    folder = data.path or folder
+    paths = [Path(folder) / name for name in names]
     for path in paths:
-        if not path.is_file() or not (data.path or folder):
+        if not folder or not path.is_file():
             raise UserError(f"{path} does not exist; set data.path to the folder of {where}")
     return paths
 
@@ -148,7 +155,8 @@ def fetch(url: str, sha256: str, data_dir: str) -> Path:
 
     Downloads it unless it is there. UserError: it cannot be fetched, or is another file.
     """
-    folder, name = Path(data_dir) / "downloads", url.rpartition("/")[2]
+    folder = Path(data_dir) / "downloads"
+    name = url.rpartition("/")[2]
     unpacked = folder / sha256[:16]
     if unpacked.exists():
         return unpacked
@@ -188,7 +196,8 @@ def columns(names: Iterable[str]) -> str:
 
 def draw(seed: int, key: str, most: int) -> str:
     """SQL that orders rows by a hash of the seed and a key, and keeps `most`; 0 keeps all."""
-    return f"ORDER BY md5(concat_ws(' ', {seed}, {key})) {f'LIMIT {most}' if most else ''}"
+    limit = f"LIMIT {most}" if most else ""
+    return f"ORDER BY md5(concat_ws(' ', {seed}, {key})) {limit}"
 
 
 def moment_of(seconds: str) -> str:
@@ -198,36 +207,56 @@ def moment_of(seconds: str) -> str:
     return f"sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos, {day} AS weekday"
 
 
-def blocks_of(
-    time: Int64[np.ndarray, "n"], data: ConfigDict
-) -> Iterator[tuple[int, str, int, int]]:
-    """Yield the blocks of a user's ratings that become requests: number, split, first rating, end.
+class Block(NamedTuple):
+    """Consecutive ratings of a user, which become a request."""
+
+    number: int  # of the block, among all blocks of the user
+    split: str
+    start: int  # the first rating
+    end: int  # after the last rating
+
+
+def cut_blocks(time: Int64[np.ndarray, "n"], data: ConfigDict) -> Iterator[Block]:
+    """Yield the blocks of a user's ratings that become requests; `time` ascends.
 
     A block takes `data.ratings_per_request` ratings, and then all that share the last one's
     second. A last block of less than half of that joins the one before it, if there is one. A
-    split starts with the block, not the first, that starts nearest to its share. `time` ascends.
+    split starts with the block, not the first, that starts nearest to its share.
     """
-    size, total, starts = int(data.ratings_per_request), len(time), [0]
-    while starts[-1] + size <= total:
-        starts.append(int(np.searchsorted(time, time[starts[-1] + size - 1], side="right")))
-    if len(starts) > 1 and 2 * (total - starts[-1]) < size:
-        starts.pop()
-    ends, stop, later = [*starts[1:], total], len(starts), 0.0
+    starts = _block_starts(time, int(data.ratings_per_request))
+    ends = [*starts[1:], len(time)]
+    stop = len(starts)  # the first block of the later splits
+    later_share = 0.0
     for split in reversed(SPLITS):
-        cut = 0
+        first = 0
         if split != "train":
-            later += data[f"{split}_share"]
-            distance = np.abs(np.array(starts[1:stop]) - (1 - later) * total)
-            cut = 1 + int(distance.argmin()) if later and stop > 1 else stop
-        for block in range(cut, stop)[: data.get(f"{split}_requests_per_user") or None]:
-            yield block, split, starts[block], ends[block]
-        stop = cut
+            later_share += data[f"{split}_share"]
+            first = stop
+            if later_share and stop > 1:
+                distance = np.abs(np.array(starts[1:stop]) - (1 - later_share) * len(time))
+                first = 1 + int(distance.argmin())
+        most = data.get(f"{split}_requests_per_user") or None
+        for number in range(first, stop)[:most]:
+            yield Block(number, split, starts[number], ends[number])
+        stop = first
+
+
+def _block_starts(time: Int64[np.ndarray, "n"], size: int) -> list[int]:
+    """Return the first rating of each block."""
+    starts = [0]
+    while starts[-1] + size <= len(time):
+        last = time[starts[-1] + size - 1]
+        starts.append(int(np.searchsorted(time, last, side="right")))
+    if len(starts) > 1 and 2 * (len(time) - starts[-1]) < size:
+        starts.pop()
+    return starts
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a log with one row per request: numbers, texts, arrays, matrices, Arrow's lists."""
-    writer, left = None, iter(rows)
-    while chunk := list(itertools.islice(left, _AT_A_TIME)):
+    writer = None
+    remaining = iter(rows)
+    while chunk := list(itertools.islice(remaining, _ROWS)):
         columns = {name: _column([row[name] for row in chunk]) for name in chunk[0]}
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
@@ -238,11 +267,15 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    if not isinstance(values[0], np.ndarray | pa.Array):
+    """Return a column of one entry per request, a list for an array and for Arrow's lists."""
+    if isinstance(values[0], np.ndarray):
+        entries = np.concatenate(values)
+        if entries.ndim == 2:
+            number, width = entries.shape
+            entries = pa.LargeListArray.from_arrays(np.arange(number + 1) * width, entries.ravel())
+    elif isinstance(values[0], pa.Array):
+        entries = pa.concat_arrays(values)
+    else:
         return pa.array(values)
-    is_numpy = isinstance(values[0], np.ndarray)
-    inner = np.concatenate(values) if is_numpy else pa.concat_arrays(values)
-    if is_numpy and inner.ndim == 2:
-        number, width = inner.shape
-        inner = pa.LargeListArray.from_arrays(np.arange(number + 1) * width, inner.ravel())
-    return pa.LargeListArray.from_arrays(starts_of(np.array(list(map(len, values)))), inner)
+    lengths = np.array([len(value) for value in values])
+    return pa.LargeListArray.from_arrays(starts_of(lengths), entries)

@@ -12,7 +12,7 @@ import csv
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import pandas as pd
 import pooch
 import pyarrow as pa
 import scipy.sparse
-from jaxtyping import Float32, Int, Int64, Shaped
+from jaxtyping import Float, Float32, Int, Int64, Shaped
 from ml_collections import ConfigDict
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
@@ -31,7 +31,8 @@ from kd_ranker.sources import sentences
 from kd_ranker.sources.converted import Converter, fetch, find_raw, write_rows
 from kd_ranker.sources.logs.layout import STAGES
 
-RETRIEVED, PASSED = 1000, 100
+RETRIEVED = 1000
+PASSED = 100
 RANKER = "ranker"
 SPLITS = {RANKER: 0.2, "train": 0.5, "validation": 0.15, "test": 0.15}
 """The share of the queries in each split; the final ranker learns from the first one only."""
@@ -44,13 +45,14 @@ FACTS = ("popularity", "votes", "rating", "budget")  # of a film; year is one of
 FEATURES = (*(f"bm25_{name}" for name in FIELDS), "bm25", "title_share", *FACTS, "year", "minilm")
 """The columns that the final ranker reads."""
 
-COSINE, FUSION = "minilm", "fusion"
+COSINE = "minilm"
+FUSION = "fusion"
 LEXICAL = tuple(name for name in FEATURES if name not in (*FACTS, "year", COSINE))
-"""Those of a candidate that the retrieval by words knows."""
+"""The features of a candidate that the retrieval by words knows."""
 
 FUSION_CONSTANT = 60  # k0 of the fusion that passes candidates
-STAGE_OF = {"bm25": "stage_bm25", FUSION: "stage"}
-"""By the early ranker that passed the candidates, the column of their stages."""
+STAGE_COLUMNS = {"bm25": "stage_bm25", FUSION: "stage"}
+"""The column of the candidates' stages, by the early ranker that passed them."""
 
 _TIME = 1_600_000_000  # seconds; the queries have no time, and a log needs one
 _THREADS = 2  # of LightGBM
@@ -82,23 +84,51 @@ class Candidates(NamedTuple):
     label: Int[np.ndarray, "n"]  # 1 if a person wanted the film, 0 if not, -1 without a label
 
 
-def words_of(text: str | None) -> list[str]:
-    """The words of a text, in lower case.
+class SentenceVectors(NamedTuple):
+    """The sentence embeddings of films and queries, of length 1."""
 
-    >>> words_of("Fast & Furious 6")
+    films: Float32[np.ndarray, "films 384"]
+    queries: Float32[np.ndarray, "queries 384"]
+
+    def cosine(self, query: int, film: Int64[np.ndarray, "n"]) -> Float32[np.ndarray, "n"]:
+        """Return the similarity of a query to some films."""
+        return self.films[film] @ self.queries[query]
+
+
+class FinalRanker(NamedTuple):
+    """LambdaMART, and the logistic curve from its score to a probability."""
+
+    trees: Any  # a `lightgbm.LGBMRanker`
+    curve: Any  # a `sklearn.linear_model.LogisticRegression`
+
+    def probability(self, features: Float32[np.ndarray, "n features"]) -> Float[np.ndarray, "n"]:
+        """Return the probability that a person wants each film."""
+        score = self.trees.predict(features)
+        probability: Float[np.ndarray, "n"] = self.curve.predict_proba(score[:, None])[:, 1]
+        return probability
+
+
+def split_words(text: str | None) -> list[str]:
+    """Return the words of a text, in lower case.
+
+    >>> split_words("Fast & Furious 6")
     ['fast', 'furious', '6']
     """
     return re.findall(r"\w+", (text or "").lower())
 
 
-def trigrams_of(words: Sequence[str]) -> list[str]:
-    """The different runs of three characters in words with their ends marked, in order.
+def distinct_trigrams(words: Sequence[str]) -> list[str]:
+    """Return the different runs of three characters in words with their ends marked, in order.
 
-    >>> trigrams_of(["up", "up"])
+    >>> distinct_trigrams(["up", "up"])
     ['^up', 'up$']
     """
-    marked = (f"^{word}$" for word in words)
-    return [*dict.fromkeys(word[i : i + 3] for word in marked for i in range(len(word) - 2))]
+    trigrams: dict[str, None] = {}  # in place of a set, for its order
+    for word in words:
+        marked = f"^{word}$"
+        for start in range(len(marked) - 2):
+            trigrams[marked[start : start + 3]] = None
+    return list(trigrams)
 
 
 def read(folder: Path) -> Collection:
@@ -106,58 +136,102 @@ def read(folder: Path) -> Collection:
     corpus, judgments = (folder / name for name in FILES)
     films = pd.read_json(corpus, lines=True, dtype={"id": np.int64})
     films["year"] = films["year"].astype("Int64")
-    number = {film: place for place, film in enumerate(films["id"])}
+    number_of_film = {film: number for number, film in enumerate(films["id"])}
     # Texts hold unbalanced quotation marks.
     judged = pd.read_csv(judgments, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
-    queries, labels = [], []
-    for _, of_query in judged.groupby("query_id", sort=False):
-        queries.append(str(of_query["query"].iloc[0]))
-        pairs = zip(of_query["doc_id"], of_query["grade"], strict=True)
-        labels.append({number[film]: grade for film, grade in pairs if film in number})
+    queries = []
+    labels = []
+    for _, rows in judged.groupby("query_id", sort=False):
+        queries.append(str(rows["query"].iloc[0]))
+        grades = {}
+        for film, grade in zip(rows["doc_id"], rows["grade"], strict=True):
+            if film in number_of_film:
+                grades[number_of_film[film]] = grade
+        labels.append(grades)
     return Collection(films, queries, labels)
 
 
-def retriever(
-    collection: Collection,
-    cosine: Callable[[int, Int64[np.ndarray, "n"]], Float32[np.ndarray, "n"]],
-) -> Callable[[int], Candidates]:
-    """Build the retrieval by BM25; `cosine` is the sentence similarity of a query to films."""
-    import bm25s
+class Retriever:
+    """The retrieval by BM25 over each of `FIELDS`."""
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
-    # Logarithms of popularity, votes and budget, rating and year as they are; 0 if unknown.
-    known = collection.films[[*FACTS, "year"]].fillna(0).astype(np.float64)
-    known[["popularity", "votes", "budget"]] = np.log1p(known[["popularity", "votes", "budget"]])
-    facts = known.to_numpy(np.float32)
-    films = collection.films
+    def __init__(self, collection: Collection, vectors: SentenceVectors) -> None:
+        """Index the films."""
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        self._collection = collection
+        self._vectors = vectors
+        self._facts = _film_facts(collection.films)
+        self._indices = []
+        for texts in _field_texts(collection.films):
+            index = bm25s.BM25(k1=1.2, b=0.75)
+            index.index([split_words(text) for text in texts], show_progress=False)
+            self._indices.append(index)
+
+    def retrieve(self, query: int) -> Candidates:
+        """Return the first `RETRIEVED` films of a query; of equal scores, the most popular."""
+        words = split_words(self._collection.queries[query])
+        scores = np.stack(
+            [index.get_scores_from_ids(index.get_tokens_ids(words)) for index in self._indices]
+        )
+        title = scores[0]
+        total = _TITLE_WEIGHT * title + scores[1:].sum(axis=0)
+        title_share = title / max(title.max(), 1e-6)
+        popularity = self._facts[:, 0]
+        film = np.lexsort((-popularity, -total))[:RETRIEVED].copy()  # not a view of all films
+
+        columns = [*scores, total, title_share, *self._facts.T]
+        features = [column[film] for column in columns]
+        features.append(self._vectors.cosine(query, film))
+        labels = self._collection.labels[query]
+        return Candidates(
+            film=film,
+            features=np.stack(features, axis=1).astype(np.float32),
+            label=np.array([labels.get(number, -1) for number in film.tolist()]),
+        )
+
+
+def _film_facts(films: pd.DataFrame) -> Float32[np.ndarray, "films facts"]:
+    """Return popularity, votes, rating, budget and year; 0 where unknown.
+
+    Popularity, votes and budget are logarithms.
+    """
+    facts = films[[*FACTS, "year"]].fillna(0).astype(np.float64)
+    facts[["popularity", "votes", "budget"]] = np.log1p(facts[["popularity", "votes", "budget"]])
+    return facts.to_numpy(np.float32)
+
+
+def _field_texts(films: pd.DataFrame) -> list[pd.Series]:
+    """Return the texts of all films in each of `FIELDS`."""
     director = films["director"].astype("string").fillna("")
-    films = films.assign(
+    texts = films.assign(
         people=films["actors"].str.join(" ") + " " + director,
         characters=films["characters"].str.join(" "),
         tags=(films["tags"] + films["genres"]).str.join(" "),
     )
-    indices = [bm25s.BM25(k1=1.2, b=0.75) for _ in FIELDS]
-    for index, field in zip(indices, FIELDS, strict=True):
-        texts = films[field].astype("string").fillna("")
-        index.index([words_of(text) for text in texts], show_progress=False)
-
-    def retrieve(query: int) -> Candidates:
-        words = words_of(collection.queries[query])
-        scores = np.stack(
-            [index.get_scores_from_ids(index.get_tokens_ids(words)) for index in indices]
-        )
-        total = _TITLE_WEIGHT * scores[0] + scores[1:].sum(axis=0)
-        film = np.lexsort((-facts[:, 0], -total))[:RETRIEVED].copy()  # not a view of all films
-        title_share = scores[0] / max(scores[0].max(), 1e-6)
-        columns = [of[film] for of in (*scores, total, title_share, *facts.T)]
-        features = np.stack([*columns, cosine(query, film)], axis=1).astype(np.float32)
-        labels = collection.labels[query]
-        return Candidates(film, features, np.array([labels.get(of, -1) for of in film.tolist()]))
-
-    return retrieve
+    return [texts[field].astype("string").fillna("") for field in FIELDS]
 
 
-def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray, "queries"]:
+class QuerySplits(NamedTuple):
+    """The group and the split of each query; no group is in two splits."""
+
+    group: Int[np.ndarray, "queries"]
+    split: list[str]  # one of `SPLITS` for each query
+
+
+def split_queries(
+    collection: Collection, candidates: Sequence[Candidates], seed: int
+) -> QuerySplits:
+    """Split the queries, with the candidates of each, so that near duplicates stay together."""
+    best = {}
+    for query, retrieved in enumerate(candidates):
+        if retrieved.label.max() > 0:
+            best[query] = int(retrieved.film[retrieved.label.argmax()])
+    group = group_queries(collection, best)
+    return QuerySplits(group, split_groups(group, seed))
+
+
+def group_queries(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray, "queries"]:
     """Number the groups of queries that must not be separated.
 
     Two queries share a group if the same film is the best one wanted for both, or if their words
@@ -165,45 +239,54 @@ def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
-    number = len(collection.queries)
-    has = CountVectorizer(analyzer=words_of, binary=True).fit_transform(collection.queries)
-    shared = (has @ has.T).tocoo()
-    size = np.asarray(has.sum(axis=1)).ravel()
-    near = shared.data >= SAME_QUERY * (size[shared.row] + size[shared.col] - shared.data)
-    query, film = np.array([*best.items()]).T
-    ends = (np.r_[shared.row[near], query], np.r_[shared.col[near], number + film])
-    nodes = number + len(collection.films)
-    edges = scipy.sparse.coo_matrix((np.ones(len(ends[0])), ends), (nodes, nodes))
-    return connected_components(edges, directed=False)[1][:number]
+    num_queries = len(collection.queries)
+    vectorizer = CountVectorizer(analyzer=split_words, binary=True)
+    has_word = vectorizer.fit_transform(collection.queries)
+    num_words = np.asarray(has_word.sum(axis=1)).ravel()
+    # Near duplicates: the words that two queries share, against those of either.
+    shared = (has_word @ has_word.T).tocoo()
+    either = num_words[shared.row] + num_words[shared.col] - shared.data
+    is_near = shared.data >= SAME_QUERY * either
+
+    # The nodes of the graph are the queries, and then the films.
+    query, film = np.array(list(best.items())).T
+    row = np.concatenate([shared.row[is_near], query])
+    column = np.concatenate([shared.col[is_near], num_queries + film])
+    num_nodes = num_queries + len(collection.films)
+    edges = scipy.sparse.coo_matrix((np.ones(len(row)), (row, column)), (num_nodes, num_nodes))
+    _, component = connected_components(edges, directed=False)
+    groups: Int[np.ndarray, "queries"] = component[:num_queries]
+    return groups
 
 
-def splits_of(groups: Int[np.ndarray, "queries"], seed: int) -> list[str]:
-    """The split of each query, with whole groups, in about the shares of `SPLITS`.
+def split_groups(groups: Int[np.ndarray, "queries"], seed: int) -> list[str]:
+    """Return the split of each query, with whole groups, in about the shares of `SPLITS`.
 
     Groups with more than 1% of the queries are for training: one of them in a split of the
     evaluation would outweigh the others there.
     """
-    _, of_query, size = np.unique(groups, return_inverse=True, return_counts=True)
-    shares, split = dict(SPLITS), np.full(len(size), "train", dtype=object)
-    large = size > LARGE * len(groups)
-    shares["train"] -= size[large].sum() / len(groups)
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(~large))
+    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    split = np.full(len(size), "train", dtype=object)
+    is_large = size > LARGE * len(groups)
+    shares = dict(SPLITS)
+    shares["train"] -= size[is_large].sum() / len(groups)
+    # The other groups follow each other in random order, and so do the splits: a group is in the
+    # split that has its middle query.
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~is_large))
     middle = (np.cumsum(size[order]) - size[order] / 2) / size[order].sum()
-    ends = np.cumsum([*shares.values()])[:-1] / sum(shares.values())
-    split[order] = np.array([*shares], object)[np.searchsorted(ends, middle, side="right")]
-    return list(split[of_query])
+    ends = np.cumsum(list(shares.values()))[:-1] / sum(shares.values())
+    names = np.array(list(shares), dtype=object)
+    split[order] = names[np.searchsorted(ends, middle, side="right")]
+    return list(split[group])
 
 
 def fit_ranker(
     queries: Sequence[Candidates], groups: Int[np.ndarray, "queries"], seed: int
-) -> tuple[Any, Any]:
+) -> FinalRanker:
     """Train a final ranker; a fifth of the queries, in whole groups, stops it and calibrates it.
 
     For the order, 30 random films without a label count as not wanted. For the calibration, only
     labeled films count.
-
-    Returns:
-      LambdaMART, and the logistic curve from its score to a probability.
     """
     import lightgbm
     from sklearn.linear_model import LogisticRegression
@@ -211,109 +294,131 @@ def fit_ranker(
     generator = np.random.default_rng(seed)
     place_of_group = generator.permutation(groups.max() + 1)[groups]
     order = np.argsort(place_of_group, kind="stable")
-    kept: list[tuple[Any, Any]] = []
-    for _, features, label in (queries[place] for place in order):
-        unknown = np.flatnonzero(label < 0)
+    features = []
+    labels = []
+    for query in order:
+        candidates = queries[query]
+        unknown = np.flatnonzero(candidates.label < 0)
         extra = generator.choice(unknown, min(_NEGATIVES, len(unknown)), replace=False)
-        rows = np.concatenate([np.flatnonzero(label >= 0), extra])
-        kept.append((features[rows], label[rows]))
-    ordered = place_of_group[order]
-    cut = int(np.searchsorted(ordered, ordered[len(queries) * 4 // 5]))
+        rows = np.concatenate([np.flatnonzero(candidates.label >= 0), extra])
+        features.append(candidates.features[rows])
+        labels.append(candidates.label[rows])
+    sizes = [len(label) for label in labels]
+    # The first query of the group that the fifth starts in.
+    places = place_of_group[order]
+    first_held = int(np.searchsorted(places, places[len(queries) * 4 // 5]))
+    stop = sum(sizes[:first_held])
 
-    inputs, labels = (np.concatenate(of) for of in zip(*kept, strict=True))
-    sizes = [len(label) for _, label in kept]
-    stop, wanted = sum(sizes[:cut]), np.maximum(labels, 0)
+    inputs = np.concatenate(features)
+    label = np.concatenate(labels)
+    wanted = np.maximum(label, 0)
     trees = lightgbm.LGBMRanker(
         n_estimators=300, num_leaves=31, learning_rate=0.1, min_child_samples=50, verbose=-1,
         early_stopping_round=20, random_state=seed, deterministic=True, force_row_wise=True,
         n_jobs=_THREADS,
     )  # fmt: skip
-    held = dict(eval_X=inputs[stop:], eval_y=wanted[stop:], eval_group=[sizes[cut:]], eval_at=[10])
-    trees.fit(inputs[:stop], wanted[:stop], group=sizes[:cut], **held)
-    known = stop + np.flatnonzero(labels[stop:] >= 0)
-    score = np.asarray(trees.predict(inputs[known]))
-    return trees, LogisticRegression().fit(score[:, None], labels[known])
+    trees.fit(
+        inputs[:stop],
+        wanted[:stop],
+        group=sizes[:first_held],
+        eval_X=inputs[stop:],
+        eval_y=wanted[stop:],
+        eval_group=[sizes[first_held:]],
+        eval_at=[10],
+    )
+    labeled = stop + np.flatnonzero(label[stop:] >= 0)
+    score = np.asarray(trees.predict(inputs[labeled]))
+    curve = LogisticRegression().fit(score[:, None], label[labeled])
+    return FinalRanker(trees, curve)
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per query that the final ranker has not learned from."""
-    if not all(map(importlib.util.find_spec, ("bm25s", "lightgbm", "sklearn"))):
-        raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
+    for package in ("bm25s", "lightgbm", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
     collection = read(files[0].parent)
-    films, queries = vectors_of(collection, Path(data.dir) / "logs")
-    retrieve = retriever(collection, lambda query, film: films[film] @ queries[query])
-    numbers = tqdm(range(len(collection.queries)), desc="retrieve", disable=None, leave=False)
-    candidates = [retrieve(query) for query in numbers]
-    best = {
-        query: int(found.film[found.label.argmax()])
-        for query, found in enumerate(candidates)
-        if found.label.max() > 0
-    }
-    groups = groups_of(collection, best)
-    splits = splits_of(groups, int(data.seed))
-    learns = [query for query, split in enumerate(splits) if split == RANKER]
-    ranker = fit_ranker([candidates[of] for of in learns], groups[learns], int(data.seed))
+    retriever = Retriever(collection, sentence_vectors(collection, Path(data.dir) / "logs"))
+    queries = range(len(collection.queries))
+    candidates = [
+        retriever.retrieve(query)
+        for query in tqdm(queries, desc="retrieve", disable=None, leave=False)
+    ]
+    groups, splits = split_queries(collection, candidates, int(data.seed))
+    learned = [query for query in queries if splits[query] == RANKER]
+    ranker = fit_ranker([candidates[query] for query in learned], groups[learned], int(data.seed))
     write_rows(folder / "log.parquet", _rows(collection, candidates, splits, ranker))
 
 
-def vectors_of(
-    collection: Collection, folder: Path
-) -> tuple[Float32[np.ndarray, "films 384"], Float32[np.ndarray, "queries 384"]]:
-    """The sentence vectors of films and queries, kept in `folder`: they take most of the time."""
+def sentence_vectors(collection: Collection, folder: Path) -> SentenceVectors:
+    """Return the sentence vectors, stored in `folder`: they take most of the time."""
     path = folder / f"filmsearch-vectors-{sentences.VERSION}.npz"
     if not path.exists():
-        films = sentences.embed(texts_of(collection.films), "embed films")
+        films = sentences.embed(film_texts(collection.films), "embed films")
         queries = sentences.embed(collection.queries, "embed queries")
         part = path.with_suffix(".part.npz")
         np.savez(part, films=films, queries=queries)
         part.rename(path)
     stored = np.load(path)
-    return stored["films"], stored["queries"]
+    return SentenceVectors(stored["films"], stored["queries"])
 
 
-def texts_of(films: pd.DataFrame) -> list[str]:
-    """The text of each film that is embedded."""
+def film_texts(films: pd.DataFrame) -> list[str]:
+    """Return the text of each film that is embedded."""
+    texts = []
     rows: Iterable[Any] = films.itertuples()
-    return [
-        f"{film.title} ({film.year}). {film.overview} {', '.join(film.genres)}. "
-        f"{', '.join(film.actors[:4])}"
-        for film in rows
-    ]
+    for film in rows:
+        genres = ", ".join(film.genres)
+        actors = ", ".join(film.actors[:4])
+        texts.append(f"{film.title} ({film.year}). {film.overview} {genres}. {actors}")
+    return texts
 
 
 def _rows(
     collection: Collection,
     candidates: Sequence[Candidates],
     splits: Sequence[str],
-    ranker: tuple[Any, Any],
+    ranker: FinalRanker,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the log; labeled films count as shown, since people have seen them."""
+    """Yield the rows of the log; labeled films count as shown, since people have seen them."""
     films = collection.films
-    bags = dict(title=films["title"].map(words_of), people=films["actors"].str[:3])
-    bags["genres"] = films["genres"].map(lambda names: [name.lower() for name in names])
-    bags["tags"] = films["tags"]
-    of_film = {name: pa.array(bag.tolist(), pa.list_(pa.string())) for name, bag in bags.items()}
-    numbers = [query for query, split in enumerate(splits) if split != RANKER]
-    trees, curve = ranker
-    for query in tqdm(numbers, desc="write the log", disable=None, leave=False):
+    film_id = films["id"].to_numpy()
+    bags = {
+        "title": _word_lists(films["title"].map(split_words)),
+        "people": _word_lists(films["actors"].str[:3]),
+        "genres": _word_lists(films["genres"].map(lambda names: [name.lower() for name in names])),
+        "tags": _word_lists(films["tags"]),
+    }
+    queries = [query for query, split in enumerate(splits) if split != RANKER]
+    for query in tqdm(queries, desc="write the log", disable=None, leave=False):
         film, features, label = candidates[query]
-        words = words_of(collection.queries[query])
-        column = dict(zip(FEATURES, features.T, strict=True))
-        column[FUSION] = fused(column["bm25"], column[COSINE])
-        early = {of: column[of] for of in STAGE_OF}
+        words = split_words(collection.queries[query])
+        columns = dict(zip(FEATURES, features.T, strict=True))
+        columns[FUSION] = fuse(columns["bm25"], columns[COSINE])
+        stages = {
+            stage: pa.array(stage_names(columns[ranker_name], label))
+            for ranker_name, stage in STAGE_COLUMNS.items()
+        }
         yield {
-            "request": query, "time": _TIME + query, "split": splits[query],
-            "words": words, "trigrams": trigrams_of(words),
-            "item": films["id"].to_numpy()[film],
-            **{STAGE_OF[of]: pa.array(stages_of(score, label)) for of, score in early.items()},
+            "request": query,
+            "time": _TIME + query,
+            "split": splits[query],
+            "words": words,
+            "trigrams": distinct_trigrams(words),
+            "item": film_id[film],
+            **stages,
             "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
-            "final_score": curve.predict_proba(trees.predict(features)[:, None])[:, 1].astype("f4"),
-            **{name: column[name] for name in (*FEATURES, FUSION)},
-            **{name: bag.take(pa.array(film)) for name, bag in of_film.items()},
-        }  # fmt: skip
+            "final_score": ranker.probability(features).astype(np.float32),
+            **columns,
+            **{name: bag.take(pa.array(film)) for name, bag in bags.items()},
+        }
 
 
-def fused(
+def _word_lists(words: pd.Series) -> pa.Array:
+    return pa.array(words.tolist(), pa.list_(pa.string()))
+
+
+def fuse(
     bm25: Float32[np.ndarray, "n"], cosine: Float32[np.ndarray, "n"]
 ) -> Float32[np.ndarray, "n"]:
     """Fuse two scores by rank: Σ of 1 / (60 + place), the first place being 1."""
@@ -324,16 +429,18 @@ def fused(
     return total.astype(np.float32)
 
 
-def stages_of(
+def stage_names(
     score: Float32[np.ndarray, "n"], label: Int[np.ndarray, "n"]
 ) -> Shaped[np.ndarray, "n"]:
-    """The stage of each film in words: the first 100 by a score are passed, labeled ones shown."""
+    """Return the stage of each film: the first 100 by a score are passed, labeled ones shown."""
+    retrieved, passed, shown = STAGES
     place = np.argsort(np.argsort(-score, kind="stable"))
-    return np.array(STAGES)[np.where(label >= 0, 2, place < PASSED)]
+    unlabeled = np.where(place < PASSED, passed, retrieved)
+    return np.where(label >= 0, shown, unlabeled)
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The two files, fetched if `data.path` is empty; others than the published are refused."""
+    """Find the two files, or fetch them if `data.path` is empty; only the published are taken."""
     if not data.path:
         return [fetch(_URL + name, sha256, data.dir) for name, sha256 in FILES.items()]
     paths = find_raw(data, FILES, f"the files of {_URL}")

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import STORED, FeatureSpec, Request
+from kd_ranker.batch import STORED, FeatureSpec, Owner, Request
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
@@ -62,11 +62,11 @@ def write_requests(
       The folder, the tasks, and the sizes of a funnel of the requests.
     """
     _check_shares(*shares)
-    spec, numbers = dataclasses.replace(spec, dataset=NAME), itertools.count()
-    requests = {
-        split: [request_of(fields, next(numbers), spec) for fields in _rows(of_split)]
-        for split, of_split in splits.items()
-    }
+    spec = dataclasses.replace(spec, dataset=NAME)
+    number = itertools.count()  # of a request, over all splits
+    requests = {}
+    for split, rows in splits.items():
+        requests[split] = [make_request(fields, next(number), spec) for fields in _rows(rows)]
     _check_distinct(itertools.chain(*requests.values()))
     if "" in requests:
         requests = _split(requests[""], *shares)
@@ -86,7 +86,8 @@ def write_requests(
         num_requests={split: len(of_split) for split, of_split in requests.items()},
     )
     path = storage.build(lambda: source, f"given-{_digest(source)}", data.dir)
-    data.path, data.labels = str(path), ConfigDict({task: task for task in spec.tasks})
+    data.path = str(path)
+    data.labels = ConfigDict({task: task for task in spec.tasks})
     return path, spec.tasks, funnel_of(itertools.chain(*requests.values()))
 
 
@@ -115,7 +116,7 @@ def _check_distinct(requests: Iterable[Request]) -> None:
 
 
 def _rows(requests: Any) -> Iterable[Any]:
-    """The rows of a table as mappings; other requests as they are."""
+    """Return the rows of a table as mappings, and other requests as they are."""
     if isinstance(requests, pd.DataFrame):  # a cell may hold a matrix, which Arrow does not take
         return requests.to_dict("records")
     if is_table(requests):
@@ -142,7 +143,8 @@ def arrow_of(table: Any) -> pa.Table:
     try:
         is_pandas = hasattr(table, "iloc")
         rows = pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
-        if any(getattr(of.type, "value_type", None) == pa.string_view() for of in rows.schema):
+        value_types = [getattr(field.type, "value_type", None) for field in rows.schema]
+        if pa.string_view() in value_types:
             # Parquet takes no dictionary of these, as polars has it.
             rows = duckdb.from_arrow(rows).to_arrow_table()
     except (pa.ArrowException, TypeError, ValueError) as error:
@@ -154,17 +156,18 @@ def arrow_of(table: Any) -> pa.Table:
 
 
 def _digest(source: Source) -> str:
-    """Eight hex digits that differ where the contents differ."""
+    """Return eight hex digits that differ where the contents differ."""
     digest = hashlib.sha256(source.spec.to_json().encode())
     arrays = [source.item_features]
     if source.item_category is not None:
         arrays.append(source.item_category)
     for split in SPLITS:
-        requests = [*source.requests(split)] if split in source.num_requests else []
+        requests = list(source.requests(split)) if split in source.num_requests else []
         block = block_of(requests, source.spec)
         arrays += [*block.values.values(), *block.numbers.values()]
     for array in arrays:
-        digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
+        is_text = array.dtype == object
+        digest.update(repr(array.tolist()).encode() if is_text else array.tobytes())
     return digest.hexdigest()[:8]
 
 
@@ -174,28 +177,38 @@ def _split(
     """Split requests by time; those of the same time stay together, in the later of two splits."""
     ordered = sorted(requests, key=lambda request: (request.time, request.request_id))
     times = [request.time for request in ordered]
-    places = (round(len(times) * (1 - of)) for of in (validation_share + test_share, test_share))
-    cuts = [int(np.searchsorted(times, times[at])) if at < len(times) else at for at in places]
-    ends = itertools.pairwise((0, *cuts, len(ordered)))
-    return {split: ordered[start:end] for split, (start, end) in zip(SPLITS, ends, strict=True)}
+
+    def start(later_share: float) -> int:
+        """Return the first request of the splits that have this share together."""
+        first = round(len(times) * (1 - later_share))
+        return int(np.searchsorted(times, times[first])) if first < len(times) else first
+
+    validation_start = start(validation_share + test_share)
+    test_start = start(test_share)
+    return {
+        "train": ordered[:validation_start],
+        "validation": ordered[validation_start:test_start],
+        "test": ordered[test_start:],
+    }
 
 
 def funnel_of(requests: Iterable[Request]) -> dict[str, Any]:
-    """The sizes of a funnel of requests; where all were passed, it passes half of them."""
-    sizes = [
-        (len(request.item_id), request.num_passed, len(request.user_label)) for request in requests
-    ]
-    retrieved, passed, shown = map(max, zip(*sizes, strict=True))
+    """Return the sizes of a funnel of requests; where all were passed, it passes half of them."""
+    retrieved = passed = shown = 0
+    for request in requests:
+        retrieved = max(retrieved, len(request.item_id))
+        passed = max(passed, request.num_passed)
+        shown = max(shown, len(request.user_label))
     if passed == retrieved:
         passed = max(shown, retrieved // 2)
     report_at = tuple(sorted({shown, passed, retrieved}))
     return dict(retrieved=retrieved, passed=passed, shown=shown, report_at=report_at)
 
 
-def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpec) -> Request:
+def make_request(fields: Request | Mapping[str, Any], number: int, spec: FeatureSpec) -> Request:
     """Return a request from its fields by name; most have defaults.
 
-    `request_id` and `time` default to its place. All candidates were passed, and labels and the
+    `request_id` and `time` default to its number. All candidates were passed, and labels and the
     teacher's probabilities weigh 1. The teacher's version is the one that counts. Features are 0,
     and there are no events, no teacher's probabilities and no facts for the evaluation.
 
@@ -203,73 +216,109 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     """
     if not isinstance(fields, (Request, Mapping)):
         raise UserError(NO_REQUESTS)
-    given: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
-    who = f"request {given.get('request_id', place)}"
-    if wrong := {*given}.difference(known := {field.name for field in STORED}):
-        check_choice(f"{who}: field", min(wrong), known)
-    if lacking := [name for name in _NEEDED if given.get(name) is None]:
-        raise UserError(f"{who} lacks {lacking[0]}")
-
-    def length(name: str) -> int:
-        return len(given[name]) if hasattr(given.get(name), "__len__") else 0
-
-    defaults = dict(request_id=place, time=place, num_passed=length("item_id"))
-    given = defaults | {"teacher_version": spec.teacher_version} | given
-    numbers = {owner: length(name) for owner, name in COUNTED_BY.items()}
-    numbers["known"] = numbers["known"] or max(
-        map(length, ("incumbent", "propensity", "early_scores"))
-    )
+    present: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
+    who = f"request {present.get('request_id', number)}"
+    _check_names(present, who)
+    defaults = {
+        "request_id": number,
+        "time": number,
+        "num_passed": _length(present.get("item_id")),
+        "teacher_version": spec.teacher_version,
+    }
+    present = defaults | present
+    num_entries = _num_entries(present)
     values: dict[str, Any] = {}
     for field in STORED:
-        name, value, of_request = field.name, given.get(field.name), field.of == "request"
-        shape = (() if of_request else (numbers[field.of],)) + field.shape(spec)
+        value = present.get(field.name)
+        shape = field.shape(spec)
+        if field.of != "request":
+            shape = (num_entries[field.of], *shape)
         if value is None:
-            default = 1 if name.endswith("_weight") else max(field.nothing, -1)
-            values[name] = np.full(shape, default, field.stored)
+            default = 1 if field.name.endswith("_weight") else max(field.nothing, -1)
+            values[field.name] = np.full(shape, default, field.stored)
         elif field.stored is str:
-            values[name] = str(value)
+            values[field.name] = str(value)
         else:
-            array = _array(value, field.stored, shape, f"{who}: {name}", np.isnan(field.nothing))
-            values[name] = array if shape or not of_request else int(array)
+            may_be_nan = bool(np.isnan(field.nothing))
+            array = _array(value, field.stored, shape, f"{who}: {field.name}", may_be_nan)
+            values[field.name] = array if shape else int(array)
     request = Request(**values)
-    shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
-    if not 0 < shown <= passed <= all_:
+    _check_request(request, who)
+    return request
+
+
+def _check_names(present: Mapping[str, Any], who: str) -> None:
+    """Raise UserError for a field that does not exist, or that has no default and is missing."""
+    known = {field.name for field in STORED}
+    unknown = set(present) - known
+    if unknown:
+        check_choice(f"{who}: field", min(unknown), known)
+    for name in _NEEDED:
+        if present.get(name) is None:
+            raise UserError(f"{who} lacks {name}")
+
+
+def _length(value: Any) -> int:
+    """Return the number of entries of a field, 0 for a missing field and for a number."""
+    return len(value) if hasattr(value, "__len__") else 0
+
+
+def _num_entries(present: Mapping[str, Any]) -> dict[Owner, int]:
+    """Return the number of entries by the owner of a field."""
+    numbers = {owner: _length(present.get(name)) for owner, name in COUNTED_BY.items()}
+    if not numbers["known"]:
+        others = ("incumbent", "propensity", "early_scores")
+        numbers["known"] = max(_length(present.get(name)) for name in others)
+    return numbers
+
+
+def _check_request(request: Request, who: str) -> None:
+    """Raise UserError for values that do not fit each other or their ranges."""
+    num_shown = len(request.user_label)
+    num_retrieved = len(request.item_id)
+    if not 0 < num_shown <= request.num_passed <= num_retrieved:
         raise UserError(
-            f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown are first "
-            "among the passed, and these among all, so 0 < labels ≤ num_passed ≤ items"
+            f"{who}: {num_shown} labels, num_passed={request.num_passed} and {num_retrieved} "
+            "items; the shown are first among the passed, and these among all, so 0 < labels ≤ "
+            "num_passed ≤ items"
         )
     if (request.user_label > 1).any():
         raise UserError(f"{who}: user_label holds {request.user_label.max()}; labels are 0 or 1")
     for name in ("label_weight", "teacher_weight"):
-        if (weight := values[name]).min(initial=0) < 0:
-            raise UserError(f"{who}: {name} is {weight.min():g}; a weight is at least 0")
-    items, times = np.unique(request.item_id, return_counts=True)
-    if len(items) < all_:
+        least = getattr(request, name).min(initial=0)
+        if least < 0:
+            raise UserError(f"{who}: {name} is {least:g}; a weight is at least 0")
+    items, counts = np.unique(request.item_id, return_counts=True)
+    if len(items) < num_retrieved:
         raise UserError(
-            f"{who}: item_id holds {items[times > 1][0]} several times; an item is one candidate "
+            f"{who}: item_id holds {items[counts > 1][0]} several times; an item is one candidate "
             "of a request"
         )
-    propensity = values["propensity"][:shown]
-    if (bad := (propensity <= 0) | (propensity > 1)).any():
-        raise UserError(f"{who}: propensity is {propensity[bad][0]:g}; it must be in (0, 1]")
-    return request
+    assert request.propensity is not None  # `make_request` fills all fields
+    propensity = request.propensity[:num_shown]
+    is_wrong = (propensity <= 0) | (propensity > 1)
+    if is_wrong.any():
+        raise UserError(f"{who}: propensity is {propensity[is_wrong][0]:g}; it must be in (0, 1]")
 
 
 def _array(
     value: Any, dtype: Any, shape: tuple[int, ...], what: str, takes_any: bool = False
 ) -> np.ndarray:
-    """An array of a user's values; refuse one that changes them or, by default, is not finite."""
+    """Return a user's values as an array.
+
+    UserError: the shape or the dtype changes them or, without `takes_any`, one is not finite.
+    """
     try:
-        given = np.asarray(value)
+        original = np.asarray(value)
         with np.errstate(invalid="ignore"):  # of NaN as a whole number, which is refused below
-            array = given.astype(dtype)
+            array = original.astype(dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{what}: {error}") from error
     if array.shape != shape:
         raise UserError(f"{what} has the shape {array.shape}, and should have {shape}")
     is_whole = np.issubdtype(dtype, np.integer)
-    wrong = array != given if is_whole else ~np.isfinite(array)
+    wrong = array != original if is_whole else ~np.isfinite(array)
     if wrong.any() and not takes_any:
         kind = "whole" if is_whole else "finite"
-        raise UserError(f"{what} holds {given[wrong][0]}, and takes {kind} numbers")
+        raise UserError(f"{what} holds {original[wrong][0]}, and takes {kind} numbers")
     return array

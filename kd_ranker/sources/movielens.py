@@ -6,11 +6,12 @@ Interactive Intelligent Systems 5(4), 2015. `docs/datasets.md` describes request
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, Float32, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.sources import converted
@@ -18,7 +19,9 @@ from kd_ranker.sources.logs.layout import literal
 
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
 STARS = {"100k": np.arange(1, 5.5), "1m": np.arange(1, 5.5), "32m": np.arange(0.5, 5.5, 0.5)}
-PRIOR_RATING, PRIOR_COUNT = 3.5, 5  # a mean starts as if that many ratings had this value
+# A mean starts as if `PRIOR_COUNT` ratings had the value `PRIOR_RATING`.
+PRIOR_RATING = 3.5
+PRIOR_COUNT = 5
 HISTORY = 100  # the latest ratings of a user
 DAY = 24 * 3600  # seconds
 GENRES = (
@@ -32,117 +35,240 @@ SIZES = {
     "1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
     "32m": "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
 }
-# Size -> its files of ratings, films and users, with their separators; the fields of a line.
+
+
+class _RawFile(NamedTuple):
+    """A file of a set, and the table that it becomes."""
+
+    table: str
+    name: str
+    separator: str
+    fields: str  # of a line
+
+
+_GENRE_FLAGS = " ".join(f"g{number}" for number in range(19))
 _FILES = {
-    "100k": {"u.data": "\t", "u.item": "|", "u.user": "|"},
-    "1m": {"ratings.dat": "::", "movies.dat": "::", "users.dat": "::"},
-    "32m": {"ratings.csv": ",", "movies.csv": ","},
+    "100k": (
+        _RawFile("ratings", "u.data", "\t", "user movie rating time"),
+        _RawFile("movies", "u.item", "|", f"movie title date video url {_GENRE_FLAGS}"),
+        _RawFile("users", "u.user", "|", "user age gender occupation zip"),
+    ),
+    "1m": (
+        _RawFile("ratings", "ratings.dat", "::", "user movie rating time"),
+        _RawFile("movies", "movies.dat", "::", "movie title genres"),
+        _RawFile("users", "users.dat", "::", "user gender age occupation zip"),
+    ),
+    "32m": (
+        _RawFile("ratings", "ratings.csv", ",", "user movie rating time"),
+        _RawFile("movies", "movies.csv", ",", "movie title genres"),
+    ),
 }
-_FIELDS = ("user movie rating time", "movie title genres", "user gender age occupation zip")
-_FIELDS_100K = {"u.user": "user age gender occupation zip"}
-_FIELDS_100K |= {"u.item": "movie title date video url" + "".join(f" g{n}" for n in range(19))}
 _TYPES = {"user": "INT", "movie": "INT", "rating": "FLOAT", "time": "BIGINT", "age": "INT"}
 
 
 def find_files(data: ConfigDict) -> list[Path]:
-    """The files of a set, fetched if `data.path` is empty."""
+    """Find the files of a set, or fetch them if `data.path` is empty."""
     size = data.name.removeprefix("movielens_")
     url = f"https://files.grouplens.org/datasets/movielens/ml-{size}.zip"
     folder = "" if data.path else str(converted.fetch(url, SIZES[size], data.dir) / f"ml-{size}")
-    return converted.find_raw(data, _FILES[size], f"the contents of {url}", folder)
+    names = [file.name for file in _FILES[size]]
+    return converted.find_raw(data, names, f"the contents of {url}", folder)
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per request, in the order of time."""
     size = data.name.removeprefix("movielens_")
-    year, genres = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)", "string_split(genres, '|')"
-    if size == "100k":
-        flagged = [f"if(g{n} = '1', '{of}', NULL)" for n, of in enumerate(GENRES[:-1])]
-        year, genres = "split_part(date, '-', 3)", f"[{', '.join(flagged)}]"
-    quotes = "header = true" if size == "32m" else "quote = '', encoding = 'latin-1'"
     with converted.connect(data, folder) as con:
-        con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
-        for name, file, fields in zip(("ratings", "movies", "users"), files, _FIELDS, strict=False):
-            fields = _FIELDS_100K.get(file.name, fields)
-            columns = {field: _TYPES.get(field, "VARCHAR") for field in fields.split()}
-            con.execute(f"""CREATE OR REPLACE TABLE {name} AS FROM read_csv({literal(str(file))},
-                columns = {columns}, delim = '{_FILES[size][file.name]}', escape = '', {quotes},
-                auto_detect = false)""")
-        con.execute(f"""
-            CREATE TABLE films AS SELECT row_number() OVER (ORDER BY movie) - 1 AS film, movie,
-                (try_cast({year} AS FLOAT) - 1990) / 10 AS decade,
-                coalesce([replace(of, '''s', '') for of in {genres} if of[1] <> '('], []) AS genres
-                FROM movies;
-            CREATE TABLE rated AS SELECT ratings.*, age, gender, occupation,
-                if(rating IN {tuple(STARS[size].tolist())} AND user + film + time IS NOT NULL
-                AND {len(files) == 2 or "age IS NOT NULL"}, film,
-                error('unknown user, film, stars or time of a rating: '
-                || concat_ws(', ', user, movie, rating, time))) AS film
-                FROM ratings LEFT JOIN films USING (movie) LEFT JOIN users USING (user)""")
+        _read_tables(con, size, files)
         converted.write_rows(folder / "log.parquet", _rows(con, data))
 
 
+def _read_tables(con: duckdb.DuckDBPyConnection, size: str, files: Sequence[Path]) -> None:
+    """Make the table `films`, numbered from 0, and `rated`: ratings with the facts of the user."""
+    text = "header = true" if size == "32m" else "quote = '', encoding = 'latin-1'"
+    # Stays empty in a set without users.
+    con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
+    for raw, path in zip(_FILES[size], files, strict=True):
+        columns = {field: _TYPES.get(field, "VARCHAR") for field in raw.fields.split()}
+        con.execute(f"""
+            CREATE OR REPLACE TABLE {raw.table} AS FROM read_csv({literal(str(path))},
+                columns = {columns}, delim = '{raw.separator}', escape = '', {text},
+                auto_detect = false)""")
+    if size == "100k":
+        flagged = [
+            f"if(g{number} = '1', '{genre}', NULL)" for number, genre in enumerate(GENRES[:-1])
+        ]
+        genres = f"[{', '.join(flagged)}]"
+        year = "split_part(date, '-', 3)"
+    else:
+        genres = "string_split(genres, '|')"
+        year = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)"
+    con.execute(f"""
+        CREATE TABLE films AS SELECT row_number() OVER (ORDER BY movie) - 1 AS film, movie,
+            (try_cast({year} AS FLOAT) - 1990) / 10 AS decade,
+            coalesce([replace(genre, '''s', '') for genre in {genres} if genre[1] <> '('], [])
+                AS genres
+            FROM movies""")
+    has_users = any(raw.table == "users" for raw in _FILES[size])
+    is_known_user = "age IS NOT NULL" if has_users else "true"
+    con.execute(f"""
+        CREATE TABLE rated AS SELECT ratings.*, age, gender, occupation,
+            if(rating IN {tuple(STARS[size].tolist())} AND user + film + time IS NOT NULL
+            AND {is_known_user}, film,
+            error('unknown user, film, stars or time of a rating: '
+            || concat_ws(', ', user, movie, rating, time))) AS film
+            FROM ratings LEFT JOIN films USING (movie) LEFT JOIN users USING (user)""")
+
+
+class _Films(NamedTuple):
+    """The films, in the order of their numbers."""
+
+    movie: Int[np.ndarray, "films"]  # the id in the raw files
+    decade: Float[np.ndarray, "films"]  # counted from 1990; NaN where unknown
+    genres: pa.ListArray
+    has_genre: Float32[np.ndarray, "films genres"]  # in the order of `GENRES`
+
+
+class _User(NamedTuple):
+    """A user's ratings in the order of time."""
+
+    facts: dict[str, Any]  # id, age, gender and occupation
+    film: Int[np.ndarray, "n"]
+    rating: Float32[np.ndarray, "n"]
+    time: Int64[np.ndarray, "n"]
+
+
+class _RatingsBefore:
+    """The ratings that films got strictly before a moment, which only moves forward."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, num_films: int) -> None:
+        self._ratings = con.sql("FROM rated SELECT film, rating, time ORDER BY time").fetchnumpy()
+        self._num_seen = 0
+        self.count = np.zeros(num_films)
+        self.total = np.zeros(num_films)  # of the differences from `PRIOR_RATING`
+
+    def move_to(self, moment: int) -> None:
+        """Add the ratings up to a moment."""
+        end = int(np.searchsorted(self._ratings["time"], moment))
+        film = self._ratings["film"][self._num_seen : end]
+        rating = self._ratings["rating"][self._num_seen : end]
+        np.add.at(self.count, film, 1.0)
+        np.add.at(self.total, film, rating - PRIOR_RATING)
+        self._num_seen = end
+
+
 def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str, Any]]:
-    """The requests as rows of the log."""
-    films = con.sql("FROM films ORDER BY film").to_arrow_table()
-    movie, decade = films["movie"].to_numpy(), films["decade"].to_numpy()  # NaN where unknown
-    genres_of = films["genres"].combine_chunks()
-    flags = np.array([[of in row for of in GENRES] for row in genres_of.to_pylist()], np.float32)
-    # The order within a second depends on nothing but the seed, the user and the film.
-    ordered = con.sql(f"""
-        FROM rated SEMI JOIN (SELECT user FROM rated GROUP BY user
-            {converted.draw(data.seed, "user", data.get("max_users", 0))}) AS kept USING (user)
-        ORDER BY user, time, md5(concat_ws(' ', {data.seed}, user, movie))""").to_arrow_table()
-    starts = np.flatnonzero(np.diff(ordered["user"].to_numpy(), prepend=-1))
-    facts = ordered.select(["user", "age", "gender", "occupation"]).take(starts).to_pylist()
-    films_of, ratings_of, times_of = (
-        np.split(ordered[name].to_numpy(), starts)[1:] for name in ("film", "rating", "time")
-    )
-    requests = sorted(
-        (time[first], place, block, split, first, end)
-        for place, time in enumerate(times_of)
-        for block, split, first, end in converted.blocks_of(time, data)
-    )
-    everyone = con.sql("FROM rated SELECT film, rating, time ORDER BY time").fetchnumpy()
-    scale = STARS[data.name.removeprefix("movielens_")]
-    count, total, seen = np.zeros(len(movie)), np.zeros(len(movie)), 0
-    for number, (now, place, block, split, first, end) in enumerate(requests):
-        film, rating, time = films_of[place], ratings_of[place], times_of[place]
-        # What was known strictly before the request.
-        before = int(np.searchsorted(everyone["time"], now))
-        new = slice(seen, before)
-        np.add.at(count, everyone["film"][new], 1.0)
-        np.add.at(total, everyone["film"][new], everyone["rating"][new] - PRIOR_RATING)
-        seen = before
-        absent = np.setdiff1d(np.arange(len(movie)), film[:end])
-        most = int(data.get("negatives", 0)) or len(absent)
-        generator = np.random.default_rng((int(data.seed), facts[place]["user"], block))
-        others = np.sort(generator.choice(absent, min(most, len(absent)), replace=False))
-        inverse_rate = len(absent) / max(len(others), 1)
-        listed = np.concatenate([film[first:end], others])
-        stars = np.concatenate([rating[first:end], np.zeros(len(others), np.float32)])
-        past, liked = flags[film[:first]], rating[:first] >= LOWEST_RATING["like"]
-        rows, events = first + PRIOR_COUNT, slice(max(first - HISTORY, 0), first)
-        angle = 2 * np.pi * (now % DAY) / DAY
+    """Yield the requests as rows of the log, in the order of time."""
+    films = _read_films(con)
+    users = _read_users(con, data)
+    requests = [
+        (user.time[block.start], place, block)
+        for place, user in enumerate(users)
+        for block in converted.cut_blocks(user.time, data)
+    ]
+    before = _RatingsBefore(con, len(films.movie))
+    for number, (now, place, block) in enumerate(sorted(requests)):
+        before.move_to(now)
+        user = users[place]
         yield {
-            "request": number, "time": now, **facts[place], "split": split,
-            "rated": np.log1p(first) / 3,
-            "mean_rating": float((rating[:first] - PRIOR_RATING).sum()) / rows,
-            "genres_rated": past.sum(axis=0) / np.float32(rows),
-            "genres_liked": past[liked].sum(axis=0) / np.float32(rows),
-            "hour_sin": np.sin(angle), "hour_cos": np.cos(angle), "weekday": (now // DAY + 3) % 7,
-            "pause": np.log1p((now - time[first - 1]) / DAY) if first else np.nan,
-            "requests_before": np.log1p(block) / 2,
-            "history": movie[film[events]],
-            "history_stars": (rating[events, None] == scale).astype(np.float32),
-            "history_age": np.log1p((now - time[events]) / DAY), "item": movie[listed],
-            "position": np.where(stars > 0, np.arange(len(listed)), np.nan).astype(np.float32),
-            "label_weight": np.where(stars > 0, 1, inverse_rate).astype(np.float32),
-            **{task: (stars >= lowest).astype(np.int8) for task, lowest in LOWEST_RATING.items()},
-            "genres": genres_of.take(pa.array(listed)), "decade": decade[listed],
-            "ratings_before": (np.log1p(count[listed]) / 3).astype(np.float32),
-            "mean_before": (total[listed] / (count[listed] + PRIOR_COUNT)).astype(np.float32),
-        }  # fmt: skip
+            "request": number,
+            "time": now,
+            **user.facts,
+            "split": block.split,
+            **_past(user, block.start, films),
+            "hour_sin": np.sin(2 * np.pi * (now % DAY) / DAY),
+            "hour_cos": np.cos(2 * np.pi * (now % DAY) / DAY),
+            "weekday": (now // DAY + 3) % 7,
+            "pause": _pause(user, block.start),
+            "requests_before": np.log1p(block.number) / 2,
+            **_history(user, block.start, films, STARS[data.name.removeprefix("movielens_")]),
+            **_candidates(user, block, films, before, data),
+        }
+
+
+def _read_films(con: duckdb.DuckDBPyConnection) -> _Films:
+    films = con.sql("FROM films ORDER BY film").to_arrow_table()
+    genres = films["genres"].combine_chunks()
+    has_genre = np.zeros((len(films), len(GENRES)), np.float32)
+    for film, names in enumerate(genres.to_pylist()):
+        has_genre[film] = [genre in names for genre in GENRES]
+    return _Films(films["movie"].to_numpy(), films["decade"].to_numpy(), genres, has_genre)
+
+
+def _read_users(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_User]:
+    """Read the drawn users, by their ids."""
+    # The order within a second depends on nothing but the seed, the user and the film.
+    ratings = con.sql(f"""
+        FROM rated SEMI JOIN (SELECT user FROM rated GROUP BY user
+            {converted.draw(data.seed, "user", data.get("max_users", 0))}) AS drawn USING (user)
+        ORDER BY user, time, md5(concat_ws(' ', {data.seed}, user, movie))""").to_arrow_table()
+    starts = np.flatnonzero(np.diff(ratings["user"].to_numpy(), prepend=-1))
+    facts = ratings.select(["user", "age", "gender", "occupation"]).take(starts).to_pylist()
+    film, rating, time = (
+        np.split(ratings[name].to_numpy(), starts)[1:] for name in ("film", "rating", "time")
+    )
+    return [_User(*columns) for columns in zip(facts, film, rating, time, strict=True)]
+
+
+def _past(user: _User, start: int, films: _Films) -> dict[str, Any]:
+    """Return what a user's ratings before the one at `start` say of the user."""
+    rating = user.rating[:start]
+    has_genre = films.has_genre[user.film[:start]]
+    is_liked = rating >= LOWEST_RATING["like"]
+    number = start + PRIOR_COUNT
+    return {
+        "rated": np.log1p(start) / 3,
+        "mean_rating": float((rating - PRIOR_RATING).sum()) / number,
+        "genres_rated": has_genre.sum(axis=0) / np.float32(number),
+        "genres_liked": has_genre[is_liked].sum(axis=0) / np.float32(number),
+    }
+
+
+def _pause(user: _User, start: int) -> float:
+    """Return the logarithm of 1 + days since the rating before; NaN for the first one."""
+    if start == 0:
+        return np.nan
+    return float(np.log1p((user.time[start] - user.time[start - 1]) / DAY))
+
+
+def _history(
+    user: _User, start: int, films: _Films, scale: Float[np.ndarray, "stars"]
+) -> dict[str, Any]:
+    """Return the latest ratings before the one at `start`; stars are one-hot."""
+    events = slice(max(start - HISTORY, 0), start)
+    stars = user.rating[events, None] == scale
+    return {
+        "history": films.movie[user.film[events]],
+        "history_stars": stars.astype(np.float32),
+        "history_age": np.log1p((user.time[start] - user.time[events]) / DAY),
+    }
+
+
+def _candidates(
+    user: _User, block: converted.Block, films: _Films, before: _RatingsBefore, data: ConfigDict
+) -> dict[str, Any]:
+    """Return the films that a user rates in a block, then some that the user has not rated yet."""
+    absent = np.setdiff1d(np.arange(len(films.movie)), user.film[: block.end])
+    most = int(data.get("negatives", 0)) or len(absent)
+    generator = np.random.default_rng((int(data.seed), user.facts["user"], block.number))
+    negatives = np.sort(generator.choice(absent, min(most, len(absent)), replace=False))
+    inverse_rate = len(absent) / max(len(negatives), 1)
+
+    rated = slice(block.start, block.end)
+    film = np.concatenate([user.film[rated], negatives])
+    stars = np.concatenate([user.rating[rated], np.zeros(len(negatives), np.float32)])
+    is_rated = stars > 0
+    mean_before = before.total[film] / (before.count[film] + PRIOR_COUNT)
+    return {
+        "item": films.movie[film],
+        "position": np.where(is_rated, np.arange(len(film)), np.nan).astype(np.float32),
+        "label_weight": np.where(is_rated, 1, inverse_rate).astype(np.float32),
+        **{task: (stars >= lowest).astype(np.int8) for task, lowest in LOWEST_RATING.items()},
+        "genres": films.genres.take(pa.array(film)),
+        "decade": films.decade[film],
+        "ratings_before": (np.log1p(before.count[film]) / 3).astype(np.float32),
+        "mean_before": mean_before.astype(np.float32),
+    }
 
 
 CONVERTER = converted.Converter(

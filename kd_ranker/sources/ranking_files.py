@@ -30,16 +30,30 @@ SPLIT = "{split}"
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _GRADE = r"(?P<grade>[-+]?\d+)(?:\.0*)?"
-# What a line has, for messages -> a regular expression; its groups become columns of a table.
-_LAYOUTS = {
-    "query Q0 document rank score tag": r"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+"
+
+
+class _Layout(NamedTuple):
+    """The layout of the lines of a file."""
+
+    words: str  # for messages
+    pattern: str  # a regular expression; its groups become columns of a table
+
+
+_RUN = _Layout(
+    "query Q0 document rank score tag",
+    r"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+"
     rf"(?P<rank>{_NUMBER})\s+(?P<score>{_NUMBER})\s+\S+",
-    "query 0 document grade": rf"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+{_GRADE}",
-    "grade qid:query 1:number 2:number ...": rf"{_GRADE}\s+qid:(?P<query>\S+)"
-    rf"(?P<pairs>(?:\s+\d+:{_NUMBER})*)\s*(?:#(?:.*?docid\s*=\s*(?P<document>\S+))?.*)?",
-    "number": rf"(?P<score>{_NUMBER})",
-}
-_RUN, _QRELS, _LETOR, _SCORE = _LAYOUTS
+)
+_QRELS = _Layout(
+    "query 0 document grade",
+    rf"(?P<query>\S+)\s+\S+\s+(?P<document>\S+)\s+{_GRADE}",
+)
+_LETOR = _Layout(
+    "grade qid:query 1:number 2:number ...",
+    rf"{_GRADE}\s+qid:(?P<query>\S+)(?P<pairs>(?:\s+\d+:{_NUMBER})*)\s*"
+    r"(?:#(?:.*?docid\s*=\s*(?P<document>\S+))?.*)?",
+)
+_SCORE = _Layout("number", rf"(?P<score>{_NUMBER})")
 _TIME = 1_600_000_000  # seconds; queries have no time, and a log needs one
 _RESAMPLES = 2000
 
@@ -76,9 +90,9 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
     if k < 1 or 0 != within < k:
         raise UserError(f"k={k}, within={within}: k must be at least 1, and within 0 or at least k")
     with duckdb.connect() as con:
-        for name, path in (("one", first), ("other", second)):
-            _read_run(con, name, [Path(path)])
-        found = con.sql(f"""
+        _read_run(con, "one", [Path(first)])
+        _read_run(con, "other", [Path(second)])
+        matches = con.sql(f"""
             WITH sizes AS (SELECT query, least({k}, size, others) AS depth
                 FROM (SELECT query, max(place) AS size FROM one GROUP BY query)
                 JOIN (SELECT query, max(place) AS others FROM other GROUP BY query) USING (query))
@@ -86,7 +100,7 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
             LEFT JOIN other ON one.query = other.query AND one.document = other.document
                 AND other.place <= greatest({within}, depth)
             WHERE one.place <= depth GROUP BY sizes.query, depth ORDER BY sizes.query""")
-        shares = found.fetchnumpy()["share"]
+        shares = matches.fetchnumpy()["share"]
     if not len(shares):
         raise UserError(f"{first} and {second} share no query")
     draws = np.random.default_rng(0).choice(shares, (_RESAMPLES, len(shares))).mean(axis=1)
@@ -95,9 +109,9 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
 
 
 def _read(
-    con: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path], layout: str
+    con: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path], layout: _Layout
 ) -> list[int]:
-    """Make a table of the lines of files that are not blank, from one of `_LAYOUTS`.
+    """Make a table of the lines of files that are not blank.
 
     Its columns `part` and `line` number the files from 0 and their lines from 1.
 
@@ -106,14 +120,15 @@ def _read(
     Returns:
       The number of lines of each file.
     """
-    pattern = rf"^\s*{_LAYOUTS[layout]}\s*$"
+    pattern = rf"^\s*{layout.pattern}\s*$"
+    groups = list(re.compile(pattern).groupindex)
     numbers: list[int] = []
-    groups = [*re.compile(pattern).groupindex]
     for part, path in enumerate(paths):
+        insert = f"CREATE OR REPLACE TABLE {name} AS" if part == 0 else f"INSERT INTO {name}"
         try:
             created = con.execute(
-                f"""{f"INSERT INTO {name}" if part else f"CREATE OR REPLACE TABLE {name} AS"}
-                SELECT {part} AS part, line, unnest(regexp_extract(text, $pattern, {groups}))
+                f"""{insert} SELECT {part} AS part, line,
+                    unnest(regexp_extract(text, $pattern, {groups}))
                 FROM (SELECT row_number() OVER () AS line, text FROM read_csv($path,
                     columns = {{'text': 'VARCHAR'}}, auto_detect = false, header = false,
                     delim = '', quote = '', escape = '', strict_mode = false))
@@ -127,7 +142,7 @@ def _read(
         numbers += created.fetchone() or ()
         if not numbers[-1]:
             raise UserError(f"{path} is empty")
-    _check(con, paths, f"not “{layout}”", f"FROM {name} WHERE {groups[0]} = ''")
+    _check(con, paths, f"not “{layout.words}”", f"FROM {name} WHERE {groups[0]} = ''")
     if "document" in groups:
         twice = f"""FROM (SELECT part, max(line) AS line FROM {name} WHERE document <> ''
             GROUP BY part, query, document HAVING count(*) > 1)"""
@@ -151,7 +166,7 @@ def _read_run(con: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path]) 
 
 
 def _files(data: ConfigDict, *names: str) -> list[list[Path]]:
-    """The files with each name, one per split; a single one if no name has `SPLIT`."""
+    """Return the files with each name, one per split; a single one if no name has `SPLIT`."""
     has_splits = any(SPLIT in name for name in names)
     words = [data.splits[split] for split in SPLITS] if has_splits else [""]
     folder = Path(data.path).absolute()
@@ -159,50 +174,64 @@ def _files(data: ConfigDict, *names: str) -> list[list[Path]]:
 
 
 def _find(data: ConfigDict, *names: str) -> list[Path]:
-    """The files with these names, of all splits."""
-    paths = dict.fromkeys(map(str, itertools.chain(*_files(data, *names))))
+    """Find the files with these names, of all splits; each of them once."""
+    paths = dict.fromkeys(str(path) for path in itertools.chain(*_files(data, *names)))
     return find_raw(data, paths, "the ranking files; data.splits has the words of {split}")
 
 
 def _columns(data: ConfigDict, has_splits: bool) -> str:
     """SQL for the columns of both kinds of files: a query's number makes its time."""
-    labels = "".join(f", (grade::INT >= {of})::TINYINT AS grade_{of}" for of in data.grades)
-    split = f", {[*SPLITS]}[part + 1] AS split" if has_splits else ""
+    labels = "".join(
+        f", (grade::INT >= {grade})::TINYINT AS grade_{grade}" for grade in data.grades
+    )
+    split = f", {list(SPLITS)}[part + 1] AS split" if has_splits else ""
     return f"""query AS request, {_TIME} + number AS time{split}, document AS item,
         grade::INT AS grade{labels}"""
 
 
 def _find_letor(data: ConfigDict) -> list[Path]:
-    return _find(data, data.documents, *([data.scores] if data.scores else []))
+    if data.scores:
+        return _find(data, data.documents, data.scores)
+    return _find(data, data.documents)
 
 
 def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per document; all of them count as shown."""
     documents, scores = _files(data, data.documents, data.scores)
     number = int(data.num_features)
-    wrong, features = f"places <> range(1, {number + 1})", "numbers"
-    if data.sparse:
+    if not data.sparse:
+        wrong = f"places <> range(1, {number + 1})"
+        features = "numbers"
+    else:
         wrong = f"len(list_intersect(places, range(1, {number + 1}))) <> len(places)"
         features = f"""list_transform(range(1, {number + 1}),
             lambda place: coalesce(numbers[list_position(places, place)], 0))::FLOAT[]"""
     with connect(data, folder) as con:
-        lines = _read(con, "lines", documents, _LETOR)
-        apart = """FROM (SELECT part, line, query, lag((part, query)) OVER (ORDER BY part, line) AS
+        num_lines = _read(con, "lines", documents, _LETOR)
+        apart = """
+            FROM (SELECT part, line, query, lag((part, query)) OVER (ORDER BY part, line) AS
             before, row_number() OVER (PARTITION BY query ORDER BY part, line) AS turn FROM lines)
             WHERE turn > 1 AND before <> (part, query)"""
         _check(con, documents, "its query was before others, or in an earlier split", apart)
-        con.execute("CREATE TABLE scores AS SELECT NULL AS score FROM lines")
-        others = _read(con, "scores", scores, _SCORE) if data.scores else lines
+        if data.scores:
+            num_scores = _read(con, "scores", scores, _SCORE)
+        else:
+            con.execute("CREATE TABLE scores AS SELECT NULL AS score FROM lines")
+            num_scores = num_lines
         con.execute("""
             CREATE TABLE documents AS SELECT lines.* EXCLUDE pairs, score::DOUBLE AS score,
                 regexp_extract_all(pairs, '(\\d+):', 1)::BIGINT[] AS places,
                 regexp_extract_all(pairs, ':(\\S+)', 1)::FLOAT[] AS numbers
             FROM lines POSITIONAL JOIN scores""")
-        fault = f"its features are not {'some of ' * data.sparse}1 to data.num_features={number}"
+        which = "some of 1" if data.sparse else "1"
+        fault = f"its features are not {which} to data.num_features={number}"
         _check(con, documents, fault, f"FROM documents WHERE {wrong}")
-        for path, of_path, one, other in zip(documents, scores, lines, others, strict=True):
-            if one != other:
-                raise UserError(f"{of_path} has {other} scores for {one} lines of {path}")
+        for part, path in enumerate(documents):
+            if num_lines[part] != num_scores[part]:
+                raise UserError(
+                    f"{scores[part]} has {num_scores[part]} scores for {num_lines[part]} lines of "
+                    f"{path}"
+                )
         ranks = ", score::FLOAT AS final_score, final_rank" if data.scores else ""
         con.sql(f"""
             WITH placed AS (SELECT *, min(line) OVER of_query AS first,
@@ -232,10 +261,12 @@ def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         for turn, (name, paths) in enumerate(zip(data.runs, runs, strict=True)):
             _read_run(con, "run", paths)
             known = con.sql("SELECT DISTINCT part FROM run SEMI JOIN qrels USING (part, query)")
-            for part in {*range(len(paths))} - {of for (of,) in known.fetchall()}:
-                raise UserError(f"{paths[part]}: {qrels[part]} has none of its queries")
-            con.execute(f"""{"INSERT INTO runs" if turn else "CREATE TABLE runs AS"}
-                SELECT {literal(name)} AS run, {turn} AS turn, * FROM run""")
+            known_parts = {part for (part,) in known.fetchall()}
+            for part, path in enumerate(paths):
+                if part not in known_parts:
+                    raise UserError(f"{path}: {qrels[part]} has none of its queries")
+            insert = "CREATE TABLE runs AS" if turn == 0 else "INSERT INTO runs"
+            con.execute(f"""{insert} SELECT {literal(name)} AS run, {turn} AS turn, * FROM run""")
         con.execute("""
             CREATE TABLE numbered AS SELECT part, query,
                 row_number() OVER (ORDER BY part, min(line)) AS number
@@ -246,14 +277,15 @@ def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         ).fetchall()
         if left_out:
             logging.warning("left out %d queries of the runs without graded documents", left_out)
-        of_runs = ", ".join(
-            f'max({of}) FILTER (run = {literal(run)})::FLOAT AS "{run}_{name}"'
-            for run in data.runs
-            for name, of in (("score", "score"), ("rank", "place"))
-        )
+        run_columns = []
+        for run in data.runs:
+            is_run = f"FILTER (run = {literal(run)})"
+            run_columns.append(f'max(score) {is_run}::FLOAT AS "{run}_score"')
+            run_columns.append(f'max(place) {is_run}::FLOAT AS "{run}_rank"')
         passed = f'"{data.final}_rank" IS NOT NULL' if data.final else "false"
         con.sql(f"""
-            WITH listed AS (SELECT part, query, document, min((turn, place)) AS first, {of_runs}
+            WITH listed AS (SELECT part, query, document, min((turn, place)) AS first,
+                {", ".join(run_columns)}
                 FROM runs GROUP BY ALL)
             SELECT {_columns(data, len(qrels) > 1)}, CASE WHEN grade IS NOT NULL THEN 'shown'
                 WHEN {passed} THEN 'passed' ELSE 'retrieved' END AS stage,

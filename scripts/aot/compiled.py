@@ -36,10 +36,11 @@ def read_compiled(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Comp
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     arrays = list(_moved(text))
-    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    arguments = memory.argument_size_in_bytes
+    temporary = memory.temp_size_in_bytes
     return Compiled(
         temporary=temporary,
-        total=given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        total=arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         cycles=cycles_of(text),
         copies=tuple(f"{op} {of}" for op, of, size, _ in arrays if op in _COPIES and size in sizes),
         loops=loops_of(text),

@@ -72,13 +72,16 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     exists = storage.directory_of(datasets.dataset_name(config), config.data.dir).exists()
     if entry.simulated and not exists:
         source = entry.open_source(config.data, config.tasks, config.funnel)
-        spec, requests = source.spec, source.requests("train")
+        spec = source.spec
+        requests = source.requests("train")
     else:
         dataset = datasets.dataset_of(config)
-        spec, requests = dataset.spec, read_requests(dataset, "train")
+        spec = dataset.spec
+        requests = read_requests(dataset, "train")
     columns = columns_of(list(itertools.islice(requests, _SAMPLE)), spec, for_training=True)
-    users, items = users or spec.num_users, items or spec.num_items
-    spec = dataclasses.replace(spec, num_users=users, num_items=items)
+    spec = dataclasses.replace(
+        spec, num_users=users or spec.num_users, num_items=items or spec.num_items
+    )
     return Dataset(Path(), {}, spec, abstract_items(spec), {"train": columns})
 
 
@@ -95,7 +98,7 @@ PROGRAMS: dict[str, Callable[[ConfigDict], Runs]] = {
 def _job_of_shapes(
     name: str, config: ConfigDict, sample: Dataset, devices: Sequence[jax.Device]
 ) -> TrainingJob:
-    """The job of a program on a sample, with shapes in place of the parameters of a teacher.
+    """Return the job of a program on a sample, with shapes in place of the parameters of a teacher.
 
     The teacher is that of `teacher.workdir` if that exists, else of `config`.
     """
@@ -130,16 +133,27 @@ def _job_of_shapes(
 
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
     """Return the bytes of one device's tables, and the entries of arrays not to be copied."""
-    # Those are tables, one run's table, and others with an entry per item or row of a table.
-    tables, others, rows = list[tuple[int, ...]](), list[tuple[int, ...]](), set[int]()
+    tables: list[tuple[int, ...]] = []
+    others: list[tuple[int, ...]] = []
+    rows: set[int] = set()  # of the tables, and of the arrays of items
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        (tables if is_of_tables(path) else others).append(shape)
-        if is_of_tables(path) or names_of(path) & {"features", "category"}:
+        if is_of_tables(path):
+            tables.append(shape)
             rows.add(shape[-2])
-    sizes = {math.prod(of) for shape in tables for of in (shape, shape[-2:])}
-    sizes |= {math.prod(shape) for shape in others if rows & {*shape}}
-    return 4 * sum(map(math.prod, tables)), sizes - {0}  # float32
+        else:
+            others.append(shape)
+            if names_of(path) & {"features", "category"}:
+                rows.add(shape[-2])
+    sizes: set[int] = set()
+    for shape in tables:
+        sizes.add(math.prod(shape))
+        sizes.add(math.prod(shape[-2:]))  # of one run
+    for shape in others:
+        if rows & set(shape):
+            sizes.add(math.prod(shape))
+    num_bytes = 4 * sum(math.prod(shape) for shape in tables)  # float32
+    return num_bytes, sizes - {0}
 
 
 def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: Topology) -> Finding:
@@ -158,20 +172,21 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     config.parallel.mapping = "shard_map"
     job = _job_of_shapes(name, config, sample, devices)
     program = training.prepare_program(job, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
-    (packed, _), one = program.batches.take(1), jnp.int32(0)
+    packed, _ = program.batches.take(1)
+    zero = jnp.int32(0)
     take: Any = program.take  # as JAX has made it, which can be lowered
     states = program.devices.place(abstract_states(program.filled))
-    batches, same = jax.eval_shape(lambda: (packed, ((one, one), program.hyperparameters)))
+    batches, same = jax.eval_shape(lambda: (packed, ((zero, zero), program.hyperparameters)))
     lowered = take.lower(states, program.devices.shard(batches), same, program.constants)
     tables, entries = _tables_and_sizes((states, program.constants))
-    found = Finding(name, topology, len(devices), tables)
+    finding = Finding(name, topology, len(devices), tables)
     try:
-        made = lowered.compile(dict(topology.options))
+        executable = lowered.compile(dict(topology.options))
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
-        return found._replace(refused=str(error).splitlines()[0])
-    return found._replace(compiled=read_compiled(made, entries))
+        return finding._replace(refused=str(error).splitlines()[0])
+    return finding._replace(compiled=read_compiled(executable, entries))
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
@@ -181,20 +196,30 @@ def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
 
 def line_of(finding: Finding) -> dict[str, str]:
     """Return a line of the table by column."""
-    found, memory = finding.compiled, finding.topology.memory
 
     def mib(number: int) -> str:
         return f"{number / 2**20:,.0f}"
 
-    return {
+    compiled = finding.compiled
+    memory = mib(finding.topology.memory)
+    line = {
         "program": finding.name,
         "devices": f"{finding.devices} of {finding.topology.name}",
         "fits": "yes" if finding.fits else "NO",
-        "in all": f"{mib(found.total)} of {mib(memory)}" if found else f"> {mib(memory)}",
+        "in all": f"> {memory}",
         "tables": mib(finding.tables),
-        "temporary": mib(found.temporary) if found else "",
-        "copies": str(len(found.copies)) if found else "",
-        "row loops": str(len(found.loops)) if found else "",
-        "exchanged": mib(found.exchanged) if found else "",
-        "million cycles": f"{found.cycles / 1e6:.2g}" if found and found.cycles else "",
+        "temporary": "",
+        "copies": "",
+        "row loops": "",
+        "exchanged": "",
+        "million cycles": "",
     }
+    if compiled is not None:
+        line["in all"] = f"{mib(compiled.total)} of {memory}"
+        line["temporary"] = mib(compiled.temporary)
+        line["copies"] = str(len(compiled.copies))
+        line["row loops"] = str(len(compiled.loops))
+        line["exchanged"] = mib(compiled.exchanged)
+        if compiled.cycles:
+            line["million cycles"] = f"{compiled.cycles / 1e6:.2g}"
+    return line

@@ -126,7 +126,7 @@ def test_trees_see_all_wanted_candidates_and_a_bounded_number_of_others_of_a_sta
     stage = np.repeat([Stage.SHOWN, Stage.RETRIEVED, Stage.SHOWN], [500, 200, 20])
     is_wanted = (stage == Stage.SHOWN) & (generator.random(720) < 0.3)
 
-    chosen = trees._sampled(_Stages(stage, np.array([700, 20])), is_wanted, generator.random(720))
+    chosen = trees._sample(_Stages(stage, np.array([700, 20])), is_wanted, generator.random(720))
 
     assert chosen[is_wanted].all()
     others = chosen & ~is_wanted

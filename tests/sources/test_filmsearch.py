@@ -13,7 +13,7 @@ import pytest
 from kd_ranker.configs import filmsearch as config_of
 from kd_ranker.errors import UserError
 from kd_ranker.sources import filmsearch, sentences
-from kd_ranker.sources.filmsearch import FEATURES, FIELDS, words_of
+from kd_ranker.sources.filmsearch import FEATURES, FIELDS, split_words
 
 pytest.importorskip("bm25s")
 pytest.importorskip("lightgbm")
@@ -93,16 +93,17 @@ def bm25(query: list[str], texts: list[list[str]]) -> np.ndarray:
 
 
 def test_retrieval_is_bm25_with_titles_three_times(collection):
-    retrieve = filmsearch.retriever(collection, lambda _, film: np.zeros(len(film)))
     films = collection.films
-    titles = [words_of(text) for text in films["title"]]
+    no_vectors = filmsearch.SentenceVectors(np.zeros((60, 1)), np.zeros((QUERIES, 1)))
+    retriever = filmsearch.Retriever(collection, no_vectors)
+    titles = [split_words(text) for text in films["title"]]
     tags = [
-        words_of(" ".join([*a, *b])) for a, b in zip(films["tags"], films["genres"], strict=True)
+        split_words(" ".join([*a, *b])) for a, b in zip(films["tags"], films["genres"], strict=True)
     ]
     for query in (0, 7, 50):
-        found = retrieve(query)
+        found = retriever.retrieve(query)
         columns = dict(zip(FEATURES, found.features.T, strict=True))
-        words = words_of(collection.queries[query])
+        words = split_words(collection.queries[query])
         np.testing.assert_allclose(
             columns["bm25_title"], bm25(words, titles)[found.film], rtol=1e-5
         )
@@ -115,7 +116,7 @@ def test_retrieval_is_bm25_with_titles_three_times(collection):
 
 def test_near_duplicates_and_queries_for_one_film_share_a_split(collection, rows):
     split = {row["request"]: row["split"] for row in rows}
-    words = {query: {*words_of(collection.queries[query])} for query in split}
+    words = {query: {*split_words(collection.queries[query])} for query in split}
     for a, b in itertools.combinations(split, 2):
         shared = len(words[a] & words[b]) / len(words[a] | words[b])
         if shared >= filmsearch.SAME_QUERY:
@@ -137,7 +138,7 @@ def test_groups_are_the_components_of_both_relations():
         queries=["a b c d", "a b c d e", "x", "y", "z", "d"],
         labels=[{}] * 6,
     )
-    groups = filmsearch.groups_of(collection, {1: 3, 2: 3, 4: 0})
+    groups = filmsearch.group_queries(collection, {1: 3, 2: 3, 4: 0})
     assert groups[0] == groups[1] == groups[2]
     assert len(Counter(groups.tolist())) == 4
 
@@ -146,11 +147,11 @@ def test_splits_have_their_shares_and_large_groups_are_for_training():
     groups = np.repeat(np.arange(1000), 3)
     for more in ([], [0] * 97, [0] * 97 + [1] * 28):
         numbers = np.concatenate([groups, np.array(more, int)])
-        splits = np.array(filmsearch.splits_of(numbers, 1))
+        splits = np.array(filmsearch.split_groups(numbers, 1))
         for name, share in filmsearch.SPLITS.items():
             assert (splits == name).mean() == pytest.approx(share, abs=0.01)
         assert set(splits[np.isin(numbers, more)]) <= {"train"}
-    assert filmsearch.splits_of(groups, 1) != filmsearch.splits_of(groups, 2)
+    assert filmsearch.split_groups(groups, 1) != filmsearch.split_groups(groups, 2)
 
 
 def test_rows_hold_labels_and_stages_of_the_raw_files(collection, rows):

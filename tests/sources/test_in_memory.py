@@ -101,7 +101,7 @@ def test_what_was_handed_over_is_what_is_read(tmp_path):
 
 def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(tmp_path):
     made = [*mappings()]
-    requests = [in_memory.request_of(each, 0, SPEC) for each in made]
+    requests = [in_memory.make_request(each, 0, SPEC) for each in made]
     frame = pd.DataFrame(made)
     first, *same = (
         kd.Dataset.from_requests(of, SPEC, directory=tmp_path) for of in (made, requests, frame)
@@ -128,7 +128,7 @@ def test_what_is_left_out_is_nothing_and_labels_weigh_1():
     # Sizes may be integers of NumPy.
     spec = dataclasses.replace(SPEC, categories=(), num_users=np.int64(20))
     assert spec.to_json() == dataclasses.replace(spec, num_users=20).to_json()
-    request = in_memory.request_of(GOOD, 7, spec)
+    request = in_memory.make_request(GOOD, 7, spec)
     assert (request.request_id, request.time, request.num_passed) == (7, 7, 2)
     assert request.label_weight.tolist() == [1]
     assert request.teacher_probability.shape == request.true_probability.shape == (0, 2)
@@ -137,19 +137,19 @@ def test_what_is_left_out_is_nothing_and_labels_weigh_1():
     assert request.user_features.tolist() == [0, 0]
     assert {field.name for field in STORED} == {*vars(request)}
     scored = GOOD | {"teacher_probability": [[0.5, np.nan]], "incumbent": [2, np.nan]}
-    request = in_memory.request_of(scored, 0, spec)
+    request = in_memory.make_request(scored, 0, spec)
     assert request.teacher_weight.tolist() == [1]
     np.testing.assert_array_equal(request.incumbent, [2, np.nan])
     assert np.isnan(request.true_probability).tolist() == [[True, True]] * 2
     assert np.isnan(request.propensity).all()
-    in_memory.request_of(
+    in_memory.make_request(
         GOOD | {"propensity": [1, -1]}, 0, spec
     )  # of the shown, it must be above 0
 
 
 def test_the_funnel_is_that_of_the_requests():
     sizes = [dict(user_id=0, item_id=[*range(n)], user_label=[[0, 0]] * 2) for n in (4, 9)]
-    requests = [in_memory.request_of(each, 0, SPEC) for each in sizes]
+    requests = [in_memory.make_request(each, 0, SPEC) for each in sizes]
     assert in_memory.funnel_of(requests) == dict(
         retrieved=9, passed=4, shown=2, report_at=(2, 4, 9)
     )

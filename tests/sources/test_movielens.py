@@ -10,7 +10,7 @@ import pytest
 from kd_ranker.configs import movielens
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.converted import blocks_of
+from kd_ranker.sources.converted import cut_blocks
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.movielens import DAY, find_files, write
 from kd_ranker.sources.registry import SOURCES
@@ -193,7 +193,7 @@ def test_blocks_split_no_second_and_splits_have_their_shares(ratings):
     time = np.sort(np.random.default_rng(1).integers(0, 60, 200))
     config = config_of("32m", Path("raw"), ratings_per_request=ratings)
     config.data.update(validation_requests_per_user=0, test_requests_per_user=0)
-    blocks = sorted(blocks_of(time, config.data))
+    blocks = sorted(cut_blocks(time, config.data))
     starts, ends = (np.array([of[at] for of in blocks]) for at in (2, 3))
     assert [*starts, 200] == [0, *ends]
     assert (time[starts[1:]] > time[starts[1:] - 1]).all()

@@ -18,7 +18,14 @@ from kd_ranker.configs import recflow as config_file
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import ALLOWABLE
-from kd_ranker.sources.recflow import LABELS, OF_ITEM, OF_REQUEST, find_files, read_events, write
+from kd_ranker.sources.recflow import (
+    ITEM_FEATURES,
+    LABELS,
+    REQUEST_FEATURES,
+    find_files,
+    read_events,
+    write,
+)
 from kd_ranker.sources.registry import SOURCES
 
 DAYS = ("2024-02-16", "2024-02-17", "2024-02-18", "2024-02-19")
@@ -152,14 +159,14 @@ def expected_row(rows: list[dict], views: np.ndarray, of_each: int) -> dict | No
     return {
         "user": rows[0]["user_id"], "time": time, "weekday": moment.weekday(),
         "hour_sin": [np.sin(angle)], "hour_cos": [np.cos(angle)],
-        **{name: known(rows[0][name]) for name in OF_REQUEST},
+        **{name: known(rows[0][name]) for name in REQUEST_FEATURES},
         "item": [row["video_id"] for row in listed],
         "stage": [("shown", "passed", "retrieved", "retrieved")[row["grade"]] for row in listed],
         **{
             name: [row[name] if row["realshow"] and not row["grade"] else None for row in listed]
             for name in LABELS
         },
-        **{name: [known(row[name]) for row in listed] for name in ("position", *OF_ITEM)},
+        **{name: [known(row[name]) for row in listed] for name in ("position", *ITEM_FEATURES)},
         "duration": log([row["duration"] or None for row in listed], 1000),
         "days_old": log([age if age < time / 1000 else None for age in ages], DAY),
         "history": [event[0] for event in events],
