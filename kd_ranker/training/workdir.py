@@ -97,7 +97,8 @@ def check(
     owner = read_environment(workdir).get("command", command)
     if owner != command:
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    there, here = (values_by_key(each, without) for each in (read_config(workdir), config))
+    there = values_by_key(read_config(workdir), without)
+    here = values_by_key(config, without)
     if differing := manifest.differences(there, here):
         raise UserError(
             f"{workdir} holds a run of another config; use another --workdir or set back: "
@@ -176,8 +177,8 @@ class MetricsWriter:
         """Open both for a run that resumes after step `start`, and discard later lines."""
         self._path = workdir / METRICS_FILE
         lines = read_metrics(self._path) if self._path.exists() else []
-        kept = (f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start)
-        write_atomically(self._path, "".join(kept))
+        earlier = [f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start]
+        write_atomically(self._path, "".join(earlier))
         # Without the thread of a `SummaryWriter`: on a full disk that would die with a trace, and
         # its queue would fill up.
         self._events = EventsWriter(str(workdir / "events")) if is_first() else None
