@@ -171,15 +171,13 @@ def is_original(folder: Path, name: str) -> bool:
     return listed is None or _entries(folder, [name])[name] == listed
 
 
-def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Return the entries in which two mappings differ, as text; "" if all agree."""
-    differing = []
-    for name in sorted(there.keys() | here.keys()):
-        before = there.get(name)
-        now = here.get(name)
-        if before != now:
-            differing.append(f"{name} ({before} there, {now} now)")
-    return ", ".join(differing)
+    names = sorted(before.keys() | now.keys())
+    differing = [name for name in names if before.get(name) != now.get(name)]
+    return ", ".join(
+        f"{name} ({before.get(name)} there, {now.get(name)} now)" for name in differing
+    )
 
 
 def digest_of_files(folder: Path, files: Collection[str], remedy: str) -> str:

@@ -203,8 +203,8 @@ class Estimates:
 
     def _labels_per_request(self) -> Float[np.ndarray, "N T"] | None:
         """Return the positive labels of each test request, by task; None if not kept."""
-        for kept in self.study.kept_requests:
-            for (run, _), per_request in kept.by_ranker.each.items():
+        for _, by_ranker in self.study.kept_requests:
+            for (run, _), per_request in by_ranker.each.items():
                 # The teacher's own row counts only labels of candidates that it has scored.
                 if run != TEACHER:
                     return np.asarray(per_request.curves["positives_kept"][:, -1])
@@ -391,7 +391,7 @@ def _resampled(
 ) -> Sums:
     """Return the sums of a ranker in each draw, [..., 1+B], curves interpolated at every k."""
     every_k = np.arange(1, ks[-1] + 1)
-    # [every k, K]: linear interpolation as a matrix, for curves are linear in their points.
+    # Linear interpolation between the kept k, as a matrix [every k, K].
     to_every_k = np.stack([np.interp(every_k, ks, point) for point in np.eye(len(ks))], axis=1)
     resampled: Sums = {
         name: _sum_in_draws(terms, counts) for name, terms in per_request.sums.items()
