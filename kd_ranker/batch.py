@@ -227,7 +227,8 @@ def _candidate_categories(spec: FeatureSpec) -> int:
 _num_items = attrgetter("num_items")
 _num_categories = attrgetter("num_categories")
 
-# All fields of a request. Batches are packed in this order.
+# All fields of a request: name, owner, type on disk, type in a batch, width. Batches are packed in
+# this order.
 FIELDS = (
     Field("request_id", "request", np.int64, None),
     Field("time", "request", np.int64, None),
