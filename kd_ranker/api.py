@@ -70,7 +70,8 @@ class Dataset(NamedTuple):
         """
         config = config.copy_and_resolve_references()
         config.data.dir = os.path.expanduser(directory)
-        config.data.path, config.data.sql = datasets.path_of(table, config.data.dir), ""
+        config.data.path = datasets.path_of(table, config.data.dir)
+        config.data.sql = ""
         return cls(Path(config.data.path), config)
 
     @classmethod
@@ -110,17 +111,25 @@ class Dataset(NamedTuple):
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
         if not splits or {*splits} - {"", *SPLITS}:
             raise UserError(in_memory.NO_REQUESTS)
-        own = defaults.get_config(in_memory.NAME)
-        own.data.dir = os.path.expanduser(directory)
-        items, shares = (item_features, item_category), (validation_share, test_share)
-        path, tasks, funnel = in_memory.write_requests(splits, spec, *items, own.data, shares)
+        dataset_config = defaults.get_config(in_memory.NAME)
+        dataset_config.data.dir = os.path.expanduser(directory)
+        path, tasks, funnel = in_memory.write_requests(
+            splits,
+            spec,
+            item_features,
+            item_category,
+            dataset_config.data,
+            (validation_share, test_share),
+        )
         if config is None:
-            own.funnel.update(funnel)
+            dataset_config.funnel.update(funnel)
         else:
-            own.update({name: of for name, of in config.items() if name != "data"})
-        if tuple(own.tasks) != tasks:
-            own.tasks, own.value_weights = tasks, (1.0,) * len(tasks)
-        return cls(path, own)
+            others = {name: section for name, section in config.items() if name != "data"}
+            dataset_config.update(others)
+        if tuple(dataset_config.tasks) != tasks:
+            dataset_config.tasks = tasks
+            dataset_config.value_weights = (1.0,) * len(tasks)
+        return cls(path, dataset_config)
 
 
 class Prepared(NamedTuple):
@@ -187,9 +196,12 @@ class Report(NamedTuple):
     students: Trained | None = None
 
     def __str__(self) -> str:
-        runs = {"teacher": self.teacher, "students": self.students}
-        lines = [f"{name}: {of.workdir}" for name, of in runs.items() if of]
-        return "\n".join([*self.answers, *lines, f"report: {self.page}"])
+        lines = list(self.answers)
+        if self.teacher:
+            lines.append(f"teacher: {self.teacher.workdir}")
+        if self.students:
+            lines.append(f"students: {self.students.workdir}")
+        return "\n".join([*lines, f"report: {self.page}"])
 
     def _repr_html_(self) -> str | None:
         # Nothing is read from a URL unasked.
@@ -214,7 +226,7 @@ def prepare(
       UserError: the config or the raw files are at fault, or the existing dataset is damaged or
         was built from other raw files.
     """
-    config = _own(config)
+    config = _copied(config)
     checks.validate(config)
     with (progress or Progress()).phase("dataset"):
         directory = datasets.build_dataset(config, thorough)
@@ -244,8 +256,9 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
         if not key.startswith(("data.labels.", "data.teacher.", "data.features.")):
             checks.check_key(template, key)
     folder = local_folder("--workdir", folder)
-    is_path, path = isinstance(log, (str, os.PathLike)), datasets.path_of(log, str(folder))
-    return write_first_config(path, folder, named or {}, "" if is_path else "log")
+    path = datasets.path_of(log, str(folder))
+    name = "" if isinstance(log, (str, os.PathLike)) else "log"
+    return write_first_config(path, folder, named or {}, name)
 
 
 def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None = None) -> Trained:
@@ -262,7 +275,8 @@ def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None
       UserError: the config is at fault, its dataset was not prepared, or the folder holds another
         run.
     """
-    config, place = _own(config), place_of(workdir)
+    config = _copied(config)
+    place = place_of(workdir)
     checks.validate(config)
     training.train("train_teacher", config, {}, place, progress or Progress())
     return Trained(place)
@@ -282,7 +296,7 @@ def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> 
       UserError: dataset or teacher are missing, the dataset was not built from this log, or another
         process writes the same scores.
     """
-    config = _own(config, teacher)
+    config = _copied(config, teacher)
     checks.validate(config)
     return scoring.score_dataset(config)
 
@@ -305,7 +319,8 @@ def train(
       UserError: the config is at fault, dataset or teacher are missing, or the folder holds another
         run.
     """
-    config, place = _own(config, teacher), place_of(workdir)
+    config = _copied(config, teacher)
+    place = place_of(workdir)
     checks.validate(config, single=True)
     checks.check_students([config])
     training.train("train", config, {"": config}, place, progress or Progress())
@@ -349,9 +364,10 @@ def sweep(
       UserError: as for `train`, or a key of `axes` cannot be swept, or with `config.sweep.part`
         there is no such cohort or one to be joined was not trained.
     """
-    config, place = _own(config, teacher), place_of(workdir)
-    named = {"distill.mode": modes, "distill.weight": weights, "seed": seeds, **(axes or {})}
-    for key, values in named.items():
+    config = _copied(config, teacher)
+    place = place_of(workdir)
+    swept = {"distill.mode": modes, "distill.weight": weights, "seed": seeds, **(axes or {})}
+    for key, values in swept.items():
         if values is not None:
             axis = schema.axis_of(key)
             checks.check_key(config, axis)
@@ -377,13 +393,15 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
     places = [_folder(sweep) for sweep in sweeps]
     target = place_of(output) if output else places[0]
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(owned(target, with_checkpoints=False))
-        folders = [
-            folder if place == target else stack.enter_context(fetched(place, False))
-            for place in places
-        ]
-        names = {str(copy): str(place) for copy, place in zip(folders, places, strict=True)}
-        sections = write.write_report(folders, folder, names)
+        target_folder = stack.enter_context(owned(target, with_checkpoints=False))
+        folders = []
+        for place in places:
+            if place == target:
+                folders.append(target_folder)
+            else:
+                folders.append(stack.enter_context(fetched(place, with_checkpoints=False)))
+        names = {str(folder): str(place) for folder, place in zip(folders, places, strict=True)}
+        sections = write.write_report(folders, target_folder, names)
     return Report(
         answers=tuple(section.answer.text for section in sections),
         page=place_of(f"{target}/{write.PAGE}"),
@@ -425,7 +443,7 @@ def score(
     trained = config_of(workdir, trust)
     if config is None:
         check_select(trained, workdir, trust)
-    config = _own(config or trained)
+    config = _copied(config or trained)
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, run, folder, trained)
@@ -458,14 +476,15 @@ def export(
       UserError: the run holds no such ranker, its config file is needed and not trusted, the folder
         exists, or a format lacks an operation.
     """
-    workdir, folder = _folder(ranker), local_folder("--out", output)
+    workdir = _folder(ranker)
+    folder = local_folder("--out", output)
     for name in formats:
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    finished = open_ranker(workdir, run, serve, config_of(workdir, trust))
-    export_ranker(finished, folder, formats)
-    show(str(finished))
+    trained = open_ranker(workdir, run, serve, config_of(workdir, trust))
+    export_ranker(trained, folder, formats)
+    show(str(trained))
     return folder
 
 
@@ -482,44 +501,46 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
       show: called with the name of each step as it begins, the lines on the dataset, the seconds
         of each phase, and at the end with those of all.
     """
-    config, place, progress = _own(config), place_of(workdir), Progress(show)
+    config = _copied(config)
+    place = place_of(workdir)
+    progress = Progress(show)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
-    logged = config.teacher.source == "logged"
-    teacher, students = None, place_of(f"{place}/sweep")
+    is_logged = config.teacher.source == "logged"
     show("prepare_data")
     for line in prepare(config, progress=progress).lines:
         show(line)
-    if not logged or config.teacher.workdir:
+    teacher = None
+    if not is_logged or config.teacher.workdir:
         teacher = Trained(place_of(config.teacher.workdir or f"{place}/teacher"))
         config.teacher.workdir = str(teacher.workdir)
         for repeat in repeats(config):
             show("train_teacher")
             train_teacher(repeat, repeat.teacher.workdir, progress)
-            if logged:
+            if is_logged:
                 show("log_teacher")
                 with progress.phase("log_teacher"):
                     log_teacher(repeat)
     show("sweep")
-    swept = sweep(config, students, progress=progress)
+    students = sweep(config, place_of(f"{place}/sweep"), progress=progress)
     show("report")
     with progress.phase("report"):
-        found = report(swept, output=place_of(f"{place}/report"))
+        written = report(students, output=place_of(f"{place}/report"))
     show(f"time: {progress}")
-    return found._replace(teacher=teacher, students=swept)
+    return written._replace(teacher=teacher, students=students)
 
 
-def _own(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigDict:
-    """A copy of a config with a teacher, and with the home folder in place of ~ in its paths."""
-    own = config.copy_and_resolve_references()
+def _copied(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigDict:
+    """Copy a config, with a teacher, and with the home folder in place of ~ in its paths."""
+    copy = config.copy_and_resolve_references()
     # No shell expands ~ after a =.
-    own.data.path = ",".join(os.path.expanduser(path) for path in split_path(own.data.path))
+    copy.data.path = ",".join(os.path.expanduser(path) for path in split_path(copy.data.path))
     for section, name in _PATHS:
-        if name in own[section]:
-            own[section][name] = os.path.expanduser(own[section][name])
+        if name in copy[section]:
+            copy[section][name] = os.path.expanduser(copy[section][name])
     if teacher is not None:
-        own.teacher.workdir = str(_folder(teacher))
-    return own
+        copy.teacher.workdir = str(_folder(teacher))
+    return copy
 
 
 def _folder(ranker: Trained | Folder) -> Place:

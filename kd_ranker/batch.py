@@ -16,7 +16,7 @@ import enum
 import itertools
 import json
 from collections.abc import Callable
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -152,16 +152,16 @@ class FeatureSpec:
         """Category ids lie in [0, num_categories)."""
         return sum(category.size for category in self.categories) + self.later_categories
 
-    def category_lengths(self, of: str) -> tuple[int, ...]:
-        """The number of category ids of each feature of an owner, one of `CATEGORY_OWNERS`."""
-        return tuple(category.length for category in self.categories if category.of == of)
+    def category_lengths(self, owner: str) -> tuple[int, ...]:
+        """Return the number of category ids of each feature of an owner in `CATEGORY_OWNERS`."""
+        return tuple(category.length for category in self.categories if category.of == owner)
 
-    def category_width(self, of: str) -> int:
-        """The number of category ids that such an owner carries in all."""
-        return sum(self.category_lengths(of))
+    def category_width(self, owner: str) -> int:
+        """Return the number of category ids that such an owner carries in all."""
+        return sum(self.category_lengths(owner))
 
     def to_json(self) -> str:
-        """The spec as JSON, one key per attribute; without `_LATER_FIELDS` that are empty."""
+        """Return the spec as JSON, a key per attribute; without `_LATER_FIELDS` that are empty."""
         fields = dataclasses.asdict(self)
         for name in _LATER_FIELDS:  # so that datasets without them keep their provenance
             if not fields[name]:
@@ -170,11 +170,12 @@ class FeatureSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":
-        """The inverse of `to_json`."""
+        """Read what `to_json` wrote."""
         fields = json.loads(text)
         fields["tasks"] = tuple(fields["tasks"])
         fields["early_scores"] = tuple(fields.get("early_scores", ()))
-        fields["categories"] = tuple(Category(**of) for of in fields.get("categories", ()))
+        categories = fields.get("categories", ())
+        fields["categories"] = tuple(Category(**category) for category in categories)
         return cls(**fields)
 
 
@@ -203,7 +204,7 @@ class Field(NamedTuple):
     ids: Callable[[FeatureSpec], int] | None = None
 
     def shape(self, spec: FeatureSpec) -> tuple[int, ...]:
-        """The shape of an entry."""
+        """Return the shape of an entry."""
         return (self.width(spec),) if self.width else ()
 
 
@@ -215,40 +216,64 @@ def _early_scores(spec: FeatureSpec) -> int:
     return len(spec.early_scores)
 
 
-_items, _categories = attrgetter("num_items"), attrgetter("num_categories")
-_of_request = methodcaller("category_width", "request")
-_of_candidate = methodcaller("category_width", "candidate")
+def _request_categories(spec: FeatureSpec) -> int:
+    return spec.category_width("request")
 
-# All fields of a request. Batches are packed in this order.
+
+def _candidate_categories(spec: FeatureSpec) -> int:
+    return spec.category_width("candidate")
+
+
+_num_items = attrgetter("num_items")
+_num_categories = attrgetter("num_categories")
+
+# All fields of a request: name, owner, type on disk, type in a batch, width. Batches are packed in
+# this order.
 FIELDS = (
     Field("request_id", "request", np.int64, None),
     Field("time", "request", np.int64, None),
     Field("user_id", "request", np.int32, np.int32, ids=attrgetter("num_users")),
     Field("user_features", "request", np.float32, np.float32, attrgetter("user_features")),
     Field("context", "request", np.float32, np.float32, attrgetter("context_features")),
-    Field("request_category", "request", np.int32, np.int32, _of_request, -1, _categories),
-    Field("history_id", "event", np.int32, np.int32, ids=_items),
+    Field(
+        "request_category",
+        "request",
+        np.int32,
+        np.int32,
+        _request_categories,
+        nothing=-1,
+        ids=_num_categories,
+    ),
+    Field("history_id", "event", np.int32, np.int32, ids=_num_items),
     Field("history_features", "event", np.float32, np.float32, attrgetter("history_features")),
     Field("history_mask", "event", None, np.bool_),
-    Field("item_id", "candidate", np.int32, np.int32, ids=_items),
+    Field("item_id", "candidate", np.int32, np.int32, ids=_num_items),
     Field(
         "candidate_features", "candidate", np.float32, np.float32, attrgetter("candidate_features")
     ),
-    Field("candidate_category", "candidate", np.int32, np.int32, _of_candidate, -1, _categories),
+    Field(
+        "candidate_category",
+        "candidate",
+        np.int32,
+        np.int32,
+        _candidate_categories,
+        nothing=-1,
+        ids=_num_categories,
+    ),
     Field("num_passed", "request", np.int32, None),
     Field("stage", "candidate", None, np.int8),
     Field("user_label", "shown", np.uint8, np.float32, _tasks),
     Field("label_weight", "shown", np.float32, np.float32),
-    Field("teacher_probability", "scored", np.float32, np.float32, _tasks, np.nan),
+    Field("teacher_probability", "scored", np.float32, np.float32, _tasks, nothing=np.nan),
     # Of a request, one per candidate, as the log has it; stored probabilities of weight 0 are NaN.
     Field("teacher_weight", "scored", np.float32, None),
     # In a batch, one per candidate and task: 0 where the probability is not proper.
     Field("teacher_weight", "scored", None, np.float32, _tasks),
     Field("teacher_version", "request", str, None),
-    Field("true_probability", "known", np.float32, None, _tasks, np.nan),
+    Field("true_probability", "known", np.float32, None, _tasks, nothing=np.nan),
     Field("incumbent", "known", np.float32, None, nothing=np.nan),
     Field("propensity", "known", np.float32, None, nothing=np.nan),
-    Field("early_scores", "known", np.float32, None, _early_scores, np.nan),
+    Field("early_scores", "known", np.float32, None, _early_scores, nothing=np.nan),
 )
 STORED = tuple(field for field in FIELDS if field.stored is not None)  # of `Request`
 IN_BATCH = tuple(field for field in FIELDS if field.dtype is not None)  # of `CandidateBatch`
@@ -338,11 +363,13 @@ class CandidateBatch:
         return self.teacher_weight.shape[1]
 
     def first(self, candidates: int) -> "CandidateBatch":
-        """The batch with only the first candidates of each request."""
-        of_candidates = [field.name for field in IN_BATCH if field.of not in ("request", "event")]
-        return dataclasses.replace(
-            self, **{name: getattr(self, name)[:, :candidates] for name in of_candidates}
-        )
+        """Return the batch with only the first candidates of each request."""
+        shorter = {
+            field.name: getattr(self, field.name)[:, :candidates]
+            for field in IN_BATCH
+            if field.of not in ("request", "event")
+        }
+        return dataclasses.replace(self, **shorter)
 
 
 class RowSharding(NamedTuple):
@@ -359,7 +386,7 @@ WHOLE = RowSharding()
 class Items:
     """The features and categories of each item, one row per item id.
 
-    Rows may be dealt to devices; each device then holds its share.
+    Rows may be sharded over devices; each device then holds its part.
     """
 
     features: Float[Array, "items F"]
@@ -390,26 +417,25 @@ class EvaluationBatch:
 
 
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
-    """A batch of zeros on the host, for compiling programs before any data exist."""
+    """Return a batch of zeros on the host, for compiling programs before any data exist."""
     abstract = abstract_batch(spec, requests, candidates)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
 
 
 def abstract_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
-    """A batch of only shapes and types, which needs no memory."""
+    """Return a batch of only shapes and types, which needs no memory."""
     entries = {"request": (), "event": (spec.history_length,)}
     # Typed for the device, where it is used.
-    fields: dict[str, Any] = {
-        field.name: jax.ShapeDtypeStruct(
-            (requests, *entries.get(field.of, (candidates,)), *field.shape(spec)), field.dtype
-        )
-        for field in IN_BATCH
-    }
+    fields: dict[str, Any] = {}
+    for field in IN_BATCH:
+        entries_per_request = entries.get(field.of, (candidates,))
+        shape = (requests, *entries_per_request, *field.shape(spec))
+        fields[field.name] = jax.ShapeDtypeStruct(shape, field.dtype)
     return CandidateBatch(**fields)
 
 
 def abstract_items(spec: FeatureSpec) -> Items:
-    """The items of a dataset as only shapes and types, which need no memory."""
+    """Return the items of a dataset as only shapes and types, which need no memory."""
     features: Any = jax.ShapeDtypeStruct((spec.num_items, spec.item_features), np.float32)
     category: Any = jax.ShapeDtypeStruct((spec.num_items, spec.category_width("item")), np.int32)
     return Items(features, category)

@@ -8,19 +8,19 @@ class UserError(ValueError):
 
 
 def command(name: str) -> str:
-    """The command line of a command such as `log_teacher`, for messages."""
+    """Return the command line of a command such as `log_teacher`, for messages."""
     return f"kd-ranker {name.replace('_', '-')}"
 
 
 def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
-    """Raises UserError unless `value` is one of `choices`; the message names them."""
+    """Raise UserError unless `value` is one of `choices`; the message names them."""
     names = sorted(choices)
     if value not in names:
         raise UserError(f"{key}={value!r} does not exist; choose one of: {', '.join(names)}")
 
 
 def check_tasks(tasks: Sequence[str], known: Iterable[str]) -> None:
-    """Raises UserError unless `tasks` names some of `known`, none of them twice."""
+    """Raise UserError unless `tasks` names some of `known`, none of them twice."""
     known = tuple(known)
     for task in tasks:
         check_choice("tasks", task, known)

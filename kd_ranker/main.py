@@ -62,19 +62,29 @@ def main(name: str = "") -> None:
     """Run the command `name`, or the first argument of the process; exit with 2 on bad input."""
     # Until there is something to clean up, a signal ends the process at once.
     interruption.end_on_signal()
-    name, *arguments = [name, *sys.argv[1:]] if name else sys.argv[1:] or ["--help"]
-    # The docstrings of `api`, read from its source: the import takes seconds.
-    tree = ast.parse((Path(__file__).parent / "api.py").read_text())
-    functions = (of for of in tree.body if isinstance(of, ast.FunctionDef))
-    texts = {of.name.replace("_", "-"): ast.get_docstring(of) or "" for of in functions}
+    arguments = sys.argv[1:]
+    if not name:
+        name = arguments[0] if arguments else "--help"
+        arguments = arguments[1:]
+    texts = _api_docstrings()
     if name in COMMANDS:
         run_command(COMMANDS[name]._replace(text=texts[name]), f"kd-ranker {name}", arguments)
     elif name in _HELP:
-        names = [f"    {of:15}{texts[of].splitlines()[0]}" for of in COMMANDS]
-        print("\n".join(["usage: kd-ranker NAME --help", "", *names]))
+        lines = [f"    {command:15}{texts[command].splitlines()[0]}" for command in COMMANDS]
+        print("\n".join(["usage: kd-ranker NAME --help", "", *lines]))
     else:
         sys.stderr.write(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}\n")
         sys.exit(_BAD_INPUT)
+
+
+def _api_docstrings() -> dict[str, str]:
+    """Return the docstrings of `api` by command, from its source: the import takes seconds."""
+    tree = ast.parse((Path(__file__).parent / "api.py").read_text())
+    return {
+        node.name.replace("_", "-"): ast.get_docstring(node) or ""
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def run_command(command: Command, program: str, arguments: Sequence[str]) -> None:
@@ -86,22 +96,25 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
         try:
             parser = _parser(command, program)
             if _HELP & {*arguments}:
-                _print_help(command, parser, [of for of in arguments if of not in _HELP])
+                others = [argument for argument in arguments if argument not in _HELP]
+                _print_help(command, parser, others)
                 return
-            config, given = _parse(command, parser, arguments)
+            config, flags = _parse(command, parser, arguments)
         # Any error while the arguments are parsed is about the arguments.
         except Exception as error:
             _fail(error)
-        _run(command, config, given)
+        _call(command, config, flags)
 
 
-def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
-    from absl import flags, logging
+def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> None:
+    """Call the function of a command and print its result."""
+    import absl.flags
+    from absl import logging
 
     from kd_ranker import api
     from kd_ranker.pipeline.remote import break_lock, place_of
 
-    flags.FLAGS.mark_as_parsed()  # for the log of absl, which waits for that
+    absl.flags.FLAGS.mark_as_parsed()  # for the log of absl, which waits for that
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:
@@ -109,10 +122,11 @@ def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> N
             if not command.as_one:
                 raise UserError("this command is of one process; leave parallel.processes out")
             _join_processes(config)
-        if getattr(given, "break_lock", False):
-            break_lock(place_of(given.workdir))
-        if (made := command.call(api, config, given)) is not None:
-            print(made)
+        if getattr(flags, "break_lock", False):
+            break_lock(place_of(flags.workdir))
+        result = command.call(api, config, flags)
+        if result is not None:
+            print(result)
     except (UserError, *_BAD_PATH) as error:
         _fail(error)
     except OSError as error:
@@ -150,22 +164,36 @@ class _Parser(argparse.ArgumentParser):
 def _parser(command: Command, program: str) -> _Parser:
     # Without the sections on arguments and errors, which are those of the function.
     text = re.split(r"\n+(?:Args|Returns|Raises):\n", command.text)[0]
-    text = f"{text}\n\nFor example:\n\n    {program} {command.example}".replace("%", "%%")
-    style = argparse.RawDescriptionHelpFormatter
+    description = f"{text}\n\nFor example:\n\n    {program} {command.example}"
     parser = _Parser(
-        program, description=text, formatter_class=style, add_help=False, allow_abbrev=False
+        program,
+        description=_escaped(description),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
     )
     if command.config_from == "config":
-        text = "a config file, or the name of one that comes with the package, such as cascade"
-        parser.add_argument("--config", metavar="FILE[:VARIANT]", default="", help=text)
+        parser.add_argument(
+            "--config",
+            metavar="FILE[:VARIANT]",
+            default="",
+            help="a config file, or the name of one that comes with the package, such as cascade",
+        )
     for name, flag in command.flags.items():
-        kind: dict[str, Any] = {"metavar": "…", "default": flag.default}
         if flag.default is False:
-            kind = {"action": "store_true"}
-        parser.add_argument(f"--{name}", help=flag.help.replace("%", "%%"), **kind)
+            parser.add_argument(f"--{name}", help=_escaped(flag.help), action="store_true")
+        else:
+            parser.add_argument(
+                f"--{name}", help=_escaped(flag.help), metavar="…", default=flag.default
+            )
     if command.workdirs:
         parser.add_argument("workdirs", nargs="*", metavar="WORKDIR")
     return parser
+
+
+def _escaped(text: str) -> str:
+    """Return a text that argparse shows as it is."""
+    return text.replace("%", "%%")
 
 
 def _print_help(command: Command, parser: _Parser, arguments: Sequence[str]) -> None:
@@ -175,20 +203,21 @@ def _print_help(command: Command, parser: _Parser, arguments: Sequence[str]) -> 
     from kd_ranker.config import defaults, schema
     from kd_ranker.config.keys import DATA_KEYS, KEYS
 
-    given, _ = parser.parse_known_args(arguments)
-    parser.usage = parser.format_usage().removeprefix("usage: ").replace("%", "%%").rstrip()
+    flags, _ = parser.parse_known_args(arguments)
+    parser.usage = _escaped(parser.format_usage().removeprefix("usage: ")).rstrip()
     if command.config_from:
         parser.usage += " [--config.KEY=VALUE ...]"
     if command.config_from == "config":
-        config = read_config(given.config) if given.config else defaults.get_config()
+        config = read_config(flags.config) if flags.config else defaults.get_config()
+        keys = KEYS | DATA_KEYS.get(config.data.name, {})
         groups: dict[str, Any] = {}
-        for name, key in (KEYS | DATA_KEYS.get(config.data.name, {})).items():
+        for name, key in keys.items():
             section = f"config.{name}".rpartition(".")[0]
-            group = groups.get(section) or parser.add_argument_group(section)
-            groups[section] = group
+            if section not in groups:
+                groups[section] = parser.add_argument_group(section)
             value = schema.value_of(config, name)
             shown = "…" if isinstance(value, ConfigDict) else repr(value)
-            group.add_argument(f"--config.{name}", metavar=shown, help=key.help.replace("%", "%%"))
+            groups[section].add_argument(f"--config.{name}", metavar=shown, help=_escaped(key.help))
     parser.print_help()
 
 
@@ -198,43 +227,44 @@ def _parse(
     """Parse the flags of a command, load its config and set the keys that flags override."""
     from ml_collections import ConfigDict
 
-    given, rest = parser.parse_known_args(arguments)
+    flags, overrides = parser.parse_known_args(arguments)
     for name, flag in command.flags.items():
-        if flag.default is None and not getattr(given, name):
+        if flag.default is None and not getattr(flags, name):
             raise UserError(f"--{name} is missing; it is {flag.help}")
     if command.config_from == "config":
-        given.keys = _keys(rest)
-        if not given.config:
-            return _with_overrides(_config_of_workdir(command, given), rest), given
-        return read_config(given.config, rest), given
+        flags.keys = _overridden_keys(overrides)
+        if flags.config:
+            return read_config(flags.config, overrides), flags
+        return _with_overrides(_config_of_workdir(command, flags), overrides), flags
     config = ConfigDict()
     if command.config_from == "workdir":
         from kd_ranker.pipeline.remote import place_of
         from kd_ranker.pipeline.trained import check_select, config_of
 
-        workdir = place_of(given.workdir)
-        config = config_of(workdir, given.trust)
-        if "data.sql" not in _keys(rest):
-            check_select(config, workdir, given.trust)
-    return _with_overrides(config, rest), given
+        workdir = place_of(flags.workdir)
+        config = config_of(workdir, flags.trust)
+        if "data.sql" not in _overridden_keys(overrides):
+            check_select(config, workdir, flags.trust)
+    return _with_overrides(config, overrides), flags
 
 
-def _config_of_workdir(command: Command, given: argparse.Namespace) -> "ConfigDict":
+def _config_of_workdir(command: Command, flags: argparse.Namespace) -> "ConfigDict":
     """Return the config of the run that a workdir holds, with which the command resumes it."""
     from kd_ranker.pipeline.remote import place_of
     from kd_ranker.pipeline.trained import config_of, is_run
 
     if "workdir" in command.flags and command.flags["workdir"].default is None:
         # `run` writes no config of its own: that of its sweep is the one.
-        for workdir in (given.workdir, f"{given.workdir}/sweep"):
+        for workdir in (flags.workdir, f"{flags.workdir}/sweep"):
             if is_run(place_of(workdir)):
                 return config_of(place_of(workdir))
     raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
 
 
-def _keys(overrides: Sequence[str]) -> list[str]:
+def _overridden_keys(overrides: Sequence[str]) -> list[str]:
     """Return the keys of the config that flags override."""
-    return [found[1] for of in overrides if (found := _KEY.match(of))]
+    matches = [_KEY.match(override) for override in overrides]
+    return [match[1] for match in matches if match is not None]
 
 
 def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
@@ -246,12 +276,13 @@ def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
     """
     import kd_ranker.configs
 
-    folder, (name, *variant) = Path(kd_ranker.configs.__path__[0]), named.split(":", 1)
+    folder = Path(kd_ranker.configs.__path__[0])
+    name, *variant = named.split(":", 1)
     file = Path(name)
     if not file.is_file():
         file = folder / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
         if not file.is_file() or file.name == "__init__.py":
-            known = sorted(of.stem for of in folder.glob("*.py") if of.stem != "__init__")
+            known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
             raise UserError(
                 f"--config={named}: there is no file {name}, and the package's configs are: "
                 f"{', '.join(known)}"
@@ -277,13 +308,15 @@ def _load_errors(named: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = str(error)
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--config={named} does not load: {reason}") from error
 
 
 def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
     """Set the keys of a config that flags override, each flag parsed as the type of its key."""
-    from absl import flags
+    import absl.flags
     from ml_collections import config_flags
 
     from kd_ranker.config import checks
@@ -293,11 +326,13 @@ def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDi
     for argument in overrides:
         if override := _KEY.match(argument):
             checks.check_key(config, override[1])
-    parsed, arguments = flags.FlagValues(), ["", *overrides]
-    config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)
-    if rest := parsed(arguments)[1:]:
-        raise UserError(f"{rest[0]!r} is not a flag; flags look like --name=value")
-    return parsed["config"].value
+    flag_values = absl.flags.FlagValues()
+    arguments = ["", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=arguments)
+    _, *not_flags = flag_values(arguments)
+    if not_flags:
+        raise UserError(f"{not_flags[0]!r} is not a flag; flags look like --name=value")
+    return flag_values["config"].value
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -323,57 +358,83 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _train_teacher(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    return api.train_teacher(config, given.workdir, Progress(_say)).table(given.wide)
+def _train_teacher(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
+    return api.train_teacher(config, flags.workdir, Progress(_say)).table(flags.wide)
 
 
-def _train(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    return api.train(config, given.workdir, progress=Progress(_say)).table(given.wide)
+def _train(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
+    return api.train(config, flags.workdir, progress=Progress(_say)).table(flags.wide)
 
 
-def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
+def _prepare(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
     from kd_ranker import configs
     from kd_ranker.config import schema
 
     if not config.data.get("infer"):
-        return str(api.prepare(config, given.thorough, Progress(_say)))
+        return str(api.prepare(config, flags.thorough, Progress(_say)))
     # Columns that a file names unlike the template, and the keys that the command line sets.
-    template, columns = configs.parquet().data.columns, config.data.columns.items()
-    named = {f"data.columns.{role}": of for role, of in columns if of and of != template.get(role)}
-    named |= {key: schema.value_of(config, key) for key in given.keys}
-    written = api.infer(config.data.path, given.workdir, named)
-    commands = (f"    {command}" for command in written.next_commands)
+    template = configs.parquet().data.columns
+    named = {
+        f"data.columns.{role}": column
+        for role, column in config.data.columns.items()
+        if column and column != template.get(role)
+    }
+    named |= {key: schema.value_of(config, key) for key in flags.keys}
+    written = api.infer(config.data.path, flags.workdir, named)
     checks = f"edit it, first of all what follows CHECK ({written.num_checks} times); then"
+    commands = [f"    {command}" for command in written.next_commands]
     return "\n".join([f"config: {written.path}", checks, *commands])
 
 
-def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
+def _sweep(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> object:
     progress = Progress(_say)
-    students = api.sweep(config, given.workdir, show=print, progress=progress)
+    students = api.sweep(config, flags.workdir, show=print, progress=progress)
     table = None
     if config.sweep.part in ("", "join"):  # the other parts leave no results
         with progress.phase("table"):
-            table = students.table(given.wide)
+            table = students.table(flags.wide)
     _say(f"time: {progress}")
     return table
 
 
-def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
-    arguments = (given.workdir, config.data.path, given.out or None, given.run)
-    api.score(*arguments, config, given.trust, show=print)
+def _score(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> None:
+    api.score(
+        flags.workdir,
+        config.data.path,
+        output=flags.out or None,
+        run=flags.run,
+        config=config,
+        trust=flags.trust,
+        show=print,
+    )
 
 
-def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    arguments = (given.workdir, given.out, given.run, given.serve)
-    formats = tuple(given.formats.split(","))
-    folder = api.export(*arguments, formats, given.trust, show=print)
+def _export(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
+    folder = api.export(
+        flags.workdir,
+        flags.out,
+        run=flags.run,
+        serve=flags.serve,
+        formats=tuple(flags.formats.split(",")),
+        trust=flags.trust,
+        show=print,
+    )
     return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
 
 
-def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    made = api.run(config, given.workdir, show=lambda line: _say(f"run: {line}"))
-    tables = [made.students.table(wide=True)] if given.wide else made.tables
-    return "\n\n".join([*tables, str(made)])
+def _main_job(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
+    report = api.run(config, flags.workdir, show=lambda line: _say(f"run: {line}"))
+    tables = [report.students.table(wide=True)] if flags.wide else report.tables
+    return "\n\n".join([*tables, str(report)])
+
+
+def _log_teacher(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> object:
+    return api.log_teacher(config)
+
+
+def _report(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> object:
+    sweeps = flags.workdirs or [flags.workdir]
+    return api.report(*sweeps, output=flags.workdir)
 
 
 _BREAK_LOCK = Flag("remove the lock that a killed process left at the URL of the workdir", False)
@@ -411,7 +472,7 @@ COMMANDS = {
         as_one=True,
     ),
     "log-teacher": Command(
-        lambda api, config, _: api.log_teacher(config),
+        _log_teacher,
         {"workdir": Flag("not used")},
         "--config=configs/cascade.py --config.teacher.workdir=runs/teacher",
     ),
@@ -425,7 +486,7 @@ COMMANDS = {
         _sweep, _SHOWN, "--config=configs/sweeps/cascade.py --workdir=runs/sweep", as_one=True
     ),
     "report": Command(
-        lambda api, _, given: api.report(*given.workdirs or [given.workdir], output=given.workdir),
+        _report,
         {"workdir": _TARGET, "break_lock": _BREAK_LOCK},
         "--workdir=runs/report runs/sweep runs/another_sweep",
         config_from="",

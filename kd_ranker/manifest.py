@@ -77,7 +77,8 @@ def write(
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
         files = (path.relative_to(folder).as_posix() for path in paths)
     names = sorted(files)
-    entries = {**_entries(folder, [name for name in names if name not in known]), **known}
+    new = [name for name in names if name not in known]
+    entries = {**_entries(folder, new), **known}
     content = {"provenance": dict(provenance), "files": {name: entries[name] for name in names}}
     if about:
         content["about"] = _entries(folder, about)
@@ -101,14 +102,14 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         content.setdefault("about", {})  # a manifest of an earlier release has none
-        found = {section: dict(content[section].items()) for section in _SECTIONS}
-        for name, entry in [*found["files"].items(), *found["about"].items()]:
+        manifest = {section: dict(content[section].items()) for section in _SECTIONS}
+        for name, entry in [*manifest["files"].items(), *manifest["about"].items()]:
             _check_entry(name, entry)
     except OSError as error:
         raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
-    return found
+    return manifest
 
 
 def _check_entry(name: str, entry: Any) -> None:
@@ -170,12 +171,12 @@ def is_original(folder: Path, name: str) -> bool:
     return listed is None or _entries(folder, [name])[name] == listed
 
 
-def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Return the entries in which two mappings differ, as text; "" if all agree."""
+    names = sorted(before.keys() | now.keys())
+    differing = [name for name in names if before.get(name) != now.get(name)]
     return ", ".join(
-        f"{name} ({there.get(name)} there, {here.get(name)} now)"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        f"{name} ({before.get(name)} there, {now.get(name)} now)" for name in differing
     )
 
 

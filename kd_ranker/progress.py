@@ -47,17 +47,18 @@ class Progress:
     @contextlib.contextmanager
     def phase(self, name: str, quiet: bool = False) -> Iterator[None]:
         """Time a phase, which may contain others; show a line with its seconds unless `quiet`."""
-        outside, self._seconds_inside = self._seconds_inside, 0.0
+        inside_before = self._seconds_inside  # of the phases beside this one
+        self._seconds_inside = 0.0
         begin = self.clock()
         try:
             yield
         finally:
             whole = self.clock() - begin
-            own = whole - self._seconds_inside
-            self._seconds_inside = outside + whole
-            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            without_inner = whole - self._seconds_inside
+            self._seconds_inside = inside_before + whole
+            self.seconds[name] = self.seconds.get(name, 0.0) + without_inner
         if not quiet:
-            self.show(f"{name}: {own:.0f} s")
+            self.show(f"{name}: {without_inner:.0f} s")
 
     @contextlib.contextmanager
     def bar(

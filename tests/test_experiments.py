@@ -159,7 +159,7 @@ def test_a_home_folder_is_found_in_the_paths_of_a_config(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = defaults.get_config("parquet")
     config.data.path, config.teacher.workdir = "~/log/*.parquet", "runs/~"
-    own = api._own(config)
+    own = api._copied(config)
     assert own.data.path == str(tmp_path / "log/*.parquet")
     assert own.teacher.workdir == "runs/~"
     assert config.data.path == "~/log/*.parquet"

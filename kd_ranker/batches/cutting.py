@@ -67,11 +67,10 @@ class PackedBatches:
 def read(columns: Columns, draw: Draw) -> Gathered:
     """Read the rows of a draw, on the host, from memory or from a file."""
     requests, candidates, labels = map(np.asarray, draw.indices)
-    own = columns.requests
     rows = Parts(
-        own.windows[own.first[requests]],
-        columns.candidates.at(requests, candidates),
-        columns.labels.at(requests, labels),
+        requests=columns.requests.windows[columns.requests.first[requests]],
+        candidates=columns.candidates.at(requests, candidates),
+        labels=columns.labels.at(requests, labels),
     )
     return Gathered(rows, draw.stage, draw.factor)
 
@@ -86,9 +85,11 @@ def pack_batches(gathered: Gathered, layout: Layout) -> PackedBatches:
 
 def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch:
     """Return the batch of a step, counted from 0, in the form that models take."""
-    row, num_scored, logged = batches.layout
+    layout = batches.layout
     return _batch_of(
-        **unpack_rows(batches.rows[:, step], row), num_scored=num_scored, logged=logged
+        **unpack_rows(batches.rows[:, step], layout.row),
+        num_scored=layout.num_scored,
+        logged=layout.logged,
     )
 
 
@@ -109,14 +110,14 @@ def _batch_of(
         label = fields["user_label"]
         probability = xp.full((len(label), num_scored, label.shape[-1]), xp.nan, np.float32)
     # NaN marks missing values and values that were not logged properly.
-    proper = ~xp.isnan(probability)
+    is_proper = ~xp.isnan(probability)
     if logged > Stage.RETRIEVED:
-        proper &= (stage >= logged)[:, :num_scored, None]
+        is_proper &= (stage >= logged)[:, :num_scored, None]
     fields |= {
         "stage": stage,
         "label_weight": factor * fields["label_weight"],
-        "teacher_probability": xp.where(proper, probability, np.float32(0)),
-        "teacher_weight": proper,
+        "teacher_probability": xp.where(is_proper, probability, np.float32(0)),
+        "teacher_weight": is_proper,
     }
     arrays = {field.name: xp.asarray(fields[field.name], field.dtype) for field in IN_BATCH}
     return CandidateBatch(**arrays)
@@ -129,11 +130,19 @@ def whole_batch(
 
     These are the numbers of the candidates of each request, -1 for none.
     """
-    counts, factors = columns.counts.of(requests), (places >= 0).astype(np.float32)
+    counts = columns.counts.of(requests)
+    factors = (places >= 0).astype(np.float32)
     draw = sampling.draw_of(requests, places, factors, counts.passed, counts.shown)
-    own, candidates, labels = map(unpack_rows, read(columns, draw).rows, columns.types)
-    num_scored = places.shape[1]
-    return _batch_of(own, candidates, labels, draw.stage, draw.factor, num_scored, Stage.RETRIEVED)
+    rows = read(columns, draw).rows
+    return _batch_of(
+        requests=unpack_rows(rows.requests, columns.requests.type),
+        candidates=unpack_rows(rows.candidates, columns.candidates.type),
+        labels=unpack_rows(rows.labels, columns.labels.type),
+        stage=draw.stage,
+        factor=draw.factor,
+        num_scored=places.shape[1],
+        logged=Stage.RETRIEVED,
+    )
 
 
 def batch_size(requests: int, available: int) -> int:
@@ -159,8 +168,8 @@ def evaluation_batches(
     A batch has `requests` requests; the last one is padded with repeated ones, masked out. Their
     candidates are padded to `candidates`, `config.funnel.retrieved`. With a `limit`, only that
     number of requests is read, from the start. The funnel is measured on the requests `measured`;
-    None takes all. `rivals` has the numbers of the rivals for all
-    candidates of the split, in stored order.
+    None takes all. `rivals` has the numbers of the rivals for all candidates of the split, in
+    stored order.
 
     Raises:
       UserError: a request has more candidates than `candidates`.
@@ -169,13 +178,16 @@ def evaluation_batches(
     total = min(limit or len(columns), len(columns))
     first = starts_of(columns.counts.retrieved)[:-1]
     for start in range(0, total, requests):
-        present = min(requests, total - start)
-        numbers = start + np.arange(requests) % present
-        ahead = np.arange(start + present, min(start + present + requests, total))
-        columns.expect(ahead, columns.counts.retrieved[ahead])
+        num_present = min(requests, total - start)
+        numbers = start + np.arange(requests) % num_present
+        stop = start + num_present
+        next_requests = np.arange(stop, min(stop + requests, total))
+        columns.expect(next_requests, columns.counts.retrieved[next_requests])
         places = np.full((requests, candidates), -1)
         counts = columns.counts.of(numbers)
-        for row, (request_id, number) in enumerate(zip(*counts[:2], strict=True)):
+        for row in range(requests):
+            request_id = counts.request_id[row]
+            number = counts.retrieved[row]
             if number > candidates:
                 raise UserError(
                     f"funnel.retrieved={candidates} is less than the {number} candidates of "
@@ -193,11 +205,11 @@ def evaluation_batches(
         batch = EvaluationBatch(
             batch=whole_batch(columns, numbers, places),
             **{name: jnp.asarray(fact) for name, fact in facts.items()},
-            request_mask=jnp.arange(requests) < present,
+            request_mask=jnp.arange(requests) < num_present,
         )
         if measured is not None:
             batch = dataclasses.replace(batch, whole=jnp.asarray(measured[numbers]))
         if rivals is not None:
-            keys = rivals[np.where(places < 0, 0, first[numbers][:, None] + places)]
-            batch = dataclasses.replace(batch, rivals=jnp.asarray(keys))
+            rows_of_places = np.where(places < 0, 0, first[numbers][:, None] + places)
+            batch = dataclasses.replace(batch, rivals=jnp.asarray(rivals[rows_of_places]))
         yield batch

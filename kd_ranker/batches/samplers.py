@@ -44,6 +44,9 @@ from kd_ranker.batches.sampling import BatchConfig, Draw, Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, counting, what_counts
 
+# The kinds of drawn candidates, in the order in which a batch holds them.
+_LABELED, _PASSED, _REST, _LEFT_OUT = range(4)
+
 Places = Int[np.ndarray, "k"]
 Factors = Float[np.ndarray, "k"]
 Scores = Float32[np.ndarray, "n"]
@@ -93,39 +96,52 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     others are drawn from the remaining ones not shown, each with the same probability. Candidates
     without a score are never among the highest; if too few have one, random draws fill the slots.
     """
-    kinds = _groups(0, counts.positives, counts.shown)
-    kept = sampling.labeled_numbers(
+    positives, negatives = _groups(0, counts.positives, counts.shown)
+    num_positives, num_negatives = sampling.labeled_numbers(
         counts.positives, counts.shown - counts.positives, batch.negative_rate, batch.candidates
     )
-    labeled = [
-        _run(kind, int(number), start)
-        for kind, number, start in zip(kinds, kept, key[:2], strict=True)
-    ]
-    factors = [
-        np.full(len(run), len(kind) / max(len(run), 1))
-        for kind, run in zip(kinds, labeled, strict=True)
-    ]
+    drawn_positives = _run(positives, int(num_positives), key[0])
+    drawn_negatives = _run(negatives, int(num_negatives), key[1])
+    num_labeled = len(drawn_positives) + len(drawn_negatives)
+
     (unshown,) = _groups(counts.shown, counts.retrieved)
-    slots = min(batch.candidates - sum(map(len, labeled)), len(unshown))
+    slots = min(batch.candidates - num_labeled, len(unshown))
     scored = unshown[~np.isnan(scores[unshown])]
-    highest = scored[np.argsort(-scores[scored], kind="stable")]
-    highest = highest[: round(batch.passed_share * slots)]
-    left = np.setdiff1d(unshown, highest, assume_unique=True)
-    passed = left < counts.passed
-    # The labels have used two of the four numbers.
-    more = np.random.default_rng(key.view(np.uint64)).random(3)
-    others = evenly([left[passed], left[~passed]], slots - len(highest), more)
-    drawn = [*labeled, highest, others]
-    return np.concatenate(drawn), np.concatenate([*factors, np.zeros(slots)])
+    by_score = scored[np.argsort(-scores[scored], kind="stable")]
+    highest = by_score[: round(batch.passed_share * slots)]
+    remaining = np.setdiff1d(unshown, highest, assume_unique=True)
+    is_passed = remaining < counts.passed
+    # The labels have used two of the four numbers of the key.
+    uniform_numbers = np.random.default_rng(key.view(np.uint64)).random(3)
+    others = evenly(
+        [remaining[is_passed], remaining[~is_passed]], slots - len(highest), uniform_numbers
+    )
+    places = np.concatenate([drawn_positives, drawn_negatives, highest, others])
+    factors = np.concatenate(
+        [
+            _factors(positives, drawn_positives),
+            _factors(negatives, drawn_negatives),
+            np.zeros(slots),
+        ]
+    )
+    return places, factors
+
+
+def _factors(group: Int[np.ndarray, "g"], drawn: Int[np.ndarray, "k"]) -> Factors:
+    """Return for each drawn label how many labels of its group it represents."""
+    return np.full(len(drawn), len(group) / max(len(drawn), 1))
 
 
 def _groups(*ends: Any) -> list[Int[np.ndarray, "g"]]:
-    """The places between each two of the ends."""
-    return [np.arange(*ends_of_group) for ends_of_group in pairwise(ends)]
+    """Return the places between each two of the ends."""
+    return [np.arange(start, stop) for start, stop in pairwise(ends)]
 
 
 def _run(group: Int[np.ndarray, "g"], number: int, start: float) -> Int[np.ndarray, "number"]:
-    """A run on the circle of a group's places; with `start` uniform, each is equally likely."""
+    """Return a run on the circle of a group's places.
+
+    With `start` uniform in [0, 1), each place is equally likely.
+    """
     return np.take(group, int(start * len(group)) + np.arange(number), mode="wrap")
 
 
@@ -141,9 +157,10 @@ def evenly(
     """
     ends = np.cumsum([0, *map(len, groups)])
     quotas = np.diff((int(key[0] * ends[-1]) + number * ends) // max(ends[-1], 1))
+    starts = key[1 : 1 + len(groups)]
     runs = [
-        _run(*group_number_start)
-        for group_number_start in zip(groups, quotas.tolist(), key[1:], strict=False)
+        _run(group, quota, start)
+        for group, quota, start in zip(groups, quotas.tolist(), starts, strict=True)
     ]
     return np.concatenate(runs)
 
@@ -161,8 +178,8 @@ def slots_of(counts: Counts, stage: Stage, batch: BatchConfig) -> Slots:
     counted = np.minimum(counting(counts, stage), batch.candidates)
     beyond_passed = (counts.scored > counts.passed).any()
     num_scored = counted if beyond_passed else np.minimum(counted, counts.passed)
-    numbers = (counted, np.minimum(counted, counts.shown), num_scored)
-    return Slots(*(max(int(most.max()), 1) for most in numbers))
+    num_labeled = np.minimum(counted, counts.shown)
+    return Slots.for_all(candidates=counted, num_labeled=num_labeled, num_scored=num_scored)
 
 
 def scores_of(columns: Columns, stage: Stage, request: int) -> Scores:
@@ -199,32 +216,44 @@ def draw(
     Raises:
       UserError: the sampler breaks its contract.
     """
-    sampler, each = SAMPLERS[batch.sampler], counts.of(request)
+    sampler = SAMPLERS[batch.sampler]
+    request_counts = counts.of(request)
     place = np.full((*request.shape, batch.candidates), -1, np.int32)
     factor = np.zeros(place.shape, np.float32)
-    for at in np.ndindex(request.shape):
-        own = each.of(at)
+    for index in np.ndindex(request.shape):
+        single_counts = request_counts.of(index)
         if sampler.needs_scores:
-            scores = read_scores(int(request[at]))
+            scores = read_scores(int(request[index]))
         else:
-            scores = np.full(own.retrieved, np.nan, np.float32)
-        result = sampler.function(own, scores, batch, start[at])
-        places, factors = checked(result, own, batch)
-        place[at][: len(places)], factor[at][: len(places)] = places, factors
+            scores = np.full(single_counts.retrieved, np.nan, np.float32)
+        result = sampler.function(single_counts, scores, batch, start[index])
+        places, factors = checked(result, single_counts, batch)
+        place[index][: len(places)] = places
+        factor[index][: len(places)] = factors
 
-    wide = Counts(*(values[..., None] for values in each))
+    # One axis more than the requests, for the candidates.
+    wide = Counts(*(values[..., None] for values in request_counts))
     is_labeled = (place >= 0) & (place < wide.shown) & (factor > 0)
+    is_passed = place < wide.passed
     passed_count, rest_counts = what_counts(wide, stage)
-    counted = np.where(place < wide.passed, passed_count, rest_counts) & (place >= 0)
-    kind = np.select([is_labeled, counted & (place < wide.passed), counted], [0, 1, 2], 3)
-    order = np.argsort(kind.astype(np.int8), axis=-1, kind="stable")[..., : slots.candidates]
-    place = np.take_along_axis(np.where(kind < 3, place, np.int32(-1)), order, axis=-1)
-    factor = np.take_along_axis(np.where(is_labeled, factor, np.float32(0)), order, axis=-1)
-    factor = factor[..., : slots.num_labeled]
-    request, passed, shown = (
-        values.astype(np.int32) for values in (request, each.passed, each.shown)
+    is_counted = np.where(is_passed, passed_count, rest_counts) & (place >= 0)
+    kind = np.select(
+        [is_labeled, is_counted & is_passed, is_counted],
+        [_LABELED, _PASSED, _REST],
+        _LEFT_OUT,
     )
-    return sampling.draw_of(request, place, factor, passed, shown)
+    place = np.where(kind < _LEFT_OUT, place, np.int32(-1))
+    factor = np.where(is_labeled, factor, np.float32(0))
+    order = np.argsort(kind.astype(np.int8), axis=-1, kind="stable")[..., : slots.candidates]
+    place = np.take_along_axis(place, order, axis=-1)
+    factor = np.take_along_axis(factor, order, axis=-1)[..., : slots.num_labeled]
+    return sampling.draw_of(
+        request.astype(np.int32),
+        place,
+        factor,
+        request_counts.passed.astype(np.int32),
+        request_counts.shown.astype(np.int32),
+    )
 
 
 def checked(result: Any, counts: Counts, batch: BatchConfig) -> tuple[Places, Factors]:

@@ -14,7 +14,8 @@ from kd_ranker.batch import Stage
 from kd_ranker.requests.columns import Counts, Parts, what_counts
 
 # The kinds of candidates that a batch holds, in the order in which it holds them.
-POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
+KINDS = 4
+POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS)
 
 Starts = Int[Array, "*R steps columns"]
 """The random part of the batches of a few consecutive steps, see `draw`."""
@@ -38,6 +39,20 @@ class Slots(NamedTuple):
     candidates: int  # N, a candidate that counts
     num_labeled: int  # a user label that counts
     num_scored: int  # a teacher probability, or a candidate that was passed
+
+    @classmethod
+    def for_all(
+        cls,
+        candidates: Int[np.ndarray, "n"],
+        num_labeled: Int[np.ndarray, "n"],
+        num_scored: Int[np.ndarray, "n"],
+    ) -> "Slots":
+        """Return slots that suffice for these numbers of all requests, at least one of each."""
+        return cls(
+            candidates=max(int(candidates.max()), 1),
+            num_labeled=max(int(num_labeled.max()), 1),
+            num_scored=max(int(num_scored.max()), 1),
+        )
 
 
 class Draw(NamedTuple):
@@ -89,27 +104,28 @@ def kinds_of(
       int32: for each request the number of candidates of each kind, and the number of each that a
       batch holds. And the slots that suffice for all of the requests.
     """
-    positives, negatives = counts.positives, counts.shown - counts.positives
-    kept_positives, kept_negatives = labeled_numbers(
+    positives = counts.positives
+    negatives = counts.shown - counts.positives
+    drawn_positives, drawn_negatives = labeled_numbers(
         positives, negatives, batch.negative_rate, batch.candidates
     )
-    num_labeled = kept_positives + kept_negatives
-    others, rest = counts.passed - num_labeled, counts.retrieved - counts.passed
+    num_labeled = drawn_positives + drawn_negatives
+    others = counts.passed - num_labeled
+    rest = counts.retrieved - counts.passed
     slots = np.minimum(batch.candidates - num_labeled, others + rest)
-    from_others = np.minimum(np.rint(batch.passed_share * slots).astype(np.int64), others)
-    from_others = np.maximum(from_others, slots - rest)
+    slots_of_others = np.minimum(np.rint(batch.passed_share * slots).astype(np.int64), others)
+    slots_of_others = np.maximum(slots_of_others, slots - rest)
     passed_count, rest_counts = what_counts(counts, stage)
-    wanted_others = np.where(passed_count, from_others, 0)
-    wanted_rest = np.where(rest_counts, slots - from_others, 0)
-    numbers = (positives, negatives, others, rest)
-    wanted = (kept_positives, kept_negatives, wanted_others, wanted_rest)
-    kinds = np.stack((*numbers, *wanted), axis=-1).astype(np.int32)
-    num_scored = num_labeled + wanted_others
-    total = num_scored + wanted_rest
+    drawn_others = np.where(passed_count, slots_of_others, 0)
+    drawn_rest = np.where(rest_counts, slots - slots_of_others, 0)
+    numbers = [positives, negatives, others, rest]
+    drawn = [drawn_positives, drawn_negatives, drawn_others, drawn_rest]
+    kinds = np.stack([*numbers, *drawn], axis=-1).astype(np.int32)
+    num_scored = num_labeled + drawn_others
+    total = num_scored + drawn_rest
     if (counts.scored > counts.passed).any():
         num_scored = total
-    most = [max(int(numbers.max()), 1) for numbers in (total, num_labeled, num_scored)]
-    return kinds, Slots(*most)
+    return kinds, Slots.for_all(candidates=total, num_labeled=num_labeled, num_scored=num_scored)
 
 
 def labeled_numbers(
@@ -125,11 +141,14 @@ def labeled_numbers(
     # If they do not fit, both are thinned in proportion, and neither to zero; a single slot goes to
     # a positive.
     reserved = np.minimum(wanted, 1) if slots > 1 else np.zeros_like(wanted)
-    share = np.rint(slots * positives / np.maximum(total, 1)).astype(np.int64)
-    fewer = np.minimum(np.minimum(np.maximum(share, 1), np.maximum(slots - reserved, 0)), positives)
-    thinned = total > slots
-    kept = np.where(thinned, fewer, positives)
-    return kept, np.where(thinned, np.minimum(slots - kept, wanted), wanted)
+    fewer = np.rint(slots * positives / np.maximum(total, 1)).astype(np.int64)
+    fewer = np.maximum(fewer, 1)
+    fewer = np.minimum(fewer, np.maximum(slots - reserved, 0))
+    fewer = np.minimum(fewer, positives)
+    does_not_fit = total > slots
+    num_positives = np.where(does_not_fit, fewer, positives)
+    num_negatives = np.where(does_not_fit, np.minimum(slots - num_positives, wanted), wanted)
+    return num_positives, num_negatives
 
 
 def draw(
@@ -158,22 +177,25 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
     Takes arrays of NumPy or of JAX.
     """
     xp = starts.__array_namespace__()  # type: ignore[attr-defined]
-    number, k, start = (
-        [starts[..., [first + kind]] for kind in range(KINDS)]
-        for first in (0, KINDS, 2 * KINDS + 1)
-    )
+    # Of each kind, [*R, 1]: its number of candidates, how many to draw, and where the draw starts.
+    number = [starts[..., [kind]] for kind in range(KINDS)]
+    k = [starts[..., [KINDS + kind]] for kind in range(KINDS)]
+    request = starts[..., 2 * KINDS]
+    start = [starts[..., [2 * KINDS + 1 + kind]] for kind in range(KINDS)]
 
     def around(index: Any, number: Any) -> Any:
-        """An index on a circle of `number` places; right for those in [0, 2 · number)."""
+        """Return an index on a circle of `number` places; right for those in [0, 2 · number)."""
         return index - number * (index >= number)
 
+    shown = number[POSITIVES] + number[NEGATIVES]
+    num_labeled = k[POSITIVES] + k[NEGATIVES]
+    passed = num_labeled + number[OTHERS]
     slot: Any = xp.arange(slots.candidates, dtype=starts.dtype)
-    shown, num_labeled = (by_kind[POSITIVES] + by_kind[NEGATIVES] for by_kind in (number, k))
-    passed, place = num_labeled + number[OTHERS], 0 * slot
+    place: Any = xp.zeros_like(slot)
     end: Any = 0
     # Kinds are written in their order. Each overwrites all slots from its first one on, so what a
     # kind writes into the slots of later ones does not matter.
-    for kind, first in enumerate((0, number[POSITIVES], 0, passed)):
+    for kind, first in enumerate([0, number[POSITIVES], 0, passed]):
         # A sample is a run on the circle of its kind; the places left out follow it there.
         index = around(start[kind] + slot - end, number[kind])
         # The circle of the others has the positives left out, then the negatives left out, then
@@ -187,15 +209,13 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
         place = xp.where(slot >= end, first + index, place)
         end = end + k[kind]
 
-    of_label = slot[: slots.num_labeled]
-    positive, negative = (
-        number[kind].astype(xp.float32) / xp.maximum(k[kind], 1).astype(xp.float32)
-        for kind in (POSITIVES, NEGATIVES)
-    )
-    factor = xp.where(of_label < k[POSITIVES], positive, negative)
-    factor = xp.where(of_label < num_labeled, factor, xp.float32(0))
+    def factor_of(kind: int) -> Any:
+        return number[kind].astype(xp.float32) / xp.maximum(k[kind], 1).astype(xp.float32)
+
+    label_slot = slot[: slots.num_labeled]
+    factor = xp.where(label_slot < k[POSITIVES], factor_of(POSITIVES), factor_of(NEGATIVES))
+    factor = xp.where(label_slot < num_labeled, factor, xp.float32(0))
     place = xp.where(slot < end, place, -1)
-    request = starts[..., 2 * KINDS]
     return draw_of(request, place, factor, passed[..., 0], shown[..., 0])
 
 
@@ -210,12 +230,14 @@ def draw_of(request: Any, place: Any, factor: Any, passed: Any, shown: Any) -> D
       shown: int [*R], the number that were shown.
     """
     xp = place.__array_namespace__()
-    passed, shown = passed[..., None], shown[..., None]
-    stage = xp.where(place < passed, xp.int8(Stage.PASSED), xp.int8(Stage.RETRIEVED))
-    stage = xp.where(place < shown, xp.int8(Stage.SHOWN), stage)
-    first = place[..., : factor.shape[-1]]
+    is_passed = place < passed[..., None]
+    is_shown = place < shown[..., None]
+    stage = xp.where(is_passed, xp.int8(Stage.PASSED), xp.int8(Stage.RETRIEVED))
+    stage = xp.where(is_shown, xp.int8(Stage.SHOWN), stage)
+    num_labeled = factor.shape[-1]
+    label_place = xp.where(is_shown[..., :num_labeled], place[..., :num_labeled], -1)
     return Draw(
-        indices=Parts(request, place, xp.where(first < shown, first, -1)),
+        indices=Parts(requests=request, candidates=place, labels=label_place),
         stage=xp.where(place >= 0, stage, xp.int8(Stage.PADDING)),
         factor=factor,
     )

@@ -110,7 +110,8 @@ class BatchIterator(grain.DatasetIterator):
     def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
         """Take a number -> the passes from that one; each has the batches of `steps` steps."""
         super().__init__()
-        self._passes_from, self._steps = passes_from, steps
+        self._passes_from = passes_from
+        self._steps = steps
         self._made: PackedBatches | None = None
         self.set_state({"taken": 0})
 
@@ -119,10 +120,11 @@ class BatchIterator(grain.DatasetIterator):
         return batches, span.start
 
     def take(self, most: int) -> tuple[PackedBatches, Span]:
-        """The next batches, between one and `most`, and their span in the packed batches."""
+        """Return the next batches, between one and `most`, and their span in the packed batches."""
         if self._made is None:
             self._made = next(self._passes)
-        made, start = self._made, self._taken % self._steps
+        made = self._made
+        start = self._taken % self._steps
         stop = min(start + most, self._steps)
         if stop == self._steps:
             self._made = None
@@ -130,7 +132,7 @@ class BatchIterator(grain.DatasetIterator):
         return made, Span(start, stop)
 
     def get_state(self) -> dict[str, int]:
-        """The position, as `set_state` takes it."""
+        """Return the position, as `set_state` takes it."""
         return {"taken": self._taken}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -188,16 +190,16 @@ def training_batches(
     requests = batch.requests // parts
     steps = _steps_of_pass(requests, layout)
     chance = _Chance(len(columns), batch)
-    own = slice(part * requests, (part + 1) * requests)
+    part_of_batch = slice(part * requests, (part + 1) * requests)
 
     @functools.lru_cache(maxsize=2)
     def sample(number: int) -> Any:
-        block, first = divmod(number * steps, BLOCK)
-        of_block = chance.of_block(block)
-        span = slice(first, first + steps)
-        drawn = of_block.requests[own, span]
+        block_index, first_step = divmod(number * steps, BLOCK)
+        block = chance.block(block_index)
+        span = slice(first_step, first_step + steps)
+        drawn = block.requests[part_of_batch, span]
         rows.announce(drawn.ravel())
-        return draws.sample(drawn, of_block.uniform[own, span])
+        return draws.sample(drawn, block.uniform[part_of_batch, span])
 
     def make(number: int) -> PackedBatches:
         sampled = sample(number)
@@ -218,18 +220,21 @@ def training_batches(
 
 def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
     """Test if `copies` of the needed data fit in host memory, and one in a device's memory."""
-    candidates = int(counting(columns.counts, stage).sum())
-    numbers = (len(columns), candidates, int(columns.counts.shown.sum()))
-    rows = zip(numbers, columns.parts, strict=True)
-    size = sum(number * part.type.itemsize for number, part in rows)
-    of_device = jax.local_devices()[0].memory_stats() or {}
-    room = of_device.get("bytes_limit", float("inf")) - of_device.get("bytes_in_use", 0)
-    free = psutil.virtual_memory().available
-    return copies * size <= _SHARE_OF_MEMORY * free and size <= _SHARE_OF_MEMORY * room
+    types = columns.types
+    size = (
+        len(columns) * types.requests.itemsize
+        + int(counting(columns.counts, stage).sum()) * types.candidates.itemsize
+        + int(columns.counts.shown.sum()) * types.labels.itemsize
+    )
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free_on_device = stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
+    free_on_host = psutil.virtual_memory().available
+    fits_on_host = copies * size <= _SHARE_OF_MEMORY * free_on_host
+    return fits_on_host and size <= _SHARE_OF_MEMORY * free_on_device
 
 
 def _steps_of_pass(requests: int, layout: Layout) -> int:
-    """The number of steps for which one pass makes the batches."""
+    """Return the number of steps for which one pass makes the batches."""
     steps = BLOCK
     while steps > 1 and requests * layout.row.itemsize * steps > _PASS:
         steps //= 2
@@ -239,7 +244,7 @@ def _steps_of_pass(requests: int, layout: Layout) -> int:
 # The first stage: sample. Random numbers choose requests, and candidates of each.
 
 
-class _BlockOfChance(NamedTuple):
+class _RandomBlock(NamedTuple):
     """The random part of the batches of `BLOCK` consecutive steps."""
 
     requests: Int[np.ndarray, "R steps"]
@@ -253,18 +258,20 @@ class _Chance:
         self._requests = requests
         self._batch = batch
         blocks = grain.MapDataset.range(_ENDLESS).seed(batch.seed).random_map(self._draw)
-        self.of_block = functools.lru_cache(maxsize=2)(blocks.__getitem__)
+        self.block = functools.lru_cache(maxsize=2)(blocks.__getitem__)
         self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
 
-    def _draw(self, block: int, generator: np.random.Generator) -> _BlockOfChance:
+    def _draw(self, block: int, generator: np.random.Generator) -> _RandomBlock:
         batch = self._batch
+        size = batch.requests * BLOCK
         # Places in the endless sequence of epochs.
-        of_block = batch.requests * BLOCK
-        places = np.arange(block * of_block, (block + 1) * of_block)
-        epochs, places = np.divmod(places, self._requests)
-        numbers = [self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        return _BlockOfChance(
-            requests=np.concatenate(numbers).reshape(BLOCK, batch.requests).T,
+        places = np.arange(block * size, (block + 1) * size)
+        epochs, places_in_epoch = np.divmod(places, self._requests)
+        requests = [
+            self._order(int(epoch))[places_in_epoch[epochs == epoch]] for epoch in np.unique(epochs)
+        ]
+        return _RandomBlock(
+            requests=np.concatenate(requests).reshape(BLOCK, batch.requests).T,
             uniform=generator.random((batch.requests, BLOCK, sampling.KINDS)),
         )
 
@@ -278,7 +285,9 @@ class _FunnelSampling:
     """The sampler `funnel`, in a compiled form: a few integers a request, then arithmetic."""
 
     def __init__(self, counts: Counts, batch: BatchConfig, stage: Stage):
-        self._counts, self._batch, self._stage = counts, batch, stage
+        self._counts = counts
+        self._batch = batch
+        self._stage = stage
         self.slots = _enough_slots(
             sampling.kinds_of(chunk, stage, batch)[1] for chunk in _chunks(counts)
         )
@@ -305,7 +314,9 @@ class _HostSampling:
         stage: Stage,
         scores_of: Callable[[int], Scores],
     ):
-        self._counts, self._batch, self._stage = counts, batch, stage
+        self._counts = counts
+        self._batch = batch
+        self._stage = stage
         self._scores_of = scores_of
         self.slots = _enough_slots(
             samplers.slots_of(chunk, stage, batch) for chunk in _chunks(counts)
@@ -365,22 +376,28 @@ class _ResidentRows:
         first_candidate, candidates = columns.candidates.prefixes(numbers)
         first_label, labels = columns.labels.prefixes(columns.counts.shown)
         requests = columns.requests.windows[columns.requests.first]
-        first = (first_candidate.astype(np.int32), first_label.astype(np.int32))
+        first = _FirstRows(first_candidate.astype(np.int32), first_label.astype(np.int32))
         self._first, self._rows = devices.place((first, Parts(requests, candidates, labels)))
         self._devices = devices
 
-        def number_rows(first: tuple[Any, Any], sampled: Any) -> Draw:
-            """The draw, with indices in all resident rows, 0 for padding."""
+        def number_rows(first: _FirstRows, sampled: Any) -> Draw:
+            """Return the draw, with indices in all resident rows, 0 for padding."""
             draw = draws.choose(sampled)
-            requests, *indices = draw.indices
-            numbers = [
-                jnp.where(index >= 0, _rows_at(starts, requests)[..., None] + index, 0)
-                for starts, index in zip(first, indices, strict=True)
-            ]
-            return draw._replace(indices=Parts(requests, *numbers))
+            requests = draw.indices.requests
+            indices = Parts(
+                requests=requests,
+                candidates=_resident_index(first.candidate, requests, draw.indices.candidates),
+                labels=_resident_index(first.label, requests, draw.indices.labels),
+            )
+            return draw._replace(indices=indices)
 
         def gather(rows: Parts, draw: Draw) -> Gathered:
-            return Gathered(Parts(*map(_rows_at, rows, draw.indices)), draw.stage, draw.factor)
+            gathered = Parts(
+                requests=_rows_at(rows.requests, draw.indices.requests),
+                candidates=_rows_at(rows.candidates, draw.indices.candidates),
+                labels=_rows_at(rows.labels, draw.indices.labels),
+            )
+            return Gathered(gathered, draw.stage, draw.factor)
 
         def pack(_: Any, gathered: Gathered) -> PackedBatches:
             return cutting.pack_batches(gathered, layout)
@@ -401,6 +418,20 @@ class _ResidentRows:
         return self._pack((), self._gather(self._rows, draw))
 
 
+class _FirstRows(NamedTuple):
+    """The resident row of the first candidate, and of the first label, of each request."""
+
+    candidate: Int[Array | np.ndarray, "n"]
+    label: Int[Array | np.ndarray, "n"]
+
+
+def _resident_index(
+    first: Any, requests: Int[Array, "*R"], index: Int[Array, "*R k"]
+) -> Int[Array, "*R k"]:
+    """Return the resident rows of entries of requests, 0 for an index of -1, the padding."""
+    return jnp.where(index >= 0, _rows_at(first, requests)[..., None] + index, 0)
+
+
 def _rows_at(rows: Array, which: Int[Array, "*shape"]) -> Array:
     return rows.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
@@ -416,8 +447,10 @@ class _StoredRows:
         layout: Layout,
         devices: Devices,
     ):
-        self._columns, self._stage = columns, stage
-        self._layout, self._devices = layout, devices
+        self._columns = columns
+        self._stage = stage
+        self._layout = layout
+        self._devices = devices
         # On a device of this process, compiled: in NumPy it would take longer than all the rest.
         self._choose = jax.jit(draws.choose)
 

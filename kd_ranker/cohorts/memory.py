@@ -52,14 +52,15 @@ def cohort_size(
         return config.sweep.cohort_size
     # Assume at least one run per device, so that runs spread as widely as they can. Then the limit
     # of a device counts once for each device along the axis of runs.
-    over = spread(config.parallel, devices, [len(devices)], config.batch.requests)
+    device_map = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_stack = {shared_part(run): run for run in runs}
-    sizes = (
-        _bytes(specs.student_stacks({"": run}, spec), run.batch, spec)
-        for run in one_per_stack.values()
-    )
-    largest = max(states / over.row_sharding.devices + of_batch for states, of_batch in sizes)
-    return max(1, int(free_memory(over) / (_MARGIN * largest))) * over.runs
+    largest = 0.0
+    for run in one_per_stack.values():
+        state_bytes = _bytes_of_states(specs.student_stacks({"": run}, spec))
+        batch_bytes = _bytes_of_batch(run.batch, spec)
+        largest = max(largest, state_bytes / device_map.row_sharding.devices + batch_bytes)
+    fitting = int(free_memory(device_map) / (_MARGIN * largest))
+    return max(1, fitting) * device_map.runs
 
 
 def check_memory(
@@ -71,10 +72,12 @@ def check_memory(
     """
     free = free_memory(devices)
     try:
-        states, of_batch = _bytes(stacks, batch, spec)
+        state_bytes = _bytes_of_states(stacks)
+        batch_bytes = _bytes_of_batch(batch, spec)
     except (OverflowError, ValueError, TypeError) as error:
         raise UserError(f"no model can have this size: {error}; {_REMEDY}") from error
-    needed = states / (devices.runs * devices.row_sharding.devices) + of_batch / devices.mesh.size
+    needed = state_bytes / (devices.runs * devices.row_sharding.devices)
+    needed += batch_bytes / devices.mesh.size
     if needed > free:
         raise UserError(
             f"training needs at least {needed / 1e9:,.1f} GB per device, but {free / 1e9:,.1f} GB "
@@ -94,14 +97,12 @@ def exhaustion_reported() -> Iterator[None]:
         raise UserError(f"a device has too little memory: {first}; {_REMEDY}") from error
 
 
-def _bytes(stacks: Sequence[Stack], batch: ConfigDict, spec: FeatureSpec) -> tuple[int, int]:
-    """The bytes of the states of stacks, and of a batch."""
-    trees = (
-        [jax.eval_shape(stack.init) for stack in stacks],
-        abstract_batch(spec, batch.requests, batch.candidates),
-    )
-    states, of_batch = (_bytes_of_tree(tree) for tree in trees)
-    return states, of_batch
+def _bytes_of_states(stacks: Sequence[Stack]) -> int:
+    return _bytes_of_tree([jax.eval_shape(stack.init) for stack in stacks])
+
+
+def _bytes_of_batch(batch: ConfigDict, spec: FeatureSpec) -> int:
+    return _bytes_of_tree(abstract_batch(spec, batch.requests, batch.candidates))
 
 
 def _bytes_of_tree(tree: Any) -> int:

@@ -62,8 +62,9 @@ class Sweep:
 
         A table that changed since it was written does not count, nor do tables joined from it.
         """
-        joined = not self._unplaced() and manifest.has_provenance(self.workdir, self._provenance())
-        if not (joined and all(map(manifest.has_provenance, self.folders))):
+        if self._unplaced() or not manifest.has_provenance(self.workdir, self._provenance()):
+            return False
+        if not all(manifest.has_provenance(folder) for folder in self.folders):
             return False
         tested = self.with_any(setting_names.chosen(self.validation()))
         return all(manifest.has_provenance(folder / TEST) for folder in tested)
@@ -80,8 +81,8 @@ class Sweep:
             batches = repr([schema.value_of(run, key) for key in batch_keys])
             names_by_batches.setdefault(batches, []).append(name)
         for names in names_by_batches.values():
-            # Runs are dealt to the cohorts like cards, so their sizes differ by at most one: no
-            # small cohort pays for a whole teacher pass.
+            # Runs go to the cohorts in turn, so their sizes differ by at most one: no small cohort
+            # pays for a whole teacher pass.
             num_cohorts = math.ceil(len(names) / size)
             plan += [names[first::num_cohorts] for first in range(num_cohorts)]
         write_atomically(self.workdir / FILE, json.dumps({"cohorts": plan}, indent=2))
@@ -97,11 +98,13 @@ class Sweep:
             )
 
     def with_any(self, names: Collection[str]) -> list[Path]:
-        """The folders of the cohorts with any of these runs; the first one if none has."""
-        cohorts = zip(self.plan, self.folders, strict=True)
-        return [
-            folder for names_of_cohort, folder in cohorts if set(names_of_cohort) & set(names)
-        ] or self.folders[:1]
+        """Return the folders of the cohorts with any of these runs; the first one if none has."""
+        folders = [
+            folder
+            for names_of_cohort, folder in zip(self.plan, self.folders, strict=True)
+            if set(names_of_cohort) & set(names)
+        ]
+        return folders or self.folders[:1]
 
     def join(self, tested: Sequence[Path]) -> None:
         """Write the tables of the sweep from those of its cohorts; `tested` have tables of test."""
@@ -125,16 +128,19 @@ class Sweep:
         """
         names = itertools.chain.from_iterable(self.plan)
         runs = {name: self.runs[name] for name in names}
-        found = {"config": schema.digest_of(runs, "student"), **self.dataset}
+        provenance = {"config": schema.digest_of(runs, "student"), **self.dataset}
         if rivals := next(iter(runs.values())).sweep.rivals:
-            found["rivals"] = ",".join(rivals)
-        return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
+            provenance["rivals"] = ",".join(rivals)
+        if self.costs != FLOPS:
+            provenance["costs"] = str(tuple(self.costs))
+        return provenance
 
 
 def open_sweep(config: ConfigDict, workdir: Path, dataset: Provenance) -> Sweep:
     """Open the sweep of `config` on the dataset of this digest, with the cohorts in `workdir`.
 
-    UserError if one of these has a run that the config does not name.
+    Raises:
+      UserError: one of these has a run that the config does not name.
     """
     runs = sweep_runs(config)
     plan = read_plan(workdir)
@@ -154,10 +160,10 @@ def read_plan(workdir: Path) -> list[list[str]]:
         return []
     remedy = "use another --workdir"
     plan = read_json(path, remedy).get("cohorts")
-    is_plan = isinstance(plan, list) and all(
-        isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-        for names in plan
-    )
-    if not is_plan:
+    if not (isinstance(plan, list) and all(map(_are_names, plan))):
         raise UserError(f"{path} is damaged: it lists no runs for each cohort; {remedy}")
     return cast("list[list[str]]", plan)
+
+
+def _are_names(names: object) -> bool:
+    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)

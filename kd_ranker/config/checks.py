@@ -38,10 +38,12 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends "
             "out to read the whole log"
         )
-    if c.sweep.whole_repeats and any(
-        "batch.seed" in overrides for overrides in overrides_of_runs(c)
-    ):
-        yield "sweep.whole_repeats orders the data by the seed; leave batch.seed out of the runs"
+    if c.sweep.whole_repeats:
+        sets_batch_seed = any("batch.seed" in overrides for overrides in overrides_of_runs(c))
+        if sets_batch_seed:
+            yield (
+                "sweep.whole_repeats orders the data by the seed; leave batch.seed out of the runs"
+            )
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
             f"sweep.part={c.sweep.part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty "
@@ -65,7 +67,8 @@ def _faults(c: ConfigDict) -> Iterator[str]:
     if c.distill.serve not in serves:
         names = ", ".join(sorted(serves))
         yield f"distill.serve={c.distill.serve!r} does not exist; choose one of: {names}"
-    student, teacher = c.costs.student, c.costs.teacher
+    student = c.costs.student
+    teacher = c.costs.teacher
     if not teacher.candidate and (student.candidate or student.request or teacher.request):
         yield (
             "the other costs are in your own unit, and costs.teacher.candidate=0 takes FLOPs; set "
@@ -79,20 +82,27 @@ def _faults(c: ConfigDict) -> Iterator[str]:
 
 
 def _students(config: ConfigDict) -> set[str]:
-    """The architectures of the runs of a sweep, each as text."""
-    return {
-        repr(sorted((key, value) for key, value in overrides.items() if key.startswith("student.")))
-        for overrides in overrides_of_runs(config)
-    }
+    """Return the architectures of the runs of a sweep, each as text."""
+    architectures = set()
+    for overrides in overrides_of_runs(config):
+        keys = sorted(key for key in overrides if key.startswith("student."))
+        architectures.add(repr([(key, overrides[key]) for key in keys]))
+    return architectures
 
 
 def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]:
     """The faults of `parallel`, and of batches that the devices cannot share."""
-    parallel, devices = c.parallel, c.parallel.devices or available
+    parallel = c.parallel
+    devices = parallel.devices or available
     if parallel.processes and parallel.devices:
         yield "parallel.processes use all of their devices; set parallel.devices=0"
-    others = parallel.runs > 1 or parallel.tables == "sharded" or parallel.deterministic
-    if parallel.mapping == "pmap" and (others or parallel.processes):
+    needs_shard_map = (
+        parallel.runs > 1
+        or parallel.tables == "sharded"
+        or parallel.deterministic
+        or parallel.processes
+    )
+    if parallel.mapping == "pmap" and needs_shard_map:
         yield (
             "parallel.mapping='pmap' cannot do parallel.runs above 1, parallel.tables="
             "'sharded', parallel.deterministic or parallel.processes; take 'auto' or 'shard_map'"
@@ -132,9 +142,10 @@ def validate(config: ConfigDict, devices: int | None = None, single: bool = Fals
         key.check(value_of(config, key.name))
     check_runs(config)
     check_tasks(config.tasks, SOURCES[config.data.name].tasks_of(config.data))
-    of_devices = _device_faults(config, devices or available, single)
-    if fault := next(itertools.chain(_faults(config), of_devices), None):
-        raise UserError(fault)
+    device_faults = _device_faults(config, devices or available, single)
+    first_fault = next(itertools.chain(_faults(config), device_faults), None)
+    if first_fault is not None:
+        raise UserError(first_fault)
 
 
 def check_keys(config: ConfigDict) -> dict[str, Key]:
@@ -184,13 +195,14 @@ def _no_key(config: ConfigDict, name: str) -> UserError:
     if name in _OLD_KEYS:
         return UserError(f"config key {name!r} is of an earlier version; {_OLD_KEYS[name]}")
     known = [key for key in keys_of(config.data.name) if not key.startswith(axis_of(""))]
+    guesses = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     # Else a key in the wrong section, or in none.
-    last = name.rpartition(".")[2]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8) or [
-        other for other in known if other.rpartition(".")[2] == last
-    ]
-    guess = f"did you mean {' or '.join(map(repr, close))}?"
-    hint = guess if close else "docs/config.md lists the keys"
+    if not guesses:
+        last = name.rpartition(".")[2]
+        guesses = [other for other in known if other.rpartition(".")[2] == last]
+    hint = "docs/config.md lists the keys"
+    if guesses:
+        hint = f"did you mean {' or '.join(map(repr, guesses))}?"
     return UserError(f"config key {name!r} does not exist; {hint}")
 
 
@@ -215,12 +227,15 @@ def check_students(runs: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDE
     `orders` are the signals that only order candidates, with reasons for the message.
     """
     for run in runs:
-        distill, terms, candidates = run.distill, terms_of(run), run.batch.candidates
+        distill = run.distill
+        terms = terms_of(run)
+        candidates = run.batch.candidates
         serves = MODES[distill.mode].serve
         # Only a mode with a choice of heads reads the key.
         if len(serves) > 1:
             check_choice("distill.serve", distill.serve, serves)
-        if {term.loss for term in terms} & {"topk", "dftopk"} and distill.top_k >= candidates:
+        takes_top_k = any(term.loss in ("topk", "dftopk") for term in terms)
+        if takes_top_k and distill.top_k >= candidates:
             raise UserError(
                 f"distill.top_k={distill.top_k} takes in all batch.candidates={candidates} of a "
                 "request, which leaves the losses topk and dftopk nothing to learn; lower it"
@@ -253,18 +268,20 @@ def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> Non
         a sampler needs scores that the log lacks.
     """
     config = next(iter(runs))
-    name, counts = config.data.name, dataset.columns["train"].counts
-    of_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
+    name = config.data.name
+    counts = dataset.columns["train"].counts
+    num_at_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
     signals = set()
     for run in runs:
-        stage, own = run.teacher.stage, {term.signal for term in terms_of(run)}
-        if SCORES in own and stage in of_stage and not of_stage[stage].any():
+        stage = run.teacher.stage
+        run_signals = {term.signal for term in terms_of(run)}
+        if SCORES in run_signals and stage in num_at_stage and not num_at_stage[stage].any():
             raise UserError(
                 f"teacher.stage={stage}: in the training requests of {name}, no candidate has "
                 f"{stage} as its furthest stage; choose another one"
             )
         _check_sampler("batch.sampler", run.batch.sampler, dataset)
-        signals |= own
+        signals |= run_signals
     if config.teacher.source == "logged":
         _check_logged(dataset, runs, SCORES in signals)
     reached = np.stack([counts.shown, counts.passed])
@@ -277,20 +294,27 @@ def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> Non
 
 def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bool) -> None:
     """Check the logged teacher of students; `is_learned` if any of them learns from its scores."""
-    config, logged = next(iter(runs)), _is_logged(dataset.columns["train"])
-    name, signal = config.data.name, dataset.spec.teacher_signal
+    config = next(iter(runs))
+    name = config.data.name
+    signal = dataset.spec.teacher_signal
+    is_logged = _is_logged(dataset.columns["train"])
     if is_learned and signal != "probability":
         what = {"rank": "positions", "score": "scores"}[signal]
         check_students(runs, {SCORES: f"the log of {name} holds its {what}"})
-    if is_learned and not logged.any():
+    if is_learned and not is_logged.any():
         raise UserError(
             f"the signal scores is missing: no training request of {name} holds a proper number "
             "of its teacher; look at the columns and the version that data.* names, or choose "
             "distill.mode=none"
         )
-    weights = zip(config.tasks, config.value_weights, logged, strict=True)
-    missing = [task for task, weight, is_logged in weights if weight and not is_logged]
-    if logged.any() and missing:
+    missing = [
+        task
+        for task, weight, task_is_logged in zip(
+            config.tasks, config.value_weights, is_logged, strict=True
+        )
+        if weight and not task_is_logged
+    ]
+    if is_logged.any() and missing:
         raise UserError(
             f"value_weights gives {', '.join(missing)} a weight, and no training request of {name} "
             "holds a proper number of the teacher for it, so the teacher's value is unknown "
@@ -305,27 +329,35 @@ def _check_sampler(key: str, name: str, dataset: Dataset) -> None:
         raise UserError(
             f"{key}={name} needs teacher scores, and no training request of "
             f"{dataset.spec.dataset} holds a proper one; log a teacher with "
-            f"{command('log_teacher')} and set "
-            f"teacher.source=logged, or choose {key}={' or '.join(others)}"
+            f"{command('log_teacher')} and set teacher.source=logged, or choose "
+            f"{key}={' or '.join(others)}"
         )
 
 
 def check_labels(dataset: Dataset) -> None:
     """Raise UserError for a split without any user label."""
     for split, columns in dataset.columns.items():
-        shown, labels = columns.counts.shown, columns.labels
-        weights = (labels.fields(some, shown[some])["label_weight"] for some in slices(shown))
-        if not any((weight > 0).any() for weight in weights):
+        if not _has_labels(columns):
             raise UserError(
                 f"no {split} request of {dataset.spec.dataset} has a user label; give labels of a "
                 "positive weight to shown candidates"
             )
 
 
+def _has_labels(columns: Columns) -> bool:
+    shown = columns.counts.shown
+    for requests in slices(shown):
+        weights = columns.labels.fields(requests, shown[requests])["label_weight"]
+        if (weights > 0).any():
+            return True
+    return False
+
+
 def check_teacher_log(config: ConfigDict, dataset: Dataset) -> None:
     """Raise UserError for a teacher that is to learn from probabilities that the log lacks."""
     _check_sampler("teacher.batch.sampler", config.teacher.batch.sampler, dataset)
-    spec, weight = dataset.spec, config.teacher.log_weight
+    spec = dataset.spec
+    weight = config.teacher.log_weight
     if weight and (not spec.teacher_version or spec.teacher_signal != "probability"):
         raise UserError(
             f"teacher.log_weight={weight:g} needs teacher probabilities, which the log of "
@@ -335,6 +367,6 @@ def check_teacher_log(config: ConfigDict, dataset: Dataset) -> None:
 
 def _is_logged(columns: Columns) -> Bool[np.ndarray, "T"]:
     """Test each task for a valid probability, in about 1,000 requests spread over the log."""
-    some = np.arange(0, len(columns), max(1, len(columns) // 1000))
-    scored = columns.candidates.fields(some, columns.counts.scored[some])
+    requests = np.arange(0, len(columns), max(1, len(columns) // 1000))
+    scored = columns.candidates.fields(requests, columns.counts.scored[requests])
     return ~np.isnan(scored["teacher_probability"]).all(axis=0)

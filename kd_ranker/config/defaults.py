@@ -19,7 +19,7 @@ def get_config(source: str = "") -> ConfigDict:
 
 
 def check_variant(variant: str, *known: str) -> None:
-    """Raises UserError for a `:variant` that a config does not have; "" is the default."""
+    """Raise UserError for a `:variant` that a config does not have; "" is the default."""
     if variant and variant not in known:
         names = ", ".join(f":{name}" for name in known) or "none"
         raise UserError(f"there is no variant :{variant}; the variants are: {names}")

@@ -144,8 +144,9 @@ class Key:
     def check(self, value: Any) -> None:
         """Raise UserError unless the key may have `value`."""
         if self.swept:
-            for one in value:
-                dataclasses.replace(self.swept, name=self.name).check(one)
+            swept = dataclasses.replace(self.swept, name=self.name)
+            for element in value:
+                swept.check(element)
         elif not isinstance(self.default, tuple):
             self._check_one(value)
         elif not isinstance(value, (tuple, list)):
@@ -193,7 +194,9 @@ def section(
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
-PLAN, JOIN = "plan", "join"  # the parts of a sweep that are not cohorts
+# The parts of a sweep that are not cohorts.
+PLAN = "plan"
+JOIN = "join"
 
 
 # The keys that students and teachers share, each named within its section.

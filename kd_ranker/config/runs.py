@@ -88,7 +88,10 @@ def overrides_of_runs(config: ConfigDict) -> Iterator[Overrides]:
     listed_runs: Sequence[Mapping[str, Any]] = config.sweep.runs or ({},)
     for listed in listed_runs:
         for values in itertools.product(*(axes[key] for key in keys)):
-            yield dict(listed) | {key.name: value for key, value in zip(keys, values, strict=True)}
+            overrides = dict(listed)
+            for key, value in zip(keys, values, strict=True):
+                overrides[key.name] = value
+            yield overrides
 
 
 def _axes(config: ConfigDict) -> dict[Key, Sequence[Any]]:
@@ -223,7 +226,8 @@ def common(runs: Runs) -> ConfigDict:
     config.unlock()  # a config from the command line is locked
     for key in schema.sweepable():
         if key.sweep == "runs":
-            section, _, last = key.name.rpartition(".")
-            del (schema.value_of(config, section) if section else config)[last]
+            section_name, _, last = key.name.rpartition(".")
+            section = schema.value_of(config, section_name) if section_name else config
+            del section[last]
     config.train.steps = max(run.train.steps for run in runs.values())
     return config

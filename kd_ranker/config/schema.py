@@ -73,8 +73,8 @@ def value_of(config: ConfigDict, name: str) -> Any:
 
 def without_influence(on: Influence) -> list[str]:
     """The names of the keys that do not change a dataset, a teacher, a student or a report."""
-    place = INFLUENCES.index(on)
-    return [key.name for key in _every_key() if INFLUENCES.index(key.influences) > place]
+    rank = INFLUENCES.index(on)
+    return [key.name for key in _every_key() if INFLUENCES.index(key.influences) > rank]
 
 
 def later_defaults(config: ConfigDict) -> list[str]:
@@ -136,24 +136,33 @@ def keys_page() -> str:
     sections: dict[str, list[Key]] = {}
     for key in KEYS.values():
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
-    parts = [_PAGE, *(_part(name or "The root", keys) for name, keys in sections.items())]
-    names: dict[int, list[str]] = {}
-    for source, keys_of_source in DATA_KEYS.items():
-        names.setdefault(id(keys_of_source), []).append(source)
-    log = DATA_KEYS["parquet"]
-    for sources in names.values():
-        title, keys = f"data, of {', '.join(sources)}", DATA_KEYS[sources[0]]
-        lacking = ", ".join(f"`{name}`" for name in log if name not in keys)
-        if keys is not log and log.keys() & keys:
-            keys = {name: key for name, key in keys.items() if key is not log.get(name)}
-            title += f"\n\nThe keys of parquet except {lacking}{', and these:' if keys else '.'}"
+    parts = [_PAGE]
+    parts += [_part(name or "The root", keys) for name, keys in sections.items()]
+
+    # Sources with the same table of keys have one part.
+    sources_by_table: dict[int, list[str]] = {}
+    for source, table in DATA_KEYS.items():
+        sources_by_table.setdefault(id(table), []).append(source)
+    parquet = DATA_KEYS["parquet"]
+    for sources in sources_by_table.values():
+        title = f"data, of {', '.join(sources)}"
+        keys = DATA_KEYS[sources[0]]
+        if keys is not parquet and parquet.keys() & keys:
+            lacking = ", ".join(f"`{name}`" for name in parquet if name not in keys)
+            keys = {name: key for name, key in keys.items() if key is not parquet.get(name)}
+            end = ", and these:" if keys else "."
+            title += f"\n\nThe keys of parquet except {lacking}{end}"
         parts.append(_part(title, keys.values()))
     return "\n".join(parts)
 
 
 def _part(title: str, keys: Collection[Key]) -> str:
-    head = ["", "| key | default | | takes | changes | sweep |", "|---|---|---|---|---|---|"]
-    return "\n".join([f"## {title}", *(head if keys else []), *map(_line, keys), ""])
+    lines = [f"## {title}"]
+    if keys:
+        lines.append("")
+        lines.append("| key | default | | takes | changes | sweep |")
+        lines.append("|---|---|---|---|---|---|")
+    return "\n".join([*lines, *map(_line, keys), ""])
 
 
 def _line(key: Key) -> str:
@@ -164,7 +173,10 @@ def _line(key: Key) -> str:
         takes = bound.text
     else:
         takes = ", ".join(sorted(cast("Collection[str]", key.allowed or ())))
-    sweep = f"{key.sweep}{', tuned' * key.tuned}{', switch' * key.switch}"
-    sweep = "" if key.sweep == "no" else sweep
+    sweep = ""
+    if key.sweep != "no":
+        sweep = str(key.sweep)
+        sweep += ", tuned" if key.tuned else ""
+        sweep += ", switch" if key.switch else ""
     cells = (f"`{key.name}`", default, key.help, takes, key.influences, sweep)
     return f"| {' | '.join(map(str, cells))} |"

@@ -101,9 +101,17 @@ def of_one_list(
 
     Weights are 1 by default. A candidate of weight 0 and of values NaN follows the others.
     """
-    lists = ([*logits, jnp.nan], [*probability, jnp.nan], [*(weight or [1.0] * len(logits)), 0.0])
-    z, p, w = (jnp.array(values)[None, :, None] for values in lists)
-    totals = loss(z, p, w, LossNumbers(**numbers))
+    weight = weight or [1.0] * len(logits)
+
+    def array_of(values: Sequence[float], last: float) -> Logits:
+        return jnp.array([*values, last])[None, :, None]
+
+    totals = loss(
+        array_of(logits, jnp.nan),
+        array_of(probability, jnp.nan),
+        array_of(weight, 0.0),
+        LossNumbers(**numbers),
+    )
     return tuple(round(float(total[0]), 4) for total in totals)
 
 
@@ -321,10 +329,9 @@ def listmle(
     known, logits, probability = _only_known(logits, probability, weight)
     # The lowest first; unknown candidates come after all others, so that no sum includes them.
     order = jnp.argsort(jnp.where(known, probability, jnp.inf), axis=1)
-    probability, scaled, weight = (
-        jnp.take_along_axis(array, order, axis=1)
-        for array in (probability, logits / temperature, weight)
-    )
+    probability = jnp.take_along_axis(probability, order, axis=1)
+    scaled = jnp.take_along_axis(logits / temperature, order, axis=1)
+    weight = jnp.take_along_axis(weight, order, axis=1)
     place = jnp.arange(probability.shape[1])[None, :, None]
     opens_tie = jnp.diff(probability, axis=1, prepend=-1.0) != 0
     below = jax.lax.cummax(jnp.where(opens_tie, place, 0), axis=1)
@@ -360,7 +367,11 @@ def ranknet(
       >>> of_one_list(ranknet, [1.0, 0.0, 2.0], [0.9, 0.2, 0.2])
       (1.6265, 2.0)
     """
-    return _pairwise(logits, probability, weight, numbers, lambda z, *_: jnp.ones(len(z) ** 2))
+
+    def equal_weights(logits: _List, probability: _List, known: _Known) -> _Pairs:
+        return jnp.ones(len(logits) ** 2)
+
+    return _pairwise(logits, probability, weight, numbers, equal_weights)
 
 
 def lambda_rank(
@@ -428,11 +439,11 @@ def rank_distil(
       (1.6265, 2.0)
     """
 
-    def of_the_first(logits: _List, probability: _List, known: _Known) -> _Pairs:
+    def is_first_among_k(logits: _List, probability: _List, known: _Known) -> _Pairs:
         first, _ = _first_k(probability[None, :, None], known[None, :, None], numbers.top_k)
         return jnp.repeat(first.ravel(), len(logits)).astype(logits.dtype)
 
-    return _pairwise(logits, probability, weight, numbers, of_the_first)
+    return _pairwise(logits, probability, weight, numbers, is_first_among_k)
 
 
 def approx_ndcg(
@@ -463,7 +474,7 @@ def approx_ndcg(
       (0.1374, 1.0)
     """
 
-    def of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
+    def loss_of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
         ndcg = rax.ndcg_metric(
             logits / numbers.temperature,
             probability,
@@ -476,10 +487,10 @@ def approx_ndcg(
         lowest = jnp.min(probability, where=known, initial=1.0)
         comparable = jnp.max(probability, where=known, initial=0.0) > lowest
         mean_weight = jnp.sum(weight) / jnp.maximum(jnp.sum(known), 1)
-        of_request = jnp.where(comparable, mean_weight, 0.0)
-        return of_request * (1 - ndcg), of_request
+        request_weight = jnp.where(comparable, mean_weight, 0.0)
+        return request_weight * (1 - ndcg), request_weight
 
-    return _list_by_list(of_list, logits, probability, weight)
+    return _list_by_list(loss_of_list, logits, probability, weight)
 
 
 def _pairwise(
@@ -497,33 +508,35 @@ def _pairwise(
     """
     temperature = numbers.temperature
 
-    def of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
+    def loss_of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
         fixed = jax.lax.stop_gradient(logits)
-        ordered = rax.utils.compute_pairs(probability, jnp.greater)
-        both = rax.utils.compute_pairs(weight, jnp.multiply)
-        weights = jnp.where(ordered, both * pair_weights(fixed, probability, known), 0.0)
+        is_ordered = rax.utils.compute_pairs(probability, jnp.greater)
+        weights = rax.utils.compute_pairs(weight, jnp.multiply)
+        weights = weights * pair_weights(fixed, probability, known)
+        weights = jnp.where(is_ordered, weights, 0.0)
         values = rax.pairwise_logistic_loss(
             logits / temperature, probability, where=known, reduce_fn=None
         )
         return temperature * jnp.sum(weights * values), jnp.sum(weights)
 
-    return _list_by_list(of_list, logits, probability, weight)
+    return _list_by_list(loss_of_list, logits, probability, weight)
 
 
 def _list_by_list(
-    of_list: Callable[[_List, _List, _Known, _List], _Sums],
+    loss_of_list: Callable[[_List, _List, _Known, _List], _Sums],
     logits: Logits,
     probability: Logits,
     weight: Logits,
 ) -> Totals:
-    """Return the sums of `of_list` over requests, with few pairs held at a time.
+    """Return the sums of `loss_of_list` over requests, with few pairs held at a time.
 
-    `of_list` maps the logits of a request and task, their probabilities, the mask of known ones and
-    their weights to a numerator and a denominator. No gradient goes through the denominator.
+    `loss_of_list` maps the logits of a request and task, their probabilities, the mask of known
+    ones and their weights to a numerator and a denominator. No gradient goes through the
+    denominator.
     """
     known, logits, probability = _only_known(logits, probability, weight)
     requests, candidates, tasks = logits.shape
-    with_gradient = jax.value_and_grad(of_list, has_aux=True)
+    with_gradient = jax.value_and_grad(loss_of_list, has_aux=True)
 
     def lists(array: Array) -> Array:
         return jnp.swapaxes(array, 1, 2).reshape(requests * tasks, candidates)
@@ -532,7 +545,7 @@ def _list_by_list(
     fixed = jax.lax.stop_gradient(logits)
     (numerator, denominator), gradient = jax.lax.map(
         lambda arrays: with_gradient(*arrays),
-        tuple(map(lists, (fixed, probability, known, weight))),
+        (lists(fixed), lists(probability), lists(known), lists(weight)),
         batch_size=min(requests * tasks, max(1, _PAIRS_AT_ONCE // candidates**2)),
     )
     gradient = jnp.swapaxes(gradient.reshape(requests, tasks, candidates), 1, 2)

@@ -45,7 +45,9 @@ class Mode(NamedTuple):
 
 
 def _affine_transform(tasks: int, affine: bool) -> Transform:
-    return {"scale": jnp.ones(tasks), "offset": jnp.zeros(tasks)} if affine else {}
+    if not affine:
+        return {}
+    return {"scale": jnp.ones(tasks), "offset": jnp.zeros(tasks)}
 
 
 def _all_heads(logits: Logits, _: Transform) -> Float[Array, "R N T"]:
@@ -61,13 +63,16 @@ def _teacher_heads(logits: Logits, _: Transform | None = None) -> Float[Array, "
 
 
 def _transformed(logits: Logits, transform: Transform) -> Float[Array, "R N T"]:
-    return transform["scale"] * logits + transform["offset"] if transform else logits
+    if not transform:
+        return logits
+    return transform["scale"] * logits + transform["offset"]
 
 
 def _blend(logits: Logits) -> Float[Array, "R N T"]:
     """Return the mean probability of the user and teacher heads."""
-    user, teacher = _user_heads(logits), _teacher_heads(logits)
-    return (jax.nn.sigmoid(user) + jax.nn.sigmoid(teacher)) / 2
+    user = jax.nn.sigmoid(_user_heads(logits))
+    teacher = jax.nn.sigmoid(_teacher_heads(logits))
+    return (user + teacher) / 2
 
 
 MODES: dict[str, Mode] = {

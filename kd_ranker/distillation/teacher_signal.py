@@ -71,8 +71,9 @@ def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     [0.5, 0.09090909361839294, 0.009900989942252636]
     """
     positions = {Stage.SHOWN: 0.0, Stage.PASSED: 9.0, Stage.RETRIEVED: 99.0}
-    is_of = [stage == reached for reached in positions]
-    return probability_of_rank(jnp.select(is_of, list(positions.values()), jnp.nan))
+    is_at_stage = [stage == reached for reached in positions]
+    rank = jnp.select(is_at_stage, list(positions.values()), jnp.nan)
+    return probability_of_rank(rank)
 
 
 TeacherSignal = tuple[Float[Array, "R scored T"], Float[Array, "R scored T"]]
@@ -86,7 +87,8 @@ def _scores(batch: CandidateBatch) -> TeacherSignal:
 def _stage(batch: CandidateBatch) -> TeacherSignal:
     shape = (*batch.stage.shape, batch.user_label.shape[-1])
     probability = jnp.broadcast_to(probability_of_stage(batch.stage)[..., None], shape)
-    return probability, jnp.broadcast_to(batch.candidate_mask[..., None], shape).astype(jnp.float32)
+    weight = jnp.broadcast_to(batch.candidate_mask[..., None], shape).astype(jnp.float32)
+    return probability, weight
 
 
 class Signal(NamedTuple):

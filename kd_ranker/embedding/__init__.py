@@ -1,1 +1,6 @@
-"""Tables with an update cost in proportion to the rows touched."""
+"""Embedding tables whose update costs time in proportion to the rows that a batch touches.
+
+lookup          the ids and rows that a batch needs of each table, and their embeddings
+row_optimizers  SGD, Adagrad and Adam on the rows of a batch, with duplicate ids added up
+row_sharding    the rows of a table spread over devices: who holds which, and how others read it
+"""

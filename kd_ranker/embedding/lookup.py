@@ -56,7 +56,7 @@ class TableSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """The fixed part of a model's embeddings: their width D, and how rows are dealt to devices."""
+    """The fixed part of a model's embeddings: their width D, their tables, and who reads them."""
 
     width: int
     tables: Mapping[str, TableSpec]
@@ -78,7 +78,8 @@ def init_table(
     `slots` optimizer values, which are 0 as well. Several devices call this in a mapped function:
     each gets its rows by `row_sharding`, with the same bits for any of them.
     """
-    block, length = min(_BLOCK, table.size), rows_per_device(table.rows, row_sharding.devices)
+    block = min(_BLOCK, table.size)
+    length = rows_per_device(table.rows, row_sharding.devices)
 
     def draw(index: Int[Array, ""], rows: Float[Array, "rows W"]) -> Float[Array, "rows W"]:
         drawn = scale * jax.random.normal(jax.random.fold_in(key, index), (block, width))
@@ -87,8 +88,8 @@ def init_table(
         if row_sharding.devices == 1:
             return jax.lax.dynamic_update_slice(rows, drawn, (start, 0))
         row = start + jnp.arange(block)
-        mine = row % row_sharding.devices == jax.lax.axis_index(row_sharding.axis)
-        place = jnp.where(mine, row // row_sharding.devices, length)
+        is_on_device = row % row_sharding.devices == jax.lax.axis_index(row_sharding.axis)
+        place = jnp.where(is_on_device, row // row_sharding.devices, length)
         return rows.at[place, :width].set(drawn, mode="drop", unique_indices=True)
 
     rows = jnp.zeros((length, width + 1 + slots))
@@ -107,16 +108,19 @@ def rows_of_ids(table: TableSpec, ids: Int[Array, "..."]) -> Int[Array, "..."]:
     if not table.hashed:
         return jnp.where(is_known(table, ids), ids, table.size)
     bits = ids.astype(jnp.uint32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits, size = bits ^ (bits >> 16), jnp.uint32(table.size)
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    bits = bits ^ (bits >> 16)
+    size = jnp.uint32(table.size)
     # bits % size, with operations that ONNX's converter supports.
     return (bits - jax.lax.div(bits, size) * size).astype(ids.dtype)
 
 
 def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
     """Return False for an id that shares the reserved row."""
-    return jnp.full(ids.shape, True) if table.hashed else (ids >= 0) & (ids < table.size)
+    if table.hashed:
+        return jnp.full(ids.shape, True)
+    return (ids >= 0) & (ids < table.size)
 
 
 def gather_rows(
@@ -135,7 +139,8 @@ def gather_rows(
     """
     gathered = {}
     for name, lookup in spec.lookups.items():
-        table, row = tables[lookup.table], _rows(spec, lookup, batch, items)
+        table = tables[lookup.table]
+        row = _rows(spec, lookup, batch, items)
         first: Any = 0
         if run is not None:
             first = run * table.shape[1]
@@ -200,8 +205,9 @@ def ids_of_table(
 ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
     """Return the M ids that all lookups of a table read; the mask is False on padding."""
     lookups = [lookup for lookup in spec.lookups.values() if lookup.table == name]
-    ids = jnp.concatenate([lookup.ids(batch, items).reshape(-1) for lookup in lookups])
-    return ids, jnp.concatenate([lookup.mask(batch, items).reshape(-1) for lookup in lookups])
+    ids = [lookup.ids(batch, items).reshape(-1) for lookup in lookups]
+    masks = [lookup.mask(batch, items).reshape(-1) for lookup in lookups]
+    return jnp.concatenate(ids), jnp.concatenate(masks)
 
 
 def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "runs M W"]:
@@ -209,10 +215,9 @@ def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "r
 
     `rows` contains, by lookup name, [runs, *shape of ids, W].
     """
-    of_lookups = [
-        rows[name_of_lookup]
-        for name_of_lookup, lookup in spec.lookups.items()
-        if lookup.table == name
-    ]
-    flat = [values.reshape(values.shape[0], -1, values.shape[-1]) for values in of_lookups]
+    flat = []
+    for lookup_name, lookup in spec.lookups.items():
+        if lookup.table == name:
+            values = rows[lookup_name]
+            flat.append(values.reshape(values.shape[0], -1, values.shape[-1]))
     return jnp.concatenate(flat, axis=1)

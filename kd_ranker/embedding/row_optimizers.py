@@ -84,12 +84,14 @@ def update_tables(
     # One flat table and a loop over runs: on two CPU cores, for 16 runs, that was faster than
     # `vmap` over stacked tables or one scatter for all (`docs/benchmarks.md`).
     assert gathered is None or tables.shape[0] == 1
-    (runs, length, columns), width = tables.shape, gradients.shape[-1]
+    runs, length, columns = tables.shape
+    width = gradients.shape[-1]
 
     def update_run(
         run: Int[Array, ""], flat: Float[Array, "all_rows W"]
     ) -> Float[Array, "all_rows W"]:
-        first, gradient = run * length, gradients[run]
+        first = run * length
+        gradient = gradients[run]
         rows = gathered
         if rows is None:
             rows = flat.at[occurrences.row + first].get(mode="promise_in_bounds")

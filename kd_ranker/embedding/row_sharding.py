@@ -1,4 +1,4 @@
-"""Rows spread over devices like dealt cards: row r on device r mod n, of n devices.
+"""Row sharding: the rows of a table spread over n devices, row r on device r mod n.
 
 So each device has an equal share of any range of rows, which spreads hot rows with adjacent
 numbers. A device reads and changes only its own rows. Ids travel to all devices; rows travel only
@@ -37,7 +37,9 @@ def rows_per_device(rows: int, devices: int) -> int:
     >>> rows_per_device(100, devices=4), rows_per_device(100, devices=1)
     (32, 100)
     """
-    return rows if devices == 1 else -(-rows // (devices * _ROWS_TOGETHER)) * _ROWS_TOGETHER
+    if devices == 1:
+        return rows
+    return -(-rows // (devices * _ROWS_TOGETHER)) * _ROWS_TOGETHER
 
 
 def to_shards(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
@@ -46,7 +48,8 @@ def to_shards(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarra
     >>> to_shards(np.arange(10), 0, devices=2).tolist()
     [0, 2, 4, 6, 8, 0, 0, 0, 1, 3, 5, 7, 9, 0, 0, 0]
     """
-    host, length = np.asarray(array), rows_per_device(array.shape[axis], devices)
+    host = np.asarray(array)
+    length = rows_per_device(host.shape[axis], devices)
     padding = [(0, 0)] * host.ndim
     padding[axis] = (0, devices * length - host.shape[axis])
     padded = np.pad(host, padding, constant_values=filler)
@@ -76,20 +79,21 @@ def read(
     """
     if row_sharding.devices == 1:
         return _take(places, row + first)[..., columns]
-    asked = jax.lax.all_gather(row.reshape(-1), row_sharding.axis, tiled=True)
+    requested = jax.lax.all_gather(row.reshape(-1), row_sharding.axis, tiled=True)
 
-    def fill(found: Array, place: Array, mask: Array, _: None, index: Array | None) -> Array:
+    def fill(rows: Array, place: Array, mask: Array, _: None, index: Array | None) -> Array:
         taken = _take(places, place + first)[:, columns]
         if index is None:
-            return jnp.where(mask[:, None], taken, found)
-        return found.at[index].set(taken, mode="drop", unique_indices=True)
+            return jnp.where(mask[:, None], taken, rows)
+        return rows.at[index].set(taken, mode="drop", unique_indices=True)
 
-    number = len(range(*columns.indices(places.shape[1])))
-    none = jnp.zeros((asked.shape[0], number), places.dtype)
-    found = update_own_rows(row_sharding, fill, none, asked, jnp.full(asked.shape, True), None)
+    num_columns = len(range(*columns.indices(places.shape[1])))
+    empty = jnp.zeros((requested.shape[0], num_columns), places.dtype)
+    mask = jnp.full(requested.shape, True)
+    rows = update_own_rows(row_sharding, fill, empty, requested, mask, None)
     # One device has the row, and the others add 0.
-    own = jax.lax.psum_scatter(found, row_sharding.axis, scatter_dimension=0, tiled=True)
-    return own.reshape(*row.shape, *own.shape[1:])
+    received = jax.lax.psum_scatter(rows, row_sharding.axis, scatter_dimension=0, tiled=True)
+    return received.reshape(*row.shape, *received.shape[1:])
 
 
 def update_own_rows(
@@ -113,26 +117,29 @@ def update_own_rows(
     """
     if row_sharding.devices == 1:
         return function(state, row, mask, values, None)
-    number, place = row.shape[0], row // row_sharding.devices
+    number = row.shape[0]
+    place = row // row_sharding.devices
     mask &= row % row_sharding.devices == jax.lax.axis_index(row_sharding.axis)
     room = _ROOM * -(-number // row_sharding.devices)
 
-    def some(_: Any, state: _State) -> _State:
-        (order,) = jnp.nonzero(mask, size=room, fill_value=number)
-        own_place = place.at[order].get(mode="fill", fill_value=0)
-        own = None if values is None else values.at[:, order].get(mode="fill", fill_value=0)
-        return function(state, own_place, order < number, own, order)
+    def update_by_own(_: Any, state: _State) -> _State:
+        (index,) = jnp.nonzero(mask, size=room, fill_value=number)
+        own_place = place.at[index].get(mode="fill", fill_value=0)
+        own_values = None
+        if values is not None:
+            own_values = values.at[:, index].get(mode="fill", fill_value=0)
+        return function(state, own_place, index < number, own_values, index)
 
-    def every(_: Any, state: _State) -> _State:
+    def update_by_all(_: Any, state: _State) -> _State:
         return function(state, place, mask, values, None)
 
     if room >= number:
-        return every(0, state)
+        return update_by_all(0, state)
     # Loops of one trip or none: XLA would copy the tables that a condition changes.
     fits = (jnp.sum(mask) <= room).astype(jnp.int32)
-    state = jax.lax.fori_loop(0, fits, some, state)
+    state = jax.lax.fori_loop(0, fits, update_by_own, state)
     with jax.named_scope(RARELY):
-        return jax.lax.fori_loop(0, 1 - fits, every, state)
+        return jax.lax.fori_loop(0, 1 - fits, update_by_all, state)
 
 
 def _take(rows: Num[Array, "rows W"], row: Int[Array, "..."]) -> Num[Array, "... W"]:

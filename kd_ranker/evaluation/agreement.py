@@ -76,11 +76,11 @@ def user_auc(
         probability: Float[Array, "N"], label: Float[Array, "N"], takes_part: Bool[Array, "N"]
     ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
         # By a sort: pairs would need N² memory, and N may be thousands.
-        positive, negative = takes_part & (label > 0.5), takes_part & (label <= 0.5)
+        positive = takes_part & (label > 0.5)
+        negative = takes_part & (label <= 0.5)
         negatives = jnp.sort(jnp.where(negative, probability, jnp.inf))
-        below, below_or_tied = (
-            jnp.searchsorted(negatives, probability, side=side) for side in ("left", "right")
-        )
+        below = jnp.searchsorted(negatives, probability, side="left")
+        below_or_tied = jnp.searchsorted(negatives, probability, side="right")
         won_twice = jnp.sum(below + below_or_tied, where=positive)
         pairs = positive.sum() * negative.sum()
         area = jnp.where(pairs > 0, won_twice / (2 * jnp.maximum(pairs, 1)), 0.0)
@@ -153,19 +153,21 @@ def teacher_tau(
     def with_next(values: Float[Array, "R N"]) -> Float[Array, "R N 1+neighbors"]:
         values = jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)
         padded = jnp.pad(values, ((0, 0), (0, NEIGHBOURS)))
-        windows = [padded[:, at : at + candidates] for at in range(1 + NEIGHBOURS)]
+        windows = [padded[:, start : start + candidates] for start in range(1 + NEIGHBOURS)]
         return jnp.stack(windows, axis=-1)
 
     # Known candidates come first, so a pair is known where its second candidate is.
-    there = with_next(known.astype(jnp.float32))[..., 1:]
-    of_student, of_teacher = (
-        jnp.sign(of[..., 1:] - of[..., :1]) * there
-        for of in (with_next(student_value), with_next(teacher_value))
-    )
-    agreed, student_differ, pairs = (
-        of.sum(axis=(1, 2))
-        for of in (of_student * of_teacher, jnp.abs(of_student), jnp.abs(of_teacher))
-    )
-    scale = jnp.sqrt(jnp.maximum(student_differ, 1) * jnp.maximum(pairs, 1))
-    counts = pairs > 0
+    is_pair = with_next(known.astype(jnp.float32))[..., 1:]
+
+    def signs(values: Float[Array, "R N"]) -> Float[Array, "R N neighbors"]:
+        compared = with_next(values)
+        return jnp.sign(compared[..., 1:] - compared[..., :1]) * is_pair
+
+    student_signs = signs(student_value)
+    teacher_signs = signs(teacher_value)
+    agreed = (student_signs * teacher_signs).sum(axis=(1, 2))
+    student_differ = jnp.abs(student_signs).sum(axis=(1, 2))
+    teacher_differ = jnp.abs(teacher_signs).sum(axis=(1, 2))
+    scale = jnp.sqrt(jnp.maximum(student_differ, 1) * jnp.maximum(teacher_differ, 1))
+    counts = teacher_differ > 0
     return jnp.where(counts, agreed / scale, 0.0), counts

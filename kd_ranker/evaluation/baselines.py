@@ -38,9 +38,11 @@ NO_RANKERS = ("oracle", "random")
 # Shrinking towards the mean instead of 0 would put items that were never shown above most others.
 _PRIOR_FAILURES = 10
 
-# The requests to inspect for known inputs, and the share of candidates that must be known: a ranker
-# that orders the others at random would look worse than it is.
-_SOME, _NEARLY_ALL = 1000, 0.9
+# The number of requests to inspect for known inputs.
+_INSPECTED = 1000
+# The share of candidates with a known input: a ranker that orders the others at random would look
+# worse than it is.
+_NEARLY_ALL = 0.9
 
 
 Lists = dict[str, Float[Array, "items"]]
@@ -76,26 +78,26 @@ def lists_of(dataset: Dataset, value_weights: Sequence[float], top: int) -> List
     scored = np.zeros(num_items)
     first = np.zeros(num_items)
     value = np.zeros(num_items)
-    for some in slices(columns.counts.retrieved):
-        counts = columns.counts.of(some)
+    for requests in slices(columns.counts.retrieved):
+        counts = columns.counts.of(requests)
 
-        np.add.at(shown, _items(columns, some, counts.shown), 1)
-        np.add.at(passed, _items(columns, some, counts.passed), 1)
-        np.add.at(retrieved, _items(columns, some, counts.retrieved), 1)
+        np.add.at(shown, _items(columns, requests, counts.shown), 1)
+        np.add.at(passed, _items(columns, requests, counts.passed), 1)
+        np.add.at(retrieved, _items(columns, requests, counts.retrieved), 1)
 
-        item_id = _items(columns, some, counts.shown)
-        labels = columns.labels.fields(some, counts.shown)
+        item_id = _items(columns, requests, counts.shown)
+        labels = columns.labels.fields(requests, counts.shown)
         np.add.at(labeled, item_id, labels["label_weight"])
         np.add.at(liked, item_id, labels["label_weight"] * (labels["user_label"] @ weights))
 
-        logged = columns.candidates.fields(some, counts.scored)
-        value_of_each = logged["teacher_probability"][:, counted] @ weights[counted]
-        known = ~np.isnan(value_of_each)
+        logged = columns.candidates.fields(requests, counts.scored)
+        logged_value = logged["teacher_probability"][:, counted] @ weights[counted]
+        known = ~np.isnan(logged_value)
         np.add.at(scored, logged["item_id"][known], 1)
-        np.add.at(value, logged["item_id"][known], value_of_each[known])
+        np.add.at(value, logged["item_id"][known], logged_value[known])
         request = np.repeat(np.arange(len(counts.scored)), counts.scored)
         # Of equal values the first logged comes first; an unknown one has no rank.
-        rank = pd.Series(value_of_each).groupby(request).rank(method="first", ascending=False)
+        rank = pd.Series(logged_value).groupby(request).rank(method="first", ascending=False)
         np.add.at(first, logged["item_id"][rank <= top], 1)
     lists = {
         "popularity": labeled / (labeled.max() or 1),
@@ -136,8 +138,9 @@ def _random(batch: CandidateBatch) -> Float[Array, "R N"]:
     key = jax.random.key(0)
 
     def of_request(user_id: Int[Array, ""], item_id: Int[Array, "N"]) -> Float[Array, "N"]:
-        of_user = jax.random.fold_in(key, user_id)
-        return jax.random.uniform(jax.random.fold_in(of_user, jnp.sum(item_id)), item_id.shape)
+        user_key = jax.random.fold_in(key, user_id)
+        request_key = jax.random.fold_in(user_key, jnp.sum(item_id))
+        return jax.random.uniform(request_key, item_id.shape)
 
     return jax.vmap(of_request)(batch.user_id, batch.item_id)
 
@@ -146,14 +149,14 @@ def _serve(rivals: tuple[str, ...], lists: Lists, batch: EvaluationBatch, items:
     """The numbers that each reference sorts by, NaN where they are not known."""
     del items
     orders = {"incumbent": _incumbent(batch), "random": _random(batch.batch)}
-    for name, of_item in lists.items():
-        each = features_of_items(of_item[:, None], batch.batch.item_id)
-        orders[name] = each[..., 0]
+    for name, numbers in lists.items():
+        orders[name] = features_of_items(numbers[:, None], batch.batch.item_id)[..., 0]
     orders |= {name: batch.rivals[..., index] for index, name in enumerate(rivals)}
-    # The same number for every task: any value weights order the candidates by it.
-    shape = batch.true_probability.shape
-    of_tasks = {name: jnp.broadcast_to(order[..., None], shape) for name, order in orders.items()}
-    return Served({"oracle": batch.true_probability, **of_tasks}, seen={})
+    served = {"oracle": batch.true_probability}
+    for name, order in orders.items():
+        # The same number for every task: any value weights order the candidates by it.
+        served[name] = jnp.broadcast_to(order[..., None], batch.true_probability.shape)
+    return Served(served, seen={})
 
 
 def baseline_ranker(lists: Lists, rivals: Sequence[str] = ()) -> Ranker:
@@ -178,8 +181,8 @@ def known_baselines(splits: Sequence[Columns], lists: Lists) -> tuple[str, ...]:
 
 def _known_share(columns: Columns, field: str) -> float:
     """The share of candidates with a number in a field, in some requests of a split."""
-    some = np.arange(0, len(columns), max(1, len(columns) // _SOME))
-    number = columns.counts.retrieved[some].sum()
-    facts = columns.known.fields(some, columns.counts.known[some])[field]
-    unknown = np.isnan(facts).any(axis=tuple(range(1, facts.ndim)))
-    return float((~unknown).sum() / max(number, 1))
+    requests = np.arange(0, len(columns), max(1, len(columns) // _INSPECTED))
+    num_candidates = columns.counts.retrieved[requests].sum()
+    facts = columns.known.fields(requests, columns.counts.known[requests])[field]
+    is_unknown = np.isnan(facts).any(axis=tuple(range(1, facts.ndim)))
+    return float((~is_unknown).sum() / max(num_candidates, 1))

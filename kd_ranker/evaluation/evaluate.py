@@ -37,7 +37,8 @@ from kd_ranker.training.state import Constants
 _FEW = 16
 # The rankers that one call of the measuring program takes, at least and at most. A CPU always takes
 # the least, and threads run several calls at once; other devices would idle in small calls.
-_PER_CALL = 4, 32
+_LEAST_PER_CALL = 4
+_MOST_PER_CALL = 32
 
 
 class PerRequest(NamedTuple):
@@ -135,34 +136,38 @@ def _serve_stack(
     served = jax.vmap(lambda parameters: serve(parameters, batch, items))(parameters)
     scored = []
     for run in range(len(jax.tree.leaves(parameters)[0])):
-        own = jax.tree.map(operator.itemgetter(run), served)
-        by_name = own.probability.items()
+        served_by_run = jax.tree.map(operator.itemgetter(run), served)
         scored.append(
             {
-                name: Scored.of(probability, own.seen, evaluation_batch.batch)
-                for name, probability in by_name
+                name: Scored.of(probability, served_by_run.seen, evaluation_batch.batch)
+                for name, probability in served_by_run.probability.items()
             }
         )
     return _everywhere(scored, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sharding"))
-def _judge(
+def _score_by_teacher(
     serve: Serve | None,
-    held: Constants,
+    constants: Constants,
     evaluation_batch: EvaluationBatch,
     sharding: Sharding | None,
 ) -> tuple[Scored, EvaluationBatch]:
-    """The teacher's scores as those of a ranker, and the batch with them."""
-    batch, seen = evaluation_batch.batch, dict[str, Any]()
+    """Return the teacher's scores as those of a ranker, and the batch with them."""
+    batch = evaluation_batch.batch
+    seen: dict[str, Any] = {}
     if serve:
-        by_name, seen = serve(held.teacher, batch, held.items)
-        (probability,) = by_name.values()
+        served = serve(constants.teacher, batch, constants.items)
+        seen = served.seen
+        (probability,) = served.probability.values()
         weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
-        scores = {"teacher_probability": probability, "teacher_weight": weight.astype(jnp.float32)}
-        batch = dataclasses.replace(batch, **scores)
-    own = Scored.of(batch.teacher_probability, seen, batch)
-    return _everywhere((own, dataclasses.replace(evaluation_batch, batch=batch)), sharding)
+        batch = dataclasses.replace(
+            batch,
+            teacher_probability=probability,
+            teacher_weight=weight.astype(jnp.float32),
+        )
+    scored = Scored.of(batch.teacher_probability, seen, batch)
+    return _everywhere((scored, dataclasses.replace(evaluation_batch, batch=batch)), sharding)
 
 
 def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
@@ -186,18 +191,24 @@ def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -
         for name, array in function(batch).items():
             if name in bins | single | curves:
                 raise ValueError(f"two sums of the metrics are named {name}")
-            over_k = array.ndim > 1 and sums_curves(function)
-            (curves if over_k else single)[name] = array.astype(jnp.float32)
+            if array.ndim > 1 and sums_curves(function):
+                curves[name] = array.astype(jnp.float32)
+            else:
+                single[name] = array.astype(jnp.float32)
     sums = {name: array.sum(axis=0) for name, array in (single | curves).items()}
-    at = np.asarray(ks, int)
-    cut = {name: array[:, np.minimum(at, array.shape[1]) - 1] for name, array in curves.items()}
+    cut = {}
+    for name, array in curves.items():
+        index = np.minimum(np.asarray(ks, int), array.shape[1]) - 1
+        cut[name] = array[:, index]
     return Summed(sums | bins, PerRequest(single, cut))
 
 
 def add(total: Sums | None, more: Sums) -> Sums:
-    """The sum of two, on the host and in float64, so that a long evaluation loses no digits."""
+    """Add sums on the host and in float64, so that a long evaluation loses no digits."""
     more = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), more)
-    return more if total is None else jax.tree.map(np.add, total, more)
+    if total is None:
+        return more
+    return jax.tree.map(np.add, total, more)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "functions", "ks"))
@@ -231,18 +242,18 @@ class _Part(NamedTuple):
 
 
 def _parts(stacks: Sequence[Ranker], places: Sequence[_Put]) -> Iterator[_Part]:
-    """The runs of each stack, shared by the places."""
-    for number, stack in enumerate(stacks):
-        runs = _num_runs(stack)
-        shares = shared_evenly(runs, len(places)).reshape(len(places), -1)
-        used = -(-runs // shares.shape[1])
-        for place, share in enumerate(shares[:used]):
+    """Yield the runs of each stack, shared by the places."""
+    for stack_index, stack in enumerate(stacks):
+        num_runs = _num_runs(stack)
+        runs_of_places = shared_evenly(num_runs, len(places)).reshape(len(places), -1)
+        used = -(-num_runs // runs_of_places.shape[1])
+        for place, runs in enumerate(runs_of_places[:used]):
             parameters = stack.parameters
             if len(places) > 1:
                 # On the host, because no device need hold all runs.
-                parameters = jax.tree.map(operator.itemgetter(share), jax.device_get(parameters))
+                parameters = jax.tree.map(operator.itemgetter(runs), jax.device_get(parameters))
             ranker = stack._replace(parameters=places[place](parameters))
-            yield _Part(number, share.tolist(), place, ranker)
+            yield _Part(stack_index, runs.tolist(), place, ranker)
 
 
 def _num_runs(stack: Ranker) -> int:
@@ -274,57 +285,72 @@ def evaluate(
         places = [functools.partial(put_by_rows, devices=devices)]
         sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
     # The teacher scores at the first place only.
-    teachers = [teacher.parameters if teacher else None, *[None] * (len(places) - 1)]
-    held = [
-        place(Constants(items, parameters))
-        for place, parameters in zip(places, teachers, strict=True)
-    ]
+    teacher_parameters = teacher.parameters if teacher else None
+    constants = [places[0](Constants(items, teacher_parameters))]
+    constants += [place(Constants(items, None)) for place in places[1:]]
     parts = [*_parts(stacks, places)]
 
-    def scores(part: _Part, there: Sequence[EvaluationBatch]) -> dict[_RankerId, Scored]:
-        serve, parameters, sees_truth, serves = part.ranker
-        batch, own_items = there[part.place], held[part.place].items
-        served = _serve_stack(serve, sees_truth, parameters, batch, own_items, sharding)
-        return {
-            _RankerId(part.stack, run, name): scored
-            for run, by_name in zip(part.runs, served, strict=True)
-            for name, scored in by_name.items()
-            if serves is None or name in serves[run]
-        }
+    def score_part(
+        part: _Part, batch_at_places: Sequence[EvaluationBatch]
+    ) -> dict[_RankerId, Scored]:
+        ranker = part.ranker
+        scored_by_run = _serve_stack(
+            ranker.serve,
+            ranker.sees_truth,
+            ranker.parameters,
+            batch_at_places[part.place],
+            constants[part.place].items,
+            sharding,
+        )
+        scores: dict[_RankerId, Scored] = {}
+        for run, scored_by_name in zip(part.runs, scored_by_run, strict=True):
+            for name, scored in scored_by_name.items():
+                if ranker.serves is None or name in ranker.serves[run]:
+                    scores[_RankerId(part.stack, run, name)] = scored
+        return scores
 
     sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
-    scores_of: dict[_RankerId, Scored] = {}
+    scores: dict[_RankerId, Scored] = {}
     sums: Sums | None = None
-    each: list[PerRequest] = []
+    per_request: list[PerRequest] = []
     with ThreadPoolExecutor() as pool:
         # Programs that share rows exchange them, so all devices must start them in one order.
         map_parts = map if sharding else pool.map
         for evaluation_batch in batches:
             sizes = _sizes(evaluation_batch, sizes)
-            there = [place(evaluation_batch) for place in places]
+            batch_at_places = [place(evaluation_batch) for place in places]
             serve = teacher.serve if teacher else None
-            of_teacher, judged = _judge(serve, held[0], there[0], sharding)
-            scores_of = {}
-            for found in map_parts(scores, parts, itertools.repeat(there)):
-                scores_of |= found
-            scored = [of_teacher, *scores_of.values()]
-            measured = _measured(scored, judged, plan, sizes, own_devices, pool)
+            teacher_scored, scored_batch = _score_by_teacher(
+                serve, constants[0], batch_at_places[0], sharding
+            )
+            scores = {}
+            for scores_of_part in map_parts(score_part, parts, itertools.repeat(batch_at_places)):
+                scores |= scores_of_part
+            scored = [teacher_scored, *scores.values()]
+            measured = _measured(scored, scored_batch, plan, sizes, own_devices, pool)
             sums = add(sums, measured.sums)
             if plan.keep:
-                present = int(np.asarray(evaluation_batch.request_mask).sum())
-                each.append(jax.tree.map(lambda leaf, n=present: leaf[:, :n], measured.each))
+                num_present = int(np.asarray(evaluation_batch.request_mask).sum())
+                per_request.append(
+                    jax.tree.map(lambda leaf, n=num_present: leaf[:, :n], measured.each)
+                )
     if sums is None:
         raise ValueError("there are no evaluation requests")
-    terms = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *(each or [PerRequest({}, {})]))
-    of_all = Summed(sums, terms)
-    of_stacks: list[list[dict[str, Summed]]] = [
-        [{} for _ in range(_num_runs(stack))] for stack in stacks
-    ]
+    terms = PerRequest({}, {})
+    if per_request:
+        terms = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *per_request)
+    all_rankers = Summed(sums, terms)
     # The teacher is the first of all rankers.
-    for index, ranker in enumerate(scores_of, start=1):
-        of_ranker = jax.tree.map(operator.itemgetter(index), of_all)
+    of_teacher = jax.tree.map(operator.itemgetter(0), all_rankers)
+    of_stacks = [_empty_runs(stack) for stack in stacks]
+    for index, ranker in enumerate(scores, start=1):
+        of_ranker = jax.tree.map(operator.itemgetter(index), all_rankers)
         of_stacks[ranker.stack][ranker.run][ranker.serve] = of_ranker
-    return jax.tree.map(operator.itemgetter(0), of_all), of_stacks
+    return of_teacher, of_stacks
+
+
+def _empty_runs(stack: Ranker) -> list[dict[str, Summed]]:
+    return [{} for _ in range(_num_runs(stack))]
 
 
 def _measured(
@@ -339,42 +365,50 @@ def _measured(
 
     Devices call the measuring program in turn, and the last call repeats its last ranker.
     """
-    least, most = _PER_CALL
-    each = -(-len(scored) // len(devices))
-    # A power of 2, so that few programs are compiled.
-    size = least if devices[0].platform == "cpu" else min(max(least, _power(each)), most)
-    weights, functions = np.asarray(plan.value_weights, np.float32), sum_functions()
+    size = _LEAST_PER_CALL
+    if devices[0].platform != "cpu":
+        per_device = -(-len(scored) // len(devices))
+        # A power of 2, so that few programs are compiled.
+        size = min(max(size, _power(per_device)), _MOST_PER_CALL)
+    weights = np.asarray(plan.value_weights, np.float32)
+    functions = sum_functions()
 
-    def here(array: Any) -> Any:
-        whole = isinstance(array, jax.Array) and not array.is_fully_addressable
-        return array.addressable_data(0) if whole else array
+    def local(array: Any) -> Any:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return array.addressable_data(0)
+        return array
 
     # In this thread: JAX may fail if two threads read the shards of one array for the first time.
-    def inputs_of(first: int, device: jax.Device) -> Any:
-        some = [scored[min(at, len(scored) - 1)] for at in range(first, first + size)]
-        is_teacher = np.arange(first, first + size) == 0
-        of_call = jax.tree.map(here, (some, is_teacher, evaluation_batch, weights))
-        return jax.device_put(of_call, device)
+    def inputs_of_call(first: int, device: jax.Device) -> Any:
+        indices = range(first, first + size)
+        rankers = [scored[min(index, len(scored) - 1)] for index in indices]
+        is_teacher = np.array([index == 0 for index in indices])
+        inputs = jax.tree.map(local, (rankers, is_teacher, evaluation_batch, weights))
+        return jax.device_put(inputs, device)
 
     def call(inputs: Any) -> Summed:
-        choices = {"sizes": sizes, "functions": functions, "ks": tuple(plan.ks)}
-        return jax.device_get(_measure(*inputs, **choices))
+        summed_on_device = _measure(*inputs, sizes=sizes, functions=functions, ks=tuple(plan.ks))
+        return jax.device_get(summed_on_device)
 
     firsts = range(0, len(scored), size)
-    found = pool.map(call, map(inputs_of, firsts, itertools.cycle(devices)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(scored)], *found)
+    calls = pool.map(call, map(inputs_of_call, firsts, itertools.cycle(devices)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(scored)], *calls)
 
 
 def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:
     """The sizes of a batch, at least those of the batches before: few programs are compiled."""
     batch = evaluation_batch.batch
-    counted = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage) >= Stage.PASSED
-    bounds = [
-        min(max(_FEW, _power(int(is_counted.sum(axis=1).max()))), is_counted.shape[1])
-        for is_counted in counted
-    ]
-    num_labeled, passed = np.maximum((before.num_labeled, before.passed), bounds).tolist()
-    return before._replace(num_labeled=num_labeled, passed=passed)
+    num_labeled = _most(np.asarray(batch.label_weight) > 0)
+    passed = _most(np.asarray(batch.stage) >= Stage.PASSED)
+    return before._replace(
+        num_labeled=max(before.num_labeled, num_labeled), passed=max(before.passed, passed)
+    )
+
+
+def _most(is_counted: Bool[np.ndarray, "R N"]) -> int:
+    """Return a bound on the number of counted candidates of each request: few ones occur."""
+    largest = int(is_counted.sum(axis=1).max())
+    return min(max(_FEW, _power(largest)), is_counted.shape[1])
 
 
 def _power(number: int) -> int:

@@ -44,7 +44,8 @@ def requests_needed(
     Raises:
       UserError: an effect or values from which no number follows.
     """
-    a, b = (np.asarray(values, np.float64) for values in (value_a, value_b))
+    a = np.asarray(value_a, np.float64)
+    b = np.asarray(value_b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise UserError(
             f"value_a and value_b have shapes {a.shape} and {b.shape}; "
@@ -57,8 +58,8 @@ def requests_needed(
             "is not finite; give a positive effect and finite values with a positive mean"
         )
     return RequestsNeeded(
-        number_needed(2 * (a.var(ddof=1) + b.var(ddof=1)), change),
-        number_needed((a - b).var(ddof=1), change),
+        ab=number_needed(2 * (a.var(ddof=1) + b.var(ddof=1)), change),
+        interleaved=number_needed((a - b).var(ddof=1), change),
     )
 
 

@@ -116,6 +116,9 @@ def rank_batch(
     label_weight = jnp.where(counts, batch.label_weight, 0.0)
     positive = (label_weight > 0)[..., None] & (batch.user_label > 0.5)
     teacher_value = funnel.value(teacher_probability, value_weights)
+    is_measured = evaluation_batch.request_mask
+    if evaluation_batch.whole is not None:
+        is_measured = is_measured & evaluation_batch.whole
     return Ranked(
         batch=batch,
         evaluation_batch=evaluation_batch,
@@ -133,9 +136,7 @@ def rank_batch(
         user_value=funnel.value(positive.astype(jnp.float32), value_weights),
         positive=positive,
         was_passed=mask & (batch.stage >= Stage.PASSED),
-        is_measured=evaluation_batch.request_mask
-        if evaluation_batch.whole is None
-        else evaluation_batch.request_mask & evaluation_batch.whole,
+        is_measured=is_measured,
         # They do not depend on the ranker, so all rankers of a program share this sort.
         with_label=_first(mask & (batch.label_weight > 0), sizes.num_labeled),
     )
@@ -171,12 +172,11 @@ def covered_funnel(ranked: Ranked) -> dict[str, Float[Array, "R N"]]:
     candidates = ranked.mask.sum(axis=1)
     slot_weights = funnel.slots_of_part(ranked.sizes.shown, passed, candidates)
     k = jnp.arange(1, ranked.mask.shape[1] + 1)
-    of_passed = -(-k * passed[:, None] // jnp.maximum(candidates, 1)[:, None])
-    index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)[:, None]) - 1
+    k_of_passed = -(-k * passed[:, None] // jnp.maximum(candidates, 1)[:, None])
+    index = jnp.clip(k_of_passed, 1, jnp.maximum(passed, 1)[:, None]) - 1
 
     def curve(numbers: Float[Array, "R N"]) -> Float[Array, "R N"]:
-        of_labels = among_passed(numbers)
-        sums = funnel.list_sums(value, teacher_value, mask, of_labels, slot_weights)
+        sums = funnel.list_sums(value, teacher_value, mask, among_passed(numbers), slot_weights)
         return jnp.take_along_axis(sums, index, axis=1)
 
     return {name: curve(numbers) for name, numbers in user_values.items()}

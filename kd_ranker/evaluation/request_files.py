@@ -40,62 +40,72 @@ def spaced_ks(retrieved: int, named: Sequence[int], spaced: int = 76) -> list[in
     >>> spaced_ks(2000, [200])[-3:]
     [1633, 1807, 2000]
     """
-    every = np.geomspace(1, retrieved, spaced).round().astype(int).tolist()
-    return sorted({*every, *(min(k, retrieved) for k in named)})
+    spaced_evenly = np.geomspace(1, retrieved, spaced).round().astype(int).tolist()
+    named_or_all = [min(k, retrieved) for k in named]
+    return sorted({*spaced_evenly, *named_or_all})
 
 
 def request_files(kept: PerRequestByRanker, tasks: Sequence[str]) -> dict[str, bytes]:
     """The contents of the two files of test requests by their names, for one or more rankers."""
-    each = kept.each.items()
-    return {
-        REQUESTS_FILE: _parquet([_table(who, of_ranker.sums, tasks) for who, of_ranker in each]),
-        REQUEST_CURVES_FILE: _parquet(
-            [_table(who, of_ranker.curves, tasks, kept.ks) for who, of_ranker in each]
-        ),
-    }
+    requests = []
+    curves = []
+    for ranker, per_request in kept.each.items():
+        requests.append(_table(ranker, per_request.sums, tasks))
+        curves.append(_table(ranker, per_request.curves, tasks, kept.ks))
+    return {REQUESTS_FILE: _parquet(requests), REQUEST_CURVES_FILE: _parquet(curves)}
 
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:
-    whole, sink = pa.concat_tables(tables), io.BytesIO()
-    pq.write_table(whole, sink, compression="zstd")
-    return sink.getvalue()
+    file = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables), file, compression="zstd")
+    return file.getvalue()
 
 
 def _table(
-    who: RankerKey, sums: Sums, tasks: Sequence[str], ks: Int[np.ndarray, "K"] | None = None
+    ranker: RankerKey, sums: Sums, tasks: Sequence[str], ks: Int[np.ndarray, "K"] | None = None
 ) -> pa.Table:
     """A ranker's rows: one a request, or with `ks` one a request and k."""
     axes = 1 if ks is None else 2
     shape = next(iter(sums.values())).shape[:axes]
-    places = np.indices(shape, np.int32).reshape(axes, -1)
-    run, serve = (
-        pa.DictionaryArray.from_arrays(np.zeros(places.shape[1], np.int32), [name]) for name in who
-    )
-    columns = {"run": run, "serve": serve, "request": places[0]}
+    indices = np.indices(shape, np.int32).reshape(axes, -1)
+    num_rows = indices.shape[1]
+    run, serve = ranker
+    columns = {
+        "run": _constant(run, num_rows),
+        "serve": _constant(serve, num_rows),
+        "request": indices[0],
+    }
     if ks is not None:
-        columns["k"] = np.asarray(ks, np.int32)[places[1]]
+        columns["k"] = np.asarray(ks, np.int32)[indices[1]]
     for name, array in sums.items():
-        flat = np.asarray(array, np.float32).reshape(places.shape[1], -1)
+        flat = np.asarray(array, np.float32).reshape(num_rows, -1)
         names = [name] if array.ndim == axes else [f"{name}/{task}" for task in tasks]
         columns |= zip(names, flat.T, strict=True)
     return pa.table(columns)
 
 
+def _constant(text: str, num_rows: int) -> pa.DictionaryArray:
+    """Return a column with the same text in each row."""
+    return pa.DictionaryArray.from_arrays(np.zeros(num_rows, np.int32), [text])
+
+
 def read_requests(folder: Path) -> PerRequestByRanker:
     """The files of `request_files` in a folder, as they were written."""
-    single, curves = (_rankers(folder / file) for file in (REQUESTS_FILE, REQUEST_CURVES_FILE))
+    requests = _rows_by_ranker(folder / REQUESTS_FILE)
+    curves = _rows_by_ranker(folder / REQUEST_CURVES_FILE)
     ks = next(iter(curves.values()))["k"].unique()
-    each = {
-        who: PerRequest(_arrays(rows, ()), _arrays(curves[who], (len(ks),)))
-        for who, rows in single.items()
-    }
+    each = {}
+    for ranker, rows in requests.items():
+        each[ranker] = PerRequest(
+            sums=_arrays(rows, ()), curves=_arrays(curves[ranker], (len(ks),))
+        )
     return PerRequestByRanker(np.asarray(ks), each)
 
 
-def _rankers(path: Path) -> dict[RankerKey, pd.DataFrame]:
+def _rows_by_ranker(path: Path) -> dict[RankerKey, pd.DataFrame]:
     table = pq.read_table(path, read_dictionary=["run", "serve"]).to_pandas()
-    of_rankers = table.groupby(["run", "serve"], sort=False, observed=True)
-    return {(str(run), str(serve)): rows for (run, serve), rows in of_rankers}
+    grouped = table.groupby(["run", "serve"], sort=False, observed=True)
+    return {(str(run), str(serve)): rows for (run, serve), rows in grouped}
 
 
 def _arrays(rows: pd.DataFrame, over: tuple[int, ...]) -> Sums:

@@ -68,16 +68,18 @@ def fill_savings(frame: pd.DataFrame, costs: Costs = FLOPS) -> pd.DataFrame:
 
 def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
     """The text of `results.csv`: numbers to seven digits, nothing where a number is not known."""
-    table = [{name: _cell(row.get(name)) for name in names} for row in rows]
+    cells = {name: [_cell(row.get(name)) for row in rows] for name in names}
     # As objects: a column of numbers would write its integers as 0.0 where one is not known.
-    return _text(pd.DataFrame(table, columns=list(names), dtype=object))
+    return _text(pd.DataFrame(cells, columns=list(names), dtype=object))
 
 
 def _cell(value: object) -> object:
-    """A value as a table holds it: nothing for NaN, and 64x32 for (64, 32)."""
+    """Return a value as a table holds it: nothing for NaN, and 64x32 for (64, 32)."""
     if isinstance(value, float):
         return None if math.isnan(value) else f"{value:.7g}"
-    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return "x".join(map(str, value))
+    return value
 
 
 def _text(frame: pd.DataFrame) -> str:
@@ -137,6 +139,7 @@ def write_tables(
     on_first(lambda: manifest.remove(folder))
     for file, content in tables.items():
         write_atomically(folder / file, content)
-    of_run = [name for name in (CONFIG_FILE, START_FILE) if (folder / name).exists()]
+    run_files = [name for name in (CONFIG_FILE, START_FILE) if (folder / name).exists()]
     about = [name for name in (ENVIRONMENT_FILE,) if (folder / name).exists()]
-    on_first(lambda: manifest.write(folder, provenance, [*tables, *parts, *of_run], about=about))
+    files = [*tables, *parts, *run_files]
+    on_first(lambda: manifest.write(folder, provenance, files, about=about))

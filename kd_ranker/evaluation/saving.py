@@ -41,9 +41,9 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
     Raises:
       UserError: the compiler reports no FLOPs for this program.
     """
-    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    on_cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_cpu), arguments
     )
     analysis = jax.jit(function).lower(*shapes).compile().cost_analysis() or {}
     if not analysis.get("flops", 0.0) > 0:
@@ -88,10 +88,15 @@ FLOPS = Costs()
 
 def costs_of(config: ConfigDict) -> Costs:
     """Return the costs of `config.costs`."""
-    student, teacher = config.costs.student, config.costs.teacher
-    # Runs of earlier releases lack the key.
-    rivals = tuple(sorted(config.costs.get("rivals", {}).items()))
-    return Costs(student.candidate, student.request, teacher.candidate, teacher.request, rivals)
+    costs = config.costs
+    return Costs(
+        student=costs.student.candidate,
+        student_request=costs.student.request,
+        teacher=costs.teacher.candidate,
+        teacher_request=costs.teacher.request,
+        # Runs of earlier releases lack the key.
+        rivals=tuple(sorted(costs.get("rivals", {}).items())),
+    )
 
 
 def funnel_cost(
@@ -140,11 +145,12 @@ def best_of_methods(rows: pd.DataFrame) -> dict[str, str]:
 
     Every method is tuned over heads, and over the swept values of keys that are `tuned`.
     """
-    of_methods = {
-        str(method): best(rows, list(of_method["setting"].unique()))
-        for method, of_method in of_split(rows, "validation").groupby("method", sort=False)
-    }
-    return {method: setting for method, setting in of_methods.items() if setting is not None}
+    best_by_method = {}
+    for method, method_rows in of_split(rows, "validation").groupby("method", sort=False):
+        setting = best(rows, list(method_rows["setting"].unique()))
+        if setting is not None:
+            best_by_method[str(method)] = setting
+    return best_by_method
 
 
 def best_of_families(rows: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -207,8 +213,8 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
         "saving_over_none": plain & (rows["role"] == "student"),
         "saving_over_incumbent": rows["run"] == "incumbent",
     }
-    found = {column: _best_ranker(rows, rows[pool]) for column, pool in pools.items()}
-    return {column: setting for column, setting in found.items() if setting is not None}
+    best_of_pools = {column: _best_ranker(rows, rows[pool]) for column, pool in pools.items()}
+    return {column: setting for column, setting in best_of_pools.items() if setting is not None}
 
 
 def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
@@ -217,16 +223,15 @@ def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
     They are compared in the repeats that all of them have: a reference has every repeat, even one
     in which all students of the pool diverged.
     """
-    students, references = (
-        list(pool.loc[pool["role"] == role, "setting"].unique())
-        for role in ("student", "reference")
-    )
+    students = list(pool.loc[pool["role"] == "student", "setting"].unique())
+    references = list(pool.loc[pool["role"] == "reference", "setting"].unique())
     validation = of_split(rows, "validation")
     table = by_repeat(validation, "funnel_cost")
     if table.isna().all(axis=None):
         table = by_repeat(validation, CRITERION)
-    named = [*filter(None, [best(rows, students)]), *references]
-    return best_of(table[named].dropna(axis="columns", how="all").dropna())
+    best_student = best(rows, students)
+    compared = [best_student, *references] if best_student else references
+    return best_of(table[compared].dropna(axis="columns", how="all").dropna())
 
 
 def with_costs(rows: pd.DataFrame, teacher_flops: float, costs: Costs = FLOPS) -> pd.DataFrame:
@@ -246,11 +251,11 @@ def with_savings(rows: pd.DataFrame, against: Mapping[str, str]) -> pd.DataFrame
     from `baselines`, was not measured.
     """
     rows = rows.copy()
-    at = pd.MultiIndex.from_frame(rows[["split", "repeat"]])
+    split_and_repeat = pd.MultiIndex.from_frame(rows[["split", "repeat"]])
     for column in SAVINGS:
-        of_baseline = rows[rows["setting"] == against.get(column)]
-        known = of_baseline.set_index(["split", "repeat"])["funnel_cost"].reindex(at)
-        rows[column] = 1 - rows["funnel_cost"].to_numpy() / known.to_numpy(float)
+        baseline = rows[rows["setting"] == against.get(column)]
+        cost = baseline.set_index(["split", "repeat"])["funnel_cost"].reindex(split_and_repeat)
+        rows[column] = 1 - rows["funnel_cost"].to_numpy() / cost.to_numpy(float)
     return rows
 
 
@@ -262,10 +267,10 @@ def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
     flops = float(row.get("flops_per_candidate", math.nan))
     if row["role"] == "student":
         return flops, costs
-    alone = costs._replace(student=0.0, student_request=0.0)
+    teacher_only = costs._replace(student=0.0, student_request=0.0)
     if row["role"] == "teacher":
-        return flops, alone
+        return flops, teacher_only
     if costs.teacher:
-        own = dict(costs.rivals).get(family_of(row["run"]), 0.0)
-        return 0.0, alone._replace(student=own)
-    return (0.0 if math.isnan(flops) else flops), alone
+        rival_cost = dict(costs.rivals).get(family_of(row["run"]), 0.0)
+        return 0.0, teacher_only._replace(student=rival_cost)
+    return (0.0 if math.isnan(flops) else flops), teacher_only

@@ -64,7 +64,8 @@ def with_names(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
         _named(students["distill_weight"].where(students["distill_loss"].notna())),
     ]
     for column in named:
-        key, values = keys[column], students[column]
+        key = keys[column]
+        values = students[column]
         settings.append(_named(values))
         if column == "distill_loss":
             values = values.map(_without_weights, na_action="ignore")
@@ -75,9 +76,14 @@ def with_names(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
     seeds = rows[list(REPEAT)].astype("Int64").fillna(-1).astype(str)
     rows = rows.assign(repeat=["/".join(seeds_of_row) for seeds_of_row in seeds.to_numpy()])
     for label, parts in (("setting", settings), ("method", methods)):
-        texts = [", ".join(filter(None, of_row)) for of_row in zip(*parts, strict=True)]
-        rows[label] = pd.Series(texts, students.index).reindex(rows.index).fillna(rows["run"])
+        names = [_join_present(parts_of_row) for parts_of_row in zip(*parts, strict=True)]
+        texts = pd.Series(names, students.index)
+        rows[label] = texts.reindex(rows.index).fillna(rows["run"])
     return rows
+
+
+def _join_present(parts: Sequence[str]) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def _without_weights(terms: str) -> str:
@@ -99,11 +105,15 @@ def varying_columns(students: pd.DataFrame) -> list[str]:
 
 def _named(column: pd.Series) -> list[str]:
     """Return the values of a column, each with its name; "" for unknown and `PLAIN` ones."""
-    title, plain = key_title(str(column.name)), saving.PLAIN.get(str(column.name))
-    return [
-        "" if pd.isna(value) or value == plain else f"{title} {value_text(value)}".rstrip()
-        for value in column
-    ]
+    title = key_title(str(column.name))
+    plain = saving.PLAIN.get(str(column.name))
+    names = []
+    for value in column:
+        if pd.isna(value) or value == plain:
+            names.append("")
+        else:
+            names.append(f"{title} {value_text(value)}".rstrip())
+    return names
 
 
 def key_title(column: str) -> str:
@@ -130,14 +140,15 @@ def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
     If there are several teachers, a teacher and the references measured under it count for the
     repeats with its seed.
     """
-    students, others = rows[rows["role"] == "student"], rows[rows["role"] != "student"]
+    students = rows[rows["role"] == "student"]
+    others = rows[rows["role"] != "student"]
     repeats = students[[*REPEAT]].drop_duplicates()
     if others["seed"].nunique() > 1:
-        each = others.drop(columns="data_seed").merge(repeats, on="seed")
+        repeated = others.drop(columns="data_seed").merge(repeats, on="seed")
     else:
-        each = others.drop(columns=[*REPEAT]).merge(repeats, how="cross")
+        repeated = others.drop(columns=[*REPEAT]).merge(repeats, how="cross")
     # In this order, a student is preferred to an equal reference.
-    return pd.concat([students, each.reindex(columns=rows.columns)], ignore_index=True)
+    return pd.concat([students, repeated.reindex(columns=rows.columns)], ignore_index=True)
 
 
 def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
@@ -162,7 +173,10 @@ def best_run(frame: pd.DataFrame, run: str = "") -> tuple[str, str] | None:
     `run` names another one to use. None if no such run is measured.
     """
     rows = _on_validation(frame)
-    rows = rows[rows["run"] == run] if run else rows
+    if run:
+        rows = rows[rows["run"] == run]
     setting = saving.best(rows, list(rows["setting"].unique()))
     rows = rows[rows["setting"] == setting].sort_values(CRITERION, kind="stable")
-    return (str(rows["run"].iloc[0]), str(rows["serve"].iloc[0])) if len(rows) else None
+    if not len(rows):
+        return None
+    return str(rows["run"].iloc[0]), str(rows["serve"].iloc[0])

@@ -46,7 +46,9 @@ def bounds(if_worthless: float, if_alike: float, passed_auc: float) -> Bounds:
     Bounds(low=152, high=nan)
     """
     low, high = sorted((if_worthless, if_alike))
-    return Bounds(low, high if passed_auc < _LIKE_THE_CHOICE else math.nan)
+    if not passed_auc < _LIKE_THE_CHOICE:
+        high = math.nan
+    return Bounds(low, high)
 
 
 class Measurable(NamedTuple):

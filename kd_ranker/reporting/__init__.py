@@ -1,1 +1,9 @@
-"""Tables for people."""
+"""The report of one or more sweeps: `report.html`, its tables and figures, and the answer.
+
+study         the files of sweeps, joined to one study per dataset, and what it describes
+estimates     measures on test with intervals over requests and repeats; `intervals`: the formulas
+claims        claims about distilling, each with its verdict
+answer        what the final ranker's scores save, in at most four sentences, and notes
+tables        the tables for people; `summary`: the one for a terminal; `figures`: the charts
+write         all of it in a folder
+"""

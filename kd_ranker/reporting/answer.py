@@ -20,7 +20,8 @@ from kd_ranker.reporting.tables import bounds_text, number, percents
 # The change for users that a live test is planned for.
 _EFFECT = 0.002
 # One of this number of requests is to be scored whole, for an interval of the count of this width.
-_WHOLE_ONE_IN, _WHOLE_WIDTH = 200, 0.1
+_WHOLE_ONE_IN = 200
+_WHOLE_WIDTH = 0.1
 # The number of repeats to add to an undecided study.
 _MORE_SEEDS = 3
 _UNDECIDED = "undecided"
@@ -54,25 +55,29 @@ class Answer(NamedTuple):
 
 def answer(study: Study, estimates: Estimates) -> Answer:
     """Return what the funnel needs today, without the final ranker's scores, and with them."""
-    with_scores, without = study.best_with_scores, study.baseline
+    with_scores = study.best_with_scores
+    without = study.baseline
     if with_scores is None or without is None:
         return Answer(study.dataset, (_why_unknown(study),), {}, _allowed(study), ())
     saving = _Saving(study, estimates, with_scores, without)
     users = _users(study, estimates, with_scores, without)
-    is_open = saving.is_open or users.is_open
-    advice = (_more_seeds(study) if is_open else "") or users.plan
+    advice = ""
+    if saving.is_open or users.is_open:
+        advice = _more_seeds(study)
+    advice = advice or users.plan
     sentences = [saving.verdict(), saving.counts(), users.sentence, advice]
     settings = {"with the scores": with_scores, "without": without}
     if without in LISTS:
         settings["without"] += ", a list of items without a user"
     if without == study.incumbent:
         settings["without"] += ", today's early ranker"
+    pair = Pair(with_scores, without)
     notes = [
         *_scored_part(study, estimates, with_scores),
         *_doubts(study, estimates),
         *_simple_orders(estimates, with_scores),
-        *_needed_by_users(study, estimates, Pair(with_scores, without)),
-        *_of_same_kind(study, estimates, Pair(with_scores, without)),
+        *_needed_by_users(study, estimates, pair),
+        *_within_kinds(study, estimates, pair),
         *_payment(study, with_scores, saving),
         *_allowed(study),
     ]
@@ -124,16 +129,20 @@ class _Saving:
     """The saving by the scores: the cost of the funnel, or candidates where no cost is known."""
 
     def __init__(self, study: Study, estimates: Estimates, with_scores: str, without: str):
-        self._study, self._estimates = study, estimates
-        self._with_scores, self._without = with_scores, without
+        self._study = study
+        self._estimates = estimates
+        self._with_scores = with_scores
+        self._without = without
         self.interval = estimates.saved(with_scores)
         self._unit = study.saved_unit
 
     @property
     def _has_bounds(self) -> bool:
         """False if the log bounds one of the counts only from below."""
-        rankers = (self._with_scores, self._without)
-        return not any(math.isnan(self._estimates.passed_bounds(name).high) for name in rankers)
+        for ranker in (self._with_scores, self._without):
+            if math.isnan(self._estimates.passed_bounds(ranker).high):
+                return False
+        return True
 
     @property
     def is_open(self) -> bool:
@@ -238,16 +247,22 @@ def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -
 def _users_by_truth(study: Study, at_passed: Interval, at_target: Interval) -> _Users:
     """Return the change in true value, with `funnel.passed` passed and with as many as needed."""
     margin = study.config.report.margin
-    with_passed, with_target = change_text(at_passed, margin), change_text(at_target, margin)
-    is_open = any(text.startswith(_UNDECIDED) for text in (with_passed, with_target))
-    if not at_target.n or with_target == with_passed:
-        each = ", and if each passes its number" if at_target.n else ""
-        return _Users(f"For users: {with_passed} if both pass {study.passed}{each}.", is_open)
-    return _Users(
-        f"For users: {with_target} if each passes its number, {with_passed} if both pass "
-        f"{study.passed}.",
-        is_open,
-    )
+    text_at_passed = change_text(at_passed, margin)
+    text_at_target = change_text(at_target, margin)
+    is_open = text_at_passed.startswith(_UNDECIDED) or text_at_target.startswith(_UNDECIDED)
+    if at_target.n == 0:
+        sentence = f"For users: {text_at_passed} if both pass {study.passed}."
+    elif text_at_target == text_at_passed:
+        sentence = (
+            f"For users: {text_at_passed} if both pass {study.passed}, and if each passes its "
+            "number."
+        )
+    else:
+        sentence = (
+            f"For users: {text_at_target} if each passes its number, {text_at_passed} if both "
+            f"pass {study.passed}."
+        )
+    return _Users(sentence, is_open)
 
 
 def _users_by_labels(
@@ -255,11 +270,11 @@ def _users_by_labels(
 ) -> _Users:
     """Return the sign of the change in the value of the log's labels, and the plan of a test."""
     plan = ""
-    if live := estimates.live_test(with_scores, without, _EFFECT):
-        ab_test, interleaved = (_two_digits(requests) for requests in live)
+    if needed := estimates.live_test(with_scores, without, _EFFECT):
         plan = (
-            f"To see a change of {100 * _EFFECT:g}%, an A/B test needs about {ab_test} requests, "
-            f"an interleaved test at most {interleaved}."
+            f"To see a change of {100 * _EFFECT:g}%, an A/B test needs about "
+            f"{_two_digits(needed.ab)} requests, an interleaved test at most "
+            f"{_two_digits(needed.interleaved)}."
         )
     if reason := estimates.why_unlabeled((with_scores, without)):
         return _Users(f"The log cannot show the effect on users: {reason}.", plan=plan)
@@ -286,9 +301,10 @@ def _more_seeds(study: Study) -> str:
     if len(study.configs) > 1 or study.rows["run"].eq("").any():
         return ""
     seeds = sorted({*study.rows["seed"].astype(int)})
-    more = range(seeds[-1] + 1, seeds[-1] + 1 + _MORE_SEEDS)
-    named = ",".join(map(str, [*seeds, *more]))
-    flags = f'--config.sweep.seeds="({named})" --config.sweep.extend=True'
+    next_seed = seeds[-1] + 1
+    seeds += range(next_seed, next_seed + _MORE_SEEDS)
+    seeds_text = ",".join(map(str, seeds))
+    flags = f'--config.sweep.seeds="({seeds_text})" --config.sweep.extend=True'
     return f"For {_MORE_SEEDS} more seeds, add `{flags}`."
 
 
@@ -339,13 +355,14 @@ def _scored_part(study: Study, estimates: Estimates, student: str) -> Iterator[s
         )
         needed = estimates.requests_for(student, CRITERION, _WHOLE_WIDTH)
         if needed > 0:
-            of_all = needed * _WHOLE_ONE_IN
-            days = of_all / study.requests_a_day
-            spent = "" if math.isnan(days) else f", {_days(days)} at the rate of this log"
+            num_requests = needed * _WHOLE_ONE_IN
+            days = num_requests / study.requests_a_day
+            duration = "" if math.isnan(days) else f", {_days(days)} at the rate of this log"
             yield (
                 "To count exactly, let the final ranker score all candidates of 1 request in "
                 f"{_WHOLE_ONE_IN}. About {_two_digits(needed)} such requests give the count to "
-                f"±{100 * _WHOLE_WIDTH:g}%: those of {_two_digits(of_all)} requests{spent}."
+                f"±{100 * _WHOLE_WIDTH:g}%: those of {_two_digits(num_requests)} "
+                f"requests{duration}."
             )
 
 
@@ -361,44 +378,42 @@ def _days(days: float) -> str:
 
 def _doubts(study: Study, estimates: Estimates) -> Iterator[str]:
     """Yield a doubt about the final ranker, if it predicts users no better than a student."""
-    by_chance, below_plain = [], []
+    by_chance = []
+    below_plain = []
     for task in study.config.tasks:
         measure = f"user_auc/{task}"
-        area = estimates.of(TEACHER, measure)
-        found = f"AUC {task} {number(area.mean, 3)}"
-        if area.mean <= 0.5 or area.low <= 0.5:
-            by_chance.append(found)
+        auc = estimates.of(TEACHER, measure)
+        auc_text = f"AUC {task} {number(auc.mean, 3)}"
+        if auc.mean <= 0.5 or auc.low <= 0.5:
+            by_chance.append(auc_text)
         elif study.plain and estimates.gap(TEACHER, study.plain, measure).high < 0:
-            of_plain = number(estimates.of(study.plain, measure).mean, 3)
-            below_plain.append(f"{found}, mode none {of_plain}")
-    if by_chance or below_plain:
-        predicts = (
-            "is not shown to predict users better than chance"
-            if by_chance
-            else "predicts users worse than a student of mode none"
-        )
-        yield (
-            f"The final ranker {predicts} ({'; '.join(by_chance or below_plain)}): this is about "
-            "copying it, not about serving users."
-        )
+            plain_auc = number(estimates.of(study.plain, measure).mean, 3)
+            below_plain.append(f"{auc_text}, mode none {plain_auc}")
+    if by_chance:
+        doubt = f"is not shown to predict users better than chance ({'; '.join(by_chance)})"
+    elif below_plain:
+        doubt = f"predicts users worse than a student of mode none ({'; '.join(below_plain)})"
+    else:
+        return
+    yield f"The final ranker {doubt}: this is about copying it, not about serving users."
 
 
 def _simple_orders(estimates: Estimates, student: str) -> Iterator[str]:
     """Yield a note if a random order or a list is not shown to need more than the student."""
-    as_good = {}
+    passed_by_order = {}
     for name in sorted({"random", *LISTS} & set(estimates.settings)):
         gap = estimates.gap(student, name, CRITERION)
         highest = gap.mean if math.isnan(gap.high) else gap.high
         if highest >= 0:
-            as_good[name] = estimates.of(name, CRITERION).mean
-    if as_good:
-        name = min(as_good, key=lambda name: as_good[name])
-        title = "A random order" if name == "random" else f"A list without a user, {name},"
+            passed_by_order[name] = estimates.of(name, CRITERION).mean
+    if passed_by_order:
+        best = min(passed_by_order, key=lambda name: passed_by_order[name])
+        title = "A random order" if best == "random" else f"A list without a user, {best},"
         passed = estimates.of(student, CRITERION).mean
-        verb = "does" if as_good[name] <= passed else "may do"
+        verb = "does" if passed_by_order[best] <= passed else "may do"
         yield (
-            f"{title} {verb} as well as the best student: it needs {_count(as_good[name])} "
-            f"candidates, the student {_count(passed)}."
+            f"{title} {verb} as well as the best student: it needs "
+            f"{_count(passed_by_order[best])} candidates, the student {_count(passed)}."
         )
 
 
@@ -409,27 +424,29 @@ def _needed_by_users(study: Study, estimates: Estimates, answered: Pair) -> Iter
     rankers = {"with the scores": answered.with_scores, "without": answered.without}
     if study.incumbent not in (None, answered.without):
         rankers["with today's ranker"] = str(study.incumbent)
-    counts = [
-        f"{_count(estimates.of(name, _FOR_USERS).mean)} {words}" for words, name in rankers.items()
-    ]
+    counts = []
+    for words, setting in rankers.items():
+        counts.append(f"{_count(estimates.of(setting, _FOR_USERS).mean)} {words}")
     yield (
         f"Candidates to pass for users, for {PERCENT} of the NDCG by labels of the list that "
         f"the final ranker makes: {', '.join(counts)}."
     )
 
 
-def _of_same_kind(study: Study, estimates: Estimates, answered: Pair) -> Iterator[str]:
+def _within_kinds(study: Study, estimates: Estimates, answered: Pair) -> Iterator[str]:
     """Yield what the scores save within each kind of rankers that the answer does not compare."""
     for kind, pair in study.same_kind.items():
         if pair == answered:
             continue
-        fewer = estimates.fewer(pair.with_scores, pair.without)
+        difference = estimates.fewer(pair.with_scores, pair.without)
         word = "fewer"
-        if fewer.mean < 0:
-            fewer, word = fewer.scaled(-1), "more"
-        mean, low, high = percents(fewer)
+        if difference.mean < 0:
+            difference = difference.scaled(-1)
+            word = "more"
+        mean, low, high = percents(difference)
         interval = f" (95% interval {low} to {high}%)" if low else ""
-        with_scores, without = (_count(estimates.of(name, CRITERION).mean) for name in pair)
+        with_scores = _count(estimates.of(pair.with_scores, CRITERION).mean)
+        without = _count(estimates.of(pair.without, CRITERION).mean)
         yield (
             f"Among {kind}, the best with scores needs {with_scores} candidates and the best "
             f"without {without}: {mean}% {word}{interval}."
@@ -454,7 +471,9 @@ def _payment(study: Study, with_scores: str, saving: _Saving) -> Iterator[str]:
 
 def _allowed(study: Study) -> tuple[str, ...]:
     """Return a note on faults of the log that its config accepts."""
-    return (f"Accepted by data.allow: {'; '.join(study.allowed)}.",) if study.allowed else ()
+    if not study.allowed:
+        return ()
+    return (f"Accepted by data.allow: {'; '.join(study.allowed)}.",)
 
 
 def _caveats(study: Study, saving: Interval) -> tuple[str, ...]:

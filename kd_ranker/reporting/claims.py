@@ -49,22 +49,35 @@ class _Claim(NamedTuple):
 
     def line(self, setting: str = "", mean: Interval = NOTHING, ratio: float = 0.0) -> Line:
         """Return a row of `claims`; `ratio` is the cost per candidate over the teacher's."""
-        verdict, remark = self.verdict(mean), ""
+        verdict = self.verdict(mean)
+        remark = ""
         if verdict == "holds" and round(ratio, 2) > EARLY:
-            cost = f"it costs {100 * ratio:.0f}% of the final ranker per candidate"
-            verdict, remark = "does not hold", f"no early ranker: {cost}"
+            verdict = "does not hold"
+            remark = (
+                f"no early ranker: it costs {100 * ratio:.0f}% of the final ranker per candidate"
+            )
         elif mean.n == 0:
             remark = "no repeat has the numbers"
         elif np.isnan(mean.low):
             remark = "one repeat gives no interval"
-        numbers = mean._asdict() | {"verdict": verdict, "remark": remark}
-        return self._asdict() | {"setting": setting} | numbers
+        return {
+            **self._asdict(),
+            "setting": setting,
+            **mean._asdict(),
+            "verdict": verdict,
+            "remark": remark,
+        }
 
 
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Return every claim on one study: its dataset, the claim, its number and its verdict."""
-    tests = (_misaligned, _changes, _shared_closer)
-    lines = pd.DataFrame([of for test in tests for of in test(study, estimates)])
+    lines = pd.DataFrame(
+        [
+            *_misaligned(study, estimates),
+            *_changes(study, estimates),
+            *_shared_closer(study, estimates),
+        ]
+    )
     lines.insert(0, "dataset", study.dataset)
     return lines.drop(columns="covers").sort_values("claim", kind="stable", ignore_index=True)
 
@@ -85,12 +98,16 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
     for measure in ("alignment_ratio", "alignment_ratio_bce"):
         mean = estimates.of(plain, measure)
         line = _Claim("a", statement, measure, "below", MISALIGNED_BELOW).line(plain, mean)
-        if mean.n == 0:
-            unknown = "undefined: the student agrees with the teacher on the shown items"
-            line["remark"] = unknown if plain else "there is no student of mode none"
-        elif by_chance or mean.high < 0:
-            below = "below 0: the student predicts users better than this teacher does"
-            line |= {"verdict": "does not hold", "remark": [*by_chance, below][0]}
+        if not plain:
+            line["remark"] = "there is no student of mode none"
+        elif mean.n == 0:
+            line["remark"] = "undefined: the student agrees with the teacher on the shown items"
+        elif by_chance:
+            line["verdict"] = "does not hold"
+            line["remark"] = by_chance[0]
+        elif mean.high < 0:
+            line["verdict"] = "does not hold"
+            line["remark"] = "below 0: the student predicts users better than this teacher does"
         yield line
 
 
@@ -102,22 +119,29 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
     margin = study.config.report.margin if study.knows_truth else 0.0
     ranked = of_split(pd.concat([study.rows, study.references]), "validation")
     lists = [name for name in NEED_SCORES if (ranked["setting"] == name).any()]
-    rival = study.baseline and best(ranked, [study.baseline, *lists])
+    rival = None
+    if study.baseline is not None:
+        rival = best(ranked, [study.baseline, *lists])
     learned = study.tested[study.tested["needs_scores"]]
     for mode in ("aux", "shared"):
         settings = list(learned.loc[learned["mode"] == mode, "setting"].unique())
+        chosen = best(study.rows, settings)
+        nearer = f"Mode {mode} brings the order nearer to the teacher's"
+        saves = f"Mode {mode} saves cost at {goal}"
+        survive = f"Mode {mode} lets more of {top}"
+        fewer = f"With mode {mode} fewer candidates need passing for {goal}"
         users = f"Mode {mode} saves cost and users have no less"
-        for claim in (
-            _Claim("b", f"Mode {mode} brings the order nearer to the teacher's", "teacher_tau",
-                   "above"),
-            _Claim("d", f"Mode {mode} saves cost at {goal}", SAVINGS[0], "above"),
-            _Claim("e", f"Mode {mode} lets more of {top}", f"survival@{study.passed}", "above"),
-            _Claim("e", f"With mode {mode} fewer candidates need passing for {goal}", FEWER,
-                   "above"),
-            *(_Claim("f", users, measure, "above", -margin)
-              for measure in study.users_measures),
-        ):  # fmt: skip
-            yield _change(study, estimates, claim, best(study.rows, settings), rival)
+        mode_claims = [
+            _Claim("b", nearer, "teacher_tau", "above"),
+            _Claim("d", saves, SAVINGS[0], "above"),
+            _Claim("e", survive, f"survival@{study.passed}", "above"),
+            _Claim("e", fewer, FEWER, "above"),
+        ]
+        mode_claims += [
+            _Claim("f", users, measure, "above", -margin) for measure in study.users_measures
+        ]
+        for claim in mode_claims:
+            yield _change(study, estimates, claim, chosen, rival)
     for method, setting in study.chosen.items():
         if rival and setting in set(learned["setting"]):
             claim = _Claim("g", f"Fewer need passing with {method}", FEWER, "above")
@@ -131,8 +155,8 @@ def _change(
     if rival is None or chosen is None:
         absent = "ranker without scores" if rival is None else "student of the mode with scores"
         return claim.line() | {"remark": f"there is no measured {absent}"}
-    of_users = claim.claim == "f"
-    if of_users and (reason := estimates.why_unlabeled([chosen, rival])):
+    is_of_users = claim.claim == "f"
+    if is_of_users and (reason := estimates.why_unlabeled([chosen, rival])):
         return claim.line() | {"remark": f"the log cannot show it: {reason}"}
     if claim.measure == SAVINGS[0]:
         change = estimates.saving(chosen, over=rival)
@@ -144,7 +168,7 @@ def _change(
     if study.costs.teacher and study.costs.student:
         ratio = study.costs.student / study.costs.teacher
     line = claim.line(chosen, change, ratio)
-    if of_users and claim.verdict(change) == "holds":
+    if is_of_users and claim.verdict(change) == "holds":
         # A ranker that changes nothing costs users nothing. The verdict is that of (d), or of (e)
         # where no cost is known, so that no two claims on one setting disagree.
         saved = estimates.saving(chosen, over=rival)
@@ -165,7 +189,8 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     rows = of_split(study.rows, "validation")
     alike = [key for key in (*SETTING_COLUMNS, "repeat") if key not in ("mode", "serve")]
     rows = rows.reindex(columns=["setting", "mode", "serve", *alike, "teacher_tau", "cost_ratio"])
-    shared, aux = (rows[rows["mode"] == mode] for mode in ("shared", "aux"))
+    shared = rows[rows["mode"] == "shared"]
+    aux = rows[rows["mode"] == "aux"]
     for heads in ("user", "teacher"):
         statement = f"Mode shared comes closer to the teacher than mode aux with its {heads} heads"
         claim = _Claim("c", statement, "teacher_tau", "above")
@@ -177,13 +202,16 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
         gap = pairs["teacher_tau"] - pairs["teacher_tau_of_aux"]
         # Only repeats that have every setting: the mean of another one is of other settings.
         gaps = by_repeat(pairs.assign(gap=gap), "gap").dropna()
-        whole = gaps.mean(axis="columns").to_numpy()
+        mean_gaps = gaps.mean(axis="columns").to_numpy()
         # Two one-sided tests at 5% each (Schuirmann, J. Pharmacokinet. Biopharm. 1987).
-        narrower = interval(whole, 0.90)
+        narrower = interval(mean_gaps, 0.90)
         setting = f"mean over {gaps.shape[1]} settings, on validation"
-        line = claim.line(setting, interval(whole), float(pairs["cost_ratio"].max()))
+        line = claim.line(setting, interval(mean_gaps), float(pairs["cost_ratio"].max()))
         if narrower.low > -TAU_MARGIN and narrower.high < TAU_MARGIN:
             line |= {"verdict": "equivalent", "remark": f"within ±{TAU_MARGIN:g}"}
-        elif line["verdict"] == "holds" and (by_repeat(pairs, "teacher_tau").mean() <= 0).any():
-            line |= {"verdict": "does not hold", "remark": "a student of mode shared has no order"}
+        elif line["verdict"] == "holds":
+            mean_tau = by_repeat(pairs, "teacher_tau").mean()
+            if (mean_tau <= 0).any():
+                line["verdict"] = "does not hold"
+                line["remark"] = "a student of mode shared has no order"
         yield line

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.evaluate import PerRequest
 from kd_ranker.evaluation.live_test import RequestsNeeded, number_needed
-from kd_ranker.evaluation.metrics.metric import ReportAt, Sums, ratio
+from kd_ranker.evaluation.metrics.metric import Metric, ReportAt, Sums, ratio
 from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.evaluation.metrics.target import CRITERION, TARGET, at_target
 from kd_ranker.evaluation.request_files import PerRequestByRanker
@@ -52,12 +52,12 @@ class Estimates:
         self.study = study
         self._points = _points(study)
         self.targets = self._points.targets
-        self._read = pd.concat(
+        self._test_rows = pd.concat(
             [study.tested, saving.of_split(study.references, "test"), study.teachers]
         )
         self._rows = {
             str(setting): rows.set_index("repeat")
-            for setting, rows in self._read.groupby("setting", sort=False)
+            for setting, rows in self._test_rows.groupby("setting", sort=False)
         }
         # FLOPs per candidate; NaN without a teacher.
         self._teacher_flops = float(study.teachers["flops_per_candidate"].mean())
@@ -65,10 +65,9 @@ class Estimates:
     @property
     def num_requests(self) -> int:
         """The number of test requests; 0 if their own numbers were not kept."""
-        if not self.study.kept:
+        if not self.study.kept_requests:
             return 0
-        _, kept = self.study.kept[0]
-        return len(kept.each[TEACHER, "user"].sums["funnel_requests"])
+        return _count_requests(self.study.kept_requests[0].by_ranker)
 
     @property
     def settings(self) -> Collection[str]:
@@ -84,8 +83,10 @@ class Estimates:
 
     def gap(self, setting: str, other: str, measure: str) -> Interval:
         """Return the paired difference `setting` − `other`, over the repeats that both have."""
-        pair = (self._measured(name, measure) for name in (setting, other))
-        return crossed_interval(combined(np.subtract, *pair))
+        difference = combined(
+            np.subtract, self._measured(setting, measure), self._measured(other, measure)
+        )
+        return crossed_interval(difference)
 
     def fewer(self, setting: str, other: str) -> Interval:
         """Return how many fewer candidates a setting needs for `TARGET`, as a share of another's.
@@ -93,8 +94,10 @@ class Estimates:
         1 − `passed_for_99` / `passed_for_99` of the other, over the repeats that both have. It is
         the saving of two rankers that cost the same, before a final ranker that costs far more.
         """
-        pair = (self._measured(name, CRITERION) for name in (setting, other))
-        return crossed_interval(combined(lambda own, of_other: 1 - own / of_other, *pair))
+        share = combined(
+            _share_saved, self._measured(setting, CRITERION), self._measured(other, CRITERION)
+        )
+        return crossed_interval(share)
 
     def saving(self, setting: str, target: float = TARGET, over: str | None = None) -> Interval:
         """Return the share of another ranker's cost that a setting saves, each at a target.
@@ -127,14 +130,17 @@ class Estimates:
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
-        alone = self.study.costs._replace(student=0.0, student_request=0.0)
+        teacher_only = self.study.costs._replace(student=0.0, student_request=0.0)
 
         def share(cost: Any, candidates: Any) -> Any:
-            whole = saving.funnel_cost(candidates, candidates, 0.0, self._teacher_flops, alone)
-            return cost / whole
+            teacher_cost = saving.funnel_cost(
+                candidates, candidates, 0.0, self._teacher_flops, teacher_only
+            )
+            return cost / teacher_cost
 
-        parts = (self._cost(setting, TARGET), self._measured(setting, "candidates"))
-        return crossed_interval(combined(share, *parts))
+        cost = self._cost(setting, TARGET)
+        candidates = self._measured(setting, "candidates")
+        return crossed_interval(combined(share, cost, candidates))
 
     def requests_for(self, setting: str, measure: str, width: float) -> float:
         """Return the test requests with which the 95% interval of a measure is ± `width` of it.
@@ -155,12 +161,12 @@ class Estimates:
         It is empty if the requests of a repeat were not kept.
         """
         drawn = self._stacked(setting, self._rows[setting].index, name)
-        columns = (
-            zip(self.study.kept[0][1].ks, np.moveaxis(drawn.numbers, -1, 0), strict=True)
-            if drawn.repeats
-            else ()
-        )
-        lines = [(int(k), *crossed_interval(drawn._replace(numbers=of))[:3]) for k, of in columns]
+        lines = []
+        if drawn.repeats:
+            ks = self.study.kept_requests[0].by_ranker.ks
+            for k, numbers in zip(ks, np.moveaxis(drawn.numbers, -1, 0), strict=True):
+                value = crossed_interval(drawn._replace(numbers=numbers))
+                lines.append((int(k), value.mean, value.low, value.high))
         return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
 
     def live_test(self, setting: str, other: str, effect: float) -> RequestsNeeded | None:
@@ -175,22 +181,34 @@ class Estimates:
         Returns:
           None if the test requests or their labels are not known.
         """
-        # The teacher's own row counts only labels of candidates that it has scored.
-        rankers = (each for _, kept in self.study.kept for (run, _), each in kept.each.items()
-                   if run != TEACHER)  # fmt: skip
-        each = next(rankers, None)
-        if each is None:
+        per_request = self._labels_per_request()
+        if per_request is None:
             return None
         config = self.study.config
-        value = np.asarray(each.curves["positives_kept"][:, -1] @ np.asarray(config.value_weights))
-        column, shown = f"survival@{self.study.passed}", config.funnel.shown
-        missed = min(1.0, sum(1 - self.of(name, column).mean for name in (setting, other)))
-        if not (value.mean() > 0 and missed > 0):
+        value = np.asarray(per_request @ np.asarray(config.value_weights))
+        survival = f"survival@{self.study.passed}"
+        missed = (1 - self.of(setting, survival).mean) + (1 - self.of(other, survival).mean)
+        missed = min(1.0, missed)
+        mean = float(value.mean())
+        if not (mean > 0 and missed > 0):
             return None
-        mean, variance = float(value.mean()), float(value.var(ddof=1))
-        credit = 2 * shown * missed * (variance / shown + (mean / shown) ** 2)
+        variance = float(value.var(ddof=1))
+        shown = config.funnel.shown
+        credit_variance = 2 * shown * missed * (variance / shown + (mean / shown) ** 2)
         change = effect * mean
-        return RequestsNeeded(number_needed(4 * variance, change), number_needed(credit, change))
+        return RequestsNeeded(
+            ab=number_needed(4 * variance, change),
+            interleaved=number_needed(credit_variance, change),
+        )
+
+    def _labels_per_request(self) -> Float[np.ndarray, "N T"] | None:
+        """Return the positive labels of each test request, by task; None if not kept."""
+        for _, by_ranker in self.study.kept_requests:
+            for (run, _), per_request in by_ranker.each.items():
+                # The teacher's own row counts only labels of candidates that it has scored.
+                if run != TEACHER:
+                    return np.asarray(per_request.curves["positives_kept"][:, -1])
+        return None
 
     def coverage(self, settings: Sequence[str]) -> float:
         """Return the least coverage of settings at `funnel.passed`, in [0, 1].
@@ -249,108 +267,141 @@ class Estimates:
         if measure not in rows:
             return _NOWHERE
         values = rows[measure].dropna().astype(float)
-        each, drawn = values.to_numpy()[None], self._stacked(setting, values.index, measure)
+        on_test = values.to_numpy()[None]
+        drawn = self._stacked(setting, values.index, measure)
         if not drawn.repeats:
-            return OverDraws(tuple(values.index), each, 0)
+            return OverDraws(tuple(values.index), on_test, 0)
         # The first row has the digits of `results.csv`.
-        return drawn._replace(numbers=np.concatenate([each, drawn.numbers[1:]]))
+        return drawn._replace(numbers=np.concatenate([on_test, drawn.numbers[1:]]))
 
     def _saving(self, setting: str, other: str | None, target: float = TARGET) -> OverDraws:
         if other is None:
             return _NOWHERE
-        pair = (self._cost(name, target) for name in (setting, other))
-        return combined(lambda cost, of_other: 1 - cost / of_other, *pair)
+        return combined(_share_saved, self._cost(setting, target), self._cost(other, target))
 
     def _cost(self, setting: str, target: float) -> OverDraws:
         """Return the mean cost of a request at a target."""
-        row, of_teacher = self._rows[setting].iloc[0].to_dict(), self._teacher_flops
+        row = self._rows[setting].iloc[0].to_dict()
         flops, costs = saving.student_cost(row, self.study.costs)
-        (column,) = METRICS["scored_for"].columns((), ReportAt((), (target,)))
+        (scored_column,) = METRICS["scored_for"].columns((), ReportAt(targets=(target,)))
+
+        def cost(candidates: Any, scored: Any) -> Any:
+            return saving.funnel_cost(candidates, scored, flops, self._teacher_flops, costs)
+
         return combined(
-            lambda total, scored: saving.funnel_cost(total, scored, flops, of_teacher, costs),
-            self._measured(setting, "candidates"),
-            self._measured(setting, column),
+            cost, self._measured(setting, "candidates"), self._measured(setting, scored_column)
         )
 
     def _stacked(self, setting: str, repeats: Iterable[Any], column: str) -> OverDraws:
         """Return a column of each repeat, [1+B, R, ...]; no repeat if the draws of one lack it."""
         repeats = tuple(repeats)
-        numbers = [self._drawn.get((setting, repeat), {}).get(column) for repeat in repeats]
-        known = [of for of in numbers if of is not None]
-        if not known or len(known) < len(numbers):
+        numbers = []
+        for repeat in repeats:
+            drawn = self._drawn.get((setting, repeat), {})
+            if column not in drawn:
+                return _NOWHERE
+            numbers.append(drawn[column])
+        if not numbers:
             return _NOWHERE
-        requests = len(self.study.kept[0][1].each[TEACHER, "user"].sums["funnel_requests"])
-        return OverDraws(repeats, np.stack(known, axis=1), requests)
+        return OverDraws(repeats, np.stack(numbers, axis=1), self.num_requests)
 
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
         """The draws by setting and repeat, where the requests were kept."""
         study = self.study
-        found: dict[tuple[str, str], _Drawn] = {}
-        for source, kept in study.kept:
-            rows = self._read[self._read["source"] == source]
-            runs = {run for run, _ in kept.each}
+        by_setting_and_repeat: dict[tuple[str, str], _Drawn] = {}
+        for source, by_ranker in study.kept_requests:
+            rows = self._test_rows[self._test_rows["source"] == source]
+            runs = {run for run, _ in by_ranker.each}
             seeds = rows.loc[(rows["role"] == "student") & rows["run"].isin(runs), "seed"]
-            teacher = kept.each[TEACHER, "user"]
-            counts = intervals.request_counts(len(teacher.sums["funnel_requests"]), DRAWS)
-            of_teacher = _resampled(kept, teacher, counts)
-            for (run, serve), each in kept.each.items():
-                named = rows[(rows["run"] == run) & (rows["serve"] == serve)]
+            counts = intervals.request_counts(_count_requests(by_ranker), DRAWS)
+            teacher_sums = _resampled(by_ranker.ks, by_ranker.each[TEACHER, "user"], counts)
+            for (run, serve), per_request in by_ranker.each.items():
+                ranker_rows = rows[(rows["run"] == run) & (rows["serve"] == serve)]
                 if study.num_teachers > 1:
                     # Teachers and references have the same name under every teacher.
-                    named = named[named["seed"].isin(seeds)]
-                if named.empty:
+                    ranker_rows = ranker_rows[ranker_rows["seed"].isin(seeds)]
+                if ranker_rows.empty:
                     continue
-                drawn = self._numbers(_resampled(kept, each, counts), of_teacher)
-                found |= dict.fromkeys(zip(named["setting"], named["repeat"], strict=True), drawn)
-        return found
+                sums = _resampled(by_ranker.ks, per_request, counts)
+                drawn = self._measure(sums, teacher_sums)
+                for key in zip(ranker_rows["setting"], ranker_rows["repeat"], strict=True):
+                    by_setting_and_repeat[key] = drawn
+        return by_setting_and_repeat
 
-    def _numbers(self, sums: Sums, of_teacher: Sums) -> _Drawn:
+    def _measure(self, sums: Sums, teacher_sums: Sums) -> _Drawn:
         """Return a ranker's measures, means over tasks where a metric has one, and curves."""
-        # The sweeps of a study may have kept other k. `sums` have every k.
-        ks = self.study.kept[0][1].ks
-        points, at = self._points, ks - 1
-        tasks, known = self.study.config.tasks, set(self.study.rows)
         drawn: _Drawn = {}
         for metric in METRICS.values():
             # A metric that was added later has no sums here.
             with contextlib.suppress(KeyError):
-                columns = metric.columns(tasks, points)
-                is_drawn = columns or metric.curve_columns(tasks)
-                ended = metric.final(sums, of_teacher) if metric.final and is_drawn else None
-                if ended is not None and columns and set(columns) <= known:
-                    numbers = metric.numbers(ended, points)
-                    drawn |= zip(columns, numbers, strict=True)
-                    if metric.averaged:
-                        of_task = ~np.isnan(numbers)
-                        whole = np.where(of_task, numbers, 0.0).sum(axis=0)
-                        drawn[metric.name] = ratio(whole, of_task.sum(axis=0))
-                if ended is not None and (columns := metric.curve_columns(tasks)):
-                    by_column = np.asarray(ended)[at].reshape(len(ks), len(columns), -1)
-                    drawn |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
+                drawn |= self._measure_one(metric, sums, teacher_sums)
+        return drawn
+
+    def _measure_one(self, metric: Metric, sums: Sums, teacher_sums: Sums) -> _Drawn:
+        """Return the columns of one metric.
+
+        Raises:
+          KeyError: the sums of this metric are missing.
+        """
+        tasks = self.study.config.tasks
+        columns = metric.columns(tasks, self._points)
+        curve_columns = metric.curve_columns(tasks)
+        if metric.final is None or not (columns or curve_columns):
+            return {}
+        drawn: _Drawn = {}
+        final = metric.final(sums, teacher_sums)
+        if columns and set(columns) <= set(self.study.rows):
+            numbers = metric.numbers(final, self._points)
+            drawn |= zip(columns, numbers, strict=True)
+            if metric.averaged:
+                is_known = ~np.isnan(numbers)
+                total = np.where(is_known, numbers, 0.0).sum(axis=0)
+                drawn[metric.name] = ratio(total, is_known.sum(axis=0))
+        if curve_columns:
+            # The sweeps of a study may have kept other k. The sums have every k.
+            ks = self.study.kept_requests[0].by_ranker.ks
+            by_column = np.asarray(final)[ks - 1].reshape(len(ks), len(curve_columns), -1)
+            drawn |= zip(curve_columns, by_column.transpose(1, 2, 0), strict=True)
         return drawn
 
 
 def _points(study: Study) -> ReportAt:
     """Return the points of the curves that the study's columns have."""
-    columns = [str(column) for column in study.rows]
-    ks = {int(found[1]) for column in columns if (found := re.search(r"@(\d+)", column))}
-    named = (re.fullmatch(r"passed_for_([\d.]+)", column) for column in columns)
-    targets = tuple(round(float(found[1]) / 100, 10) for found in named if found)
-    return ReportAt(tuple(sorted(ks)), targets)
+    ks = set()
+    targets = []
+    for column in map(str, study.rows):
+        if k := re.search(r"@(\d+)", column):
+            ks.add(int(k[1]))
+        if percent := re.fullmatch(r"passed_for_([\d.]+)", column):
+            targets.append(round(float(percent[1]) / 100, 10))
+    return ReportAt(tuple(sorted(ks)), tuple(targets))
+
+
+def _share_saved(number: Any, number_of_other: Any) -> Any:
+    return 1 - number / number_of_other
+
+
+def _count_requests(by_ranker: PerRequestByRanker) -> int:
+    return len(by_ranker.each[TEACHER, "user"].sums["funnel_requests"])
 
 
 def _resampled(
-    kept: PerRequestByRanker, each: PerRequest, counts: Int[np.ndarray, "1+B N"]
+    ks: Int[np.ndarray, "K"], per_request: PerRequest, counts: Int[np.ndarray, "1+B N"]
 ) -> Sums:
     """Return the sums of a ranker in each draw, [..., 1+B], curves interpolated at every k."""
-    every, times = np.arange(1, kept.ks[-1] + 1), counts.astype(np.float64)
-    between = np.stack([np.interp(every, kept.ks, of) for of in np.eye(len(kept.ks))], axis=1)
-
-    def drawn(of: Any) -> Any:
-        return np.tensordot(np.asarray(of, np.float64), times, (0, 1))
-
-    single: Sums = {name: drawn(of) for name, of in each.sums.items()}
-    return single | {
-        name: np.tensordot(between, drawn(of), axes=1) for name, of in each.curves.items()
+    every_k = np.arange(1, ks[-1] + 1)
+    # Linear interpolation between the kept k, as a matrix [every k, K].
+    to_every_k = np.stack([np.interp(every_k, ks, point) for point in np.eye(len(ks))], axis=1)
+    resampled: Sums = {
+        name: _sum_in_draws(terms, counts) for name, terms in per_request.sums.items()
     }
+    for name, terms in per_request.curves.items():
+        resampled[name] = np.tensordot(to_every_k, _sum_in_draws(terms, counts), axes=1)
+    return resampled
+
+
+def _sum_in_draws(terms: Any, counts: Int[np.ndarray, "1+B N"]) -> Float[np.ndarray, "... 1+B"]:
+    """Return the sums of terms [N, ...] over the requests of each draw."""
+    terms = np.asarray(terms, np.float64)
+    return np.tensordot(terms, counts.astype(np.float64), axes=(0, 1))

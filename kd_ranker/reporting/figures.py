@@ -19,7 +19,7 @@ from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, TARGET
 from kd_ranker.evaluation.saving import SAVINGS, by_repeat, of_split
 from kd_ranker.evaluation.setting_names import SETTING_COLUMNS
 from kd_ranker.reporting.estimates import Estimates
-from kd_ranker.reporting.intervals import interval
+from kd_ranker.reporting.intervals import Interval, interval
 from kd_ranker.reporting.study import Study
 
 Chart = alt.LayerChart | alt.FacetChart
@@ -30,9 +30,11 @@ _COLORS = (
     *("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
     *("#332288", "#999933", "#882255", "#44aa99"),
 )
-_INCUMBENT, _LIST, _RULE = "#b4b4b4", "#8c6d31", "#808080"
-# The width of a file, in pixels or points; the height of a plot on the page over that in a file.
-_WIDTH, _PAGE_HEIGHT = 403, 1.4
+_INCUMBENT = "#b4b4b4"
+_LIST = "#8c6d31"
+_RULE = "#808080"
+_WIDTH = 403  # of a file, in pixels or points
+_PAGE_HEIGHT = 1.4  # of a plot on the page, over that in a file
 _THEME: dict[str, Any] = {
     "background": "transparent", "font": "sans-serif", "padding": 3, "aria": False,
     "view": {"stroke": None},
@@ -90,37 +92,54 @@ def _sized(figure: Figure, width: Any, height: float, **theme: str) -> Chart:
 
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """Return the figures of a study that have numbers, in their order."""
-    drawn = (
+    drawn = [
         _waterfall(study, estimates),
         _plane(study, estimates),
-        _over_k(
-            study, estimates, "value_captured", TARGET,
-            "Value captured by candidates passed",
-            "The share of the final value that is kept when k candidates are passed, on the test "
-            "split; of each method the setting that did best on validation. The dashed line is "
-            f"{PERCENT}; marks and the legend show what each needs for it, the mean over repeats.",
-        ),
-        _over_k(
-            study, estimates, "true_value_captured", None,
-            "True value captured by candidates passed",
-            "The same items, valued by the true probabilities: the share of the value if all "
-            "retrieved candidates reach the final ranker. It can exceed 1 if an early ranker drops "
-            "candidates that the final ranker overrates.",
-        ) if study.knows_truth else None,
-        _over_k(
-            study, estimates, "served_ndcg", None,
-            "Quality for people by candidates passed",
-            "NDCG by people's labels of the list that the final ranker makes when k candidates are "
-            "passed, without those that have no label, on the test split; mean over requests.",
-        ),
-        _over_k(
-            study, estimates, "served_ndcg_of_all", None,
-            "Quality for people, with candidates without a label",
-            "The same with the candidates without a label, which count as not wanted.",
-        ),
+        *(_over_k(study, estimates, curve) for curve in _curves(study)),
         _pareto(study),
-    )  # fmt: skip
+    ]
     return [figure for figure in drawn if figure is not None]
+
+
+class _Curve(NamedTuple):
+    """A measure to draw over k."""
+
+    measure: str
+    title: str
+    caption: str
+    rule: float | None = None  # the height of a dashed line, at which lines have marks
+
+
+def _curves(study: Study) -> list[_Curve]:
+    value = _Curve(
+        "value_captured",
+        "Value captured by candidates passed",
+        "The share of the final value that is kept when k candidates are passed, on the test "
+        "split; of each method the setting that did best on validation. The dashed line is "
+        f"{PERCENT}; marks and the legend show what each needs for it, the mean over repeats.",
+        rule=TARGET,
+    )
+    true_value = _Curve(
+        "true_value_captured",
+        "True value captured by candidates passed",
+        "The same items, valued by the true probabilities: the share of the value if all "
+        "retrieved candidates reach the final ranker. It can exceed 1 if an early ranker drops "
+        "candidates that the final ranker overrates.",
+    )
+    ndcg = _Curve(
+        "served_ndcg",
+        "Quality for people by candidates passed",
+        "NDCG by people's labels of the list that the final ranker makes when k candidates are "
+        "passed, without those that have no label, on the test split; mean over requests.",
+    )
+    ndcg_of_all = _Curve(
+        "served_ndcg_of_all",
+        "Quality for people, with candidates without a label",
+        "The same with the candidates without a label, which count as not wanted.",
+    )
+    if study.knows_truth:
+        return [value, true_value, ndcg, ndcg_of_all]
+    return [value, ndcg, ndcg_of_all]
 
 
 def _values(data: pd.DataFrame) -> alt.InlineData:
@@ -154,23 +173,43 @@ def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
     return line.mark_rule(strokeDash=[6, 5], clip=True).encode(color=alt.value(_RULE), y=y("rule"))
 
 
+class _Step(NamedTuple):
+    """A step of `_waterfall`; a bar of two steps has the color of the second."""
+
+    name: str
+    setting: str | None  # None if it is not measured
+    color: str
+
+
 def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
     """Draw a bar per step from today's ranker to the best with scores, with its number."""
-    steps = {
-        "today's early ranker": study.incumbent, "mode none": study.plain,
-        "best without scores": study.baseline, "best with scores": study.best_with_scores,
-    }  # fmt: skip
-    # A ranker that is two steps at once has one bar, with both names.
-    names_of: dict[str, list[str]] = {}
-    for step, setting in steps.items():
-        names_of.setdefault(setting or "", []).append(step)
-    lines = [
-        (", ".join(names_of[setting or ""]), setting, *estimates.of(setting or "", CRITERION)[:3])
-        for step, setting in steps.items()
-        if names_of[setting or ""][0] == step
+    steps = [
+        _Step("today's early ranker", study.incumbent, _INCUMBENT),
+        _Step("mode none", study.plain, _COLORS[0]),
+        _Step("best without scores", study.baseline, _COLORS[5]),
+        _Step("best with scores", study.best_with_scores, _COLORS[1]),
     ]
-    columns = ["line", "setting", "mean", "low", "high"]
+    # A ranker that is two steps at once has one bar, with both names.
+    steps_by_setting: dict[str, list[_Step]] = {}
+    for step in steps:
+        if step.setting is not None:
+            steps_by_setting.setdefault(step.setting, []).append(step)
+    lines = []
+    for setting, its_steps in steps_by_setting.items():
+        passed = estimates.of(setting, CRITERION)
+        lines.append(
+            {
+                "line": ", ".join(step.name for step in its_steps),
+                "setting": setting,
+                "mean": passed.mean,
+                "low": passed.low,
+                "high": passed.high,
+                "color": its_steps[-1].color,
+            }
+        )
+    columns = ["line", "setting", "mean", "low", "high", "color"]
     data = pd.DataFrame(lines, columns=columns).dropna(subset=["mean"])
+    colors = data.pop("color").tolist()
     if data.empty:
         return None
     data = data.assign(end=data[["mean", "high"]].max(axis=1))
@@ -180,9 +219,7 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         {"domain": (0, 1.15 * data["end"].max()), "nice": False},
     )  # fmt: skip
     order = data["line"].tolist()
-    palette = dict(zip(steps, (_INCUMBENT, _COLORS[0], _COLORS[5], _COLORS[1]), strict=True))
-    # A bar of two steps has the color of the second.
-    color = alt.Scale(domain=order, range=[palette[line.split(", ")[-1]] for line in order])
+    color = alt.Scale(domain=order, range=colors)
     # Both names of a ranker, one below the other.
     axis = alt.Axis(labelLimit=0, labelExpr="split(datum.label, ', ')")
     base = alt.Chart().encode(y=alt.Y("line:N", title=None, sort=order, axis=axis))
@@ -212,32 +249,41 @@ def _points(
 
     Lines connect the marks along the column `order`, which labels them; "" draws none.
     """
-    across, up = columns
+    x_column, y_column = columns
     base = alt.Chart().encode(color=_color(study, data, "circle"))
     # Pale, since readers should compare the marks.
     bar = base.mark_rule(strokeWidth=0.8, opacity=0.45)
     layers = [
-        bar.encode(x=x(f"{across}_low"), x2=f"{across}_high", y=y(up)),
-        bar.encode(x=x(across), y=y(f"{up}_low"), y2=f"{up}_high"),
+        bar.encode(x=x(f"{x_column}_low"), x2=f"{x_column}_high", y=y(y_column)),
+        bar.encode(x=x(x_column), y=y(f"{y_column}_low"), y2=f"{y_column}_high"),
     ]
-    numbers = (alt.Tooltip(f"{of}:Q", title=title_of(of), format=".4f") for of in columns)
-    placed = base.encode(x=x(across), y=y(up), tooltip=["setting:N", *numbers])
+    numbers = [
+        alt.Tooltip(f"{column}:Q", title=title_of(column), format=".4f") for column in columns
+    ]
+    placed = base.encode(x=x(x_column), y=y(y_column), tooltip=["setting:N", *numbers])
     if order:
+        line = placed.mark_line().encode(order=f"{order}:Q")
         text = placed.mark_text(align="left", fontSize=10, dx=5, dy=-6).encode(text=f"{order}:Q")
-        layers += [placed.mark_line().encode(order=f"{order}:Q"),
-                   text.transform_filter(f"isValid(datum.{order})")]  # fmt: skip
+        layers += [line, text.transform_filter(f"isValid(datum.{order})")]
     return [*layers, placed.mark_point(filled=True, size=50, opacity=1)]
 
 
 def _plane(study: Study, estimates: Estimates) -> Figure | None:
     """Draw the change for users over the saving; None if either is unknown for all methods."""
-    lines = [
-        (method, method, setting, *estimates.of(setting, SAVINGS[0])[:3],
-         *estimates.gap(setting, study.baseline, measure)[:3])
-        for measure in study.users_measures[1:]
-        for method, setting in study.chosen.items()
-        if study.baseline not in (None, setting)
-    ]  # fmt: skip
+    lines = []
+    for measure in study.users_measures[1:]:
+        for method, setting in study.chosen.items():
+            if study.baseline is None or study.baseline == setting:
+                continue
+            lines.append(
+                {
+                    "line": method,
+                    "method": method,
+                    "setting": setting,
+                    **_numbers("saving", estimates.of(setting, SAVINGS[0])),
+                    **_numbers("users", estimates.gap(setting, study.baseline, measure)),
+                }
+            )
     columns = ["line", "method", "setting", *_ends("saving"), *_ends("users")]
     data = pd.DataFrame(lines, columns=columns).dropna(subset=["saving", "users"])
     if data.empty:
@@ -275,46 +321,51 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
 
 def _with_room(*values: float) -> tuple[float, float]:
     """Return the ends of an axis that shows all known values, a twelfth of their range apart."""
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    low = float(np.nanmin(values))
+    high = float(np.nanmax(values))
     room = (high - low) / 12 or 0.01
     return low - room, high + room
 
 
-def _over_k(
-    study: Study, estimates: Estimates, measure: str, rule: float | None, title: str, caption: str
-) -> Figure | None:
-    """Draw a measure over k with a band per ranker; None if no student has it.
-
-    `rule` is where a dashed line is, at which lines have marks.
-    """
+def _over_k(study: Study, estimates: Estimates, curve: _Curve) -> Figure | None:
+    """Draw a measure over k with a band per ranker; None if no student has it."""
     if not study.chosen:
         return None
-    others = [of for of in (study.incumbent, study.baseline) if of is not None]
-    drawn = study.chosen.values()
-    rankers = study.chosen | {name: name for name in others if name not in drawn}
-    curves = [
-        estimates.curve(setting, measure).assign(
-            method=method, setting=setting, passed=estimates.of(setting, CRITERION).mean
-        )
-        for method, setting in rankers.items()
-    ]
+    # The incumbent and the baseline take part too; a list of items is its own method.
+    others = {
+        name: name
+        for name in (study.incumbent, study.baseline)
+        if name is not None and name not in study.chosen.values()
+    }
+    curves = []
+    for method, setting in (study.chosen | others).items():
+        values = estimates.curve(setting, curve.measure)
+        passed = estimates.of(setting, CRITERION).mean
+        curves.append(values.assign(method=method, setting=setting, passed=passed))
     data = pd.concat(curves).dropna(subset=["mean"])
     students = data[data["method"].isin([*study.chosen])]
     if students.empty:
         return None
-    data["line"] = data["method"] + ("" if rule is None else data["passed"].map(": {:.0f}".format))
+    data["line"] = data["method"]
+    if curve.rule is not None:
+        data["line"] += data["passed"].map(": {:.0f}".format)
     # Values start far below 99%: the window starts where the best of them is near it.
     low = max(0.0, min(0.9, float(students["mean"].median()) - 0.1))
     near = students[students["mean"] >= low]
     top = float(near[["mean", "high"]].max().max())
-    ks = int(near["k"].min()), int(near["k"].max())
+    first_k = int(near["k"].min())
+    last_k = int(near["k"].max())
     ticks = [step * 10**power for power in range(8) for step in (1, 2, 5)]
     x = _axis(
-        alt.X, "candidates passed, k", {"type": "log", "domain": ks, "nice": False},
-        values=[k for k in ticks if ks[0] <= k <= ks[1]], format="d", labelOverlap=True,
-    )  # fmt: skip
-    values = {"domain": (low, top + 0.05 * (top - low)), "nice": False}
-    y = _axis(alt.Y, f"{title_of(measure)} at k", values)
+        alt.X,
+        "candidates passed, k",
+        {"type": "log", "domain": (first_k, last_k), "nice": False},
+        values=[k for k in ticks if first_k <= k <= last_k],
+        format="d",
+        labelOverlap=True,
+    )
+    y_scale = {"domain": (low, top + 0.05 * (top - low)), "nice": False}
+    y = _axis(alt.Y, f"{title_of(curve.measure)} at k", y_scale)
     base = alt.Chart().encode(color=_color(study, data, "stroke"), x=x("k"))
     tooltip = ["setting:N", "k:Q", alt.Tooltip("mean:Q", format=".4f")]
     layers = [
@@ -323,16 +374,17 @@ def _over_k(
         # Invisible, to show numbers under the pointer.
         base.mark_point(size=150, opacity=0, clip=True).encode(y=y("mean"), tooltip=tooltip),
     ]
-    if rule is not None:
-        at = _values(data.drop_duplicates("line").assign(mean=rule))
+    if curve.rule is not None:
+        on_rule = _values(data.drop_duplicates("line").assign(mean=curve.rule))
         marks = base.mark_point(filled=True, size=50, opacity=1, clip=True)
-        marks = marks.encode(x=x("passed"), y=y("mean")).properties(data=at)
-        layers += [_rule(y, rule), marks]
-    caption += (
-        " Bands are 95% intervals. Gray is the early ranker that filled the log, brown a list if no"
-        " student without scores needs fewer."
+        marks = marks.encode(x=x("passed"), y=y("mean")).properties(data=on_rule)
+        layers += [_rule(y, curve.rule), marks]
+    caption = (
+        f"{curve.caption} Bands are 95% intervals. Gray is the early ranker that filled the log, "
+        "brown a list if no student without scores needs fewer."
     )
-    return Figure(measure, title, caption, data, alt.layer(*layers, data=_values(data)))
+    chart = alt.layer(*layers, data=_values(data))
+    return Figure(curve.measure, curve.title, caption, data, chart)
 
 
 def _pareto(study: Study) -> Figure | None:
@@ -349,15 +401,14 @@ def _pareto(study: Study) -> Figure | None:
     measures = ("user_bce", "teacher_bce")
     for measure in measures:
         table = by_repeat(rows, measure)
-        means = [interval(table[setting].to_numpy())[:3] for setting in data["setting"]]
-        data[[*_ends(measure)]] = np.reshape(means, (-1, 3))
+        means = [_numbers(measure, interval(table[name].to_numpy())) for name in data["setting"]]
+        for column in _ends(measure):
+            data[column] = np.array([numbers[column] for numbers in means], float)
     data = data.dropna(subset=[*measures])
     if data.empty:
         return None
-    x, y = (
-        _axis(channel, f"{title_of(of)}, mean over tasks (nats)", {"zero": False})
-        for channel, of in zip((alt.X, alt.Y), measures, strict=True)
-    )
+    x = _axis(alt.X, f"{title_of('user_bce')}, mean over tasks (nats)", {"zero": False})
+    y = _axis(alt.Y, f"{title_of('teacher_bce')}, mean over tasks (nats)", {"zero": False})
     return Figure(
         "pareto", "Predicting users against following the teacher",
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
@@ -371,3 +422,8 @@ def _pareto(study: Study) -> Figure | None:
 def _ends(name: str) -> tuple[str, str, str]:
     """Return the columns of a mean and of the ends of its interval."""
     return name, f"{name}_low", f"{name}_high"
+
+
+def _numbers(name: str, mean: Interval) -> dict[str, float]:
+    """Return a mean and the ends of its interval by their columns, see `_ends`."""
+    return dict(zip(_ends(name), (mean.mean, mean.low, mean.high), strict=True))

@@ -107,12 +107,14 @@ def combined(function: Callable[..., Any], *settings: OverDraws) -> OverDraws:
     stem from the same counts. If the draws of one are not known, those of the result are not.
     """
     first, *others = settings
-    rows = min(len(setting.numbers) for setting in settings)
-    common = [name for name in first.repeats if all(name in other.repeats for other in others)]
-    numbers = [
-        setting.numbers[:rows, [setting.repeats.index(name) for name in common]]
-        for setting in settings
+    num_rows = min(len(setting.numbers) for setting in settings)
+    common = [
+        repeat for repeat in first.repeats if all(repeat in other.repeats for other in others)
     ]
+    numbers = []
+    for setting in settings:
+        columns = [setting.repeats.index(repeat) for repeat in common]
+        numbers.append(setting.numbers[:num_rows, columns])
     return OverDraws(tuple(common), function(*numbers), first.requests)
 
 
@@ -122,11 +124,11 @@ def crossed_interval(setting: OverDraws) -> Interval:
     mean ± (t_N · V_requests + t_R · V_repeats) / √(V_requests + V_repeats), with
 
         V_requests = N/(N−1) · mean of Cov(drawn[:, r], drawn[:, s]) over r ≠ s, at least 0
-        V_repeats = Var(each) / R
+        V_repeats = Var(on_test) / R
 
-    where `drawn` is [draws, repeats] and `each` [repeats] is measured on the test requests, and
-    t_N, t_R the points of Student's distribution (Biometrika 1908) with N − 1 and R − 1 degrees of
-    freedom. The sum is an unbiased estimate of the variance if V_requests > 0. Its factor is the
+    where `drawn` is [draws, repeats], `on_test` [repeats] is measured on the test requests, and
+    t_N, t_R are the points of Student's distribution (Biometrika 1908) with N − 1 and R − 1 degrees
+    of freedom. The sum is an unbiased estimate of the variance if V_requests > 0. Its factor is the
     mean of both points, weighted by the parts (Cochran, Biometrics 1964). One point with
     Satterthwaite's degrees of freedom (Biometrics 1946) covers less if repeats are few.
     `docs/report.md` has the measured coverage. The interval of one repeat is ± t_N · √V with
@@ -140,30 +142,34 @@ def crossed_interval(setting: OverDraws) -> Interval:
     if len(setting.numbers) == 1:
         return interval(setting.numbers[0])
     known = setting.numbers[:, np.isfinite(setting.numbers[0])]
-    each, drawn = known[0], known[1:]
-    n, requests = len(each), setting.requests
+    on_test = known[0]
+    drawn = known[1:]
+    n = len(on_test)
     if n == 0:
         return NOTHING
-    mean = float(each.mean())
-    whole = np.isfinite(drawn).all(axis=1)
-    if requests < 2 or whole.mean() < 1 - _UNKNOWN_DRAWS:
+    mean = float(on_test.mean())
+    is_whole = np.isfinite(drawn).all(axis=1)
+    if setting.requests < 2 or is_whole.mean() < 1 - _UNKNOWN_DRAWS:
         return NOTHING._replace(mean=mean, n=n)
-    half = _half(each, drawn[whole], requests)
+    half = _half_width(on_test, drawn[is_whole], setting.requests)
     return Interval(mean, mean - half, mean + half, n, "both" if n > 1 else "requests")
 
 
-def _half(each: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int) -> float:
+def _half_width(
+    on_test: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int
+) -> float:
     """Return the half-width of `crossed_interval`."""
-    repeats = len(each)
+    repeats = len(on_test)
     # A variance over draws has N in place of N − 1.
     covariance = np.cov(drawn, rowvar=False).reshape(repeats, repeats) * requests / (requests - 1)
     t_requests = stats.t.ppf((1 + CONFIDENCE) / 2, requests - 1)
     if repeats == 1:
         return float(t_requests * np.sqrt(covariance.item()))
     t_repeats = stats.t.ppf((1 + CONFIDENCE) / 2, repeats - 1)
-    of_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
-    of_repeats = each.var(ddof=1) / repeats
-    if (total := of_requests + of_repeats) == 0:
+    v_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
+    v_repeats = on_test.var(ddof=1) / repeats
+    total = v_requests + v_repeats
+    if total == 0:
         # Repeats that agree exactly have no variance; only that of the requests remains.
         return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
-    return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total))
+    return float((t_requests * v_requests + t_repeats * v_repeats) / np.sqrt(total))

@@ -36,6 +36,13 @@ class Pair(NamedTuple):
     without: str
 
 
+class KeptRequests(NamedTuple):
+    """What each test request adds to the measures of the rankers of a cohort."""
+
+    source: int  # the number of the sweep
+    by_ranker: request_files.PerRequestByRanker
+
+
 class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
@@ -63,8 +70,7 @@ class Study(NamedTuple):
     requests_a_day: float  # of the user's log; NaN without times
     configs: dict[str, ConfigDict]  # by the folder of each sweep
     environments: dict[str, Environment]  # the same
-    # Of each sweep's number and cohort, what each test request adds to the measures of its rankers.
-    kept: list[tuple[int, request_files.PerRequestByRanker]]
+    kept_requests: list[KeptRequests]  # of each sweep and cohort that kept them
 
     @property
     def baseline(self) -> str | None:
@@ -143,30 +149,40 @@ class Study(NamedTuple):
 
         They differ only by the scores. The best of all kinds may differ in more than that.
         """
-        trees = {name: of for name, of in self.rivals.items() if name.startswith("trees ")}
-        settings = {
-            "students": (self._students(needs_scores=True), self._students(needs_scores=False)),
+        pairs = {
+            "students": (
+                self._cheapest(self._students(needs_scores=True)),
+                self._cheapest(self._students(needs_scores=False)),
+            ),
             "trees": (
-                [name for name, needs_scores in trees.items() if needs_scores],
-                [name for name, needs_scores in trees.items() if not needs_scores],
+                self._cheapest(self._trees(needs_scores=True)),
+                self._cheapest(self._trees(needs_scores=False)),
             ),
         }
-        found = {}
-        for kind, (learned, others) in settings.items():
-            with_scores, without = self._cheapest(learned), self._cheapest(others)
-            if with_scores is not None and without is not None:
-                found[kind] = Pair(with_scores, without)
-        return found
+        return {
+            kind: Pair(with_scores, without)
+            for kind, (with_scores, without) in pairs.items()
+            if with_scores is not None and without is not None
+        }
 
     def _students(self, needs_scores: bool) -> list[str]:
         rows = self.tested[self.tested["needs_scores"] == needs_scores]
         return [*rows["setting"].unique()]
 
+    def _trees(self, needs_scores: bool) -> list[str]:
+        return [
+            name
+            for name, rival_needs_scores in self.rivals.items()
+            if name.startswith("trees ") and rival_needs_scores == needs_scores
+        ]
+
     def _cheapest(self, settings: Sequence[str]) -> str | None:
-        kept = [setting for setting in settings if self.keeps_users(setting)] or [*settings]
+        """Return the setting of the cheapest funnel, of those that keep users if any does."""
+        keeping = [setting for setting in settings if self.keeps_users(setting)]
+        candidates = keeping or [*settings]
         rows = pd.concat([self.rows, self.references])
         costs = by_repeat(of_split(rows, "validation"), "funnel_cost")
-        return saving.best_of(costs[kept]) or saving.best(rows, kept)
+        return saving.best_of(costs[candidates]) or saving.best(rows, candidates)
 
     def keeps_users(self, setting: str) -> bool:
         """Return True if the interval of `users_change` is above −`report.margin`, or unknown."""
@@ -198,9 +214,10 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     for folder in folders:
         data = _checked_config(folder).data
         by_dataset.setdefault(data.get("title") or data.name, []).append(folder)
-    studies = [_study(dataset, of) for dataset, of in by_dataset.items()]
+    studies = [_join_sweeps(dataset, sweeps) for dataset, sweeps in by_dataset.items()]
     names = pd.Series(["claims", *(study.file_name for study in studies)])
-    if len(duplicates := names[names.duplicated()]):
+    duplicates = names[names.duplicated()]
+    if len(duplicates):
         name = duplicates.min()
         raise UserError(f"two tables would both be called {name}; choose another data.title")
     return studies
@@ -209,26 +226,26 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
 def _checked_config(folder: Path) -> ConfigDict:
     for name in (results.FILE, workdirs.CONFIG_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no {name}; {_make(folder)}")
+            raise UserError(f"{folder} holds no {name}; {_sweep_remedy(folder)}")
     remedy = (
         "start the command that made it again, with its flags: it writes the tables, and trains "
         "nothing again"
     )
-    for measured in dict.fromkeys([folder, *_tested(folder)]):
+    for measured in dict.fromkeys([folder, *_test_folders(folder)]):
         manifest.check(measured, remedy)
     return workdirs.read_config(folder)
 
 
-def _tested(folder: Path) -> list[Path]:
+def _test_folders(folder: Path) -> list[Path]:
     """Return the folders with the test of a sweep's cohorts, or that of a single run."""
     return sorted(folder.glob(f"{FOLDER}/*/{TEST}")) or [folder]
 
 
-def _make(folder: Path) -> str:
+def _sweep_remedy(folder: Path) -> str:
     return f"make a sweep with: {command('sweep')} --config=FILE.py --workdir={folder}"
 
 
-def _study(dataset: str, folders: list[Path]) -> Study:
+def _join_sweeps(dataset: str, folders: list[Path]) -> Study:
     configs = {str(folder): workdirs.read_config(folder) for folder in folders}
     _check_alike(configs)
     first = next(iter(configs.values()))
@@ -239,27 +256,32 @@ def _study(dataset: str, folders: list[Path]) -> Study:
     joined = pd.concat(tables, ignore_index=True)
     if "student" not in set(joined["role"]):
         names = ", ".join(configs)
-        raise UserError(f"{names}: {results.FILE} has no student; {_make(folders[0])}")
+        raise UserError(f"{names}: {results.FILE} has no student; {_sweep_remedy(folders[0])}")
     rows = _labeled(joined)
-    students, teachers, references = (
-        rows[rows["role"] == role] for role in ("student", "teacher", "reference")
-    )
+    students = _of_role(rows, "student")
+    teachers = _of_role(rows, "teacher")
+    references = _of_role(rows, "reference")
     _check_distinct(students, folders)
     is_healthy = students["non_finite_step"].isna()
     healthy = students[is_healthy]
     # Each sweep has measured the choices of its validation on test. The validation of all decides.
-    read = of_split(healthy, "test")["setting"]
-    chosen = saving.best_of_methods(healthy[healthy["setting"].isin(read)])
-    compared = healthy[healthy["setting"].isin([*chosen.values()])]
+    measured_on_test = of_split(healthy, "test")["setting"]
+    chosen = saving.best_of_methods(healthy[healthy["setting"].isin(measured_on_test)])
+    chosen_settings = list(chosen.values())
+
     teacher_flops = float(teachers["flops_per_candidate"].mean())
     costs = saving.costs_of(first)
-    ranked = saving.with_costs(pd.concat([healthy, references]), teacher_flops, costs)
-    is_compared = ranked["setting"].isin([*compared["setting"], *references["setting"]])
-    against = saving.baselines(ranked[is_compared])
-    ranked = saving.with_savings(ranked, against)
-    healthy, references = (ranked[ranked["role"] == of] for of in ("student", "reference"))
+    rankers = saving.with_costs(pd.concat([healthy, references]), teacher_flops, costs)
+    is_compared = rankers["setting"].isin([*chosen_settings, *references["setting"]])
+    baselines = saving.baselines(rankers[is_compared])
+    rankers = saving.with_savings(rankers, baselines)
+    healthy = _of_role(rankers, "student")
+    references = _of_role(rankers, "reference")
+
     reports = [report for report in map(read_data_report, folders) if report]
-    faults = (of for report in reports for of in report["allowed"])
+    allowed: list[str] = []
+    for report in reports:
+        allowed += [f"{fault['name']}: {fault['text']}" for fault in report["allowed"]]
     return Study(
         dataset=dataset,
         config=first,
@@ -267,24 +289,28 @@ def _study(dataset: str, folders: list[Path]) -> Study:
         costs=costs,
         rows=healthy,
         chosen=chosen,
-        baselines=against,
-        tested=of_split(healthy[healthy["setting"].isin([*chosen.values()])], "test"),
+        baselines=baselines,
+        tested=of_split(healthy[healthy["setting"].isin(chosen_settings)], "test"),
         teachers=of_split(teachers, "test"),
-        num_teachers=joined.loc[joined["role"] == "teacher", "seed"].nunique(dropna=False),
+        num_teachers=_of_role(joined, "teacher")["seed"].nunique(dropna=False),
         references=references,
         diverged=students[~is_healthy].drop_duplicates(["source", "run"]),
         varying=setting_names.varying_columns(students),
-        allowed=list(dict.fromkeys(f"{of['name']}: {of['text']}" for of in faults)),
+        allowed=list(dict.fromkeys(allowed)),
         requests_a_day=requests_a_day(reports[0]) if reports else float("nan"),
         configs=configs,
         environments={str(folder): _environment(folder) for folder in folders},
-        kept=[
-            (source, request_files.read_requests(tested))
+        kept_requests=[
+            KeptRequests(source, request_files.read_requests(test_folder))
             for source, folder in enumerate(folders)
-            for tested in _tested(folder)
-            if (tested / request_files.REQUESTS_FILE).exists()
+            for test_folder in _test_folders(folder)
+            if (test_folder / request_files.REQUESTS_FILE).exists()
         ],
     )
+
+
+def _of_role(rows: pd.DataFrame, role: str) -> pd.DataFrame:
+    return rows[rows["role"] == role]
 
 
 def _environment(folder: Path) -> Environment:
@@ -299,9 +325,9 @@ def _environment(folder: Path) -> Environment:
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
     free = [*schema.may_differ(), *schema.without_influence("report")]
     flat = {name: workdirs.values_by_key(config, free) for name, config in configs.items()}
-    (first, here), *others = flat.items()
-    for other, there in others:
-        if differing := manifest.differences(here, there):
+    first = next(iter(flat))
+    for other, values in flat.items():
+        if differing := manifest.differences(flat[first], values):
             raise UserError(
                 f"{first} and {other} are sweeps of one dataset under different configs, so their "
                 f"results cannot be joined; report them separately: {differing}"
@@ -314,8 +340,8 @@ def _labeled(rows: pd.DataFrame) -> pd.DataFrame:
     Modes and heads are in the order in which they occur, plain mode `none` first.
     """
     # A sweep's teachers and references count for its own students, and once per repeat.
-    each = [setting_names.in_each_repeat(of) for _, of in rows.groupby("source")]
-    rows = pd.concat(each, ignore_index=True)
+    sweeps = [setting_names.in_each_repeat(sweep) for _, sweep in rows.groupby("source")]
+    rows = pd.concat(sweeps, ignore_index=True)
     once = ["split", "role", "run", "serve", *setting_names.REPEAT]
     rows = rows[(rows["role"] == "student") | ~rows.duplicated(once)]
     averages = {
@@ -331,20 +357,25 @@ def _labeled(rows: pd.DataFrame) -> pd.DataFrame:
         variant=(rows["mode"] == "none") & (rows[list(PLAIN)] != pd.Series(PLAIN)).any(axis=1),
     )
 
-    def places(column: pd.Series) -> Any:
-        return pd.factorize(column)[0] if column.name in ("mode", "serve") else column
-
     order = ["mode", "variant", *setting_names.SETTING_COLUMNS[1:], *setting_names.REPEAT]
     rows = rows.sort_values(
-        order, key=places, kind="stable", na_position="first", ignore_index=True
+        order, key=_sort_key, kind="stable", na_position="first", ignore_index=True
     )
-    students = rows[rows["role"] == "student"]
-    return setting_names.with_names(rows, setting_names.varying_columns(students))
+    return setting_names.with_names(rows, setting_names.varying_columns(_of_role(rows, "student")))
+
+
+def _sort_key(column: pd.Series) -> Any:
+    """Return what to sort by: for modes and heads the order of their first occurrence."""
+    if column.name in ("mode", "serve"):
+        codes, _ = pd.factorize(column)
+        return codes
+    return column
 
 
 def _check_distinct(students: pd.DataFrame, folders: list[Path]) -> None:
     duplicates = students[students.duplicated(["split", "setting", "repeat"], keep=False)]
     if len(duplicates):
-        names = ", ".join(duplicates["run"].astype(str).unique())
-        named = ", ".join(str(folders[source]) for source in sorted(duplicates["source"].unique()))
-        raise UserError(f"{named}: these runs occur more than once: {names}; leave one out")
+        runs = ", ".join(duplicates["run"].astype(str).unique())
+        sources = sorted(duplicates["source"].unique())
+        sweeps = ", ".join(str(folders[source]) for source in sources)
+        raise UserError(f"{sweeps}: these runs occur more than once: {runs}; leave one out")

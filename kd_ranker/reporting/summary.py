@@ -52,12 +52,13 @@ def summary(study: Study, estimates: Estimates) -> str:
     ]
     students = [_cells(study, estimates, line) for line in _students(study, estimates)]
     baselines = [_cells(study, estimates, line) for line in _baselines(study, estimates)]
-    rows: list[Any] = [*_wrapped(headers, [*students, *baselines])]
+    rows: list[Any] = [*_wrap_first_cells(headers, [*students, *baselines])]
     if baselines:
         rows.insert(len(students), SEPARATING_LINE)
+    wrapped_headers = ["\n".join(_header_lines(header)) for header in headers[1:]]
     table = tabulate(
         rows,
-        headers=[headers[0], *("\n".join(_header_lines(header)) for header in headers[1:])],
+        headers=[headers[0], *wrapped_headers],
         colalign=["left", "left", *["right"] * (len(headers) - 2)],
         disable_numparse=True,
     )
@@ -100,17 +101,19 @@ def _baselines(study: Study, estimates: Estimates) -> list[_Line]:
 def _fewest_first(lines: Sequence[_Line], estimates: Estimates) -> list[_Line]:
     passed = [estimates.of(line.setting, CRITERION).mean for line in lines]
     order = pd.Series(passed, dtype=float).sort_values(kind="stable", na_position="last").index
-    return [lines[place] for place in order]
+    return [lines[index] for index in order]
 
 
 def _cells(study: Study, estimates: Estimates, line: _Line) -> list[str]:
-    saving, passed = "baseline", mean_text(estimates.of(line.setting, CRITERION), 0)
+    passed = mean_text(estimates.of(line.setting, CRITERION), 0)
+    saving = "baseline"
     if line.setting != study.baseline:
         saving = _saving_text(estimates.saved(line.setting))
     if estimates.are_partly_scored:
         bounds = estimates.passed_bounds(line.setting)
         passed = bounds_text(bounds)
-        saving = "" if math.isnan(bounds.high) else saving
+        if math.isnan(bounds.high):
+            saving = ""
     return [
         line.words,
         "yes" if line.needs_scores else "no",
@@ -133,14 +136,15 @@ def _saving_text(saving: Interval) -> str:
     return f"{mean}% ({low} to {high})" if low else f"{mean}%"
 
 
-def _wrapped(headers: Sequence[str], rows: Sequence[list[str]]) -> list[list[str]]:
+def _wrap_first_cells(headers: Sequence[str], rows: Sequence[list[str]]) -> list[list[str]]:
     """Return rows with their first cell wrapped, so that the table has at most `WIDTH` columns."""
-    taken = 0
-    for place in range(1, len(headers)):
+    width_of_others = 0
+    for column in range(1, len(headers)):
         # tabulate pads headers.
-        header = max(map(len, _header_lines(headers[place]))) + MIN_PADDING
-        taken += _GAP + max([header, *(len(row[place]) for row in rows)])
-    width = max(_LEAST_WIDTH, WIDTH - taken)
+        header_width = max(map(len, _header_lines(headers[column]))) + MIN_PADDING
+        widths = [len(row[column]) for row in rows]
+        width_of_others += _GAP + max([header_width, *widths])
+    width = max(_LEAST_WIDTH, WIDTH - width_of_others)
     return [[textwrap.fill(row[0], width), *row[1:]] for row in rows]
 
 
@@ -166,11 +170,10 @@ def method_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
         parts.append("unshown negatives")
     keys = {key.title: key for key in schema.setting_keys()}
     named_above = ("distill_loss", "user_loss", "unshown_weight")
-    parts += [
-        f"{key_title(column)} {value_text(row[column])}"
-        for column in varying
-        if column not in named_above and not keys[column].tuned and not pd.isna(row[column])
-    ]
+    for column in varying:
+        if column in named_above or keys[column].tuned or pd.isna(row[column]):
+            continue
+        parts.append(f"{key_title(column)} {value_text(row[column])}")
     return ", ".join(parts)
 
 

@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,9 @@ class Table(NamedTuple):
     @property
     def marks(self) -> np.ndarray:
         """True where a cell is marked, [lines, columns]."""
-        return np.zeros(self.cells.shape, bool) if self.best is None else self.best.to_numpy(bool)
+        if self.best is None:
+            return np.zeros(self.cells.shape, bool)
+        return self.best.to_numpy(bool)
 
     @property
     def numeric(self) -> list[bool]:
@@ -56,8 +58,8 @@ class Table(NamedTuple):
         cells = cells.rename(columns=_in_markdown)
         marked = cells.where(~self.marks, "**" + cells + "**")
         body = marked.to_markdown(index=False, tablefmt="github", disable_numparse=True)
-        title, notes = _in_markdown(self.title), map(_in_markdown, self.notes)
-        return "\n".join([f"# {title}", "", body, "", *(f"{note}\n" for note in notes)])
+        notes = [f"{_in_markdown(note)}\n" for note in self.notes]
+        return "\n".join([f"# {_in_markdown(self.title)}", "", body, "", *notes])
 
     def latex(self) -> str:
         r"""Return the table as LaTeX (needs `\usepackage{booktabs}`), its notes as comments."""
@@ -94,7 +96,8 @@ def number(value: float, digits: int, signed: bool = False) -> str:
         return ""
     # Adding 0 turns the -0 of a tiny negative number into 0.
     rounded = round(value, digits) + 0.0
-    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
+    sign = "+" if signed and rounded > 0 else ""
+    return f"{sign}{rounded:.{digits}f}".replace("-", "−")
 
 
 def mean_text(mean: Interval, digits: int, signed: bool = False) -> str:
@@ -117,7 +120,8 @@ def bounds_text(bounds: Bounds) -> str:
     >>> bounds_text(Bounds(163.0, 513.0))
     '163 to 513'
     """
-    low, high = number(bounds.low, 0), number(bounds.high, 0)
+    low = number(bounds.low, 0)
+    high = number(bounds.high, 0)
     if not low or low == high:
         return low
     return f"{low} to {high}" if high else f"at least {low}"
@@ -130,7 +134,8 @@ def percents(share: Interval) -> tuple[str, str, str]:
     (('25', '6', '45'), ('0.4', '−0.2', '1.0'))
     """
     ends = np.array([100 * share.mean, 100 * share.low, 100 * share.high])
-    digits = 0 if np.abs(ends[~np.isnan(ends)]).max(initial=0) >= 5 else 1
+    largest = np.abs(ends[~np.isnan(ends)]).max(initial=0)
+    digits = 0 if largest >= 5 else 1
     mean, low, high = (number(value, digits) for value in ends)
     return mean, low, high
 
@@ -152,22 +157,27 @@ def results_text(workdir: Path, passed: int, width: int | None = None) -> str:
     frame = setting_names.with_names(of_split(results.read_csv(path), "test"), named)
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
     known = frame.dropna(axis="columns", how="all")
-    varying = [of for of in named if frame[of].nunique() > 1]
-    groups = frame.groupby("setting", sort=False)
-    cells = _key_cells(groups.head(1), varying)
-    cells["seeds"] = [int(of["non_finite_step"].isna().sum()) for _, of in groups]
+    varying = [column for column in named if frame[column].nunique() > 1]
+    by_setting = frame.groupby("setting", sort=False)
+    cells = _key_cells(by_setting.head(1), varying)
+    cells["seeds"] = [int(rows["non_finite_step"].isna().sum()) for _, rows in by_setting]
     left_out = 0
     for measure in registry.main_columns(tasks, passed):
         if measure not in known:
             continue
-        column = [_over_repeats(of[measure], measure) for _, of in groups]
-        wider = cells.assign(**{title_of(measure): column})
-        if width is not None and len(wider.to_string(index=False).partition("\n")[0]) > width:
+        texts = [_over_repeats(rows[measure], measure) for _, rows in by_setting]
+        wider = cells.assign(**{title_of(measure): texts})
+        if width is not None and _width(wider) > width:
             left_out += 1
         else:
             cells = wider
     more = f" ({left_out} more measures; --wide prints them)" if left_out else ""
     return f"{cells.to_string(index=False)}\n\nresults: {path}{more}"
+
+
+def _width(cells: pd.DataFrame) -> int:
+    """Return the number of characters in a line of a table as text."""
+    return len(cells.to_string(index=False).partition("\n")[0])
 
 
 def _over_repeats(values: pd.Series, measure: str) -> str:
@@ -193,7 +203,7 @@ def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
     rivals = references[references["setting"].isin(study.rivals)]
     rows = pd.concat([study.tested, rivals]).drop_duplicates("setting")
     settings = rows.set_index("setting")[keys]
-    lines = []
+    lines: list[dict[str, Any]] = []
     for measure in map(str, study.rows):
         metric = metric_of(measure)
         if metric is None or not metric.compared:
@@ -204,10 +214,22 @@ def comparison(study: Study, estimates: Estimates) -> pd.DataFrame:
             gap = NOTHING
             if study.baseline not in (None, setting):
                 gap = estimates.gap(setting, str(study.baseline), measure)
-            lines.append((study.dataset, setting, *settings.loc[setting], measure, *mean,
-                          *gap[:4], setting == winner))  # fmt: skip
-    gaps = ["difference", "difference_low", "difference_high", "pairs"]
-    columns = ["dataset", "setting", *keys, "measure", *Interval._fields, *gaps, "best"]
+            lines.append(
+                {
+                    "dataset": study.dataset,
+                    "setting": setting,
+                    **settings.loc[setting],
+                    "measure": measure,
+                    **mean._asdict(),
+                    "difference": gap.mean,
+                    "difference_low": gap.low,
+                    "difference_high": gap.high,
+                    "pairs": gap.n,
+                    "best": setting == winner,
+                }
+            )
+    gap_columns = ["difference", "difference_low", "difference_high", "pairs"]
+    columns = ["dataset", "setting", *keys, "measure", *Interval._fields, *gap_columns, "best"]
     return pd.DataFrame(lines, columns=columns)
 
 
@@ -225,13 +247,17 @@ def marked(
 
     `means` are those of each setting. Unless `better` is "lower" or "higher", there is no best.
     """
-    known = {setting: of.mean for setting, of in means.items() if of.n}
-    sign = {"lower": -1, "higher": 1}.get(str(better), 0)
-    if not sign or len(known) < 2:
+    if better not in ("lower", "higher"):
+        return None
+    sign = 1 if better == "higher" else -1
+    known = {setting: mean.mean for setting, mean in means.items() if mean.n}
+    if len(known) < 2:
         return None
     winner = max(known, key=lambda setting: sign * known[setting])
-    gaps = (estimates.gap(winner, other, measure) for other in known if other != winner)
-    return winner if all(gap.scaled(sign).low > 0 for gap in gaps) else None
+    for other in known:
+        if other != winner and not estimates.gap(winner, other, measure).scaled(sign).low > 0:
+            return None
+    return winner
 
 
 def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Table:
@@ -253,8 +279,10 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
     cells["scores"] = rows["needs_scores"].map({True: "yes", False: "no"}).mask(others, "").values
     cells = _with_means(cells, "repeats", means)
     winners = numbers[numbers["best"] & numbers["measure"].isin(list(means))]
-    won = {*zip(winners["setting"], winners["measure"].map(title_of), strict=True)}
-    best = pd.DataFrame({of: [(name, of) in won for name in rows["setting"]] for of in cells})
+    winner_by_title = dict(zip(winners["measure"].map(title_of), winners["setting"], strict=True))
+    best = pd.DataFrame(
+        {title: (rows["setting"] == winner_by_title.get(title)).to_numpy() for title in cells}
+    )
     notes = [
         "Means over repeats (seeds) on the test split: of each method the setting that did best on "
         "validation. No choice has seen the test requests, but the same trained students are read "
@@ -277,8 +305,8 @@ def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Tab
         )
     if len(study.diverged):
         names = ", ".join(
-            f"{line['run'] or line['setting']} (step {line['non_finite_step']:g})"
-            for line in study.diverged.to_dict("records")
+            f"{row['run'] or row['setting']} (step {row['non_finite_step']:g})"
+            for row in study.diverged.to_dict("records")
         )
         notes.append(f"Left out, because their loss stopped being finite: {names}.")
     return Table(f"{study.dataset}: the best of each method, on test", cells, notes, best)
@@ -302,7 +330,9 @@ def difference_table(study: Study, estimates: Estimates) -> Table | None:
     if study.baseline is None or settings.empty:
         return None
     gaps = {
-        measure: [estimates.gap(of, study.baseline, measure) for of in settings["setting"]]
+        measure: [
+            estimates.gap(setting, study.baseline, measure) for setting in settings["setting"]
+        ]
         for measure in important_columns(study)
         # A saving is a difference to the baseline already.
         if measure not in SAVINGS
@@ -319,7 +349,10 @@ def _with_means(
     cells: pd.DataFrame, repeats: str, means: Mapping[str, list[Interval]], signed: bool = False
 ) -> pd.DataFrame:
     """Return cells with a column of the numbers of repeats, and one of texts per measure."""
-    counts = [str(max(of.n for of in row)) for row in zip(*means.values(), strict=True)]
+    counts = [
+        str(max(mean.n for mean in means_of_row))
+        for means_of_row in zip(*means.values(), strict=True)
+    ]
     texts = {
         title_of(measure): [mean_text(mean, _digits(measure), signed) for mean in column]
         for measure, column in means.items()
@@ -334,27 +367,33 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
     """
     if not len(study.teachers):
         return None
-    users, targets = study.users_measures[1:], estimates.targets
-    of_teacher = float(study.teachers["flops_per_candidate"].mean())
-    empty = [""] * (len(users) + len(targets))
-    lines = [["only the teacher", "", f"{of_teacher:,.0f}", "100%", *empty]]
+    users_measures = study.users_measures[1:]
+    targets = estimates.targets
+    teacher_flops = float(study.teachers["flops_per_candidate"].mean())
+    empty = [""] * (len(users_measures) + len(targets))
+    lines = [["only the teacher", "", f"{teacher_flops:,.0f}", "100%", *empty]]
     flops = study.tested.drop_duplicates("setting").set_index("setting")["flops_per_candidate"]
-    for setting, own in zip(map(str, flops.index), flops, strict=True):
+    for setting, setting_flops in zip(map(str, flops.index), flops, strict=True):
         percent = estimates.cost_share(setting).scaled(100)
-        passed = mean_text(estimates.of(setting, CRITERION), 0)
-        of_users = (mean_text(estimates.of(setting, of), 4) for of in users)
-        saved = (mean_text(estimates.saving(setting, target), 3) for target in targets)
-        lines.append([setting, passed, f"{own:,.0f}", mean_text(percent, 1), *of_users, *saved])
-    target = PERCENT
+        line = [
+            setting,
+            mean_text(estimates.of(setting, CRITERION), 0),
+            f"{setting_flops:,.0f}",
+            mean_text(percent, 1),
+        ]
+        line += [mean_text(estimates.of(setting, measure), 4) for measure in users_measures]
+        line += [mean_text(estimates.saving(setting, target), 3) for target in targets]
+        lines.append(line)
     notes = [
-        f"The funnel's cost is that of a request which passes as many as keep {target} of "
+        f"The funnel's cost is that of a request which passes as many as keep {PERCENT} of "
         f"the final value, {study.costs.unit}, as a share of the cost of only the final ranker on "
         "all candidates; the columns that follow are the users' value then. The saving is the "
         f"share of the cost that is saved against {study.baseline}, if both pass enough candidates "
         "to keep a share of the final value. ± is half the 95% interval."
     ]
-    columns = ["", f"passed for {target}", "FLOPs per candidate", "funnel's cost (%)"]
-    columns += [*map(title_of, users), *(f"saving at {100 * of:g}%" for of in targets)]
+    columns = ["", f"passed for {PERCENT}", "FLOPs per candidate", "funnel's cost (%)"]
+    columns += [title_of(measure) for measure in users_measures]
+    columns += [f"saving at {100 * target:g}%" for target in targets]
     cells = pd.DataFrame(lines, columns=columns, dtype=object)
     return Table(f"{study.dataset}: cost of the funnel", cells, notes)
 
@@ -366,10 +405,12 @@ def tuning_table(study: Study) -> Table:
     cells = _key_cells(settings, study.varying)
     chosen = settings["setting"].isin(list(study.chosen.values()))
     cells[""] = np.where(chosen, "chosen", "")
-    groups = rows.groupby("setting", sort=False)
-    cells["repeats"] = groups.size().astype(str).to_numpy()
+    by_setting = rows.groupby("setting", sort=False)
+    cells["repeats"] = by_setting.size().astype(str).to_numpy()
     for measure in (CRITERION, f"value_captured@{study.passed}", study.users_measures[0]):
-        cells[title_of(measure)] = [_over_repeats(values, measure) for _, values in groups[measure]]
+        cells[title_of(measure)] = [
+            _over_repeats(values, measure) for _, values in by_setting[measure]
+        ]
     notes = [
         "All that was tried, on the validation split; of each method the setting with the smallest "
         f"mean {title_of(CRITERION)} was chosen. ± is half the 95% interval over repeats."
@@ -379,20 +420,26 @@ def tuning_table(study: Study) -> Table:
 
 def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     """Return the claims of `claims.claims` on a dataset as a table for people."""
-    low, mean, high = (
-        [number(of, _digits(at)) for of, at in zip(claims[end], claims["measure"], strict=True)]
-        for end in ("low", "mean", "high")
-    )
-    ends = [f"{of} to {to}" if of else "" for of, to in zip(low, high, strict=True)]
+    means = []
+    ends = []
+    for line in claims.to_dict("records"):
+        digits = _digits(line["measure"])
+        low = number(line["low"], digits)
+        means.append(number(line["mean"], digits))
+        ends.append(f"{low} to {number(line['high'], digits)}" if low else "")
     cells = pd.DataFrame(
         {
-            "": claims["claim"], "claim": claims["statement"], "verdict": claims["verdict"],
+            "": claims["claim"],
+            "claim": claims["statement"],
+            "verdict": claims["verdict"],
             "setting": claims["setting"],
             "measure": claims["measure"].map(title_of).replace(FEWER, f"fewer for {PERCENT}"),
-            "value": mean, "95% interval": ends, "repeats": claims["n"].astype(str),
+            "value": means,
+            "95% interval": ends,
+            "repeats": claims["n"].astype(str),
             "remark": claims["remark"],
         }
-    )  # fmt: skip
+    )
     notes = [
         "A claim holds if the whole interval is on the claimed side of its threshold, does not "
         "hold if the whole interval is on the other side, and is undecided if the interval "

@@ -18,7 +18,9 @@ from kd_ranker.reporting.tables import Table
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.training.workdir import write_atomically
 
-PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
+PAGE = "report.html"
+TABLES = "tables"
+FIGURES = "figures"
 # The part of Vega's bundle that page.js uses.
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 
@@ -47,11 +49,13 @@ def write_report(
     Returns:
       The part of the page about each dataset, with its answer.
     """
-    estimates = [Estimates(study) for study in read_studies(workdirs)]
-    tested = [claims(of.study, of) for of in estimates]
-    sections = [
-        _write_study(of, lines, output) for of, lines in zip(estimates, tested, strict=True)
-    ]
+    tested = []
+    sections = []
+    for study in read_studies(workdirs):
+        estimates = Estimates(study)
+        tested_claims = claims(study, estimates)
+        tested.append(tested_claims)
+        sections.append(_write_study(study, estimates, tested_claims, output))
     _write_csv(output / TABLES / "claims.csv", pd.concat(tested))
     texts = [section.claims.markdown() for section in sections]
     write_atomically(output / TABLES / "claims.md", "\n".join(texts))
@@ -65,20 +69,22 @@ def write_report(
     return sections
 
 
-def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
-    study, name = estimates.study, estimates.study.file_name
+def _write_study(
+    study: Study, estimates: Estimates, tested_claims: pd.DataFrame, output: Path
+) -> Section:
+    name = study.file_name
     numbers = tables.comparison(study, estimates)
-    written = {
+    tables_by_file = {
         name: tables.main_table(study, estimates, numbers),
         f"{name}-difference": tables.difference_table(study, estimates),
         f"{name}-cost": tables.cost_table(study, estimates),
         f"{name}-tuning": tables.tuning_table(study),
     }
     _write_csv(output / TABLES / f"{name}.csv", numbers)
+    written = {file: table for file, table in tables_by_file.items() if table is not None}
     for file, table in written.items():
-        if table:
-            write_atomically(output / TABLES / f"{file}.md", table.markdown())
-            write_atomically(output / TABLES / f"{file}.tex", table.latex())
+        write_atomically(output / TABLES / f"{file}.md", table.markdown())
+        write_atomically(output / TABLES / f"{file}.tex", table.latex())
     drawn = figures.figures(study, estimates)
     for figure in drawn:
         for ending, content in figures.files(figure).items():
@@ -88,8 +94,8 @@ def _write_study(estimates: Estimates, tested: pd.DataFrame, output: Path) -> Se
         answer=answer(study, estimates),
         summary=summary(study, estimates),
         figures=drawn,
-        claims=tables.claims_table(study.dataset, tested),
-        tables=[table for table in written.values() if table],
+        claims=tables.claims_table(study.dataset, tested_claims),
+        tables=list(written.values()),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Shaped
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kd_ranker.batch import FIELDS, FeatureSpec, Owner, Stage
+from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Stage
 from kd_ranker.requests.request import runs, starts_of
 
 LEAST_WHOLE = 0.9
@@ -26,7 +26,7 @@ A few writes get lost.
 """
 
 # The number of rows that are copied at a time, so that their index arrays stay small.
-_ROWS = 2**20
+_ROWS_AT_A_TIME = 2**20
 
 
 def row_type(spec: FeatureSpec, *owners: Owner) -> np.dtype:
@@ -35,15 +35,21 @@ def row_type(spec: FeatureSpec, *owners: Owner) -> np.dtype:
     The events of a history are in the row of their request.
     """
     fields: list[Any] = []
-    for field in (of for owner in owners for of in FIELDS if of.of == owner):
-        # A batch also has the stage and the teacher's weight, which are computed.
-        computed = field.name in ("stage", "teacher_weight")
-        if (field.dtype or field.of == "known") and not computed:
-            is_float = (field.stored or field.dtype) is np.float32
-            events = (spec.history_length,) if field.of == "event" else ()
-            shape = (*events, *field.shape(spec))
-            fields.append((field.name, np.float32 if is_float else np.int32, shape))
+    for owner in owners:
+        for field in FIELDS:
+            if field.of == owner and _is_in_rows(field):
+                is_float = (field.stored or field.dtype) is np.float32
+                events = (spec.history_length,) if owner == "event" else ()
+                shape = (*events, *field.shape(spec))
+                fields.append((field.name, np.float32 if is_float else np.int32, shape))
     return np.dtype(fields)
+
+
+def _is_in_rows(field: Field) -> bool:
+    # A batch also has the stage and the teacher's weight, which are computed.
+    if field.name in ("stage", "teacher_weight"):
+        return False
+    return field.dtype is not None or field.of == "known"
 
 
 def width_of(row: np.dtype) -> int:
@@ -58,14 +64,16 @@ def unpack_rows(rows: Int[Array, "*shape W"], row: np.dtype) -> dict[str, Any]:
     """
     unpacked: dict[str, Any] = {}
     for name, place in (row.fields or {}).items():
-        of, start = place[:2]
-        entry = rows[..., start // 4 : (start + of.itemsize) // 4]
-        shape = (*rows.shape[:-1], *of.shape)
-        if of.base.names:
-            unpacked[name] = unpack_rows(entry.reshape(*shape, width_of(of.base)), of.base)
+        dtype, start = place[:2]  # the start is in bytes
+        entry = rows[..., start // 4 : (start + dtype.itemsize) // 4]
+        shape = (*rows.shape[:-1], *dtype.shape)
+        if dtype.base.names:
+            inner_rows = entry.reshape(*shape, width_of(dtype.base))
+            unpacked[name] = unpack_rows(inner_rows, dtype.base)
+        elif dtype.base == np.float32:
+            unpacked[name] = entry.reshape(shape).view(np.float32)
         else:
-            entry = entry.reshape(shape)
-            unpacked[name] = entry.view(np.float32) if of.base == np.float32 else entry
+            unpacked[name] = entry.reshape(shape)
     return unpacked
 
 
@@ -100,16 +108,19 @@ class Counts(NamedTuple):
         """Return the number of leading candidates that reached a stage of the funnel."""
         if stage == Stage.SHOWN:
             return self.shown
-        return self.passed if stage == Stage.PASSED else self.retrieved
+        if stage == Stage.PASSED:
+            return self.passed
+        return self.retrieved
 
 
 class Windows:
     """The rows at all places among the numbers of some arrays, one array after the other."""
 
     def __init__(self, arrays: Sequence[Int32[np.ndarray, "_"]], width: int) -> None:
-        self.arrays, self._width = arrays, width
-        self._starts = starts_of(np.array(list(map(len, arrays))))
-        self._windows = [sliding_window_view(of, width) for of in arrays]
+        self.arrays = arrays
+        self._width = width
+        self._starts = starts_of(np.array([len(array) for array in arrays]))
+        self._windows = [sliding_window_view(array, width) for array in arrays]
 
     def __getitem__(self, places: Int[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape width"]:
         """Return copies of the rows that begin at some places."""
@@ -117,8 +128,8 @@ class Windows:
             return self._windows[0][places]
         rows = np.empty((*places.shape, self._width), np.int32)
         for windows, (start, stop) in zip(self._windows, pairwise(self._starts), strict=True):
-            here = (places >= start) & (places < stop)
-            rows[here] = windows[places[here] - start]
+            is_inside = (places >= start) & (places < stop)
+            rows[is_inside] = windows[places[is_inside] - start]
         return rows
 
 
@@ -136,24 +147,20 @@ class Rows(NamedTuple):
         self, requests: Int[np.ndarray, "*R"], places: Int[np.ndarray, "*R N"]
     ) -> Int[np.ndarray, "*R N W"]:
         """Return the rows at places in the entries of requests, the padding row for places < 0."""
-
-        def place(rows: Rows) -> Int[np.ndarray, "*R N"]:
-            row = rows.first[requests][..., None] + places.astype(np.int64) * rows.stride
-            return np.where(places < 0, rows.nothing, row)
-
-        return self._read(place)
+        starts = self.first[requests][..., None] + places.astype(np.int64) * self.stride
+        rows = self.windows[np.where(places < 0, self.nothing, starts)]
+        if self.column is None:
+            return rows
+        return np.concatenate([rows, self.column.at(requests, places)], axis=-1)
 
     def firsts(
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
     ) -> Int[np.ndarray, "sum W"]:
         """Return the first `numbers[i]` rows of each request `i`, grouped by request."""
-        return self._read(lambda rows: runs(rows.first[requests], numbers, rows.stride))
-
-    def _read(self, place: Callable[["Rows"], Int[np.ndarray, "*shape"]]) -> Any:
-        own = self.windows[place(self)]
+        rows = self.windows[runs(self.first[requests], numbers, self.stride)]
         if self.column is None:
-            return own
-        return np.concatenate([own, self.column.windows[place(self.column)]], axis=-1)
+            return rows
+        return np.concatenate([rows, self.column.firsts(requests, numbers)], axis=-1)
 
     def fields(
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
@@ -172,8 +179,10 @@ class Rows(NamedTuple):
         first = 1 + starts_of(numbers)
         rows = np.empty((first[-1], width_of(self.type)), np.int32)
         rows[:1] = self.at(np.zeros((), np.int64), np.array([-1]))
-        for some in slices(numbers):
-            rows[first[some.start] : first[some.stop]] = self.firsts(some, numbers[some])
+        for requests in slices(numbers):
+            begin = first[requests.start]
+            end = first[requests.stop]
+            rows[begin:end] = self.firsts(requests, numbers[requests])
         return first[:-1], rows
 
     def first_fields(self, row: np.dtype) -> "Rows":
@@ -198,7 +207,7 @@ class Columns:
     expect: Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None] = lambda *_: None
 
     def __len__(self) -> int:
-        """The number of requests."""
+        """Return the number of requests."""
         return len(self.counts.retrieved)
 
     @property
@@ -218,11 +227,14 @@ def needed(columns: Columns, spec: FeatureSpec, logged: Stage | None, history: b
     Otherwise a score counts if its candidate reached the stage `logged`. Scores that do not count
     stay with their candidates, and `cutting` leaves them out.
     """
-    counts, requests, candidates = columns.counts, columns.requests, columns.candidates
-    reached = 0 if logged is None else counts.reached(logged)
-    counts = counts._replace(scored=np.minimum(counts.scored, reached))
+    counts = columns.counts
+    requests = columns.requests
+    candidates = columns.candidates
     if logged is None:
+        counts = counts._replace(scored=np.zeros_like(counts.scored))
         candidates = candidates.first_fields(row_type(spec, "candidate"))
+    else:
+        counts = counts._replace(scored=np.minimum(counts.scored, counts.reached(logged)))
     if not history:
         without = dataclasses.replace(spec, history_length=0)
         requests = requests.first_fields(row_type(without, "request", "event"))
@@ -260,7 +272,8 @@ def what_counts(
 
 
 def slices(numbers: Int[np.ndarray, "n"]) -> Iterator[slice]:
-    """Yield slices of consecutive requests, with about `_ROWS` entries each."""
-    block = np.cumsum(numbers) // _ROWS
-    ends = [*(np.flatnonzero(np.diff(block)) + 1).tolist(), len(numbers)]
-    return (slice(*of) for of in pairwise([0, *ends]))
+    """Yield slices of consecutive requests, with about `_ROWS_AT_A_TIME` entries each."""
+    block = np.cumsum(numbers) // _ROWS_AT_A_TIME
+    inner_ends = (np.flatnonzero(np.diff(block)) + 1).tolist()
+    for start, stop in pairwise([0, *inner_ends, len(numbers)]):
+        yield slice(start, stop)

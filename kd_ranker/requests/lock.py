@@ -30,9 +30,10 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds the lock, or the lock file cannot be written.
     """
-    path, holder = folder / FILE, folder / _HOLDER
+    path = folder / FILE
+    holder = folder / _HOLDER
     lock = FileLock(path, timeout=0, thread_local=False)
-    missing = [of for of in (folder, *folder.parents) if not of.exists()]
+    missing = [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -58,8 +59,8 @@ def hold(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):  # not empty
-            for of in missing:
-                of.rmdir()
+            for created in missing:
+                created.rmdir()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from kd_ranker.requests.row_files import block_at
 
 # One record per group, since records are read one by one.
 _RECORDS = "group_size:1,uncompressed"
-_NAME, _FORMAT = "requests", "array_record"
+_NAME = "requests"
+_FORMAT = "array_record"
 BLOCK = 256
 """The number of single requests that are read or combined at a time."""
 
@@ -80,14 +81,15 @@ class RequestFeatures(tfds.features.FeaturesDict):
     def deserialize_example_np(self, serialized_example: Any, *, decoders: Any = None) -> Any:
         """Return the fields of the request that a record names."""
         del decoders
-        split, place = bytes(serialized_example).decode().split()
+        split, index_text = bytes(serialized_example).decode().split()
+        index = int(index_text)
         if split not in self._columns:
             self._columns[split] = row_files.open_columns(self._folder, self._spec, split)
-        own = slice(int(place), int(place) + 1)
-        (request,) = block_at(self._columns[split], self._spec, own).requests()
+        block = block_at(self._columns[split], self._spec, slice(index, index + 1))
+        (request,) = block.requests()
         fields = dict(vars(request))
-        for index, task in enumerate(self._spec.tasks):
-            fields[teacher_column(task)] = fields["teacher_probability"][:, index]
+        for column, task in enumerate(self._spec.tasks):
+            fields[teacher_column(task)] = fields["teacher_probability"][:, column]
         fields["teacher_version"] = fields["teacher_version"].encode()  # as TFDS returns texts
         # The empty index turns an array of one number into that number.
         return {name: np.asarray(fields[name], self[name].np_dtype)[()] for name in self}
@@ -101,8 +103,8 @@ def _features_of(spec: FeatureSpec) -> RequestFeatures:
         if field.stored is str:
             features[field.name] = tfds.features.Text()
         elif field.name == "teacher_probability":
-            of_task = tfds.features.Tensor(shape=number, dtype=field.stored)
-            features |= {teacher_column(task): of_task for task in spec.tasks}
+            task_feature = tfds.features.Tensor(shape=number, dtype=field.stored)
+            features |= {teacher_column(task): task_feature for task in spec.tasks}
         elif not shape:
             features[field.name] = tfds.features.Scalar(field.stored)
         elif 0 not in shape:  # which TFDS cannot describe
@@ -126,20 +128,22 @@ def write_index(
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=_NAME, split=split, filetype_suffix=_FORMAT
         )
-        known, shards = [], []
+        earlier_files: list[Path] = []
         if earlier and split == "train":
-            known = sorted(earlier.directory.glob(f"{_NAME}-{split}.{_FORMAT}-*"))
-        *linked, path = map(Path, template.sharded_filepaths(num_shards=len(known) + 1))
-        for before, now in zip(known, linked, strict=True):
-            row_files.link(before, now)
-            with contextlib.closing(ArrayRecordReader(str(before))) as reader:
-                shards.append(reader.num_records())
-        shards.append(number - sum(shards))
-        with contextlib.closing(ArrayRecordWriter(str(path), _RECORDS)) as writer:
-            for place in range(number - shards[-1], number):
-                writer.write(f"{split} {place}".encode())
-        size = sum(of.stat().st_size for of in (*linked, path))
-        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=shards, num_bytes=size))
+            earlier_files = sorted(earlier.directory.glob(f"{_NAME}-{split}.{_FORMAT}-*"))
+        paths = [*map(Path, template.sharded_filepaths(num_shards=len(earlier_files) + 1))]
+        lengths = []
+        for file, path in zip(earlier_files, paths[:-1], strict=True):
+            row_files.link(file, path)
+            with contextlib.closing(ArrayRecordReader(str(file))) as reader:
+                lengths.append(reader.num_records())
+        num_earlier = sum(lengths)
+        lengths.append(number - num_earlier)
+        with contextlib.closing(ArrayRecordWriter(str(paths[-1]), _RECORDS)) as writer:
+            for index in range(num_earlier, number):
+                writer.write(f"{split} {index}".encode())
+        num_bytes = sum(path.stat().st_size for path in paths)
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=_features_of(spec),

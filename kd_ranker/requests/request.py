@@ -58,16 +58,21 @@ class Block(NamedTuple):
 
     def requests(self) -> Iterator[Request]:
         """Yield the requests one by one; their arrays are views of the arrays of the block."""
-        fields = [field for field in STORED if 0 not in self.values[field.name].shape[1:]]
-        for values in zip(*map(self._of_each, fields), strict=True):
-            yield Request(**dict(zip((field.name for field in fields), values, strict=True)))
+        by_field = {
+            field.name: self._split_by_request(field)
+            for field in STORED
+            if 0 not in self.values[field.name].shape[1:]
+        }
+        for values in zip(*by_field.values(), strict=True):
+            yield Request(**dict(zip(by_field, values, strict=True)))
 
-    def _of_each(self, field: Field) -> list[Any]:
+    def _split_by_request(self, field: Field) -> list[Any]:
+        """Return a field of each request."""
         values = self.values[field.name]
         if field.of == "request":
             return list(values) if field.width else values.tolist()
-        ends = itertools.pairwise(starts_of(self.numbers[field.of]).tolist())
-        return [values[first:end] for first, end in ends]
+        starts = starts_of(self.numbers[field.of]).tolist()
+        return [values[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:

@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Int64, Shaped
@@ -34,9 +34,12 @@ from kd_ranker.requests.request import Block, block_of, runs, starts_of
 
 # The kinds of rows of a request, in the order in which they are stored, by the owners of their
 # fields. Histories and the teacher's values are last in a row, so that `needed` can drop them.
-_KINDS: Sequence[Sequence[Owner]] = (
-    *(("request", "event"), ("shown",), ("candidate", "scored"), ("known",)),
-)
+_KINDS: Sequence[Sequence[Owner]] = [
+    ("request", "event"),
+    ("shown",),
+    ("candidate", "scored"),
+    ("known",),
+]
 PLACES = len(_KINDS)
 """The number of columns of a counts file that are places in the rows."""
 
@@ -56,8 +59,10 @@ class Flat(NamedTuple):
 
 def pack(block: Block, spec: FeatureSpec, for_training: bool = False) -> Flat:
     """Return at least one request as the numbers of its rows; see above for those of training."""
-    retrieved, shown = block.numbers["candidate"], block.numbers["shown"]
-    positive: Any = block.values["user_label"].any(axis=1)
+    retrieved = block.numbers["candidate"]
+    shown = block.numbers["shown"]
+    is_positive: Any = block.values["user_label"].any(axis=1)
+    request_of_label = np.repeat(np.arange(len(shown)), shown)
     counts = Counts(
         request_id=block.values["request_id"],
         retrieved=retrieved,
@@ -65,32 +70,43 @@ def pack(block: Block, spec: FeatureSpec, for_training: bool = False) -> Flat:
         passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
         shown=shown,
         scored=block.numbers["scored"],
-        positives=np.bincount(np.repeat(np.arange(len(shown)), shown)[positive], None, len(shown)),
-        known=0 * shown if for_training else block.numbers["known"],
+        positives=np.bincount(request_of_label[is_positive], minlength=len(shown)),
+        known=np.zeros_like(shown) if for_training else block.numbers["known"],
         time=block.values["time"],
     )
-    numbers = np.stack([np.ones_like(shown), shown, retrieved, counts.known], axis=1)
     types = [row_type(spec, *owners) for owners in _KINDS]
-    sizes = numbers * list(map(width_of, types))
+    widths = [width_of(row) for row in types]
+    # Of each request and kind: how many rows, how many numbers, and where these begin.
+    num_rows = np.stack([np.ones_like(shown), shown, retrieved, counts.known], axis=1)
+    sizes = num_rows * widths
     ends = np.cumsum(sizes).reshape(sizes.shape)
-    first, whole = ends - sizes, np.empty(ends[-1, -1], np.int32)
-    order = sampling_order(counts, positive) if for_training else {}
-    for owners, row, of_each, to in zip(_KINDS, types, numbers.T, first.T, strict=True):
-        if of_each.any():
-            rows = np.empty(of_each.sum(), row)
-            for name in row.names or ():
-                rows[name] = _entries(name, block, spec).reshape(rows[name].shape)
-            width = width_of(row)
-            packed = rows.view(np.int32).reshape(len(rows), width)
-            window = sliding_window_view(whole, width, writeable=True)
-            window[runs(to, of_each, width)] = packed[order.get(owners[0], slice(None))]
-    return Flat(whole, np.concatenate([first, np.stack(counts, axis=1)], axis=1))
+    places = ends - sizes
+    flat = np.empty(ends[-1, -1], np.int32)
+    order = sampling_order(counts, is_positive) if for_training else {}
+    for kind, owners in enumerate(_KINDS):
+        if num_rows[:, kind].any():
+            rows = _rows(types[kind], num_rows[:, kind].sum(), block, spec)
+            if owners[0] in order:
+                rows = rows[order[owners[0]]]
+            window = sliding_window_view(flat, widths[kind], writeable=True)
+            window[runs(places[:, kind], num_rows[:, kind], widths[kind])] = rows
+    return Flat(flat, np.concatenate([places, np.stack(counts, axis=1)], axis=1))
+
+
+def _rows(
+    row: np.dtype, number: int, block: Block, spec: FeatureSpec
+) -> Int32[np.ndarray, "number W"]:
+    """Return the rows of one kind of a block, as numbers."""
+    rows = np.empty(number, row)
+    for name in row.names or ():
+        rows[name] = _entries(name, block, spec).reshape(rows[name].shape)
+    return rows.view(np.int32).reshape(number, width_of(row))
 
 
 def _entries(name: str, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
     """Return a field of all requests; histories and scores are padded at the end."""
     field = _FIELD[name]
-    numbers, candidates = block.numbers[field.of], block.numbers["candidate"]
+    numbers = block.numbers[field.of]
     if name == "history_mask":
         values = np.ones(numbers.sum(), np.bool_)
     elif name == "teacher_probability":
@@ -99,11 +115,17 @@ def _entries(name: str, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "
         values = block.values[name]
     if field.of not in ("event", "scored"):
         return values
-    padded = np.full_like(numbers, spec.history_length) if field.of == "event" else candidates
-    kept = np.minimum(numbers, padded)  # the last ones
-    filled = np.full((padded.sum(), *values.shape[1:]), field.nothing, values.dtype)
-    filled[runs(starts_of(padded)[:-1], kept)] = values[runs(starts_of(numbers)[1:] - kept, kept)]
-    return filled
+    if field.of == "event":
+        padded_numbers = np.full_like(numbers, spec.history_length)
+    else:
+        padded_numbers = block.numbers["candidate"]
+    # Of more entries than there is room for, the last ones remain.
+    remaining = np.minimum(numbers, padded_numbers)
+    from_rows = runs(starts_of(numbers)[1:] - remaining, remaining)
+    to_rows = runs(starts_of(padded_numbers)[:-1], remaining)
+    padded = np.full((padded_numbers.sum(), *values.shape[1:]), field.nothing, values.dtype)
+    padded[to_rows] = values[from_rows]
+    return padded
 
 
 def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
@@ -113,11 +135,12 @@ def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
     number in [0, 1].
     """
     probability = block.values["teacher_probability"]
-    right = (block.values["teacher_version"] == version) & bool(version)
-    written = np.repeat(right, block.numbers["scored"]) & (block.values["teacher_weight"] > 0)
+    has_version = (block.values["teacher_version"] == version) & bool(version)
+    is_written = np.repeat(has_version, block.numbers["scored"])
+    is_written &= block.values["teacher_weight"] > 0
     # A comparison with NaN is False, so NaN needs no separate test.
-    in_range = (probability >= 0) & (probability <= 1)
-    return np.where(in_range & written[:, None], probability, np.float32(np.nan))
+    is_in_range = (probability >= 0) & (probability <= 1)
+    return np.where(is_in_range & is_written[:, None], probability, np.float32(np.nan))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,22 +164,26 @@ def sampling_order(
     Candidates with a positive label come first, then the others that were shown, then the others
     that were passed, then the rest. Each of these four groups is in `spread_order`.
     """
-    shown, starts = counts.shown, starts_of(counts.retrieved)[:-1]
+    shown = counts.shown
+    starts = starts_of(counts.retrieved)[:-1]
     # The size of each of the four groups in a request, and where it begins.
     ends = np.stack([counts.positives, shown, counts.passed, counts.retrieved], axis=1)
     sizes = np.diff(ends, axis=1, prepend=0)
-    distinct, which = np.unique(sizes.ravel(), return_inverse=True)
-    spread = np.concatenate([spread_order(size) for size in distinct.tolist()])
-    within = spread[runs(starts_of(distinct)[:-1][which], sizes.ravel())]
-    order = np.repeat((starts[:, None] + ends - sizes).ravel(), sizes.ravel()) + within
+    group_starts = starts[:, None] + ends - sizes
+    # The spread order of each size occurs once; all groups of that size take it.
+    distinct_sizes, which_size = np.unique(sizes.ravel(), return_inverse=True)
+    spread_orders = np.concatenate([spread_order(size) for size in distinct_sizes.tolist()])
+    spread_starts = starts_of(distinct_sizes)[:-1][which_size]
+    order_in_group = spread_orders[runs(spread_starts, sizes.ravel())]
+    order = np.repeat(group_starts.ravel(), sizes.ravel()) + order_in_group
     # The first two groups are mixed, in the order in which they were shown.
     request = np.repeat(np.arange(len(shown)), shown)
     by_label = np.argsort(2 * request + ~positive, kind="stable")
-    of_shown = runs(starts, shown)
+    shown_places = runs(starts, shown)
     # Where the labels of a request begin, less where its candidates do.
-    ahead = np.repeat(starts_of(shown)[:-1] - starts, shown)
-    labels = by_label[order[of_shown] + ahead]
-    order[of_shown] = labels - ahead
+    offset = np.repeat(starts_of(shown)[:-1] - starts, shown)
+    labels = by_label[order[shown_places] + offset]
+    order[shown_places] = labels - offset
     return {"candidate": order, "shown": labels}
 
 
@@ -169,9 +196,10 @@ def columns_of(
 
 def columns_of_block(block: Block, spec: FeatureSpec, for_training: bool = False) -> Columns:
     """Return the columns of a block, in memory."""
-    nothing, (numbers, counts) = _padding(spec), pack(block, spec, for_training)
-    counts[:, :PLACES] += len(nothing)
-    return _columns([np.concatenate([nothing, numbers])], counts, spec)
+    padding = _padding(spec)
+    numbers, counts = pack(block, spec, for_training)
+    counts[:, :PLACES] += len(padding)
+    return _columns([np.concatenate([padding, numbers])], counts, spec)
 
 
 def block_at(columns: Columns, spec: FeatureSpec, requests: slice) -> Block:
@@ -180,14 +208,15 @@ def block_at(columns: Columns, spec: FeatureSpec, requests: slice) -> Block:
     Teacher probabilities that do not count are NaN.
     """
     counts = columns.counts.of(requests)
-    own = columns.requests.fields(requests, np.ones_like(counts.shown))
-    is_event = own["history_mask"] > 0
+    request_fields = columns.requests.fields(requests, np.ones_like(counts.shown))
+    is_event = request_fields["history_mask"] > 0
     candidates = columns.candidates.fields(requests, counts.retrieved)
     scored = runs(starts_of(counts.retrieved)[:-1], counts.scored)
     probability = candidates["teacher_probability"][scored]
     values: dict[str, Any] = {
-        **own,
-        **{name: own[name][is_event] for name in ("history_id", "history_features")},
+        **request_fields,
+        "history_id": request_fields["history_id"][is_event],
+        "history_features": request_fields["history_features"][is_event],
         **candidates,
         **columns.labels.fields(requests, counts.shown),
         **columns.known.fields(requests, counts.known),
@@ -206,17 +235,20 @@ def block_at(columns: Columns, spec: FeatureSpec, requests: slice) -> Block:
         "scored": counts.scored,
         "known": counts.known,
     }
-    types = {field.name: object if field.stored is str else field.stored for field in STORED}
-    return Block({name: values[name].astype(of) for name, of in types.items()}, numbers)
+    stored = {}
+    for field in STORED:
+        dtype = object if field.stored is str else field.stored
+        stored[field.name] = values[field.name].astype(dtype)
+    return Block(stored, numbers)
 
 
 def _padding(spec: FeatureSpec) -> Int32[np.ndarray, "numbers"]:
     """Return the padding rows of labels, of candidates and of the facts for the evaluation."""
     row = row_type(spec, *itertools.chain(*_KINDS[1:]))
-    nothing = np.zeros(1, row)
+    padding = np.zeros(1, row)
     for name in row.names or ():
-        nothing[name] = _FIELD[name].nothing
-    return nothing.view(np.int32)
+        padding[name] = _FIELD[name].nothing
+    return padding.view(np.int32)
 
 
 def _columns(
@@ -226,11 +258,18 @@ def _columns(
 ) -> Columns:
     """Return the columns of requests from the arrays of their numbers."""
     types = [row_type(spec, *owners) for owners in _KINDS]
+    widths = [width_of(row) for row in types]
     # A request is never padding.
-    nothing = [0, *starts_of(np.array(list(map(width_of, types[1:])))).tolist()]
+    padding = [0, *starts_of(np.array(widths[1:]))[:-1].tolist()]
     requests, labels, candidates, known = (
-        Rows(Windows(arrays, width_of(row)), row, first, width_of(row), padding)
-        for row, first, padding in zip(types, counts.T, nothing, strict=False)
+        Rows(
+            windows=Windows(arrays, widths[kind]),
+            type=types[kind],
+            first=counts[:, kind],
+            stride=widths[kind],
+            nothing=padding[kind],
+        )
+        for kind in range(PLACES)
     )
     return Columns(requests, candidates, labels, known, Counts(*counts.T[PLACES:]))
 
@@ -243,8 +282,13 @@ def paths(folder: Path, split: str, part: int = 0) -> tuple[Path, Path]:
 
 def all_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
     """Return the files of all parts of a split."""
-    every = (paths(folder, split, part) for part in itertools.count())
-    return list(itertools.takewhile(lambda pair: pair[0].exists(), every))
+    parts = []
+    for part in itertools.count():
+        rows_path, counts_path = paths(folder, split, part)
+        if not rows_path.exists():
+            break
+        parts.append((rows_path, counts_path))
+    return parts
 
 
 def link(file: Path, to: Path) -> None:
@@ -267,19 +311,20 @@ def write(
     The number of requests of each part goes to `report` after the part is written.
     """
     rows_path, counts_path = paths(folder, split, len(all_paths(folder, split)))
-    nothing = _padding(spec)
-    written, before = [], len(nothing)
+    padding = _padding(spec)
+    counts_of_parts = []
+    num_written = len(padding)
     with rows_path.open("wb") as file:
-        file.write(nothing.data)
+        file.write(padding.data)
         for numbers, counts in parts:
-            counts[:, :PLACES] += before
-            written.append(counts)
-            before += len(numbers)
+            counts[:, :PLACES] += num_written
+            counts_of_parts.append(counts)
             file.write(numbers.data)  # `tofile` would not report why it fails
+            num_written += len(numbers)
             report(len(counts))
-    whole = np.concatenate(written)
-    np.save(counts_path, whole)
-    return len(whole)
+    all_counts = np.concatenate(counts_of_parts)
+    np.save(counts_path, all_counts)
+    return len(all_counts)
 
 
 def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
@@ -297,33 +342,55 @@ def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
 
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
     """Return the requests of a split, backed by their files."""
-    files, arrays, counted = [], [], []
+    files = []
+    arrays = []
+    counts_of_files = []
     for rows_path, counts_path in all_paths(folder, split):
-        files.append(rows_path.open("rb"))
-        mapped = mmap.mmap(files[-1].fileno(), 0, prot=mmap.PROT_READ)
+        file = rows_path.open("rb")
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         # A read far from the last one must not read ahead.
         mapped.madvise(mmap.MADV_RANDOM)
+        files.append(file)
         arrays.append(np.frombuffer(mapped, np.int32))
-        counted.append(np.asarray(load_array(counts_path, mmap_mode="r")))
-    starts = starts_of(np.array(list(map(len, arrays))))[:-1]
-    counts = counted[0]
-    if len(counted) > 1:
-        counts = np.concatenate(counted)
-        counts[:, :PLACES] += np.repeat(starts, list(map(len, counted)))[:, None]
-    opened = _columns(arrays, counts, spec)
+        counts_of_files.append(np.asarray(load_array(counts_path, mmap_mode="r")))
+    file_starts = starts_of(np.array([len(array) for array in arrays]))[:-1]
+    counts = counts_of_files[0]
+    if len(counts_of_files) > 1:
+        counts = np.concatenate(counts_of_files)
+        num_requests = [len(counts_of_file) for counts_of_file in counts_of_files]
+        counts[:, :PLACES] += np.repeat(file_starts, num_requests)[:, None]
+    columns = _columns(arrays, counts, spec)
+    if not hasattr(os, "posix_fadvise"):  # on macOS
+        return columns
+    prefetch = functools.partial(_prefetch, files, file_starts, columns)
+    return dataclasses.replace(columns, expect=prefetch)
 
-    def expect(which: Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]) -> None:
-        """Start the reads of many requests, which the disk does during other work."""
-        begin = opened.requests.first[which]
-        end = opened.candidates.first[which] + numbers * opened.candidates.stride
-        of_file = np.searchsorted(starts, begin, side="right") - 1
-        gap = begin[1:] - end[:-1]
-        is_end = np.ones(len(begin) + 1, np.bool_)
-        is_end[1:-1] = (gap < 0) | (gap > _GAP) | (np.diff(of_file) > 0)
-        begin, end, of_file = begin[is_end[:-1]], end[is_end[1:]], of_file[is_end[:-1]]
-        ranges = (of_file, 4 * (begin - starts[of_file]), 4 * (end - begin))
-        for file, start, size in zip(*(of.tolist() for of in ranges), strict=True):
-            os.posix_fadvise(files[file].fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
-    can_expect = hasattr(os, "posix_fadvise")  # not on macOS
-    return dataclasses.replace(opened, expect=expect) if can_expect else opened
+def _prefetch(
+    files: Sequence[BinaryIO],
+    file_starts: Int[np.ndarray, "files"],
+    columns: Columns,
+    requests: Int[np.ndarray, "R"],
+    num_candidates: Int[np.ndarray, "R"],
+) -> None:
+    """Start the reads of many requests, which the disk does during other work.
+
+    Places count through all files, one after the other; requests that are close together in a file
+    are read as one range.
+    """
+    begin = columns.requests.first[requests]
+    end = columns.candidates.first[requests] + num_candidates * columns.candidates.stride
+    file_index = np.searchsorted(file_starts, begin, side="right") - 1
+    gap = begin[1:] - end[:-1]
+    # True between two ranges, before the first one and after the last one.
+    is_boundary = np.ones(len(begin) + 1, np.bool_)
+    is_boundary[1:-1] = (gap < 0) | (gap > _GAP) | (np.diff(file_index) > 0)
+    is_first = is_boundary[:-1]
+    is_last = is_boundary[1:]
+    file_index = file_index[is_first]
+    offsets = 4 * (begin[is_first] - file_starts[file_index])
+    sizes = 4 * (end[is_last] - begin[is_first])
+    for index, offset, size in zip(
+        file_index.tolist(), offsets.tolist(), sizes.tolist(), strict=True
+    ):
+        os.posix_fadvise(files[index].fileno(), offset, size, os.POSIX_FADV_WILLNEED)

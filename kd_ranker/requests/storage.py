@@ -46,12 +46,17 @@ from kd_ranker.requests.row_files import Flat
 FORMAT_VERSION = "2.2.0"
 SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
-_ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
+_ITEMS_FILE = "items.npy"
+_CATEGORY_FILE = "item_category.npy"
 _EARLIER_FILE = "earlier.json"
 # The features that a dataset must have, by the attributes of `FeatureSpec` with their widths.
 _REQUIRED = (
-    *("user_features", "context_features", "history_features", "candidate_features"),
-    *("item_features", "cheap_item_features"),
+    "user_features",
+    "context_features",
+    "history_features",
+    "candidate_features",
+    "item_features",
+    "cheap_item_features",
 )
 
 
@@ -164,15 +169,16 @@ def _check_ids(block: Block, spec: FeatureSpec) -> None:
         values = block.values[field.name]
         if field.ids is None or not values.size:
             continue
-        least, size = int(field.nothing), field.ids(spec)
+        least = int(field.nothing)
+        size = field.ids(spec)
         if values.min() < least or values.max() >= size:
-            wrong = ((values < least) | (values >= size)).reshape(len(values), -1).any(axis=1)
+            is_wrong = ((values < least) | (values >= size)).reshape(len(values), -1).any(axis=1)
             starts = starts_of(block.numbers[field.of])
-            place = np.searchsorted(starts[1:], np.flatnonzero(wrong)[0], side="right")
-            ids = values[starts[place] : starts[place + 1]]
+            request = np.searchsorted(starts[1:], np.flatnonzero(is_wrong)[0], side="right")
+            ids = values[starts[request] : starts[request + 1]]
             raise UserError(
-                f"request {block.values['request_id'][place]}: {field.name} must lie in [{least}, "
-                f"{size}), found {ids.min()} to {ids.max()}"
+                f"request {block.values['request_id'][request]}: {field.name} must lie in "
+                f"[{least}, {size}), found {ids.min()} to {ids.max()}"
             )
 
 
@@ -193,10 +199,10 @@ def open_dataset(name: str, data_dir: str, made_by: str, thorough: bool = False)
     manifest.check(directory, remedy, {"dataset": name}, thorough)
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     earlier = directory / _EARLIER_FILE
-    rows = (
-        path.name for of in SPLITS for pair in row_files.all_paths(directory, of) for path in pair
-    )
-    files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
+    files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE]
+    for split in SPLITS:
+        for rows_path, counts_path in row_files.all_paths(directory, split):
+            files += [rows_path.name, counts_path.name]
     digest = manifest.digest_of_files(directory, files, remedy)
     return Dataset(
         directory=directory,
@@ -267,18 +273,22 @@ def with_column(
     files = [_column_path(folder, split).name for split in SPLITS]
     digest = manifest.digest_of_files(folder, files, remedy)
     columns = {}
-    for split, of in dataset.columns.items():
+    for split, logged in dataset.columns.items():
         stored = row_files.load_array(_column_path(folder, split), mmap_mode="r")
         values = np.asarray(stored).view(np.int32)
-        tasks, logged = values.shape[1], of.candidates
-        windows = Windows([values.reshape(-1)], tasks)
-        column = Rows(windows, row_type(dataset.spec, "scored"), tasks * first_rows(of), tasks)
-        own = logged.first_fields(row_type(dataset.spec, "candidate"))
-        scored = of.counts.reached(stage if split == "train" else Stage.RETRIEVED)
+        num_tasks = values.shape[1]
+        column = Rows(
+            windows=Windows([values.reshape(-1)], num_tasks),
+            type=row_type(dataset.spec, "scored"),
+            first=num_tasks * first_rows(logged),
+            stride=num_tasks,
+        )
+        candidates = logged.candidates.first_fields(row_type(dataset.spec, "candidate"))
+        scored_stage = stage if split == "train" else Stage.RETRIEVED
         columns[split] = dataclasses.replace(
-            of,
-            candidates=own._replace(type=logged.type, column=column),
-            counts=of.counts._replace(scored=scored),
+            logged,
+            candidates=candidates._replace(type=logged.candidates.type, column=column),
+            counts=logged.counts._replace(scored=logged.counts.reached(scored_stage)),
         )
     spec = dataclasses.replace(dataset.spec, teacher_version=version, teacher_signal="probability")
     provenance = {**dataset.provenance, "scored": f"{folder.name}/{digest}"}

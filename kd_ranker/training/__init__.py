@@ -1,1 +1,10 @@
-"""The step, its mapping over devices, the loop, and the files of a run."""
+"""The training of a cohort: the step, its devices, the loop, and the files of a run.
+
+specs         from configs to stacks: what is static, hyperparameters, first states (`state`)
+step          the step that one device runs; `program`: the step of a cohort, with its batches
+mapping       devices, and the same step on one or many; `processes`: several processes as one
+loop          calls of steps, then metrics, evaluations and checkpoints
+divergence    runs with a loss that stopped being finite
+optimizers    optimizers of the dense parameters, and schedules
+workdir       the files of a run; `checkpoints`, `interruption`: resuming after a signal
+"""

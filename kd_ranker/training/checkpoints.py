@@ -22,8 +22,8 @@ from kd_ranker.manifest import Provenance
 from kd_ranker.training.processes import first_without, index, is_first, on_first
 from kd_ranker.training.workdir import ENVIRONMENT_FILE
 
-# The folder of a workdir, and in each checkpoint that of the record.
-FOLDER, RECORD = "checkpoints", "record"
+FOLDER = "checkpoints"  # of a workdir
+RECORD = "record"  # the folder of the record in each checkpoint
 _KEEP = 3
 
 # Orbax also raises the errors that it logs.
@@ -37,7 +37,8 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
     The run itself opens them `to_write`, which removes what an interrupted write left behind.
     UserError if one could not be written.
     """
-    folder, mine = (workdir / FOLDER).absolute(), index()
+    folder = (workdir / FOLDER).absolute()
+    process = index()
     on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_KEEP,
@@ -46,7 +47,7 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
         # The first process writes for all. Orbax's barriers between processes would run on the
         # devices, from another thread, between the collectives of the steps.
         multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=str(mine)
+            primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
         ),
     )
     manager = ocp.CheckpointManager(folder, options=options)
@@ -118,7 +119,7 @@ def restore(
     reason = ""
     for step in steps:
         place = checkpoints.directory / str(step)
-        found: Any = None
+        restored: Any = None
         record: dict[str, Any] = {}
         reason = "another process failed"
         try:
@@ -132,16 +133,16 @@ def restore(
                     f"remove {checkpoints.directory} to train from the start"
                 )
             items = ocp.args.Composite(state=abstract)
-            found = checkpoints.restore(step, args=items).state
+            restored = checkpoints.restore(step, args=items).state
         except (UserError, MemoryError, PermissionError):
             raise  # not the fault of the checkpoint
         except Exception as error:
             reason = _reason(error)
-        all_found = first_without(found is not None) is None
-        if all_found:
+        all_restored = first_without(restored is not None) is None
+        if all_restored:
             if batches is not None:
                 batches.set_state(record["batches"])
-            return found, step
+            return restored, step
         absl.logging.warning("%s cannot be restored: %s", place, reason)
     if steps:
         raise UserError(

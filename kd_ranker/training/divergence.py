@@ -4,7 +4,7 @@ The step keeps the state of a diverged run as it was; the other runs continue.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +46,19 @@ def mark_diverged(program: Program, states: States) -> States:
 
     def marked(state: TrainState, hyperparameters: Hyperparameters) -> Int[Array, "runs"]:
         leaves = jax.tree.leaves(state.parameters)
-        finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-        is_new = (state.non_finite_step == 0) & ~jnp.stack(finite).all(axis=0)
+        is_finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+        is_new = (state.non_finite_step == 0) & ~jnp.stack(is_finite).all(axis=0)
         return jnp.where(is_new, steps_of_runs(state, hyperparameters), state.non_finite_step)
 
     shardings = [state.non_finite_step.sharding for state in states]
-    mark = jax.jit(lambda *of_stacks: list(map(marked, *of_stacks)), out_shardings=shardings)
-    steps = mark(states, program.hyperparameters)
+
+    def mark_all(
+        states: States, hyperparameters: Sequence[Hyperparameters]
+    ) -> list[Int[Array, "runs"]]:
+        return list(map(marked, states, hyperparameters))
+
+    steps = jax.jit(mark_all, out_shardings=shardings)(states, program.hyperparameters)
     return tuple(
-        dataclasses.replace(state, non_finite_step=of_runs)
-        for state, of_runs in zip(states, steps, strict=True)
+        dataclasses.replace(state, non_finite_step=non_finite_step)
+        for state, non_finite_step in zip(states, steps, strict=True)
     )

@@ -223,7 +223,7 @@ def _scalars(
     """Return the losses of some runs, and the number of trained ids without a row, by table."""
     scalars: dict[str, float] = {}
     for scalar in losses[0]:
-        values = by_run(program, (of_stack[scalar] for of_stack in losses))
+        values = by_run(program, (losses_of_stack[scalar] for losses_of_stack in losses))
         scalars |= {scalar_name(scalar, run): values[run] for run in values if run in runs}
     for tables in program.devices.unreplicate([state.unknown_ids for state in states]):
         for table, number in tables.items():

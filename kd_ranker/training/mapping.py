@@ -47,8 +47,8 @@ def first_devices(number: int) -> list[jax.Device]:
 
 def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
     """Return the devices of this process among those of all processes."""
-    own = jax.process_index()
-    return [device for device in devices if device.process_index == own]
+    process = jax.process_index()
+    return [device for device in devices if device.process_index == process]
 
 
 def names_of(path: jax.tree_util.KeyPath) -> set[str | None]:
@@ -67,7 +67,7 @@ def _filler(path: jax.tree_util.KeyPath) -> int:
 
 
 def _axis_of_rows(row_sharding: RowSharding, path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
-    """The axis of the rows that are dealt to devices; None without such rows."""
+    """Return the axis of the rows that are sharded over devices; None without such rows."""
     if row_sharding == WHOLE or not names_of(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0
@@ -195,18 +195,20 @@ def share_of(process_of: Int[np.ndarray, "runs sharing"], process: int) -> Share
     >>> share_of(np.array([[0, 0, 1, 1]]), process=1)
     Share(part=1, parts=2)
     """
-    parts, shares_of = process_of.shape[1], dict[int, Share]()
-    for each in np.unique(process_of).tolist():
-        held = np.flatnonzero(np.any(process_of == each, axis=0))
-        start, length = int(held[0]), len(held)
-        if held[-1] - start + 1 != length or start % length or parts % length:
+    num_parts = process_of.shape[1]
+    share_by_process: dict[int, Share] = {}
+    for other in np.unique(process_of).tolist():
+        parts = np.flatnonzero(np.any(process_of == other, axis=0))
+        start = int(parts[0])
+        length = len(parts)
+        if parts[-1] - start + 1 != length or start % length or num_parts % length:
             raise UserError(
-                f"process {each} has devices for the parts {', '.join(map(str, held))} of the "
-                f"{parts} of each batch, which are not one aligned range; use another "
+                f"process {other} has devices for the parts {', '.join(map(str, parts))} of the "
+                f"{num_parts} of each batch, which are not one aligned range; use another "
                 "parallel.runs, or as many devices for each process"
             )
-        shares_of[each] = Share(start // length, parts // length)
-    return shares_of[process]
+        share_by_process[other] = Share(start // length, num_parts // length)
+    return share_by_process[process]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +256,9 @@ class DeviceMap(Devices):
                 # On the host, as the runs may not fit one device.
                 leaf = np.asarray(leaf)[shared_evenly(len(leaf), self.runs)]
             # A step donates its states, so they must not share memory with arrays of the caller.
-            own = leaf.copy() if axis is None else to_shards(leaf, axis, sharing, _filler(path))
-            return _put_at(place, own)
+            if axis is None:
+                return _put_at(place, leaf.copy())
+            return _put_at(place, to_shards(leaf, axis, sharing, _filler(path)))
 
         return jax.tree_util.tree_map_with_path(put, tree)
 
@@ -268,19 +271,21 @@ class DeviceMap(Devices):
     def create(self, make: Callable[[RowSharding], States]) -> States:
         """Compute states on their devices only, by a function of a sharding, see `Stack.init`."""
         shapes = jax.eval_shape(lambda: make(WHOLE))
-        own: Callable[[], States] = functools.partial(make, self.row_sharding)
+        make_rows: Callable[[], States] = functools.partial(make, self.row_sharding)
         if self.row_sharding != WHOLE:
             # Each device makes its own rows; XLA splits the runs.
-            own = self._over_mesh(own, (), _specs(1, self.row_sharding, shapes), axis_names={AXIS})
+            specs = _specs(1, self.row_sharding, shapes)
+            make_rows = self._over_mesh(make_rows, (), specs, axis_names={AXIS})
         places = jax.tree_util.tree_map_with_path(self.place_of, shapes)
-        return jax.jit(own, out_shardings=places)()
+        return jax.jit(make_rows, out_shardings=places)()
 
     def shard(self, batch: Any) -> Any:
         """Put this process's part of a batch, [requests, ...], on its devices.
 
         The result is the whole batch, with its requests split over the devices.
         """
-        split, parts = NamedSharding(self.mesh, PartitionSpec(AXIS)), self.share.parts
+        split = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        parts = self.share.parts
 
         def whole_of(part: Any) -> Any:
             if isinstance(part, jax.ShapeDtypeStruct):
@@ -297,7 +302,8 @@ class DeviceMap(Devices):
         """Compile function(data, batch), mapped: data replicated; batch and result sharded."""
         if self.by_pmap:
             return self._pmap(function, in_axes=(None, 0))
-        whole, split = PartitionSpec(), PartitionSpec(AXIS)
+        whole = PartitionSpec()
+        split = PartitionSpec(AXIS)
         return jax.jit(self._over_mesh(function, (whole, split), split))
 
     def map_step(self, step: Callable, states: States | None = None) -> Callable:
@@ -308,26 +314,27 @@ class DeviceMap(Devices):
         if self.by_pmap:
             axes: Any = (None, 0, None, None)
             return self._pmap(step, in_axes=axes, out_axes=None, donate_argnums=0)
-        laid_out = states and jax.tree_util.tree_map_with_path(self.place_of, states)
-        of_runs = PartitionSpec(RUNS) if self.runs > 1 else PartitionSpec()
+        places = None
+        if states is not None:
+            places = jax.tree_util.tree_map_with_path(self.place_of, states)
+        runs_spec = PartitionSpec(RUNS) if self.runs > 1 else PartitionSpec()
 
         @functools.wraps(step)
         def mapped(states: States, batch: Any, numbers: Any, constants: Constants) -> Any:
             # Scalars are numbers of the whole step, not of runs.
-            of_numbers = jax.tree.map(
-                lambda array: of_runs if jnp.ndim(array) else PartitionSpec(), numbers
+            number_specs = jax.tree.map(
+                lambda array: runs_spec if jnp.ndim(array) else PartitionSpec(), numbers
             )
-            of_states, of_constants = (
-                _specs(self.runs, self.row_sharding, tree) for tree in (states, constants)
-            )
-            specs = (of_states, PartitionSpec(AXIS), of_numbers, of_constants)
-            on_mesh = self._over_mesh(step, specs, (of_states, of_runs))
+            state_specs = _specs(self.runs, self.row_sharding, states)
+            constant_specs = _specs(self.runs, self.row_sharding, constants)
+            in_specs = (state_specs, PartitionSpec(AXIS), number_specs, constant_specs)
+            on_mesh = self._over_mesh(step, in_specs, (state_specs, runs_spec))
             return on_mesh(states, batch, numbers, constants)
 
         return jax.jit(
             mapped,
             donate_argnums=0,
-            out_shardings=(laid_out, NamedSharding(self.mesh, of_runs)),
+            out_shardings=(places, NamedSharding(self.mesh, runs_spec)),
             compiler_options=self.options,
         )
 
@@ -341,14 +348,14 @@ class DeviceMap(Devices):
         def on_one(array: Any) -> Any:
             if array.is_fully_replicated:
                 return array.addressable_data(0)
-            own = array.is_fully_addressable
-            host = np.asarray(array) if own else process_allgather(array, tiled=True)
+            if array.is_fully_addressable:
+                host = np.asarray(array)
+            else:
+                host = process_allgather(array, tiled=True)
             axes = tuple(array.sharding.spec)
-            return (
-                from_shards(host, axes.index(AXIS), self.row_sharding.devices)
-                if AXIS in axes
-                else host
-            )
+            if AXIS not in axes:
+                return host
+            return from_shards(host, axes.index(AXIS), self.row_sharding.devices)
 
         return jax.tree.map(on_one, tree)
 
@@ -382,7 +389,8 @@ def device_map(
     Raises:
       ValueError: `pmap` does not support the other arguments.
     """
-    platform, sharing = devices[0].platform, len(devices) // runs
+    platform = devices[0].platform
+    sharing = len(devices) // runs
     fixes_order = deterministic and platform == "gpu"
     needs_mesh = runs > 1 or sharded or fixes_order or jax.process_count() > 1
     if mapping == "auto":

@@ -38,10 +38,13 @@ def start() -> None:
     # This service would take the signals to end a command; `loop.fit` agrees on these by itself.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX reads the address itself.
-    named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    given: Any = {key: int(os.environ[name]) for key, name in named.items() if name in os.environ}
+    variables = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    arguments: Any = {}
+    for argument, variable in variables.items():
+        if variable in os.environ:
+            arguments[argument] = int(os.environ[variable])
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**arguments)
     except ValueError as error:
         raise UserError(
             "parallel.processes=True, and neither Slurm, Open MPI nor a pod defines their number; "
@@ -74,13 +77,16 @@ def on_first(function: Callable[[], _Result]) -> _Result:
     if not are_distributed():
         return function()
     multihost_utils.sync_global_devices("on_first")
-    result, fault = None, None
+    result: Any = None
+    fault: Exception | None = None
+    message = ""
     if is_first():
         try:
             result = function()
         except Exception as error:
             fault = error
-    content = np.frombuffer(pickle.dumps((result, fault and str(fault))), np.uint8)
+            message = str(error)
+    content = np.frombuffer(pickle.dumps((result, message)), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int64(content.size)))
     received = multihost_utils.broadcast_one_to_all(np.resize(content, length))
     result, message = pickle.loads(received.tobytes())
@@ -117,8 +123,8 @@ def first_without(holds: bool) -> int | None:
     """Return, on all processes, the first one with a false value; None if all are true."""
     if not are_distributed():
         return None if holds else 0
-    of_all = multihost_utils.process_allgather(np.array(holds))
-    return None if of_all.all() else int(np.argmin(of_all))
+    values = multihost_utils.process_allgather(np.array(holds))
+    return None if values.all() else int(np.argmin(values))
 
 
 def check_same(name: str, text: str) -> None:

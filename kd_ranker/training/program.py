@@ -100,16 +100,18 @@ def states_on_host(program: Program, states: States) -> States:
     """
 
     def cut(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
-        return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
+        if leaf.shape == like.shape:
+            return leaf
+        return leaf[tuple(map(slice, like.shape))]
 
     return jax.tree.map(cut, program.devices.unreplicate(states), abstract_states(program.stacks))
 
 
-def by_run(program: Program, of_stacks: Iterable[Shaped[Array, "runs"]]) -> dict[str, float]:
+def by_run(program: Program, arrays: Iterable[Shaped[Array, "runs"]]) -> dict[str, float]:
     """Return the number of each run by its name, from one array per stack."""
-    on_host = program.devices.unreplicate(list(of_stacks))
+    on_host = program.devices.unreplicate(list(arrays))
     numbers: dict[str, float] = {}
-    for stack, of_runs in zip(program.stacks, on_host, strict=True):
+    for stack, array in zip(program.stacks, on_host, strict=True):
         # Repeated runs follow the others.
-        numbers |= zip(stack.names, np.asarray(of_runs).tolist(), strict=False)
+        numbers |= zip(stack.names, np.asarray(array).tolist(), strict=False)
     return numbers

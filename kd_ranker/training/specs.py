@@ -37,9 +37,14 @@ from kd_ranker.training.state import (
 # The config keys of hyperparameters, in which the runs of a stack may differ. Of `distill.loss`
 # these are the weights of its terms.
 TRACED_KEYS = (
-    *("seed", "train.steps", "train.unshown_weight"),
-    *("distill.weight", "distill.user_weight"),
-    *("distill.temperature", "distill.top_k", "distill.numbers"),
+    "seed",
+    "train.steps",
+    "train.unshown_weight",
+    "distill.weight",
+    "distill.user_weight",
+    "distill.temperature",
+    "distill.top_k",
+    "distill.numbers",
     *(f"optimizer.{name}" for name in OptimizerHyperparameters._fields),
 )
 
@@ -84,8 +89,9 @@ def shared_part(config: ConfigDict) -> str:
     if terms := terms_of(config):
         shared["distill"]["loss"] = format_terms(without_weights(terms))
     for key in TRACED_KEYS:
-        section, _, name = key.rpartition(".")
-        del (shared[section] if section else shared)[name]
+        section_name, _, name = key.rpartition(".")
+        section = shared[section_name] if section_name else shared
+        del section[name]
     # At a weight of 0 unshown negatives would only cost time: those runs are another stack.
     return json.dumps([shared, config.train.unshown_weight > 0], sort_keys=True)
 
@@ -164,16 +170,16 @@ def _own_numbers(config: ConfigDict, terms: Sequence[Term]) -> dict[str, float]:
     defaults: dict[str, float] = {}
     for term in terms:
         defaults |= LOSSES[term.loss].numbers
-    given = config.distill.numbers
-    if not terms or not given:
+    numbers = config.distill.numbers
+    if not terms or not numbers:
         return defaults
-    if len(given) != len(defaults):
+    if len(numbers) != len(defaults):
         names = ", ".join(defaults) or "none"
         raise UserError(
-            f"distill.numbers has {len(given)} numbers, and the losses take {len(defaults)} "
+            f"distill.numbers has {len(numbers)} numbers, and the losses take {len(defaults)} "
             f"({names}); give one for each, or ()"
         )
-    return dict(zip(defaults, given, strict=True))
+    return dict(zip(defaults, numbers, strict=True))
 
 
 def _hyperparameters(trainee: ConfigDict, **chosen: Any) -> Hyperparameters:
@@ -195,8 +201,8 @@ def _init(
         indices: Int[np.ndarray, "n"] | None = None, row_sharding: RowSharding = WHOLE
     ) -> TrainState:
         slots = train_spec.row_optimizer.slots(train_spec.model.embedding.width)
-        own_keys = keys if indices is None else keys[indices]
-        parameters = jax.vmap(lambda key: init(key, slots, row_sharding))(own_keys)
+        selected = keys if indices is None else keys[indices]
+        parameters = jax.vmap(lambda key: init(key, slots, row_sharding))(selected)
         return init_state(train_spec, parameters, len(spec.tasks), configs[0].distill.affine)
 
     return init_stack
@@ -255,5 +261,5 @@ def needs_scores(config: ConfigDict) -> bool:
 
     One that starts with the parameters of another run may need them for that; see `warm_start`.
     """
-    of_loss = any(SIGNALS[term.signal].needs_scores for term in terms_of(config))
-    return of_loss or SAMPLERS[config.batch.sampler].needs_scores
+    loss_needs_scores = any(SIGNALS[term.signal].needs_scores for term in terms_of(config))
+    return loss_needs_scores or SAMPLERS[config.batch.sampler].needs_scores

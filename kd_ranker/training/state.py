@@ -56,9 +56,8 @@ class Hyperparameters(NamedTuple):
     terms: tuple[Term, ...]  # of the distillation loss; empty for a mode without a teacher
     loss_numbers: LossNumbers  # those that losses read
     optimizer: OptimizerHyperparameters
-    steps: Float[
-        Array, "runs"
-    ]  # to train, a whole number; after them the run's state stays as it is
+    # To train, a whole number; after them the run's state stays as it is.
+    steps: Float[Array, "runs"]
     unshown_weight: Float[Array, "runs"]  # label weight of an unshown candidate, if a negative
 
 
@@ -81,9 +80,8 @@ class TrainState:
     owners: dict[str, Int[Array, "rows"]]  # by table, scratch memory of `find_occurrences`
 
 
-RUNS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
-    *("step", "unknown_ids", "owners")
-}
+_SHARED_BY_RUNS = {"step", "unknown_ids", "owners"}
+RUNS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - _SHARED_BY_RUNS
 """The fields of a state with a leading axis of runs in their arrays."""
 
 States = tuple[TrainState, ...]

@@ -110,13 +110,15 @@ def with_live_teacher(
     """
     if teacher is None:
         return batch
-    parameters, items = constants.teacher, constants.items
+    parameters = constants.teacher
     assert parameters is not None, "a live teacher needs its parameters"
     # Scoring is the largest part of such a step: only candidates of its stage are scored.
     scored = batch.first(batch.num_scored) if teacher.stage >= Stage.PASSED else batch
-    logits = in_parts(
-        lambda part: score(teacher.model, parameters, part, items), scored, devices_of_runs
-    )
+
+    def score_part(part: CandidateBatch) -> Float[Array, "R N T"]:
+        return score(teacher.model, parameters, part, constants.items)
+
+    logits = in_parts(score_part, scored, devices_of_runs)
     weight = (scored.stage >= teacher.stage)[..., None]
     return dataclasses.replace(
         batch,
@@ -153,7 +155,8 @@ def _train_stack(
     items: Items,
 ) -> tuple[TrainState, Losses]:
     """Take one step of all runs of a stack; one with a loss that is not finite keeps its state."""
-    embedding, tables = train_spec.model.embedding, state.parameters.tables
+    embedding = train_spec.model.embedding
+    tables = state.parameters.tables
     targets = [SIGNALS[term.signal].read(batch) for term in hyperparameters.terms]
     batch = _without_idle_candidates(train_spec, batch, targets)
     # Counted from 1: a factor of 0 at the first step would waste a batch.

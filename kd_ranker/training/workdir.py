@@ -21,7 +21,8 @@ from kd_ranker.errors import UserError
 from kd_ranker.manifest import Provenance, write_whole
 from kd_ranker.training.processes import is_first, on_first
 
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 START_FILE = "warm_start.json"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -97,8 +98,9 @@ def check(
     owner = read_environment(workdir).get("command", command)
     if owner != command:
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    there, here = (values_by_key(each, without) for each in (read_config(workdir), config))
-    if differing := manifest.differences(there, here):
+    before = values_by_key(read_config(workdir), without)
+    now = values_by_key(config, without)
+    if differing := manifest.differences(before, now):
         raise UserError(
             f"{workdir} holds a run of another config; use another --workdir or set back: "
             f"{differing}"
@@ -108,12 +110,12 @@ def check(
 
 def check_dataset(workdir: Path, dataset: Provenance) -> None:
     """Raise UserError if the run in `workdir` uses a dataset of another digest."""
-    here = dataset["dataset"]
-    there = read_environment(workdir).get("dataset", here)
-    if there != here:
+    present = dataset["dataset"]
+    recorded = read_environment(workdir).get("dataset", present)
+    if recorded != present:
         raise UserError(
-            f"{workdir} holds a run on the dataset {there}, and data.dir holds {here}, which has "
-            "other content; name the data.dir of the first one, or use another --workdir"
+            f"{workdir} holds a run on the dataset {recorded}, and data.dir holds {present}, which "
+            "has other content; name the data.dir of the first one, or use another --workdir"
         )
 
 
@@ -176,8 +178,8 @@ class MetricsWriter:
         """Open both for a run that resumes after step `start`, and discard later lines."""
         self._path = workdir / METRICS_FILE
         lines = read_metrics(self._path) if self._path.exists() else []
-        kept = (f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start)
-        write_atomically(self._path, "".join(kept))
+        earlier = [f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start]
+        write_atomically(self._path, "".join(earlier))
         # Without the thread of a `SummaryWriter`: on a full disk that would die with a trace, and
         # its queue would fill up.
         self._events = EventsWriter(str(workdir / "events")) if is_first() else None

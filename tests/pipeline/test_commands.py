@@ -139,7 +139,7 @@ def test_train_leaves_what_the_contract_says(world, mode):
 def test_the_report_of_single_runs_has_what_that_of_a_sweep_has(world):
     """Intervals over requests, and a saving where there is a baseline."""
     (study,) = read_studies([world.student("none"), world.student("shared")])
-    assert (len(study.teachers), bool(study.kept)) == (1, True)
+    assert (len(study.teachers), bool(study.kept_requests)) == (1, True)
     estimates = Estimates(study)
     assert estimates.gap("shared, weight 1", "none", "passed_for_99").covers == "requests"
     assert np.isfinite(estimates.saving("shared, weight 1", 0.99).low)

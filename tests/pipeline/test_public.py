@@ -124,7 +124,7 @@ def test_a_home_folder_is_meant_by_a_tilde_in_every_path(monkeypatch):
     paths = {"dir": "~/data", "path": "~/a.parquet, ~/b.parquet", "extends": "~/old"}
     config.data.update(paths)
     config.teacher.workdir = config.train.warm_start = "~/run"
-    own = api._own(config)
+    own = api._copied(config)
     assert (own.data.dir, own.data.extends) == ("/home/me/data", "/home/me/old")
     assert own.data.path == "/home/me/a.parquet,/home/me/b.parquet"
     assert own.teacher.workdir == own.train.warm_start == "/home/me/run"

@@ -8,7 +8,7 @@ from kd_ranker.evaluation.request_files import PerRequestByRanker, request_files
 from kd_ranker.reporting import estimates
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import Interval, OverDraws, crossed_interval, request_counts
-from kd_ranker.reporting.study import read_studies
+from kd_ranker.reporting.study import KeptRequests, read_studies
 from tests.reporting import sweeps
 
 REQUESTS, RETRIEVED = 12, 40
@@ -238,7 +238,8 @@ def test_a_live_test_planned_by_hand(tmp_path, survival, positives, run, needed)
 
     of_requests = {("teacher", "user"): each([9, 9, 0, 9]), (run, "user"): each(positives)}
     kept = PerRequestByRanker(KS, of_requests)
-    found = Estimates(study._replace(kept=[(0, kept)])).live_test(SHARED, "none", 0.5)
+    found = Estimates(study._replace(kept_requests=[KeptRequests(0, kept)]))
+    found = found.live_test(SHARED, "none", 0.5)
     assert found == needed
 
 

@@ -31,7 +31,7 @@ def test_runs_settings_and_repeats(tmp_path):
     # Only chosen settings are read on test: their requests, and those of teacher and references.
     assert sorted(study.tested["setting"]) == sorted([*study.chosen.values()] * 3)
     assert set(study.tested["split"]) == set(study.teachers["split"]) == {"test"}
-    ((_, of_requests),) = study.kept
+    ((_, of_requests),) = study.kept_requests
     names = [*study.tested["run"], "teacher", *sweeps.BASELINES]
     assert sorted(name for name, _ in of_requests.each) == sorted(names)
 

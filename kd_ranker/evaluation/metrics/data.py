@@ -11,7 +11,8 @@ from kd_ranker.evaluation.ranked import Ranked
 
 def request_sums(ranked: Ranked) -> Sums:
     """Return numbers of each request, [R] or [R, T]."""
-    requests, seen = ranked.evaluation_batch.request_mask, ranked.scored.seen
+    requests = ranked.evaluation_batch.request_mask
+    seen = ranked.scored.seen
     num_scored = ranked.teacher_knows.sum(axis=1)
     num_candidates = ranked.mask.sum(axis=1)
     return {

@@ -27,14 +27,15 @@ def funnel_sums(ranked: Ranked) -> Sums:
 
     One sort of the candidates serves all of them, and the sums of a ranker's own top.
     """
-    mask, shown = ranked.mask, ranked.sizes.shown
+    mask = ranked.mask
+    shown = ranked.sizes.shown
     is_measured = ranked.is_measured[:, None]
     candidates = mask.sum(axis=1, keepdims=True)
     passed = jnp.arange(1, mask.shape[1] + 1)
     was_shown = mask & (ranked.batch.stage == Stage.SHOWN)
     # Requests with all or none shown cannot distinguish students.
     differs = was_shown.sum(axis=1, keepdims=True) < candidates
-    found = funnel.funnel_curves(
+    funnels = funnel.funnel_curves(
         ranked.value,
         jnp.where(is_measured, ranked.teacher_value, jnp.nan),
         mask,
@@ -52,8 +53,8 @@ def funnel_sums(ranked: Ranked) -> Sums:
             "known_shown": mask,
         },
     )
-    ndcg, ndcg_counts = agreement.ndcg(found.gain, found.ideal_gain)
-    curves = dict(found.curves)
+    ndcg, ndcg_counts = agreement.ndcg(funnels.gain, funnels.ideal_gain)
+    curves = dict(funnels.curves)
     # A shown item without a chance of a label is one that the log did not pass. A live final ranker
     # would also score the candidates that have no score in the log, and may show any of them. So
     # at most this number of the slots has no label:
@@ -64,13 +65,13 @@ def funnel_sums(ranked: Ranked) -> Sums:
         **curves,
         "slots": slots,
         "slots_with_label": slots - jnp.minimum(slots, without_label),
-        "funnel_requests": found.counts,
+        "funnel_requests": funnels.counts,
         **covered_funnel(ranked),
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
         "scored": jnp.minimum(passed, candidates),
         "teacher_ndcg": ndcg,
         "teacher_ndcg_requests": ndcg_counts,
-        **top_sums(ranked, found.first),
+        **top_sums(ranked, funnels.first),
     }
     if ranked.sizes.are_partly_scored:
         sums |= _partly_scored_sums(ranked)
@@ -80,8 +81,9 @@ def funnel_sums(ranked: Ranked) -> Sums:
 
 
 def _partly_scored_sums(ranked: Ranked) -> Sums:
-    """The sums for requests of which the log has the scores of some candidates only."""
-    mask, teacher_value = ranked.mask, ranked.teacher_value
+    """Return the sums for requests of which the log has the scores of some candidates only."""
+    mask = ranked.mask
+    teacher_value = ranked.teacher_value
     num_scored = (mask & ranked.teacher_knows).sum(axis=1)
     slot_weights = funnel.slots_of_part(ranked.sizes.shown, num_scored, mask.sum(axis=1))
     captured = funnel.list_sums(ranked.value, teacher_value, mask, teacher_value, slot_weights)
@@ -95,7 +97,8 @@ def _partly_scored_sums(ranked: Ranked) -> Sums:
 
 def _served_list_sums(ranked: Ranked) -> Sums:
     """NDCG by user labels of the lists that users get, of requests with a positive label."""
-    shown, is_labeled = ranked.sizes.shown, ranked.label_weight > 0
+    shown = ranked.sizes.shown
+    is_labeled = ranked.label_weight > 0
     gain = jnp.where(is_labeled, ranked.user_value, 0.0)
     discount = 1 / jnp.log2(jnp.arange(shown) + 2.0)
     best = -jnp.sort(-gain, axis=1)[:, :shown]

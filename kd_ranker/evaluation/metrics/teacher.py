@@ -17,7 +17,8 @@ _NO_DISTANCE = 1e-6
 
 def teacher_sums(ranked: Ranked) -> Sums:
     """Return the sums over all candidates with a teacher weight, [R, T] or [R]."""
-    teacher, weight = ranked.teacher_probability, ranked.teacher_weight
+    teacher = ranked.teacher_probability
+    weight = ranked.teacher_weight
     losses = agreement.binary_cross_entropy(ranked.probability, teacher)
     tau, tau_counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
     return {
