@@ -46,11 +46,11 @@ from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, runs
 from kd_ranker.requests.row_files import columns_of_block
-from kd_ranker.sources.logs import source, vocabulary
+from kd_ranker.sources.logs import vocabulary
 from kd_ranker.sources.logs.encode import ITEM, encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.source import Unseen
+from kd_ranker.sources.logs.unseen import Unseen, open_unseen, read_unseen
 from kd_ranker.training.specs import TEACHER_STAGES
 from kd_ranker.training.workdir import read_json
 
@@ -231,7 +231,7 @@ def score_unseen(
         )
     with _writing(output, provenance) as work:
         if work:
-            read = source.read_unseen(log, layout, trained, ranker.dataset, work / ".read")
+            read = read_unseen(log, layout, trained, ranker.dataset, work / ".read")
             items = jax.device_put(read.items)
             scorer = _Scorer(ranker, config, items, read.largest, read.item_names)
             paths = _paths_like(log.files or [SQL], work)
@@ -261,7 +261,7 @@ def _open_log(
     # One device scores, however many were used for training.
     checks.validate(config, config.parallel.devices or config.parallel.runs or 1)
     layout, trained_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
-    return *source.open_unseen(layout, trained_layout), trained_layout
+    return *open_unseen(layout, trained_layout), trained_layout
 
 
 def _parts_of_log(layout: LogLayout, read: Unseen, paths: Sequence[Path]) -> Iterator[_Part]:

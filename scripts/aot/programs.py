@@ -26,6 +26,7 @@ from kd_ranker.pipeline import datasets, training
 from kd_ranker.pipeline.job import TrainedRanker, TrainingJob, served
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
+from kd_ranker.requests.request import requests_in
 from kd_ranker.requests.row_files import columns_of
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import specs, workdir
@@ -69,7 +70,7 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     exists = storage.directory_of(datasets.dataset_name(config), config.data.dir).exists()
     if entry.simulated and not exists:
         source = entry.open_source(config.data, config.tasks, config.funnel)
-        spec, requests = source.spec, source.requests("train")
+        spec, requests = source.spec, requests_in(source.blocks("train"))
     else:
         dataset = datasets.dataset_of(config)
         spec, requests = dataset.spec, read_requests(dataset, "train")

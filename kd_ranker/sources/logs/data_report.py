@@ -15,8 +15,9 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import LEAST_WHOLE
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
+from kd_ranker.sources.logs.columns import is_list, wanted_columns
 from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.files import SQL, Log, is_list, wanted_columns
+from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.query import logged, quoted
 

@@ -71,7 +71,7 @@ class Encoding:
         ids.
       rules: the content of `transforms.json`: `dense` and `categories` have the features of each
         field by column, `history` those of events, and `kinds` the key of each column of ids or
-        categories in the config -> `files.kind_of` its values, where known.
+        categories in the config -> `columns.kind_of` its values, where known.
     """
 
     spec: FeatureSpec

@@ -15,7 +15,7 @@ import pyarrow as pa
 from kd_ranker.requests.columns import LEAST_WHOLE
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import (
+from kd_ranker.sources.logs.columns import (
     TEXTS,
     inner_type,
     is_list,

@@ -170,10 +170,11 @@ class Spark(Database):
         frame = reader.parquet(*map(log.system.unstrip_protocol, log.files))
         paths = [path for (path,) in frame.select("_metadata.file_path").distinct().collect()]
         urls = map(urlsplit, paths)
-        places = [log.files.index(unquote(url.netloc + url.path)) for url in urls]
-        files = pa.table({"path": paths, "file": pa.array(places, pa.int64())})
-        for name in log.given.column_names:
-            files = files.append_column(PREFIX + name, log.given[name].take(files["file"]))
+        numbers = [log.files.index(unquote(url.netloc + url.path)) for url in urls]
+        files = pa.table({"path": paths, "file": pa.array(numbers, pa.int64())})
+        for name in log.folder_columns.column_names:
+            values = log.folder_columns[name].take(files["file"])
+            files = files.append_column(PREFIX + name, values)
         self.put("files", files)
         columns = [f"`{name}` AS `{PREFIX}{name}`" for name in log.names]
         columns += ["_metadata.file_path AS path", "_metadata.row_index AS row"]
