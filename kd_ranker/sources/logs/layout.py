@@ -138,7 +138,7 @@ class LogLayout:
         """The layout of a log to score: ids and features, and the time if it has one."""
         columns = {use: self.columns[use] for use in IDENTIFYING if use in self.columns}
         if not has_time:
-            del columns["time"]
+            columns.pop("time", None)
         return dataclasses.replace(
             self,
             columns=columns,
