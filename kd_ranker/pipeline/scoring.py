@@ -22,11 +22,11 @@ from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, runs
 from kd_ranker.requests.row_files import columns_of_block
-from kd_ranker.sources.logs import source, vocabulary
+from kd_ranker.sources.logs import vocabulary
 from kd_ranker.sources.logs.encode import ITEM, encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.source import Unseen
+from kd_ranker.sources.logs.unseen import Unseen, open_unseen, read_unseen
 from kd_ranker.training.specs import TEACHER_STAGES
 
 # The number of batches in a part of a dataset.
@@ -161,7 +161,7 @@ def score_unseen(
         )
     with scores.writing(output, provenance) as work:
         if work:
-            read = source.read_unseen(log, layout, trained_layout, ranker.dataset, work / ".read")
+            read = read_unseen(log, layout, trained_layout, ranker.dataset, work / ".read")
             items = jax.device_put(read.items)
             scorer = Scorer(ranker, config, items, read.largest, read.item_names)
             paths = scores.paths_like(log.files or [SQL], work)
@@ -192,7 +192,7 @@ def _open_log(
     checks.validate(config, config.parallel.devices or config.parallel.runs or 1)
     layout = read_layout(config.data, config.tasks, config.funnel)
     trained_layout = read_layout(run.data, run.tasks, run.funnel)
-    log, layout = source.open_unseen(layout, trained_layout)
+    log, layout = open_unseen(layout, trained_layout)
     return log, layout, trained_layout
 
 

@@ -10,7 +10,7 @@ and therefore needs this package.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from kd_ranker.batch import STORED, FeatureSpec, Items, Request
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns
-from kd_ranker.requests.request import Block
+from kd_ranker.requests.request import BLOCK, ReadBlock, requests_in
 from kd_ranker.requests.row_files import block_at
 
 # One record per group, since records are read one by one.
 _RECORDS = "group_size:1,uncompressed"
 _NAME = "requests"
 _FORMAT = "array_record"
-BLOCK = 256
-"""The number of single requests that are read or combined at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +46,11 @@ class Dataset:
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
-    """Yield the requests of a split in stored order; see `row_files.block_at`."""
-    for block in blocks_of(dataset.columns[split], dataset.spec):
-        yield from block().requests()
+    """Return the requests of a split in stored order; see `row_files.block_at`."""
+    return requests_in(blocks_of(dataset.columns[split], dataset.spec))
 
 
-def blocks_of(columns: Columns, spec: FeatureSpec) -> Iterator[Callable[[], Block]]:
+def blocks_of(columns: Columns, spec: FeatureSpec) -> Iterator[ReadBlock]:
     """Yield a function for each block of consecutive requests, which reads it."""
     for start in range(0, len(columns), BLOCK):
         yield functools.partial(block_at, columns, spec, slice(start, start + BLOCK))

@@ -1,13 +1,11 @@
-"""A dataset before it is built: its requests, one by one or in blocks, and the data they share."""
+"""The requests of a dataset, one by one and in blocks."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Int64, Shaped
+from jaxtyping import Int, Int64, Shaped
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
 
@@ -49,6 +47,10 @@ def runs(
     return np.repeat(first - stride * start[:-1], numbers) + stride * np.arange(start[-1])
 
 
+BLOCK = 256
+"""The number of single requests that are read or combined at a time."""
+
+
 class Block(NamedTuple):
     """A block of n requests."""
 
@@ -75,6 +77,16 @@ class Block(NamedTuple):
         return [values[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
+ReadBlock = Callable[[], Block]
+"""A function that reads a block; sources return these before any request is read."""
+
+
+def requests_in(blocks: Iterable[ReadBlock]) -> Iterator[Request]:
+    """Yield the requests of blocks one by one; a block is read when its first request is due."""
+    for read_block in blocks:
+        yield from read_block().requests()
+
+
 def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
     """Combine requests into one block."""
     numbers: dict[Owner, Int64[np.ndarray, "n"]] = {"request": np.ones(len(requests), np.int64)}
@@ -93,20 +105,3 @@ def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
         else:
             values[field.name] = np.concatenate(entries)
     return Block(values, numbers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A dataset before it is built."""
-
-    spec: FeatureSpec
-    item_features: Float32[np.ndarray, "items F"]
-    requests: Callable[[str], Iterator[Request]]  # of a split, the same ones at every call
-    num_requests: dict[str, int]  # split -> the number that `requests` yields
-    item_category: Int32[np.ndarray, "items I"] | None = None  # -1 for a missing id
-    # Split -> its requests in blocks, each returned by a call; None reads `requests` instead.
-    shards: Callable[[str], Sequence[Callable[[], Block]]] | None = None
-    # Applies a function to each of these calls, and returns the results in their order.
-    map: Callable[[Callable[[Callable[[], Block]], Any], Iterable[Any]], Iterable[Any]] = map
-    write_beside: Callable[[Path], None] | None = None  # of more files, into the dataset's folder
-    close: Callable[[], None] = lambda: None  # nothing can be read after it

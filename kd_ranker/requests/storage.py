@@ -26,7 +26,7 @@ import functools
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,10 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.records import BLOCK, Dataset, blocks_of, write_index
-from kd_ranker.requests.request import SPLITS, Block, Source, block_of, starts_of
+from kd_ranker.requests.records import Dataset, blocks_of, write_index
+from kd_ranker.requests.request import SPLITS, Block, ReadBlock, starts_of
 from kd_ranker.requests.row_files import Flat
+from kd_ranker.requests.source import Source
 
 FORMAT_VERSION = "2.2.0"
 SPEC_FILE = "feature_spec.json"
@@ -128,19 +129,17 @@ def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> 
         for split in SPLITS
     }
     write_index(folder, source.spec, numbers, FORMAT_VERSION, earlier)
-    if source.write_beside:
-        source.write_beside(folder)
+    source.write_side_files(folder)
     manifest.write(folder, {"dataset": name}, known=known)
 
 
 def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset | None) -> int:
     """Write the requests of a split, after all those of an earlier dataset; return their number."""
-    own = source.shards(split) if source.shards else _in_blocks(source, split)
-    held_out = [earlier.columns[of] for of in SPLITS[1:]] if earlier else []
+    held_out = [earlier.columns[name] for name in SPLITS[1:]] if earlier else []
     moved = [blocks_of(columns, source.spec) for columns in held_out]
     expected = source.num_requests[split] + sum(map(len, held_out))
     pack = functools.partial(_pack, spec=source.spec, for_training=split == "train")
-    parts = source.map(pack, itertools.chain(*moved, own))
+    parts = source.pack_blocks(pack, itertools.chain(*moved, source.blocks(split)))
     with tqdm(total=expected, desc=f"writing {split}", unit="request", disable=None) as progress:
         written = row_files.write(folder, split, source.spec, parts, progress.update)
     if written != expected:
@@ -148,16 +147,10 @@ def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset |
     return written + (len(earlier.columns["train"]) if earlier else 0)
 
 
-def _pack(shard: Callable[[], Block], spec: FeatureSpec, for_training: bool) -> Flat:
-    block = shard()
+def _pack(read_block: ReadBlock, spec: FeatureSpec, for_training: bool) -> Flat:
+    block = read_block()
     _check_ids(block, spec)
     return row_files.pack(block, spec, for_training)
-
-
-def _in_blocks(source: Source, split: str) -> Iterator[Callable[[], Block]]:
-    requests = iter(source.requests(split))
-    while chunk := list(itertools.islice(requests, BLOCK)):
-        yield functools.partial(block_of, chunk, source.spec)
 
 
 def _check_ids(block: Block, spec: FeatureSpec) -> None:

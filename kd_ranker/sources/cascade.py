@@ -30,9 +30,10 @@ import scipy.stats
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec
+from kd_ranker.batch import FeatureSpec, Request
 from kd_ranker.errors import UserError, check_tasks
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.source import RequestSource
 
 TASKS = ("watch", "like", "share")
 
@@ -203,7 +204,7 @@ class History(NamedTuple):
     age_hours: Float32[np.ndarray, "H"]
 
 
-def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> RequestSource:
     """Open the simulated feed as a source, for some of `TASKS` in any order.
 
     Requests come in the order of time, and those of training precede those of validation, which
@@ -241,7 +242,12 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         history_features=HISTORY_FEATURES,
         teacher_version=TEACHER_VERSION,
     )
-    return Source(spec, world.item_features, requests, num_requests)
+    return RequestSource(
+        spec=spec,
+        item_features=world.item_features,
+        requests=requests,
+        num_requests=num_requests,
+    )
 
 
 def taste_match(

@@ -27,7 +27,8 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import digest, write_whole
 from kd_ranker.requests.lock import hold_work
-from kd_ranker.requests.request import SPLITS, Source, starts_of
+from kd_ranker.requests.request import SPLITS, starts_of
+from kd_ranker.requests.source import Source
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
 from kd_ranker.sources.logs.layout import IDENTIFYING, OPTIONAL, STAGES

@@ -17,7 +17,8 @@ from kd_ranker.batch import STORED, FeatureSpec, Owner, Request
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.request import COUNTED_BY, SPLITS, Source, block_of
+from kd_ranker.requests.request import COUNTED_BY, SPLITS, block_of
+from kd_ranker.requests.source import RequestSource, Source
 
 NAME = "requests"
 NO_REQUESTS = "requests must be mappings, kd.Request or a table, or a mapping of splits to these"
@@ -78,7 +79,7 @@ def write_requests(
         item_category = _array(item_category, np.int32, shape, "item_category")
         if ((item_category < -1) | (item_category >= spec.num_categories)).any():
             raise UserError(f"item_category must lie in [-1, {spec.num_categories})")
-    source = Source(
+    source = RequestSource(
         spec=spec,
         item_features=features,
         item_category=item_category,
@@ -155,7 +156,7 @@ def arrow_of(table: Any) -> pa.Table:
     return rows
 
 
-def _digest(source: Source) -> str:
+def _digest(source: RequestSource) -> str:
     """Return eight hex digits that differ where the contents differ."""
     digest = hashlib.sha256(source.spec.to_json().encode())
     arrays = [source.item_features]

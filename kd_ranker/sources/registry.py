@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker.requests.request import Source
+from kd_ranker.requests.source import Source
 from kd_ranker.sources import (
     cascade,
     filmsearch,

@@ -29,6 +29,7 @@ from kd_ranker.pipeline.trainees import Trainees
 from kd_ranker.progress import Progress
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
+from kd_ranker.requests.request import requests_in
 from kd_ranker.requests.row_files import columns_of
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import specs, workdir
@@ -73,7 +74,7 @@ def sample_of(config: ConfigDict, users: int | None = None, items: int | None = 
     if entry.simulated and not exists:
         source = entry.open_source(config.data, config.tasks, config.funnel)
         spec = source.spec
-        requests = source.requests("train")
+        requests = requests_in(source.blocks("train"))
     else:
         dataset = datasets.dataset_of(config)
         spec = dataset.spec

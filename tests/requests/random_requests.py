@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_ranker.batch import Request
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.source import RequestSource, Source
 from tests.random_batches import SPEC
 
 
@@ -56,7 +57,7 @@ def with_facts(request: Request, seed: int) -> Request:
     )
 
 
-def random_source(train: int = 12, validation: int = 3, test: int = 5) -> Source:
+def random_source(train: int = 12, validation: int = 3, test: int = 5) -> RequestSource:
     """A source for `SPEC`, with facts for the evaluation in the requests of that."""
     num_requests = {"train": train, "validation": validation, "test": test}
 
@@ -68,7 +69,7 @@ def random_source(train: int = 12, validation: int = 3, test: int = 5) -> Source
                 request = with_facts(request, index)
             yield request
 
-    return Source(
+    return RequestSource(
         spec=dataclasses.replace(SPEC, teacher_version="v1"),
         item_features=np.random.default_rng(0)
         .normal(size=(SPEC.num_items, SPEC.item_features))

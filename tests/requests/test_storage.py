@@ -14,6 +14,7 @@ from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
 from kd_ranker.requests import lock, storage
 from kd_ranker.requests.request import block_of
+from kd_ranker.requests.source import RequestSource
 from kd_ranker.sources.logs.database import Database
 from tests import small
 from tests.faults import fault_of
@@ -63,20 +64,27 @@ def test_a_source_at_fault_is_one_line_and_leaves_nothing(tmp_path, source, faul
     assert not [*tmp_path.iterdir()]
 
 
-def full(directory):
-    raise OSError("no space left")
+class Full(RequestSource):
+    """A source whose additional files do not fit on the disk."""
+
+    def write_side_files(self, directory):
+        raise OSError("no space left")
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("source", "error", "message"),
     [
-        ({"write_beside": full}, OSError, "no space left"),
-        ({"num_requests": {"train": 13, "validation": 3, "test": 5}}, RuntimeError,
-         "13 requests in split 'train', 12 written"),
+        (Full(**vars(random_source())), OSError, "no space left"),
+        (
+            dataclasses.replace(
+                random_source(), num_requests={"train": 13, "validation": 3, "test": 5}
+            ),
+            RuntimeError,
+            "13 requests in split 'train', 12 written",
+        ),
     ],
-)  # fmt: skip
-def test_a_build_that_fails_leaves_nothing(tmp_path, change, error, message):
-    source = dataclasses.replace(random_source(), **change)
+)
+def test_a_build_that_fails_leaves_nothing(tmp_path, source, error, message):
     with pytest.raises(error, match=message):
         storage.build(lambda: source, "small", str(tmp_path))
     assert not [*tmp_path.iterdir()]
@@ -124,21 +132,32 @@ def test_the_identity_of_a_dataset_follows_its_content(tmp_path):
     assert others[0] == first
 
 
-def in_shards(size, threads):
-    """`random_source` in shards of `size` requests, and a list of those that are read."""
-    source, read = random_source(), []
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlocksInThreads(RequestSource):
+    """A source in blocks of `size` requests, which lists those that are read."""
 
-    def shard(split, start):
-        read.append((split, start))
-        requests = itertools.islice(source.requests(split), start, start + size)
-        return block_of(list(requests), source.spec)
+    size: int
+    threads: int
+    read: list
 
-    def shards(split):
-        starts = range(0, source.num_requests[split], size)
-        return [functools.partial(shard, split, start) for start in starts]
+    def _block(self, split, start):
+        self.read.append((split, start))
+        requests = itertools.islice(self.requests(split), start, start + self.size)
+        return block_of(list(requests), self.spec)
 
-    in_threads = Database(None, Path(), threads).map
-    return dataclasses.replace(source, shards=shards, map=in_threads), read
+    def blocks(self, split):
+        starts = range(0, self.num_requests[split], self.size)
+        return [functools.partial(self._block, split, start) for start in starts]
+
+    def pack_blocks(self, pack, blocks):
+        return Database(None, Path(), self.threads).map(pack, blocks)
+
+
+def in_blocks(size, threads):
+    """`random_source` in blocks of `size` requests, and a list of those that are read."""
+    fields = vars(random_source())
+    source = BlocksInThreads(**fields, size=size, threads=threads, read=[])
+    return source, source.read
 
 
 def bytes_of(directory):
@@ -147,15 +166,15 @@ def bytes_of(directory):
 
 
 @pytest.mark.parametrize(("size", "threads"), [(1, 3), (4, 2), (100, 1)])
-def test_shards_make_the_files_of_one_pass(tmp_path, size, threads):
+def test_blocks_make_the_files_of_one_pass(tmp_path, size, threads):
     whole = bytes_of(storage.build(random_source, "small", str(tmp_path / "whole")))
-    source, read = in_shards(size, threads)
+    source, read = in_blocks(size, threads)
     assert bytes_of(storage.build(lambda: source, "small", str(tmp_path))) == whole
     assert len(read) == sum(-(-number // size) for number in source.num_requests.values())
 
 
 def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path):
-    source, read = in_shards(4, 1)
+    source, read = in_blocks(4, 1)
     with lock.hold(storage.directory_of("small", str(tmp_path)).parent):
         with pytest.raises(UserError, match=r"small is held by process .*; wait for its end"):
             storage.build(lambda: source, "small", str(tmp_path))
@@ -175,7 +194,7 @@ def test_a_dataset_that_another_process_finished_just_before_the_lock_is_kept(
         return lock.hold(folder)
 
     monkeypatch.setattr(storage, "hold", hold_after_another_build)
-    source, read = in_shards(4, 1)
+    source, read = in_blocks(4, 1)
     directory = storage.build(lambda: source, "small", str(tmp_path))
     assert directory.is_dir()
     assert not read

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import Request
 from kd_ranker.config.defaults import feature
 from kd_ranker.configs import parquet
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS, requests_in
+from kd_ranker.requests.source import Source
 from kd_ranker.sources.logs.layout import ALLOWABLE, LogLayout, read_layout
 
 TASKS = ("watch", "like")
@@ -348,7 +350,7 @@ def _reason(head: dict, candidate: dict) -> str:
 
 def all_requests(source: Source) -> dict[str, list[Request]]:
     """The requests of all splits."""
-    return {split: list(source.requests(split)) for split in SPLITS}
+    return {split: list(requests_in(source.blocks(split))) for split in SPLITS}
 
 
 def comparable(request: Request) -> list:

@@ -9,7 +9,7 @@ import pytest
 
 from kd_ranker.configs import movielens
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.request import SPLITS, requests_in
 from kd_ranker.sources.converted import cut_blocks
 from kd_ranker.sources.logs.layout import ALLOWABLE
 from kd_ranker.sources.movielens import DAY, find_files, write
@@ -213,10 +213,10 @@ def test_the_log_is_made_once_and_opened_as_any_other(tmp_path):
     entry = SOURCES["movielens_32m"]
     source = entry.open_source(config.data, ("like", "watch"), config.funnel)
     (tmp_path / "beside").mkdir()
-    source.write_beside(tmp_path / "beside")
+    source.write_side_files(tmp_path / "beside")
     by_id = {row["request"]: row for row in rows.values()}
     for split in SPLITS:
-        for request in source.requests(split):
+        for request in requests_in(source.blocks(split)):
             row = by_id.pop(request.request_id)
             assert (row["split"], row["time"]) == (split, request.time)
             assert request.num_passed == len(row["item"])

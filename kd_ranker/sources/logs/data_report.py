@@ -15,8 +15,9 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import LEAST_WHOLE
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
+from kd_ranker.sources.logs.columns import is_list, wanted_columns
 from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.files import SQL, Log, is_list, wanted_columns
+from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.query import logged, quoted
 
@@ -235,7 +236,8 @@ def _remarks(report: Report) -> Iterator[str]:
             )
         if column["values"] and column["missing"] == column["values"]:
             yield f"{key}: {name} is empty."
-        zoned, times = column.get("with_zone", 0), column["values"] - column["missing"]
+        zoned = column.get("with_zone", 0)
+        times = column["values"] - column["missing"]
         if 0 < zoned < times:
             yield (
                 f"{key}: {zoned:,} of {times:,} values of {name} have a time zone; the others are "
@@ -252,15 +254,18 @@ def _remarks(report: Report) -> Iterator[str]:
         )
     if number := report["requests"]["several_times"]:
         yield f"The rows of {number:,} requests have several times; the earliest counts."
-    if not any(of["retrieved"] or of["passed"] for of in report["splits"].values()):
+    splits = report["splits"]
+    num_retrieved = sum(split["retrieved"] for split in splits.values())
+    num_passed = sum(split["passed"] for split in splits.values())
+    if not num_retrieved and not num_passed:
         yield "All candidates were shown, so a funnel is measured within what was shown."
-    elif not any(of["retrieved"] for of in report["splits"].values()):
+    elif not num_retrieved:
         yield (
             "No candidate was retrieved and not passed: the log lacks those, so survival and the "
             "numbers of candidates are among the passed ones."
         )
-    for split, of in report["splits"].items():
-        yield from _remarks_on_split(split, of, report["tasks"])
+    for name, split in splits.items():
+        yield from _remarks_on_split(name, split, report["tasks"])
     yield from _remarks_on_teacher(report)
     yield from _remarks_on_features(report["features"])
     if unknown := report["ids"].get("history_events_of_unknown_items"):
@@ -270,19 +275,19 @@ def _remarks(report: Report) -> Iterator[str]:
         )
 
 
-def _remarks_on_split(split: str, of: dict, tasks: Sequence[str]) -> Iterator[str]:
-    if without := of["without_a_label"]:
-        share = f"{without / of['requests']:.1%}"
-        yield f"{without:,} of {of['requests']:,} {split} requests ({share}) have no label."
-    if unlabeled := of["shown"] - of["labeled"]:
+def _remarks_on_split(name: str, split: dict, tasks: Sequence[str]) -> Iterator[str]:
+    if without := split["without_a_label"]:
+        share = f"{without / split['requests']:.1%}"
+        yield f"{without:,} of {split['requests']:,} {name} requests ({share}) have no label."
+    if unlabeled := split["shown"] - split["labeled"]:
         yield (
-            f"{unlabeled:,} of {of['shown']:,} shown candidates in {split} lack a label or have "
+            f"{unlabeled:,} of {split['shown']:,} shown candidates in {name} lack a label or have "
             "label weight 0, and are not learned from by labels."
         )
     for task in tasks:
-        if positives := of[f"positives_not_shown/{task}"]:
+        if positives := split[f"positives_not_shown/{task}"]:
             yield (
-                f"{positives:,} candidates in {split} that were not shown have label 1 of {task}; "
+                f"{positives:,} candidates in {name} that were not shown have label 1 of {task}; "
                 "labels count only where a candidate was shown."
             )
 
@@ -358,12 +363,20 @@ def write_data_report(report: Report, folder: Path) -> None:
     """Write `data_report.json` and `data_report.html`, a page without other files."""
     (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
     templates = templates_of("kd_ranker.sources.logs")
-    templates.filters["number"] = lambda value: (
-        "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-    )
-    templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
+    templates.filters["number"] = _format_number
+    templates.filters["percent"] = _format_percent
     page = templates.get_template("data_report.html").render(report=report)
     (folder / PAGE).write_text(page)
+
+
+def _format_number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _format_percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def count_rejected(database: Database) -> dict[str, int]:
@@ -387,16 +400,20 @@ def write_rejected(
     if not database.number("SELECT count(*) FROM reported"):
         return
     wanted = wanted_columns(layout)
-    listed = {of.column for of in wanted if of.per_candidate}
-    read_already = {of.column for of in layout.features if of.of_request and not layout.by_request}
+    listed = {column.column for column in wanted if column.per_candidate}
+    read_already: set[str] = set()
+    if not layout.by_request:
+        read_already = {feature.column for feature in layout.features if feature.of_request}
     columns = []
     for name, type_ in types.items():
-        column = f"{'reported_columns' if name in read_already else 'log'}.{logged(name)}"
+        table = "reported_columns" if name in read_already else "log"
+        column = f"{table}.{logged(name)}"
         value = column
         if name in listed and is_list(type_):
             is_whole = f"place < 0 OR {column} IS NULL"
             value = f"CASE WHEN {is_whole} THEN {column} ELSE {column}[place + 1:place + 1] END"
-        columns.append(f"{value} AS {quoted(f'{name}_' if name in _ADDED else name)}")
+        new_name = f"{name}_" if name in _ADDED else name
+        columns.append(f"{value} AS {quoted(new_name)}")
     batches = database.stream(f"""
         SELECT why AS reason, file, "row", {", ".join(columns)}
         FROM log JOIN reported USING (file, "row")
@@ -428,9 +445,8 @@ def read_data_report(folder: Path) -> Report | None:
 def requests_a_day(report: Report) -> float:
     """Return how many requests a day a log holds, from its first to its last; NaN without times."""
     splits = report.get("splits", {}).values()
-    first, last = (
-        np.array([split[end] for split in splits], "datetime64[s]") for end in ("first", "last")
-    )
+    first = np.array([split["first"] for split in splits], "datetime64[s]")
+    last = np.array([split["last"] for split in splits], "datetime64[s]")
     span = (last.max() - first.min()) / np.timedelta64(1, "D") if len(first) else 0.0
     # The span is NaN if a split has no times.
     return sum(split["requests"] for split in splits) / span if span > 0 else float("nan")

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -34,7 +34,9 @@ class Database:
     """A connection to DuckDB."""
 
     def __init__(self, connection: Any, folder: Path, threads: int = 1) -> None:
-        self.connection, self.folder, self.threads = connection, folder, threads
+        self.connection = connection
+        self.folder = folder
+        self.threads = threads
 
     def run(self, statements: Sequence[str]) -> None:
         """Run statements, one after the other."""
@@ -43,21 +45,22 @@ class Database:
                 self.connection.execute(statement)
 
     def fetch(self, query: str) -> pa.Table:
-        """The result of a query that fits in memory."""
+        """Return the result of a query that fits in memory."""
         with log_errors():
             return self.connection.sql(query).to_arrow_table()
 
     def rows(self, query: str) -> list[dict[str, Any]]:
-        """The rows of a small result."""
+        """Return the rows of a small result."""
         return self.fetch(query).to_pylist()
 
     def number(self, query: str) -> int:
-        """The only number of a result."""
-        ((number,),) = (row.values() for row in self.rows(query))
+        """Return the only number of a result; 0 for NULL."""
+        (row,) = self.rows(query)
+        (number,) = row.values()
         return int(number or 0)
 
     def stream(self, query: str) -> pa.RecordBatchReader:
-        """The result of a query in its order, some rows at a time."""
+        """Return the result of a query in its order, some rows at a time."""
         with log_errors():
             return self.connection.sql(query).to_arrow_reader(ROWS_AT_A_TIME)
 
@@ -79,19 +82,21 @@ class Database:
             for batch in batches:
                 writer.write_batch(batch)
         ends = pc.cumulative_sum(pieces["size"]).to_pylist()
-        slices = itertools.starmap(slice, itertools.pairwise([0, *ends]))
-        return [functools.partial(_read_rows, path, rows) for rows in slices]
+        return [
+            functools.partial(_read_rows, path, slice(start, end))
+            for start, end in itertools.pairwise([0, *ends])
+        ]
 
     def map(self, function: Callable[[Shard], Flat], shards: Iterable[Shard]) -> Iterator[Flat]:
         """Yield the packed requests of each shard, in order; threads are a few ahead."""
-        ahead: deque[Future[Flat]] = deque()
+        pending: deque[Future[Flat]] = deque()
         with ThreadPoolExecutor(self.threads) as executor:
             for shard in shards:
-                ahead.append(executor.submit(function, shard))
-                if len(ahead) > 2 * self.threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                pending.append(executor.submit(function, shard))
+                if len(pending) > 2 * self.threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
     def put(self, name: str, rows: pa.Table) -> None:
         """Make a table of rows."""
@@ -103,29 +108,47 @@ class Database:
         It has `file`, the number of the file, `row`, the number of the row in it from 0, and all
         columns of the log with `PREFIX` before their names.
         """
-        names = ", ".join(f"{quoted(of)} AS {logged(of)}" for of in log.names)
-        given = {PREFIX + name: log.given[name] for name in log.given.column_names}
-        join = "JOIN given USING (file)" if given else ""
-        if log.sql:
-            register_stores(self.connection, log.sql)
-            # A row keeps its number, so the SELECT runs once and in the order of its files.
-            kind, file, row, rows = "TABLE", "0", "row_number() OVER () - 1", f"(\n{log.sql}\n)"
-        else:
-            self.put("given", pa.table({"file": range(len(log.files)), **given}))
-            # A name is a pattern to DuckDB.
-            paths = [literal(re.sub(r"[*?\[]", r"[\g<0>]", path)) for path in self._paths(log)]
-            options = "union_by_name = true, hive_partitioning = false"
-            rows = f"read_parquet([{', '.join(paths)}], {options})"
-            kind, file, row = "VIEW", "file_index", "file_row_number"
+        source = self._source_of_select(log) if log.sql else self._source_of_files(log)
+        names = ", ".join(f"{quoted(name)} AS {logged(name)}" for name in log.names)
+        kind = "TABLE" if source.runs_once else "VIEW"
         with log_errors(log.name):
-            self.connection.execute(f"SET preserve_insertion_order = {kind == 'TABLE'}")
+            self.connection.execute(f"SET preserve_insertion_order = {source.runs_once}")
             self.connection.execute(f"""
                 CREATE {kind} log AS FROM (
-                    SELECT {file}::BIGINT AS file, {row} AS "row", {names} FROM {rows}) {join}""")
+                    SELECT {source.file}::BIGINT AS file, {source.row} AS "row", {names}
+                    FROM {source.rows}) {source.join}""")
             self.connection.execute("SET preserve_insertion_order = false")
 
+    def _source_of_select(self, log: Log) -> "_RowSource":
+        register_stores(self.connection, log.sql)
+        return _RowSource(
+            rows=f"(\n{log.sql}\n)",
+            file="0",
+            row="row_number() OVER () - 1",
+            # A row keeps its number, so the SELECT runs once and in the order of its files.
+            runs_once=True,
+        )
+
+    def _source_of_files(self, log: Log) -> "_RowSource":
+        join = ""
+        if log.folder_columns.column_names:
+            columns = {
+                PREFIX + name: log.folder_columns[name] for name in log.folder_columns.column_names
+            }
+            self.put("folder_columns", pa.table({"file": range(len(log.files)), **columns}))
+            join = "JOIN folder_columns USING (file)"
+        # A name is a pattern to DuckDB.
+        paths = [literal(re.sub(r"[*?\[]", r"[\g<0>]", path)) for path in self._paths(log)]
+        options = "union_by_name = true, hive_partitioning = false"
+        return _RowSource(
+            rows=f"read_parquet([{', '.join(paths)}], {options})",
+            file="file_index",
+            row="file_row_number",
+            join=join,
+        )
+
     def _paths(self, log: Log) -> list[str]:
-        """The files of a log as DuckDB reads them."""
+        """Return the paths of a log's files as DuckDB reads them."""
         system = log.system
         if isinstance(system, LocalFileSystem):
             return list(log.files)
@@ -140,8 +163,18 @@ class Database:
         return [system.unstrip_protocol(path) for path in log.files]
 
 
+class _RowSource(NamedTuple):
+    """The rows of a log as parts of a SELECT."""
+
+    rows: str  # what follows FROM
+    file: str  # the number of a row's file
+    row: str  # the number of the row in it
+    join: str = ""  # with further columns by file
+    runs_once: bool = False
+
+
 def _read_rows(path: Path, rows: slice) -> pa.Table:
-    """Some rows of a file; columns that are not used stay on disk."""
+    """Return some rows of a file; columns that are not used stay on disk."""
     return feather.read_table(path, memory_map=True)[rows]
 
 

@@ -22,7 +22,8 @@ _LEAST_COVERED = 0.5
 # In test or validation; fewer cannot show a difference between rankers.
 _LEAST_POSITIVES = 100
 # Times outside of this range were read in the wrong unit.
-_EARLIEST, _LATEST = (np.datetime64(f"{year}-01-01", "s") for year in (1990, 2100))
+_EARLIEST = np.datetime64("1990-01-01", "s")
+_LATEST = np.datetime64("2100-01-01", "s")
 # Largest shares of the uncertainty of being shown, and of a label, that a feature may remove. The
 # score of the current ranker is known before the request, and removes much of the first.
 REVEALS_SHOWN, REVEALS_LABEL = 0.9, 0.5
@@ -41,69 +42,84 @@ class Finding(NamedTuple):
 
 def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Finding]:
     """Return the findings of a data report; `time_hint` explains times that are out of bounds."""
-    found = [*_find_in_rows(report, time_hint)]
-    if "splits" in report:
-        if report["requests"]["candidates"]["0.5"] <= 1:
-            text = (
-                "half of the requests have one candidate, which leaves nothing to rank; is the "
-                "column of data.columns.request the id of a row?"
-            )
-            found.append(Finding("one_candidate", text))
-        of_tasks = [finding for task in report["tasks"] for finding in _find_in_task(report, task)]
-        for name in dict.fromkeys(finding.name for finding in of_tasks):
-            texts = ", ".join(finding.text for finding in of_tasks if finding.name == name)
-            found.append(Finding(name, texts))
-    return found
+    findings = [*_find_in_rows(report, time_hint)]
+    if "splits" not in report:
+        return findings
+    if report["requests"]["candidates"]["0.5"] <= 1:
+        text = (
+            "half of the requests have one candidate, which leaves nothing to rank; is the "
+            "column of data.columns.request the id of a row?"
+        )
+        findings.append(Finding("one_candidate", text))
+    # A finding has one text for all tasks.
+    texts: dict[str, list[str]] = {}
+    for task in report["tasks"]:
+        for finding in _find_in_task(report, task):
+            texts.setdefault(finding.name, []).append(finding.text)
+    return findings + [Finding(name, ", ".join(of_tasks)) for name, of_tasks in texts.items()]
 
 
 def _find_in_rows(report: Report, time_hint: Callable[[], str]) -> Iterator[Finding]:
-    rejected, number = (report["candidates"][of] for of in ("rejected", "in_the_log"))
+    rejected = report["candidates"]["rejected"]
+    number = report["candidates"]["in_the_log"]
     if rejected > _MOST_REJECTED * number:
         share = f"{rejected / number:.1%}"
         yield Finding("rejected", f"{rejected:,} of {number:,} candidates ({share}) are rejected")
-    time, splits = _column(report, "data.columns.time"), report.get("splits", {}).values()
-    bad, number = time.get("out_of_range", 0), time.get("values", 0)
-    dates = [np.datetime64(of[end]) for of in splits for end in ("first", "last")]
+    time = _column(report, "data.columns.time")
+    bad = time.get("out_of_range", 0)
+    number = time.get("values", 0)
+    splits = report.get("splits", {}).values()
+    dates = [np.datetime64(split[end]) for split in splits for end in ("first", "last")]
     if bad > _MOST_REJECTED * number:
         text = f"{bad:,} of {number:,} values of column {time['column']!r} are not times"
         yield Finding("times", text + time_hint())
     elif dates and (min(dates) < _EARLIEST or max(dates) >= _LATEST):
-        first, last = (str(date)[:-9] for date in (min(dates), max(dates)))
-        yield Finding("times", f"they are between {first} and {last}" + time_hint())
+        first, last = min(dates).astype("datetime64[D]"), max(dates).astype("datetime64[D]")
+        yield Finding("times", f"they are between {first} and {last}{time_hint()}")
 
 
 def _find_in_task(report: Report, task: str) -> Iterator[Finding]:
+    yield from _find_in_labels(report, task)
+    yield from _find_in_teacher(report, task)
+
+
+def _find_in_labels(report: Report, task: str) -> Iterator[Finding]:
     label = _column(report, f"data.labels.{task}")
     splits = report["splits"]
-    rates = {split: of[f"rate/{task}"] for split, of in splits.items()}
-    texts = [
-        f"no label of {task} in {split}"
-        if rate is None
-        else f"every label of {task} in {split} is {rate:.0f}"
-        for split, rate in rates.items()
-        if rate in (None, 0, 1)
-    ]
+    rates = {name: split[f"rate/{task}"] for name, split in splits.items()}
+    texts = []
+    for name, rate in rates.items():
+        if rate is None:
+            texts.append(f"no label of {task} in {name}")
+        elif rate in (0, 1):
+            texts.append(f"every label of {task} in {name} is {rate:.0f}")
     if texts:
-        is_missing = rates.get("train") == 1 and label.get("missing")
-        advice = " (if a missing label means 0, write it by data.sql)" * bool(is_missing)
-        yield Finding("one_label", f"{', '.join(texts)}{_range(label)}{advice}")
-    for split in ("validation", "test"):
-        positives = splits.get(split, {}).get(f"positives/{task}", _LEAST_POSITIVES)
+        text = f"{', '.join(texts)}{_range(label)}"
+        if rates.get("train") == 1 and label.get("missing"):
+            text += " (if a missing label means 0, write it by data.sql)"
+        yield Finding("one_label", text)
+    for name in ("validation", "test"):
+        positives = splits.get(name, {}).get(f"positives/{task}", _LEAST_POSITIVES)
         if positives < _LEAST_POSITIVES:
-            text = f"{positives:,} of {_LEAST_POSITIVES} needed positives of {task} in {split}"
+            text = f"{positives:,} of {_LEAST_POSITIVES} needed positives of {task} in {name}"
             yield Finding("few_positives", text)
-    train = splits.get("train", {})
+
+
+def _find_in_teacher(report: Report, task: str) -> Iterator[Finding]:
+    column = _column(report, f"data.teacher.{task}")
+    train = report["splits"].get("train", {})
     lowest, highest = train.get(f"lowest/{task}"), train.get(f"highest/{task}")
     if lowest is not None and lowest == highest:
         text = f"that of {task} is {lowest:.6g} for every candidate in train: it orders nothing"
-        yield Finding("constant_teacher", text + _range(_column(report, f"data.teacher.{task}")))
-    if (test := splits.get("test")) and task in report["teacher"]["tasks"]:
-        stages = ("passed", "shown")  # shown candidates were passed, too
-        number = sum(test[of] for of in stages)
-        covered = sum((test[f"coverage/{task}/{of}"] or 0) * test[of] for of in stages)
+        yield Finding("constant_teacher", text + _range(column))
+    test = report["splits"].get("test")
+    if test and task in report["teacher"]["tasks"]:
+        number, covered = 0, 0.0
+        for stage in ("passed", "shown"):  # shown candidates were passed, too
+            number += test[stage]
+            covered += (test[f"coverage/{task}/{stage}"] or 0) * test[stage]
         if covered < _LEAST_COVERED * number:
             text = f"that of {task} covers {covered / number:.1%} of the passed candidates in test"
-            column = _column(report, f"data.teacher.{task}")
             yield Finding("teacher_coverage", text + _range(column))
 
 
@@ -123,7 +139,7 @@ def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
     if not len(numbers):
         return ""
     middle = np.median(numbers)
-    earliest, latest = (limit.astype(np.int64) for limit in (_EARLIEST, _LATEST))
+    earliest, latest = _EARLIEST.astype(np.int64), _LATEST.astype(np.int64)
     for unit, per_second in (TIME_UNITS | {"ns": 10**9}).items():
         if earliest <= middle / per_second < latest:
             if per_second == layout.units_per_second:
@@ -136,13 +152,13 @@ def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
 
 def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
     """Raise UserError for findings that were allowed for the build of a dataset and are not now."""
-    if why := refusal([Finding(**of) for of in report["allowed"]], allow):
+    if why := refusal([Finding(**finding) for finding in report["allowed"]], allow):
         raise UserError(f"{where}: {why}")
 
 
-def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
+def refusal(findings: Sequence[Finding], allow: Collection[str]) -> str:
     """Return the findings that are not allowed, with the flag that allows them; "" for none."""
-    refused = [finding for finding in found if finding.name not in allow]
+    refused = [finding for finding in findings if finding.name not in allow]
     if not refused:
         return ""
     texts = "; ".join(f"{name}: {text}" for name, text in refused)
@@ -162,30 +178,39 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
       or teacher -> the rank correlation with its score. Of a feature of candidates without these,
       "order" -> see `share_shown_first`; "known_passed" or "known_shown" -> see `known_ratio`.
     """
-    features = [of for of in layout.of(*OWNERS) if of.kind in ("dense", "category")]
-    features = [of for of in features if of.place is None]
+    features = [
+        feature
+        for feature in layout.of(*OWNERS)
+        if feature.kind in ("dense", "category") and feature.place is None
+    ]
     if not features:
         return {}
     rows = database.fetch("SELECT * FROM sampled").to_pandas()
-    found: dict[str, dict[str, float]] = {of.name: {} for of in features}
-    dense = {of.name: rows[f"feature:{of.name}"] for of in features if of.kind == "dense"}
+    leaks: dict[str, dict[str, float]] = {feature.name: {} for feature in features}
+    dense = {
+        feature.name: rows[f"feature:{feature.name}"]
+        for feature in features
+        if feature.kind == "dense"
+    }
     numbers = pd.DataFrame(dense, rows.index).astype(float)
     for task in layout.scored_tasks:
         correlations = rank_correlations(numbers, rows["number"], rows[f"teacher:{task}"])
         for name, correlation in correlations[correlations >= _COPIES_TEACHER].items():
-            found[str(name)][f"teacher of {task}"] = float(correlation)
-    answers = {"shown": ((rows["stage"] == Stage.SHOWN).astype(float), REVEALS_SHOWN)}
-    for task in layout.tasks:
-        answers[f"label of {task}"] = rows[f"label:{task}"].astype(float), REVEALS_LABEL
+            leaks[str(name)][f"teacher of {task}"] = float(correlation)
+    is_shown = (rows["stage"] == Stage.SHOWN).astype(float)
     for feature in features:
-        for name, (answer, limit) in answers.items():
-            share = share_revealed(rows[f"feature:{feature.name}"], answer)
-            if share >= limit:
-                found[feature.name][name] = share
+        values = rows[f"feature:{feature.name}"]
+        share = share_revealed(values, is_shown)
+        if share >= REVEALS_SHOWN:
+            leaks[feature.name]["shown"] = share
+        for task in layout.tasks:
+            share = share_revealed(values, rows[f"label:{task}"].astype(float))
+            if share >= REVEALS_LABEL:
+                leaks[feature.name][f"label of {task}"] = share
     for feature in features:
-        if feature.of == "candidate" and not found[feature.name]:
-            found[feature.name] = _signs_of_ranking(rows, feature)
-    return {name: reveals for name, reveals in found.items() if reveals}
+        if feature.of == "candidate" and not leaks[feature.name]:
+            leaks[feature.name] = _signs_of_ranking(rows, feature)
+    return {name: reveals for name, reveals in leaks.items() if reveals}
 
 
 def _signs_of_ranking(rows: pd.DataFrame, feature: Feature) -> dict[str, float]:
@@ -205,7 +230,9 @@ def _signs_of_ranking(rows: pd.DataFrame, feature: Feature) -> dict[str, float]:
 
 
 def share_revealed(values: pd.Series, answer: pd.Series) -> float:
-    """The share of the uncertainty of an answer that values remove: I(values; answer) / H(answer).
+    """Return the share of an answer's uncertainty that values remove.
+
+    It is I(values; answer) / H(answer).
 
     I is the estimate from counts, less its bias of about (bins − 1) / 2n (Miller, 1955). Numbers of
     more than 50 values have 20 bins of about as many rows. Of texts with more than 50 values, only
@@ -221,28 +248,31 @@ def share_revealed(values: pd.Series, answer: pd.Series) -> float:
     >>> share_revealed(values, pd.Series(np.tile([0.0, 1.0], 100)))
     0.0
     """
-    values, answer = values[answer.notna()], answer.dropna()
+    values = values[answer.notna()]
+    answer = answer.dropna()
     bins, distinct = pd.factorize(values)
     if len(distinct) > _FEW_VALUES:
-        is_number = pd.api.types.is_numeric_dtype(values)
-        places = (values.rank() - 0.5) / values.count() if is_number else None
-        bins, _ = pd.factorize(values.isna() if places is None else np.floor(_BINS * places))
+        if pd.api.types.is_numeric_dtype(values):
+            quantiles = (values.rank() - 0.5) / values.count()
+            bins, _ = pd.factorize(np.floor(_BINS * quantiles))
+        else:
+            bins, _ = pd.factorize(values.isna())
     cells = 2 * (bins + 1) + (answer == 1).to_numpy()
     counts = np.bincount(cells, minlength=2 * (bins.max(initial=-1) + 2)).reshape(-1, 2)
     counts = counts[counts.any(axis=1)]
     if counts.sum(axis=0).min() < _LEAST_ANSWERS:
         return 0.0
     shares = counts / counts.sum()
-    of_answer, of_bins, of_both = (
-        entr(of).sum() for of in (shares.sum(axis=0), shares.sum(axis=1), shares)
-    )
+    entropy_of_answer = entr(shares.sum(axis=0)).sum()
+    entropy_of_bins = entr(shares.sum(axis=1)).sum()
+    joint_entropy = entr(shares).sum()
     bias = (len(counts) - 1) / (2 * counts.sum())
-    information = of_answer + of_bins - of_both - bias
-    return float(max(information, 0.0) / of_answer)
+    information = entropy_of_answer + entropy_of_bins - joint_entropy - bias
+    return float(max(information, 0.0) / entropy_of_answer)
 
 
 def rank_correlations(numbers: pd.DataFrame, request: pd.Series, score: pd.Series) -> pd.Series:
-    """Column -> absolute value of Spearman's correlation with a score within requests.
+    """Return the absolute value of Spearman's correlation with a score within requests, by column.
 
     Args:
       numbers: columns of numbers, one row per candidate; those with fewer than 30 are left out.
@@ -250,8 +280,8 @@ def rank_correlations(numbers: pd.DataFrame, request: pd.Series, score: pd.Serie
       score: NaN where a candidate was not scored.
     """
     is_scored = score.notna()
-    by = request[is_scored]
-    ranks = numbers.assign(**{"": score})[is_scored].groupby(by).rank()
-    ranks -= ranks.groupby(by).transform("mean")
-    enough = numbers.columns[ranks[numbers.columns].notna().sum() >= _LEAST_ANSWERS]
-    return ranks.corr()[""][enough].abs()
+    request = request[is_scored]
+    ranks = numbers.assign(**{"": score})[is_scored].groupby(request).rank()
+    ranks -= ranks.groupby(request).transform("mean")
+    has_enough = ranks[numbers.columns].notna().sum() >= _LEAST_ANSWERS
+    return ranks.corr()[""][numbers.columns[has_enough]].abs()

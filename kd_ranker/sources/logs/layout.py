@@ -112,17 +112,22 @@ class LogLayout:
 
     def of(self, *owners: str, kind: str = "") -> list[Feature]:
         """The features of some owners or of all, and of one kind or of all."""
-        owned = [of for of in self.features if not owners or of.of in owners]
-        return [of for of in owned if kind in ("", of.kind)]
+        features = []
+        for feature in self.features:
+            if owners and feature.of not in owners:
+                continue
+            if kind in ("", feature.kind):
+                features.append(feature)
+        return features
 
     def categories(self, *owners: str) -> list[Feature]:
         """The categorical features of some owners or of all: single values and bags."""
-        return [of for of in self.of(*owners) if of.kind in ("category", "bag")]
+        return [feature for feature in self.of(*owners) if feature.kind in ("category", "bag")]
 
     @property
     def vocabularies(self) -> list[Feature]:
         """The categorical features with values in a vocabulary, not hashed."""
-        return [of for of in self.categories() if not of.hashed]
+        return [feature for feature in self.categories() if not feature.hashed]
 
     @property
     def history(self) -> Feature | None:
@@ -131,8 +136,9 @@ class LogLayout:
 
     def to_score(self, has_time: bool) -> "LogLayout":
         """The layout of a log to score: ids and features, and the time if it has one."""
-        read = [of for of in IDENTIFYING if has_time or of != "time"]
-        columns = {of: self.columns[of] for of in read if of in self.columns}
+        columns = {use: self.columns[use] for use in IDENTIFYING if use in self.columns}
+        if not has_time:
+            columns.pop("time", None)
         return dataclasses.replace(
             self,
             columns=columns,
@@ -147,8 +153,11 @@ class LogLayout:
     @property
     def teacher_range(self) -> tuple[float, float]:
         """The bounds of the teacher's valid values."""
-        scores = (-LARGEST_SCORE, LARGEST_SCORE)
-        return {"probability": (0.0, 1.0), "rank": (0.0, LARGEST)}.get(self.teacher_signal, scores)
+        if self.teacher_signal == "probability":
+            return (0.0, 1.0)
+        if self.teacher_signal == "rank":
+            return (0.0, LARGEST)
+        return (-LARGEST_SCORE, LARGEST_SCORE)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -176,8 +185,8 @@ def split_path(path: str) -> list[str]:
 
 def is_text_log(path: str) -> bool:
     """Return True if all paths in `data.path` name text files."""
-    paths = split_path(path)
-    return bool(paths) and all(re.search(_TEXT_FILE, of, re.IGNORECASE) for of in paths)
+    files = split_path(path)
+    return bool(files) and all(re.search(_TEXT_FILE, file, re.IGNORECASE) for file in files)
 
 
 def sql_of(data: ConfigDict) -> str:
@@ -192,14 +201,16 @@ def sql_of_texts(path: str, as_texts: Sequence[str] = ()) -> str:
 
     Columns `as_texts` of CSV files are texts, whatever their values.
     """
-    types = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in as_texts)
-    types = f", types = {{{types}}}" if types else ""
-    readers = []
-    for of in split_path(path):
-        is_csv = re.search(_CSV_FILE, of, re.IGNORECASE)
-        reader, options = ("read_csv", types) if is_csv else ("read_json", "")
-        readers.append(f"SELECT * FROM {reader}({literal(of)}, sample_size = -1{options})")
-    return " UNION ALL BY NAME ".join(readers)
+    options = "sample_size = -1"
+    types = ", ".join(f"{literal(column)}: 'VARCHAR'" for column in as_texts)
+    csv_options = f"{options}, types = {{{types}}}" if types else options
+    selects = []
+    for file in split_path(path):
+        if re.search(_CSV_FILE, file, re.IGNORECASE):
+            selects.append(f"SELECT * FROM read_csv({literal(file)}, {csv_options})")
+        else:
+            selects.append(f"SELECT * FROM read_json({literal(file)}, {options})")
+    return " UNION ALL BY NAME ".join(selects)
 
 
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:
@@ -209,24 +220,30 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
       UserError: a key holds a value that it cannot hold.
     """
     _check(data, tasks)
-    features = tuple(of for name in data.features for of in _read_features(data, name))
-    histories = [of for of in features if of.kind == "history"]
+    features: list[Feature] = []
+    for name in data.features:
+        features += _read_features(data, name)
+    histories = [feature for feature in features if feature.kind == "history"]
     if len(histories) > 1:
-        names = ", ".join(of.name for of in histories)
+        names = ", ".join(feature.name for feature in histories)
         raise UserError(
             f"data.features has {len(histories)} of kind 'history' ({names}); there is room for one"
         )
-    if not histories and (of_events := [of.key for of in features if of.of == "event"]):
+    event_keys = [feature.key for feature in features if feature.of == "event"]
+    if event_keys and not histories:
         raise UserError(
-            f"data.features.{of_events[0]}.of='event', and no feature has kind 'history'; name the "
-            "column of the items of these events"
+            f"data.features.{event_keys[0]}.of='event', and no feature has kind 'history'; name "
+            "the column of the items of these events"
         )
     columns = {
         use: column
         for use, column in data.columns.items()
         if column and use != EARLY_SCORES and (use != "split" or data.split == "column")
     }
-    fields: dict[str, Any] = {of.name: data.get(of.name) for of in dataclasses.fields(LogLayout)}
+    # Some fields are keys of `data` as they are.
+    fields: dict[str, Any] = {
+        field.name: data.get(field.name) for field in dataclasses.fields(LogLayout)
+    }
     fields |= dict(
         path=str(data.path) or "data.sql",
         sql=sql_of(data),
@@ -239,14 +256,19 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
         tasks=tuple(tasks),
         units_per_second=TIME_UNITS[data.time_unit],
-        features=features,
+        features=tuple(features),
         allow=tuple(data.allow),
-        spark_options=dict(of.partition("=")[::2] for of in data.spark_options),
+        spark_options=dict(_split_option(option) for option in data.spark_options),
         longest=int(data.longest_request),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
     )
     return LogLayout(**fields)
+
+
+def _split_option(option: str) -> tuple[str, str]:
+    name, _, value = option.partition("=")
+    return name, value
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
@@ -268,13 +290,14 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             check_choice(f"data.{section}", name, names.get(section, data.labels))
             if not isinstance(text, str):
                 raise UserError(f"data.{section}.{name}={text!r} must be a text")
-    by = {"user": "user", "column": "split"}.get(data.split)
-    if by and not data.columns.get(by):
-        raise UserError(f"data.split={data.split!r} needs data.columns.{by}; name its column")
-    needed = [("columns", of) for of in IDENTIFYING if of != "user"]
-    for section, name in (*needed, *(("labels", task) for task in tasks)):
-        if not data[section].get(name):
-            raise UserError(f"data.{section}.{name} is empty; name the column that holds it")
+    split_by = {"user": "user", "column": "split"}.get(data.split)
+    if split_by and not data.columns.get(split_by):
+        raise UserError(f"data.split={data.split!r} needs data.columns.{split_by}; name its column")
+    needed = {f"data.columns.{use}": data.columns.get(use) for use in IDENTIFYING if use != "user"}
+    needed |= {f"data.labels.{task}": data.labels.get(task) for task in tasks}
+    for key, column in needed.items():
+        if not column:
+            raise UserError(f"{key} is empty; name the column that holds it")
     if data.validation_share + data.test_share >= 1:
         raise UserError(
             f"data.validation_share={data.validation_share} and data.test_share={data.test_share} "

@@ -8,14 +8,14 @@ the type of its column.
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
 from kd_ranker.requests.columns import LEAST_WHOLE
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import (
+from kd_ranker.sources.logs.columns import (
     TEXTS,
     inner_type,
     is_list,
@@ -38,22 +38,22 @@ _ROWS_OF_A_FILE = 2**40
 
 
 def quoted(name: str) -> str:
-    """A name as SQL takes it."""
+    """Return a name as SQL takes it."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def logged(column: str) -> str:
-    """The name of a column of the log."""
+    """Return the name of a column of the log."""
     return quoted(PREFIX + column)
 
 
 def raw(column: str) -> str:
-    """The name of a column of the log next to the features."""
+    """Return the name of a column of the log next to the features."""
     return quoted(f"raw:{column}")
 
 
 def vocabulary_table(feature: Feature) -> str:
-    """The name of the table of the values of a feature."""
+    """Return the name of the table of a feature's values."""
     return quoted(f"values:{feature.name}")
 
 
@@ -75,15 +75,19 @@ class Query:
     known_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def statements(self, template: str) -> list[str]:
-        """The statements of a template, in their order."""
+        """Return the statements of a template, in their order."""
         layout = self.layout
         item = layout.columns["item"]
         columns = wanted_columns(layout)
         # In the order of the config, each once.
-        wanted = dict.fromkeys(of.column for of in columns)
-        candidate = {of.column for of in columns if of.per_candidate}
-        lists = [of for of in wanted if of in candidate - {item} and is_list(self.types[of])]
-        facts = [*layout.facts]
+        wanted = list(dict.fromkeys(column.column for column in columns))
+        per_candidate = {column.column for column in columns if column.per_candidate}
+        lists = [
+            name
+            for name in wanted
+            if name in per_candidate and name != item and is_list(self.types[name])
+        ]
+        facts = list(layout.facts)
         merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
         methods = {name: getattr(self, name) for name in dir(Query) if not name.startswith("_")}
         templates = templates_of(__package__, "--")
@@ -93,28 +97,28 @@ class Query:
             logged=logged,
             raw=raw,
             vocabulary=vocabulary_table,
-            names=lambda columns: ", ".join(map(logged, columns)),
-            and_names=lambda columns: "".join(f", {logged(of)}" for of in columns),
-            and_features=lambda of: "".join(f", {quoted(f'feature:{each.name}')}" for each in of),
-            length=lambda column: f"array_length({logged(column)})",
-            digest=lambda share: f"{int(share * 2**52):013x}",
+            names=_names,
+            and_names=_and_names,
+            and_features=_and_features,
+            length=_length,
+            digest=_digest,
             layout=layout,
             columns=collections.defaultdict(str, layout.columns),
             labels=collections.defaultdict(str, layout.labels),
             known_size=self.known_size,
             wanted=wanted,
             lists=lists,
-            nested=[of for of in lists if pa.types.is_list(self.types[of].value_type)],
-            scalars=[of for of in wanted if of not in (item, *lists)],
+            nested=[name for name in lists if pa.types.is_list(self.types[name].value_type)],
+            scalars=[name for name in wanted if name not in (item, *lists)],
             facts=facts,
             early_scores={early_score(column): column for column in layout.early_scores},
             merged=list(map(quoted, merged)),
             rows_of_a_file=_ROWS_OF_A_FILE,
             split_codes={split: place for place, split in enumerate(SPLITS, start=1)},
             vocabularies=[
-                of
-                for of in layout.vocabularies
-                if not self.known_size or f"known_feature:{of.name}" in self.known_size
+                feature
+                for feature in layout.vocabularies
+                if not self.known_size or f"known_feature:{feature.name}" in self.known_size
             ],
             largest=LARGEST,
             least_whole=LEAST_WHOLE,
@@ -122,7 +126,8 @@ class Query:
             # A missing position comes last.
             funnel_order="stage DESC, position NULLS LAST, item",
         )
-        return [part for part in map(str.strip, re.split(r";\s*\n", text + "\n")) if part]
+        statements = [part.strip() for part in re.split(r";\s*\n", text + "\n")]
+        return [statement for statement in statements if statement]
 
     def _inner(self, column: str) -> pa.DataType:
         return inner_type(self.types[column])
@@ -198,8 +203,8 @@ class Query:
 
     def is_aligned(self, value: str, history: str = "") -> str:
         """The condition for a list with an entry for each id of the history."""
-        (of,) = self.layout.of(kind="history")
-        ids = self.ids_in(of.column, history or f"log.{logged(of.column)}")
+        (feature,) = self.layout.of(kind="history")
+        ids = self.ids_in(feature.column, history or f"log.{logged(feature.column)}")
         return f"array_length({value}) = array_length({ids})"
 
     def feature_value(self, feature: Feature, value: str = "") -> str:
@@ -227,8 +232,29 @@ class Query:
     def raw_and_features(self, features: list[Feature]) -> str:
         """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""
         columns = dict.fromkeys(feature.column for feature in features)
-        selected = [f"log.{logged(of)} AS {raw(of)}" for of in columns]
-        for of in features:
-            value = self.feature_value(of, f"log.{logged(of.column)}")
-            selected.append(f"{value} AS {quoted(f'feature:{of.name}')}")
-        return "".join(f",\n        {of}" for of in selected)
+        selected = [f"log.{logged(column)} AS {raw(column)}" for column in columns]
+        for feature in features:
+            value = self.feature_value(feature, f"log.{logged(feature.column)}")
+            selected.append(f"{value} AS {quoted(f'feature:{feature.name}')}")
+        return "".join(f",\n        {expression}" for expression in selected)
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(map(logged, columns))
+
+
+def _and_names(columns: Iterable[str]) -> str:
+    return "".join(f", {logged(column)}" for column in columns)
+
+
+def _and_features(features: Iterable[Feature]) -> str:
+    return "".join(f", {quoted(f'feature:{feature.name}')}" for feature in features)
+
+
+def _length(column: str) -> str:
+    return f"array_length({logged(column)})"
+
+
+def _digest(share: float) -> str:
+    """Return a share of all MD5 digests as the first one beyond it, in 13 hex digits."""
+    return f"{int(share * 2**52):013x}"

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -46,17 +46,26 @@ _SETTINGS = {
 
 
 def in_spark(query: str) -> str:
-    """A query of DuckDB as Spark runs it."""
+    """Return a query of DuckDB as Spark runs it."""
     return sqlglot.parse_one(query, read="duckdb").transform(_translated).sql("spark")
 
 
-def created(statement: str) -> tuple[str, bool, str]:
-    """A CREATE statement: the name, True for a table and not a view, and the query for Spark."""
-    found = re.fullmatch(r'CREATE (TABLE|VIEW) "?([^"]+?)"? AS\s+(.*)', statement, re.DOTALL)
-    assert found
-    kind, name, query = found.groups()
-    text = query.removeprefix(SPARK_ONLY)
-    return name, kind == "TABLE", in_spark(query) if text == query else text
+class Created(NamedTuple):
+    """What a CREATE statement makes."""
+
+    name: str
+    is_table: bool  # not a view
+    query: str  # for Spark
+
+
+def created(statement: str) -> Created:
+    """Read a CREATE statement of DuckDB."""
+    match = re.fullmatch(r'CREATE (TABLE|VIEW) "?([^"]+?)"? AS\s+(.*)', statement, re.DOTALL)
+    assert match
+    kind, name, query = match.groups()
+    is_for_spark = query.startswith(SPARK_ONLY)
+    query = query.removeprefix(SPARK_ONLY) if is_for_spark else in_spark(query)
+    return Created(name, kind == "TABLE", query)
 
 
 def _translated(node: exp.Expression) -> exp.Expression:
@@ -64,7 +73,8 @@ def _translated(node: exp.Expression) -> exp.Expression:
     if isinstance(node, exp.Anonymous) and node.name.upper() in _NAMES:
         return exp.Anonymous(this=_NAMES[node.name.upper()], expressions=node.expressions)
     if isinstance(node, exp.Bracket) and isinstance(node.expressions[0], exp.Slice):
-        items, part = node.this, node.expressions[0]
+        items = node.this
+        part = node.expressions[0]
         one = exp.Literal.number(1)
         if part.this is None:
             return exp.Anonymous(this="SLICE", expressions=[items, one, part.expression])
@@ -139,7 +149,8 @@ class Spark(Database):
         """Apply a function to each shard on a worker, and yield what the workers have written."""
         from pyspark import TaskContext
 
-        shards, folder = list(shards), self._new_folder()
+        shards = list(shards)
+        folder = self._new_folder()
 
         def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
@@ -170,10 +181,11 @@ class Spark(Database):
         frame = reader.parquet(*map(log.system.unstrip_protocol, log.files))
         paths = [path for (path,) in frame.select("_metadata.file_path").distinct().collect()]
         urls = map(urlsplit, paths)
-        places = [log.files.index(unquote(url.netloc + url.path)) for url in urls]
-        files = pa.table({"path": paths, "file": pa.array(places, pa.int64())})
-        for name in log.given.column_names:
-            files = files.append_column(PREFIX + name, log.given[name].take(files["file"]))
+        numbers = [log.files.index(unquote(url.netloc + url.path)) for url in urls]
+        files = pa.table({"path": paths, "file": pa.array(numbers, pa.int64())})
+        for name in log.folder_columns.column_names:
+            values = log.folder_columns[name].take(files["file"])
+            files = files.append_column(PREFIX + name, values)
         self.put("files", files)
         columns = [f"`{name}` AS `{PREFIX}{name}`" for name in log.names]
         columns += ["_metadata.file_path AS path", "_metadata.row_index AS row"]
@@ -182,8 +194,8 @@ class Spark(Database):
 
 
 def _schema(schema: pa.Schema) -> pa.Schema:
-    """The columns as DuckDB returns them."""
-    return pa.schema([pa.field(of.name, _type(of.type)) for of in schema])
+    """Return the columns as DuckDB returns them."""
+    return pa.schema([pa.field(field.name, _type(field.type)) for field in schema])
 
 
 def _type(type_: pa.DataType) -> pa.DataType:

@@ -6,14 +6,14 @@ Next to a dataset are
     transforms.json                `Encoding.rules`
     log_requests-SPLIT.parquet     the `request` id in the log and the number of the first `file` of
                                    each request, in stored order
-    log.json                       `Log.manifest`
+    log.json                       the `files.Manifest` of the log
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.columns import kind_of, wanted_columns
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
+from kd_ranker.sources.logs.files import Manifest
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.query import vocabulary_table
 
@@ -32,10 +33,24 @@ VOCABULARIES_FOLDER, TRANSFORMS, MANIFEST = "vocabularies", "transforms.json", "
 # The version that the probabilities get where every one counts.
 ANY_VERSION = "any"
 # Field of a request -> the owners of its features.
-_DENSE = {"user_features": "user", "context": "context"}
-_DENSE |= {"candidate_features": "candidate", "item_features": "item"}
-_CATEGORIES: dict[str, tuple[str, ...]] = {"request_category": ("user", "context")}
-_CATEGORIES |= {"candidate_category": ("candidate",), "item_category": ("item",)}
+_DENSE = {
+    "user_features": "user",
+    "context": "context",
+    "candidate_features": "candidate",
+    "item_features": "item",
+}
+_CATEGORIES: dict[str, tuple[str, ...]] = {
+    "request_category": ("user", "context"),
+    "candidate_category": ("candidate",),
+    "item_category": ("item",),
+}
+
+
+class LoggedRequests(NamedTuple):
+    """Some requests in the terms of their log."""
+
+    table: pa.Table  # `request`, the id in the log, and `file`, a number in `files`
+    files: Sequence[str]
 
 
 def encoding_of(
@@ -45,53 +60,90 @@ def encoding_of(
     moments: Mapping[str, Mapping[str, float]],
     known: Encoding | None = None,
 ) -> Encoding:
-    """Return the encoding of a log; `moments` are those of its dense features in training.
+    """Return the encoding of a log, which keeps the ids and scales that are `known` in a dataset.
 
-    That of a dataset, if it is `known`, keeps its ids and scales; new ids follow.
+    Args:
+      database: holds the tables of `log.sql`.
+      layout: of the log.
+      kinds: see `kinds_of`.
+      moments: dense feature -> its `mean` and `deviation` in training.
+      known: the encoding of the dataset that the log extends; new ids follow.
+
+    Raises:
+      UserError: new values have another type than those of the dataset.
+    """
+    vocabularies = _read_vocabularies(database, layout, known)
+    if known:
+        return _extended(known, vocabularies, kinds)
+    sizes = {name: len(table) for name, table in vocabularies.items()}
+    spec = _spec_of(layout, sizes)
+    first_ids = {
+        f"feature:{category.name}": start
+        for category, start in zip(spec.categories, spec.category_starts, strict=True)
+    }
+    shifted = {
+        name: _shifted(table, first_ids.get(name, 0)) for name, table in vocabularies.items()
+    }
+    return Encoding(spec, shifted, _rules_of(layout, moments, first_ids, kinds))
+
+
+def _read_vocabularies(
+    database: Database, layout: LogLayout, known: Encoding | None
+) -> dict[str, pa.Table]:
+    """Return the `value` and `id` of new users, items and values of features, by id.
+
+    Users and items have their ids already. Ids of features are numbers from 1 here; rare, unknown
+    and missing values have none.
     """
     tables = {USER: "users", ITEM: "items"}
-    tables |= {f"feature:{of.name}": vocabulary_table(of) for of in layout.vocabularies}
-    found = {}
+    for feature in layout.vocabularies:
+        tables[f"feature:{feature.name}"] = vocabulary_table(feature)
+    vocabularies = {}
     for name, table in tables.items():
         first = len(known.vocabularies[name]) if known and name in (USER, ITEM) else 0
-        # Ids of features are numbers from 1 here. Rare, unknown and missing values have none.
-        found[name] = database.fetch(
+        vocabularies[name] = database.fetch(
             f"SELECT value, id::INT AS id FROM {table} WHERE id >= {first} ORDER BY id"
         )
-    if known is None:
-        spec = _spec_of(layout, {name: len(table) for name, table in found.items()})
-        starts = zip(spec.categories, spec.category_starts, strict=True)
-        first_ids = {f"feature:{of.name}": start for of, start in starts}
-        shifted = {name: _shifted(table, first_ids.get(name, 0)) for name, table in found.items()}
-        return Encoding(spec, shifted, _rules_of(layout, moments, first_ids, kinds))
-    spec, vocabularies = known.spec, {}
-    for name, new in found.items():
-        before = known.vocabularies[name]
+    return vocabularies
+
+
+def _extended(
+    known: Encoding, new_vocabularies: Mapping[str, pa.Table], kinds: Mapping[str, str]
+) -> Encoding:
+    """Return the encoding of a dataset with the new values of further files after its own."""
+    spec = known.spec
+    vocabularies = {}
+    for name, new in new_vocabularies.items():
         if name not in (USER, ITEM):
             new = _shifted(new, spec.num_categories - 1)
             spec = dataclasses.replace(spec, later_categories=spec.later_categories + len(new))
-        # An empty vocabulary does not know the type of its values.
-        schema = before.schema if len(before) else new.schema
-        try:
-            vocabularies[name] = pa.concat_tables([before.cast(schema), new.cast(schema)])
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"new values of {name!r} are no {schema.types[0]}, as those of the dataset are: "
-                f"{error}; make a dataset of the whole log: leave data.extends out"
-            ) from error
-    users, items = (len(vocabularies[of]) for of in (USER, ITEM))
+        vocabularies[name] = _joined(name, known.vocabularies[name], new)
+    spec = dataclasses.replace(
+        spec, num_users=len(vocabularies[USER]), num_items=len(vocabularies[ITEM])
+    )
     rules = {**known.rules, "kinds": {**kinds, **known.rules["kinds"]}}
-    spec = dataclasses.replace(spec, num_users=users, num_items=items)
     return Encoding(spec, vocabularies, rules)
 
 
-def _shifted(vocabulary: pa.Table, by: int) -> pa.Table:
-    ids = pc.add(vocabulary["id"], pa.scalar(by, pa.int32()))
+def _joined(name: str, before: pa.Table, new: pa.Table) -> pa.Table:
+    # An empty vocabulary does not know the type of its values.
+    schema = before.schema if len(before) else new.schema
+    try:
+        return pa.concat_tables([before.cast(schema), new.cast(schema)])
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"new values of {name!r} are no {schema.types[0]}, as those of the dataset are: "
+            f"{error}; make a dataset of the whole log: leave data.extends out"
+        ) from error
+
+
+def _shifted(vocabulary: pa.Table, distance: int) -> pa.Table:
+    ids = pc.add(vocabulary["id"], pa.scalar(distance, pa.int32()))
     return vocabulary.set_column(1, "id", ids)
 
 
 def _spec_of(layout: LogLayout, sizes: Mapping[str, int]) -> FeatureSpec:
-    """The sizes of a dataset from those of its vocabularies."""
+    """Return the sizes of a dataset from those of its vocabularies."""
     categories = []
     for feature in layout.categories():
         size = feature.size if feature.hashed else sizes[f"feature:{feature.name}"]
@@ -129,52 +181,76 @@ def _rules_of(
     kinds: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return `Encoding.rules`, which servers follow by the formulas in the README of an export."""
-
-    def dense(owner: str) -> list[dict[str, Any]]:
-        # Cheap features of items come first.
-        features = sorted(
-            layout.of(owner, kind="dense"), key=lambda of: owner == "item" and not of.cheap
-        )
-        own = ("name", "column", "place", "length")
-        return [
-            {**{name: getattr(of, name) for name in own}, **_scale_of(of, moments[of.name])}
-            for of in features
+    categories = {
+        field: [
+            _rule_of_category(feature, first_ids, kinds) for feature in layout.categories(*owners)
         ]
-
-    def category(of: Feature) -> dict[str, Any]:
-        entry = {name: getattr(of, name) for name in ("name", "column", "kind", "length")}
-        entry["buckets"] = of.size if of.hashed else None
-        if of.hashed:
-            entry["values"] = kinds.get(f"data.features.{of.key}", "")
-        return {**entry, "first_id": first_ids[f"feature:{of.name}"]}
-
+        for field, owners in _CATEGORIES.items()
+    }
     history: dict[str, Any] = {}
     if layout.history:
-        history = {"name": layout.history.name, "column": layout.history.column}
-        history |= {"length": layout.history_length, "features": dense("event")}
+        history = {
+            "name": layout.history.name,
+            "column": layout.history.column,
+            "length": layout.history_length,
+            "features": _dense_rules(layout, "event", moments),
+        }
     return {
-        "dense": {field: dense(owner) for field, owner in _DENSE.items()},
-        "categories": {
-            field: [category(of) for of in layout.categories(*owners)]
-            for field, owners in _CATEGORIES.items()
-        },
+        "dense": {field: _dense_rules(layout, owner, moments) for field, owner in _DENSE.items()},
+        "categories": categories,
         "history": history,
         "kinds": dict(kinds),
     }
 
 
+def _dense_rules(
+    layout: LogLayout, owner: str, moments: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """Return the rule of each dense feature of an owner; cheap features of items come first."""
+    features = layout.of(owner, kind="dense")
+    if owner == "item":
+        features = sorted(features, key=lambda feature: not feature.cheap)
+    return [
+        {
+            "name": feature.name,
+            "column": feature.column,
+            "place": feature.place,
+            "length": feature.length,
+            **_scale_of(feature, moments[feature.name]),
+        }
+        for feature in features
+    ]
+
+
+def _rule_of_category(
+    feature: Feature, first_ids: Mapping[str, int], kinds: Mapping[str, str]
+) -> dict[str, Any]:
+    rule: dict[str, Any] = {
+        "name": feature.name,
+        "column": feature.column,
+        "kind": feature.kind,
+        "length": feature.length,
+        "buckets": feature.size if feature.hashed else None,
+    }
+    if feature.hashed:
+        rule["values"] = kinds.get(f"data.features.{feature.key}", "")
+    rule["first_id"] = first_ids[f"feature:{feature.name}"]
+    return rule
+
+
 def _scale_of(feature: Feature, moments: Mapping[str, float]) -> dict[str, float]:
-    """The number subtracted, the divisor, and the value for a missing one."""
+    """Return the number subtracted, the divisor, and the value for a missing one."""
     # In 32 bits, so that the order in which the moments were added up leaves no trace.
-    mean, deviation = (float(np.float32(moments.get(of, 0.0))) for of in ("mean", "deviation"))
+    mean = float(np.float32(moments.get("mean", 0.0)))
+    deviation = float(np.float32(moments.get("deviation", 0.0)))
     if not feature.standardize:
         return {"mean": 0.0, "scale": 1.0, "missing": mean}
     # By rounding, a column of one value may have a deviation just above 0.
-    constant = deviation <= 1e-6 * abs(mean) or deviation == 0
-    return {"mean": mean, "scale": 1.0 if constant else deviation, "missing": 0.0}
+    is_constant = deviation <= 1e-6 * abs(mean) or deviation == 0
+    return {"mean": mean, "scale": 1.0 if is_constant else deviation, "missing": 0.0}
 
 
-def write(encoding: Encoding, manifest: Mapping[str, list], directory: Path) -> None:
+def write(encoding: Encoding, manifest: Manifest, directory: Path) -> None:
     """Write the encoding of a dataset and the manifest of its log next to the dataset."""
     (directory / VOCABULARIES_FOLDER).mkdir()
     for name, table in encoding.vocabularies.items():
@@ -185,7 +261,7 @@ def write(encoding: Encoding, manifest: Mapping[str, list], directory: Path) -> 
 
 def read_encoding(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Encoding:
     """Read the encoding of a dataset with these sizes."""
-    names = [USER, ITEM, *(f"feature:{of.name}" for of in layout.vocabularies)]
+    names = [USER, ITEM, *(f"feature:{feature.name}" for feature in layout.vocabularies)]
     vocabularies = {name: read_vocabulary(directory, name) for name in names}
     return Encoding(spec, vocabularies, json.loads((directory / TRANSFORMS).read_text()))
 
@@ -196,24 +272,27 @@ def read_vocabulary(directory: Path, name: str) -> pa.Table:
 
 
 def _vocabulary_file(directory: Path, name: str) -> Path:
-    file = "".join(c if f"a{c}".isidentifier() or c in ".-" else "-" for c in name)
+    file = "".join(character if _is_safe(character) else "-" for character in name)
     return directory / VOCABULARIES_FOLDER / f"{file}.parquet"
 
 
+def _is_safe(character: str) -> bool:
+    """Return True for letters and digits of any script, and for the signs _ . -."""
+    return f"a{character}".isidentifier() or character in ".-"
+
+
 def write_requests(
-    requests: Iterable[tuple[pa.Table, Iterable[str]]],
-    manifest: Mapping[str, list],
-    directory: Path,
-    split: str,
+    requests: Iterable[LoggedRequests], manifest: Manifest, directory: Path, split: str
 ) -> None:
     """Write `request` and `file` of the requests of a split next to a dataset.
 
-    Each table has numbers of the files with it, and the result those of the files in the manifest.
+    The numbers of files become those in the manifest.
     """
+    files_in_manifest = pa.array([*manifest])
     tables = []
-    for table, own in requests:
-        places = pc.index_in(pa.array(own, pa.string()), pa.array([*manifest]))
-        file = places.take(table["file"].combine_chunks())
+    for table, files in requests:
+        numbers = pc.index_in(pa.array(files, pa.string()), files_in_manifest)
+        file = numbers.take(table["file"].combine_chunks())
         tables.append(table.select(["request"]).append_column("file", file))
     pq.write_table(pa.concat_tables(tables), _requests_file(directory, split), compression="zstd")
 
@@ -227,25 +306,30 @@ def _requests_file(directory: Path, split: str) -> Path:
     return directory / f"log_requests-{split}.parquet"
 
 
-def read_manifest(directory: Path) -> dict[str, list]:
+def read_manifest(directory: Path) -> Manifest:
     """Return the manifest of the log of a dataset."""
     return json.loads((directory / MANIFEST).read_text())
 
 
 def kinds_of(layout: LogLayout, types: Mapping[str, pa.DataType]) -> dict[str, str]:
     """Return the `kinds` of a log, see `Encoding.rules`; requests keep their own ids."""
-    ids = [of for of in files.wanted_columns(layout) if of.use == "id"]
-    kinds = {of.key: files.kind_of(types[of.column]) for of in ids}
-    return {key: of for key, of in kinds.items() if of and key != "data.columns.request"}
+    kinds = {}
+    for wanted in wanted_columns(layout):
+        if wanted.use != "id" or wanted.key == "data.columns.request":
+            continue
+        if kind := kind_of(types[wanted.column]):
+            kinds[wanted.key] = kind
+    return kinds
 
 
 def check_kinds(layout: LogLayout, types: Mapping[str, pa.DataType], known: Encoding) -> None:
     """Refuse texts where training had whole numbers, and the reverse: none would match."""
     kinds = kinds_of(layout, types)
-    for of in files.wanted_columns(layout):
-        here, there = kinds.get(of.key), known.rules["kinds"].get(of.key)
-        if here and there and here != there:
+    for wanted in wanted_columns(layout):
+        kind = kinds.get(wanted.key)
+        kind_in_training = known.rules["kinds"].get(wanted.key)
+        if kind and kind_in_training and kind != kind_in_training:
             raise UserError(
-                f"column {of.column!r} ({of.key}) holds {here}, and in training it held {there}; "
-                "give it the type that it had"
+                f"column {wanted.column!r} ({wanted.key}) holds {kind}, and in training it held "
+                f"{kind_in_training}; give it the type that it had"
             )

@@ -23,7 +23,7 @@ _STRAY = 0.02
 
 
 def share_shown_first(numbers: pd.DataFrame, request: pd.Series, shown: pd.Series) -> pd.Series:
-    """Column -> the share of the shown candidates that are its first ones in their request.
+    """Return the share of the shown candidates that a column has first in their request, by column.
 
     First are as many candidates as the request has shown ones: those of the largest numbers, or
     those of the smallest, whichever finds more. Missing numbers come last, and chance breaks ties.
@@ -44,7 +44,7 @@ def share_shown_first(numbers: pd.DataFrame, request: pd.Series, shown: pd.Serie
     # In a random order, which stays among equal numbers.
     order = np.random.default_rng(0).permutation(len(codes))
     place = np.arange(len(codes)) - np.repeat(starts_of(sizes)[:-1], sizes)
-    found = {}
+    shares = {}
     for column in numbers:
         values = numbers[column].to_numpy(float)
         hits = []
@@ -52,8 +52,8 @@ def share_shown_first(numbers: pd.DataFrame, request: pd.Series, shown: pd.Serie
             ranked = order[np.lexsort((keys[order], codes[order]))]
             is_first = place < wanted[codes[ranked]]
             hits.append(int((is_first & (is_mixed & is_shown)[ranked]).sum()))
-        found[column] = max(0.0, (max(hits) - by_chance) / possible) if possible else 0.0
-    return pd.Series(found, dtype=float)
+        shares[column] = max(0.0, (max(hits) - by_chance) / possible) if possible else 0.0
+    return pd.Series(shares, dtype=float)
 
 
 def known_ratio(is_known: pd.Series, reached: pd.Series) -> float:
@@ -61,7 +61,8 @@ def known_ratio(is_known: pd.Series, reached: pd.Series) -> float:
 
     It is 1 unless it is at most half as often, which points at a value that was written for them.
     """
-    inside, outside = float(is_known[reached].mean()), float(is_known[~reached].mean())
+    inside = float(is_known[reached].mean())
+    outside = float(is_known[~reached].mean())
     if reached.sum() < _LEAST_ROWS or (~reached).sum() < _LEAST_ROWS:
         return 1.0
     is_written = inside >= _LEAST_KNOWN and outside <= _MOST_RATIO * inside
@@ -114,8 +115,11 @@ def why_written_after(
       word: what the candidates are that reached it.
     """
     if known_ratio(codes.notna(), shown) < 1:
-        shares = [float(codes.notna()[rows].mean()) for rows in (shown, ~shown)]
-        return f"known for {shares[0]:.0%} of the {word} candidates, {shares[1]:.0%} of the others"
+        share = codes.notna()[shown].mean()
+        share_of_others = codes.notna()[~shown].mean()
+        return (
+            f"known for {share:.0%} of the {word} candidates, {share_of_others:.0%} of the others"
+        )
     if sides(codes, shown).any():
         return f"one of its values separates {word} candidates from others"
     if numbers.nunique() > 2:
@@ -141,22 +145,22 @@ def guess_shown(codes: pd.DataFrame, positive: pd.Series) -> pd.Series:
     """
     nobody = pd.Series(False, codes.index)
     if positive.any():
-        found = [~sides(codes[column], positive).only_others for column in codes]
-        return _fewest([rows for rows in found if not rows.all()], nobody)
-    found = []
+        possible = [~sides(codes[column], positive).only_others for column in codes]
+        return _fewest([rows for rows in possible if not rows.all()], nobody)
+    possible = []
     for column in codes:
         is_known = codes[column].notna()
         if not 0 < is_known.mean() <= _MOST_RATIO:
             continue
         others = codes.drop(columns=column)
         if any(_depends(others[other], is_known) for other in others):
-            found.append(is_known)
-    return _fewest(found, nobody)
+            possible.append(is_known)
+    return _fewest(possible, nobody)
 
 
-def _fewest(found: list[pd.Series], default: pd.Series) -> pd.Series:
+def _fewest(possible: list[pd.Series], default: pd.Series) -> pd.Series:
     """Return the one that is True for the fewest rows."""
-    return min(found, key=lambda rows: rows.sum(), default=default)
+    return min(possible, key=lambda rows: rows.sum(), default=default)
 
 
 def _depends(codes: pd.Series, shown: pd.Series) -> bool:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs import columns, files, pages
 from tests import faults
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
@@ -104,7 +104,7 @@ def test_names_of_folders_give_columns_that_no_file_has(tmp_path):
     write_log(log / "zone=x", make_rows(0))
     config = faulty_logs.config(log, tmp_path)
     config.data.features.where = feature("context", "category")
-    assert opened(config).given.to_pydict() == {
+    assert opened(config).folder_columns.to_pydict() == {
         "day": [5, 6, None],
         "where": ["n z", None, None],
         "zone": [None, None, "x"],
@@ -120,9 +120,9 @@ def test_names_of_folders_give_columns_that_no_file_has(tmp_path):
 def test_files_with_checksums_are_known_by_their_first_page(tmp_path, checksums, version):
     path = str(tmp_path / "a.parquet")
     options = dict(write_page_checksum=checksums, data_page_version=version, compression="zstd")
-    for columns in ({"a": range(1000)}, {"b": ["x"] * 1000}):
-        pq.write_table(pa.table(columns), path, **options)
-        found = files.has_checksums(LocalFileSystem(), path, pq.read_metadata(path))
+    for table in ({"a": range(1000)}, {"b": ["x"] * 1000}):
+        pq.write_table(pa.table(table), path, **options)
+        found = pages.has_checksums(LocalFileSystem(), path, pq.read_metadata(path))
         assert found == checksums
 
 
@@ -130,7 +130,7 @@ def test_a_page_that_does_not_match_its_checksum_is_refused(tmp_path, log):
     found = opened(faulty_logs.config(log, tmp_path))
     path = log / "part-0.parquet"
     pq.write_table(pq.read_table(path), path, write_page_checksum=True, compression="none")
-    files.check_pages(found, {"age", "tags"}, 2)
+    pages.check_pages(found, {"age", "tags"}, 2)
     chunk = pq.ParquetFile(path).metadata.row_group(0).column(3)
     assert chunk.path_in_schema == "age"
     content = bytearray(path.read_bytes())
@@ -138,8 +138,8 @@ def test_a_page_that_does_not_match_its_checksum_is_refused(tmp_path, log):
     content[start + chunk.total_compressed_size // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"part-0.parquet cannot be read as Parquet: .*CRC"):
-        files.check_pages(found, {"age", "tags"}, 2)
-    files.check_pages(found, {"tags"}, 2)
+        pages.check_pages(found, {"age", "tags"}, 2)
+    pages.check_pages(found, {"tags"}, 2)
 
 
 def test_a_feature_may_begin_with_a_later_file(tmp_path, log, caplog):
@@ -188,9 +188,9 @@ def test_a_column_of_another_type_is_named_with_those_that_it_takes(
     layout = faulty_logs.layout(faulty_logs.config("log", "datasets", rows=rows))
     schema = faulty_logs._schema(make_rows(0, requests=1), by_request)
     types = {of.name: of.type for of in schema}
-    files.check_types(layout, types)
-    (column,) = (of.column for of in files.wanted_columns(layout) if of.key == f"data.{key}")
-    message_of_type = faults.fault_of(files.check_types, layout, types | {column: type_})
+    columns.check_types(layout, types)
+    (column,) = (of.column for of in columns.wanted_columns(layout) if of.key == f"data.{key}")
+    message_of_type = faults.fault_of(columns.check_types, layout, types | {column: type_})
     assert message_of_type.startswith(f"column {column!r} (data.{key}) ")
     assert message in message_of_type
 

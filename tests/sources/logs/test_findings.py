@@ -22,7 +22,7 @@ from kd_ranker.sources.logs.findings import (
     time_hint,
 )
 from kd_ranker.sources.logs.layout import ALLOWABLE
-from kd_ranker.sources.logs.source import REFUSED
+from kd_ranker.sources.logs.verdict import REFUSED
 from kd_ranker.sources.logs.written_after import known_ratio, share_shown_first
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
@@ -133,7 +133,7 @@ def read(log, folder, allow, **data):
         source = faulty_logs.open_source(config)
     except UserError as error:
         return str(error), json.loads((folder / REFUSED / "data_report.json").read_text())
-    source.write_beside(folder)
+    source.write_side_files(folder)
     source.close()
     return "", json.loads((folder / "data_report.json").read_text())
 

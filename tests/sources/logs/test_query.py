@@ -14,7 +14,7 @@ import sqlglot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_ranker.sources.logs import files, query
+from kd_ranker.sources.logs import columns, query
 from kd_ranker.sources.logs.database import open_duckdb
 from kd_ranker.sources.logs.encode import Encoding
 from kd_ranker.sources.logs.spark_engine import created, in_spark
@@ -79,8 +79,8 @@ TEXTS = ["a", None, "b", "", "a", "ä"]
 def test_ids(values, array, expected):
     assert values("id", array) == expected
     is_text = any(isinstance(of, str) for of in expected)
-    known = files.TEXTS if is_text else files.NUMBERS
-    assert files.kind_of(array.type) == ("" if pa.types.is_null(array.type) else known)
+    known = columns.TEXTS if is_text else columns.NUMBERS
+    assert columns.kind_of(array.type) == ("" if pa.types.is_null(array.type) else known)
 
 
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary(2)])

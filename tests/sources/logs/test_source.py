@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from kd_ranker import api
+from kd_ranker.batch import Request
 from kd_ranker.config.defaults import feature
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.source import Source
 from kd_ranker.sources.logs import database, query
-from kd_ranker.sources.logs.source import REFUSED, check_unchanged
+from kd_ranker.sources.logs.source import check_unchanged
+from kd_ranker.sources.logs.verdict import REFUSED
 from tests import small
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
@@ -55,7 +58,7 @@ def read(config, folder) -> Log:
     """Reads a log, without writing a dataset."""
     folder.mkdir()
     with contextlib.closing(faulty_logs.open_source(config)) as source:
-        source.write_beside(folder)
+        source.write_side_files(folder)
         requests = faulty_logs.all_requests(source)
     assert {split: len(requests[split]) for split in SPLITS} == source.num_requests
     bad = folder / "rejected" / "rejected.parquet"
