@@ -182,9 +182,12 @@ class FeatureSpec:
 Owner = Literal["request", "event", "candidate", "shown", "scored", "known"]
 """The owner of a field, which determines the number of its entries per request.
 
-It is the request itself, each event of its history, or each of its candidates: all, the shown ones,
-or those that the teacher scored. The last two come first. "known" marks facts only for the
-evaluation: a request has them for all of its candidates, or for none.
+    "request"      the request itself
+    "event"        each event of its history
+    "candidate"    each of its candidates
+    "shown"        each candidate that was shown: the first ones
+    "scored"       each candidate that the teacher scored: the first ones, too
+    "known"        each candidate, or none: facts that only the evaluation reads
 """
 
 
@@ -265,9 +268,9 @@ FIELDS = (
     Field("user_label", "shown", np.uint8, np.float32, _tasks),
     Field("label_weight", "shown", np.float32, np.float32),
     Field("teacher_probability", "scored", np.float32, np.float32, _tasks, nothing=np.nan),
-    # Of a request, one per candidate, as the log has it; stored probabilities of weight 0 are NaN.
+    # The field has two forms. A stored request has one weight per candidate, as the log has it. A
+    # batch has one per candidate and task, which is 0 where the probability is not proper.
     Field("teacher_weight", "scored", np.float32, None),
-    # In a batch, one per candidate and task: 0 where the probability is not proper.
     Field("teacher_weight", "scored", None, np.float32, _tasks),
     Field("teacher_version", "request", str, None),
     Field("true_probability", "known", np.float32, None, _tasks, nothing=np.nan),
@@ -316,17 +319,18 @@ class Request:
     # None: unknown.
     incumbent: Float32[np.ndarray, "V"] | None = None  # score of today's early ranker
     propensity: Float32[np.ndarray, "V"] | None = None  # see `EvaluationBatch`
-    early_scores: Float32[np.ndarray, "V S"] | None = None  # see `FeatureSpec`; higher first
+    early_scores: Float32[np.ndarray, "V scores"] | None = None  # see `FeatureSpec`; higher first
 
 
 @flax.struct.dataclass
 class CandidateBatch:
     """A batch of requests with their candidates. Probabilities lie in [0, 1].
 
-    Entries with `stage` `PADDING` hold zeros and have no meaning. Entries of weight 0 may hold any
-    value, including NaN, and contribute exactly 0 to a loss.
+    Entries with `stage` `PADDING` have no meaning. Entries of weight 0 may hold any value, including
+    NaN, and contribute exactly 0 to a loss.
 
-    Shown candidates come first, then passed ones, so data of only a few candidates have shorter
+    Shown candidates with a drawn label come first, then the others that were passed (among them
+    shown ones without a drawn label), then the rest. So data of only a few candidates have shorter
     arrays. The first `num_labeled` entries can have labels. The first `num_scored` entries include
     all passed candidates and all with a logged teacher probability. Either number may be N.
     """

@@ -97,8 +97,8 @@ def kinds_of(
     of these k negatives then counts n / k times, so weighted sums over the labels keep their
     expectation. If they do not fit, they are thinned and reweighted in the same way. The passed get
     a share `passed_share` of the remaining slots, and the rest get the others; if either runs out,
-    the other takes its slots. A slot for a candidate that does not count at `stage` is left out.
-    Those that count are drawn as if it were kept.
+    the other takes its slots. Last, kinds that do not count at `stage` are left out. That changes
+    nothing in the draw of the kinds that count.
 
     Returns:
       int32: for each request the number of candidates of each kind, and the number of each that a
@@ -188,25 +188,42 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
         return index - number * (index >= number)
 
     shown = number[POSITIVES] + number[NEGATIVES]
-    num_labeled = k[POSITIVES] + k[NEGATIVES]
+    num_labeled = k[POSITIVES] + k[NEGATIVES]  # the shown that are drawn with their labels
     passed = num_labeled + number[OTHERS]
     slot: Any = xp.arange(slots.candidates, dtype=starts.dtype)
     place: Any = xp.zeros_like(slot)
     end: Any = 0
     # Kinds are written in their order. Each overwrites all slots from its first one on, so what a
     # kind writes into the slots of later ones does not matter.
-    for kind, first in enumerate([0, number[POSITIVES], 0, passed]):
+    for kind in range(KINDS):
         # A sample is a run on the circle of its kind; the places left out follow it there.
         index = around(start[kind] + slot - end, number[kind])
-        # The circle of the others has the positives left out, then the negatives left out, then
-        # the candidates that were passed and not shown.
-        if kind == OTHERS:
+        if kind == POSITIVES:
+            place_of_index = index
+        elif kind == NEGATIVES:
+            place_of_index = number[POSITIVES] + index
+        elif kind == OTHERS:
+            # Their circle has the shown that are not drawn with their labels: first the positives
+            # left out, then the negatives left out. Then come those that were passed and not shown,
+            # whose places begin at `shown`.
+            positives_left_out = number[POSITIVES] - k[POSITIVES]
             positive = around(start[POSITIVES] + k[POSITIVES] + index, number[POSITIVES])
-            after = index - (number[POSITIVES] - k[POSITIVES])
-            negative = around(start[NEGATIVES] + k[NEGATIVES] + after, number[NEGATIVES])
-            left_out = xp.where(after < 0, positive, number[POSITIVES] + negative)
-            index = xp.where(index < shown - num_labeled, left_out, num_labeled + index)
-        place = xp.where(slot >= end, first + index, place)
+            negative = around(
+                start[NEGATIVES] + k[NEGATIVES] + index - positives_left_out, number[NEGATIVES]
+            )
+            shown_left_out = shown - num_labeled
+            place_of_index = xp.where(
+                index < positives_left_out,
+                positive,
+                xp.where(
+                    index < shown_left_out,
+                    number[POSITIVES] + negative,
+                    shown + index - shown_left_out,
+                ),
+            )
+        else:
+            place_of_index = passed + index
+        place = xp.where(slot >= end, place_of_index, place)
         end = end + k[kind]
 
     def factor_of(kind: int) -> Any:

@@ -302,15 +302,15 @@ def evaluate(
             constants[part.place].items,
             sharding,
         )
-        scores: dict[_RankerId, Scored] = {}
+        scored_by_id: dict[_RankerId, Scored] = {}
         for run, scored_by_name in zip(part.runs, scored_by_run, strict=True):
             for name, scored in scored_by_name.items():
                 if ranker.serves is None or name in ranker.serves[run]:
-                    scores[_RankerId(part.stack, run, name)] = scored
-        return scores
+                    scored_by_id[_RankerId(part.stack, run, name)] = scored
+        return scored_by_id
 
     sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
-    scores: dict[_RankerId, Scored] = {}
+    rankers: list[_RankerId] = []  # in the order of the sums, after the teacher
     sums: Sums | None = None
     per_request: list[PerRequest] = []
     with ThreadPoolExecutor() as pool:
@@ -323,9 +323,10 @@ def evaluate(
             teacher_scored, scored_batch = _score_by_teacher(
                 serve, constants[0], batch_at_places[0], sharding
             )
-            scores = {}
+            scores: dict[_RankerId, Scored] = {}
             for scores_of_part in map_parts(score_part, parts, itertools.repeat(batch_at_places)):
                 scores |= scores_of_part
+            rankers = list(scores)
             scored = [teacher_scored, *scores.values()]
             measured = _measured(scored, scored_batch, plan, sizes, own_devices, pool)
             sums = add(sums, measured.sums)
@@ -340,13 +341,12 @@ def evaluate(
     if per_request:
         terms = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *per_request)
     all_rankers = Summed(sums, terms)
-    # The teacher is the first of all rankers.
-    of_teacher = jax.tree.map(operator.itemgetter(0), all_rankers)
-    of_stacks = [_empty_runs(stack) for stack in stacks]
-    for index, ranker in enumerate(scores, start=1):
-        of_ranker = jax.tree.map(operator.itemgetter(index), all_rankers)
-        of_stacks[ranker.stack][ranker.run][ranker.serve] = of_ranker
-    return of_teacher, of_stacks
+    teacher_sums = jax.tree.map(operator.itemgetter(0), all_rankers)
+    stack_sums = [_empty_runs(stack) for stack in stacks]
+    for index, ranker in enumerate(rankers, start=1):
+        ranker_sums = jax.tree.map(operator.itemgetter(index), all_rankers)
+        stack_sums[ranker.stack][ranker.run][ranker.serve] = ranker_sums
+    return teacher_sums, stack_sums
 
 
 def _empty_runs(stack: Ranker) -> list[dict[str, Summed]]:

@@ -202,11 +202,11 @@ def _curves_of_request(
     of_shown: _Numbers,
 ) -> FunnelCurves:
     known = candidate_mask & ~jnp.isnan(teacher_value)
-    # Those that the teacher cannot choose are worth 0 below, so that whether one of them fills an
-    # empty slot makes no difference.
     by_teacher, place = _teacher_order(teacher_value, known)
     by_student = _student_order(student_value, candidate_mask)
-    arriving = place[by_student]  # places in the teacher's order, as the student lets them pass
+    # Places in the teacher's order: of the candidate that the student passes k-th, and of the one
+    # that it then drives out of the top m (N if that has room).
+    arriving = place[by_student]
     leaving = _leaving_places(arriving, shown)
     own_top = jnp.minimum(shown, known.sum())
 
@@ -214,8 +214,10 @@ def _curves_of_request(
         return jnp.cumsum(numbers[by_student], axis=0)
 
     def sum_over_shown(numbers: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
+        # Those that the teacher cannot choose are worth 0, like an empty slot: it makes no difference
+        # whether one of them fills it.
         known_numbers = jnp.where(jnp.expand_dims(known, range(1, numbers.ndim)), numbers, 0)
-        # Place N is an empty slot with value 0.
+        # Place N is an empty slot.
         by_place = jnp.append(known_numbers[by_teacher], jnp.zeros_like(numbers[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 

@@ -220,8 +220,9 @@ def baselines(rows: pd.DataFrame) -> dict[str, str]:
 def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
     """The best student or reference of a pool, see `baselines`.
 
-    They are compared in the repeats that all of them have: a reference has every repeat, even one
-    in which all students of the pool diverged.
+    Students are first compared among each other by `CRITERION`; the best of them is compared with
+    the references by cost. All are compared in the repeats in which each of them has a cost: a
+    reference has every repeat, even one in which all students of the pool diverged.
     """
     students = list(pool.loc[pool["role"] == "student", "setting"].unique())
     references = list(pool.loc[pool["role"] == "reference", "setting"].unique())
@@ -231,7 +232,9 @@ def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
         table = by_repeat(validation, CRITERION)
     best_student = best(rows, students)
     compared = [best_student, *references] if best_student else references
-    return best_of(table[compared].dropna(axis="columns", how="all").dropna())
+    measured = table[compared].dropna(axis="columns", how="all")
+    common_repeats = measured.dropna(axis="index")
+    return best_of(common_repeats)
 
 
 def with_costs(rows: pd.DataFrame, teacher_flops: float, costs: Costs = FLOPS) -> pd.DataFrame:

@@ -55,6 +55,7 @@ def with_names(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
     their runs.
     """
     students = rows[rows["role"] == "student"]
+    # Lists of parts of names: each part is a list with a text per student, "" to leave it out.
     keys = {key.title: key for key in schema.setting_keys()}
     has_choice = students.groupby("mode")["serve"].transform("nunique") > 1
     served = zip(students["mode"], students["serve"], has_choice, strict=True)
@@ -70,6 +71,7 @@ def with_names(rows: pd.DataFrame, named: Sequence[str]) -> pd.DataFrame:
         if column == "distill_loss":
             values = values.map(_without_weights, na_action="ignore")
         if key.switch:
+            # Only whether it is on belongs to the method: the column's name alone, or nothing.
             values = values.gt(0).map({True: ""})
         if key.switch or not key.tuned:
             methods.append(_named(values))

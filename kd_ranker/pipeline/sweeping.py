@@ -86,13 +86,13 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
     trainees = open_trainees(config, unchanged=unchanged)
     dataset = trainees.dataset.provenance
-    free = schema.without_influence("report")
+    # Keys that may differ from those of the sweep in the workdir: those that change no more than how
+    # it is tested, joined and reported; and with `sweep.extend` those that add runs.
+    free = {*schema.without_influence("report"), "costs", "report", "sweep.rivals"}
+    keys_of_runs = {"sweep.runs", *(schema.axis_of(key.name) for key in schema.sweepable())}
     if not config.sweep.extend:
-        axes = {"sweep.runs", *(schema.axis_of(key.name) for key in schema.sweepable())}
-        free = [name for name in free if name not in axes]
-    # These change no more than how it is tested, joined and reported.
-    free += ["costs", "report", "sweep.rivals"]
-    workdirs.check(workdir, "sweep", config, dataset, without=free)
+        free -= keys_of_runs
+    workdirs.check(workdir, "sweep", config, dataset, without=sorted(free))
     return open_sweep(config, workdir, dataset), trainees
 
 

@@ -438,7 +438,7 @@ def _within_kinds(study: Study, estimates: Estimates, answered: Pair) -> Iterato
     for kind, pair in study.same_kind.items():
         if pair == answered:
             continue
-        difference = estimates.fewer(pair.with_scores, pair.without)
+        difference = estimates.candidates_saved(pair.with_scores, pair.without)
         word = "fewer"
         if difference.mean < 0:
             difference = difference.scaled(-1)

@@ -159,9 +159,9 @@ def _change(
     if is_of_users and (reason := estimates.why_unlabeled([chosen, rival])):
         return claim.line() | {"remark": f"the log cannot show it: {reason}"}
     if claim.measure == SAVINGS[0]:
-        change = estimates.saving(chosen, over=rival)
+        change = estimates.cost_saved(chosen, over=rival)
     elif claim.measure == FEWER:
-        change = estimates.fewer(chosen, rival)
+        change = estimates.candidates_saved(chosen, rival)
     else:
         change = estimates.gap(chosen, rival, claim.measure)
     ratio = estimates.of(chosen, "cost_ratio").mean
@@ -171,9 +171,9 @@ def _change(
     if is_of_users and claim.verdict(change) == "holds":
         # A ranker that changes nothing costs users nothing. The verdict is that of (d), or of (e)
         # where no cost is known, so that no two claims on one setting disagree.
-        saved = estimates.saving(chosen, over=rival)
+        saved = estimates.cost_saved(chosen, over=rival)
         if saved.n == 0:
-            saved = estimates.fewer(chosen, rival)
+            saved = estimates.candidates_saved(chosen, rival)
         saves = _Claim("f", "", SAVINGS[0], "above").verdict(saved)
         if saves != "holds":
             line |= {"verdict": saves, "remark": "no saving is shown"}

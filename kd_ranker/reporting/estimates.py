@@ -88,7 +88,7 @@ class Estimates:
         )
         return crossed_interval(difference)
 
-    def fewer(self, setting: str, other: str) -> Interval:
+    def candidates_saved(self, setting: str, other: str) -> Interval:
         """Return how many fewer candidates a setting needs for `TARGET`, as a share of another's.
 
         1 − `passed_for_99` / `passed_for_99` of the other, over the repeats that both have. It is
@@ -99,7 +99,7 @@ class Estimates:
         )
         return crossed_interval(share)
 
-    def saving(self, setting: str, target: float = TARGET, over: str | None = None) -> Interval:
+    def cost_saved(self, setting: str, target: float = TARGET, over: str | None = None) -> Interval:
         """Return the share of another ranker's cost that a setting saves, each at a target.
 
         Args:
@@ -107,7 +107,9 @@ class Estimates:
           target: the share of the final value to keep, one of `targets`.
           over: the other ranker; by default the baseline.
         """
-        return crossed_interval(self._saving(setting, over or self.study.baseline, target))
+        return crossed_interval(
+            self._draws_of_cost_saved(setting, over or self.study.baseline, target)
+        )
 
     @property
     def are_partly_scored(self) -> bool:
@@ -125,8 +127,8 @@ class Estimates:
     def saved(self, setting: str) -> Interval:
         """Return what a setting saves of the baseline's `study.saved_unit`."""
         if self.study.saved_unit == "candidates" and self.study.baseline is not None:
-            return self.fewer(setting, self.study.baseline)
-        return self.saving(setting)
+            return self.candidates_saved(setting, self.study.baseline)
+        return self.cost_saved(setting)
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""
@@ -262,7 +264,7 @@ class Estimates:
 
     def _measured(self, setting: str, measure: str) -> OverDraws:
         if measure in saving.SAVINGS:
-            return self._saving(setting, self.study.baselines.get(measure))
+            return self._draws_of_cost_saved(setting, self.study.baselines.get(measure))
         rows = self._rows.get(setting, pd.DataFrame())
         if measure not in rows:
             return _NOWHERE
@@ -274,7 +276,9 @@ class Estimates:
         # The first row has the digits of `results.csv`.
         return drawn._replace(numbers=np.concatenate([on_test, drawn.numbers[1:]]))
 
-    def _saving(self, setting: str, other: str | None, target: float = TARGET) -> OverDraws:
+    def _draws_of_cost_saved(
+        self, setting: str, other: str | None, target: float = TARGET
+    ) -> OverDraws:
         if other is None:
             return _NOWHERE
         return combined(_share_saved, self._cost(setting, target), self._cost(other, target))
@@ -319,7 +323,8 @@ class Estimates:
             for (run, serve), per_request in by_ranker.each.items():
                 ranker_rows = rows[(rows["run"] == run) & (rows["serve"] == serve)]
                 if study.num_teachers > 1:
-                    # Teachers and references have the same name under every teacher.
+                    # Teachers and references have the same names under every teacher, whose runs have
+                    # seeds of their own.
                     ranker_rows = ranker_rows[ranker_rows["seed"].isin(seeds)]
                 if ranker_rows.empty:
                     continue

@@ -170,6 +170,7 @@ def _half_width(
     v_repeats = on_test.var(ddof=1) / repeats
     total = v_requests + v_repeats
     if total == 0:
-        # Repeats that agree exactly have no variance; only that of the requests remains.
+        # Repeats agree exactly on the test requests, and do not move together over the draws. What
+        # they move on their own is the only variance left.
         return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
     return float((t_requests * v_requests + t_repeats * v_repeats) / np.sqrt(total))

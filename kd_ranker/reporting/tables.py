@@ -382,7 +382,7 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
             mean_text(percent, 1),
         ]
         line += [mean_text(estimates.of(setting, measure), 4) for measure in users_measures]
-        line += [mean_text(estimates.saving(setting, target), 3) for target in targets]
+        line += [mean_text(estimates.cost_saved(setting, target), 3) for target in targets]
         lines.append(line)
     notes = [
         f"The funnel's cost is that of a request which passes as many as keep {PERCENT} of "

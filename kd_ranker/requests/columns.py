@@ -260,9 +260,9 @@ def what_counts(
         some that were passed       yes                no
         some that were not          yes                yes
 
-    Shown candidates are always kept, for their labels. Where all that were passed were shown,
-    scores of all of them count as scores of some that were passed: shown candidates without a drawn
-    label are then kept for their scores.
+    "Passed" are those that were not shown, and the shown without a drawn label. Shown candidates
+    with a drawn label are always kept. If all that were passed were shown, there is no score beyond
+    the shown ones; the passed are then kept if all of them have a score.
     """
     beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
     return (

@@ -176,11 +176,13 @@ def sampling_order(
     spread_starts = starts_of(distinct_sizes)[:-1][which_size]
     order_in_group = spread_orders[runs(spread_starts, sizes.ravel())]
     order = np.repeat(group_starts.ravel(), sizes.ravel()) + order_in_group
-    # The first two groups are mixed, in the order in which they were shown.
+    # The first two groups are mixed, in the order in which they were shown. Sort the shown places by
+    # request, positives first; then take the spread order of each group from that list, which has
+    # no other places.
     request = np.repeat(np.arange(len(shown)), shown)
     by_label = np.argsort(2 * request + ~positive, kind="stable")
     shown_places = runs(starts, shown)
-    # Where the labels of a request begin, less where its candidates do.
+    # From a place among all candidates to the place among all labels, in the same request.
     offset = np.repeat(starts_of(shown)[:-1] - starts, shown)
     labels = by_label[order[shown_places] + offset]
     order[shown_places] = labels - offset

@@ -142,7 +142,7 @@ def test_the_report_of_single_runs_has_what_that_of_a_sweep_has(world):
     assert (len(study.teachers), bool(study.kept_requests)) == (1, True)
     estimates = Estimates(study)
     assert estimates.gap("shared, weight 1", "none", "passed_for_99").covers == "requests"
-    assert np.isfinite(estimates.saving("shared, weight 1", 0.99).low)
+    assert np.isfinite(estimates.cost_saved("shared, weight 1", 0.99).low)
 
 
 @pytest.mark.parametrize("run", ["shared", "sweep"])

@@ -175,7 +175,7 @@ NUMBERS = {
         lambda e: e.gap(*PAIR, "user_bce/watch"),
         lambda shared, none, times: bce(shared, times) - bce(none, times),
     ),
-    "saving": (lambda e: e.saving(SHARED, TARGET), saving),
+    "saving": (lambda e: e.cost_saved(SHARED, TARGET), saving),
     "curve of value": (
         lambda e: at_k(e, "value_captured", 3),
         of_shared(lambda each, times: np.divide(*curve(each, times, "value_captured")[[3, -1]])),

@@ -134,7 +134,7 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estim
     assert list(data["line"]) == ["aux", "shared"]
     for mark in data.to_dict("records"):
         users = estimates.gap(mark["setting"], "none", "true_value_for_99")
-        for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
+        for name, mean in (("users", users), ("saving", estimates.cost_saved(mark["setting"]))):
             found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
             assert found == pytest.approx(mean[:3])
 

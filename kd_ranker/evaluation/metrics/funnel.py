@@ -199,9 +199,10 @@ BY_K = (
     ),
     Metric(
         name="covered_user_value",
-        formula="of a funnel of the c candidates, of n retrieved, that the logged funnel passed: "
-        "the student passes its first ⌈k · c / n⌉ of them, and the teacher shows m · c / n. Σ "
-        "value of the user labels of the shown, over Σ of the same if all c pass",
+        formula="the labels know only the c candidates that the logged funnel passed, of n "
+        "retrieved. In a smaller funnel of these, the student passes its first ⌈k · c / n⌉, and "
+        "the teacher shows m · c / n: Σ value of the user labels of the shown, over Σ of the same "
+        "if all c pass",
         sums=funnel_sums,
         final=Captured("covered_user_value"),
         better="higher",

@@ -37,12 +37,16 @@ class Metric:
       sums: a function of a batch that returns sums of each request by name, arrays [R, ...]. Those
         of a metric with a number for each k or target may be curves, [R, N, ...]. Metrics may share
         a function: it is called once per batch. None if the sums of other metrics suffice.
-      final: from the sums over the requests of a pass, and those of the teacher on the same, to the
-        numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
-        [T] or [N, T], or one number. For targets it is a curve [N], of which the first k at or
-        above the target is reported, or an `AtTarget`. Sums and numbers may have one more axis, the
-        last, of draws of the requests: do not reduce it. None if the column is not measured on
-        requests but filled in by `results`.
+      final: a function of the sums over the requests of a pass, and of those of the teacher on the
+        same. It returns, by `per`:
+          ()                 one number
+          ("task",)          an array [T]
+          ("k",)             a curve [N], whose index `k - 1` belongs to k
+          ("k", "task")      an array [N, T]
+          ("target",)        a curve [N], of which the first k at or above a target is reported; or
+                             an `AtTarget`
+        NaN means that there is nothing to measure. Sums and numbers may have one more axis, the
+        last, of draws of the requests: do not reduce it. None if `results` fills in the column.
       better: the better direction; None if there is none.
       per: what it has a number for.
       title: in tables and figures; by default `name` with spaces.

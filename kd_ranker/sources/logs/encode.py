@@ -290,14 +290,15 @@ def _history(encoding: Encoding, requests: pa.Table) -> _History:
 def _dense(
     encoding: Encoding, field: str, width: int, table: pa.Table
 ) -> Float32[np.ndarray, "n width"]:
-    """Normalize the dense features of a field, which fill its last columns.
+    """Normalize the dense features of a field.
 
-    A first column without a feature is 0: there is one if the log has no such feature, and for
-    items if none of theirs is cheap.
+    A field has a first column of zeros if the log has no such feature, and for items also if none of
+    theirs is cheap. Features come after it.
     """
     features = encoding.rules["dense"][field]
     matrix = np.zeros((table.num_rows, width), np.float32)
-    for column, feature in enumerate(features, width - len(features)):
+    num_zero_columns = width - len(features)
+    for column, feature in enumerate(features, num_zero_columns):
         number = floats_of(table, f"feature:{feature['name']}")
         with np.errstate(over="ignore"):
             scaled = ((number - feature["mean"]) / feature["scale"]).astype(np.float32)
