@@ -38,7 +38,7 @@ NUMBERS = {
 }
 
 
-def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
+def test_structs_have_the_tables_fields_types_and_shapes():
     width_of = {}
     for place, (struct, fields) in enumerate(((Request, STORED), (CandidateBatch, IN_BATCH))):
         annotations = {field.name: field.type for field in dataclasses.fields(struct)}
@@ -68,7 +68,7 @@ def test_the_first_candidates_of_a_batch_keep_all_else():
     assert (few.num_labeled, few.num_scored, few.candidate_mask.shape) == (4, 4, (13, 4))
 
 
-def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
+def test_a_spec_comes_back_from_its_json():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
     with pytest.raises(UserError, match="category 'color': of='user' does not exist"):
         Category("color", of="user", size=3)

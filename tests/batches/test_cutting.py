@@ -27,7 +27,7 @@ def dataset(tmp_path_factory):
     return built(tmp_path_factory.mktemp("data"), source)
 
 
-def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
+def test_evaluation_reads_every_candidate_once(dataset):
     read = list(evaluation_batches(dataset, "test", requests=3, candidates=24))
     assert len(read) == 2
     assert [mask for of in read for mask in of.request_mask.tolist()] == [True] * 5 + [False]
@@ -54,7 +54,7 @@ def test_a_limit_counts_requests_and_the_funnel_must_hold_each(dataset):
         list(evaluation_batches(dataset, "test", requests=2, candidates=10))
 
 
-def test_a_batch_has_no_more_rows_than_there_are_requests_to_fill_it():
+def test_a_batch_has_no_more_rows_than_requests_to_fill_it():
     """The others would only be padding. A multiple of 1,024 is shared evenly by most devices."""
     assert batch_size(16, 5) == 16
     assert batch_size(1000, 2) == 1000

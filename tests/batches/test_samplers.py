@@ -67,9 +67,7 @@ def take(dataset, sampler, number, needs=ALL, resident=True, candidates=12):
         (Stage.SHOWN, None),
     ],
 )
-def test_on_the_host_funnel_makes_the_batches_that_its_compiled_form_makes(
-    dataset, stage, logged, resident
-):
+def test_funnel_on_the_host_makes_the_compiled_batches(dataset, stage, logged, resident):
     needs = Needs(stage, logged)
     compiled, on_host = take(dataset, "funnel", 3, needs), take(dataset, "copy", 3, needs, resident)
     for one, other in zip(compiled, on_host, strict=True):

@@ -89,7 +89,7 @@ def by_item(batch):
 @pytest.mark.parametrize("logged", [Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN, None])
 @pytest.mark.parametrize("stage", [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])
 @pytest.mark.parametrize("scored", [9, 20, 0])
-def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logged, scored):
+def test_candidates_that_cannot_count_are_left_out(stage, logged, scored):
     requests = [random_request(seed) for seed in range(4)]
     requests += [random_request(5, 0, 0, 3), random_request(6, 4, 4, 9), random_request(7, 1, 1, 1)]
     probability = np.random.default_rng(scored).random((scored, 3), dtype=np.float32)

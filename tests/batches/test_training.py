@@ -56,7 +56,7 @@ def expected(dataset):
     return take(batches(dataset, resident=True), MANY + 20)
 
 
-def test_an_epoch_reads_each_request_once_in_its_own_order_or_by_time(dataset, expected):
+def test_an_epoch_reads_each_request_once_in_its_order(dataset, expected):
     stored = np.stack([request.user_features for request in read_requests(dataset, "train")])
     for order in ("shuffled", "time"):
         drawn = [batch.user_features for batch in take(batches(dataset, order=order), 6)]
@@ -71,9 +71,7 @@ def test_an_epoch_reads_each_request_once_in_its_own_order_or_by_time(dataset, e
 
 @on_devices_or_not
 @pytest.mark.parametrize("before", [5, training.BLOCK, training.BLOCK + 1])
-def test_an_iterator_goes_on_from_a_position_whether_the_requests_are_in_memory_or_not(
-    dataset, expected, before, resident
-):
+def test_an_iterator_goes_on_from_a_saved_position(dataset, expected, before, resident):
     assert_same(
         expected[before : before + 4],
         take(batches(dataset, resident=resident, taken=before), 4),
@@ -81,7 +79,7 @@ def test_an_iterator_goes_on_from_a_position_whether_the_requests_are_in_memory_
 
 
 @on_devices_or_not
-def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, expected, resident):
+def test_batches_taken_together_are_those_taken_one_by_one(dataset, expected, resident):
     iterator, taken = batches(dataset, resident=resident), []
     for most in itertools.cycle([1, 25, 3, training.BLOCK]):
         if len(taken) >= len(expected):
@@ -103,9 +101,7 @@ def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, exp
         (Stage.SHOWN, None, "funnel"),
     ],
 )
-def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
-    dataset, stage, logged, sampler
-):
+def test_reading_per_batch_gives_the_batches_of_memory(dataset, stage, logged, sampler):
     how = {"needs": Needs(stage, logged), "sampler": sampler}
     resident = take(batches(dataset, **how, resident=True), MANY)
     assert_same(resident, take(batches(dataset, **how, resident=False), MANY))
@@ -162,7 +158,7 @@ class PartOf(Devices):
 
 
 @pytest.mark.parametrize(("parts", "sampler"), [(2, "hard"), (4, "funnel")])
-def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts, sampler):
+def test_parts_of_a_batch_make_the_batch_of_one_process(dataset, parts, sampler):
     whole = take(batches(dataset, sampler=sampler), 5)
     shares = [
         take(batches(dataset, devices=PartOf(part, parts), sampler=sampler), 5)

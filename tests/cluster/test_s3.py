@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_goes_on_from_the_server(world, store):
     assert not [name for name in names(store) if ".lock" in name]
 
 
-def test_a_teacher_in_the_server_is_followed_and_a_sweep_is_reported_there(world, store):
+def test_a_sweep_follows_a_teacher_and_is_reported_at_s3(world, store):
     store.put(f"{world.teacher}/", "bucket/teacher/", recursive=True)
     config = world.config(**small.SWEEP, teacher__workdir="s3://bucket/teacher")
     assert small.sweep(config, "s3://bucket/sweep")

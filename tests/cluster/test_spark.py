@@ -75,7 +75,7 @@ def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, spl
 
 
 @needs_spark
-def test_requests_are_encoded_by_workers_and_a_fault_there_is_one_line(tmp_path):
+def test_workers_encode_requests_and_their_fault_is_one_line(tmp_path):
     pytest.importorskip("pyspark", reason="pyspark is not installed; see scripts/test_cluster.sh")
     from kd_ranker.sources.logs.spark_engine import open_spark
 

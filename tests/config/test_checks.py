@@ -56,7 +56,7 @@ def test_the_configs_are_valid(name, variant):
 EVERY = [*KEYS.values(), *(key for keys in DATA_KEYS.values() for key in keys.values())]
 
 
-def test_the_defaults_are_valid_and_each_key_has_a_meaning_and_an_influence():
+def test_defaults_are_valid_and_keys_are_described():
     for key in EVERY:
         if key.name != "data.name":
             key.check(key.default)
@@ -141,7 +141,7 @@ def test_a_fault_of_a_source_is_one_line_before_it_is_opened(get_config, changes
     assert message in fault_of(check, config)
 
 
-def test_a_batch_is_shared_by_all_devices_where_a_student_trains_alone():
+def test_a_single_students_batch_is_shared_by_all_devices():
     config = config_with({"batch.requests": 6})
     fault = fault_of(checks.validate, config, single=True)
     assert "batch.requests=6 cannot be shared by 8 devices; take a mult" in fault
@@ -299,7 +299,7 @@ def test_each_split_needs_a_label(split):
         assert fault.startswith(f"no {split} request of cascade has a user label; ")
 
 
-def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
+def test_a_teacher_learns_from_a_log_only_by_its_probabilities():
     config = cascade("small")
     config.teacher.log_weight = 1.0
     spec = dataclasses.replace(SPEC, teacher_version="v1")

@@ -184,7 +184,7 @@ def test_a_list_without_runs_is_one_line(runs, message):
     assert message in fault_of(list_runs, runs)
 
 
-def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch):
+def test_numbers_of_a_new_loss_vary_within_one_program(monkeypatch):
     def lead(logits, probability, weight, numbers=losses.DEFAULT_NUMBERS):
         known = jnp.where(weight > 0, probability, 0.5)
         values = jnp.maximum(numbers.own["least"] - (2 * known - 1) * logits, 0.0)

@@ -217,7 +217,7 @@ def test_totals_and_gradients_are_those_of_a_loop_over_requests(name, case):
     assert not gradient[..., empty].any()
 
 
-def test_a_cold_approx_ndcg_is_what_scikit_learns_ndcg_lacks_to_1():
+def test_cold_approx_ndcg_is_one_minus_scikit_learns_ndcg():
     logits, probability, weight, *_ = random_case(15, known=1.0)
     (numerator, denominator), _ = compiled("approx_ndcg")(
         logits, probability, np.ones_like(weight), 1e-4
@@ -240,7 +240,7 @@ def test_mse_margin_keeps_its_digits_far_from_zero():
     np.testing.assert_allclose(totals[0], (margins**2).sum() / 2, rtol=1e-2)
 
 
-def test_certain_teachers_and_tied_students_stay_finite_at_any_temperature():
+def test_certain_teachers_and_tied_students_stay_finite():
     entries = jnp.full((1, 2, 1), 3.0), jnp.array([[[0.0], [1.0]]]), jnp.ones((1, 2, 1))
     for name in LOSSES:
         for temperature in (0.05, 1.0, 40.0):
@@ -263,7 +263,7 @@ def test_lists_taken_a_few_at_a_time_give_the_same(lists, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_runs_with_different_numbers_are_each_as_if_by_themselves(name):
+def test_stacked_runs_have_the_losses_of_single_runs(name):
     logits, probability, weight, *_ = random_case(11)
     runs = np.stack([logits, 2 * logits, logits - 1])
     numbers = LossNumbers(jnp.array([1.0, 2.0, 0.5]), jnp.array([1.0, 2.0, 3.0]))

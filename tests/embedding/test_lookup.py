@@ -66,7 +66,7 @@ def make_tables(slots=0):
     return jax.jit(tables)()  # in one program, not one an array
 
 
-def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
+def test_gradients_of_gathered_rows_sum_to_the_tables():
     """The path that the step takes, against differentiating with respect to the whole table."""
     batch, tables = make_batch(0), make_tables()
     masks = {name: mask for name, (_, mask) in ids_and_masks(batch).items()}
@@ -102,7 +102,7 @@ def test_padding_is_masked_in_the_order_of_the_ids(table):
     assert (table == "user") == mask.all()
 
 
-def test_an_id_without_a_row_gets_the_reserved_one_and_is_counted():
+def test_an_unknown_id_gets_the_reserved_row_and_is_counted():
     table = TableSpec(size=5, hashed=False)
     ids = jnp.array([0, 4, 5, 6, -1, 2**31 - 1, -(2**31)])
     np.testing.assert_array_equal(rows_of_ids(table, ids), [0, 4, 5, 5, 5, 5, 5])
@@ -118,7 +118,7 @@ def murmur_finaliser(number):
     return number ^ number >> 16
 
 
-def test_hashed_ids_take_the_row_of_their_hash_and_all_are_known():
+def test_hashed_ids_take_the_row_of_their_hash():
     table = TableSpec(size=64, hashed=True)
     ids = np.concatenate([np.arange(640), [-1, -7, 2**31 - 1]])
     rows = np.asarray(rows_of_ids(table, jnp.asarray(ids)))
@@ -141,7 +141,7 @@ def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
     np.testing.assert_allclose(drawn.mean(), 0, atol=4 * 0.5 / np.sqrt(drawn.size))
 
 
-def test_rows_that_training_never_met_are_served_by_the_reserved_one():
+def test_ids_not_met_in_training_are_served_the_reserved_row():
     batch, tables = make_batch(0), make_tables(slots=2)
     trained = {
         "user": np.arange(5),

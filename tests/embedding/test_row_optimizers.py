@@ -72,7 +72,7 @@ def dense_update(name, table, gradient, touched, rate, decay):
 @pytest.mark.parametrize("name", ROW_OPTIMIZERS)
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_sparse_updates_are_the_dense_ones_on_touched_rows_and_keep_the_bits_of_others(name, data):
+def test_sparse_updates_are_dense_ones_on_touched_rows_alone(name, data):
     generator = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     optimizer = ROW_OPTIMIZERS[name]
     expected = new_table(optimizer, generator.normal(size=(ROWS, WIDTH)))

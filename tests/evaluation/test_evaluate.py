@@ -84,7 +84,7 @@ def test_devices_that_share_the_work_change_nothing(devices, sharded):
     assert_same(found, expected)
 
 
-def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
+def test_a_live_teacher_measures_as_its_logged_probabilities():
     def logged(of):
         (probability,) = LIVE.serve(TEACHER_PARAMETERS, of.batch, ITEMS).probability.values()
         weight = np.broadcast_to((of.batch.stage > 0)[..., None], probability.shape)
@@ -115,7 +115,7 @@ def test_the_terms_of_each_request_add_up_to_the_sums():
         np.testing.assert_array_equal(of, student["user"].each.sums[name][-3:], err_msg=name)
 
 
-def test_only_the_requested_heads_are_measured_and_no_request_kept():
+def test_only_the_requested_heads_are_measured():
     serves = [("blend",), ("teacher", "user"), ()]
     _, (stack, other) = evaluated(LIVE, [AUX._replace(serves=serves), STUDENTS["none"]])
     _, (whole,) = evaluated(LIVE, [AUX])

@@ -11,7 +11,7 @@ from kd_ranker.evaluation import funnel
 funnel_curves = jax.jit(funnel.funnel_curves, static_argnums=3)
 
 
-def test_a_diverged_student_gives_nan_only_where_the_teacher_knows_the_candidate() -> None:
+def test_a_diverged_student_is_nan_where_the_teacher_knows() -> None:
     student = np.array([[0.3, np.nan, 0.1], [0.3, np.nan, 0.1]])
     teacher = np.array([[0.5, 0.5, 0.5], [0.5, np.nan, 0.5]])
     mask, of_shown = np.ones((2, 3), bool), {"value": teacher}
@@ -40,7 +40,7 @@ def partly_scored(seed):
     return student, teacher, mask, known
 
 
-def test_slots_of_a_part_are_the_fraction_that_the_known_candidates_have():
+def test_slots_follow_the_fraction_of_known_candidates():
     student, teacher, mask, known = partly_scored(0)
 
     weights = funnel.slots_of_part(4, known.sum(axis=1), mask.sum(axis=1))

@@ -95,7 +95,7 @@ def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path)
         np.testing.assert_allclose(found[name], every, rtol=1e-5, err_msg=name)
 
 
-def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
+def test_if_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
     dataset = built(tmp_path, lambda request, _: {"num_passed": len(request.label_weight)})
     lists = lists_of(dataset, WEIGHTS, SHOWN)
     np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
@@ -148,7 +148,7 @@ def survival(sums):
     return sums["survival"] / sums["funnel_requests"]
 
 
-def test_references_are_measured_as_the_order_that_they_stand_for():
+def test_a_baseline_is_measured_by_its_own_order():
     """The top k of each, request by request, against the logged teacher's top."""
     batches = [evaluation_batch(seed) for seed in (1, 2)]
     sums = measured(batches)
@@ -178,9 +178,7 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
 @pytest.mark.parametrize(("unknown", "known"), [(0.05, True), (0.2, False), (1.0, False)])
 @pytest.mark.parametrize("field", ["incumbent", "true_probability"])
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
-    unknown, known, field, split, tmp_path
-):
+def test_a_baseline_must_know_nearly_all_candidates(unknown, known, field, split, tmp_path):
     """One that orders the others at random would look worse than it is."""
     generator = np.random.default_rng(0)
 
@@ -196,7 +194,7 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
     assert found == tuple(name for name in BASELINES if known or name != absent)
 
 
-def test_random_orders_follow_from_the_request_and_not_from_the_batch():
+def test_a_random_order_follows_from_its_request():
     one = evaluation_batch(1)
     backwards = jax.tree.map(lambda of: of[::-1], one)
     sums, of_backwards = measured([one]), measured([backwards])

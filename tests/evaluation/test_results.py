@@ -36,7 +36,7 @@ def test_the_columns_are_the_contracts_in_its_order():
     assert len(set(columns)) == len(columns)
 
 
-def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
+def test_unknown_numbers_are_empty_fields(tmp_path):
     rows = [
         {"mode": "", "seed": None, "step": None, "alignment_ratio": math.nan},
         {"mode": "none", "seed": 0, "step": 20, "alignment_ratio": 1 / 3},
@@ -158,7 +158,7 @@ def labeled(*rows):
     return frame.sort_index()
 
 
-def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the_seeds():
+def test_settings_methods_and_repeats_are_named_by_their_keys():
     first = row("student", "shared", 0, 1.0, 10.0) | {"student.width": 8, "train.steps": 50}
     # Seeds that agree in six digits are different ones.
     same_setting = [{"seed": 20240101}, {"seed": 20240102}, {"data_seed": 1}]
@@ -213,7 +213,7 @@ def test_the_runs_of_the_chosen_settings_with_the_heads_to_read():
     assert setting_names.chosen(equals) == setting_names.chosen(equals[::-1])
 
 
-def test_the_best_run_is_the_best_repeat_of_the_setting_that_is_best_on_average():
+def test_the_best_run_is_the_best_repeat_of_the_best_setting():
     test = pd.DataFrame([student("none", 0, 1.0) | {"split": "test"}])
     # Whatever the test says.
     for frame in (RANKERS, pd.concat([RANKERS, test])):
@@ -293,7 +293,7 @@ def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks,
     np.testing.assert_array_equal(rows[columns], expected)
 
 
-def test_curves_are_kept_at_few_k_from_the_first_to_the_last_with_the_named_ones():
+def test_curves_are_kept_at_few_k_with_the_named_ones():
     ks = request_files.spaced_ks(2000, [200, 333, 5000])
     assert {1, 200, 333, 2000} <= set(ks)
     assert ks == sorted(ks)

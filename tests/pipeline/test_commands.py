@@ -181,7 +181,7 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
     np.testing.assert_allclose(one, other, rtol=1e-3)
 
 
-def test_students_learn_from_the_scores_of_the_teacher_and_from_no_others(world):
+def test_students_learn_from_their_teachers_scores_alone(world):
     config = world.config()
     directory, original = log_teacher(world), datasets.dataset_of(config)
     version = load_teacher(config).version
@@ -249,7 +249,7 @@ def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, mo
     assert "teacher-test.npy has changed" in fault_of(api.train, logged, tmp_path / "student")
 
 
-def test_scores_of_another_teacher_in_the_folder_of_this_one_are_refused(apart):
+def test_another_teachers_scores_are_refused(apart):
     directory, version = api.log_teacher(apart).directory, load_teacher(apart).version
     other = directory.with_name(directory.name.replace(version, "another"))
     directory.rename(other)
@@ -306,9 +306,7 @@ def test_a_complete_sweep_does_not_need_its_teacher(apart, tmp_path, exchange):
     assert open_ranker(tmp_path / "run")
 
 
-def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_this(
-    world, copy_of
-):
+def test_a_missing_or_foreign_environment_is_not_known(world, copy_of):
     workdir = copy_of(world.student("none"))
     file = workdir / workdirs.ENVIRONMENT_FILE
 
@@ -328,7 +326,7 @@ def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_
     assert manifest.has_provenance(workdir)
 
 
-def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(world, tmp_path):
+def test_a_student_warm_started_from_scores_needs_scores(world, tmp_path):
     """Else it could be the baseline without scores."""
     steps = {"train.steps": 2, "train.eval_every": 0, "distill.affine": False}
     # A run, its mode, and the one that it starts from, perhaps moved meanwhile.
@@ -368,7 +366,7 @@ def chosen_by_hand(workdir):
     return chosen
 
 
-def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
+def test_a_sweep_has_one_validation_row_per_run_and_head(world, swept):
     frame, config = table(swept), world.config()
     assert list(frame.columns) == results.columns(config.tasks, open_job(config).report_at)
     referred = ["reference"] * len(BASELINES)
@@ -399,7 +397,7 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept
         np.testing.assert_allclose(row["funnel_cost_saving"], saving, atol=1e-5)
 
 
-def test_the_test_is_read_by_chosen_settings_alone_as_each_run_measures_on_it(world, swept):
+def test_the_test_split_is_read_by_chosen_settings_alone(world, swept):
     config = world.config(**SWEEP)
     tested = rows_of(swept, "test").set_index(["run", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
@@ -434,7 +432,7 @@ def test_references_are_measured_as_what_they_know_allows(swept):
         assert references.loc["oracle", name] >= rows_of(swept, split)[name].max()
 
 
-def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(world, tmp_path):
+def test_a_logged_teacher_without_workdir_has_no_seed_or_step(world, tmp_path):
     config = world.config(**SWEEP, teacher__source="logged", teacher__workdir="")
     config.update(sweep={"modes": ("none",), "seeds": (0,)})
     api.sweep(config, tmp_path)
@@ -458,9 +456,7 @@ def test_a_run_of_a_sweep_is_the_student_that_train_makes(world, swept):
         )  # fmt: skip
 
 
-def test_rivals_are_measured_without_training_and_validation_chooses_their_settings(
-    world, swept, copy_of
-):
+def test_rivals_need_no_training_and_are_chosen_on_validation(world, swept, copy_of):
     workdir = copy_of(swept)
     rivals = {"sweep__rivals": ("trees", "ease")}
     checkpoints = sorted(workdir.rglob("checkpoints/*"))
@@ -484,7 +480,7 @@ def test_rivals_are_measured_without_training_and_validation_chooses_their_setti
     assert not small.sweep(world.config(**SWEEP, **rivals), workdir)
 
 
-def test_a_rival_that_does_not_apply_ends_a_sweep_before_it_trains(world, tmp_path):
+def test_an_inapplicable_rival_ends_a_sweep_before_training(world, tmp_path):
     config = world.config(**SWEEP, sweep__rivals=("fusion",))
 
     with pytest.raises(UserError, match="'fusion', which does not apply"):
@@ -493,7 +489,7 @@ def test_a_rival_that_does_not_apply_ends_a_sweep_before_it_trains(world, tmp_pa
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, copy_of):
+def test_own_costs_change_savings_alone_and_train_nothing(world, swept, copy_of):
     workdir = copy_of(swept)
     costs = {"costs__teacher__candidate": 2.0, "costs__student__candidate": 0.5}
     before = written_at(workdir / "cohorts")
@@ -517,7 +513,7 @@ MORE = SWEEP | {
 }
 
 
-def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_runs_alone(world, swept, copy_of):
+def test_an_extended_sweep_trains_the_new_runs_alone(world, swept, copy_of):
     workdir = copy_of(swept)
     cohort = workdir / "cohorts" / "0"
     # As if its own `aux` had been found to be bad on validation.
@@ -605,7 +601,7 @@ def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path):
     assert not list(tmp_path.rglob(".lock"))
 
 
-def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
+def test_a_sweep_resumes_on_fewer_devices_and_ends_the_same(world, swept, tmp_path):
     """Two groups of two runs, on four devices: a mesh of two by two."""
     keys = ["split", "run", "serve"]
     sweep = {**SWEEP, "train__eval_every": 10, "sweep__weights": (1.0,)}
@@ -803,9 +799,7 @@ def test_a_run_that_is_not_the_configs_is_refused_and_stays(
 
 
 @pytest.mark.parametrize("command", [api.train_teacher, api.train, api.sweep, api.log_teacher])
-def test_without_a_dataset_or_a_teacher_the_command_that_makes_it_is_named(
-    world, tmp_path, command
-):
+def test_a_missing_input_is_named_with_the_command_to_make_it(world, tmp_path, command):
     workdir, nowhere = tmp_path / "workdir", str(tmp_path / "nowhere")
     cases = [("data__dir", nowhere, nowhere, "prepare")]
     if command is not api.train_teacher:
@@ -819,7 +813,7 @@ def test_without_a_dataset_or_a_teacher_the_command_that_makes_it_is_named(
     assert not workdir.exists()
 
 
-def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_path, monkeypatch):
+def test_an_unscored_dataset_is_named_with_the_command(world, tmp_path, monkeypatch):
     another = lambda *of: load_teacher(*of)._replace(version="another")  # noqa: E731
     monkeypatch.setattr(jobs, "load_teacher", another)
     fault = fault_of(api.train, world.config(teacher__source="logged"), tmp_path / "w")

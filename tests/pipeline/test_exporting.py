@@ -66,9 +66,7 @@ STUDENTS["of_mine"] = TwoTower
 """
 
 
-def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted(
-    world, tmp_path, monkeypatch
-):
+def test_a_runs_config_file_is_executed_only_if_trusted(world, tmp_path, monkeypatch):
     monkeypatch.setitem(STUDENTS, "of_mine", None)  # removed when the test ends
 
     def forget():

@@ -27,7 +27,7 @@ def test_all_names_are_there_and_no_others():
     assert all(getattr(kd, name).__doc__ for name in kd.__all__)
 
 
-def test_the_import_takes_little_along_and_names_are_functions_whatever_is_imported():
+def test_the_import_is_light_and_its_names_are_functions():
     program = """
 import sys, kd_ranker as kd
 assert not {"jax", "pandas"} & {*sys.modules}
@@ -61,7 +61,7 @@ def test_a_result_that_is_gone_has_a_name(tmp_path):
     assert str(tmp_path / "gone") in repr(kd.Trained(tmp_path / "gone"))
 
 
-def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):
+def test_axes_of_a_sweep_replace_those_of_its_config(world, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(training, "train_sweep", lambda config, *_: trained.append(config))
     config = world.config(teacher__workdir="")

@@ -99,7 +99,7 @@ def in_workdir(act=lambda folder: None, url=URL):
 
 
 @pytest.mark.long
-def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
+def test_the_main_job_gives_the_same_bytes_at_a_url(world):
     config = world.config(**SWEEP, teacher__workdir="")
     made = api.run(config, "memory://bucket/main")
     for trained, folder in ((made.teacher, world.teacher), (made.students, world.sweep())):
@@ -170,7 +170,7 @@ def test_a_run_goes_on_from_whatever_has_lain_there(world, store, monkeypatch):
             assert there[name] == ends[name] == (whole / name).read_bytes(), (number, name)
 
 
-def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_path):
+def test_a_command_asked_to_end_uploads_its_last_checkpoint(world, tmp_path):
     """Another process, with a folder as its store."""
     url = f"file://{tmp_path}/store/run"
     flags = world.flags(url, distill__mode="none")
@@ -188,9 +188,7 @@ def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_pat
         assert contents(url)[name] == (world.student("none") / name).read_bytes(), name
 
 
-def test_records_of_checkpoints_are_uploaded_last_and_unfinished_files_stay_here(
-    sends, monkeypatch, caplog
-):
+def test_checkpoint_records_go_last_and_unfinished_files_stay(sends, monkeypatch, caplog):
     monkeypatch.setattr(remote, "_SECONDS_BETWEEN_UPLOADS", 100)
     old = [f"checkpoints/4/{name}" for name in ("state/a", "record/metadata")]
     put(dict.fromkeys(("old.csv", ".lock.old", *old), b""))
@@ -225,7 +223,7 @@ def test_a_second_process_is_refused_with_the_holder(monkeypatch, creates):
     assert not contents(URL)
 
 
-def test_a_broken_lock_lets_another_process_in_and_the_first_uploads_nothing_more():
+def test_after_its_lock_is_broken_a_process_uploads_nothing():
     put({lock.FILE: FAR, "teacher/.lock": b"", "a.lock": b""})
     assert "is held by process 7 on far since noon; wait" in fault_of(in_workdir)
     remote.break_lock(URL)
@@ -246,7 +244,7 @@ def test_a_broken_lock_lets_another_process_in_and_the_first_uploads_nothing_mor
 
 
 @pytest.mark.parametrize("times", [3, 10**9])
-def test_failed_uploads_are_repeated_and_the_last_one_keeps_the_copy(sends, caplog, times):
+def test_failed_uploads_are_repeated_and_keep_the_copy(sends, caplog, times):
     """After one warning, or with a line on where the files are."""
     put({"a": b"a"})
     left = itertools.count(1)

@@ -173,7 +173,7 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
     assert len(logged) == sum(len(row.candidates) for row in world.rows)
 
 
-def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path, score):
+def test_export_scoring_and_evaluation_agree_on_raw_rows(world, tmp_path, score):
     """A server that knows the folder alone makes the inputs from the columns of the log."""
     workdir, folder = world.folder / "student", tmp_path / "export"
     api.export(workdir, folder, formats=("jax",))
@@ -198,7 +198,7 @@ def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_p
     assert_close(found, score("student", world.tested)[0])
 
 
-def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, score):
+def test_new_ids_get_the_reserved_row_and_are_counted(world, score):
     rows = copy.deepcopy(world.tested)
     users = {rows[0].of_request["user_id"], "user-1"}
     for row in rows:
@@ -284,9 +284,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
-    world, tmp_path, monkeypatch
-):
+def test_a_killed_run_resumes_at_the_first_missing_file(world, tmp_path, monkeypatch):
     """Files are scored in their order, though pieces end elsewhere; a second run reads nothing."""
     monkeypatch.setattr(encode, "PIECE", 40)
     log = write_raw(tmp_path / "log", world.tested, files=4)

@@ -106,7 +106,7 @@ def test_the_whole_answer(tmp_path):
     )
 
 
-def test_the_text_has_the_settings_and_notes_on_lines_of_their_own(tmp_path):
+def test_settings_and_notes_stand_on_their_own_lines(tmp_path):
     given = of_rows(tmp_path, [*students(STUDENTS), INCUMBENT, reference_row("random", 310)])
     lines = given.text.splitlines()
     assert " ".join(lines).startswith(f"d: {given.sentences[0]} {given.sentences[1]}")
@@ -297,7 +297,7 @@ def test_the_steps_of_the_answer(tmp_path, name):
     assert part in " ".join([*given.sentences, *given.notes, *given.caveats])
 
 
-def test_a_final_ranker_that_may_be_below_mode_none_by_chance_is_in_no_doubt(tmp_path):
+def test_a_final_ranker_below_none_by_chance_is_not_doubted(tmp_path):
     given = of_rows(tmp_path, under_teachers(0.695, 0.695, 0.695, none=[0.70, 0.71, 0.69]))
     assert given.notes == ()
 

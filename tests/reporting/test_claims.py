@@ -177,7 +177,7 @@ def test_b_to_g_are_against_a_list_where_that_is_better(tmp_path, name):
     assert of(worse, "b", "shared")[0]["mean"] == pytest.approx(0.1)
 
 
-def test_the_share_of_a_candidates_cost_is_that_of_the_costs_where_they_are_given(tmp_path):
+def test_own_costs_decide_the_share_of_a_candidates_cost(tmp_path):
     settings = ({"mode": "none"}, {"tau": [0.2, 0.21]}), ({"mode": "aux"}, {"tau": [0.3, 0.31]})
     study = study_on(tmp_path, *settings)
     for of_student, expected in ((0.05, HOLDS), (0.06, FAILS)):

@@ -309,7 +309,7 @@ def test_labels_of_chosen_items_show_a_loss_and_no_gain(
     assert reason in found
 
 
-def test_labels_beyond_the_shown_items_show_gains_whatever_the_coverage(tmp_path):
+def test_labels_beyond_the_shown_items_show_gains(tmp_path):
     rows = [
         {"mode": mode, "seed": seed, "coverage": 0.1, "shown_recall@30": 0.5,
          "served_ndcg@30": ndcg}
@@ -322,7 +322,7 @@ def test_labels_beyond_the_shown_items_show_gains_whatever_the_coverage(tmp_path
     assert estimates.why_unlabeled(PAIR) == ""
 
 
-def test_requests_for_a_width_follow_from_the_spread_over_draws_of_the_requests(made):
+def test_requests_for_a_width_follow_from_the_spread_of_draws(made):
     counts = request_counts(REQUESTS, estimates.DRAWS)
     means = [np.mean([passed(EACH["none", seed], times) for seed in SEEDS]) for times in counts[1:]]
     whole = np.mean([passed(EACH["none", seed], ONCE) for seed in SEEDS])
@@ -334,5 +334,5 @@ def test_requests_for_a_width_follow_from_the_spread_over_draws_of_the_requests(
     assert made.requests_for("none", "passed_for_90", 0.05) == pytest.approx(4 * needed)
 
 
-def test_requests_for_a_width_are_unknown_without_the_requests_own_numbers(made):
+def test_without_request_sums_requests_for_a_width_are_unknown(made):
     assert np.isnan(made.requests_for("none", "flops_per_candidate", 0.1))

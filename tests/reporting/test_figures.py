@@ -79,7 +79,7 @@ def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates):
     assert "<" not in figures.page_chart(of_estimates(renamed)["plane"])
 
 
-def test_the_pareto_front_has_a_line_per_way_and_a_point_per_weight_of_it(drawn, estimates):
+def test_the_pareto_front_has_a_line_a_method_a_point_a_weight(drawn, estimates):
     data = drawn["pareto"].data
     assert list(data["line"].unique()) == ["none", "aux", "shared"]
     assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
@@ -94,7 +94,7 @@ def test_the_pareto_front_has_a_line_per_way_and_a_point_per_weight_of_it(drawn,
 
 
 @pytest.mark.parametrize("measure", CURVES)
-def test_the_curves_are_those_of_the_chosen_settings_and_of_today(drawn, roots, estimates, measure):
+def test_curves_show_the_chosen_settings_and_the_incumbent(drawn, roots, estimates, measure):
     data = drawn[measure].data
     assert list(data["method"].unique()) == ["none", "aux", "shared", "incumbent"]
     of_shared = data[data["method"] == "shared"].reset_index(drop=True)
@@ -128,7 +128,7 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, est
     assert {f"{of:.0f}" for of in data["mean"]} <= drawn_texts
 
 
-def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estimates):
+def test_the_plane_marks_methods_against_the_best_without(drawn, estimates):
     data = drawn["plane"].data
     assert estimates.study.baseline == "none"
     assert list(data["line"]) == ["aux", "shared"]
@@ -139,7 +139,7 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estim
             assert found == pytest.approx(mean[:3])
 
 
-def test_the_plane_shows_the_origin_and_the_margin_inside_its_axes(drawn, estimates):
+def test_the_planes_axes_contain_the_origin_and_the_margin(drawn, estimates):
     chart = drawn["plane"].chart.to_dict()
     axes = {}
     for layer in chart["layer"]:

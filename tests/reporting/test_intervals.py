@@ -52,7 +52,7 @@ def of_setting(generator, repeats, requests):
     return np.stack([weight * effect, np.broadcast_to(weight, effect.shape)], axis=-1)
 
 
-def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alone():
+def test_a_draw_has_all_requests_in_number_and_follows_its_seed():
     once, *counts = request_counts(50, draws=200, seed=3)
     assert (once == 1).all()
     counts = np.array(counts)
@@ -76,7 +76,7 @@ def test_a_crossed_interval_worked_by_hand():
     assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
 
 
-def test_one_repeat_gives_the_interval_of_its_requests_and_says_so():
+def test_one_repeat_gives_the_interval_of_its_requests():
     values = np.random.default_rng(2).normal(1, 2, (1, 300))
     found = crossed_interval(measured(values, request_counts(300, 20_000), lambda sums: sums / 300))
     theirs = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
@@ -146,7 +146,7 @@ def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
 # No variance of repeats, a small part, and the parts of the cascade.
 @pytest.mark.parametrize("parts", [(0, 0.2), (0.3, 0.3), (5, 0.2)])
 @pytest.mark.parametrize(("repeats", "most"), [(2, 98), (3, 97), (5, 97)])
-def test_nominal_95_percent_intervals_are_neither_narrow_nor_wide(repeats, most, parts):
+def test_95_percent_intervals_cover_about_95_percent(repeats, most, parts):
     assert 95 <= round(100 * coverage(repeats, *parts)) <= most
 
 

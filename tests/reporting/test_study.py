@@ -36,7 +36,7 @@ def test_runs_settings_and_repeats(tmp_path):
     assert sorted(name for name, _ in of_requests.each) == sorted(names)
 
 
-def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_path):
+def test_the_validation_of_all_joined_sweeps_decides(tmp_path):
     def rows(seed, passed, tested):
         """`passed_for_99` of three weights on validation, of which one was read on test."""
         at = {"mode": "shared", "seed": seed}
@@ -89,7 +89,7 @@ def test_settings_and_ways_are_named_by_what_varies(tmp_path, name):
         assert (study.baseline, study.plain) == ("none, unshown weight 0.3", "none")
 
 
-def test_the_best_of_a_way_is_chosen_on_validation_with_its_saving(tmp_path):
+def test_the_best_setting_and_its_saving_are_from_validation(tmp_path):
     study = study_of(
         tmp_path,
         NONE | {RATE: 0.001, "passed": 400.0},
@@ -117,7 +117,7 @@ def test_own_logs_go_by_their_titles(tmp_path):
         assert "two tables would both" in fault_of(read_studies, [*workdirs, titled(9, other)])
 
 
-def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_sweep(tmp_path):
+def test_references_pair_within_the_sweep_of_their_teacher(tmp_path):
     """Also where both name their teacher's seed 0 and the students' seeds differ from it."""
 
     def of_sweep(folder, seeds, flops, passed):
@@ -137,7 +137,7 @@ def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_swe
         assert on_test["source"].to_dict() == {"1/0": 0, "2/0": 0, "3/0": 1}
 
 
-def test_sweeps_are_joined_if_they_differ_in_what_a_sweep_may_vary(tmp_path):
+def test_sweeps_that_differ_in_sweepable_keys_are_joined(tmp_path):
     options = {"modes": ("none", "shared"), "weights": (1.0,)}
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1), **options)
     changes = {"value_weights": (1.0, 0.0, 0.0), "report.margin": 0.01}

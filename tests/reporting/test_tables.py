@@ -14,7 +14,7 @@ from kd_ranker.reporting.intervals import interval
 from tests.reporting import sweeps
 
 
-def test_the_terminal_has_a_mean_and_its_interval_on_the_test_split(tmp_path):
+def test_the_terminal_shows_means_and_intervals_of_the_test(tmp_path):
     aucs = (0.61, 0.67, 0.75)
     rows = [
         *({"mode": "none", "seed": seed, "user_auc/watch": auc, "passed": 100.0 + seed}
@@ -127,7 +127,7 @@ def test_every_ranker_is_once_in_a_table_with_its_estimates(estimates):
     assert_numbers(table, settings, columns, lambda one, of: estimates.gap(one, "none", of))
 
 
-def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(tmp_path):
+def test_rows_are_sorted_and_say_whether_they_need_scores(tmp_path):
     passed = {"oracle": 5, "top_rate": 320, "show_rate": 350, "incumbent": 380, "random": 1900}
     rows = [
         sweeps.teacher_row(),
@@ -150,7 +150,7 @@ def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(
     ]  # fmt: skip
 
 
-def test_the_tuning_table_has_all_that_was_tried_and_the_choices(estimates):
+def test_the_tuning_table_has_every_setting_and_the_choices(estimates):
     study, cells = estimates.study, tables.tuning_table(estimates.study).cells
     rows = study.rows[study.rows["split"] == "validation"]
     groups = rows.groupby("setting", sort=False)["passed_for_99"]

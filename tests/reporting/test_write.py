@@ -86,7 +86,7 @@ def test_measures_and_keys_that_are_gone_change_nothing(written, tmp_path):
     assert files_below(output / "tables") == files_below(written[1] / "tables")
 
 
-def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_folder(tmp_path):
+def test_a_held_sweep_is_reported_into_another_folder_only(tmp_path):
     small_sweep = {"modes": ("none",), "seeds": (0,), "without": sweeps.OF_REQUESTS}
     sweep = sweeps.write_sweep(tmp_path / "sweep", **small_sweep)
     with hold(sweep):

@@ -117,7 +117,7 @@ async def post_all(url, requests):
     return [answer.json() for answer in answers]
 
 
-def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, trained):
+def test_concurrent_requests_are_answered_as_evaluated(exported, trained):
     batch, expected = evaluated(trained, "blend")
     config = workdirs.read_config(trained)
     mask = np.asarray(batch.candidate_mask).copy()
@@ -135,7 +135,7 @@ def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, t
 
 
 @pytest.mark.parametrize("user_rows", [0, 7])
-def test_unknown_ids_histories_and_categories_are_served_as_in_the_example(tmp_path, user_rows):
+def test_unknown_inputs_are_served_as_in_the_example(tmp_path, user_rows):
     changes = {"history": "mean", "user_rows": user_rows}
     trained = trained_ranker("multi_interest", changes, "categories")
     batch = batch_of(trained, beyond=False)

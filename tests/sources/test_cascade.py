@@ -129,7 +129,7 @@ def test_propensities_are_the_frequencies_of_being_shown(passed, shown, explorat
     assert np.all(np.abs(by_rank - expected) <= 4 * deviation + 1e-9)
 
 
-def test_the_log_has_the_policy_and_the_propensity_of_what_was_shown():
+def test_the_log_has_the_policy_and_propensity_of_the_shown():
     expected = cascade.shown_probability(30, 5, 0.2).astype(np.float32)
     for request in draw("test"):
         assert request.incumbent[30:].min() < request.incumbent[30:].max()
@@ -151,7 +151,7 @@ def test_labels_follow_the_true_probabilities():
         assert np.all(np.abs((some * (label - chance)).sum(axis=0)) < 3 * deviation)
 
 
-def test_the_funnel_narrows_towards_value_and_order_within_a_block_tells_nothing():
+def test_the_funnel_narrows_towards_value():
     value = values_of(draw("test", test_requests=400))
     assert value[:, :5].mean() > value[:, :30].mean() > value.mean()
     greedy = values_of(draw("test", exploration=0.0))[:, :30]
@@ -282,7 +282,7 @@ def test_noise_changes_what_is_shown_and_nothing_before_it():
     assert np.mean(shown_differ) > 0.5
 
 
-def test_a_hint_has_its_correlation_with_the_final_ranker_and_changes_nothing_else():
+def test_a_hint_has_its_correlation_with_the_final_ranker():
     found = []
     for plain, hinted in zip(draw("test"), draw("test", hint=0.8), strict=True):
         value = hinted.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS
@@ -301,7 +301,7 @@ def test_noise_is_a_number_from_0(noise):
         checks.validate(ConfigDict(config))
 
 
-def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world():
+def test_taste_changes_the_logits_alone():
     without, tasted = cascade.World(make_data()), cascade.World(make_data(taste=1.5))
     for name in ("interests", "topics", "quality", "upload_time", "teacher_item_error"):
         np.testing.assert_array_equal(getattr(without, name), getattr(tasted, name))

@@ -142,7 +142,7 @@ def test_groups_are_the_components_of_both_relations():
     assert len(Counter(groups.tolist())) == 4
 
 
-def test_splits_have_their_shares_and_large_groups_are_for_training():
+def test_splits_have_their_shares_and_large_groups_train():
     groups = np.repeat(np.arange(1000), 3)
     for more in ([], [0] * 97, [0] * 97 + [1] * 28):
         numbers = np.concatenate([groups, np.array(more, int)])

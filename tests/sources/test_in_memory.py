@@ -99,7 +99,7 @@ def test_what_was_handed_over_is_what_is_read(tmp_path):
     assert list(map(len, times)) == [16, 2, 2]
 
 
-def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(tmp_path):
+def test_a_frame_and_its_requests_are_the_same_dataset(tmp_path):
     made = [*mappings()]
     requests = [in_memory.request_of(each, 0, SPEC) for each in made]
     frame = pd.DataFrame(made)

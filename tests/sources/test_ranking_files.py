@@ -91,7 +91,7 @@ def test_letor_rows_are_those_of_scikit_learn(fold, tmp_path):
     assert {*rows["stage"]} == {"shown"}
 
 
-def test_a_document_without_a_name_is_numbered_and_zeros_may_be_omitted(tmp_path):
+def test_unnamed_documents_are_numbered_and_zeros_optional(tmp_path):
     for word in WORDS.values():
         (tmp_path / f"{word}.scores").write_text("0.1\n0.1000000000001\n")
         (tmp_path / f"{word}.txt").write_text(f"2 qid:{word} 2:0.5\n\n0 qid:{word} 1:1 5:-2e-1 #\n")
@@ -311,7 +311,7 @@ def test_keys_at_fault_are_named(lists, fold):
             kd.prepare(config)
 
 
-def test_a_log_that_another_process_converted_just_before_the_lock_is_kept(fold, monkeypatch):
+def test_a_log_converted_just_before_the_lock_is_kept(fold, monkeypatch):
     """Two configs with another `funnel.passed` share the log of their raw files."""
     config, other = letor_config(fold), letor_config(fold)
     other.funnel.passed += 1

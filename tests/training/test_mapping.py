@@ -107,7 +107,7 @@ def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
     assert_same((states, losses), on_one_device(), atol=1e-5)
 
 
-def test_a_device_holds_only_its_own_runs_and_they_exchange_nothing():
+def test_devices_of_different_runs_exchange_nothing():
     program = made("auto", 8, 8)
     states = initial_states(program)
     for state in states:

@@ -54,7 +54,7 @@ def test_a_batch_needs_what_some_run_has_a_use_for(runs, teacher, expected):
     assert specs.needs(stacks, live, Stage.PASSED) == expected
 
 
-def test_a_teacher_learns_from_labels_and_may_learn_from_the_log_by_the_same_logits():
+def test_a_teacher_may_learn_from_the_log_by_its_user_logits():
     config = config_of()
     stack = specs.teacher_stack(config, SPEC)
     assert specs.needs([stack], None) == (Stage.SHOWN, None, True)
@@ -116,7 +116,7 @@ def test_weights_of_terms_are_traced_and_terms_are_not():
 
 
 @pytest.mark.parametrize(("mode", "weight"), [("none", 1), ("shared", 0), ("aux", 0)])
-def test_without_a_teacher_a_student_learns_from_users_whatever_their_weight(mode, weight):
+def test_without_a_teacher_the_user_weight_is_ignored(mode, weight):
     how = {"distill__mode": mode, "distill__user_weight": 0.0}
     assert stack_of(**how).hyperparameters.user_weight == weight
     assert specs.teacher_stack(config_of(**how), SPEC).hyperparameters.user_weight == 1
@@ -143,7 +143,7 @@ def test_without_a_teacher_a_student_learns_from_users_whatever_their_weight(mod
         {"train__user_loss": "softmax"},
     ],
 )
-def test_runs_that_differ_in_anything_else_are_stacks_of_their_own(change):
+def test_runs_that_differ_otherwise_are_separate_stacks(change):
     assert names_of_stacks(a={}, b=change, c={"seed": 1}) == [("a", "c"), ("b",)]
 
 
@@ -159,7 +159,7 @@ OF_OPTAX = {
 @pytest.mark.parametrize(
     ("warmup", "lengths"), [(10, (1, 20, 100)), (0, (100, 7)), (50, (20, 1, 1500))]
 )
-def test_each_run_has_the_schedule_of_optax_for_its_own_number_of_steps(name, warmup, lengths):
+def test_a_run_has_optaxs_schedule_for_its_own_steps(name, warmup, lengths):
     of_step = functools.partial(optimizers.SCHEDULES[name], warmup, steps=jnp.float32(lengths))
     found = jax.jit(jax.vmap(of_step))(jnp.arange(1, max(lengths) + 1))
     for run, steps in enumerate(lengths):

@@ -63,7 +63,7 @@ LIVE, FROZEN = world_of(SPEC)
 @pytest.mark.parametrize(
     ("mode", "mapping", "devices"), [("aux", "pmap", 8), ("shared", "shard_map", 2)]
 )
-def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, mapping, devices):
+def test_a_global_batch_trains_the_same_on_any_devices(mode, mapping, devices):
     train_spec, state = make_train_spec(mode, spec=CATEGORY_SPEC)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=CATEGORY_SPEC) for seed in range(6)]
@@ -218,7 +218,7 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
     assert_equal((reference, losses), dirty)
 
 
-def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation():
+def test_without_teacher_values_a_batch_does_not_distill():
     batch = random_batch(3)
     batch = batch.replace(
         teacher_weight=np.zeros_like(batch.teacher_weight),
@@ -230,7 +230,7 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
     assert_close(shared.parameters, none.parameters, 1e-7)
 
 
-def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
+def test_stages_train_as_a_teacher_that_logged_them():
     train_spec, state = make_train_spec("aux", "sgd")
     on_scores, on_stages = (
         hyperparameters(terms=(Term("softmax", signal),)) for signal in ("scores", "stage")
@@ -334,7 +334,7 @@ def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
         assert_close(run_of(after, run).parameters, expected.parameters, 1e-5)
 
 
-def test_weights_of_both_losses_are_traced_so_a_sweep_compiles_once():
+def test_both_loss_weights_are_traced():
     train_spec, state = make_train_spec("shared")
     batch = random_batch(3)
     flipped = batch.replace(user_label=1 - batch.user_label)
@@ -380,7 +380,7 @@ def numbers_of(runs, **more):
     )
 
 
-def test_a_run_that_diverges_is_frozen_and_costs_the_others_no_bit():
+def test_a_diverged_run_stops_and_leaves_the_others_unchanged():
     batches = [random_batch(seed) for seed in range(6)]
     train_spec, state = make_train_spec("shared", seeds=[run["seed"] for run in RUNS])
     train_specs, states, healthy = [train_spec], [state], numbers_of(RUNS)
@@ -459,7 +459,7 @@ def test_the_teacher_is_paid_for_once_and_nothing_is_sorted():
     assert many_flops < teacher_flops + 8 * (flops - teacher_flops) * 1.1
 
 
-def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
+def test_unknown_ids_train_the_reserved_row_and_are_counted():
     spec = CATEGORY_SPEC
     batches = [random_batch(seed, spec=spec) for seed in range(2)]
     items = world_of(spec)[1].items
@@ -498,7 +498,7 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
             np.testing.assert_array_equal(table[row], before[name][row])
 
 
-def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
+def test_devices_exchange_rows_but_no_tables():
     # No other array has as many rows as one of these tables.
     spec = dataclasses.replace(CATEGORY_SPEC, num_users=990)
     train_spec, state = make_train_spec("shared", "adam", spec=spec)
@@ -515,7 +515,7 @@ def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
 
 
 @pytest.mark.parametrize("name", COMPUTE_DTYPES)
-def test_products_and_their_gradients_have_the_precision_of_the_config(name):
+def test_products_and_gradients_have_the_configs_precision(name):
     """A device takes less than float32 by default, which a CPU does not show."""
     student, teacher = (config.copy_and_resolve_references() for config in (STUDENT, TEACHER))
     student.compute_dtype = teacher.compute_dtype = name
