@@ -107,15 +107,19 @@ def test_tensorboard_hides_the_scalars_of_a_killed_run(tmp_path):
     write_metrics(tmp_path, 4, {5: {"loss": 0.5, "unknown_ids/item": 3.0}})
     (path,) = tmp_path.glob("events.out.tfevents.*")
     # A file of TFRecords: a length and its checksum, an event and its checksum.
-    content, events = path.read_bytes(), []
+    content = path.read_bytes()
+    events = []
     while content:
         (length,) = struct.unpack("<Q", content[:8])
         events.append(Event.FromString(content[12 : 12 + length]))
         content = content[16 + length :]
     first, session, *scalars = events
     assert first.file_version == "brain.Event:2"
-    assert (session.step, session.session_log.status) == (5, SessionLog.START)
+    assert session.step == 5
+    assert session.session_log.status == SessionLog.START
     values = [
-        (of.step, value.tag, value.simple_value) for of in scalars for value in of.summary.value
+        (event.step, value.tag, value.simple_value)
+        for event in scalars
+        for value in event.summary.value
     ]
     assert values == [(5, "loss", 0.5), (5, "unknown_ids/item", 3)]
