@@ -96,8 +96,8 @@ def test_a_cohorts_common_config_lacks_what_runs_may_vary():
     assert (shared.train.steps, shared.teacher.stage) == (50, "passed")
     for key in schema.sweepable():
         section, _, last = key.name.rpartition(".")
-        there = last in (schema.value_of(shared, section) if section else shared)
-        assert there == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
+        is_common = last in (schema.value_of(shared, section) if section else shared)
+        assert is_common == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
     # The runs keep all.
     assert next(iter(of_stage.values())).distill.mode == "none"
 
@@ -114,10 +114,10 @@ def test_a_new_axis_has_its_default_in_the_older_runs(tmp_path):
     names += setting_names.OTHER_KEYS  # those that a sweep varies later too
     for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
         rows = [
-            setting_names.setting_of(of)
+            setting_names.setting_of(run)
             | told
-            | {"run": name, "passed_for_99": passed[of.distill.affine]}
-            for name, of in cohort.items()
+            | {"run": name, "passed_for_99": passed[run.distill.affine]}
+            for name, run in cohort.items()
         ]
         folder.mkdir(parents=True)
         (folder / results.FILE).write_text(results.to_csv(rows, list(dict.fromkeys(names))))

@@ -34,9 +34,11 @@ def make_batch(seed):
 
 def ids_and_masks(batch):
     """By lookup name, what it is to find in a batch."""
-    candidates, events = batch.stage > 0, batch.history_mask
-    of_candidates, of_events = ITEMS.category[batch.item_id], ITEMS.category[batch.history_id]
+    candidates = batch.stage > 0
+    events = batch.history_mask
     own = batch.candidate_category
+    of_candidates = ITEMS.category[batch.item_id]
+    of_events = ITEMS.category[batch.history_id]
     return {
         "user": (batch.user_id, np.full(batch.user_id.shape, True)),
         "item": (batch.item_id, candidates),
@@ -142,19 +144,17 @@ def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
 
 
 def test_ids_not_met_in_training_are_served_the_reserved_row():
-    batch, tables = make_batch(0), make_tables(slots=2)
+    batch = make_batch(0)
+    tables = dict(make_tables(slots=2))
     trained = {
         "user": np.arange(5),
         "item": np.arange(0, SPEC.num_items, 2),
         "category": np.arange(0, CATEGORY_SPEC.num_categories, 3),
     }
-    tables = {
-        name: table.at[trained[name], WIDTH]
-        .set(3.0)
-        .at[EMBEDDING.tables[name].size, :WIDTH]
-        .set(9.0)
-        for name, table in tables.items()
-    }
+    for name, table in tables.items():
+        reserved = EMBEDDING.tables[name].size
+        with_counts = table.at[trained[name], WIDTH].set(3.0)
+        tables[name] = with_counts.at[reserved, :WIDTH].set(9.0)
     # One that is far out of range.
     batch.request_category[0, 0] = 10**6
     rows = embeddings(EMBEDDING, gather_rows(EMBEDDING, tables, batch, ITEMS, whole_rows=True))

@@ -32,9 +32,11 @@ def test_sampled_tau_of_many_candidates_is_near_scipys(known_share):
     teacher[generator.uniform(size=shape) > known_share] = np.nan
     known = mask & ~np.isnan(teacher)
     tau, counts = teacher_tau(student, teacher, mask)
-    expected = [
-        kendalltau(s[of], t[of]).statistic for s, t, of in zip(student, teacher, known, strict=True)
-    ]
+    expected = []
+    for row in range(len(student)):
+        is_known = known[row]
+        tau_of_row = kendalltau(student[row, is_known], teacher[row, is_known])
+        expected.append(tau_of_row.statistic)
     assert counts.all()
     error = np.asarray(tau) - expected
     assert np.sqrt(np.mean(error**2)) < (0.1 if known_share < 1 else 0.03)

@@ -20,14 +20,22 @@ NAN = math.nan
 
 
 def test_flops_are_those_of_a_product_wherever_the_arrays_are() -> None:
-    weights, inputs = {"first": jnp.ones((16, 4))}, jnp.ones((8, 16))
-    weights, inputs = (
-        jax.device_put(of, jax.devices()[at]) for at, of in ((2, weights), (3, inputs))
-    )
+    weights = jax.device_put({"first": jnp.ones((16, 4))}, jax.devices()[2])
+    inputs = jax.device_put(jnp.ones((8, 16)), jax.devices()[3])
+
+    def product(weights, inputs):
+        return inputs @ weights["first"]
+
     with jax.default_device(jax.devices()[1]):
-        assert saving.flops(lambda w, x: x @ w["first"], weights, inputs) == 2 * 8 * 16 * 4
+        assert saving.flops(product, weights, inputs) == 2 * 8 * 16 * 4
+
+
+def test_a_program_without_flops_is_an_error() -> None:
+    def first(values):
+        return values[0]
+
     with pytest.raises(UserError, match="reports no FLOPs"):
-        saving.flops(lambda a: a[0], jnp.ones(3))
+        saving.flops(first, jnp.ones(3))
 
 
 def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
