@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RANGES = {of.name: of.specifier for of in map(Requirement, PROJECT["dependencies"])}
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
+RANGES = {requirement.name: requirement.specifier for requirement in REQUIREMENTS}
 
 NEXT = ["altair 7.0", "duckdb 3.0", "flax 0.13", "grain 0.3", "jax 0.13", "orbax-checkpoint 1.0"]
 

@@ -25,8 +25,14 @@ _SLOW = """
 import runpy, sys, time
 from kd_ranker.pipeline import remote
 from kd_ranker.training import workdir
-remote._SECONDS_BETWEEN_UPLOADS, write = 0.1, workdir.MetricsWriter.write
-workdir.MetricsWriter.write = lambda *of: (write(*of), time.sleep(0.5))
+remote._SECONDS_BETWEEN_UPLOADS = 0.1
+write = workdir.MetricsWriter.write
+
+def write_slowly(*arguments):
+    write(*arguments)
+    time.sleep(0.5)
+
+workdir.MetricsWriter.write = write_slowly
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__")
 """

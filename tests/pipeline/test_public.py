@@ -76,10 +76,10 @@ def test_axes_of_a_sweep_replace_those_of_its_config(world, tmp_path, monkeypatc
     assert config.to_json() == before
     assert students.workdir == tmp_path / "sweep"
     runs = sweep_runs(*trained).values()
-    found = {(of.distill.mode, of.distill.weight) for of in runs}
-    assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
-    assert {of.distill.loss for of in runs if of.distill.mode == "aux"} == {"topk"}
-    assert {of.teacher.workdir for of in runs} == {str(world.teacher)}
+    settings = {(run.distill.mode, run.distill.weight) for run in runs}
+    assert settings == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
+    assert {run.distill.loss for run in runs if run.distill.mode == "aux"} == {"topk"}
+    assert {run.teacher.workdir for run in runs} == {str(world.teacher)}
 
 
 def test_results_show_themselves_as_text_and_within_a_notebook(world, students, tmp_path):
