@@ -36,7 +36,7 @@ class Server:
     """It knows the files beside a dataset, and nothing of the project."""
 
     def __init__(self, folder):
-        self.transforms = json.loads((folder / "transforms.json").read_text())
+        self.told = json.loads((folder / "transforms.json").read_text())
         self.ids = {}
         for path in (folder / "vocabularies").iterdir():
             table = pd.read_parquet(path)
@@ -44,7 +44,7 @@ class Server:
 
     def dense(self, field, raw):
         numbers = []
-        for feature in self.transforms["dense"][field]:
+        for feature in self.told["dense"][field]:
             value = raw[feature["column"]]
             if feature["place"] is not None:
                 has_all_places = len(value or []) == feature["length"]
@@ -57,7 +57,7 @@ class Server:
 
     def categories(self, field, raw):
         ids = []
-        for feature in self.transforms["categories"][field]:
+        for feature in self.told["categories"][field]:
             value = raw[feature["column"]]
             values = [value]
             if feature["kind"] == "bag":
@@ -75,13 +75,13 @@ class Server:
         return self.ids[f"feature-{feature['name']}"].get(value, feature["first_id"])
 
     def history(self, raw):
-        history = self.transforms["history"]
+        history = self.told["history"]
         last = present_values(raw[history["column"]])[-history["length"] :]
         return [self.ids["item"][item] for item in last if item in self.ids["item"]]
 
     def events(self, raw):
         """The features of each event of `history`."""
-        history = self.transforms["history"]
+        history = self.told["history"]
         items = present_values(raw[history["column"]])
         rows = np.zeros((len(items), len(history["features"])))
         if not history["features"]:
@@ -125,7 +125,7 @@ class Server:
         return {name: filled_up([fields[name] for fields in requests]) for name in requests[0]}
 
     def _request(self, raw, candidates):
-        length = self.transforms["history"]["length"]
+        length = self.told["history"]["length"]
         history = self.history(raw)
         gap = length - len(history)
         items = [self.ids["item"][candidate["item_id"]] for candidate in candidates]
