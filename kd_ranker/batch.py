@@ -326,8 +326,8 @@ class Request:
 class CandidateBatch:
     """A batch of requests with their candidates. Probabilities lie in [0, 1].
 
-    Entries with `stage` `PADDING` have no meaning. Entries of weight 0 may hold any value, including
-    NaN, and contribute exactly 0 to a loss.
+    Entries with `stage` `PADDING` have no meaning. Entries of weight 0 may hold any value, NaN too,
+    and contribute exactly 0 to a loss.
 
     Shown candidates with a drawn label come first, then the others that were passed (among them
     shown ones without a drawn label), then the rest. So data of only a few candidates have shorter

@@ -9,7 +9,8 @@ def config_of(axes=(), **sweep):
     """A config with `sweep.NAME=value`, and axes by the names of their keys."""
     config = cascade("small")
     config.sweep.update(sweep)
-    config.update_from_flattened_dict({f"sweep.axes.{key}": of for key, of in dict(axes).items()})
+    changes = {f"sweep.axes.{key}": values for key, values in dict(axes).items()}
+    config.update_from_flattened_dict(changes)
     return config
 
 

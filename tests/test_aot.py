@@ -48,7 +48,8 @@ def test_a_live_teacher_has_the_shapes_of_its_config(tmp_path, program):
         found[source] = programs.compile_program(program, config, sample, host(2))
     # A student's rows hold 32 numbers, their 64 slots and the count; the teacher needs no slots.
     rows = {"logged": 97, "live": 97 + 33}
-    assert {source: of.tables // (4 * 51_016) for source, of in found.items()} == rows
+    found_rows = {source: program.tables // (4 * 51_016) for source, program in found.items()}
+    assert found_rows == rows
 
 
 def test_sharded_tables_take_a_share_of_the_memory(tmp_path):

@@ -38,7 +38,7 @@ NUMBERS = {
 }
 
 
-def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
+def test_structs_have_the_tables_fields_types_and_shapes():
     width_of = {}
     for place, (struct, fields) in enumerate(((Request, STORED), (CandidateBatch, IN_BATCH))):
         annotations = {field.name: field.type for field in dataclasses.fields(struct)}
@@ -63,12 +63,17 @@ def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
 
 
 def test_the_first_candidates_of_a_batch_keep_all_else():
-    few, all_else = (empty_batch(SPEC, 13, of) for of in (4, 11))
-    jax.tree.map(np.testing.assert_array_equal, all_else.first(4), few)
-    assert (few.num_labeled, few.num_scored, few.candidate_mask.shape) == (4, 4, (13, 4))
+    few = empty_batch(SPEC, 13, 4)
+    many = empty_batch(SPEC, 13, 11)
+
+    jax.tree.map(np.testing.assert_array_equal, many.first(4), few)
+
+    assert few.num_labeled == 4
+    assert few.num_scored == 4
+    assert few.candidate_mask.shape == (13, 4)
 
 
-def test_a_spec_comes_back_from_its_json_and_a_category_has_an_owner():
+def test_a_spec_comes_back_from_its_json():
     assert FeatureSpec.from_json(CATEGORY_SPEC.to_json()) == CATEGORY_SPEC
     with pytest.raises(UserError, match="category 'color': of='user' does not exist"):
         Category("color", of="user", size=3)

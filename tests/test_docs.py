@@ -41,12 +41,13 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 def config_keys() -> tuple[set[str], set[str]]:
     """The keys and sections of all configs, and those of them that hold names of users' own."""
-    keys = {
-        **schema.keys_of(""),
-        **{name: key for of in DATA_KEYS.values() for name, key in of.items()},
-    }
-    parts = [name.split(".") for name in keys]
-    known = {".".join(of[:end]) for of in parts for end in range(1, len(of) + 1)}
+    keys = dict(schema.keys_of(""))
+    for source_keys in DATA_KEYS.values():
+        keys |= source_keys
+    known = set()
+    for name in keys:
+        parts = name.split(".")
+        known |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
     return known, {name for name, key in keys.items() if key.type is ConfigDict}
 
 
@@ -128,19 +129,21 @@ def test_relative_links_and_images_exist(page):
 
 @over_pages
 def test_config_keys_exist(page):
-    text, (known, free) = page.read_text(), config_keys()
+    text = page.read_text()
+    known, free = config_keys()
     keys = set(re.findall(r"--config\.([a-z_]\w*(?:\.\w+)*)", text))
     # In running text they stand without the flag: `batch.requests`, `teacher.source=live`.
     for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text):
         if key.split(".")[0] in known and not key.endswith(".py"):
             keys.add(key)
-    assert not {key for key in keys - known if not any(key.startswith(f"{of}.") for of in free)}
+    free_prefixes = tuple(f"{name}." for name in free)
+    assert not {key for key in keys - known if not key.startswith(free_prefixes)}
 
 
 @over_pages
 def test_commands_and_paths_exist(page):
     text = page.read_text()
-    named = [
-        f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m ([\w.]+)", text)
-    ] + re.findall(r"\b(?:configs|scripts|kd_ranker|experiments)/[\w/]*\w\.(?:py|sh)", text)
-    assert not [path for path in named if not (ROOT / path).exists()]
+    modules = re.findall(r"python -m ([\w.]+)", text)
+    paths = [f"{module.replace('.', '/')}.py" for module in modules]
+    paths += re.findall(r"\b(?:configs|scripts|kd_ranker|experiments)/[\w/]*\w\.(?:py|sh)", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]

@@ -165,7 +165,7 @@ def test_a_home_folder_is_found_in_the_paths_of_a_config(monkeypatch, tmp_path):
     assert config.data.path == "~/log/*.parquet"
 
 
-def test_a_command_prints_its_result_or_one_line_and_exits_with_2(world, tmp_path):
+def test_a_command_prints_its_result_or_one_line_of_error(world, tmp_path):
     data, file = world.root / "datasets", tmp_path / "file"
     finished = kd_ranker("prepare", CONFIG, f"--config.data.dir={data}", "--thorough")
     assert finished.returncode == 0, finished.stderr
@@ -185,7 +185,7 @@ def test_a_command_prints_its_result_or_one_line_and_exits_with_2(world, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_or_stopped_ends_as_one_that_is_not(world, tmp_path, caplog):
+def test_an_interrupted_run_resumes_and_ends_the_same(world, tmp_path, caplog):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     config, flags = world.config(**OFTEN), world.flags(stopped, **OFTEN)
     api.train(config, whole)
@@ -203,7 +203,9 @@ def test_a_run_that_is_killed_or_stopped_ends_as_one_that_is_not(world, tmp_path
             continue
         assert finished.returncode == 128 + number
         # Threads of others may write too as the process ends.
-        lines = [of for of in finished.stderr.splitlines() if of.startswith(("stopped", "error"))]
+        lines = [
+            line for line in finished.stderr.splitlines() if line.startswith(("stopped", "error"))
+        ]
         assert len(lines) == 1
         assert lines[0].startswith(f"stopped by {signal.Signals(number).name}; ")
         last = max(int(path.name) for path in (stopped / "checkpoints").iterdir())
@@ -261,7 +263,8 @@ def test_each_command_has_a_module_and_is_listed_without_a_name():
     texts = [path.read_text() for path in (ROOT / "experiments").glob("[a-z]*.py")]
     called = {name for name in main.COMMANDS for text in texts if f'main("{name}")' in text}
     assert (called, len(texts)) == ({*main.COMMANDS}, len(main.COMMANDS))
-    assert {command(name) for name in main.COMMANDS} == {f"kd-ranker {of}" for of in main.COMMANDS}
+    for name in main.COMMANDS:
+        assert command(name) == f"kd-ranker {name}"
     listed, unknown = kd_ranker(), kd_ranker("swep")
     assert listed.returncode == 0
     assert all(f"    {name} " in listed.stdout for name in main.COMMANDS)
@@ -269,7 +272,7 @@ def test_each_command_has_a_module_and_is_listed_without_a_name():
     assert unknown.stderr.startswith("error: no command 'swep'; choose from run, prepare, train-te")
 
 
-def test_help_has_an_example_and_every_key_with_its_value_in_the_config():
+def test_help_has_an_example_and_every_key_with_its_value():
     shown = kd_ranker("sweep", "--help", "--config=cascade:small")
     assert shown.returncode == 0, shown.stderr
     assert "Train the students of a list of runs" in shown.stdout

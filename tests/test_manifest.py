@@ -100,8 +100,8 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
 
 
 def test_a_digest_is_of_the_content_of_the_named_files(folder, tmp_path_factory):
-    def digest(of):
-        return manifest.digest_of_files(of, ["b.bin", "a.json"], REMEDY)
+    def digest(directory):
+        return manifest.digest_of_files(directory, ["b.bin", "a.json"], REMEDY)
 
     before = digest(folder)
     moved = shutil.copytree(folder, tmp_path_factory.mktemp("other") / "copy")

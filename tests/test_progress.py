@@ -63,7 +63,7 @@ def test_a_phase_that_fails_shows_no_line(progress, lines):
     assert lines == []
 
 
-def test_a_bar_is_lines_with_the_time_left_where_there_is_no_terminal(progress, clock, lines):
+def test_without_a_terminal_a_bar_is_lines_with_the_time_left(progress, clock, lines):
     with progress.bar("training", 2000, "step") as bar:
         for _ in range(7):
             clock.now += 10
@@ -74,7 +74,7 @@ def test_a_bar_is_lines_with_the_time_left_where_there_is_no_terminal(progress, 
     ]
 
 
-def test_the_time_left_is_without_what_came_before_the_clock_was_restarted(progress, clock, lines):
+def test_restarting_the_clock_forgets_earlier_updates(progress, clock, lines):
     with progress.bar("training", 1000, "step") as bar:
         bar.update(500)  # of an earlier process
         clock.now += 20  # to compile
@@ -91,7 +91,7 @@ def test_a_hidden_bar_shows_nothing(progress, clock, lines):
     assert lines == []
 
 
-def test_a_terminal_has_a_bar_with_the_time_left_and_lines_above_it(clock, monkeypatch):
+def test_a_terminal_has_a_bar_with_lines_above_it(clock, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True

@@ -31,10 +31,14 @@ def install(tmp_path):
     python.chmod(0o755)
 
     def call(fails="", settings="", **variables):
-        (calls := tmp_path / "calls").write_text("")
-        (config := tmp_path / "pip.conf").write_text(settings)
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        config = tmp_path / "pip.conf"
+        config.write_text(settings)
         # Without the settings of this machine.
-        environment = {name: of for name, of in os.environ.items() if not name.startswith("PIP_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("PIP_")
+        }
         environment |= {"CALLS": str(calls), "FAILS": fails, "PIP_CONFIG_FILE": str(config)}
         script = f". scripts/venv.sh; install_packages {python} pins.txt --editable '.[dev]'"
         finished = subprocess.run(
@@ -46,7 +50,8 @@ def install(tmp_path):
             timeout=600,
         )
         called = calls.read_text().replace(str(python), "{python}").splitlines()
-        called.remove("-m uv --version") if "-m uv --version" in called else None
+        if "-m uv --version" in called:
+            called.remove("-m uv --version")
         return finished.returncode, called, finished.stderr
 
     return call
@@ -72,7 +77,8 @@ def test_pip_installs_where_uv_fails(install):
 
 def test_a_failure_of_pip_is_one_of_the_script(install):
     code, called, _ = install(fails="*install*")
-    assert (code != 0, called) == (True, [UV, BY_PIP])
+    assert code != 0
+    assert called == [UV, BY_PIP]
 
 
 SOURCES = [
@@ -84,7 +90,7 @@ SOURCES = [
 ]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda of: next(iter(of)))
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: next(iter(source)))
 def test_an_index_or_a_proxy_of_pip_is_used_and_uv_is_not(install, source):
     code, called, printed = install(**source)
     assert (code, called) == (0, [BY_PIP])

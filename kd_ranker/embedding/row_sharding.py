@@ -75,7 +75,7 @@ def read(
 
     Several devices call this in a mapped function. `places` are the rows that this device holds, of
     the tables of several runs; those of the table to read begin at `first`. Row numbers are in
-    range. Rows are read whole and sliced afterwards: a TPU reads parts of rows one by one, in a loop.
+    range. Rows are read whole and then sliced: a TPU reads parts of rows one by one, in a loop.
     """
     if row_sharding.devices == 1:
         return _take(places, row + first)[..., columns]

@@ -214,8 +214,8 @@ def _curves_of_request(
         return jnp.cumsum(numbers[by_student], axis=0)
 
     def sum_over_shown(numbers: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
-        # Those that the teacher cannot choose are worth 0, like an empty slot: it makes no difference
-        # whether one of them fills it.
+        # Those that the teacher cannot choose are worth 0, like an empty slot: whether one of them
+        # fills it makes no difference.
         known_numbers = jnp.where(jnp.expand_dims(known, range(1, numbers.ndim)), numbers, 0)
         # Place N is an empty slot.
         by_place = jnp.append(known_numbers[by_teacher], jnp.zeros_like(numbers[:1]), axis=0)

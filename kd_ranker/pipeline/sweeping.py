@@ -86,8 +86,8 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     """Open a sweep and its dataset; check that the workdir is free or holds the same sweep."""
     trainees = open_trainees(config, unchanged=unchanged)
     dataset = trainees.dataset.provenance
-    # Keys that may differ from those of the sweep in the workdir: those that change no more than how
-    # it is tested, joined and reported; and with `sweep.extend` those that add runs.
+    # Keys that may differ from those of the sweep in the workdir: those that change no more than
+    # how it is tested, joined and reported; and with `sweep.extend` those that add runs.
     free = {*schema.without_influence("report"), "costs", "report", "sweep.rivals"}
     keys_of_runs = {"sweep.runs", *(schema.axis_of(key.name) for key in schema.sweepable())}
     if not config.sweep.extend:

@@ -323,8 +323,8 @@ class Estimates:
             for (run, serve), per_request in by_ranker.each.items():
                 ranker_rows = rows[(rows["run"] == run) & (rows["serve"] == serve)]
                 if study.num_teachers > 1:
-                    # Teachers and references have the same names under every teacher, whose runs have
-                    # seeds of their own.
+                    # Teachers and references have the same names under every teacher; their
+                    # seeds tell them apart.
                     ranker_rows = ranker_rows[ranker_rows["seed"].isin(seeds)]
                 if ranker_rows.empty:
                     continue

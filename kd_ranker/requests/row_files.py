@@ -176,9 +176,8 @@ def sampling_order(
     spread_starts = starts_of(distinct_sizes)[:-1][which_size]
     order_in_group = spread_orders[runs(spread_starts, sizes.ravel())]
     order = np.repeat(group_starts.ravel(), sizes.ravel()) + order_in_group
-    # The first two groups are mixed, in the order in which they were shown. Sort the shown places by
-    # request, positives first; then take the spread order of each group from that list, which has
-    # no other places.
+    # The first two groups are mixed, in the order in which they were shown. Sort the shown places
+    # by request, positives first; then take the spread order of both groups from that list.
     request = np.repeat(np.arange(len(shown)), shown)
     by_label = np.argsort(2 * request + ~positive, kind="stable")
     shown_places = runs(starts, shown)

@@ -27,17 +27,22 @@ def dataset(tmp_path_factory):
     return built(tmp_path_factory.mktemp("data"), source)
 
 
-def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
-    read = list(evaluation_batches(dataset, "test", requests=3, candidates=24))
-    assert len(read) == 2
-    assert [mask for of in read for mask in of.request_mask.tolist()] == [True] * 5 + [False]
+def test_evaluation_reads_every_candidate_once(dataset):
+    first, second = evaluation_batches(dataset, "test", requests=3, candidates=24)
+
+    assert first.request_mask.tolist() == [True, True, True]
+    assert second.request_mask.tolist() == [True, True, False]
     for row, request in enumerate(read_requests(dataset, "test")):
-        evaluation, index, size = read[row // 3], row % 3, SIZES[row]
+        evaluation = first if row < 3 else second
+        index = row % 3
+        size = SIZES[row]
         # In an order that does not follow the logged funnel, for ties.
-        batch, order = evaluation.batch, np.random.default_rng(request.request_id).permutation(size)
+        order = np.random.default_rng(request.request_id).permutation(size)
+        batch = evaluation.batch
         np.testing.assert_array_equal(batch.item_id[index, :size], request.item_id[order])
         for name in ("true_probability", "incumbent", "propensity"):
-            fact, stored = getattr(evaluation, name)[index], getattr(request, name)
+            fact = getattr(evaluation, name)[index]
+            stored = getattr(request, name)
             known = size if row != 2 else 0
             np.testing.assert_array_equal(fact[:known], stored[order[:known]])
             assert np.isnan(fact[known:]).all()
@@ -54,7 +59,7 @@ def test_a_limit_counts_requests_and_the_funnel_must_hold_each(dataset):
         list(evaluation_batches(dataset, "test", requests=2, candidates=10))
 
 
-def test_a_batch_has_no_more_rows_than_there_are_requests_to_fill_it():
+def test_a_batch_has_no_more_rows_than_requests_to_fill_it():
     """The others would only be padding. A multiple of 1,024 is shared evenly by most devices."""
     assert batch_size(16, 5) == 16
     assert batch_size(1000, 2) == 1000

@@ -48,7 +48,12 @@ def dataset(tmp_path_factory, request):
 
 @pytest.fixture(autouse=True)
 def copy_of_funnel(monkeypatch):
-    monkeypatch.setitem(SAMPLERS, "copy", Sampler(lambda *of: funnel(*of)))
+    """A sampler that is `funnel`, and has no compiled form because it is another function."""
+
+    def copy(*arguments):
+        return funnel(*arguments)
+
+    monkeypatch.setitem(SAMPLERS, "copy", Sampler(copy))
 
 
 def take(dataset, sampler, number, needs=ALL, resident=True, candidates=12):
@@ -67,23 +72,29 @@ def take(dataset, sampler, number, needs=ALL, resident=True, candidates=12):
         (Stage.SHOWN, None),
     ],
 )
-def test_on_the_host_funnel_makes_the_batches_that_its_compiled_form_makes(
-    dataset, stage, logged, resident
-):
+def test_funnel_on_the_host_makes_the_compiled_batches(dataset, stage, logged, resident):
     needs = Needs(stage, logged)
-    compiled, on_host = take(dataset, "funnel", 3, needs), take(dataset, "copy", 3, needs, resident)
-    for one, other in zip(compiled, on_host, strict=True):
-        for field in dataclasses.fields(one):
-            few, more = getattr(one, field.name), getattr(other, field.name)
+
+    compiled = take(dataset, "funnel", 3, needs)
+    on_host = take(dataset, "copy", 3, needs, resident)
+
+    for compiled_batch, host_batch in zip(compiled, on_host, strict=True):
+        for field in dataclasses.fields(compiled_batch):
+            expected = getattr(compiled_batch, field.name)
+            found = getattr(host_batch, field.name)
             # The host's batches may have more padding.
-            wider = [(0, of - few.shape[at]) for at, of in enumerate(more.shape)]
-            np.testing.assert_array_equal(np.pad(few, wider), more, err_msg=field.name)
+            missing = np.subtract(found.shape, expected.shape)
+            padded = np.pad(expected, [(0, number) for number in missing])
+            np.testing.assert_array_equal(padded, found, err_msg=field.name)
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 12, 40])
 @pytest.mark.parametrize("sampler", ["funnel", "uniform", "hard"])
 def test_a_batch_tells_the_truth_about_its_candidates(dataset, sampler, candidates):
-    requests = {of.user_features.tobytes(): of for of in map(ragged_request, range(12))}
+    requests = {}
+    for seed in range(12):
+        request = ragged_request(seed)
+        requests[request.user_features.tobytes()] = request
     for batch in take(dataset, sampler, 3, resident=False, candidates=candidates):
         for row, features in enumerate(batch.user_features):
             request = requests[features.tobytes()]
@@ -97,24 +108,24 @@ def test_a_batch_tells_the_truth_about_its_candidates(dataset, sampler, candidat
             numbers = (len(request.item_id), request.num_passed, len(request.user_label))
             reached = [at < number for number in numbers]
             np.testing.assert_array_equal(batch.stage[row][real], np.sum(reached, axis=0))
-            num_labeled = np.flatnonzero(batch.label_weight[row])
-            np.testing.assert_array_equal(
-                num_labeled, np.arange(len(num_labeled))
-            )  # they come first
-            assert reached[-1][num_labeled].all()
-            labels = request.user_label[at[num_labeled]]
-            np.testing.assert_array_equal(batch.user_label[row][num_labeled], labels)
+            labeled = np.flatnonzero(batch.label_weight[row])
+            np.testing.assert_array_equal(labeled, np.arange(len(labeled)))  # they come first
+            is_shown = reached[-1]
+            assert is_shown[labeled].all()
+            labels = request.user_label[at[labeled]]
+            np.testing.assert_array_equal(batch.user_label[row][labeled], labels)
             if sampler == "uniform":
-                weight = batch.label_weight[row][num_labeled]
+                weight = batch.label_weight[row][labeled]
                 np.testing.assert_allclose(weight, len(place) / len(real), rtol=1e-6)
-                assert len(num_labeled) == reached[-1].sum()
-            scored = at < len(request.teacher_probability)
-            num_scored, stored = scored[: batch.num_scored], request.teacher_probability[at[scored]]
-            found = batch.teacher_probability[row][: len(real)][num_scored]
+                assert len(labeled) == is_shown.sum()
+            is_scored = at < len(request.teacher_probability)
+            stored = request.teacher_probability[at[is_scored]]
+            scored_slots = is_scored[: batch.num_scored]
+            found = batch.teacher_probability[row][: len(real)][scored_slots]
             np.testing.assert_array_equal(found, np.nan_to_num(stored))
             weight = batch.teacher_weight[row]
             assert weight.sum() == (~np.isnan(stored)).sum()
-            np.testing.assert_array_equal(weight[: len(real)][num_scored], ~np.isnan(stored))
+            np.testing.assert_array_equal(weight[: len(real)][scored_slots], ~np.isnan(stored))
 
 
 def counts_of(shown, passed, retrieved, positives):
@@ -124,7 +135,8 @@ def counts_of(shown, passed, retrieved, positives):
 @pytest.mark.parametrize("sizes", [(4, 5, 11), (0, 3, 0), (1, 0, 0), (6, 6, 6)])
 def test_over_all_keys_each_place_is_drawn_equally_often(sizes):
     ends = np.cumsum([0, *sizes])
-    groups, n = [np.arange(*of) for of in itertools.pairwise(ends)], int(ends[-1])
+    groups = [np.arange(start, stop) for start, stop in itertools.pairwise(ends)]
+    n = int(ends[-1])
     for number in range(n + 1):
         for group, size in zip(groups, sizes, strict=True):
             drawn = np.zeros(n, int)
@@ -191,12 +203,25 @@ def test_scores_are_the_mean_over_the_tasks_that_have_one():
 @pytest.mark.parametrize(
     "result",
     [
+        # More than a batch takes, or no such place.
         (np.arange(13), np.ones(13)),
-        *(([place], [1.0]) for place in (20, -1, 0.5, "a")),
-        *(([3], [factor]) for factor in (np.nan, 1e39, -1)),
+        ([20], [1.0]),
+        ([-1], [1.0]),
+        ([0.5], [1.0]),
+        (["a"], [1.0]),
+        # No such factor.
+        ([3], [np.nan]),
+        ([3], [1e39]),
+        ([3], [-1]),
+        # A place twice, or without a factor.
         ([3, 3], [1, 1]),
         ([3, 4], [1]),
-        *(None, 3, np.arange(3), "places", ([[1], [2, 3]], np.ones(2))),  # not pairs of arrays
+        # No pairs of arrays.
+        None,
+        3,
+        np.arange(3),
+        "places",
+        ([[1], [2, 3]], np.ones(2)),
     ],
 )
 def test_a_sampler_that_breaks_its_contract_is_an_error(result):

@@ -76,20 +76,22 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
 
 def by_item(batch):
     """For each request of a batch, the fields of each of its candidates, by item."""
-    fields = {name: getattr(batch, name) for name in PER_CANDIDATE}
-    return [
-        {
-            int(items[at]): {name: of[row, at] for name, of in fields.items() if at < of.shape[1]}
-            for at in np.flatnonzero(batch.stage[row])
-        }
-        for row, items in enumerate(batch.item_id)
-    ]
+
+    def fields_at(row, place):
+        arrays = {name: getattr(batch, name) for name in PER_CANDIDATE}
+        return {name: array[row, place] for name, array in arrays.items() if place < array.shape[1]}
+
+    requests = []
+    for row, items in enumerate(batch.item_id):
+        places = np.flatnonzero(batch.stage[row])
+        requests.append({int(items[place]): fields_at(row, place) for place in places})
+    return requests
 
 
 @pytest.mark.parametrize("logged", [Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN, None])
 @pytest.mark.parametrize("stage", [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])
 @pytest.mark.parametrize("scored", [9, 20, 0])
-def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logged, scored):
+def test_candidates_that_cannot_count_are_left_out(stage, logged, scored):
     requests = [random_request(seed) for seed in range(4)]
     requests += [random_request(5, 0, 0, 3), random_request(6, 4, 4, 9), random_request(7, 1, 1, 1)]
     probability = np.random.default_rng(scored).random((scored, 3), dtype=np.float32)
@@ -105,8 +107,8 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
 
     everything = batch_of(whole, Stage.RETRIEVED)
     counting = batch_of(needed(whole, V1, logged, history=True), stage, logged or Stage.RETRIEVED)
-    for all_of, left in zip(by_item(everything), by_item(counting), strict=True):
-        for item, fields in all_of.items():
+    for drawn, left in zip(by_item(everything), by_item(counting), strict=True):
+        for item, fields in drawn.items():
             # A teacher's score of a shown candidate without drawn labels does not bring it in.
             counts = stage < Stage.SHOWN and fields["stage"] >= stage
             counts |= fields.get("label_weight", 0) > 0
@@ -118,7 +120,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
                 if name.startswith("teacher") and (logged is None or fields["stage"] < logged):
                     assert not np.any(value)
                 else:
-                    np.testing.assert_array_equal(value, all_of[item][name])
+                    np.testing.assert_array_equal(value, drawn[item][name])
     if stage == Stage.SHOWN and logged in (None, Stage.SHOWN):
         assert counting.item_id.shape[1] == counting.num_labeled == 4
 
@@ -133,9 +135,12 @@ def sample_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
     batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3)), 0))
     # With the fewest slots that do, a batch is the same but for zeros at the end.
     for name, array in batch.items():
-        width = few[name].shape[1:2]
-        np.testing.assert_array_equal(array[(slice(None), *map(slice, width))], few[name])
-        assert not any(array[(slice(None), slice(of, None))].any() for of in width)
+        if array.ndim == 1:
+            np.testing.assert_array_equal(array, few[name])
+        else:
+            width = few[name].shape[1]
+            np.testing.assert_array_equal(array[:, :width], few[name])
+            assert not array[:, width:].any()
     return {name: array[0] for name, array in batch.items()}
 
 

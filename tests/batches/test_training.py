@@ -56,24 +56,27 @@ def expected(dataset):
     return take(batches(dataset, resident=True), MANY + 20)
 
 
-def test_an_epoch_reads_each_request_once_in_its_own_order_or_by_time(dataset, expected):
+def test_an_epoch_reads_each_request_once_in_its_order(dataset):
     stored = np.stack([request.user_features for request in read_requests(dataset, "train")])
     for order in ("shuffled", "time"):
         drawn = [batch.user_features for batch in take(batches(dataset, order=order), 6)]
-        epochs = [np.concatenate(drawn[start : start + 3]) for start in (0, 3)]
-        for epoch in epochs:
+        first = np.concatenate(drawn[:3])
+        second = np.concatenate(drawn[3:])
+        for epoch in (first, second):
             np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(stored, axis=0))
             assert (epoch == stored).all() == (order == "time")
-        assert (epochs[0] == epochs[1]).all() == (order == "time")
+        assert (first == second).all() == (order == "time")
+
+
+def test_another_seed_draws_other_batches(dataset, expected):
     (other,) = take(batches(dataset, seed=1), 1)
+
     assert (other.item_id != expected[0].item_id).any()
 
 
 @on_devices_or_not
 @pytest.mark.parametrize("before", [5, training.BLOCK, training.BLOCK + 1])
-def test_an_iterator_goes_on_from_a_position_whether_the_requests_are_in_memory_or_not(
-    dataset, expected, before, resident
-):
+def test_an_iterator_goes_on_from_a_saved_position(dataset, expected, before, resident):
     assert_same(
         expected[before : before + 4],
         take(batches(dataset, resident=resident, taken=before), 4),
@@ -81,8 +84,9 @@ def test_an_iterator_goes_on_from_a_position_whether_the_requests_are_in_memory_
 
 
 @on_devices_or_not
-def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, expected, resident):
-    iterator, taken = batches(dataset, resident=resident), []
+def test_batches_taken_together_are_those_taken_one_by_one(dataset, expected, resident):
+    iterator = batches(dataset, resident=resident)
+    taken = []
     for most in itertools.cycle([1, 25, 3, training.BLOCK]):
         if len(taken) >= len(expected):
             break
@@ -103,26 +107,29 @@ def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, exp
         (Stage.SHOWN, None, "funnel"),
     ],
 )
-def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
-    dataset, stage, logged, sampler
-):
-    how = {"needs": Needs(stage, logged), "sampler": sampler}
-    resident = take(batches(dataset, **how, resident=True), MANY)
-    assert_same(resident, take(batches(dataset, **how, resident=False), MANY))
-    slots = resident[0].item_id.shape[1], resident[0].num_scored
-    assert slots[0] < 12 or stage == Stage.RETRIEVED
-    assert resident[0].num_labeled < slots[1] < 12 or stage == Stage.SHOWN
+def test_reading_per_batch_gives_the_batches_of_memory(dataset, stage, logged, sampler):
+    options = {"needs": Needs(stage, logged), "sampler": sampler}
+
+    resident = take(batches(dataset, **options, resident=True), MANY)
+
+    assert_same(resident, take(batches(dataset, **options, resident=False), MANY))
+    first = resident[0]
+    if stage != Stage.RETRIEVED:
+        assert first.item_id.shape[1] < 12
+    if stage != Stage.SHOWN:
+        assert first.num_labeled < first.num_scored < 12
 
 
 @on_devices_or_not
 def test_without_histories_a_batch_is_the_same_otherwise(dataset, expected, resident):
     (without,) = take(batches(dataset, Needs(history=False), resident=resident), 1)
     for field in dataclasses.fields(without):
-        of_one, of_other = getattr(expected[0], field.name), getattr(without, field.name)
+        found = getattr(without, field.name)
+        with_history = getattr(expected[0], field.name)
         if field.name.startswith("history"):
-            assert of_other.shape == (4, 0, *of_one.shape[2:])
+            assert found.shape == (4, 0, *with_history.shape[2:])
         else:
-            np.testing.assert_array_equal(of_one, of_other)
+            np.testing.assert_array_equal(found, with_history)
 
 
 @on_devices_or_not
@@ -162,7 +169,7 @@ class PartOf(Devices):
 
 
 @pytest.mark.parametrize(("parts", "sampler"), [(2, "hard"), (4, "funnel")])
-def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts, sampler):
+def test_parts_of_a_batch_make_the_batch_of_one_process(dataset, parts, sampler):
     whole = take(batches(dataset, sampler=sampler), 5)
     shares = [
         take(batches(dataset, devices=PartOf(part, parts), sampler=sampler), 5)

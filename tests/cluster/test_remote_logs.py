@@ -95,7 +95,7 @@ def test_a_log_behind_a_web_server_is_read_like_one_on_disk(web, tmp_path):
     assert same(requests_of(urls, tmp_path / "remote"), expected)
 
 
-def test_a_small_log_at_a_web_server_without_range_requests_is_read_whole(web, tmp_path):
+def test_without_range_requests_a_small_log_is_read_whole(web, tmp_path):
     log = write_log(tmp_path / "log", make_rows(28))
     (path,) = log.iterdir()
     found = requests_of(f"{web(WholeFiles)}/log/{path.name}", tmp_path / "remote")

@@ -25,8 +25,14 @@ _SLOW = """
 import runpy, sys, time
 from kd_ranker.pipeline import remote
 from kd_ranker.training import workdir
-remote._SECONDS_BETWEEN_UPLOADS, write = 0.1, workdir.MetricsWriter.write
-workdir.MetricsWriter.write = lambda *of: (write(*of), time.sleep(0.5))
+remote._SECONDS_BETWEEN_UPLOADS = 0.1
+write = workdir.MetricsWriter.write
+
+def write_slowly(*arguments):
+    write(*arguments)
+    time.sleep(0.5)
+
+workdir.MetricsWriter.write = write_slowly
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__")
 """
@@ -67,7 +73,7 @@ def test_a_run_that_was_killed_goes_on_from_the_server(world, store):
     assert not [name for name in names(store) if ".lock" in name]
 
 
-def test_a_teacher_in_the_server_is_followed_and_a_sweep_is_reported_there(world, store):
+def test_a_sweep_follows_a_teacher_and_is_reported_at_s3(world, store):
     store.put(f"{world.teacher}/", "bucket/teacher/", recursive=True)
     config = world.config(**small.SWEEP, teacher__workdir="s3://bucket/teacher")
     assert small.sweep(config, "s3://bucket/sweep")

@@ -40,7 +40,7 @@ def free(monkeypatch):
     ],
     ids=str,
 )
-def test_a_cohort_has_as_many_runs_as_fit_the_devices_with_the_margin(free, parallel, across):
+def test_a_cohort_has_the_runs_that_fit_with_the_margin(free, parallel, across):
     config = cascade("small")
     config.parallel.update(parallel)
     wide = config.copy_and_resolve_references()
@@ -53,7 +53,7 @@ def test_a_cohort_has_as_many_runs_as_fit_the_devices_with_the_margin(free, para
     assert cohort_size(config, wide) == 3
 
 
-def test_a_device_has_to_hold_its_part_of_the_states_and_of_a_batch(free):
+def test_a_device_holds_its_part_of_states_and_batch(free):
     config = cascade("small")
     stacks = specs.student_stacks({"": config}, SPEC)
     for devices, tables in ((1, "replicated"), (2, "sharded")):

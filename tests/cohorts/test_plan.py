@@ -24,7 +24,7 @@ def planned(folder, size, config):
 
 
 @given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
-def test_every_run_is_in_one_cohort_of_its_order_and_none_is_too_large(
+def test_every_run_is_in_one_cohort_and_none_is_too_large(
     tmp_path_factory, size, seeds, data_seeds
 ):
     config = config_of({"batch.seed": tuple(range(data_seeds))}, seeds=tuple(range(seeds)))
@@ -86,7 +86,7 @@ def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
         assert common(cohort).batch.seed == common(cohort).teacher.batch.seed == seed
 
 
-def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_runs_may_differ():
+def test_a_cohorts_common_config_lacks_what_runs_may_vary():
     axes = {"train.steps": (20, 50), "teacher.stage": ("passed", "retrieved")}
     config = config_of(axes, weights=(1.0, 3.0))
     config.lock()  # as the entry points do
@@ -96,13 +96,13 @@ def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_runs_may_differ
     assert (shared.train.steps, shared.teacher.stage) == (50, "passed")
     for key in schema.sweepable():
         section, _, last = key.name.rpartition(".")
-        there = last in (schema.value_of(shared, section) if section else shared)
-        assert there == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
+        is_common = last in (schema.value_of(shared, section) if section else shared)
+        assert is_common == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
     # The runs keep all.
     assert next(iter(of_stage.values())).distill.mode == "none"
 
 
-def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_path):
+def test_a_new_axis_has_its_default_in_the_older_runs(tmp_path):
     """Else a setting would be two: one of the repeats before, and one of those after."""
     planned(tmp_path, 8, config_of(modes=("shared",)))
     axes = {"distill.affine": (True, False)}
@@ -114,10 +114,10 @@ def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_p
     names += setting_names.OTHER_KEYS  # those that a sweep varies later too
     for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
         rows = [
-            setting_names.setting_of(of)
+            setting_names.setting_of(run)
             | told
-            | {"run": name, "passed_for_99": passed[of.distill.affine]}
-            for name, of in cohort.items()
+            | {"run": name, "passed_for_99": passed[run.distill.affine]}
+            for name, run in cohort.items()
         ]
         folder.mkdir(parents=True)
         (folder / results.FILE).write_text(results.to_csv(rows, list(dict.fromkeys(names))))

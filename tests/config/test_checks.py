@@ -46,18 +46,19 @@ def check(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"), [(name, of) for name, variants in VARIANTS.items() for of in variants]
+    ("name", "variant"),
+    [(name, variant) for name, variants in VARIANTS.items() for variant in variants],
 )
 def test_the_configs_are_valid(name, variant):
     get_config = functools.reduce(getattr, name.split("."), configs)
     check(get_config(variant) if variant else get_config())
 
 
-EVERY = [*KEYS.values(), *(key for keys in DATA_KEYS.values() for key in keys.values())]
+ALL_KEYS = [*KEYS.values(), *(key for keys in DATA_KEYS.values() for key in keys.values())]
 
 
-def test_the_defaults_are_valid_and_each_key_has_a_meaning_and_an_influence():
-    for key in EVERY:
+def test_defaults_are_valid_and_keys_are_described():
+    for key in ALL_KEYS:
         if key.name != "data.name":
             key.check(key.default)
         assert key.help, key.name
@@ -141,7 +142,7 @@ def test_a_fault_of_a_source_is_one_line_before_it_is_opened(get_config, changes
     assert message in fault_of(check, config)
 
 
-def test_a_batch_is_shared_by_all_devices_where_a_student_trains_alone():
+def test_a_single_students_batch_is_shared_by_all_devices():
     config = config_with({"batch.requests": 6})
     fault = fault_of(checks.validate, config, single=True)
     assert "batch.requests=6 cannot be shared by 8 devices; take a mult" in fault
@@ -193,21 +194,19 @@ def test_an_unknown_variant_names_those_that_exist():
 REQUESTS = list(itertools.islice(random_source().requests("train"), 3))
 
 
-def each(**fields):
-    """The requests with fields that are computed from each of them."""
-    return [
-        dataclasses.replace(of, **{name: make(of) for name, make in fields.items()})
-        for of in REQUESTS
-    ]
-
-
-def of_one_stage(size):
-    """The requests as a log has them that records one stage only, of `size(request)` candidates."""
-    return each(
+def with_one_stage(request, size):
+    """The request as in a log that records one stage only, of `size` candidates."""
+    return dataclasses.replace(
+        request,
         num_passed=size,
-        user_label=lambda of: np.zeros((size(of), 3), np.uint8),
-        label_weight=lambda of: np.ones(size(of), np.float32),
+        user_label=np.zeros((size, 3), np.uint8),
+        label_weight=np.ones(size, np.float32),
     )
+
+
+def without_scores_of_like(request):
+    probability = np.where([True, False, True], request.teacher_probability, np.nan)
+    return dataclasses.replace(request, teacher_probability=probability)
 
 
 OLDER, UNWRITTEN, WRONG = REQUESTS
@@ -216,32 +215,34 @@ NO_TEACHER = [
     dataclasses.replace(UNWRITTEN, teacher_weight=np.zeros_like(UNWRITTEN.teacher_weight)),
     dataclasses.replace(WRONG, teacher_probability=np.full_like(WRONG.teacher_probability, 1.5)),
 ]
-ALL_SHOWN = of_one_stage(lambda of: len(of.item_id))
-NOTHING_SHOWN = of_one_stage(lambda of: 0)
-PASSED_ARE_SHOWN = each(num_passed=lambda of: len(of.user_label))
-LIKE_UNSCORED = each(
-    teacher_probability=lambda of: np.where([True, False, True], of.teacher_probability, np.nan)
-)
+ALL_SHOWN = [with_one_stage(request, len(request.item_id)) for request in REQUESTS]
+NOTHING_SHOWN = [with_one_stage(request, 0) for request in REQUESTS]
+PASSED_ARE_SHOWN = [
+    dataclasses.replace(request, num_passed=len(request.user_label)) for request in REQUESTS
+]
+LIKE_UNSCORED = [without_scores_of_like(request) for request in REQUESTS]
 
 
-def check_with_log(*changes, log=REQUESTS, signal="probability"):
-    runs = [config_with({"distill.mode": "aux"} | of) for of in changes]
+def check_with_log(*changes_of_runs, log=REQUESTS, signal="probability"):
+    runs = [config_with({"distill.mode": "aux"} | changes) for changes in changes_of_runs]
     checks.check_students(runs)
     spec = dataclasses.replace(SPEC, teacher_signal=signal, teacher_version="v1")
     dataset = SimpleNamespace(spec=spec, columns={"train": columns_of(log, spec)})
     checks.check_teacher_signals(dataset, runs)
 
 
-LOGGED, STAGE = {"teacher.source": "logged"}, {"distill.loss": "bce:stage"}
+LOGGED = {"teacher.source": "logged"}
+STAGE = {"distill.loss": "bce:stage"}
 RANKS = {"signal": "rank"}
 TOPK_STAGE = {"distill.loss": "topk:stage"}
-TOPK, NONE = {"distill.loss": "topk"}, {"distill.mode": "none"}
+NONE = {"distill.mode": "none"}
 ORDER = "bce needs the teacher's probabilities, and stages are an order; take one of: approx"
-PASSED, HARD = {"teacher.stage": "passed"}, {"batch.sampler": "hard"}
+PASSED = {"teacher.stage": "passed"}
+HARD = {"batch.sampler": "hard"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "how", "message"),
+    ("changes", "log", "message"),
     [
         # Positions where a loss needs probabilities.
         (LOGGED, RANKS, r"'bce': bce needs .* its positions; .*softmax.*distill\.mode=none"),
@@ -273,24 +274,24 @@ PASSED, HARD = {"teacher.stage": "passed"}, {"batch.sampler": "hard"}
         (NONE | {"distill.user_weight": 0.0, "distill.weight": 0.0}, {}, None),
     ],
 )
-def test_a_student_learns_from_a_log_that_has_its_signals(changes, how, message):
+def test_a_student_learns_from_a_log_that_has_its_signals(changes, log, message):
     # The baseline needs nothing of it.
-    of_runs = (changes | NONE, changes)
+    baseline = changes | NONE
     if message is None:
-        check_with_log(*of_runs, **how)
+        check_with_log(baseline, changes, **log)
     else:
-        assert re.search(message, fault_of(check_with_log, *of_runs, **how))
+        assert re.search(message, fault_of(check_with_log, baseline, changes, **log))
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_each_split_needs_a_label(split):
     def dataset_of(weight, requests=REQUESTS):
-        without = [
-            dataclasses.replace(of, label_weight=np.full_like(of.label_weight, weight))
-            for of in requests
+        weighted = [
+            dataclasses.replace(request, label_weight=np.full_like(request.label_weight, weight))
+            for request in requests
         ]
         columns = dict.fromkeys(SPLITS, columns_of(REQUESTS, SPEC))
-        columns[split] = columns_of(without, SPEC)
+        columns[split] = columns_of(weighted, SPEC)
         return SimpleNamespace(columns=columns, spec=dataclasses.replace(SPEC, dataset="cascade"))
 
     checks.check_labels(dataset_of(0.5))
@@ -299,7 +300,7 @@ def test_each_split_needs_a_label(split):
         assert fault.startswith(f"no {split} request of cascade has a user label; ")
 
 
-def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
+def test_a_teacher_learns_from_a_log_only_by_its_probabilities():
     config = cascade("small")
     config.teacher.log_weight = 1.0
     spec = dataclasses.replace(SPEC, teacher_version="v1")

@@ -39,7 +39,9 @@ def test_modes_times_weights_times_seeds_and_none_once_a_seed():
         )
     ]  # fmt: skip
     run = runs["aux-weight2.0-seed7"]
-    assert (run.distill.mode, run.distill.weight, run.seed) == ("aux", 2.0, 7)
+    assert run.distill.mode == "aux"
+    assert run.distill.weight == 2.0
+    assert run.seed == 7
     assert runs["none-seed0"].distill.weight == 0
 
 
@@ -91,25 +93,29 @@ def test_numbers_are_swept_and_the_tables_rate_keeps_its_ratio():
     assert value_in(runs, "optimizer.table_learning_rate") == pytest.approx(rates)
 
 
-def another(key, own):
+def another_value(key, value):
     """A second value of a key."""
     if key.name == "distill.loss":
         return "topk:stage"
-    if isinstance(own, bool):
-        return not own
-    if isinstance(own, str):
-        return next(name for name in key.allowed if name != own)
-    if isinstance(own, tuple):
-        return (*own, 8)
-    return own / 2 if isinstance(own, float) and own else own + (16 if own == 32 else 1)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return next(name for name in key.allowed if name != value)
+    if isinstance(value, tuple):
+        return (*value, 8)
+    if isinstance(value, float) and value:
+        return value / 2
+    if value == 32:
+        return 48
+    return value + 1
 
 
 def test_any_key_that_a_sweep_may_vary_is_an_axis():
     for key in schema.sweepable():
         if key.name in schema.NAMED_AXES:
             continue
-        own = schema.value_of(cascade("small"), key.name)
-        values = (own, another(key, own))
+        value = schema.value_of(cascade("small"), key.name)
+        values = (value, another_value(key, value))
         runs = valid_runs(config_of({key.name: values}, modes=("none", "aux")))
         assert {*value_in(runs, key.name)} == {*values}, key.name
         # Mode none reads nothing of `distill`, so it stands once for all that is swept there.
@@ -151,12 +157,16 @@ LISTED = list_runs({"distill.mode": mode} for mode in ("none", "aux", "shared"))
     ],
 )
 def test_a_sweep_that_grows_keeps_its_runs(before, after):
-    before, after = (sweep_runs(config_of(**of)) for of in (before, after))
-    assert [name for name in after if name in before] == list(before)
-    for name, run in before.items():
-        same, other = after[name].to_dict(), run.to_dict()
-        del same["sweep"], other["sweep"]
-        assert same == other
+    runs_before = sweep_runs(config_of(**before))
+    runs_after = sweep_runs(config_of(**after))
+
+    assert [name for name in runs_after if name in runs_before] == list(runs_before)
+    for name, run in runs_before.items():
+        found = runs_after[name].to_dict()
+        expected = run.to_dict()
+        del found["sweep"]
+        del expected["sweep"]
+        assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -184,7 +194,7 @@ def test_a_list_without_runs_is_one_line(runs, message):
     assert message in fault_of(list_runs, runs)
 
 
-def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch):
+def test_numbers_of_a_new_loss_vary_within_one_program(monkeypatch):
     def lead(logits, probability, weight, numbers=losses.DEFAULT_NUMBERS):
         known = jnp.where(weight > 0, probability, 0.5)
         values = jnp.maximum(numbers.own["least"] - (2 * known - 1) * logits, 0.0)
@@ -206,6 +216,15 @@ def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch
     small, large = np.asarray(of_stacks[0]["distill_loss"]).ravel()
     assert large > small > 0
     assert "distill.numbers" in setting_names.OTHER_KEYS  # a column of results.csv
+
+
+def test_too_many_numbers_of_a_loss_are_one_line(monkeypatch):
+    own_loss = losses.LOSSES["bce"]._replace(numbers={"least": 1.0})
+    monkeypatch.setitem(losses.LOSSES, "lead", own_loss)
+    config = config_of(modes=("shared",))
+    config.distill.loss = "lead"
     config.sweep.axes.distill.numbers = ((0.5, 2.0),)
+
     fault = fault_of(specs.student_stacks, sweep_runs(config), SPEC)
+
     assert "has 2 numbers, and the losses take 1 (least)" in fault

@@ -51,20 +51,20 @@ def test_a_value_changes_the_identity_of_what_it_influences(changes, differ):
     assert tuple(one != other for one, other in pairs) == differ
 
 
-def test_a_later_key_at_its_default_leaves_the_names_of_datasets_as_they_were():
+def test_a_later_key_at_its_default_keeps_dataset_names():
     # The name before `data.noise` existed.
     assert dataset_name(config_with({"data.noise": 1.0})) == "cascade-e8262a86"
     assert dataset_name(config_with({"data.noise": 2.0})) != "cascade-e8262a86"
 
 
-def test_a_scored_copy_is_named_after_its_teacher_and_the_stage_that_was_scored():
+def test_a_scored_copy_is_named_after_its_teacher_and_stage():
     for stage in ("retrieved", "passed"):
         config = config_with({"teacher.stage": stage})
         expected = f"{dataset_name(config)}-teacher-abc-{stage}"
         assert scores_folder(config, "abc").name == expected
 
 
-def test_the_order_and_the_names_of_runs_are_part_of_their_digest():
+def test_a_digest_covers_the_order_and_names_of_runs():
     runs = {"a": config_with({"seed": 0}), "b": config_with({"seed": 1})}
     renamed = {"a": runs["a"], "c": runs["b"]}
     of = [digest_of(each, "student") for each in (runs, dict(reversed(runs.items())), renamed)]

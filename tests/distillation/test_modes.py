@@ -20,7 +20,7 @@ def test_aux_keeps_two_estimates_apart():
         np.testing.assert_allclose(served[name], probability, rtol=1e-5)
 
 
-def test_shared_transforms_what_the_teacher_sees_and_nothing_else():
+def test_shared_transforms_only_what_the_teacher_sees():
     mode, logits = MODES["shared"], LOGITS[..., :TASKS]
     learned = {"scale": jnp.array([2.0, 0.5]), "offset": jnp.array([-1.0, 3.0])}
     np.testing.assert_allclose(

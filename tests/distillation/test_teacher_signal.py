@@ -15,7 +15,7 @@ from tests.random_batches import SPEC, random_batch
 
 
 @given(rank=st.integers(0, 10**6))
-def test_positions_become_probabilities_whose_softmax_is_zipfs_law(rank):
+def test_position_probabilities_have_a_softmax_by_zipfs_law(rank):
     """So logit p(r) = −log(1 + r). In float32 neighbors differ; NaN stays unknown."""
     probability = probability_of_rank(np.float64(rank))
     assert logit(probability) == pytest.approx(-np.log1p(rank), abs=1e-9)
@@ -26,13 +26,13 @@ def test_positions_become_probabilities_whose_softmax_is_zipfs_law(rank):
     np.testing.assert_allclose(probability_of_rank(jnp.asarray(near)), probability_of_rank(near))
 
 
-def test_a_stage_is_a_grade_that_weighs_a_tenth_of_the_one_above_it():
+def test_a_stage_weighs_a_tenth_of_the_next():
     stages = jnp.array([Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED], jnp.int8)
     shares = softmax(logit(np.asarray(probability_of_stage(stages), np.float64)))
     np.testing.assert_allclose(shares, np.array([100, 10, 1]) / 111, rtol=1e-5)
 
 
-def test_every_candidate_of_a_batch_has_its_stage_for_a_label_of_every_task():
+def test_every_candidates_stage_is_a_label_of_every_task():
     # Whatever was logged.
     batch = random_batch(0).replace(teacher_probability=None, teacher_weight=None)
     probability, weight = map(np.asarray, SIGNALS["stage"].read(batch))

@@ -34,9 +34,11 @@ def make_batch(seed):
 
 def ids_and_masks(batch):
     """By lookup name, what it is to find in a batch."""
-    candidates, events = batch.stage > 0, batch.history_mask
-    of_candidates, of_events = ITEMS.category[batch.item_id], ITEMS.category[batch.history_id]
+    candidates = batch.stage > 0
+    events = batch.history_mask
     own = batch.candidate_category
+    of_candidates = ITEMS.category[batch.item_id]
+    of_events = ITEMS.category[batch.history_id]
     return {
         "user": (batch.user_id, np.full(batch.user_id.shape, True)),
         "item": (batch.item_id, candidates),
@@ -66,7 +68,7 @@ def make_tables(slots=0):
     return jax.jit(tables)()  # in one program, not one an array
 
 
-def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
+def test_gradients_of_gathered_rows_sum_to_the_tables():
     """The path that the step takes, against differentiating with respect to the whole table."""
     batch, tables = make_batch(0), make_tables()
     masks = {name: mask for name, (_, mask) in ids_and_masks(batch).items()}
@@ -102,7 +104,7 @@ def test_padding_is_masked_in_the_order_of_the_ids(table):
     assert (table == "user") == mask.all()
 
 
-def test_an_id_without_a_row_gets_the_reserved_one_and_is_counted():
+def test_an_unknown_id_gets_the_reserved_row_and_is_counted():
     table = TableSpec(size=5, hashed=False)
     ids = jnp.array([0, 4, 5, 6, -1, 2**31 - 1, -(2**31)])
     np.testing.assert_array_equal(rows_of_ids(table, ids), [0, 4, 5, 5, 5, 5, 5])
@@ -118,7 +120,7 @@ def murmur_finaliser(number):
     return number ^ number >> 16
 
 
-def test_hashed_ids_take_the_row_of_their_hash_and_all_are_known():
+def test_hashed_ids_take_the_row_of_their_hash():
     table = TableSpec(size=64, hashed=True)
     ids = np.concatenate([np.arange(640), [-1, -7, 2**31 - 1]])
     rows = np.asarray(rows_of_ids(table, jnp.asarray(ids)))
@@ -141,20 +143,18 @@ def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
     np.testing.assert_allclose(drawn.mean(), 0, atol=4 * 0.5 / np.sqrt(drawn.size))
 
 
-def test_rows_that_training_never_met_are_served_by_the_reserved_one():
-    batch, tables = make_batch(0), make_tables(slots=2)
+def test_ids_not_met_in_training_are_served_the_reserved_row():
+    batch = make_batch(0)
+    tables = dict(make_tables(slots=2))
     trained = {
         "user": np.arange(5),
         "item": np.arange(0, SPEC.num_items, 2),
         "category": np.arange(0, CATEGORY_SPEC.num_categories, 3),
     }
-    tables = {
-        name: table.at[trained[name], WIDTH]
-        .set(3.0)
-        .at[EMBEDDING.tables[name].size, :WIDTH]
-        .set(9.0)
-        for name, table in tables.items()
-    }
+    for name, table in tables.items():
+        reserved = EMBEDDING.tables[name].size
+        with_counts = table.at[trained[name], WIDTH].set(3.0)
+        tables[name] = with_counts.at[reserved, :WIDTH].set(9.0)
     # One that is far out of range.
     batch.request_category[0, 0] = 10**6
     rows = embeddings(EMBEDDING, gather_rows(EMBEDDING, tables, batch, ITEMS, whole_rows=True))

@@ -72,7 +72,7 @@ def dense_update(name, table, gradient, touched, rate, decay):
 @pytest.mark.parametrize("name", ROW_OPTIMIZERS)
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_sparse_updates_are_the_dense_ones_on_touched_rows_and_keep_the_bits_of_others(name, data):
+def test_sparse_updates_are_dense_ones_on_touched_rows_alone(name, data):
     generator = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     optimizer = ROW_OPTIMIZERS[name]
     expected = new_table(optimizer, generator.normal(size=(ROWS, WIDTH)))
@@ -86,17 +86,21 @@ def test_sparse_updates_are_the_dense_ones_on_touched_rows_and_keep_the_bits_of_
         dense = np.zeros((ROWS, WIDTH))
         np.add.at(dense, rows[mask], gradients[mask])
         touched = np.flatnonzero(dense.any(axis=1))
-        before, expected = actual, dense_update(name, expected, dense, touched, 0.1, 0.2)
+        before = actual
+        expected = dense_update(name, expected, dense, touched, 0.1, 0.2)
         actual = np.asarray(update_one(optimizer, actual, rows, gradients, 0.1, 0.2, mask))
-        np.testing.assert_array_equal(*(np.delete(of, touched, 0) for of in (actual, before)))
+        untouched = np.delete(np.arange(ROWS), touched)
+        np.testing.assert_array_equal(actual[untouched], before[untouched])
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_lazy_adam_is_optax_adam_for_a_row_in_every_batch():
     generator = np.random.default_rng(0)
-    optimizer, dense_optimizer = ROW_OPTIMIZERS["adam"], optax.adam(0.01)
+    optimizer = ROW_OPTIMIZERS["adam"]
+    dense_optimizer = optax.adam(0.01)
     dense = jnp.asarray(generator.normal(size=(ROWS, WIDTH)), jnp.float32)
-    state, table = dense_optimizer.init(dense), new_table(optimizer, dense)
+    state = dense_optimizer.init(dense)
+    table = new_table(optimizer, dense)
     for _ in range(10):
         gradient = jnp.asarray(generator.normal(size=(ROWS, WIDTH)), jnp.float32)
         step, state = dense_optimizer.update(gradient, state)
@@ -124,7 +128,9 @@ def test_runs_are_updated_as_each_by_itself(name):
         may_change,
     )  # fmt: skip
     for run in range(runs):
-        own = tables[run]
+        expected = tables[run]
         if may_change[run]:
-            own = update_one(optimizer, own, rows, gradients[run], rates[run], decays[run], mask)
-        np.testing.assert_array_equal(new[run], own)
+            expected = update_one(
+                optimizer, expected, rows, gradients[run], rates[run], decays[run], mask
+            )
+        np.testing.assert_array_equal(new[run], expected)

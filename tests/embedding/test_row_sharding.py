@@ -1,4 +1,4 @@
-"""Rows that are to_shards to devices, against the same rows in one array."""
+"""Rows that are spread over devices, against the same rows in one array."""
 
 import functools
 
@@ -44,15 +44,17 @@ def mapped(devices, function, *specs):
 
 @given(rows=st.integers(1, 100), devices=st.integers(1, 9), axis=st.integers(0, 1))
 @settings(max_examples=50, deadline=None)
-def test_dealt_rows_come_back_in_their_order(rows, devices, axis):
+def test_sharded_rows_come_back_in_their_order(rows, devices, axis):
     array = np.arange(2 * rows).reshape((2, rows) if axis else (rows, 2))
-    there = to_shards(array, axis, devices, filler=-1)
-    assert there.shape[axis] == devices * rows_per_device(rows, devices)
-    shares = np.split(there, devices, axis)
+
+    sharded = to_shards(array, axis, devices, filler=-1)
+
+    assert sharded.shape[axis] == devices * rows_per_device(rows, devices)
+    shards = np.split(sharded, devices, axis)
     for row in range(rows):
-        held = np.take(shares[row % devices], row // devices, axis)
+        held = np.take(shards[row % devices], row // devices, axis)
         np.testing.assert_array_equal(held, np.take(array, row, axis))
-    back = from_shards(there, axis, devices)
+    back = from_shards(sharded, axis, devices)
     np.testing.assert_array_equal(np.take(back, range(rows), axis), array)
     assert (np.take(back, range(rows, back.shape[axis]), axis) == -1).all()
 

@@ -143,7 +143,9 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
     known = there[..., None] & (case.teacher_weight > 0)
     knows = there & (known | (weights == 0)).all(axis=-1)
     p = np.where(known, case.teacher, np.nan) if of_teacher else case.student
-    value, teacher, true = (value_of(of) for of in (p, case.teacher, case.true))
+    value = value_of(p)
+    teacher = value_of(case.teacher)
+    true = value_of(case.true)
     labeled = np.where(knows if of_teacher else there, case.label_weight, 0)
     positive = (labeled > 0)[..., None] & (case.label > 0.5)
     users = value_of(positive)
@@ -190,9 +192,13 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
             add("value_if_alike", k, best @ share)
             gain = np.where(labeled[r] > 0, users[r], 0)
             ideal = _gain(np.sort(gain)[::-1][:SHOWN])
-            lists = ([place for place in top if labeled[r, place] > 0], top)
-            dcg = [_gain(gain[chosen_of(of)]) / (ideal or 1) * (ideal > 0) for of in lists]
-            add("served_ndcg", k, [*dcg, ideal > 0])
+            if ideal > 0:
+                top_labeled = [place for place in top if labeled[r, place] > 0]
+                dcg_of_labeled = _gain(gain[chosen_of(top_labeled)])
+                dcg_of_all = _gain(gain[chosen_of(top)])
+                add("served_ndcg", k, [dcg_of_labeled / ideal, dcg_of_all / ideal, 1])
+            else:
+                add("served_ndcg", k, [0, 0, 0])
             add("true_value_captured", k, true[r, shown].sum())
             add("shown_recall", k, len(was_shown & {*top}))
             add("hit_rate", k, positive[r, top].sum(axis=0))
@@ -260,8 +266,10 @@ def restated(case: Case, of_teacher: bool = False) -> dict[str, float]:
         reached = np.flatnonzero(_ratio(served[:, 0], served[-1, 0]) >= target)
         row[f"passed_for_users_{100 * target:.0f}"] = reached[0] + 1 if len(reached) else math.nan
         row[f"scored_for_{100 * target:.0f}"] = np.minimum(numbers, k).mean()
-    of_means = {name: np.mean(of) if of else math.nan for name, of in means.items()}
-    row |= {"teacher_tau": of_means.pop("tau"), "candidates": np.mean(numbers), **of_means}
+    for name, by_request in means.items():
+        column = "teacher_tau" if name == "tau" else name
+        row[column] = np.mean(by_request) if by_request else math.nan
+    row["candidates"] = np.mean(numbers)
     row["scored_share"] = float(np.mean(scored_shares)) if scored_shares else math.nan
     is_known = bool(passed_first) and case.are_partly_scored
     row["passed_auc"] = float(np.mean(passed_first)) if is_known else math.nan
@@ -281,24 +289,29 @@ def _of_probabilities(
         inside = np.clip(p.astype(np.float64), eps, 1 - eps)
         return -target * np.log(inside) - (1 - target) * np.log(1 - inside)
 
-    def mean(of: np.ndarray, weight: np.ndarray) -> Any:
-        return _ratio((of * weight)[weight > 0].sum(), weight.sum())
+    def mean(values: np.ndarray, weight: np.ndarray) -> Any:
+        return _ratio((values * weight)[weight > 0].sum(), weight.sum())
 
     for task, name in enumerate(TASKS):
-        own, teacher, label = (of[..., task] for of in (p, case.teacher, case.label))
-        weight, logged = labeled, known[..., task] * 1.0
+        own = p[..., task]
+        teacher = case.teacher[..., task]
+        label = case.label[..., task]
+        weight = labeled
+        logged = known[..., task] * 1.0
         inside = np.clip(own.astype(np.float64), eps, 1 - eps)
         kl = kl_div(teacher, inside) + kl_div(1 - teacher, 1 - inside)
         shown = np.where(known_shown[..., task], labeled, 0)
-        areas = [
-            roc_auc_score(label[r, of], own[r, of]) if np.isfinite(own[r, of]).all() else math.nan
-            for r, of in enumerate(labeled > 0)
-            if len({*label[r, of]}) == 2
-        ]
+        areas = []
+        for r, is_labeled in enumerate(labeled > 0):
+            labels = label[r, is_labeled]
+            probabilities = own[r, is_labeled]
+            if len({*labels}) == 2:
+                is_finite = np.isfinite(probabilities).all()
+                areas.append(roc_auc_score(labels, probabilities) if is_finite else math.nan)
         distance = {"": mean(kl, shown), "_bce": mean(bce(own, teacher), shown)}
         gap = mean(bce(own, label), shown) - mean(bce(teacher, label), shown)
         if shown.any():
-            ratios.append([gap / of if of > 1e-6 else math.nan for of in distance.values()])
+            ratios.append([gap / to if to > 1e-6 else math.nan for to in distance.values()])
         row |= {
             f"user_bce/{name}": mean(bce(own, label), weight),
             f"user_auc/{name}": np.mean(areas) if areas else math.nan,

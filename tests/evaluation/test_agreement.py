@@ -24,7 +24,7 @@ def test_the_divergence_keeps_its_digits_where_it_is_small():
 
 
 @pytest.mark.parametrize("known_share", [0.1, 1.0])
-def test_tau_of_many_candidates_is_that_of_scipy_except_for_the_sample(known_share):
+def test_sampled_tau_of_many_candidates_is_near_scipys(known_share):
     generator, shape = np.random.default_rng(5), (100, 400)
     teacher = generator.uniform(size=shape)
     student = (teacher + generator.uniform(size=shape)) / 2
@@ -32,9 +32,11 @@ def test_tau_of_many_candidates_is_that_of_scipy_except_for_the_sample(known_sha
     teacher[generator.uniform(size=shape) > known_share] = np.nan
     known = mask & ~np.isnan(teacher)
     tau, counts = teacher_tau(student, teacher, mask)
-    expected = [
-        kendalltau(s[of], t[of]).statistic for s, t, of in zip(student, teacher, known, strict=True)
-    ]
+    expected = []
+    for row in range(len(student)):
+        is_known = known[row]
+        tau_of_row = kendalltau(student[row, is_known], teacher[row, is_known])
+        expected.append(tau_of_row.statistic)
     assert counts.all()
     error = np.asarray(tau) - expected
     assert np.sqrt(np.mean(error**2)) < (0.1 if known_share < 1 else 0.03)

@@ -46,21 +46,29 @@ def evaluated(teacher, students, batches=BATCHES, **choices):
     return evaluate(teacher, students, batches, ITEMS, Plan(WEIGHTS, SHOWN, **choices))
 
 
-def assert_same(one, other, rtol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5), one, other)
+def assert_same(found, expected):
+    jax.tree.map(
+        lambda leaf, other: np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5),
+        found,
+        expected,
+    )
 
 
 @each_teacher
 def test_students_in_one_pass_are_measured_as_each_in_its_own(teacher):
-    of_teacher, together = evaluated(teacher, [AUX, *STUDENTS.values()])
-    names = {"user", "teacher", "blend"}
-    assert [set(of) for stack in together for of in stack] == [
-        *[names] * 3, {"user"}, names, {"user"},
-    ]  # fmt: skip
-    for stack, found in zip([AUX, *STUDENTS.values()], together, strict=True):
-        same_teacher, (own,) = evaluated(teacher, [stack])
-        assert_same((same_teacher, own), (of_teacher, found))
-    bces = [of.sums["user_bce"] for run in together[0] for of in run.values()]
+    stacks = [AUX, *STUDENTS.values()]
+
+    teacher_in_one_pass, in_one_pass = evaluated(teacher, stacks)
+
+    all_heads = {"user", "teacher", "blend"}
+    heads_by_run = [set(heads) for runs in in_one_pass for heads in runs]
+    assert heads_by_run == [*[all_heads] * 3, {"user"}, all_heads, {"user"}]
+    for stack, found in zip(stacks, in_one_pass, strict=True):
+        teacher_alone, (alone,) = evaluated(teacher, [stack])
+        assert_same(teacher_in_one_pass, teacher_alone)
+        assert_same(found, alone)
+    runs_of_aux = in_one_pass[0]
+    bces = [measured.sums["user_bce"] for heads in runs_of_aux for measured in heads.values()]
     assert len(np.unique(np.array(bces), axis=0)) == 9
 
 
@@ -84,15 +92,19 @@ def test_devices_that_share_the_work_change_nothing(devices, sharded):
     assert_same(found, expected)
 
 
-def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
-    def logged(of):
-        (probability,) = LIVE.serve(TEACHER_PARAMETERS, of.batch, ITEMS).probability.values()
-        weight = np.broadcast_to((of.batch.stage > 0)[..., None], probability.shape)
+def test_a_live_teacher_measures_as_its_logged_probabilities():
+    def logged(evaluation_batch):
+        batch = evaluation_batch.batch
+        (probability,) = LIVE.serve(TEACHER_PARAMETERS, batch, ITEMS).probability.values()
+        weight = np.broadcast_to((batch.stage > 0)[..., None], probability.shape)
         scores = {"teacher_probability": probability, "teacher_weight": weight.astype(np.float32)}
-        return of.replace(batch=of.batch.replace(**jax.device_get(scores)))
+        return evaluation_batch.replace(batch=batch.replace(**jax.device_get(scores)))
+
+    logged_batches = [logged(batch) for batch in BATCHES]
 
     live_teacher, live = evaluated(LIVE, [STUDENTS["shared"]])
-    logged_teacher, from_log = evaluated(None, [STUDENTS["shared"]], [logged(of) for of in BATCHES])
+    logged_teacher, from_log = evaluated(None, [STUDENTS["shared"]], logged_batches)
+
     # The ids in the training of a logged teacher are not known.
     unknown = {"unseen_users": np.nan, "unseen_items": np.nan}
     assert_same(live_teacher.sums | unknown, logged_teacher.sums)
@@ -102,27 +114,39 @@ def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
 def test_the_terms_of_each_request_add_up_to_the_sums():
     batches = [BATCHES[0], evaluation_batch(3, present=3)]
     ks = tuple(range(1, 1 + batches[0].batch.item_id.shape[1]))
-    of_teacher, ((student,),) = evaluated(LIVE, [STUDENTS["shared"]], batches, ks=ks, keep=True)
-    for sums, each in (of_teacher, student["user"]):
-        whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
-        kept = each.sums | each.curves
-        assert {len(of) for of in kept.values()} == {len(BATCHES[0].request_mask) + 3}
+
+    teacher, ((student,),) = evaluated(LIVE, [STUDENTS["shared"]], batches, ks=ks, keep=True)
+
+    for sums, each in (teacher, student["user"]):
+        expected = {name: total for name, total in sums.items() if not name.startswith("bin_")}
+        terms = each.sums | each.curves
+        assert {len(array) for array in terms.values()} == {len(BATCHES[0].request_mask) + 3}
         assert each.curves.keys() >= {"survival", "value_captured", "positives_kept"}
-        assert_same({name: of.sum(axis=0) for name, of in kept.items()}, whole)
+        assert_same({name: array.sum(axis=0) for name, array in terms.items()}, expected)
     # The requests have the order in which they were read.
     _, ((last,),) = evaluated(LIVE, [STUDENTS["shared"]], batches[1:], ks=ks, keep=True)
-    for name, of in last["user"].each.sums.items():
-        np.testing.assert_array_equal(of, student["user"].each.sums[name][-3:], err_msg=name)
+    for name, array in last["user"].each.sums.items():
+        np.testing.assert_array_equal(array, student["user"].each.sums[name][-3:], err_msg=name)
 
 
-def test_only_the_requested_heads_are_measured_and_no_request_kept():
+def test_only_the_requested_heads_are_measured():
     serves = [("blend",), ("teacher", "user"), ()]
-    _, (stack, other) = evaluated(LIVE, [AUX._replace(serves=serves), STUDENTS["none"]])
-    _, (whole,) = evaluated(LIVE, [AUX])
+
+    _, (stack,) = evaluated(LIVE, [AUX._replace(serves=serves)])
+
+    _, (all_heads,) = evaluated(LIVE, [AUX])
     for run, names in enumerate(serves):
         assert stack[run].keys() == {*names}
-        assert_same(stack[run], {name: whole[run][name] for name in names})
-    assert other[0]["user"].each == ({}, {})
+        assert_same(stack[run], {name: all_heads[run][name] for name in names})
+
+
+def test_sums_of_requests_are_kept_only_if_asked_for():
+    _, ((student,),) = evaluated(LIVE, [STUDENTS["none"]])
+
+    assert student["user"].each == ({}, {})
+
+
+def test_without_requests_there_is_no_evaluation():
     with pytest.raises(ValueError, match="no evaluation requests"):
         evaluated(LIVE, [], [])
 
@@ -134,12 +158,20 @@ def test_ids_that_training_did_not_include_are_counted():
     tables["item"] = tables["item"].at[:, 1::2, STUDENT.width].set(0.0)
     tables["user"] = tables["user"].at[:, :, STUDENT.width].set(0.0)
     forgetful = student._replace(parameters=student.parameters.replace(tables=tables))
-    teacher, stacks = evaluated(LIVE, [student, forgetful])
-    of_student, of_forgetful = (stack[0]["user"].sums for stack in stacks)
-    assert teacher.sums["unseen_items"] == 0 == of_student["unseen_items"]
-    there = np.stack([batch.batch.stage for batch in BATCHES]) > 0
-    odd = np.stack([batch.batch.item_id for batch in BATCHES]) % 2 == 1
-    assert of_forgetful["unseen_items"] == (there & odd).sum() > 0
-    assert of_forgetful["candidates"] == there.sum()
-    assert of_forgetful["unseen_users"] == of_forgetful["requests"] > 0
-    assert np.isnan(evaluated(None, [])[0].sums["unseen_items"])
+
+    teacher, ((student_run,), (forgetful_run,)) = evaluated(LIVE, [student, forgetful])
+
+    assert teacher.sums["unseen_items"] == 0
+    assert student_run["user"].sums["unseen_items"] == 0
+    is_candidate = np.stack([batch.batch.stage for batch in BATCHES]) > 0
+    is_odd = np.stack([batch.batch.item_id for batch in BATCHES]) % 2 == 1
+    sums = forgetful_run["user"].sums
+    assert sums["unseen_items"] == (is_candidate & is_odd).sum() > 0
+    assert sums["candidates"] == is_candidate.sum()
+    assert sums["unseen_users"] == sums["requests"] > 0
+
+
+def test_unseen_ids_of_a_logged_teacher_are_unknown():
+    teacher, _ = evaluated(None, [])
+
+    assert np.isnan(teacher.sums["unseen_items"])

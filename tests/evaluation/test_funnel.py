@@ -11,11 +11,13 @@ from kd_ranker.evaluation import funnel
 funnel_curves = jax.jit(funnel.funnel_curves, static_argnums=3)
 
 
-def test_a_diverged_student_gives_nan_only_where_the_teacher_knows_the_candidate() -> None:
+def test_a_diverged_student_is_nan_where_the_teacher_knows() -> None:
     student = np.array([[0.3, np.nan, 0.1], [0.3, np.nan, 0.1]])
     teacher = np.array([[0.5, 0.5, 0.5], [0.5, np.nan, 0.5]])
-    mask, of_shown = np.ones((2, 3), bool), {"value": teacher}
-    curves = funnel_curves(student, teacher, mask, 2, of_shown=of_shown).curves
+    mask = np.ones((2, 3), bool)
+
+    curves = funnel_curves(student, teacher, mask, 2, of_shown={"value": teacher}).curves
+
     assert jnp.isnan(curves["survival"][0]).all()
     assert jnp.isnan(curves["value"][0]).all()
     np.testing.assert_allclose(curves["survival"][1], [0.5, 1.0, 1.0])
@@ -26,8 +28,11 @@ def test_ascending_sorts_as_numpy_does_stably(size):
     rng = np.random.default_rng(size)
     values = rng.normal(size=size).astype(np.float32)
     special = rng.choice(np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], np.float32), size)
-    for of in (values, values.round(), np.where(rng.random(size) < 0.5, special, values)):
-        np.testing.assert_array_equal(funnel.ascending(of), np.argsort(of, kind="stable"))
+    with_ties = values.round()
+    with_special = np.where(rng.random(size) < 0.5, special, values)
+
+    for array in (values, with_ties, with_special):
+        np.testing.assert_array_equal(funnel.ascending(array), np.argsort(array, kind="stable"))
 
 
 def partly_scored(seed):
@@ -40,7 +45,7 @@ def partly_scored(seed):
     return student, teacher, mask, known
 
 
-def test_slots_of_a_part_are_the_fraction_that_the_known_candidates_have():
+def test_slots_follow_the_fraction_of_known_candidates():
     student, teacher, mask, known = partly_scored(0)
 
     weights = funnel.slots_of_part(4, known.sum(axis=1), mask.sum(axis=1))

@@ -95,7 +95,7 @@ def test_rows_and_curves_are_those_of_the_definitions(
                 np.testing.assert_equal(row[name], curve[int(k) - 1], err_msg=name)
 
 
-def test_coverage_is_a_lower_bound_where_the_log_has_no_scores_of_what_was_not_passed():
+def test_without_scores_of_the_rest_coverage_is_a_lower_bound():
     """Two requests of six candidates, in the order of the student; three are shown.
 
     The log scored the three that it passed. With two passed of which one has no score, that one
@@ -121,7 +121,7 @@ def test_coverage_is_a_lower_bound_where_the_log_has_no_scores_of_what_was_not_p
     np.testing.assert_allclose(found, shown_and_passed, rtol=1e-6)
 
 
-def test_row_has_the_measured_columns_of_the_results_in_their_order():
+def test_a_row_has_the_measured_columns_in_their_order():
     row = random_case().row([10, 99])
     others = {
         *results.KEYS,
@@ -205,7 +205,7 @@ KEPT_RATE = Metric(
 )
 
 
-def test_a_metric_that_is_put_into_the_table_is_measured_and_has_its_columns():
+def test_a_registered_metric_is_measured_and_has_columns():
     case = random_case()
     with mock.patch.dict(
         METRICS, kept_rate=KEPT_RATE, other=dataclasses.replace(KEPT_RATE, name="other")

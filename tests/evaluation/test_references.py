@@ -62,21 +62,28 @@ def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path)
     lines = []
     for request in read_requests(dataset, "train"):
         places = len(request.item_id)
-        weight, label, probability = np.zeros(places), np.zeros(places), np.full(places, np.nan)
         shown = len(request.label_weight)
-        weight[:shown], label[:shown] = request.label_weight, request.user_label @ WEIGHTS / 7
-        scored, of_tasks = len(request.teacher_weight), request.teacher_probability
-        proper = (request.teacher_weight > 0) & ((of_tasks >= 0) & (of_tasks <= 1)).all(axis=1)
+        weight = np.zeros(places)
+        weight[:shown] = request.label_weight
+        label = np.zeros(places)
+        label[:shown] = request.user_label @ WEIGHTS / 7
+        value = np.full(places, np.nan)
         if request.teacher_version == "v1":
-            probability[:scored] = np.where(proper, of_tasks @ np.array(WEIGHTS) / 7, np.nan)
-        of_request = {"item": request.item_id, "weight": weight, "liked": weight * label}
-        of_request |= {"passed": np.arange(places) < request.num_passed}
-        of_request |= {"shown": np.arange(places) < shown, "value": probability}
-        lines.append(pd.DataFrame(of_request).assign(
-            first=lambda of: of["value"].rank(ascending=False, method="first") <= SHOWN
-        ))  # fmt: skip
-    of = pd.concat(lines).groupby("item")
-    number, total = of.size(), of.sum()
+            scores = request.teacher_probability
+            is_probability = ((scores >= 0) & (scores <= 1)).all(axis=1)
+            is_proper = (request.teacher_weight > 0) & is_probability
+            scored = len(request.teacher_weight)
+            value[:scored] = np.where(is_proper, scores @ np.array(WEIGHTS) / 7, np.nan)
+        frame = pd.DataFrame({
+            "item": request.item_id, "weight": weight, "liked": weight * label,
+            "passed": np.arange(places) < request.num_passed,
+            "shown": np.arange(places) < shown, "value": value,
+        })  # fmt: skip
+        frame["first"] = frame["value"].rank(ascending=False, method="first") <= SHOWN
+        lines.append(frame)
+    by_item = pd.concat(lines).groupby("item")
+    number = by_item.size()
+    total = by_item.sum()
     expected = {
         "popularity": total["weight"] / total["weight"].max(),
         "show_rate": total["shown"] / (10 + total["passed"]),
@@ -84,8 +91,9 @@ def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path)
         "static_list": total["liked"] / (10 + total["weight"]),
     }
     if version:
-        expected["static_list"] = total["value"] / (10 + of["value"].count())
-        expected["top_rate"] = total["first"] / (10 + of["value"].count())
+        num_scored = by_item["value"].count()
+        expected["static_list"] = total["value"] / (10 + num_scored)
+        expected["top_rate"] = total["first"] / (10 + num_scored)
         assert total["first"].max() > 1
 
     found = lists_of(dataset, WEIGHTS, SHOWN)
@@ -95,7 +103,7 @@ def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path)
         np.testing.assert_allclose(found[name], every, rtol=1e-5, err_msg=name)
 
 
-def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
+def test_if_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
     dataset = built(tmp_path, lambda request, _: {"num_passed": len(request.label_weight)})
     lists = lists_of(dataset, WEIGHTS, SHOWN)
     np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
@@ -128,7 +136,7 @@ def measured(batches):
     """The sums of the references by name."""
     ranker = baseline_ranker(random_lists())
     _, ((summed,),) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
-    return {name: of.sums for name, of in summed.items()}
+    return {name: measured.sums for name, measured in summed.items()}
 
 
 def test_a_rival_with_the_order_of_a_reference_has_its_sums():
@@ -148,29 +156,35 @@ def survival(sums):
     return sums["survival"] / sums["funnel_requests"]
 
 
-def test_references_are_measured_as_the_order_that_they_stand_for():
+def test_a_baseline_is_measured_by_its_own_order():
     """The top k of each, request by request, against the logged teacher's top."""
     batches = [evaluation_batch(seed) for seed in (1, 2)]
     sums = measured(batches)
     assert set(sums) == set(BASELINES)
-    lists = random_lists().items()
-    values = {
-        "oracle": lambda batch: batch.true_probability @ np.array(WEIGHTS),
-        "incumbent": lambda batch: np.nan_to_num(batch.incumbent, nan=-1e38),
-        **{name: lambda batch, of=of: of[batch.batch.item_id] for name, of in lists},
-    }
-    for name, value_of in values.items():
-        kept, counts = np.zeros(12), 0
+    lists = random_lists()
+
+    def values_by(name, batch):
+        """What a baseline orders by [requests, candidates]."""
+        if name == "oracle":
+            return batch.true_probability @ np.array(WEIGHTS)
+        if name == "incumbent":
+            return np.nan_to_num(batch.incumbent, nan=-1e38)
+        return lists[name][batch.batch.item_id]
+
+    for name in ("oracle", "incumbent", *lists):
+        kept = np.zeros(12)
+        num_requests = 0
         for batch, request in itertools.product(batches, range(3)):
-            value, teacher = value_of(batch)[request], batch.batch.teacher_probability[request]
-            there = np.flatnonzero(batch.batch.stage[request] > 0)
-            known = (batch.batch.teacher_weight[request] > 0).all(axis=1)
-            top = [i for i in np.argsort(-(teacher @ np.array(WEIGHTS)), kind="stable")
-                   if known[i] and i in there][:SHOWN]  # fmt: skip
-            order = sorted(there, key=lambda i, value=value: -value[i])
-            counts += bool(top)
+            value = values_by(name, batch)[request]
+            teacher_value = batch.batch.teacher_probability[request] @ np.array(WEIGHTS)
+            candidates = np.flatnonzero(batch.batch.stage[request] > 0)
+            is_known = (batch.batch.teacher_weight[request] > 0).all(axis=1)
+            by_teacher = np.argsort(-teacher_value, kind="stable")
+            top = [place for place in by_teacher if is_known[place] and place in candidates][:SHOWN]
+            order = candidates[np.argsort(-value[candidates], kind="stable")]
+            num_requests += bool(top)
             kept += [len({*top} & {*order[: k + 1]}) / max(len(top), 1) for k in range(12)]
-        np.testing.assert_allclose(survival(sums[name]), kept / counts, rtol=1e-5)
+        np.testing.assert_allclose(survival(sums[name]), kept / num_requests, rtol=1e-5)
     without_truth = measured([evaluation_batch(1, known=False)])
     assert np.isnan(without_truth["oracle"]["survival"]).all()
 
@@ -178,9 +192,7 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
 @pytest.mark.parametrize(("unknown", "known"), [(0.05, True), (0.2, False), (1.0, False)])
 @pytest.mark.parametrize("field", ["incumbent", "true_probability"])
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
-    unknown, known, field, split, tmp_path
-):
+def test_a_baseline_must_know_nearly_all_candidates(unknown, known, field, split, tmp_path):
     """One that orders the others at random would look worse than it is."""
     generator = np.random.default_rng(0)
 
@@ -196,13 +208,16 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
     assert found == tuple(name for name in BASELINES if known or name != absent)
 
 
-def test_random_orders_follow_from_the_request_and_not_from_the_batch():
-    one = evaluation_batch(1)
-    backwards = jax.tree.map(lambda of: of[::-1], one)
-    sums, of_backwards = measured([one]), measured([backwards])
+def test_a_random_order_follows_from_its_request():
+    batch = evaluation_batch(1)
+    backwards = jax.tree.map(lambda array: array[::-1], batch)
+
+    sums = measured([batch])
+    sums_backwards = measured([backwards])
+
     for name in BASELINES:
-        found, same = sums[name]["survival"], of_backwards[name]["survival"]
-        np.testing.assert_allclose(found, same, rtol=1e-5)
+        found = sums_backwards[name]["survival"]
+        np.testing.assert_allclose(found, sums[name]["survival"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("items", "size", "noise"), [(50, 20, 2.0), (50, 2, 0.0), (3, 3, 0.0)])

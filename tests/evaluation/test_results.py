@@ -36,7 +36,7 @@ def test_the_columns_are_the_contracts_in_its_order():
     assert len(set(columns)) == len(columns)
 
 
-def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
+def test_unknown_numbers_are_empty_fields(tmp_path):
     rows = [
         {"mode": "", "seed": None, "step": None, "alignment_ratio": math.nan},
         {"mode": "none", "seed": 0, "step": 20, "alignment_ratio": 1 / 3},
@@ -135,16 +135,22 @@ def test_runs_are_joined_as_they_were_written(tmp_path):
     # Of the second run only shared was chosen, and references are measured beside the first.
     random = row("reference", None, 0, 900.0, 0.0, run="random", split="test")
     tested = [[teacher | on_test, none | on_test, random], [teacher | on_test, shared | on_test]]
-    validation, test = (
-        [write_tables(tmp_path / split / str(at), rows, columns) for at, rows in enumerate(runs)]
-        for split, runs in (("v", [[teacher, none], [teacher, shared, aux]]), ("t", tested))
-    )
+    validation = [
+        write_tables(tmp_path / "validation" / "0", [teacher, none], columns),
+        write_tables(tmp_path / "validation" / "1", [teacher, shared, aux], columns),
+    ]
+    test = [
+        write_tables(tmp_path / "test" / "0", tested[0], columns),
+        write_tables(tmp_path / "test" / "1", tested[1], columns),
+    ]
+
     joined = results.join(validation, test)
+
     expected = [teacher, none, shared, aux, *tested[0], shared | on_test]
     savings = [NAN, 0.0, 0.25, -0.2, NAN, 0.0, NAN, 0.25]
     filled = [
-        of | {"funnel_cost_saving": saving, "saving_over_none": saving}
-        for of, saving in zip(expected, savings, strict=True)
+        row | {"funnel_cost_saving": saving, "saving_over_none": saving}
+        for row, saving in zip(expected, savings, strict=True)
     ]
     assert joined[results.FILE] == results.to_csv(filled, columns)
     # The other tables are those of the test split.
@@ -158,24 +164,28 @@ def labeled(*rows):
     return frame.sort_index()
 
 
-def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the_seeds():
+def test_settings_methods_and_repeats_are_named_by_their_keys():
     first = row("student", "shared", 0, 1.0, 10.0) | {"student.width": 8, "train.steps": 50}
     # Seeds that agree in six digits are different ones.
     same_setting = [{"seed": 20240101}, {"seed": 20240102}, {"data_seed": 1}]
-    same_way = [
+    same_method = [
         {"distill_weight": 3.0}, {"temperature": 2.0}, {"learning_rate": 0.1}, {"train.steps": 9},
         {"serve": "other"}, {"train.steps": None},
     ]  # fmt: skip
-    another_way = [
+    another_method = [
         {"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}, {"user_loss": "softmax"},
         {"unshown_weight": 0.1}, {"student.item_rows": 1048576}, {"student.item_rows": 1048583},
     ]  # fmt: skip
-    frame = labeled(first, *(first | of for of in (*same_setting, *same_way, *another_way)))
-    setting, method = (frame[name].tolist() for name in ("setting", "method"))
-    assert setting[:4] == [setting[0]] * 4
-    assert len(set(setting)) == 1 + len(same_way) + len(another_way)
-    assert method[:10] == [method[0]] * 10
-    assert len(set(method)) == 1 + len(another_way)
+    changes = [*same_setting, *same_method, *another_method]
+
+    frame = labeled(first, *(first | change for change in changes))
+
+    settings = frame["setting"].tolist()
+    assert settings[:4] == [settings[0]] * 4
+    assert len(set(settings)) == 1 + len(same_method) + len(another_method)
+    methods = frame["method"].tolist()
+    assert methods[:10] == [methods[0]] * 10
+    assert len(set(methods)) == 1 + len(another_method)
     assert frame["repeat"].nunique() == 4
 
 
@@ -201,8 +211,8 @@ RANKERS = pd.DataFrame(
 
 
 def test_the_runs_of_the_chosen_settings_with_the_heads_to_read():
-    serves = {"aux-rate0.01": "blend", "none-rate0.1": "user", "shared-rate0.01": "user"}
-    chosen = {f"{name}-seed{seed}": [of] for name, of in serves.items() for seed in (0, 1)}
+    heads = {"aux-rate0.01": "blend", "none-rate0.1": "user", "shared-rate0.01": "user"}
+    chosen = {f"{name}-seed{seed}": [head] for name, head in heads.items() for seed in (0, 1)}
     test = RANKERS[RANKERS["learning_rate"] != 0.1].assign(split="test", passed_for_99=1.0)
     # Whatever the test says.
     for frame in (RANKERS, pd.concat([RANKERS, test])):
@@ -213,7 +223,7 @@ def test_the_runs_of_the_chosen_settings_with_the_heads_to_read():
     assert setting_names.chosen(equals) == setting_names.chosen(equals[::-1])
 
 
-def test_the_best_run_is_the_best_repeat_of_the_setting_that_is_best_on_average():
+def test_the_best_run_is_the_best_repeat_of_the_best_setting():
     test = pd.DataFrame([student("none", 0, 1.0) | {"split": "test"}])
     # Whatever the test says.
     for frame in (RANKERS, pd.concat([RANKERS, test])):
@@ -280,10 +290,10 @@ def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks,
     found = request_files.read_requests(tmp_path)
     np.testing.assert_array_equal(found.ks, ks)
     assert list(found.each) == rankers
-    for who, of in each.items():
-        for here, there in zip(of, found.each[who], strict=True):
-            assert {array.dtype for array in there.values()} == {np.dtype(np.float32)}
-            np.testing.assert_equal(there, here)
+    for ranker, written in each.items():
+        for arrays, arrays_read in zip(written, found.each[ranker], strict=True):
+            assert {array.dtype for array in arrays_read.values()} == {np.dtype(np.float32)}
+            np.testing.assert_equal(arrays_read, arrays)
     # Others read them as tables.
     table = pq.read_table(tmp_path / request_files.REQUEST_CURVES_FILE).to_pandas()
     columns = [f"positives_kept/{task}" for task in tasks]
@@ -293,7 +303,7 @@ def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks,
     np.testing.assert_array_equal(rows[columns], expected)
 
 
-def test_curves_are_kept_at_few_k_from_the_first_to_the_last_with_the_named_ones():
+def test_curves_are_kept_at_few_k_with_the_named_ones():
     ks = request_files.spaced_ks(2000, [200, 333, 5000])
     assert {1, 200, 333, 2000} <= set(ks)
     assert ks == sorted(ks)

@@ -43,16 +43,14 @@ def columns_with(tmp_path, scored, passed=9):
         ((9, 12, 17), None, True),
     ],
 )
-def test_the_funnel_is_measured_where_nearly_all_candidates_have_scores(
-    scored, expected, partly, tmp_path
-):
+def test_the_funnel_counts_requests_scored_nearly_whole(scored, expected, partly, tmp_path):
     found = measurable(columns_with(tmp_path, scored), (1.0, 2.0, 4.0))
 
     requests = found.requests if found.requests is None else found.requests.tolist()
     assert (requests, found.are_partly_scored) == (expected, partly)
 
 
-def test_requests_of_which_all_candidates_were_passed_do_not_count(tmp_path):
+def test_requests_whose_candidates_all_passed_do_not_count(tmp_path):
     columns = columns_with(tmp_path, (20, 9, 9))
     counts = columns.counts._replace(passed=np.array([20, 9, 9]))
 

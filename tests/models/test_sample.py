@@ -5,6 +5,7 @@ binary cross entropy, and central differences of it in place of gradients.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,8 @@ BATCH = ANY_BATCH.replace(
     label_weight=np.ones_like(ANY_BATCH.label_weight),
     teacher_weight=np.ones_like(ANY_BATCH.teacher_weight),
 )
-LABEL, TAUGHT = (
-    array.reshape(ROWS, TASKS).astype(float)
-    for array in (BATCH.user_label, BATCH.teacher_probability)
-)
+LABEL = BATCH.user_label.reshape(ROWS, TASKS).astype(float)
+TAUGHT = BATCH.teacher_probability.reshape(ROWS, TASKS).astype(float)
 
 
 def cross_entropy(logit, label):
@@ -43,38 +42,41 @@ def cross_entropy(logit, label):
     return np.logaddexp(0, logit) - label * logit
 
 
-def sample_logits(of):
+def sample_logits(arrays):
     """The logits [rows, heads], whatever they are for."""
     features = np.repeat(BATCH.user_features.astype(float), CANDIDATES, axis=0)
-    hidden = np.maximum(features @ of["w1"] + of["b1"], 0)
-    interests = (hidden @ of["w2"] + of["b2"]).reshape(ROWS, INTERESTS, WIDTH)
-    item = of["items"][BATCH.item_id.ravel()]
+    hidden = np.maximum(features @ arrays["w1"] + arrays["b1"], 0)
+    interests = (hidden @ arrays["w2"] + arrays["b2"]).reshape(ROWS, INTERESTS, WIDTH)
+    item = arrays["items"][BATCH.item_id.ravel()]
     match = np.einsum("riw,rw->ri", interests, item)
     combined = np.einsum("ri,riw->rw", softmax(match, axis=1), interests)
-    return np.concatenate([combined, item, match], axis=1) @ of["w3"] + of["b3"]
+    return np.concatenate([combined, item, match], axis=1) @ arrays["w3"] + arrays["b3"]
 
 
-def sample_loss(mode, of):
+def sample_loss(mode, arrays):
     """The sum over rows and heads."""
-    logits = sample_logits(of)
+    logits = sample_logits(arrays)
     if mode == "none":
         return cross_entropy(logits, LABEL).sum()
     if mode == "shared":
-        logits = np.concatenate([logits, of["scale"] * logits + of["offset"]], axis=1)
+        transformed = arrays["scale"] * logits + arrays["offset"]
+        logits = np.concatenate([logits, transformed], axis=1)
     return cross_entropy(logits, np.concatenate([LABEL, TAUGHT], axis=1)).sum()
 
 
-def central_differences(function, of, step=1e-5):
+def central_differences(function, arrays, step=1e-5):
     """The gradient of a function of arrays by name, one number at a time."""
-    gradients = {name: np.zeros_like(array) for name, array in of.items()}
-    for name, array in of.items():
-        for place in np.ndindex(array.shape):
-            sides = []
-            for sign in (1, -1):
-                moved = array.copy()
-                moved[place] += sign * step
-                sides.append(function(of | {name: moved}))
-            gradients[name][place] = (sides[0] - sides[1]) / (2 * step)
+    gradients = {name: np.zeros_like(array) for name, array in arrays.items()}
+
+    def moved(name, place, distance):
+        array = arrays[name].copy()
+        array[place] += distance
+        return function(arrays | {name: array})
+
+    for name, gradient in gradients.items():
+        for place in np.ndindex(gradient.shape):
+            difference = moved(name, place, step) - moved(name, place, -step)
+            gradient[place] = difference / (2 * step)
     return gradients
 
 
@@ -104,9 +106,9 @@ def student(mode):
         lambda leaf: jnp.asarray(generator.normal(size=leaf.shape) / 2, jnp.float32),
         (state.parameters.dense, state.parameters.tables["item"]),
     )
-    of_item = dense["item"]["features"]
+    item_layer = dense["item"]["features"]
     for name in ("kernel", "bias"):
-        of_item[name][...] = jnp.zeros_like(of_item[name][...])
+        item_layer[name][...] = jnp.zeros_like(item_layer[name][...])
     item = item.at[..., WIDTH].set(1)  # as if training had met it
     tables = {"user": jnp.zeros_like(state.parameters.tables["user"]), "item": item}
     if state.transform:
@@ -119,9 +121,9 @@ def student(mode):
 def test_logits_loss_and_gradients_are_those_of_the_sample(mode):
     train_spec, state = student(mode)
     before = run_of(state)
-    of = by_name(before)
+    arrays = by_name(before)
     logits = logits_of(train_spec.model, before.parameters, BATCH, random_items(spec=SPEC))
-    np.testing.assert_allclose(logits.reshape(ROWS, -1), sample_logits(of), atol=1e-5)
+    np.testing.assert_allclose(logits.reshape(ROWS, -1), sample_logits(arrays), atol=1e-5)
 
     # A step of plain descent at a rate of 1 goes down by the gradient.
     rates = dict(learning_rate=1, table_learning_rate=1, weight_decay=0, table_weight_decay=0)
@@ -129,11 +131,11 @@ def test_logits_loss_and_gradients_are_those_of_the_sample(mode):
     after, losses = train(train_spec, state, [BATCH], numbers, spec=SPEC)
     # The project's losses are means over rows and over tasks, the sample's are sums.
     summed = ROWS * TASKS
-    np.testing.assert_allclose(losses["loss"] * summed, sample_loss(mode, of), rtol=1e-6)
+    np.testing.assert_allclose(losses["loss"] * summed, sample_loss(mode, arrays), rtol=1e-6)
     moved = by_name(after)
-    gradients = central_differences(lambda of: sample_loss(mode, of), of)
+    gradients = central_differences(functools.partial(sample_loss, mode), arrays)
     assert moved.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        found = (of[name] - moved[name]) * summed
+        found = (arrays[name] - moved[name]) * summed
         np.testing.assert_allclose(found, gradient, atol=5e-5, err_msg=name)
         assert np.abs(gradient).max() > 0.05

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -36,14 +38,14 @@ def mlp(layers, inputs):
     return inputs
 
 
-def category_means(table, spec, of, ids):
+def category_means(table, spec, owner, ids):
     """The mean row of each feature, one value at a time.
 
     Which feature an id is of follows from the id itself, and not from its place.
     """
     means = []
     for start, category in zip(spec.category_starts, spec.categories, strict=True):
-        if category.of == of:
+        if category.of == owner:
             rows = [table[i] for i in ids if start <= i < start + category.size]
             means.append(np.mean(rows, axis=0) if rows else np.zeros(table.shape[1]))
     return means
@@ -76,8 +78,8 @@ def users_and_items(parameters, batch, items, spec):
     """The inputs of the user tower, and the items, one request and one candidate at a time."""
     tables = embedding_tables(parameters, STUDENT.width)
 
-    def means(of, ids):
-        return category_means(tables.get("category"), spec, of, ids)
+    def means(owner, ids):
+        return category_means(tables.get("category"), spec, owner, ids)
 
     users = [
         np.concatenate([tables["user"][user], features, context, *means("request", ids)])
@@ -94,9 +96,9 @@ def users_and_items(parameters, batch, items, spec):
         item_id = batch.item_id[at]
         cheap = items.features[item_id, : spec.cheap_item_features]
         known = np.concatenate([cheap, batch.candidate_features[at]])
-        own = means("item", items.category[item_id])
-        own += means("candidate", batch.candidate_category[at])
-        item[at] = tables["item"][item_id] + known @ kernel + bias + sum(own)
+        categories = means("item", items.category[item_id])
+        categories += means("candidate", batch.candidate_category[at])
+        item[at] = tables["item"][item_id] + known @ kernel + bias + sum(categories)
     return np.array(users), item
 
 
@@ -123,25 +125,28 @@ def two_tower(parameters, users, item):
 def test_a_student_is_its_formula(module, formula, mode, history, spec):
     heads = MODES[mode].heads_per_task * len(SPEC.tasks)
     model, parameters = make_model(module, heads, student(history), spec=spec)
-    batch, items = random_batch(0, spec=spec), random_items(spec=spec)
+    batch = random_batch(0, spec=spec)
+    items = random_items(spec=spec)
     batch.history_mask[0] = False
     users, item = users_and_items(parameters, batch, items, spec)
     users = mlp(parameters.dense["user"]["layers"], users)
     users = users.reshape(len(users), -1, STUDENT.width)
-    expected = [
-        [formula(parameters, of_request, of) for of in of_items]
-        for of_request, of_items in zip(users, item, strict=True)
-    ]
-    np.testing.assert_allclose(logits_of(model, parameters, batch, items), expected, atol=2e-5)
+
+    logits = np.asarray(logits_of(model, parameters, batch, items))
+
+    for request, candidate in np.ndindex(batch.item_id.shape):
+        expected = formula(parameters, users[request], item[request, candidate])
+        np.testing.assert_allclose(logits[request, candidate], expected, rtol=1e-7, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_mean_of_the_history_is_paid_for_once_a_request(name):
     def flops(history, candidates):
         model, parameters = make_model(STUDENTS[name], 3, student(history))
-        batch, items = random_batch(0, 2, candidates), random_items()
-        return saving.flops(lambda *of: score(model, *of), parameters, batch, items)
+        batch = random_batch(0, 2, candidates)
+        return saving.flops(functools.partial(score, model), parameters, batch, random_items())
 
-    more = [flops("mean", candidates) - flops("none", candidates) for candidates in (5, 50)]
-    assert more[0] == pytest.approx(more[1], rel=0.02)
-    assert more[0] > 0
+    added_to_few = flops("mean", 5) - flops("none", 5)
+    added_to_many = flops("mean", 50) - flops("none", 50)
+    assert added_to_few == pytest.approx(added_to_many, rel=0.02)
+    assert added_to_few > 0

@@ -122,7 +122,7 @@ def need_loss(name):
     assert name in LOSSES
 
 
-def test_a_config_file_that_registers_a_loss_runs_where_the_tasks_do(ray, tmp_path, monkeypatch):
+def test_a_config_file_that_registers_a_loss_runs_in_the_tasks(ray, tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "of_mine", None)  # removed when the test ends
     file = tmp_path / "my_loss.py"
     file.write_text(MY_LOSS)

@@ -3,6 +3,8 @@
 import functools
 import json
 import shutil
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -44,8 +46,12 @@ def swept(world):
 
 @pytest.fixture
 def copy_of(tmp_path):
-    """A copy of a workdir, to be changed."""
-    return lambda workdir: shutil.copytree(workdir, tmp_path / "copies" / workdir.name)
+    """Copies a workdir, so that a test may change it."""
+
+    def copy(workdir):
+        return shutil.copytree(workdir, tmp_path / "copies" / workdir.name)
+
+    return copy
 
 
 def table(workdir):
@@ -53,7 +59,7 @@ def table(workdir):
 
 
 def rows_of(workdir, split, role="student"):
-    """The rows of a sweep's results."""
+    """The rows of `results.csv` of a split and a role."""
     frame = table(workdir)
     return frame[(frame["split"] == split) & (frame["role"] == role)]
 
@@ -86,12 +92,15 @@ def written_at(folder):
 
 def run_of(world, name):
     """The workdir of a finished run; a test changes, and runs commands on, a copy alone."""
-    known = {"sweep": world.sweep, "teacher": lambda: world.teacher}
-    return known.get(name, lambda: world.student(name))()
+    if name == "sweep":
+        return world.sweep()
+    if name == "teacher":
+        return world.teacher
+    return world.student(name)
 
 
 def start_again(world, name, workdir):
-    """Starts a run of `run_of` again; False of a sweep that was complete."""
+    """Starts a run of `run_of` again; returns False for a sweep that was complete."""
     if name == "sweep":
         return small.sweep(world.config(**SWEEP), workdir)
     return bool(api.train(world.config(distill__mode=name), workdir).results.empty)
@@ -106,30 +115,57 @@ def student_parameters(workdir):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_train_leaves_what_the_contract_says(world, mode):
-    workdir, config = world.student(mode), world.config(distill__mode=mode)
-    frame, serves = table(workdir), list(MODES[mode].serve)
+def test_train_writes_a_row_per_split_and_head(world, mode):
+    workdir = world.student(mode)
+    config = world.config(distill__mode=mode)
+    heads = list(MODES[mode].serve)
+
+    frame = table(workdir)
+
     assert list(frame.columns) == results.columns(config.tasks, open_job(config).report_at)
     assert frame["split"][frame["role"] == "teacher"].tolist() == ["validation", "test"]
-    frame = frame[frame["role"] == "student"]
-    assert frame["serve"].tolist() == serves * 2
-    splits = [split for split in ("validation", "test") for _ in serves]
-    assert frame["split"].tolist() == splits
-    # The twelve requests of a split are others than those of the other.
-    first, last = (frame["user_bce/watch"][frame["split"] == of] for of in ("validation", "test"))
-    assert (first != last.array).all()
-    assert (set(frame["mode"]), set(frame["step"])) == ({mode}, {config.train.steps})
-    assert frame["user_bce/watch"].between(0, 2).all()
-    assert frame["cost_ratio"].between(0, 0.1).all()
-    assert len(request_files.read_requests(workdir).each) == 1 + len(serves)
-    distilled = mode != "none"
-    assert frame["distill_loss"].notna().all() == distilled
-    assert set(frame["distill_weight"]) == {1.0 if distilled else 0.0}
+    students = frame[frame["role"] == "student"]
+    assert students["serve"].tolist() == heads * 2
+    assert students["split"].tolist() == ["validation"] * len(heads) + ["test"] * len(heads)
+    assert set(students["mode"]) == {mode}
+    assert set(students["step"]) == {config.train.steps}
+    assert len(request_files.read_requests(workdir).each) == 1 + len(heads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_train_measures_each_split_on_its_own_requests(world, mode):
+    bce_on_validation = rows_of(world.student(mode), "validation")["user_bce/watch"]
+    bce_on_test = rows_of(world.student(mode), "test")["user_bce/watch"]
+
+    assert (bce_on_validation != bce_on_test.array).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_train_writes_plausible_numbers(world, mode):
+    frame = table(world.student(mode))
+    students = frame[frame["role"] == "student"]
+    is_distilled = mode != "none"
+
+    assert students["user_bce/watch"].between(0, 2).all()
+    assert students["cost_ratio"].between(0, 0.1).all()
+    assert students["distill_loss"].notna().all() == is_distilled
+    assert set(students["distill_weight"]) == {1.0 if is_distilled else 0.0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_train_leaves_config_checkpoint_and_events(world, mode):
+    workdir = world.student(mode)
+    config = world.config(distill__mode=mode)
 
     assert json.loads((workdir / "config.json").read_text()) == json.loads(config.to_json())
     assert (workdir / "checkpoints" / "20").is_dir()
     assert list(workdir.glob("events.out.tfevents.*"))
-    lines = metrics(workdir)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_train_logs_losses_and_evaluations_in_order(world, mode):
+    lines = metrics(world.student(mode))
+
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
     assert [line["step"] for line in lines if "loss" in line] == [5, 10, 15, 20]
@@ -139,8 +175,11 @@ def test_train_leaves_what_the_contract_says(world, mode):
 def test_the_report_of_single_runs_has_what_that_of_a_sweep_has(world):
     """Intervals over requests, and a saving where there is a baseline."""
     (study,) = read_studies([world.student("none"), world.student("shared")])
-    assert (len(study.teachers), bool(study.kept_requests)) == (1, True)
+
     estimates = Estimates(study)
+
+    assert len(study.teachers) == 1
+    assert study.kept_requests
     assert estimates.gap("shared, weight 1", "none", "passed_for_99").covers == "requests"
     assert np.isfinite(estimates.cost_saved("shared, weight 1", 0.99).low)
 
@@ -148,10 +187,14 @@ def test_the_report_of_single_runs_has_what_that_of_a_sweep_has(world):
 @pytest.mark.parametrize("run", ["shared", "sweep"])
 def test_a_finished_run_is_left_as_it_is(world, copy_of, run):
     workdir = copy_of(run_of(world, run))
-    before, at = files_of(workdir), written_at(workdir)
+    contents_before = files_of(workdir)
+    times_before = written_at(workdir)
+
     assert not start_again(world, run, workdir)
-    assert files_of(workdir) == before
-    assert (written_at(workdir) == at) == (run == "sweep")
+
+    assert files_of(workdir) == contents_before
+    is_untouched = written_at(workdir) == times_before
+    assert is_untouched == (run == "sweep")
 
 
 def log_teacher(world):
@@ -166,46 +209,59 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
     # Adam would take the sign of a gradient that is zero but for rounding for a direction.
     descent = {"name": "sgd", "table_name": "sgd", "learning_rate": 0.3, "table_learning_rate": 3.0}
     changes = {f"optimizer__{key}": value for key, value in descent.items()}
-    live, logged = tmp_path / "live", tmp_path / "logged"
+    live = tmp_path / "live"
+    logged = tmp_path / "logged"
     for workdir in (live, logged):
         config = world.config(distill__mode=mode, teacher__source=workdir.name, **changes)
         api.train(config, workdir)
-    one, other = student_parameters(live), student_parameters(logged)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
-    (group,) = specs.student_stacks({"": config}, datasets.dataset_of(config).spec)
-    start = select_run(group.init().parameters, 0)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), one, start)
-    assert max(jax.tree.leaves(moved)) > 0.02
-    # Of the students: a teacher in a log has no rows of its own for ids.
-    tables = (table(workdir).query("role == 'student'") for workdir in (live, logged))
-    one, other = (of.select_dtypes("number") for of in tables)
-    np.testing.assert_allclose(one, other, rtol=1e-3)
+
+    live_parameters = student_parameters(live)
+    jax.tree.map(
+        lambda left, right: np.testing.assert_allclose(left, right, atol=2e-5),
+        live_parameters,
+        student_parameters(logged),
+    )
+    (stack,) = specs.student_stacks({"": config}, datasets.dataset_of(config).spec)
+    initial = select_run(stack.init().parameters, 0)
+    largest_changes = jax.tree.map(
+        lambda after, before: float(np.abs(after - np.asarray(before)).max()),
+        live_parameters,
+        initial,
+    )
+    assert max(jax.tree.leaves(largest_changes)) > 0.02
+    # The rows of the students: a teacher in a log has no rows of its own for ids.
+    live_numbers = table(live).query("role == 'student'").select_dtypes("number")
+    logged_numbers = table(logged).query("role == 'student'").select_dtypes("number")
+    np.testing.assert_allclose(live_numbers, logged_numbers, rtol=1e-3)
 
 
-def test_students_learn_from_the_scores_of_the_teacher_and_from_no_others(world):
+def test_students_learn_from_their_teachers_scores_alone(world):
     config = world.config()
-    directory, original = log_teacher(world), datasets.dataset_of(config)
+    directory = log_teacher(world)
+    original = datasets.dataset_of(config)
     version = load_teacher(config).version
-    assert f"-teacher-{version}" in directory.name
+
     dataset = datasets.dataset_under(config, original, version)
+
+    assert f"-teacher-{version}" in directory.name
     assert dataset.spec.teacher_version == version
     # teacher.stage=retrieved: every candidate was scored.
     scores = pq.read_table(next(directory.glob("*-train.parquet"))).to_pandas()
     scores = scores.set_index(["request", "item"])
     assert set(scores["version"]) == {version}
     for request in read_requests(dataset, "train"):
-        own = scores.loc[[(request.request_id, item) for item in request.item_id]]
-        names = [f"probability_{task}" for task in dataset.spec.tasks]
-        np.testing.assert_allclose(own[names], request.teacher_probability, rtol=1e-6)
-    sizes = BatchConfig(8, 32, 0.5, 1.0, seed=0)
-    batch = unpack(*next(iter(training_batches(dataset, sizes))))
+        request_scores = scores.loc[[(request.request_id, item) for item in request.item_id]]
+        columns = [f"probability_{task}" for task in dataset.spec.tasks]
+        np.testing.assert_allclose(request_scores[columns], request.teacher_probability, rtol=1e-6)
+    batch_config = BatchConfig(8, 32, 0.5, 1.0, seed=0)
+    batch = unpack(*next(iter(training_batches(dataset, batch_config))))
     assert (np.asarray(batch.teacher_weight) == 1).all()
-    # Requests of the log itself have those that the log had.
+    # The requests of the log itself still have the scores that were logged with them.
     assert len(next(read_requests(original, "train")).teacher_probability) < 100
 
 
 @pytest.fixture
-def apart(world, tmp_path, monkeypatch):
+def own_dataset_config(world, tmp_path, monkeypatch):
     """The config of a dataset that no other test scores, in parts of one batch: 4, 1 and 1."""
     dataset = datasets.dataset_of(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
@@ -216,100 +272,137 @@ def apart(world, tmp_path, monkeypatch):
     return config
 
 
-def test_cohorts_of_two_stages_read_the_scores_of_each(apart):
-    apart.sweep.axes.teacher.stage = ("passed", "retrieved")
-    for stage in apart.sweep.axes.teacher.stage:
-        apart.teacher.stage = stage
-        api.log_teacher(apart)
-    apart.teacher.source = "logged"
-    runs = sweep_runs(apart)
-    built = datasets.dataset_of(apart)
-    for run in runs.values():
+def test_cohorts_of_two_stages_read_the_scores_of_each(own_dataset_config):
+    config = own_dataset_config
+    config.sweep.axes.teacher.stage = ("passed", "retrieved")
+    for stage in config.sweep.axes.teacher.stage:
+        config.teacher.stage = stage
+        api.log_teacher(config)
+    config.teacher.source = "logged"
+
+    built = datasets.dataset_of(config)
+
+    for run in sweep_runs(config).values():
         dataset = open_teaching(run, built).dataset
         assert f"-{run.teacher.stage}/" in dataset.provenance["scored"]
 
 
-def test_finished_scores_are_left_alone_checked_and_replaced(apart, tmp_path, monkeypatch):
-    directory = api.log_teacher(apart).directory
+def test_finished_scores_are_not_computed_again(own_dataset_config, monkeypatch):
+    directory = api.log_teacher(own_dataset_config).directory
+    monkeypatch.setattr(scoring, "_BATCHES", 64)
+    monkeypatch.setattr(scores.Scorer, "write", None)
+
+    assert api.log_teacher(own_dataset_config).directory == directory
+
+
+def test_other_value_weights_replace_all_but_the_columns(own_dataset_config, monkeypatch):
+    config = own_dataset_config
+    directory = api.log_teacher(config).directory
     before = files_of(directory)
     monkeypatch.setattr(scoring, "_BATCHES", 64)
-    with monkeypatch.context() as patch:
-        patch.setattr(scores.Scorer, "write", None)
-        assert api.log_teacher(apart).directory == directory
-    # Scores of other value weights replace these; columns depend on neither these nor on parts.
-    apart.value_weights = tuple(2 * weight for weight in apart.value_weights)
-    assert api.log_teacher(apart).directory == directory
+    config.value_weights = tuple(2 * weight for weight in config.value_weights)
+
+    assert api.log_teacher(config).directory == directory
+
+    # Columns depend on neither the value weights nor the parts in which they are written.
     after = files_of(directory)
     columns = {name for name in before if name.startswith("teacher-")}
     assert len(columns) == 3
-    assert {name for name in after if after[name] == before[name]} == {*columns, scores.FILE}
-    logged = apart.copy_and_resolve_references()
+    unchanged = {name for name in after if after[name] == before[name]}
+    assert unchanged == {*columns, scores.FILE}
+
+
+def test_damaged_scores_are_refused(own_dataset_config, tmp_path):
+    config = own_dataset_config
+    column = api.log_teacher(config).directory / "teacher-test.npy"
+    column.write_bytes(column.read_bytes()[:-1] + b"x")
+    logged = config.copy_and_resolve_references()
     logged.teacher.source = "logged"
-    (directory / "teacher-test.npy").write_bytes(after["teacher-test.npy"][:-1] + b"x")
-    assert "teacher-test.npy has changed; remove the folder" in fault_of(api.log_teacher, apart)
+
+    assert "teacher-test.npy has changed; remove the folder" in fault_of(api.log_teacher, config)
     assert "teacher-test.npy has changed" in fault_of(api.train, logged, tmp_path / "student")
 
 
-def test_scores_of_another_teacher_in_the_folder_of_this_one_are_refused(apart):
-    directory, version = api.log_teacher(apart).directory, load_teacher(apart).version
+def test_another_teachers_scores_are_refused(own_dataset_config):
+    config = own_dataset_config
+    directory = api.log_teacher(config).directory
+    version = load_teacher(config).version
     other = directory.with_name(directory.name.replace(version, "another"))
     directory.rename(other)
-    fault = fault_of(datasets.dataset_under, apart, datasets.dataset_of(apart), "another")
-    found = f"{other} has the scores of teacher {version}, and the teacher is another; remove"
-    assert fault.startswith(found)
+
+    fault = fault_of(datasets.dataset_under, config, datasets.dataset_of(config), "another")
+
+    assert fault.startswith(
+        f"{other} has the scores of teacher {version}, and the teacher is another; remove"
+    )
+
+
+class ExchangedTeacher(NamedTuple):
+    """A teacher's workdir, and the workdir of another teacher that may take its place."""
+
+    workdir: Path
+    other: Path
+
+    def put_other(self):
+        shutil.rmtree(self.workdir)
+        shutil.copytree(self.other, self.workdir)
 
 
 @pytest.fixture
-def exchange(world, tmp_path):
-    """A teacher's workdir, and a function that puts another teacher there."""
+def exchanged(world, tmp_path):
     workdir = tmp_path / "exchanged"
     shutil.copytree(world.teacher, workdir)
     config = world.config(teacher__workdir="", seed=5)
     other = world.made("another_teacher", lambda folder: api.train_teacher(config, folder))
-    return workdir, lambda: shutil.copytree(other, workdir)
+    return ExchangedTeacher(workdir, other)
 
 
 @pytest.mark.parametrize("source", ["live", "logged"])
 @pytest.mark.parametrize("command", [api.train, api.sweep])
 def test_results_under_another_teacher_are_not_taken_for_these(
-    apart, tmp_path, exchange, command, source
+    own_dataset_config, tmp_path, exchanged, command, source
 ):
-    teacher, put_other = exchange
-    changes = {"train.steps": 4, "train.eval_every": 0, "sweep.modes": ("none",)}
-    apart.update_from_flattened_dict(
-        changes | {"teacher.workdir": str(teacher), "teacher.source": source}
-    )
-    workdir, versions = tmp_path / "run", []
-    for last in (False, True):
-        versions.append(load_teacher(apart).version)
+    config = own_dataset_config
+    config.update_from_flattened_dict({
+        "train.steps": 4, "train.eval_every": 0, "sweep.modes": ("none",),
+        "teacher.workdir": str(exchanged.workdir), "teacher.source": source,
+    })  # fmt: skip
+
+    def prepare_teacher():
         if source == "logged":
-            api.log_teacher(apart)
-        if last:
-            break
-        command(apart, workdir)
-        shutil.rmtree(teacher)
-        put_other()
+            api.log_teacher(config)
+        return load_teacher(config).version
+
+    workdir = tmp_path / "run"
+    first_version = prepare_teacher()
+    command(config, workdir)
     before = (workdir / results.FILE).read_bytes()
-    fault = fault_of(command, apart, workdir)
-    assert all(version in fault for version in versions)
+    exchanged.put_other()
+    second_version = prepare_teacher()
+
+    fault = fault_of(command, config, workdir)
+
+    assert first_version in fault
+    assert second_version in fault
     assert "use another --workdir" in fault
     assert (workdir / results.FILE).read_bytes() == before
 
 
-def test_a_complete_sweep_does_not_need_its_teacher(apart, tmp_path, exchange):
-    teacher, _ = exchange
+def test_a_complete_sweep_does_not_need_its_teacher(own_dataset_config, tmp_path, exchanged):
+    config = own_dataset_config
+    teacher = exchanged.workdir
     changes = {"train.steps": 4, "train.eval_every": 0, "teacher.workdir": str(teacher)}
-    apart.update_from_flattened_dict(changes)
-    assert small.sweep(apart, tmp_path / "run")
+    config.update_from_flattened_dict(changes)
+    assert small.sweep(config, tmp_path / "run")
+
     shutil.rmtree(teacher)
-    assert not small.sweep(apart, tmp_path / "run")
+
+    assert not small.sweep(config, tmp_path / "run")
     assert read_studies([tmp_path / "run"])
     assert open_ranker(tmp_path / "run")
 
 
-def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_this(
-    world, copy_of
-):
+def test_a_missing_or_foreign_environment_is_not_known(world, copy_of):
     workdir = copy_of(world.student("none"))
     file = workdir / workdirs.ENVIRONMENT_FILE
 
@@ -318,41 +411,42 @@ def test_an_environment_that_is_gone_or_of_another_run_is_not_taken_for_that_of_
         return study.environments[str(workdir)]
 
     assert environment().values["command"] == "train"
+
     file.write_text(file.read_text().replace('"jax": "', '"jax": "9'))
     assert environment() == (
         {},
         f"Not known: the {file.name} in {workdir} is not that of this run.",
     )
+
     file.unlink()
     assert environment() == ({}, f"Not known: {workdir} holds no {file.name}.")
     # Nothing else depends on it.
     assert manifest.has_provenance(workdir)
 
 
-def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(world, tmp_path):
+def test_a_student_warm_started_from_scores_needs_scores(world, tmp_path):
     """Else it could be the baseline without scores."""
-    steps = {"train.steps": 2, "train.eval_every": 0, "distill.affine": False}
-    # A run, its mode, and the one that it starts from, perhaps moved meanwhile.
-    runs = [
-        ("distilled", "shared", ""),
-        ("once", "none", "distilled"),
-        ("twice", "none", "moved"),
-        ("plain", "none", ""),
-        ("plain_again", "none", "plain"),
-    ]
-    needs_scores = {}
-    for name, mode, before in runs:
+
+    def needs_scores(name, mode, warm_start=""):
+        """Trains a run, perhaps from another one; returns whether its row says so."""
         config = world.config()
-        config.update_from_flattened_dict({**steps, "distill.mode": mode})
-        config.train.warm_start = str(tmp_path / before) if before else ""
+        config.update_from_flattened_dict({
+            "train.steps": 2, "train.eval_every": 0, "distill.affine": False, "distill.mode": mode,
+            "train.warm_start": str(tmp_path / warm_start) if warm_start else "",
+        })  # fmt: skip
         api.train(config, tmp_path / name)
-        students = rows_of(tmp_path / name, "test")
-        (needs_scores[name],) = students["needs_scores"]
-        if name == "once":
-            shutil.rmtree(tmp_path / "distilled")
-            (tmp_path / name).rename(tmp_path / "moved")
-    expected = {"distilled": True, "once": True, "twice": True}
-    assert needs_scores == expected | {"plain": False, "plain_again": False}
+        (needed,) = rows_of(tmp_path / name, "test")["needs_scores"]
+        return needed
+
+    assert needs_scores("distilled", "shared")
+    assert needs_scores("once", "none", warm_start="distilled")
+    # A warm start needs neither the run before the last nor the last one's first place.
+    shutil.rmtree(tmp_path / "distilled")
+    (tmp_path / "once").rename(tmp_path / "moved")
+    assert needs_scores("twice", "none", warm_start="moved")
+    assert not needs_scores("plain", "none")
+    assert not needs_scores("plain_again", "none", warm_start="plain")
+
     (study,) = read_studies([tmp_path / "moved"])
     assert study.baseline not in [*study.rows["setting"]]
     (study,) = read_studies([tmp_path / "plain_again"])
@@ -362,24 +456,31 @@ def test_a_student_that_starts_from_scores_needs_them_whatever_its_own_loss(worl
 def chosen_by_hand(workdir):
     """The (run, serve) of each mode's head with the least mean on validation."""
     chosen = []
-    for _, of_mode in rows_of(workdir, "validation").groupby("mode", sort=False):
-        means = of_mode.groupby("serve", sort=False)["passed_for_99"].mean()
-        of_best = of_mode[of_mode["serve"] == means.idxmin()]
-        chosen += zip(of_best["run"], of_best["serve"], strict=True)
+    for _, mode_rows in rows_of(workdir, "validation").groupby("mode", sort=False):
+        means = mode_rows.groupby("serve", sort=False)["passed_for_99"].mean()
+        best_rows = mode_rows[mode_rows["serve"] == means.idxmin()]
+        chosen += zip(best_rows["run"], best_rows["serve"], strict=True)
     return chosen
 
 
-def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
-    frame, config = table(swept), world.config()
+def test_a_sweeps_table_has_the_teacher_students_and_baselines(world, swept):
+    config = world.config()
+
+    frame = table(swept)
+
+    baselines = ["reference"] * len(BASELINES)
+    validation = ["teacher", *["student"] * 8, *baselines]
+    test = ["teacher", *["student"] * 4, *baselines]
     assert list(frame.columns) == results.columns(config.tasks, open_job(config).report_at)
-    referred = ["reference"] * len(BASELINES)
-    of_splits = [["teacher", *["student"] * number, *referred] for number in (8, 4)]
-    assert frame["role"].tolist() == [role for of in of_splits for role in of]
-    splits = zip(("validation", "test"), of_splits, strict=True)
-    assert frame["split"].tolist() == [split for split, of in splits for _ in of]
-    teachers_steps = frame.loc[frame["role"] == "teacher", "step"]
-    assert teachers_steps.tolist() == [config.teacher.train.steps] * 2
+    assert frame["role"].tolist() == [*validation, *test]
+    assert frame["split"].tolist() == ["validation"] * len(validation) + ["test"] * len(test)
+    teacher_steps = frame.loc[frame["role"] == "teacher", "step"]
+    assert teacher_steps.tolist() == [config.teacher.train.steps] * 2
+
+
+def test_a_sweep_has_one_validation_row_per_run_and_head(swept):
     students = rows_of(swept, "validation")
+
     expected = [
         (mode, serve, seed)
         for mode in ("none", "aux")
@@ -387,41 +488,58 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept
         for serve in MODES[mode].serve
     ]
     assert list(students[["mode", "serve", "seed"]].itertuples(index=False, name=None)) == expected
-    # Heads that do not rank are not charged; the best without scores, a list, costs nothing.
+
+
+def test_heads_that_do_not_rank_are_not_charged(swept):
+    for _, seed_rows in rows_of(swept, "validation").groupby("seed"):
+        flops = seed_rows.set_index(["mode", "serve"])["flops_per_candidate"]
+        assert flops["aux", "user"] == flops["none", "user"]
+        assert flops["aux", "teacher"] == flops["none", "user"]
+        assert flops["aux", "blend"] > flops["none", "user"]
+
+
+def test_a_sweeps_savings_are_against_the_best_list(world, swept):
+    """The best ranker without scores is a list here, and a list costs nothing."""
     (teacher_flops,) = rows_of(swept, "validation", "teacher")["flops_per_candidate"]
-    references = rows_of(swept, "validation", "reference").set_index("run")["passed_for_99"]
-    without = references[["incumbent", "popularity", "show_rate", "pass_rate"]].min()
-    for _, of_seed in students.groupby("seed"):
-        row = of_seed.set_index(["mode", "serve"])
-        flops, of_none = row["flops_per_candidate"], row["flops_per_candidate"]["none", "user"]
-        assert flops["aux", "user"] == flops["aux", "teacher"] == of_none < flops["aux", "blend"]
-        cost = config.funnel.retrieved * flops + row["passed_for_99"] * teacher_flops
-        saving = 1 - cost / (without * teacher_flops)
-        np.testing.assert_allclose(row["funnel_cost_saving"], saving, atol=1e-5)
+    baselines = rows_of(swept, "validation", "reference").set_index("run")["passed_for_99"]
+    passed_by_best = baselines[["incumbent", "popularity", "show_rate", "pass_rate"]].min()
+    students = rows_of(swept, "validation")
+    student_flops = world.config().funnel.retrieved * students["flops_per_candidate"]
+
+    cost = student_flops + students["passed_for_99"] * teacher_flops
+
+    saving = 1 - cost / (passed_by_best * teacher_flops)
+    np.testing.assert_allclose(students["funnel_cost_saving"], saving, atol=1e-5)
 
 
-def test_the_test_is_read_by_chosen_settings_alone_as_each_run_measures_on_it(world, swept):
+def test_the_test_split_is_read_by_chosen_settings_alone(swept):
+    tested = rows_of(swept, "test").set_index(["run", "serve"])
+
+    assert sorted(tested.index) == sorted(chosen_by_hand(swept))
+    baselines = {(name, "user") for name in BASELINES}
+    kept = request_files.read_requests(swept / "cohorts" / "0" / "test").each
+    assert kept.keys() == {*tested.index, ("teacher", "user"), *baselines}
+
+
+def test_a_tested_run_has_the_numbers_of_a_pass_over_all_heads(world, swept):
     config = world.config(**SWEEP)
     tested = rows_of(swept, "test").set_index(["run", "serve"])
-    assert sorted(tested.index) == sorted(chosen_by_hand(swept))
     job = open_job(config, sweep_runs(config))
     states, step = job.restored(swept / "cohorts" / "0")
     assert step == config.train.steps
-    # All heads, in a pass without references.
-    every = measure.measure(job, "test", states)
-    kept_of_sweep = request_files.read_requests(swept / "cohorts" / "0" / "test").each
-    for row in every.rows:
-        who = row["run"], row["serve"]
-        if who not in tested.index:
+
+    measured = measure.measure(job, "test", states)
+
+    for row in measured.rows:
+        ranker = (row["run"], row["serve"])
+        if ranker not in tested.index:
             continue
-        numbers = [name for name in tested if isinstance(row.get(name), float)]
-        assert len(numbers) > 20
+        columns = [name for name in tested if isinstance(row.get(name), float)]
+        assert len(columns) > 20
         np.testing.assert_allclose(
-            tested.loc[who, numbers].astype(float), [row[name] for name in numbers],
+            tested.loc[ranker, columns].astype(float), [row[name] for name in columns],
             rtol=1e-5, atol=1e-7, equal_nan=True,
         )  # fmt: skip
-    referred = {(name, "user") for name in BASELINES}
-    assert kept_of_sweep.keys() == {*tested.index, ("teacher", "user"), *referred}
 
 
 def test_references_are_measured_as_what_they_know_allows(swept):
@@ -435,7 +553,7 @@ def test_references_are_measured_as_what_they_know_allows(swept):
         assert references.loc["oracle", name] >= rows_of(swept, split)[name].max()
 
 
-def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(world, tmp_path):
+def test_a_logged_teacher_without_workdir_has_no_seed_or_step(world, tmp_path):
     config = world.config(**SWEEP, teacher__source="logged", teacher__workdir="")
     config.update(sweep={"modes": ("none",), "seeds": (0,)})
     api.sweep(config, tmp_path)
@@ -450,18 +568,16 @@ def test_a_run_of_a_sweep_is_the_student_that_train_makes(world, swept):
     for mode in ("none", "aux"):
         keys = ["split", "serve"]
         alone = table(world.student(mode)).query("role == 'student'").set_index(keys)
-        of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)].set_index(keys)
-        assert len(of_sweep) > len(MODES[mode].serve)
-        compared = alone.select_dtypes("number").columns.difference([*SAVINGS, "run"])
+        in_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)].set_index(keys)
+        assert len(in_sweep) > len(MODES[mode].serve)
+        columns = alone.select_dtypes("number").columns.difference([*SAVINGS, "run"])
         np.testing.assert_allclose(
-            of_sweep[compared].astype(float), alone.loc[of_sweep.index, compared],
+            in_sweep[columns].astype(float), alone.loc[in_sweep.index, columns],
             rtol=2e-3, atol=1e-6,
         )  # fmt: skip
 
 
-def test_rivals_are_measured_without_training_and_validation_chooses_their_settings(
-    world, swept, copy_of
-):
+def test_rivals_need_no_training_and_are_chosen_on_validation(world, swept, copy_of):
     workdir = copy_of(swept)
     rivals = {"sweep__rivals": ("trees", "ease")}
     checkpoints = sorted(workdir.rglob("checkpoints/*"))
@@ -471,7 +587,8 @@ def test_rivals_are_measured_without_training_and_validation_chooses_their_setti
     assert sorted(workdir.rglob("checkpoints/*")) == checkpoints
     rows = results.read_csv(workdir / results.FILE)
     rows = rows[(rows["role"] == "reference") & ~rows["run"].isin(BASELINES)]
-    validation, test = (rows[rows["split"] == split] for split in ("validation", "test"))
+    validation = rows[rows["split"] == "validation"]
+    test = rows[rows["split"] == "test"]
     for family, settings in validation.groupby(validation["run"].str.partition(":")[0]):
         best = settings.loc[settings["passed_for_99"].idxmin()]
         (tested,) = test.loc[test["run"].str.startswith(family), "run"]
@@ -485,7 +602,7 @@ def test_rivals_are_measured_without_training_and_validation_chooses_their_setti
     assert not small.sweep(world.config(**SWEEP, **rivals), workdir)
 
 
-def test_a_rival_that_does_not_apply_ends_a_sweep_before_it_trains(world, tmp_path):
+def test_an_inapplicable_rival_ends_a_sweep_before_training(world, tmp_path):
     config = world.config(**SWEEP, sweep__rivals=("fusion",))
 
     with pytest.raises(UserError, match="'fusion', which does not apply"):
@@ -494,31 +611,42 @@ def test_a_rival_that_does_not_apply_ends_a_sweep_before_it_trains(world, tmp_pa
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, copy_of):
+def test_own_costs_change_savings_alone_and_train_nothing(world, swept, copy_of):
     workdir = copy_of(swept)
     costs = {"costs__teacher__candidate": 2.0, "costs__student__candidate": 0.5}
     before = written_at(workdir / "cohorts")
+
     assert small.sweep(world.config(**SWEEP, **costs), workdir)
+
     assert written_at(workdir / "cohorts") == before
-    one, other = (table(of).drop(columns=list(SAVINGS)) for of in (swept, workdir))
-    pd.testing.assert_frame_equal(one, other)
-    ends = (table(of).query("mode == 'aux'")["saving_over_none"] for of in (swept, workdir))
-    assert not next(ends).equals(next(ends))
+    in_flops = table(swept)
+    in_own_costs = table(workdir)
+    pd.testing.assert_frame_equal(
+        in_flops.drop(columns=list(SAVINGS)), in_own_costs.drop(columns=list(SAVINGS))
+    )
+    saving_in_flops = in_flops.query("mode == 'aux'")["saving_over_none"]
+    saving_in_own_costs = in_own_costs.query("mode == 'aux'")["saving_over_none"]
+    assert not saving_in_flops.equals(saving_in_own_costs)
     assert not small.sweep(world.config(**SWEEP, **costs), workdir)
 
 
 # One more setting: the mode none does not read the weight.
-MORE = SWEEP | {
+EXTENDED = SWEEP | {
     "sweep__modes": (),
-    "sweep__runs": tuple(
-        {"distill.mode": mode, "distill.weight": weight}
-        for mode, weight in (("none", 1.0), ("aux", 1.0), ("aux", 4.0))
+    "sweep__runs": (
+        {"distill.mode": "none", "distill.weight": 1.0},
+        {"distill.mode": "aux", "distill.weight": 1.0},
+        {"distill.mode": "aux", "distill.weight": 4.0},
     ),
     "sweep__extend": True,
 }
 
 
-def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_runs_alone(world, swept, copy_of):
+def runs_on_test(workdir):
+    return set(rows_of(workdir, "test")["run"])
+
+
+def test_an_extended_sweep_trains_the_new_runs_alone(world, swept, copy_of):
     workdir = copy_of(swept)
     cohort = workdir / "cohorts" / "0"
     # As if its own `aux` had been found to be bad on validation.
@@ -528,27 +656,29 @@ def test_a_sweep_that_is_extended_trains_and_tests_the_better_new_runs_alone(wor
     written = manifest.read(cohort, "")
     manifest.write(cohort, written["provenance"], written["files"])
     before = written_at(cohort)
-    assert small.sweep(world.config(**MORE), workdir)
+
+    assert small.sweep(world.config(**EXTENDED), workdir)
+
     changed = before.items() - written_at(cohort).items()
     assert {path.parent.name for path, _ in changed} == {"test"}
-    old, new = (rows_of(of, "validation").reset_index(drop=True) for of in (swept, workdir))
-    assert set(new["run"]) - set(old["run"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
+    old = rows_of(swept, "validation").reset_index(drop=True)
+    new = rows_of(workdir, "validation").reset_index(drop=True)
+    assert set(new["run"]) - set(old["run"]) == {"aux-weight4.0-seed0", "aux-weight4.0-seed1"}
     compared = old.columns.difference(["passed_for_99", *SAVINGS])
     assert new[: len(old)][compared].equals(old[compared])
     assert table(workdir).query("role == 'student'")["funnel_cost_saving"].notna().all()
-    for of, weight in ((swept, 1.0), (workdir, 4.0)):
-        tested = {
-            f"{name}-seed{seed}" for name in ("none", f"aux-weight{weight}") for seed in (0, 1)
-        }
-        assert set(rows_of(of, "test")["run"]) == tested
-    # The same again has nothing to do, with and without the word.
-    assert not small.sweep(world.config(**MORE), workdir)
-    assert not small.sweep(world.config(**MORE | {"sweep__extend": False}), workdir)
+    # The better setting of mode aux is read on the test, in place of the one before.
+    none = {"none-seed0", "none-seed1"}
+    assert runs_on_test(swept) == none | {"aux-weight1.0-seed0", "aux-weight1.0-seed1"}
+    assert runs_on_test(workdir) == none | {"aux-weight4.0-seed0", "aux-weight4.0-seed1"}
+    # The same again has nothing to do, with and without `sweep.extend`.
+    assert not small.sweep(world.config(**EXTENDED), workdir)
+    assert not small.sweep(world.config(**EXTENDED | {"sweep__extend": False}), workdir)
     # One that died before its results were joined is not complete.
     complete = files_of(workdir)
     for name in (*TABLES, manifest.FILE):
         remove(workdir / name)
-    assert small.sweep(world.config(**MORE), workdir)
+    assert small.sweep(world.config(**EXTENDED), workdir)
     assert files_of(workdir) == complete
 
 
@@ -560,8 +690,8 @@ PARTS = {
 }
 
 
-def part_of(world, workdir, part, **changes):
-    """The lines on that part of a sweep."""
+def run_part(world, workdir, part, **changes):
+    """Runs a part of a sweep; returns the lines that it shows."""
     lines = []
     config = world.config(**PARTS | changes, sweep__part=part)
     api.sweep(config, workdir, show=lines.append)
@@ -570,52 +700,76 @@ def part_of(world, workdir, part, **changes):
 
 def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
     """Each part as a job of its own would do it, and in any order."""
-    whole, workdir = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    workdir = tmp_path / "parts"
     api.sweep(world.config(**PARTS), whole)
-    part = functools.partial(part_of, world, workdir)
-    fault = functools.partial(fault_of, part)
-    for name in ("0", "join"):
-        assert fault(name).startswith(f"{workdir} has no cohort for 2 of the sweep's 2 runs; se")
-    assert not workdir.exists()
-    assert part("plan") == ["cohorts: 2", "numbers: 0-1"]
-    assert not (workdir / "cohorts").exists()
-    assert fault("2").endswith(f"the sweep in {workdir} has 2 cohorts, numbered from 0 to 1")
-    assert "train.steps (4 there, 5 now)" in fault("0", train__steps=5)
-    for _ in range(2):
-        assert part("1") == ["cohort 1 of 2 is trained"]
-    lacking = f"{workdir} lacks 1 of its 2 cohorts: 0; train each by its number, as sweep.part=0"
-    assert fault("join") == lacking
-    assert not (workdir / results.FILE).exists()
-    part("0")
-    assert part("join") == []
+    run = functools.partial(run_part, world, workdir)
+
+    run("plan")
+    run("1")
+    run("0")
+    assert run("join") == []
+
     assert (workdir / results.FILE).read_bytes() == (whole / results.FILE).read_bytes()
-    for name in ("plan", "join", ""):
-        assert "is complete; there is nothing to do" in part(name)[0]
+    for part in ("plan", "join", ""):
+        assert "is complete; there is nothing to do" in run(part)[0]
+
+
+def test_a_part_before_the_plan_is_refused(world, tmp_path):
+    workdir = tmp_path / "parts"
+
+    for part in ("0", "join"):
+        fault = fault_of(run_part, world, workdir, part)
+        assert fault.startswith(f"{workdir} has no cohort for 2 of the sweep's 2 runs; se")
+
+    assert not workdir.exists()
+
+
+def test_the_plan_of_a_sweep_names_its_cohorts(world, tmp_path):
+    assert run_part(world, tmp_path, "plan") == ["cohorts: 2", "numbers: 0-1"]
+
+    assert not (tmp_path / "cohorts").exists()
+    fault = fault_of(run_part, world, tmp_path, "2")
+    assert fault.endswith(f"the sweep in {tmp_path} has 2 cohorts, numbered from 0 to 1")
+    fault = fault_of(run_part, world, tmp_path, "0", train__steps=5)
+    assert "train.steps (4 there, 5 now)" in fault
+
+
+def test_a_trained_cohort_is_left_and_a_missing_one_is_named(world, tmp_path):
+    run_part(world, tmp_path, "plan")
+
+    for _ in range(2):
+        assert run_part(world, tmp_path, "1") == ["cohort 1 of 2 is trained"]
+
+    lacking = f"{tmp_path} lacks 1 of its 2 cohorts: 0; train each by its number, as sweep.part=0"
+    assert fault_of(run_part, world, tmp_path, "join") == lacking
+    assert not (tmp_path / results.FILE).exists()
 
 
 def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path):
-    part_of(world, tmp_path, "plan")
+    run_part(world, tmp_path, "plan")
     first = tmp_path / "cohorts" / "0"
+
     with hold(first):
-        assert part_of(world, tmp_path, "1")
+        assert run_part(world, tmp_path, "1")
         for part in ("0", "", "join"):
-            assert fault_of(part_of, world, tmp_path, part).startswith(f"{first} is held by")
+            assert fault_of(run_part, world, tmp_path, part).startswith(f"{first} is held by")
     with hold(tmp_path):
-        assert fault_of(part_of, world, tmp_path, "join").startswith(f"{tmp_path} is held by")
-        assert part_of(world, tmp_path, "0")
+        assert fault_of(run_part, world, tmp_path, "join").startswith(f"{tmp_path} is held by")
+        assert run_part(world, tmp_path, "0")
+
     assert not list(tmp_path.rglob(".lock"))
 
 
-def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
-    """Two groups of two runs, on four devices: a mesh of two by two."""
-    keys = ["split", "run", "serve"]
+def test_a_sweep_resumes_on_fewer_devices_and_ends_the_same(world, swept, tmp_path):
+    """Two stacks of two runs, on four devices: a mesh of two by two."""
     sweep = {**SWEEP, "train__eval_every": 10, "sweep__weights": (1.0,)}
     config = world.config(**sweep, parallel__devices=4)
-    saved = checkpoints.save
+    save = checkpoints.save
 
-    def save_and_die(of, step, state, *rest):
-        saved(of, step, state, *rest)
-        assert [len(of_group.non_finite_step) for of_group in state] == [2, 2]
+    def save_and_die(saved, step, states, *rest):
+        save(saved, step, states, *rest)
+        assert [len(state.non_finite_step) for state in states] == [2, 2]
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -624,20 +778,27 @@ def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, sw
             api.sweep(config, tmp_path)
     config.parallel.update({"devices": 2, "runs": 2})
     api.sweep(config, tmp_path)
-    spread, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
-    assert sorted(spread.index) == sorted(whole.index)
-    numbers = whole.select_dtypes("number").columns
+
+    keys = ["split", "run", "serve"]
+    resumed = table(tmp_path).set_index(keys)
+    expected = table(swept).set_index(keys)
+    assert sorted(resumed.index) == sorted(expected.index)
+    columns = expected.select_dtypes("number").columns
     np.testing.assert_allclose(
-        spread.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
-    )
+        resumed.loc[expected.index, columns], expected[columns],
+        rtol=2e-3, atol=1e-6, equal_nan=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("rates", [(0.01, 1e30), (1e30,)])
 def test_runs_that_diverge_are_marked_and_the_others_go_on(world, tmp_path, caplog, rates):
     axes = {"sweep__modes": ("shared",), "sweep__axes__optimizer__learning_rate": rates}
     config = world.config(**axes, train__log_every=1)
+
     api.sweep(config, tmp_path)
-    frame, students = table(tmp_path), rows_of(tmp_path, "validation").set_index("run")
+
+    frame = table(tmp_path)
+    students = rows_of(tmp_path, "validation").set_index("run")
     diverged = students["learning_rate"] > 1
     assert (students["non_finite_step"].notna() == diverged).all()
     assert students.loc[~diverged, "passed_for_99"].notna().all()
@@ -661,26 +822,31 @@ def test_runs_that_diverge_are_marked_and_the_others_go_on(world, tmp_path, capl
 def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
     axes = {"sweep__modes": ("none", "shared"), "sweep__seeds": (0, 2)}
     config = world.config(**axes, sweep__whole_repeats=True, teacher__workdir="")
-    made = api.run(config, tmp_path / "whole").students.workdir
-    # A repeat is that of its three seeds, set by hand.
-    alone = {"seed": 2, "batch__seed": 2, "teacher__batch__seed": 2}
+    # A repeat is the sweep with its three seeds, set by hand.
+    seeds = {"seed": 2, "batch__seed": 2, "teacher__batch__seed": 2}
     teacher = tmp_path / "teacher"
-    api.train_teacher(world.config(**alone), teacher)
-    by_hand = {**axes, **alone, "teacher__workdir": str(teacher), "sweep__seeds": (2,)}
-    api.sweep(world.config(**by_hand), tmp_path / "alone")
+    api.train_teacher(world.config(**seeds), teacher)
+    by_hand = {**axes, **seeds, "teacher__workdir": str(teacher), "sweep__seeds": (2,)}
+    alone = tmp_path / "alone"
+    api.sweep(world.config(**by_hand), alone)
+
+    whole = api.run(config, tmp_path / "whole").students.workdir
+
     for split in ("validation", "test"):
-        students = rows_of(made, split)
-        assert students["seed"].tolist() == students["data_seed"].tolist() == [0, 0, 2, 2]
+        students = rows_of(whole, split)
+        assert students["seed"].tolist() == [0, 0, 2, 2]
+        assert students["data_seed"].tolist() == [0, 0, 2, 2]
         for role in ("student", "teacher", "reference"):
-            rows = rows_of(made, split, role)
+            rows = rows_of(whole, split, role)
             assert set(rows["seed"]) == {0, 2}
-            expected = rows_of(tmp_path / "alone", split, role).reset_index(drop=True)
-            found = rows[rows["seed"] == 2].reset_index(drop=True)
-            # Its baseline is the best over all repeats: of one repeat, a list may be.
-            of_all = ["funnel_cost_saving"]
-            pd.testing.assert_frame_equal(found.drop(columns=of_all), expected.drop(columns=of_all))
+            # The baseline is the best over all repeats, and may be another one in a single repeat.
+            repeat = rows[rows["seed"] == 2].drop(columns="funnel_cost_saving")
+            expected = rows_of(alone, split, role).drop(columns="funnel_cost_saving")
+            pd.testing.assert_frame_equal(
+                repeat.reset_index(drop=True), expected.reset_index(drop=True)
+            )
     # Each is measured, and its requests are drawn anew, by its own teacher.
-    (study,) = read_studies([made])
+    (study,) = read_studies([whole])
     estimates = Estimates(study)
     for setting in study.chosen.values():
         assert estimates.of(setting, "passed_for_99").covers == "both"
@@ -690,13 +856,16 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
 def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
     """Killed while it saves, in its second cohort, and in the test of the first."""
     axes = {**SWEEP, "sweep__cohort_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     api.sweep(world.config(**axes), whole)
     flags = world.flags(killed, **axes)
+
     for moment, name, at in (("saving", "0", 20), ("logging", "1", 15), ("writing", "test", 2)):
         small.run_and_kill("experiments.sweep", moment, name, at, flags)
         assert not (killed / results.FILE).exists()
     assert small.sweep(world.config(**axes), killed)
+
     assert_same_results(killed, whole)
 
 
@@ -717,113 +886,172 @@ def damage(path):
         file.write_bytes(content)
 
 
-# A run, what is removed and what is damaged in it, and the file of that which `report` names.
-MADE_AGAIN = {
-    "student": ("shared", ["results.csv"], "checkpoints/20", ""),
-    # Students that are lost before the test.
-    "students": ("sweep", ["cohorts/0/test", "manifest.json"], "cohorts/0/checkpoints/20", ""),
-    "joined": ("sweep", ["cohorts/0/test/manifest.json"], "results.csv", "results.csv"),
-    "cohort": ("sweep", ["calibration.csv"], "cohorts/0/results.csv", ""),
-    "test": ("sweep", [], *["cohorts/0/test/results.csv"] * 2),
-}
+def test_a_student_is_made_again_from_its_last_whole_checkpoint(world, copy_of):
+    whole = world.student("shared")
+    workdir = copy_of(whole)
+    damage(workdir / "checkpoints" / "20")
+    remove(workdir / results.FILE)
+
+    start_again(world, "shared", workdir)
+
+    assert_same_results(workdir, whole)
+    student_parameters(workdir)  # asserts that they are of the last step
 
 
 @pytest.mark.parametrize(
-    ("run", "removed", "damaged", "named"), MADE_AGAIN.values(), ids=MADE_AGAIN
+    ("removed", "damaged"),
+    [
+        # Students that are lost before the test.
+        (["cohorts/0/test", "manifest.json"], "cohorts/0/checkpoints/20"),
+        (["cohorts/0/test/manifest.json"], "results.csv"),
+        (["calibration.csv"], "cohorts/0/results.csv"),
+        ([], "cohorts/0/test/results.csv"),
+    ],
+    ids=["students", "joined", "cohort", "test"],
 )
-def test_what_is_lost_or_damaged_is_made_again(
-    world, copy_of, tmp_path, run, removed, damaged, named
-):
-    whole = run_of(world, run)
-    workdir = copy_of(whole)
+def test_what_a_sweep_lost_is_made_again(world, swept, copy_of, removed, damaged):
+    workdir = copy_of(swept)
     damage(workdir / damaged)
-    if named:
-        fault = fault_of(api.report, workdir, output=tmp_path / "report")
-        assert f"{workdir / named} has changed; start the command that made it again" in fault
     for name in removed:
         remove(workdir / name)
-    start_again(world, run, workdir)
-    assert_same_results(workdir, whole)
-    if run == "sweep":
-        assert not start_again(world, run, workdir)
-    else:
-        student_parameters(workdir)  # of the last step
+
+    start_again(world, "sweep", workdir)
+
+    assert_same_results(workdir, swept)
+    assert not start_again(world, "sweep", workdir)
 
 
-def replace(name, old, new):
-    """Changes a text in a file of a workdir."""
+@pytest.mark.parametrize("file", ["results.csv", "cohorts/0/test/results.csv"])
+def test_a_report_names_a_damaged_file_of_a_sweep(swept, copy_of, tmp_path, file):
+    workdir = copy_of(swept)
+    damage(workdir / file)
 
-    def change(workdir):
-        text = (workdir / name).read_text()
-        assert old in text
-        (workdir / name).write_text(text.replace(old, new, 1))
+    fault = fault_of(api.report, workdir, output=tmp_path / "report")
 
-    return change
-
-
-def nothing(workdir):
-    pass
+    assert f"{workdir / file} has changed; start the command that made it again" in fault
 
 
-def train_student_of(config, teacher):
-    """Trains a student beside its teacher."""
+def replace(path, old, new):
+    """Changes a text in a file, once."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "message"),
+    [
+        (api.sweep, {"train__steps": 30, "sweep__weights": (1.0, 2.0)},
+         "sweep.weights ([] there, [1.0, 2.0] now), train.steps (20 there, 30 now)"),
+        (api.sweep, {"sweep__seeds": (0,), "sweep__extend": True},
+         "none-seed1, which config.sweep does not name"),
+        (api.train, {}, "belongs to a run of sweep"),
+        (api.train_teacher, {}, "belongs to a run of sweep"),
+    ],
+)  # fmt: skip
+def test_another_run_in_a_sweeps_workdir_is_refused(
+    world, swept, copy_of, command, changes, message
+):
+    workdir = copy_of(swept)
+    before = files_of(workdir / "cohorts")
+
+    assert message in fault_of(command, world.config(**SWEEP | changes), workdir)
+
+    assert files_of(workdir / "cohorts") == before
+
+
+def test_a_cohort_under_another_plan_is_refused(world, swept, copy_of):
+    workdir = copy_of(swept)
+    replace(workdir / "cohorts.json", "seed0", "seed1")
+    before = files_of(workdir / "cohorts")
+
+    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
+
+    assert "20 belongs to another run: config (" in fault
+    assert files_of(workdir / "cohorts") == before
+
+
+def fault_of_student(config, teacher):
+    """The fault of training a student of a teacher; nothing is written."""
     config.teacher.workdir = str(teacher)
     api.prepare(config)
-    api.train(config, teacher.parent / "student")
+    student = teacher.parent / "student"
+    fault = fault_of(api.train, config, student)
+    assert not student.exists()
+    return fault
 
 
-# A finished run, what is changed in it, a command that gets its workdir, keys, and the message.
-REFUSED = [
-    ("sweep", replace("cohorts.json", "seed0", "seed1"), api.sweep, SWEEP,
-     "20 belongs to another run: config ("),
-    ("sweep", nothing, api.sweep, SWEEP | {"train__steps": 30, "sweep__weights": (1.0, 2.0)},
-     "sweep.weights ([] there, [1.0, 2.0] now), train.steps (20 there, 30 now)"),
-    ("sweep", nothing, api.sweep, SWEEP | {"sweep__seeds": (0,), "sweep__extend": True},
-     "none-seed1, which config.sweep does not name"),
-    ("sweep", nothing, api.train, SWEEP, "belongs to a run of sweep"),
-    ("sweep", nothing, api.train_teacher, SWEEP, "belongs to a run of sweep"),
-    ("teacher", nothing, train_student_of, {"tasks": ("watch",), "value_weights": (1.0,)},
-     "for watch; make one with: kd-ranker train-teacher"),
-    ("teacher", replace("config.json", '"seed": 0', '"seed": 5'), train_student_of, {},
-     "config.json has changed"),
-    ("none", nothing, train_student_of, {}, "holds a student, not a teacher; make one"),
-    ("teacher", lambda workdir: remove(workdir / "checkpoints" / "20"), train_student_of, {},
-     "stopped at step 10 of 20; finish it with: kd-ranker train"),
-]  # fmt: skip
+def test_a_teacher_of_other_tasks_is_refused(world, copy_of):
+    teacher = copy_of(world.teacher)
+    config = world.config(tasks=("watch",), value_weights=(1.0,))
+
+    fault = fault_of_student(config, teacher)
+
+    assert "for watch; make one with: kd-ranker train-teacher" in fault
 
 
-@pytest.mark.parametrize(("run", "change", "command", "keys", "message"), REFUSED)
-def test_a_run_that_is_not_the_configs_is_refused_and_stays(
-    world, copy_of, run, change, command, keys, message
-):
-    change(workdir := copy_of(run_of(world, run)))
-    before = files_of(workdir / "cohorts")
-    assert message in fault_of(command, world.config(**keys), workdir)
-    assert files_of(workdir / "cohorts") == before
-    assert not (workdir.parent / "student").exists()
+def test_a_teacher_with_a_changed_config_is_refused(world, copy_of):
+    teacher = copy_of(world.teacher)
+    replace(teacher / "config.json", '"seed": 0', '"seed": 5')
+
+    assert "config.json has changed" in fault_of_student(world.config(), teacher)
 
 
-@pytest.mark.parametrize("command", [api.train_teacher, api.train, api.sweep, api.log_teacher])
-def test_without_a_dataset_or_a_teacher_the_command_that_makes_it_is_named(
-    world, tmp_path, command
-):
-    workdir, nowhere = tmp_path / "workdir", str(tmp_path / "nowhere")
-    cases = [("data__dir", nowhere, nowhere, "prepare")]
-    if command is not api.train_teacher:
-        cases.append(("teacher__workdir", nowhere, f"no run at {nowhere}", "train-teacher"))
-        cases.append(("teacher__workdir", "", "teacher.workdir is empty", "train-teacher"))
-    for key, value, message, maker in cases:
-        arguments = () if command is api.log_teacher else (workdir,)
-        fault = fault_of(command, world.config(**{key: value}), *arguments)
+def test_an_unfinished_teacher_is_refused(world, copy_of):
+    teacher = copy_of(world.teacher)
+    remove(teacher / "checkpoints" / "20")
+
+    fault = fault_of_student(world.config(), teacher)
+
+    assert "stopped at step 10 of 20; finish it with: kd-ranker train" in fault
+
+
+def test_a_student_in_place_of_a_teacher_is_refused(world, copy_of):
+    student = copy_of(world.student("none"))
+
+    fault = fault_of_student(world.config(), student)
+
+    assert "holds a student, not a teacher; make one" in fault
+
+
+def log_teacher_into(config, _):
+    """`api.log_teacher` with the arguments of the other commands."""
+    return api.log_teacher(config)
+
+
+@pytest.mark.parametrize("command", [api.train_teacher, api.train, api.sweep, log_teacher_into])
+def test_a_missing_dataset_is_named_with_the_command(world, tmp_path, command):
+    nowhere = str(tmp_path / "nowhere")
+
+    fault = fault_of(command, world.config(data__dir=nowhere), tmp_path / "workdir")
+
+    assert nowhere in fault
+    assert "kd-ranker prepare" in fault
+    assert not (tmp_path / "workdir").exists()
+
+
+@pytest.mark.parametrize("command", [api.train, api.sweep, log_teacher_into])
+def test_a_missing_teacher_is_named_with_the_command(world, tmp_path, command):
+    nowhere = str(tmp_path / "nowhere")
+
+    for workdir, message in (
+        (nowhere, f"no run at {nowhere}"),
+        ("", "teacher.workdir is empty"),
+    ):
+        fault = fault_of(command, world.config(teacher__workdir=workdir), tmp_path / "workdir")
         assert message in fault
-        assert f"kd-ranker {maker}" in fault
-    assert not workdir.exists()
+        assert "kd-ranker train-teacher" in fault
+    assert not (tmp_path / "workdir").exists()
 
 
-def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_path, monkeypatch):
-    another = lambda *of: load_teacher(*of)._replace(version="another")  # noqa: E731
-    monkeypatch.setattr(jobs, "load_teacher", another)
+def test_an_unscored_dataset_is_named_with_the_command(world, tmp_path, monkeypatch):
+    def load_another(config):
+        return load_teacher(config)._replace(version="another")
+
+    monkeypatch.setattr(jobs, "load_teacher", load_another)
+
     fault = fault_of(api.train, world.config(teacher__source="logged"), tmp_path / "w")
+
     assert "teacher-another" in fault
     assert "kd-ranker log-teacher" in fault
 
@@ -847,7 +1075,9 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
 def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path, command, rate, steps, message):
     changes = {"train__steps": steps, "train__log_every": 1000, "train__checkpoint_every": 4}
     changes |= {"optimizer__learning_rate": rate, "optimizer__schedule": "constant"}
-    of_teacher = {f"teacher__{name}": value for name, value in changes.items()}
+    teacher_changes = {f"teacher__{name}": value for name, value in changes.items()}
+
     with pytest.raises(UserError, match=message):
-        command(world.config(**changes, **of_teacher), tmp_path)
+        command(world.config(**changes, **teacher_changes), tmp_path)
+
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]

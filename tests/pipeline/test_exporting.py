@@ -66,9 +66,7 @@ STUDENTS["of_mine"] = TwoTower
 """
 
 
-def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted(
-    world, tmp_path, monkeypatch
-):
+def test_a_runs_config_file_is_executed_only_if_trusted(world, tmp_path, monkeypatch):
     monkeypatch.setitem(STUDENTS, "of_mine", None)  # removed when the test ends
 
     def forget():
@@ -76,21 +74,21 @@ def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted
         STUDENTS.pop("of_mine", None)
         register.cache_clear()
 
-    file, marks = tmp_path / "mine.py", tmp_path / "marks"
+    file = tmp_path / "mine.py"
+    marks = tmp_path / "marks"
     file.write_text(f"{MY_STUDENT}\nwith open({str(marks)!r}, 'a') as file: file.write('run ')")
     register(str(file))
     changes = {"student__name": "of_mine", "registered_by": str(file), "train__steps": 2}
     config = world.config(distill__mode="none", **changes)
-    api.train(config, run := tmp_path / "run")
+    run = tmp_path / "run"
+    api.train(config, run)
     forget()
     marks.unlink()
+
     message = rf"the run at {run} needs {file}, .*'of_mine'.* add --trust"
-    for refused in (
-        lambda: open_ranker(run),
-        lambda: api.export(run, tmp_path / "out", formats=("jax",)),
-        lambda: api.score(run, tmp_path / "log"),
-    ):
-        assert re.match(message, fault_of(refused))
+    assert re.match(message, fault_of(open_ranker, run))
+    assert re.match(message, fault_of(api.export, run, tmp_path / "out", formats=("jax",)))
+    assert re.match(message, fault_of(api.score, run, tmp_path / "log"))
     assert not marks.exists()
     assert not (tmp_path / "out").exists()
     assert config_of(run, trust=True).student.name == "of_mine"
@@ -110,11 +108,12 @@ import check
 folder, runtime = Path(sys.argv[1]), sys.argv[2]
 fields = dict(np.load(sys.argv[3]))
 programs, tables = check.open_programs(folder, runtime), check.read_tables(folder)
-few = [
-    check.rank(programs, tables | {name: of[at : at + 4] for name, of in fields.items()})
-    for at in range(0, len(fields["user_id"]), 4)
-]
-np.savez(sys.argv[4], **{name: np.concatenate([of[name] for of in few]) for name in few[0]})
+answers = []
+for start in range(0, len(fields["user_id"]), 4):
+    few = {name: array[start : start + 4] for name, array in fields.items()}
+    answers.append(check.rank(programs, tables | few))
+whole = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+np.savez(sys.argv[4], **whole)
 assert not [name for name in sys.modules if name.startswith(("kd_ranker", "flax"))]
 """
 
@@ -131,12 +130,16 @@ def served(folder, runtime, fields, tmp_path):
 
 def evaluated(workdir, serve="user"):
     """All requests of the test split as a batch, and the probabilities that are measured."""
-    found, batches, probabilities = open_ranker(workdir), [], []
-    for few in evaluation_batches(found.dataset, "test", requests=4, candidates=100):
-        served = found.ranker.serve(found.ranker.parameters, few.batch, found.dataset.items)
+    opened = open_ranker(workdir)
+    ranker = opened.ranker
+    batches = []
+    probabilities = []
+    for few in evaluation_batches(opened.dataset, "test", requests=4, candidates=100):
+        served = ranker.serve(ranker.parameters, few.batch, opened.dataset.items)
         batches.append(few.batch)
         probabilities.append(served.probability[serve])
-    return jax.tree.map(lambda *of: np.concatenate(of), *batches), np.concatenate(probabilities)
+    batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    return batch, np.concatenate(probabilities)
 
 
 def assert_same(answers, batch, expected, value_weights):
@@ -144,11 +147,12 @@ def assert_same(answers, batch, expected, value_weights):
     mask = np.asarray(batch.candidate_mask)
     np.testing.assert_allclose(probability[mask], expected[mask], atol=1e-5)
     # The order is the same, up to candidates that are as good as tied.
-    value_expected = expected @ np.array(value_weights, np.float32)
-    for own, of, there in zip(value, value_expected, mask, strict=True):
-        in_order = of[there][np.argsort(-own[there], kind="stable")]
+    expected_value = expected @ np.array(value_weights, np.float32)
+    for request, is_candidate in enumerate(mask):
+        order = np.argsort(-value[request, is_candidate], kind="stable")
+        in_order = expected_value[request, is_candidate][order]
         assert (np.diff(in_order) < 1e-5).all()
-        assert np.ptp(of[there]) > 1e-3
+        assert np.ptp(in_order) > 1e-3
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

@@ -65,9 +65,9 @@ def test_the_rows_of_a_table_are_a_log_with_text_ids(tmp_path):
     (b,), (a,), (c,) = (read_requests(dataset, split) for split in SPLITS)
     names = [[items[item] for item in request.item_id] for request in (b, a, c)]
     assert names == [["v", "y", "z", "w"], ["x", "w"], ["x"]]
-    assert [(len(of.user_label), of.num_passed, of.time) for of in (b, a, c)] == [
-        (2, 3, 50), (1, 2, 40), (1, 1, 60),
-    ]  # fmt: skip
+    assert [len(request.user_label) for request in (b, a, c)] == [2, 1, 1]
+    assert [request.num_passed for request in (b, a, c)] == [3, 2, 1]
+    assert [request.time for request in (b, a, c)] == [50, 40, 60]
     assert b.user_label.tolist() == [[1], [0]]
     np.testing.assert_array_equal(
         b.teacher_probability, np.float32([[0.8], [0.6], [np.nan]])[: len(b.teacher_probability)]

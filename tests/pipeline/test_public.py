@@ -27,7 +27,7 @@ def test_all_names_are_there_and_no_others():
     assert all(getattr(kd, name).__doc__ for name in kd.__all__)
 
 
-def test_the_import_takes_little_along_and_names_are_functions_whatever_is_imported():
+def test_the_import_is_light_and_its_names_are_functions():
     program = """
 import sys, kd_ranker as kd
 assert not {"jax", "pandas"} & {*sys.modules}
@@ -61,7 +61,7 @@ def test_a_result_that_is_gone_has_a_name(tmp_path):
     assert str(tmp_path / "gone") in repr(kd.Trained(tmp_path / "gone"))
 
 
-def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):
+def test_axes_of_a_sweep_replace_those_of_its_config(world, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(sweeping, "train_sweep", lambda config, *_: trained.append(config))
     config = world.config(teacher__workdir="")
@@ -76,10 +76,10 @@ def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_pa
     assert config.to_json() == before
     assert students.workdir == tmp_path / "sweep"
     runs = sweep_runs(*trained).values()
-    found = {(of.distill.mode, of.distill.weight) for of in runs}
-    assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
-    assert {of.distill.loss for of in runs if of.distill.mode == "aux"} == {"topk"}
-    assert {of.teacher.workdir for of in runs} == {str(world.teacher)}
+    settings = {(run.distill.mode, run.distill.weight) for run in runs}
+    assert settings == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
+    assert {run.distill.loss for run in runs if run.distill.mode == "aux"} == {"topk"}
+    assert {run.teacher.workdir for run in runs} == {str(world.teacher)}
 
 
 def test_results_show_themselves_as_text_and_within_a_notebook(world, students, tmp_path):

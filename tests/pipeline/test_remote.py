@@ -99,17 +99,18 @@ def in_workdir(act=lambda folder: None, url=URL):
 
 
 @pytest.mark.long
-def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
+def test_the_main_job_gives_the_same_bytes_at_a_url(world):
     config = world.config(**SWEEP, teacher__workdir="")
     made = api.run(config, "memory://bucket/main")
     for trained, folder in ((made.teacher, world.teacher), (made.students, world.sweep())):
-        there, here = contents(trained.workdir), contents(folder)
+        at_url = contents(trained.workdir)
+        in_folder = contents(folder)
         # Event files, and the data of checkpoints, have names of their own each time.
-        names, others = ({name for name in of if not OWN.search(name)} for of in (there, here))
-        assert names == others
-        for name in there:
+        names_at_url = {name for name in at_url if not OWN.search(name)}
+        assert names_at_url == {name for name in in_folder if not OWN.search(name)}
+        for name in at_url:
             if name.endswith((".csv", ".jsonl", ".npy", ".parquet", "cohorts.json")):
-                assert there[name] == here[name], name
+                assert at_url[name] == in_folder[name], name
     assert made.teacher.workdir == "memory://bucket/main/teacher"
     assert made.page == "memory://bucket/main/report/report.html"
     # Whoever goes on elsewhere has the same config, and no folder of this machine.
@@ -150,27 +151,48 @@ def test_a_run_goes_on_from_whatever_has_lain_there(world, store, monkeypatch):
         if not states or states[-1] != files:
             states.append(files)
 
-    commit, remove = MemoryFile.commit, MemoryFileSystem._rm
-    monkeypatch.setattr(MemoryFile, "commit", lambda file: (commit(file), keep()))
-    monkeypatch.setattr(MemoryFileSystem, "_rm", lambda of, path: (remove(of, path), keep()))
+    commit = MemoryFile.commit
+    remove = MemoryFileSystem._rm
+
+    def commit_and_keep(file):
+        commit(file)
+        keep()
+
+    def remove_and_keep(system, path):
+        remove(system, path)
+        keep()
+
+    monkeypatch.setattr(MemoryFile, "commit", commit_and_keep)
+    monkeypatch.setattr(MemoryFileSystem, "_rm", remove_and_keep)
     api.train(config, URL)
     monkeypatch.undo()
 
-    ends = contents(URL)
-    of_first, of_second = (
-        [sum(f"/{step}/" in name for name in state) for state in states] for step in (4, 8)
-    )
-    begun, again = ([files > 0 for files in of].index(True) for of in (of_first, of_second))
+    def files_by_state(step):
+        """The number of files of a checkpoint in each state."""
+        return [sum(f"/{step}/" in name for name in state) for state in states]
+
+    def first_state(numbers):
+        return next(place for place, number in enumerate(numbers) if number)
+
+    expected = contents(URL)
+    files_of_first = files_by_state(4)
+    files_of_second = files_by_state(8)
     # Within each checkpoint, once the second is complete, and before the tables.
-    for number in (begun + 2, again + 2, of_second.index(max(of_second)), len(states) - 3):
-        put(states[number])
+    for place in (
+        first_state(files_of_first) + 2,
+        first_state(files_of_second) + 2,
+        files_of_second.index(max(files_of_second)),
+        len(states) - 3,
+    ):
+        put(states[place])
         api.train(config, URL)
-        there = contents(URL)
+        found = contents(URL)
         for name in (*TABLES, "metrics.jsonl"):
-            assert there[name] == ends[name] == (whole / name).read_bytes(), (number, name)
+            assert found[name] == expected[name], (place, name)
+            assert found[name] == (whole / name).read_bytes(), (place, name)
 
 
-def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_path):
+def test_a_command_asked_to_end_uploads_its_last_checkpoint(world, tmp_path):
     """Another process, with a folder as its store."""
     url = f"file://{tmp_path}/store/run"
     flags = world.flags(url, distill__mode="none")
@@ -188,9 +210,7 @@ def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_pat
         assert contents(url)[name] == (world.student("none") / name).read_bytes(), name
 
 
-def test_records_of_checkpoints_are_uploaded_last_and_unfinished_files_stay_here(
-    sends, monkeypatch, caplog
-):
+def test_checkpoint_records_go_last_and_unfinished_files_stay(sends, monkeypatch, caplog):
     monkeypatch.setattr(remote, "_SECONDS_BETWEEN_UPLOADS", 100)
     old = [f"checkpoints/4/{name}" for name in ("state/a", "record/metadata")]
     put(dict.fromkeys(("old.csv", ".lock.old", *old), b""))
@@ -211,9 +231,14 @@ def test_records_of_checkpoints_are_uploaded_last_and_unfinished_files_stay_here
 
 @pytest.mark.parametrize("creates", [True, False])
 def test_a_second_process_is_refused_with_the_holder(monkeypatch, creates):
-    if not creates:  # as of a store that knows no such mode
-        pipe = MemoryFileSystem.pipe_file
-        monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda *of, mode="": pipe(*of))
+    pipe = MemoryFileSystem.pipe_file
+
+    def pipe_without_mode(*arguments, mode=""):
+        """As a store that knows no mode "create"."""
+        pipe(*arguments)
+
+    if not creates:
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_without_mode)
     with remote.owned(URL):
         who = contents(URL)[lock.FILE].decode().partition(" (")[0]
         assert who.startswith(f"process {os.getpid()} on ")
@@ -225,7 +250,7 @@ def test_a_second_process_is_refused_with_the_holder(monkeypatch, creates):
     assert not contents(URL)
 
 
-def test_a_broken_lock_lets_another_process_in_and_the_first_uploads_nothing_more():
+def test_after_its_lock_is_broken_a_process_uploads_nothing():
     put({lock.FILE: FAR, "teacher/.lock": b"", "a.lock": b""})
     assert "is held by process 7 on far since noon; wait" in fault_of(in_workdir)
     remote.break_lock(URL)
@@ -246,7 +271,7 @@ def test_a_broken_lock_lets_another_process_in_and_the_first_uploads_nothing_mor
 
 
 @pytest.mark.parametrize("times", [3, 10**9])
-def test_failed_uploads_are_repeated_and_the_last_one_keeps_the_copy(sends, caplog, times):
+def test_failed_uploads_are_repeated_and_keep_the_copy(sends, caplog, times):
     """After one warning, or with a line on where the files are."""
     put({"a": b"a"})
     left = itertools.count(1)

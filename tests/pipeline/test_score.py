@@ -132,7 +132,8 @@ def student_of(workdir: Path):
     """What serves a student, and its parameters in the newest checkpoint."""
     config = workdirs.read_config(workdir)
     job = open_job(config, {"": config})
-    ((state,), _), (stack,) = job.restored(workdir), job.trainees.stacks
+    (state,), _ = job.restored(workdir)
+    (stack,) = job.trainees.stacks
     parameters = select_run(state.parameters, 0)
     return make_serve(stack.train_spec.model, stack.train_spec.mode), parameters
 
@@ -140,16 +141,17 @@ def student_of(workdir: Path):
 def served(world: World, serve: Any, parameters: Any, name: str, items: Any = None) -> Scores:
     """What a ranker says of the test requests as the dataset has them, one by one."""
     dataset = datasets.dataset_of(world.config)
-    known, scores = items or dataset.items, {}
+    scores: Scores = {}
     name_of = {id_: value for value, id_ in ids_in(dataset, "item").items()}
     ids = read_requests_of(dataset.directory, "test")["request"].to_pylist()
     for id_, request in zip(ids, read_requests(dataset, "test"), strict=True):
         names = [name_of[item] for item in request.item_id.tolist()]
         batch = full_batch(columns_of([request], dataset.spec), len(names))
-        (probability,) = np.asarray(serve(parameters, batch, known).probability[name])
-        for item, of_item in zip(names, probability, strict=True):
-            value = float(of_item @ np.array(world.config.value_weights))
-            scores[id_, item] = [*of_item.tolist(), value]
+        result = serve(parameters, batch, items or dataset.items)
+        (probability,) = np.asarray(result.probability[name])
+        for item, item_probability in zip(names, probability, strict=True):
+            value = float(item_probability @ np.array(world.config.value_weights))
+            scores[id_, item] = [*item_probability.tolist(), value]
     return scores
 
 
@@ -168,18 +170,23 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
         config.data.path, config.data.sql = "", f"SELECT * FROM '{log}/*.parquet'"
     else:
         config.data.rows = form
+
     scored, _ = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
-    found, logged = scores_in(scored), scores_in(api.log_teacher(world.config))
+
+    found = scores_in(scored)
+    logged = scores_in(api.log_teacher(world.config))
     assert len(found) == sum(len(row.candidates) for row in world.tested)
     assert_close(found, {key: logged[key] for key in found})
     assert len(logged) == sum(len(row.candidates) for row in world.rows)
 
 
-def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path, score):
+def test_export_scoring_and_evaluation_agree_on_raw_rows(world, tmp_path, score):
     """A server that knows the folder alone makes the inputs from the columns of the log."""
-    workdir, folder = world.folder / "student", tmp_path / "export"
+    workdir = world.folder / "student"
+    folder = tmp_path / "export"
     api.export(workdir, folder, formats=("jax",))
-    server, programs = Server(folder), check.open_programs(folder, "jax")
+    server = Server(folder)
+    programs = check.open_programs(folder, "jax")
     described = json.loads((folder / "export.json").read_text())
     fields = server.fields([(row.of_request, row.candidates) for row in world.tested])
     expected = dict(
@@ -194,13 +201,13 @@ def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_p
     found = {}
     for place, row in enumerate(world.tested):
         for number, candidate in enumerate(row.candidates):
-            of = [*answers["probability"][place, number], answers["value"][place, number]]
-            found[row.of_request["request_id"], candidate["item_id"]] = of
+            key = (row.of_request["request_id"], candidate["item_id"])
+            found[key] = [*answers["probability"][place, number], answers["value"][place, number]]
     assert_close(found, served(world, *student_of(workdir), "blend"))
     assert_close(found, score("student", world.tested)[0])
 
 
-def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, score):
+def test_new_ids_get_the_reserved_row_and_are_counted(world, score):
     rows = copy.deepcopy(world.tested)
     users = {rows[0].of_request["user_id"], "user-1"}
     for row in rows:
@@ -220,47 +227,56 @@ def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, score):
     ):
         ids = [ids_in(dataset, name)[value] for value in values]
         width = world.config.student.width
-        of_reserved = tables[name][size, :width]
+        reserved = tables[name][size, :width]
         tables[name] = np.array(tables[name])
-        tables[name][ids, :width] = of_reserved
+        tables[name][ids, :width] = reserved
     expected = served(world, serve, parameters.replace(tables=tables), "blend")
-    own = served(world, serve, parameters, "blend")
-    assert len([key for key in own if own[key] != expected[key]]) > 10
-    assert_close(
-        found, {(id_, "new" if of == ITEM else of): row for (id_, of), row in expected.items()}
-    )
-    of_users = sum(
-        len(row.candidates) for row in rows if row.of_request["user_id"].startswith("new")
-    )
-    of_items = sum(of["item_id"] == "new" for row in rows for of in row.candidates)
+    with_own_rows = served(world, serve, parameters, "blend")
+    changed = [key for key, numbers in with_own_rows.items() if numbers != expected[key]]
+    assert len(changed) > 10
+    renamed = {}
+    for (request, item), numbers in expected.items():
+        renamed[request, "new" if item == ITEM else item] = numbers
+    assert_close(found, renamed)
+    by_user = 0
+    by_item = 0
+    for row in rows:
+        if row.of_request["user_id"].startswith("new"):
+            by_user += len(row.candidates)
+        by_item += sum(candidate["item_id"] == "new" for candidate in row.candidates)
     number = len(found)
-    assert of_users
-    assert of_items
+    assert by_user
+    assert by_item
     assert lines[1:] == [
         f"candidates: {number} in the log = {number} scored + 0 rejected",
-        f"unknown to training: {of_users} candidates ({of_users / number:.1%}) by their user, "
-        f"{of_items} candidates ({of_items / number:.1%}) by their item",
+        f"unknown to training: {by_user} candidates ({by_user / number:.1%}) by their user, "
+        f"{by_item} candidates ({by_item / number:.1%}) by their item",
     ]
 
 
 def test_a_known_item_has_the_features_that_the_log_gives_it(world, score):
     rows = copy.deepcopy(world.tested)
-    last = {of["item_id"]: of for row in rows for of in row.candidates}
-    one, other = "item-5", "item-6"
-    features = {name: last[other][name] for name in ("author", "duration", "quality", "tags")}
-    for row in rows:
-        for candidate in row.candidates:
-            if candidate["item_id"] == one:
-                candidate.update(features)
+    candidates = [candidate for row in rows for candidate in row.candidates]
+    last = {candidate["item_id"]: candidate for candidate in candidates}
+    names = ("author", "duration", "quality", "tags")
+    changes = {name: last["item-6"][name] for name in names}
+    for candidate in candidates:
+        if candidate["item_id"] == "item-5":
+            candidate.update(changes)
     dataset = datasets.dataset_of(world.config)
     id_of = ids_in(dataset, "item")
-    features, category = dataset.items.features.copy(), dataset.items.category.copy()
-    for of in (features, category):
-        assert of[id_of[one]].tolist() != of[id_of[other]].tolist()
-        of[id_of[one]] = of[id_of[other]]
+    changed = id_of["item-5"]
+    like = id_of["item-6"]
+    features = dataset.items.features.copy()
+    category = dataset.items.category.copy()
+    for array in (features, category):
+        assert array[changed].tolist() != array[like].tolist()
+        array[changed] = array[like]
     student = student_of(world.folder / "student")
-    expected = served(world, *student, "blend", Items(features, category))
-    assert_close(score("student", rows)[0], expected)
+
+    found, _ = score("student", rows)
+
+    assert_close(found, served(world, *student, "blend", Items(features, category)))
 
 
 def test_what_cannot_be_scored_is_absent_and_counted(world, score):
@@ -269,13 +285,15 @@ def test_what_cannot_be_scored_is_absent_and_counted(world, score):
     rows[1].candidates[1]["item_id"] = None
     rows[2].candidates.append(dict(rows[2].candidates[0]))
     lost = len(rows[0].candidates)
+
     found, lines = score("teacher", rows)
-    expected = {
-        (row.of_request["request_id"], of["item_id"]) for row in rows for of in row.candidates
-    }
-    absent = {(rows[0].of_request["request_id"], of["item_id"]) for of in rows[0].candidates}
-    absent.add((rows[1].of_request["request_id"], None))
-    assert found.keys() == expected - absent
+
+    expected = set()
+    for row in rows[1:]:
+        request = row.of_request["request_id"]
+        expected |= {(request, candidate["item_id"]) for candidate in row.candidates}
+    expected.remove((rows[1].of_request["request_id"], None))
+    assert found.keys() == expected
     assert lines[1].endswith(
         f"scored + {lost + 2} rejected (missing_user {lost}, missing_item 1, duplicate_item 1)"
     )
@@ -286,20 +304,21 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
-    world, tmp_path, monkeypatch
-):
+def test_a_killed_run_resumes_at_the_first_missing_file(world, tmp_path, monkeypatch):
     """Files are scored in their order, though pieces end elsewhere; a second run reads nothing."""
     monkeypatch.setattr(encode, "PIECE", 40)
     log = write_raw(tmp_path / "log", world.tested, files=4)
     part = log / "part-2.parquet"
     pq.write_table(pq.read_table(part).slice(0, 0), part)  # and one has no request
-    config, workdir = config_for(world, "student", log), world.folder / "student"
-    whole = contents(scoring.score_unseen(config, workdir, output=tmp_path / "whole")[0].directory)
+    config = config_for(world, "student", log)
+    workdir = world.folder / "student"
+    scored, _ = scoring.score_unseen(config, workdir, output=tmp_path / "whole")
+    whole = contents(scored.directory)
     names = [f"{number:05d}-part-{number}.parquet" for number in range(4)]
     assert sorted(name for name in whole if name.endswith(".parquet")) == names
     assert not pq.read_metadata(tmp_path / "whole" / names[2]).num_rows
-    written, table_of = [], scores.Scorer.score
+    written = []
+    table_of = scores.Scorer.score
 
     def dying(scorer, part):
         written.append(part.path.name)
@@ -308,7 +327,8 @@ def test_a_run_that_was_killed_resumes_at_the_first_file_that_is_missing(
         return table_of(scorer, part)
 
     monkeypatch.setattr(scores.Scorer, "score", dying)
-    output, killed_at = tmp_path / "out", names[1]
+    output = tmp_path / "out"
+    killed_at = names[1]
     with pytest.raises(KeyboardInterrupt):
         scoring.score_unseen(config, workdir, output=output)
     (work,) = output.glob(".scoring-*")
@@ -416,11 +436,12 @@ def test_requests_that_are_no_log_are_for_log_teacher(world):
 
 
 def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
-    log, out = write_raw(tmp_path / "log", world.tested), tmp_path / "out"
+    log = write_raw(tmp_path / "log", world.tested)
+    out = tmp_path / "out"
 
     def fault(workdir: str, output: Path = out) -> str:
-        config, folder = config_for(world, workdir, log), world.folder / workdir
-        return fault_of(scoring.score_unseen, config, folder, output=output)
+        config = config_for(world, workdir, log)
+        return fault_of(scoring.score_unseen, config, world.folder / workdir, output=output)
 
     out.mkdir()
     (out / "mine.txt").write_text("")
@@ -451,8 +472,8 @@ def stub_teacher(config: Any) -> TrainedRanker:
         return Served({"user": (1 / (1 + np.exp(-both))).astype(np.float32)}, {})
 
     ranker = Ranker(serve, None)  # type: ignore[arg-type]
-    of = ("stub", open_trainees(config), "", "user", None, ranker, VERSION, {})
-    return TrainedRanker(*of)  # type: ignore[arg-type]
+    fields = ("stub", open_trainees(config), "", "user", None, ranker, VERSION, {})
+    return TrainedRanker(*fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -464,15 +485,21 @@ def test_scores_of_a_select_are_one_file(tmp_path, stubbed):
     log = write_log(tmp_path / "log", make_rows(3, requests=40), files=3)
     config = faulty_logs.config(log, tmp_path / "datasets")
     select = faulty_logs.config("", tmp_path / "datasets", sql=f"SELECT * FROM '{log}/*.parquet'")
-    tables = []
-    for of in (config, select):
-        of.evaluation.requests = 8
-        api.prepare(of)
-        names = sorted(api.log_teacher(of).directory.glob("*.parquet"))
-        table = pa.concat_tables(map(pq.read_table, names))
-        tables.append(table.sort_by([("request", "ascending"), ("item", "ascending")]))
-    assert [path.name for path in names] == ["00000-data.parquet"]
-    assert tables[0].equals(tables[1])
+
+    def scored_files(config: ConfigDict) -> list[Path]:
+        config.evaluation.requests = 8
+        api.prepare(config)
+        return sorted(api.log_teacher(config).directory.glob("*.parquet"))
+
+    def sorted_rows(files: list[Path]) -> pa.Table:
+        table = pa.concat_tables(map(pq.read_table, files))
+        return table.sort_by([("request", "ascending"), ("item", "ascending")])
+
+    files_of_log = scored_files(config)
+    files_of_select = scored_files(select)
+
+    assert [path.name for path in files_of_select] == ["00000-data.parquet"]
+    assert sorted_rows(files_of_log).equals(sorted_rows(files_of_select))
 
 
 @pytest.mark.parametrize("by_request", [False, True])
@@ -492,7 +519,8 @@ def test_scores_of_a_log_join_its_rows_by_request_and_item(tmp_path, stubbed, by
     assert sorted(path.name for path in directory.glob("*.parquet")) == named
     requests = {file: {*pq.read_table(log / file)["request_id"].to_pylist()} for file in files}
     scored = [{*pq.read_table(directory / name)["request"].to_pylist()} for name in named]
-    assert all(of <= requests[file] for of, file in zip(scored, files, strict=True))
+    for scored_requests, file in zip(scored, files, strict=True):
+        assert scored_requests <= requests[file]
     assert len(set().union(*scored)) == sum(map(len, scored))
     source = f"'{log}/*.parquet'"
     if by_request:
@@ -530,7 +558,7 @@ def test_scores_of_a_log_join_its_rows_by_request_and_item(tmp_path, stubbed, by
     assert len(found) == len(joined)
     assert found.keys() == expected.keys()
     np.testing.assert_array_equal([found[key] for key in expected], [*expected.values()])
-    assert len({tuple(of) for of in found.values()}) > 0.9 * len(found)
+    assert len({tuple(probability) for probability in found.values()}) > 0.9 * len(found)
 
 
 def test_the_select_of_a_run_is_executed_only_if_trusted(world, tmp_path, monkeypatch, capsys):

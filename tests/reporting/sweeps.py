@@ -60,8 +60,9 @@ def write_sweep(
     `changes` are to the config, by dotted key.
     """
     config = cascade()
-    config.data.name, config.funnel.retrieved = dataset, RETRIEVED
-    config.sweep.modes, config.sweep.weights, config.sweep.seeds = modes, weights, seeds
+    config.data.name = dataset
+    config.funnel.retrieved = RETRIEVED
+    config.sweep.update({"modes": modes, "weights": weights, "seeds": seeds})
     config.update_from_flattened_dict(changes or {})
     perfect = _curve(10.0) ** 0
     teacher = teacher_row() | _measures(perfect, 0.6, 0.5, 0.0, 0.74)
@@ -76,11 +77,14 @@ def write_sweep(
         for weight in ((0.0,) if mode == "none" else weights)
         for serve in SERVES[mode]
     ]
-    students = [_student("validation", gain, *of)[0] for of in runs]
-    rows += [row | {"non_finite_step": 700} if row["run"] in frozen else row for row in students]
+    for run in runs:
+        row, _ = _student("validation", gain, *run)
+        if row["run"] in frozen:
+            row["non_finite_step"] = 700
+        rows.append(row)
     chosen = setting_names.chosen(_frame(rows, config))
-    for of in runs:
-        row, curve = _student("test", gain, *of)
+    for run in runs:
+        row, curve = _student("test", gain, *run)
         if row["serve"] in chosen.get(row["run"], ()):
             rows.append(row)
             each[row["run"], row["serve"]] = _each(row, curve)
@@ -140,7 +144,8 @@ def _other_keys(config: ConfigDict) -> dict:
     setting = setting_names.setting_of(config)
     values = {name: setting[name] for name in setting_names.OTHER_KEYS}
     return {
-        name: "x".join(map(str, of)) if isinstance(of, tuple) else of for name, of in values.items()
+        name: "x".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in values.items()
     }
 
 
@@ -166,7 +171,8 @@ def _measures(
     for target in (95, 99):
         passed = int((curve["value_captured"] >= target / 100).idxmax())
         users = curve["true_value_captured"][passed] / curve["true_value_captured"].iloc[-1]
-        row |= {f"{of}_for_{target}": float(passed) for of in ("passed", "scored")}
+        row[f"passed_for_{target}"] = float(passed)
+        row[f"scored_for_{target}"] = float(passed)
         row[f"true_value_for_{target}"] = users
     for k in REPORT_AT:
         row |= {f"{name}@{k}": curve[name][k] for name in CURVES}
@@ -287,7 +293,9 @@ def _write(workdir: Path, rows: Sequence[dict], config: ConfigDict) -> Path:
 
 def _frame(rows: Sequence[dict], config: ConfigDict) -> pd.DataFrame:
     """The `results.csv` of `write_rows`."""
-    passed, others, full = config.funnel.passed, _other_keys(config), []
+    passed = config.funnel.passed
+    others = _other_keys(config)
+    full_rows = []
     short = {
         "kl": "teacher_kl/watch", "survival": f"survival@{passed}", "weight": "distill_weight",
         "passed": "passed_for_99", "flops": "flops_per_candidate", "alignment": "alignment_ratio",
@@ -295,13 +303,7 @@ def _frame(rows: Sequence[dict], config: ConfigDict) -> pd.DataFrame:
         "true_value_for": "true_value_for_99", "coverage": f"coverage@{passed}",
         "covered": f"covered_user_value@{passed}",
     }  # fmt: skip
-    on_splits = [
-        {"split": split, **row, **(row.get("test", {}) if split == "test" else {})}
-        for split in SPLITS
-        for row in rows
-        if row.get("split", split) == split
-    ]
-    for row in on_splits:
+    for row in _rows_on_splits(rows):
         mode = row.get("mode")
         distilled = None if mode == "none" else "bce"
         default = {
@@ -323,8 +325,18 @@ def _frame(rows: Sequence[dict], config: ConfigDict) -> pd.DataFrame:
         line.setdefault("scored_for_99", np.minimum(line["passed_for_99"], line["candidates"]))
         line.setdefault("cost_ratio", line["flops_per_candidate"] / TEACHER_FLOPS)
         line.setdefault("run", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
-        full.append(line)
-    return pd.DataFrame(full)
+        full_rows.append(line)
+    return pd.DataFrame(full_rows)
+
+
+def _rows_on_splits(rows: Sequence[dict]) -> Iterator[dict]:
+    """The rows on validation, and then those on the test with what differs there."""
+    for split in SPLITS:
+        for row in rows:
+            if row.get("split", split) != split:
+                continue
+            on_test = row.get("test", {}) if split == "test" else {}
+            yield {"split": split, **row, **on_test}
 
 
 def teacher_row() -> dict:

@@ -12,29 +12,35 @@ from tests.reporting import sweeps
 from tests.reporting.sweeps import reference_row
 
 
-def of_rows(tmp_path, rows):
+def answer_to(tmp_path, rows):
     """The answer to these rows, with a teacher if they have none."""
-    teacher = [] if any(row.get("role") == "teacher" for row in rows) else [sweeps.teacher_row()]
-    study = sweeps.study_of(tmp_path, [*teacher, *rows])
+    if not any(row.get("role") == "teacher" for row in rows):
+        rows = [sweeps.teacher_row(), *rows]
+    study = sweeps.study_of(tmp_path, rows)
     return answer(study, Estimates(study))
 
 
-def students(passed_by_mode, **by_mode):
-    """Rows of a mode or (mode, weight): `passed_for_99`, or that of validation and test, by seed.
+def students(passed_by_setting, **columns):
+    """Rows of students, by seed.
 
-    `by_mode` has other columns: by mode, a number per seed, or one for all.
+    `passed_by_setting` has `passed_for_99` by mode, or by (mode, weight): a number per seed, or a
+    pair of validation and test. `columns` have other numbers: by mode, one per seed or one for all.
     """
     rows = []
-    for name, by_seed in passed_by_mode.items():
-        mode, weight = name if isinstance(name, tuple) else (name, 0.0 if name == "none" else 1.0)
-        for seed, passed in enumerate(by_seed):
+    for setting, passed_by_seed in passed_by_setting.items():
+        if isinstance(setting, tuple):
+            mode, weight = setting
+        else:
+            mode = setting
+            weight = 0.0 if mode == "none" else 1.0
+        for seed, passed in enumerate(passed_by_seed):
             validation, test = passed if isinstance(passed, tuple) else (passed, passed)
             row = {"mode": mode, "weight": weight, "seed": seed, "passed": validation,
                    "test": {"passed": test}}  # fmt: skip
-            for column, values in by_mode.items():
-                if mode in values:
-                    of_mode = values[mode]
-                    row[column] = of_mode[seed] if isinstance(of_mode, list) else of_mode
+            for column, by_mode in columns.items():
+                if mode in by_mode:
+                    number = by_mode[mode]
+                    row[column] = number[seed] if isinstance(number, list) else number
             rows.append(row)
     return rows
 
@@ -58,7 +64,8 @@ def labels(shared, coverage, *references, chosen=False):
 def under_teachers(*areas, none):
     """Rows of teachers, one per repeat, with these AUCs of users, and students of each."""
     teachers = [
-        sweeps.teacher_row() | {"seed": seed, "user_auc/watch": of} for seed, of in enumerate(areas)
+        sweeps.teacher_row() | {"seed": seed, "user_auc/watch": area}
+        for seed, area in enumerate(areas)
     ]
     return teachers + students(STUDENTS, **{"user_auc/watch": {"none": none}})
 
@@ -86,8 +93,10 @@ def test_the_whole_answer(tmp_path):
         ("shared", 3.0): [(201, 100), (202, 100), (203, 100)],
         "aux": [350, 372, 388],
     }
-    of_users = users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.912, 0.708], aux=0.5)
-    given = of_rows(tmp_path, [*students(passed, **of_users), INCUMBENT])
+    true_values = users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.912, 0.708], aux=0.5)
+
+    given = answer_to(tmp_path, [*students(passed, **true_values), INCUMBENT])
+
     # 20,000 FLOPs of the student, and 200 of each that passes: savings of 20 of 100, 19.6 of 104
     # and 20.4 of 108 thousand. Users' differences 0.010, 0.012, 0.008: 0.01 ± 4.303 · 0.002 / √3.
     assert given.sentences == (
@@ -106,8 +115,8 @@ def test_the_whole_answer(tmp_path):
     )
 
 
-def test_the_text_has_the_settings_and_notes_on_lines_of_their_own(tmp_path):
-    given = of_rows(tmp_path, [*students(STUDENTS), INCUMBENT, reference_row("random", 310)])
+def test_settings_and_notes_stand_on_their_own_lines(tmp_path):
+    given = answer_to(tmp_path, [*students(STUDENTS), INCUMBENT, reference_row("random", 310)])
     lines = given.text.splitlines()
     assert " ".join(lines).startswith(f"d: {given.sentences[0]} {given.sentences[1]}")
     assert max(map(len, lines)) <= 100
@@ -293,24 +302,24 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_the_steps_of_the_answer(tmp_path, name):
     rows, part = STEPS[name]
-    given = of_rows(tmp_path, rows)
+    given = answer_to(tmp_path, rows)
     assert part in " ".join([*given.sentences, *given.notes, *given.caveats])
 
 
-def test_a_final_ranker_that_may_be_below_mode_none_by_chance_is_in_no_doubt(tmp_path):
-    given = of_rows(tmp_path, under_teachers(0.695, 0.695, 0.695, none=[0.70, 0.71, 0.69]))
+def test_a_final_ranker_below_none_by_chance_is_not_doubted(tmp_path):
+    given = answer_to(tmp_path, under_teachers(0.695, 0.695, 0.695, none=[0.70, 0.71, 0.69]))
     assert given.notes == ()
 
 
 def test_no_seeds_are_asked_for_where_nothing_is_open(tmp_path):
     decided = users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.912, 0.708])
-    given = of_rows(tmp_path, students(STUDENTS, **decided))
+    given = answer_to(tmp_path, students(STUDENTS, **decided))
     assert len(given.sentences) == 3
 
 
 def test_scores_of_all_candidates_need_no_note(tmp_path):
     rows = [*students(STUDENTS, scored_share={"none": 1.0, "shared": 1.0}), INCUMBENT]
-    given = of_rows(tmp_path, rows)
+    given = answer_to(tmp_path, rows)
     assert given.notes == ()
     assert "at least" not in given.sentence
 
@@ -328,18 +337,19 @@ def test_requests_to_score_whole_are_counted_in_days_too(
     tmp_path, monkeypatch, requests_a_day, spent
 ):
     study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *partly_scored(passed_auc=0.6)])
-    monkeypatch.setattr(Estimates, "requests_for", lambda *_: 300.0)
     study = study._replace(requests_a_day=requests_a_day)
+    monkeypatch.setattr(Estimates, "requests_for", lambda *_: 300.0)
+
     notes = answer(study, Estimates(study)).notes
+
     # 1 in 200 is whole.
-    assert f"About 300 such requests give the count to ±10%: those of 60,000 requests{spent}." in (
-        " ".join(notes)
-    )
+    note = f"About 300 such requests give the count to ±10%: those of 60,000 requests{spent}."
+    assert note in " ".join(notes)
 
 
 def test_a_list_is_named_as_one(tmp_path):
     rows = [*students(STUDENTS, flops={"shared": 0.2}), reference_row("show_rate", 390)]
-    given = of_rows(tmp_path, rows)
+    given = answer_to(tmp_path, rows)
     assert given.settings["without"] == "show_rate, a list of items without a user"
 
 
@@ -362,7 +372,7 @@ def test_the_answer_of_each_shipped_sweep_is_short(tmp_path, name, variant):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_sentence_is_short(tmp_path, name):
-    given = of_rows(tmp_path, STEPS[name][0])
+    given = answer_to(tmp_path, STEPS[name][0])
     lengths = [len(sentence.split()) for sentence in given.sentences]
     assert len(lengths) <= 4
     assert max(lengths) <= 20

@@ -21,13 +21,10 @@ def study_on(tmp_path, *settings, references=(), teacher=None):
     Mode none predicts users better than chance, unless a setting gives its AUC.
     """
     rows = [sweeps.teacher_row() | (teacher or {}), *references]
-    for setting, by_seed in settings:
-        rows += [
-            {"user_auc/watch": 0.7, "seed": seed}
-            | setting
-            | dict(zip(by_seed, of_seed, strict=True))
-            for seed, of_seed in enumerate(zip(*by_seed.values(), strict=True))
-        ]
+    for setting, numbers_by_seed in settings:
+        for seed, numbers in enumerate(zip(*numbers_by_seed.values(), strict=True)):
+            row = {"user_auc/watch": 0.7, "seed": seed} | setting
+            rows.append(row | dict(zip(numbers_by_seed, numbers, strict=True)))
     return sweeps.study_of(tmp_path, rows)
 
 
@@ -36,7 +33,8 @@ def claims_on(tmp_path, *settings, **options):
     return claims(study, Estimates(study))
 
 
-def of(frame, claim, contains=""):
+def lines_of(frame, claim, contains=""):
+    """The lines of a claim whose statement contains a text."""
     lines = frame[(frame["claim"] == claim) & frame["statement"].str.contains(contains)]
     return lines.to_dict("records")
 
@@ -45,7 +43,7 @@ GOOD = [0.70, 0.71, 0.69]
 
 
 @pytest.mark.parametrize(
-    ("ratios", "of_none", "of_teacher", "expected", "remark"),
+    ("ratios", "areas_of_none", "area_of_teacher", "expected", "remark"),
     [
         ([0.20, 0.21, 0.19], GOOD, 0.8, HOLDS, ""),
         ([0.30, 0.31, 0.32], GOOD, 0.8, FAILS, ""),
@@ -61,24 +59,28 @@ GOOD = [0.70, 0.71, 0.69]
     ],
 )
 def test_a_misalignment_without_distillation(
-    tmp_path, ratios, of_none, of_teacher, expected, remark
+    tmp_path, ratios, areas_of_none, area_of_teacher, expected, remark
 ):
-    numbers = {"alignment": ratios, "user_auc/watch": of_none}
+    numbers = {"alignment": ratios, "user_auc/watch": areas_of_none}
     # The ratio of the post has a line of its own.
     students = {"mode": "none", "alignment_ratio_bce": 0.1}
-    frame = claims_on(tmp_path, (students, numbers), teacher={"user_auc/watch": of_teacher})
-    line, of_bce = of(frame, "a")
-    assert (of_bce["measure"], of_bce["mean"]) == ("alignment_ratio_bce", pytest.approx(0.1))
-    assert (line["verdict"], line["threshold"]) == (expected, 0.25)
+
+    frame = claims_on(tmp_path, (students, numbers), teacher={"user_auc/watch": area_of_teacher})
+
+    line, line_of_bce = lines_of(frame, "a")
+    assert line_of_bce["measure"] == "alignment_ratio_bce"
+    assert line_of_bce["mean"] == pytest.approx(0.1)
+    assert line["verdict"] == expected
+    assert line["threshold"] == 0.25
     assert remark in line["remark"]
     known = np.array([ratio for ratio in ratios if not math.isnan(ratio)])
-    found = (line["mean"], line["low"], line["high"], line["n"])
-    assert found == pytest.approx(interval(known)[:4], nan_ok=True)
+    numbers_of_line = (line["mean"], line["low"], line["high"], line["n"])
+    assert numbers_of_line == pytest.approx(interval(known)[:4], nan_ok=True)
 
 
 SAME = [400, 400, 400]
-# By name: settings; and of the claims by (claim, part of its statement) the lines in their order:
-# the setting, its verdict and its number.
+# By name: settings; and by (claim, part of its statement) the expected lines in their order: the
+# setting, its verdict and its mean.
 TABLE = {
     "b: at the best weight, against the best without scores": (
         [({"mode": "none"}, {"tau": [0.40, 0.30, 0.20], "passed": SAME}),
@@ -145,14 +147,19 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_numbers_and_verdicts_of_claims(tmp_path, name):
-    settings, expected = TABLE[name]
+    settings, expected_by_claim = TABLE[name]
+
     frame = claims_on(tmp_path, *settings)
-    for where, lines in expected.items():
-        found = of(frame, *where)
-        assert [(line["setting"], line["verdict"]) for line in found] == [of[:2] for of in lines]
-        for line, (_, _, mean) in zip(found, lines, strict=True):
-            assert mean is None or line["mean"] == pytest.approx(mean)
-            assert line["verdict"] != UNKNOWN or line["remark"]
+
+    for (claim, contains), expected_lines in expected_by_claim.items():
+        lines = lines_of(frame, claim, contains)
+        for line, (setting, verdict, mean) in zip(lines, expected_lines, strict=True):
+            assert line["setting"] == setting
+            assert line["verdict"] == verdict
+            if mean is not None:
+                assert line["mean"] == pytest.approx(mean)
+            if verdict == UNKNOWN:
+                assert line["remark"]
 
 
 @pytest.mark.parametrize("name", ["show_rate", "top_rate"])
@@ -162,10 +169,12 @@ def test_b_to_g_are_against_a_list_where_that_is_better(tmp_path, name):
         ({"mode": "none"}, {"tau": [0.2, 0.2], "passed": [400, 401]}),
         ({"mode": "shared"}, {"tau": [0.3, 0.3], "passed": [300, 301]}),
     )
-    better, worse = (
-        claims_on(tmp_path / str(at), *settings, references=[reference_row(name, at, tau=0.35)])
-        for at in (250, 600)
-    )
+    better_list = reference_row(name, 250, tau=0.35)
+    worse_list = reference_row(name, 600, tau=0.35)
+
+    better = claims_on(tmp_path / "better", *settings, references=[better_list])
+    worse = claims_on(tmp_path / "worse", *settings, references=[worse_list])
+
     lines = better[better["setting"] == SHARED].set_index("measure")
     # 2000 · 10 + 300.5 · 200 FLOPs against 250 · 200.
     saving = 1 - (20_000 + 300.5 * 200) / 50_000
@@ -174,15 +183,19 @@ def test_b_to_g_are_against_a_list_where_that_is_better(tmp_path, name):
     for measure, mean in expected.items():
         assert set(lines.loc[[measure], "verdict"]) == {FAILS}
         assert lines.loc[[measure], "mean"].to_numpy() == pytest.approx(mean)
-    assert of(worse, "b", "shared")[0]["mean"] == pytest.approx(0.1)
+    assert lines_of(worse, "b", "shared")[0]["mean"] == pytest.approx(0.1)
 
 
-def test_the_share_of_a_candidates_cost_is_that_of_the_costs_where_they_are_given(tmp_path):
-    settings = ({"mode": "none"}, {"tau": [0.2, 0.21]}), ({"mode": "aux"}, {"tau": [0.3, 0.31]})
-    study = study_on(tmp_path, *settings)
-    for of_student, expected in ((0.05, HOLDS), (0.06, FAILS)):
-        priced = study._replace(costs=study.costs._replace(teacher=1.0, student=of_student))
-        assert of(claims(priced, Estimates(priced)), "b", "aux")[0]["verdict"] == expected
+@pytest.mark.parametrize(("cost", "expected"), [(0.05, HOLDS), (0.06, FAILS)])
+def test_own_costs_decide_the_share_of_a_candidates_cost(tmp_path, cost, expected):
+    none = ({"mode": "none"}, {"tau": [0.2, 0.21]})
+    aux = ({"mode": "aux"}, {"tau": [0.3, 0.31]})
+    study = study_on(tmp_path, none, aux)
+    study = study._replace(costs=study.costs._replace(teacher=1.0, student=cost))
+
+    frame = claims(study, Estimates(study))
+
+    assert lines_of(frame, "b", "aux")[0]["verdict"] == expected
 
 
 USERS = [0.9, 0.91, 0.9]
@@ -228,13 +241,17 @@ def test_f_users_keep_what_they_have(tmp_path, measure, aux, options, expected, 
          {measure: aux, "test": [{"passed": passed} for passed in options["passed"]]}),
         references=references,
     )  # fmt: skip
-    line = of(frame, "f", "aux")[0]
-    assert (line["verdict"], bool(line["remark"])) == (expected, bool(remark))
+    line = lines_of(frame, "f", "aux")[0]
+    assert line["verdict"] == expected
+    assert bool(line["remark"]) == bool(remark)
     assert remark in line["remark"]
-    of_truth = measure == "true_value"
-    assert line["measure"] == f"{'true_value_captured' if of_truth else 'covered_user_value'}@30"
+    if measure == "true_value":
+        column, threshold = "true_value_captured@30", -0.002
+    else:
+        column, threshold = "covered_user_value@30", 0
+    assert line["measure"] == column
     if not remark:
-        assert line["threshold"] == (-0.002 if of_truth else 0)
+        assert line["threshold"] == threshold
 
 
 # Three repeats of what a ranker without scores, and an honest student with them, would have.
@@ -269,19 +286,18 @@ def held_by(tmp_path, **students):
     The ratio of mode none is that of a teacher whose probabilities are true: its excess loss on
     users is its distance from the teacher.
     """
-    heads = [("aux", "user"), ("aux", "teacher"), ("shared", "user")]
-    frame = claims_on(
-        tmp_path,
-        ({"mode": "none"}, WITHOUT | {"alignment": [1.0, 0.99, 1.01]}),
-        *(({"mode": mode, "serve": serve, "run": mode + serve}, students[mode])
-          for mode, serve in heads),
-        references=[reference_row("show_rate", **LIST)],
-    )  # fmt: skip
+    settings = [({"mode": "none"}, WITHOUT | {"alignment": [1.0, 0.99, 1.01]})]
+    for mode, head in (("aux", "user"), ("aux", "teacher"), ("shared", "user")):
+        settings.append(({"mode": mode, "serve": head, "run": mode + head}, students[mode]))
+    frame = claims_on(tmp_path, *settings, references=[reference_row("show_rate", **LIST)])
     held = frame[frame["verdict"] == HOLDS]
-    # Claim (c) names no setting, and is one on shared.
-    on_shared = held["setting"].str.startswith("shared") | (held["claim"] == "c")
-    of_mode = {"shared": on_shared, "aux": held["setting"].str.startswith("aux")}
-    return {name: set(held.loc[of_mode[name], "claim"]) for name in students}
+    # Claim (c) names no setting, and is about shared.
+    is_of_shared = held["setting"].str.startswith("shared") | (held["claim"] == "c")
+    is_of_aux = held["setting"].str.startswith("aux")
+    return {
+        "shared": set(held.loc[is_of_shared, "claim"]),
+        "aux": set(held.loc[is_of_aux, "claim"]),
+    }
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)

@@ -30,15 +30,18 @@ def each_of(seed: int) -> PerRequest:
     single |= {name: draw() for name in ("teacher_tau", "teacher_tau_requests")}
     single["funnel_requests"] = single["requests"] = draw()
     single["candidates"] = RETRIEVED * single["requests"]
-    steps = {name: np.sort(draw(len(KS)))[:, ::-1] for name in sweeps.CURVES}
-    curves = {name: np.cumsum(of, axis=1) for name, of in steps.items()}
+    curves = {}
+    for name in sweeps.CURVES:
+        falling_steps = np.sort(draw(len(KS)))[:, ::-1]
+        curves[name] = np.cumsum(falling_steps, axis=1)
     return PerRequest(single, curves | {"scored": np.multiply.outer(single["requests"], KS)})
 
 
 # The oracles take the requests one by one, each `times` times, and search for k.
 def bce(each: PerRequest, times: np.ndarray) -> float:
     drawn = np.repeat(np.arange(REQUESTS), times)
-    losses, weights = (each.sums[name][drawn, 0] for name in ("user_bce", "label_weight"))
+    losses = each.sums["user_bce"][drawn, 0]
+    weights = each.sums["label_weight"][drawn, 0]
     return losses.sum(dtype=float) / weights.sum(dtype=float)
 
 
@@ -48,19 +51,16 @@ def curve(each: PerRequest, times: np.ndarray, name: str) -> np.ndarray:
 
 def passed(each: PerRequest, times: np.ndarray, target: float = TARGET) -> float:
     value = curve(each, times, "value_captured")
-    shares = (np.interp(k, KS, value) / value[-1] for k in range(1, RETRIEVED + 1))
-    return 1.0 + next(place for place, share in enumerate(shares) if share >= target)
+    for k in range(1, RETRIEVED + 1):
+        if np.interp(k, KS, value) / value[-1] >= target:
+            return float(k)
+    raise AssertionError("the last k keeps all")
 
 
-def users(each: PerRequest, times: np.ndarray) -> float:
+def true_value_at_target(each: PerRequest, times: np.ndarray) -> float:
     """The true value captured where the target is kept."""
     value = curve(each, times, "true_value_captured")
     return np.interp(passed(each, times), KS, value) / value[-1]
-
-
-def saved(after: float, before: float) -> float:
-    cost = {mode: RETRIEVED * of for mode, of in FLOPS.items()}
-    return 1 - (cost["shared"] + after * TEACHER_FLOPS) / (cost["none"] + before * TEACHER_FLOPS)
 
 
 ONCE = np.ones(REQUESTS, int)
@@ -70,30 +70,36 @@ EACH = {
 
 
 def rows_of(seeds):
-    runs = {
-        (mode, seed): {
+    """The rows of a teacher, and of the students of these seeds."""
+    rows = [sweeps.teacher_row() | {"flops": TEACHER_FLOPS}]
+    for (mode, seed), each in EACH.items():
+        if seed not in seeds:
+            continue
+        on_test = {
+            "user_bce/watch": bce(each, ONCE), "passed_for_90": passed(each, ONCE),
+            "scored_for_90": passed(each, ONCE),
+            "true_value_for_90": true_value_at_target(each, ONCE),
+            "passed": 7.0 + seed, "true_value_for": 1.0,
+        }  # fmt: skip
+        rows.append({
             "mode": mode, "seed": seed, "run": f"{mode}{seed}", "flops": FLOPS[mode],
-            "passed": 5.0,
-            "test": {
-                "user_bce/watch": bce(each, ONCE), "passed_for_90": passed(each, ONCE),
-                "scored_for_90": passed(each, ONCE), "true_value_for_90": users(each, ONCE),
-                "passed": 7.0 + seed, "true_value_for": 1.0,
-            },
-        }
-        for (mode, seed), each in EACH.items()
-        if seed in seeds
-    }  # fmt: skip
-    return [sweeps.teacher_row() | {"flops": TEACHER_FLOPS}, *runs.values()]
+            "passed": 5.0, "test": on_test,
+        })  # fmt: skip
+    return rows
 
 
-def of_reference(each):
-    needed = {"passed_for_90": passed(each, ONCE), "scored_for_90": passed(each, ONCE)}
-    return sweeps.reference_row("show_rate", 4.0, test=needed | {"passed": 6.0})
+def row_of_list(each):
+    on_test = {
+        "passed_for_90": passed(each, ONCE),
+        "scored_for_90": passed(each, ONCE),
+        "passed": 6.0,
+    }
+    return sweeps.reference_row("show_rate", 4.0, test=on_test)
 
 
 def runs(*seeds):
     """The students of a cohort, of these seeds."""
-    return {(f"{mode}{seed}", "user"): of for (mode, seed), of in EACH.items() if seed in seeds}
+    return {(f"{mode}{seed}", "user"): each for (mode, seed), each in EACH.items() if seed in seeds}
 
 
 def write(folder, rows, *cohorts, ks=KS):
@@ -102,17 +108,20 @@ def write(folder, rows, *cohorts, ks=KS):
     Their curves are kept at `ks`, which contain `KS`.
     """
 
-    def at(of):
-        return np.array([np.interp(ks, KS, curve) for curve in of], np.float32)
+    def at_ks(each):
+        curves = {}
+        for name, of_requests in each.curves.items():
+            values = [np.interp(ks, KS, of_request) for of_request in of_requests]
+            curves[name] = np.array(values, np.float32)
+        return PerRequest(each.sums, curves)
 
     sweeps.write_rows(folder, rows, retrieved=RETRIEVED)
-    for number, each in enumerate(cohorts):
+    for number, students in enumerate(cohorts):
         test = folder / "cohorts" / str(number) / "test"
         test.mkdir(parents=True)
-        each = {("teacher", "user"): each_of(90 + number), **each}
-        for who, of in each.items():
-            each[who] = PerRequest(of.sums, {name: at(curve) for name, curve in of.curves.items()})
-        for name, content in request_files(PerRequestByRanker(ks, each), ("watch",)).items():
+        rankers = {("teacher", "user"): each_of(90 + number), **students}
+        by_ranker = PerRequestByRanker(ks, {name: at_ks(each) for name, each in rankers.items()})
+        for name, content in request_files(by_ranker, ("watch",)).items():
             (test / name).write_bytes(content)
     return sweeps.finish(folder)
 
@@ -132,7 +141,7 @@ COUNTS = request_counts(REQUESTS, 60)
 
 
 def by_hand(number, seeds=SEEDS):
-    """The interval of a number of (seed, times that each request counts), draw by draw."""
+    """The interval of `number(seed, times that each request counts)`, draw by draw."""
     assert len(COUNTS) == 1 + estimates.DRAWS
     numbers = np.array([[number(seed, times) for seed in seeds] for times in COUNTS])
     return crossed_interval(OverDraws(seeds, numbers, REQUESTS))
@@ -148,57 +157,69 @@ SHARED = "shared, weight 1"
 PAIR = (SHARED, "none")
 
 
-def of_shared(number):
-    return lambda shared, none, times: number(shared, times)
-
-
-def saving(shared, none, times):
-    return saved(passed(shared, times), passed(none, times))
-
-
-def survived(shared, none, times):
-    return curve(shared, times, "survival")[2] / (times @ shared.sums["funnel_requests"])
-
-
-def at_k(estimates, name, place):
-    found = estimates.curve(SHARED, name)
-    assert list(found["k"]) == list(KS)
-    return Interval(*found.loc[place, ["mean", "low", "high"]], len(SEEDS), "both")
-
-
-# By name: an estimate, and the same number of both students on requests that count so many times.
-NUMBERS = {
-    "bce": (lambda e: e.of(SHARED, "user_bce/watch"), of_shared(bce)),
-    "passed": (lambda e: e.of(SHARED, "passed_for_90"), of_shared(passed)),
-    "users": (lambda e: e.of(SHARED, "true_value_for_90"), of_shared(users)),
-    "gap": (
-        lambda e: e.gap(*PAIR, "user_bce/watch"),
-        lambda shared, none, times: bce(shared, times) - bce(none, times),
-    ),
-    "saving": (lambda e: e.cost_saved(SHARED, TARGET), saving),
-    "curve of value": (
-        lambda e: at_k(e, "value_captured", 3),
-        of_shared(lambda each, times: np.divide(*curve(each, times, "value_captured")[[3, -1]])),
-    ),
-    "curve of survival": (lambda e: at_k(e, "survival", 2), survived),
+# The columns whose numbers have a restatement for one student above.
+RESTATED = {
+    "user_bce/watch": bce,
+    "passed_for_90": passed,
+    "true_value_for_90": true_value_at_target,
 }
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_estimates_are_those_of_the_draws_one_by_one(made, name):
-    estimate, number = NUMBERS[name]
+@pytest.mark.parametrize("column", RESTATED)
+def test_the_estimate_of_a_column_is_that_of_the_draws(made, column):
+    def number(seed, times):
+        return RESTATED[column](EACH["shared", seed], times)
 
-    def of_seed(seed, times):
-        return number(EACH["shared", seed], EACH["none", seed], times)
+    assert_interval(made.of(SHARED, column), by_hand(number))
 
-    assert_interval(estimate(made), by_hand(of_seed))
+
+def test_the_gap_of_two_settings_is_that_of_the_draws(made):
+    def gap(seed, times):
+        return bce(EACH["shared", seed], times) - bce(EACH["none", seed], times)
+
+    assert_interval(made.gap(*PAIR, "user_bce/watch"), by_hand(gap))
+
+
+def test_a_saving_is_that_of_the_draws(made):
+    def cost(mode, seed, times):
+        return RETRIEVED * FLOPS[mode] + passed(EACH[mode, seed], times) * TEACHER_FLOPS
+
+    def saving(seed, times):
+        return 1 - cost("shared", seed, times) / cost("none", seed, times)
+
+    assert_interval(made.cost_saved(SHARED, TARGET), by_hand(saving))
+
+
+def interval_on_curve(made, name, index):
+    """The interval of a curve at `KS[index]`."""
+    found = made.curve(SHARED, name)
+    assert list(found["k"]) == list(KS)
+    return Interval(*found.loc[index, ["mean", "low", "high"]], len(SEEDS), "both")
+
+
+def test_a_curve_of_value_is_that_of_the_draws(made):
+    def share_of_value(seed, times):
+        value = curve(EACH["shared", seed], times, "value_captured")
+        return value[3] / value[-1]
+
+    assert_interval(interval_on_curve(made, "value_captured", 3), by_hand(share_of_value))
+
+
+def test_a_curve_of_survival_is_that_of_the_draws(made):
+    def survival(seed, times):
+        each = EACH["shared", seed]
+        return curve(each, times, "survival")[2] / (times @ each.sums["funnel_requests"])
+
+    assert_interval(interval_on_curve(made, "survival", 2), by_hand(survival))
 
 
 def test_sweeps_that_report_other_k_have_one_curve(made, tmp_path):
-    more = np.array([*KS[:5], 20, *KS[5:]])
+    more_ks = np.array([*KS[:5], 20, *KS[5:]])
     one = write(tmp_path / "one", rows_of((0,)), runs(0))
-    other = write(tmp_path / "other", rows_of((1, 2)), runs(1, 2), ks=more)
+    other = write(tmp_path / "other", rows_of((1, 2)), runs(1, 2), ks=more_ks)
+
     found = estimates_of(one, other).curve(SHARED, "value_captured")
+
     expected = made.curve(SHARED, "value_captured")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -223,24 +244,29 @@ LABELS = [0, 1, 1, 2]
 )
 def test_a_live_test_planned_by_hand(tmp_path, survival, positives, run, needed):
     """Of two shown items; only the last k keeps all positive labels of a request."""
+    of_none, of_shared = survival
     rows = [
-        {"mode": mode, "survival": share, "passed": 9.0, "run": mode}
-        for mode, share in zip(("none", "shared"), survival, strict=True)
+        {"mode": "none", "survival": of_none, "passed": 9.0, "run": "none"},
+        {"mode": "shared", "survival": of_shared, "passed": 9.0, "run": "shared"},
     ]
     study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
-    study.config.funnel.shown, study.config.value_weights = 2, (2.0,)
+    study.config.funnel.shown = 2
+    study.config.value_weights = (2.0,)
 
-    def each(of):
+    def each_with_positives(positives):
+        """Three requests with each number of positive labels."""
         kept = np.zeros((REQUESTS, len(KS), 1))
-        kept[:, -1, 0] = np.repeat(of, 3)
-        found = each_of(7)
-        return PerRequest(found.sums, found.curves | {"positives_kept": kept})
+        kept[:, -1, 0] = np.repeat(positives, 3)
+        each = each_of(7)
+        return PerRequest(each.sums, each.curves | {"positives_kept": kept})
 
-    of_requests = {("teacher", "user"): each([9, 9, 0, 9]), (run, "user"): each(positives)}
-    kept = PerRequestByRanker(KS, of_requests)
-    found = Estimates(study._replace(kept_requests=[KeptRequests(0, kept)]))
-    found = found.live_test(SHARED, "none", 0.5)
-    assert found == needed
+    of_requests = {
+        ("teacher", "user"): each_with_positives([9, 9, 0, 9]),
+        (run, "user"): each_with_positives(positives),
+    }
+    study = study._replace(kept_requests=[KeptRequests(0, PerRequestByRanker(KS, of_requests))])
+
+    assert Estimates(study).live_test(SHARED, "none", 0.5) == needed
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
@@ -251,29 +277,38 @@ def test_references_are_those_of_the_teacher_of_a_repeat(tmp_path, teachers):
     cohorts = [runs(0), runs(1)]
     for seed in range(teachers):
         teacher = sweeps.teacher_row() | {"flops": TEACHER_FLOPS, "seed": seed}
-        rows += [teacher, of_reference(lists[seed]) | {"seed": seed}]
+        rows += [teacher, row_of_list(lists[seed]) | {"seed": seed}]
         cohorts[seed] = {("show_rate", "user"): lists[seed]} | cohorts[seed]
+
     found = estimates_of(write(tmp_path, rows, *cohorts))
-    assert found.study.num_teachers == teachers
 
     def gap(seed, times):
         return passed(EACH["shared", seed], times) - passed(lists[seed], times)
 
+    assert found.study.num_teachers == teachers
     expected = by_hand(gap, seeds=(0, 1))
     assert_interval(found.gap(SHARED, "show_rate", "passed_for_90"), expected)
 
 
-def test_what_is_not_known_has_no_estimate(made, tmp_path):
+def test_what_is_not_known_has_no_estimate(made):
     assert made.of("none", "alignment_ratio").n == 0
     assert made.gap(*PAIR, "absent").n == 0
-    # What is not measured on requests varies over repeats only.
+
+
+def test_a_number_without_requests_varies_over_repeats_only(made):
     flops = made.gap(*PAIR, "flops_per_candidate")
+
     assert flops == pytest.approx((4, 4, 4, 3, "repeats"))
-    # Neither a baseline nor a teacher to save anything of.
-    for rows in (rows_of(SEEDS)[1:], [row for row in rows_of(SEEDS) if row.get("mode") != "none"]):
-        (study,) = read_studies([sweeps.write_rows(tmp_path, rows, retrieved=RETRIEVED)])
-        saving = Estimates(study).of(SHARED, "funnel_cost_saving")
-        assert saving.n == 0
+
+
+@pytest.mark.parametrize("lacking", ["teacher", "none"])
+def test_without_a_teacher_or_a_baseline_there_is_no_saving(tmp_path, lacking):
+    rows = [row for row in rows_of(SEEDS) if lacking not in (row.get("role"), row.get("mode"))]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows, retrieved=RETRIEVED)])
+
+    saving = Estimates(study).of(SHARED, "funnel_cost_saving")
+
+    assert saving.n == 0
 
 
 # The covered value of three repeats of mode `none`, and by what that of `shared` differs.
@@ -299,18 +334,19 @@ ONLY_A_LOSS = "labels that the final ranker chose show losses only, and here non
 def test_labels_of_chosen_items_show_a_loss_and_no_gain(
     tmp_path, change, shown_recall, coverage, reason
 ):
-    rows = [
-        {"mode": mode, "seed": seed, "coverage": coverage, "shown_recall@30": shown_recall,
-         "covered": before + (change[seed] if mode == "shared" else 0)}
-        for mode in ("none", "shared")
-        for seed, before in enumerate(COVERED_BEFORE)
-    ]  # fmt: skip
+    rows = []
+    for seed, before in enumerate(COVERED_BEFORE):
+        numbers = {"seed": seed, "coverage": coverage, "shown_recall@30": shown_recall}
+        rows.append({"mode": "none", "covered": before, **numbers})
+        rows.append({"mode": "shared", "covered": before + change[seed], **numbers})
+
     found = estimates_of(sweeps.write_rows(tmp_path / "study", rows)).why_unlabeled(PAIR)
+
     assert bool(found) == bool(reason)
     assert reason in found
 
 
-def test_labels_beyond_the_shown_items_show_gains_whatever_the_coverage(tmp_path):
+def test_labels_beyond_the_shown_items_show_gains(tmp_path):
     rows = [
         {"mode": mode, "seed": seed, "coverage": 0.1, "shown_recall@30": 0.5,
          "served_ndcg@30": ndcg}
@@ -323,7 +359,7 @@ def test_labels_beyond_the_shown_items_show_gains_whatever_the_coverage(tmp_path
     assert estimates.why_unlabeled(PAIR) == ""
 
 
-def test_requests_for_a_width_follow_from_the_spread_over_draws_of_the_requests(made):
+def test_requests_for_a_width_follow_from_the_spread_of_draws(made):
     counts = request_counts(REQUESTS, estimates.DRAWS)
     means = [np.mean([passed(EACH["none", seed], times) for seed in SEEDS]) for times in counts[1:]]
     whole = np.mean([passed(EACH["none", seed], ONCE) for seed in SEEDS])
@@ -335,5 +371,5 @@ def test_requests_for_a_width_follow_from_the_spread_over_draws_of_the_requests(
     assert made.requests_for("none", "passed_for_90", 0.05) == pytest.approx(4 * needed)
 
 
-def test_requests_for_a_width_are_unknown_without_the_requests_own_numbers(made):
+def test_without_request_sums_requests_for_a_width_are_unknown(made):
     assert np.isnan(made.requests_for("none", "flops_per_candidate", 0.1))

@@ -17,13 +17,13 @@ CURVES = ["value_captured", "true_value_captured"]
 SHARED = "shared, weight 1"
 
 
-def of_estimates(estimates):
+def figures_by_name(estimates):
     return {figure.name: figure for figure in figures.figures(estimates.study, estimates)}
 
 
 @pytest.fixture(scope="module")
 def drawn(estimates):
-    return of_estimates(estimates)
+    return figures_by_name(estimates)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def files(drawn):
 
 @pytest.fixture(scope="module")
 def roots(files):
-    return {name: ElementTree.fromstring(of["svg"]) for name, of in files.items()}
+    return {name: ElementTree.fromstring(formats["svg"]) for name, formats in files.items()}
 
 
 def texts_of(root):
@@ -42,27 +42,33 @@ def texts_of(root):
 
 def test_every_figure_is_drawn_in_every_format_without_a_date(drawn, files, roots):
     assert list(files) == ["waterfall", "plane", *CURVES, "pareto"]
-    for name, of_figure in files.items():
-        for ending, start in (("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
-            assert of_figure[ending].startswith(start)
-        assert not re.search(rb"20\d\d-\d\d-\d\d", of_figure["svg"])
-        assert b"tIME" not in of_figure["png"]
-        assert name == "waterfall" or any(text.startswith("aux") for text in texts_of(roots[name]))
+    for name, formats in files.items():
+        assert formats["svg"].startswith(b"<svg")
+        assert formats["pdf"].startswith(b"%PDF")
+        assert formats["png"].startswith(b"\x89PNG")
+        assert not re.search(rb"20\d\d-\d\d-\d\d", formats["svg"])
+        assert b"tIME" not in formats["png"]
+        if name != "waterfall":
+            assert any(text.startswith("aux") for text in texts_of(roots[name]))
     assert figures.files(drawn["plane"])["png"] == files["plane"]["png"]
 
 
 def test_vega_warns_of_nothing_and_draws_unknown_ends(estimates, capfd, monkeypatch):
     """As of a single repeat: unknown ends are null on the page, and no NaN in a path."""
     draw = vl_convert.vegalite_to_svg
-    monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda of: draw(of, show_warnings=True))
     values = figures._values
+
+    def draw_with_warnings(chart):
+        return draw(chart, show_warnings=True)
 
     def without_ends(data):
         ends = data.columns[data.columns.str.endswith(("low", "high"))]
         return values(data.assign(**dict.fromkeys(ends, np.nan)))
 
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", draw_with_warnings)
     monkeypatch.setattr(figures, "_values", without_ends)
-    for figure in of_estimates(estimates).values():
+
+    for figure in figures_by_name(estimates).values():
         assert b"NaN" not in figures.files(figure)["svg"]
         assert "NaN" not in figures.page_chart(figure)
     output = capfd.readouterr()
@@ -74,18 +80,18 @@ def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates):
     values = pd.DataFrame(chart["datasets"][chart["data"]["name"]])
     columns = ["user_bce", "user_bce_low", "teacher_bce_high"]
     np.testing.assert_allclose(values[columns], drawn["pareto"].data[columns], atol=1e-9)
-    methods = {f"</script>{method}": of for method, of in estimates.study.chosen.items()}
-    renamed = Estimates(estimates.study._replace(chosen=methods))
-    assert "<" not in figures.page_chart(of_estimates(renamed)["plane"])
+    hostile = {f"</script>{method}": setting for method, setting in estimates.study.chosen.items()}
+    renamed = Estimates(estimates.study._replace(chosen=hostile))
+    assert "<" not in figures.page_chart(figures_by_name(renamed)["plane"])
 
 
-def test_the_pareto_front_has_a_line_per_way_and_a_point_per_weight_of_it(drawn, estimates):
+def test_the_pareto_front_has_a_line_a_method_a_point_a_weight(drawn, estimates):
     data = drawn["pareto"].data
     assert list(data["line"].unique()) == ["none", "aux", "shared"]
     assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
     # All else as it was chosen.
-    of_aux = data.loc[data["line"] == "aux", "setting"]
-    assert list(of_aux) == ["aux (teacher), weight 0.3", "aux (teacher), weight 1"]
+    settings_of_aux = data.loc[data["line"] == "aux", "setting"]
+    assert list(settings_of_aux) == ["aux (teacher), weight 0.3", "aux (teacher), weight 1"]
     (none,) = data[data["line"] == "none"].to_dict("records")
     assert np.isnan(none["weight"])
     rows = estimates.study.rows.query("setting == 'none' and split == 'validation'")
@@ -94,20 +100,19 @@ def test_the_pareto_front_has_a_line_per_way_and_a_point_per_weight_of_it(drawn,
 
 
 @pytest.mark.parametrize("measure", CURVES)
-def test_the_curves_are_those_of_the_chosen_settings_and_of_today(drawn, roots, estimates, measure):
+def test_curves_show_the_chosen_settings_and_the_incumbent(drawn, roots, estimates, measure):
     data = drawn[measure].data
     assert list(data["method"].unique()) == ["none", "aux", "shared", "incumbent"]
-    of_shared = data[data["method"] == "shared"].reset_index(drop=True)
+    shared = data[data["method"] == "shared"].reset_index(drop=True)
     curve = estimates.curve(SHARED, measure)
-    pd.testing.assert_frame_equal(of_shared[list(curve)], curve)
-    # The legend has the number at 99%.
-    lines = data.drop_duplicates("method")
-    passed = (estimates.of(setting, "passed_for_99").mean for setting in lines["setting"])
-    expected = [
-        f"{method}: {of:.0f}" if measure == "value_captured" else method
-        for method, of in zip(lines["method"], passed, strict=True)
-    ]
-    assert [text for text in texts_of(roots[measure]) if text in expected] == expected
+    pd.testing.assert_frame_equal(shared[list(curve)], curve)
+    # The legend of the final value has the number at 99%.
+    legend = []
+    for line in data.drop_duplicates("method").to_dict("records"):
+        passed = estimates.of(line["setting"], "passed_for_99").mean
+        number = f": {passed:.0f}" if measure == "value_captured" else ""
+        legend.append(f"{line['method']}{number}")
+    assert [text for text in texts_of(roots[measure]) if text in legend] == legend
 
 
 def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, estimates):
@@ -123,12 +128,12 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, est
         assert (line["mean"], line["low"], line["high"]) == pytest.approx(mean[:3], nan_ok=True)
     names = {name for step in steps for name in step.split(", ")}
     drawn_texts = {"".join(text.itertext()) for text in roots["waterfall"].iter(f"{SVG}text")}
-    written = " ".join(drawn_texts)
-    assert all(name in written for name in names)
-    assert {f"{of:.0f}" for of in data["mean"]} <= drawn_texts
+    all_text = " ".join(drawn_texts)
+    assert all(name in all_text for name in names)
+    assert {f"{mean:.0f}" for mean in data["mean"]} <= drawn_texts
 
 
-def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estimates):
+def test_the_plane_marks_methods_against_the_best_without(drawn, estimates):
     data = drawn["plane"].data
     assert estimates.study.baseline == "none"
     assert list(data["line"]) == ["aux", "shared"]
@@ -139,7 +144,7 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(drawn, estim
             assert found == pytest.approx(mean[:3])
 
 
-def test_the_plane_shows_the_origin_and_the_margin_inside_its_axes(drawn, estimates):
+def test_the_planes_axes_contain_the_origin_and_the_margin(drawn, estimates):
     chart = drawn["plane"].chart.to_dict()
     axes = {}
     for layer in chart["layer"]:

@@ -8,7 +8,7 @@ import pytest
 from tests.reporting import sweeps
 
 
-def test_a_gain_in_the_final_value_that_the_truth_lacks_is_inherited(tmp_path, monkeypatch, capsys):
+def test_a_gain_that_the_truth_lacks_is_inherited(tmp_path, monkeypatch, capsys):
     # Final and true value that each method keeps with 30 passed, by the two draws of the data.
     kept = {
         ("none", "user"): [(0.90, 0.90), (0.80, 0.80)],

@@ -20,13 +20,16 @@ from kd_ranker.reporting.intervals import (
 @pytest.mark.parametrize(("count", "confidence"), [(0, 0.95), (1, 0.95), (2, 0.95), (7, 0.90)])
 def test_intervals_are_scipys_over_the_known_repeats(count, confidence):
     values = np.random.default_rng(count).normal(3, 2, count)
+
     ours = interval(np.array([*values, math.nan]), confidence)
-    assert (ours.n, ours.covers) == (count, "repeats" if count > 1 else "nothing")
-    ends = (math.nan, math.nan)
-    if count > 1:
-        ends = tuple(stats.ttest_1samp(values, 0).confidence_interval(confidence))
+
     mean = values.mean() if count else math.nan
-    assert ours[:3] == pytest.approx((mean, *ends), nan_ok=True)
+    if count > 1:
+        ends = stats.ttest_1samp(values, 0).confidence_interval(confidence)
+        expected = (mean, ends.low, ends.high, count, "repeats")
+    else:
+        expected = (mean, math.nan, math.nan, count, "nothing")
+    assert ours == pytest.approx(expected, nan_ok=True)
 
 
 def measured(values, counts, measure, repeats=None):
@@ -41,7 +44,7 @@ def share(sums):
         return sums[..., 0] / sums[..., 1]
 
 
-def of_setting(generator, repeats, requests):
+def draw_share_sums(generator, repeats, requests):
     """Per-request sums [R, N, 2] of a share, with a part of each repeat, request and both."""
     weight = generator.gamma(2, 1, requests)
     effect = (
@@ -52,7 +55,7 @@ def of_setting(generator, repeats, requests):
     return np.stack([weight * effect, np.broadcast_to(weight, effect.shape)], axis=-1)
 
 
-def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alone():
+def test_a_draw_has_all_requests_in_number_and_follows_its_seed():
     once, *counts = request_counts(50, draws=200, seed=3)
     assert (once == 1).all()
     counts = np.array(counts)
@@ -76,7 +79,7 @@ def test_a_crossed_interval_worked_by_hand():
     assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
 
 
-def test_one_repeat_gives_the_interval_of_its_requests_and_says_so():
+def test_one_repeat_gives_the_interval_of_its_requests():
     values = np.random.default_rng(2).normal(1, 2, (1, 300))
     found = crossed_interval(measured(values, request_counts(300, 20_000), lambda sums: sums / 300))
     theirs = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
@@ -85,37 +88,65 @@ def test_one_repeat_gives_the_interval_of_its_requests_and_says_so():
 
 
 def test_a_difference_is_paired_over_the_repeats_that_both_have():
-    generator = np.random.default_rng(3)
     counts = request_counts(60, draws=100)
-    values = of_setting(generator, 3, 60)
+    values = draw_share_sums(np.random.default_rng(3), 3, 60)
     one = measured(values, counts, share, ["a", "b", "c"])
     other = measured(values[[2, 0]], counts, share, ["c", "a"])
+
     gap = combined(np.subtract, one, other)
+
     assert gap.repeats == ("a", "c")
     # The same sums, so that nothing is left of what chance does to them.
     assert crossed_interval(gap) == pytest.approx((0, 0, 0, 2, "both"), abs=1e-12)
     assert crossed_interval(one).high > crossed_interval(one).low + 0.1
 
 
+def test_a_repeat_without_the_measure_does_not_count():
+    values = draw_share_sums(np.random.default_rng(6), 4, 60)
+    counts = request_counts(60, draws=100)
+    expected = crossed_interval(measured(values[:3], counts, share))
+
+    values[3, :, 1] = 0  # a ratio over nothing
+
+    assert crossed_interval(measured(values, counts, share)) == expected
+
+
 def test_without_the_measure_there_is_no_interval():
-    values, counts = of_setting(np.random.default_rng(6), 4, 60), request_counts(60, draws=100)
-    whole = crossed_interval(measured(values[:3], counts, share))
-    # A repeat without the measure does not count: a ratio over nothing.
-    values[3, :, 1] = 0
-    assert crossed_interval(measured(values, counts, share)) == whole
-    # Settings without a common repeat have no difference.
-    pair = (measured(values[:1], counts, share, [name]) for name in "ab")
-    for unknown in (measured(0 * values, counts, share), combined(np.subtract, *pair)):
-        assert crossed_interval(unknown)[3:] == (0, "nothing")
+    values = np.zeros((4, 60, 2))
+
+    nowhere = measured(values, request_counts(60, draws=100), share)
+
+    assert crossed_interval(nowhere)[3:] == (0, "nothing")
+
+
+def test_settings_without_a_common_repeat_have_no_difference():
+    values = draw_share_sums(np.random.default_rng(6), 1, 60)
+    counts = request_counts(60, draws=100)
+    one = measured(values, counts, share, ["a"])
+    other = measured(values, counts, share, ["b"])
+
+    gap = combined(np.subtract, one, other)
+
+    assert crossed_interval(gap)[3:] == (0, "nothing")
 
 
 def test_draws_without_the_measure_are_left_out_if_they_are_few():
     numbers = np.random.default_rng(7).normal(1, 1, (101, 2))
     numbers[0] = 1
-    kept = crossed_interval(OverDraws((0, 1), np.delete(numbers, slice(1, 6), axis=0), 30))
+    without_five = np.delete(numbers, slice(1, 6), axis=0)
+
     numbers[1:6, 0] = math.nan
-    assert crossed_interval(OverDraws((0, 1), numbers, 30)) == kept
+
+    expected = crossed_interval(OverDraws((0, 1), without_five, 30))
+    assert crossed_interval(OverDraws((0, 1), numbers, 30)) == expected
+
+
+def test_too_many_draws_without_the_measure_give_no_interval():
+    numbers = np.random.default_rng(7).normal(1, 1, (101, 2))
+    numbers[0] = 1
+    numbers[1:6, 0] = math.nan
     numbers[6, 1] = math.nan
+
     unknown = crossed_interval(OverDraws((0, 1), numbers, 30))
     assert unknown == pytest.approx((1, math.nan, math.nan, 2, "nothing"), nan_ok=True)
 
@@ -129,24 +160,24 @@ def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
     """
     generator = np.random.default_rng(repeats)
 
-    def of_requests(*shape):
+    def request_effects(*shape):
         shared = generator.normal(0, np.sqrt(1 - of_pairs), (*shape, 1))
         return shared + generator.normal(0, np.sqrt(of_pairs * repeats), (*shape, repeats))
 
-    each = of_requests(studies) + generator.normal(
-        0, np.sqrt(of_repeats * repeats), (studies, repeats)
-    )
-    drawn = each[:, None] + of_requests(studies, draws)
-    numbers, names = np.concatenate([each[:, None], drawn], axis=1), tuple(range(repeats))
-    found = [crossed_interval(OverDraws(names, of, 2000)) for of in numbers]
-    half = np.array([one.high - one.mean for one in found])
+    effects = request_effects(studies)
+    each = effects + generator.normal(0, np.sqrt(of_repeats * repeats), (studies, repeats))
+    drawn = each[:, None] + request_effects(studies, draws)
+    numbers = np.concatenate([each[:, None], drawn], axis=1)
+    names = tuple(range(repeats))
+    intervals = [crossed_interval(OverDraws(names, of_study, 2000)) for of_study in numbers]
+    half = np.array([found.high - found.mean for found in intervals])
     return np.mean(1 - 2 * stats.norm.sf(half / np.sqrt(1 + of_repeats)))
 
 
 # No variance of repeats, a small part, and the parts of the cascade.
 @pytest.mark.parametrize("parts", [(0, 0.2), (0.3, 0.3), (5, 0.2)])
 @pytest.mark.parametrize(("repeats", "most"), [(2, 98), (3, 97), (5, 97)])
-def test_nominal_95_percent_intervals_are_neither_narrow_nor_wide(repeats, most, parts):
+def test_95_percent_intervals_cover_about_95_percent(repeats, most, parts):
     assert 95 <= round(100 * coverage(repeats, *parts)) <= most
 
 

@@ -25,7 +25,7 @@ def page(tmp_path_factory):
         return api.report(one, two, output=folder).page
 
 
-def test_every_dataset_has_its_parts_and_nothing_is_loaded_from_elsewhere(page):
+def test_every_dataset_has_its_parts_in_one_page(page):
     text = page.read_text()
     # Vega is there once.
     assert text.count("window.vegaEmbed") == 1
@@ -106,7 +106,7 @@ def click_on_title(browser, title, press=None):
     return headers[place], [text.partition(" ±")[0] for text in texts]
 
 
-def test_a_click_on_a_columns_title_sorts_and_a_second_reverses_it(loaded):
+def test_a_click_on_a_title_sorts_and_a_second_reverses(loaded):
     header, texts = click_on_title(loaded, "passed for 99%")
     ascending = [float(text) for text in texts]
     assert ascending == sorted(ascending)

@@ -15,9 +15,9 @@ def study_of(tmp_path, *rows):
 def test_runs_settings_and_repeats(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path)])
     assert (study.dataset, study.passed) == ("cascade", 200)
-    heads = [f"aux ({of}), weight {weight}" for of in sweeps.SERVES["aux"] for weight in (0.3, 1)]
+    aux = [f"aux ({head}), weight {weight}" for head in sweeps.SERVES["aux"] for weight in (0.3, 1)]
     shared = ["shared, weight 0.3", SHARED]
-    assert list(study.rows["setting"].unique()) == ["none", *heads, *shared]
+    assert list(study.rows["setting"].unique()) == ["none", *aux, *shared]
     assert list(study.rows["repeat"].unique()) == ["0/0", "1/0", "2/0"]
     assert study.varying == []
     # The weight and the head are tuned, so that each mode is a method.
@@ -27,7 +27,8 @@ def test_runs_settings_and_repeats(tmp_path):
     assert study.num_teachers == 1
     assert list(study.teachers["repeat"]) == ["0/0", "1/0", "2/0"]
     references = study.references.groupby(["split", "repeat"])["setting"]
-    assert [sorted(of) for _, of in references] == [sorted(sweeps.BASELINES)] * 6
+    names_by_repeat = [sorted(names) for _, names in references]
+    assert names_by_repeat == [sorted(sweeps.BASELINES)] * 6
     # Only chosen settings are read on test: their requests, and those of teacher and references.
     assert sorted(study.tested["setting"]) == sorted([*study.chosen.values()] * 3)
     assert set(study.tested["split"]) == set(study.teachers["split"]) == {"test"}
@@ -36,21 +37,25 @@ def test_runs_settings_and_repeats(tmp_path):
     assert sorted(name for name, _ in of_requests.each) == sorted(names)
 
 
-def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_path):
-    def rows(seed, passed, tested):
+def test_the_validation_of_all_joined_sweeps_decides(tmp_path):
+    def rows(seed, passed_by_weight, tested_weight):
         """`passed_for_99` of three weights on validation, of which one was read on test."""
-        at = {"mode": "shared", "seed": seed}
+        shared = {"mode": "shared", "seed": seed}
+        on_validation = [
+            shared | {"weight": weight, "passed": passed, "split": "validation"}
+            for weight, passed in passed_by_weight.items()
+        ]
+        on_test = shared | {"weight": tested_weight, "passed": 999, "split": "test"}
         return [
-            teacher_row(), {"mode": "none", "seed": seed, "passed": 500},
-            *(at | {"weight": weight, "passed": of, "split": "validation"}
-              for weight, of in zip((1.0, 2.0, 3.0), passed, strict=True)),
-            at | {"weight": tested, "passed": 999, "split": "test"},
+            teacher_row(), {"mode": "none", "seed": seed, "passed": 500}, *on_validation, on_test,
         ]  # fmt: skip
 
     # 295 against 275; 290 of a third one, which nobody has read, would lie between them.
-    a = sweeps.write_rows(tmp_path / "a", rows(0, (200, 300, 290), tested=1.0))
-    b = sweeps.write_rows(tmp_path / "b", rows(1, (390, 250, 290), tested=2.0))
-    (study,) = read_studies([a, b])
+    first = sweeps.write_rows(tmp_path / "a", rows(0, {1.0: 200, 2.0: 300, 3.0: 290}, 1.0))
+    second = sweeps.write_rows(tmp_path / "b", rows(1, {1.0: 390, 2.0: 250, 3.0: 290}, 2.0))
+
+    (study,) = read_studies([first, second])
+
     assert study.chosen == {"none": "none", "shared": "shared, weight 2"}
     assert list(study.tested.loc[study.tested["mode"] == "shared", "repeat"]) == ["1/0"]
 
@@ -89,7 +94,7 @@ def test_settings_and_ways_are_named_by_what_varies(tmp_path, name):
         assert (study.baseline, study.plain) == ("none, unshown weight 0.3", "none")
 
 
-def test_the_best_of_a_way_is_chosen_on_validation_with_its_saving(tmp_path):
+def test_the_best_setting_and_its_saving_are_from_validation(tmp_path):
     study = study_of(
         tmp_path,
         NONE | {RATE: 0.001, "passed": 400.0},
@@ -117,7 +122,7 @@ def test_own_logs_go_by_their_titles(tmp_path):
         assert "two tables would both" in fault_of(read_studies, [*workdirs, titled(9, other)])
 
 
-def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_sweep(tmp_path):
+def test_references_pair_within_the_sweep_of_their_teacher(tmp_path):
     """Also where both name their teacher's seed 0 and the students' seeds differ from it."""
 
     def of_sweep(folder, seeds, flops, passed):
@@ -137,7 +142,7 @@ def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_swe
         assert on_test["source"].to_dict() == {"1/0": 0, "2/0": 0, "3/0": 1}
 
 
-def test_sweeps_are_joined_if_they_differ_in_what_a_sweep_may_vary(tmp_path):
+def test_sweeps_that_differ_in_sweepable_keys_are_joined(tmp_path):
     options = {"modes": ("none", "shared"), "weights": (1.0,)}
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1), **options)
     changes = {"value_weights": (1.0, 0.0, 0.0), "report.margin": 0.01}
@@ -158,30 +163,35 @@ def test_sweeps_are_joined_if_they_differ_in_what_a_sweep_may_vary(tmp_path):
     assert f"{tmp_path}/c: these runs occur more than once: none-weight0.0-seed1;" in message
 
 
-def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
-    absent = tmp_path / "absent"
-    steps = {
-        f"{absent} holds no results.csv": lambda: (
-            absent.mkdir() or (absent / "results.csv").write_text("dataset\n")
-        ),
-        # A teacher's workdir is no sweep.
-        f"{absent} holds no config.json": lambda: sweeps.write_rows(absent, [teacher_row()]),
-        f"{absent}: results.csv has no student": lambda: None,
-    }
-    for start, go_on in steps.items():
-        message = fault_of(read_studies, [absent])
-        assert message.startswith(start)
-        assert f"kd-ranker sweep --config=FILE.py --workdir={absent}" in message
-        go_on()
+def assert_names_the_command(workdir, fault):
+    message = fault_of(read_studies, [workdir])
+    assert message.startswith(f"{workdir}{fault}")
+    assert f"kd-ranker sweep --config=FILE.py --workdir={workdir}" in message
+
+
+def test_an_absent_workdir_names_the_command_that_makes_it(tmp_path):
+    assert_names_the_command(tmp_path / "absent", " holds no results.csv")
+
+
+def test_a_workdir_without_a_config_names_the_command(tmp_path):
+    (tmp_path / "results.csv").write_text("dataset\n")
+
+    assert_names_the_command(tmp_path, " holds no config.json")
+
+
+def test_a_teachers_workdir_is_no_sweep(tmp_path):
+    sweeps.write_rows(tmp_path, [teacher_row()])
+
+    assert_names_the_command(tmp_path, ": results.csv has no student")
 
 
 # The cheapest funnel is not the one that passes fewest:
 # 2000 · 4 + 120 · 200 = 32,000 FLOPs against 2000 · 10 + 90 · 200 = 38,000.
 WIDTHS = [
     NONE | {"passed": 400, "student.width": 8},
-    *({"mode": "shared", "student.width": width, "flops": flops, "passed": passed,
-       "run": str(width)} for width, flops, passed in ((8, 4.0, 120), (32, 10.0, 90))),
-]  # fmt: skip
+    {"mode": "shared", "student.width": 8, "flops": 4.0, "passed": 120, "run": "8"},
+    {"mode": "shared", "student.width": 32, "flops": 10.0, "passed": 90, "run": "32"},
+]
 
 
 @pytest.mark.parametrize(
@@ -194,26 +204,30 @@ WIDTHS = [
           {"mode": "aux", "passed": 300, "test": {"passed": 100}}], "shared, weight 3"),
         # A student of the stage needs no scores; one with another term does.
         ([NONE | {"passed": 400},
-          *({"mode": "aux", "distill_loss": loss, "passed": passed, "run": loss}
-            for loss, passed in (("topk:stage", 20), ("topk:stage+bce", 200), ("softmax", 300)))],
+          {"mode": "aux", "distill_loss": "topk:stage", "passed": 20, "run": "stage"},
+          {"mode": "aux", "distill_loss": "topk:stage+bce", "passed": 200, "run": "both"},
+          {"mode": "aux", "distill_loss": "softmax", "passed": 300, "run": "scores"}],
          "aux, weight 1, loss topk:stage+bce"),
         ([NONE], None),
         # Without a baseline.
         ([{"mode": "aux", "true_value": 0.9, "true_value_for": 0.9}], AUX),
-        # Without a teacher the cost is unknown, and the fewest passed are best.
-        (WIDTHS, "shared, weight 1, width 32"),
-        ([*WIDTHS], "shared, weight 1, width 8"),
+        (WIDTHS, "shared, weight 1, width 8"),
     ],
 )  # fmt: skip
 def test_the_best_with_scores(tmp_path, students, expected):
-    rows = students if students is WIDTHS else [teacher_row(), *students]
-    assert sweeps.study_of(tmp_path, rows).best_with_scores == expected
+    assert study_of(tmp_path, *students).best_with_scores == expected
 
 
-def of_users(passed, lost, noise=0.0):
+def test_without_a_teachers_cost_the_fewest_passed_are_best(tmp_path):
+    study = sweeps.study_of(tmp_path, WIDTHS)
+
+    assert study.best_with_scores == "shared, weight 1, width 32"
+
+
+def rows_of_mode(mode, passed, lost, noise=0.0):
     """Rows of three repeats: what users lose at 99% on validation, against 0.9 of the baseline."""
     return [
-        {"seed": seed, "passed": passed, "true_value": 0.9,
+        {"mode": mode, "seed": seed, "passed": passed, "true_value": 0.9,
          "true_value_for": 0.9 - lost + noise * (seed - 1),
          # The test must not decide.
          "test": {"true_value_for": 0.9 + lost}}
@@ -234,15 +248,19 @@ def of_users(passed, lost, noise=0.0):
     ],
 )
 def test_a_cheaper_setting_that_loses_users_is_passed_over(tmp_path, losses, noise, kept, chosen):
-    methods = {"none": (400, 0.0), "shared": (100, losses[0], noise), "aux": (120, losses[1])}
+    lost_by_shared, lost_by_aux = losses
     study = study_of(
-        tmp_path, *({"mode": mode} | row for mode, of in methods.items() for row in of_users(*of))
+        tmp_path,
+        *rows_of_mode("none", 400, 0.0),
+        *rows_of_mode("shared", 100, lost_by_shared, noise),
+        *rows_of_mode("aux", 120, lost_by_aux),
     )
+
     assert [name for name in (AUX, SHARED) if study.keeps_users(name)] == kept
     assert study.best_with_scores == chosen
     # Paired over the repeats of validation: 4.303 · noise / √3.
     half = 4.302653 * noise / 3**0.5
-    expected = (-losses[0], -losses[0] - half, -losses[0] + half, 3)
+    expected = (-lost_by_shared, -lost_by_shared - half, -lost_by_shared + half, 3)
     assert study.users_change(SHARED)[:4] == pytest.approx(expected, abs=1e-9)
     # At a larger margin, that of the config, both keep users.
     study.config.report.margin = 0.04

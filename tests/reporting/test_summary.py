@@ -21,7 +21,7 @@ def lines_of(tmp_path, rows):
 
 
 @pytest.mark.parametrize(("name", "variant"), SHIPPED)
-def test_the_table_of_each_shipped_sweep_has_at_most_100_columns(tmp_path, name, variant):
+def test_a_shipped_sweeps_table_has_at_most_100_columns(tmp_path, name, variant):
     config = getattr(shipped, name)(variant)
     (study,) = read_studies([sweeps.write_runs(tmp_path, config)])
     text = summary(study, Estimates(study))
@@ -30,7 +30,7 @@ def test_the_table_of_each_shipped_sweep_has_at_most_100_columns(tmp_path, name,
     assert text.count(" ± ") >= len(study.chosen)
 
 
-def test_ways_are_sorted_by_candidates_with_the_baselines_below_a_line(tmp_path):
+def test_methods_are_sorted_and_baselines_stand_below_a_line(tmp_path):
     rows = [
         *students(STUDENTS | {"aux": [200, 210, 220]}),
         reference_row("incumbent", 150), reference_row("show_rate", 600),
@@ -62,7 +62,7 @@ def test_a_line_has_the_numbers_of_its_setting(tmp_path):
         assert f" {cell}" in none
 
 
-def test_a_ranker_that_learns_from_the_lists_of_the_final_ranker_needs_its_scores(tmp_path):
+def test_a_ranker_trained_on_the_final_lists_needs_scores(tmp_path):
     lines = lines_of(tmp_path, [*students(STUDENTS), reference_row("top_rate", 800)])
     assert lines[-1].startswith("list of items: top_rate")
     assert " yes " in lines[-1]

@@ -14,7 +14,7 @@ from kd_ranker.reporting.intervals import interval
 from tests.reporting import sweeps
 
 
-def test_the_terminal_has_a_mean_and_its_interval_on_the_test_split(tmp_path):
+def test_the_terminal_shows_means_and_intervals_of_the_test(tmp_path):
     aucs = (0.61, 0.67, 0.75)
     rows = [
         *({"mode": "none", "seed": seed, "user_auc/watch": auc, "passed": 100.0 + seed}
@@ -26,20 +26,27 @@ def test_the_terminal_has_a_mean_and_its_interval_on_the_test_split(tmp_path):
         sweeps.teacher_row() | {"data_seed": None}, sweeps.reference_row("oracle", 9.0),
     ]  # fmt: skip
     sweeps.write_rows(tmp_path, rows)
+
     text, path = tables.results_text(tmp_path, 30).split("\n\nresults: ")
+
     assert path == str(tmp_path / results.FILE)
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[0][:4] == ["mode", "serves", "weight", "seeds"]
-    assert [line[0] for line in lines[1:]] == ["none", "shared", "teacher", "oracle"]
-    assert (lines[1][2], lines[2][3]) == ("3", "3")
-    none, shared = text.splitlines()[1:3]
-    mean = interval(np.array(aucs))
-    assert f"{mean.mean:.4f} ± {mean.high - mean.mean:.4f}" in none
+    header, none, shared, teacher, oracle = text.splitlines()
+    assert header.split()[:4] == ["mode", "serves", "weight", "seeds"]
+    first_words = [line.split()[0] for line in (none, shared, teacher, oracle)]
+    assert first_words == ["none", "shared", "teacher", "oracle"]
+    # The number of seeds; mode none has no weight.
+    assert none.split()[2] == "3"
+    assert shared.split()[3] == "3"
+    auc = interval(np.array(aucs))
+    assert f"{auc.mean:.4f} ± {auc.high - auc.mean:.4f}" in none
     # Whole candidates need no digits.
     assert f"101 ± {4.303 / np.sqrt(3):.0f}" in none
     assert "0.800" in shared
-    # The workdir of a teacher has no student.
-    sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "teacher"])
+
+
+def test_the_terminal_shows_a_teacher_without_students(tmp_path):
+    sweeps.write_rows(tmp_path, [sweeps.teacher_row()])
+
     assert tables.results_text(tmp_path, 30).splitlines()[1].startswith("teacher")
 
 
@@ -95,11 +102,14 @@ def test_tables_without_a_baseline(tmp_path, modes, passed, shown):
     assert tables.difference_table(study, estimates) is None
 
 
-def assert_cell(text, mean, digits):
+def assert_cell(text, estimate, digits):
     """A cell has a mean and half its interval, rounded to its digits or fewer."""
-    found = [float(of.strip("%").replace("−", "-")) for of in text.split(" ± ")]
-    half = [mean.high - mean.mean] if mean.high - mean.mean > 1e-9 else []
-    assert found == pytest.approx([mean.mean, *half], abs=0.51 * 10.0**-digits)
+    numbers = [float(number.strip("%").replace("−", "-")) for number in text.split(" ± ")]
+    expected = [estimate.mean]
+    half = estimate.high - estimate.mean
+    if half > 1e-9:
+        expected.append(half)
+    assert numbers == pytest.approx(expected, abs=0.51 * 10.0**-digits)
 
 
 def assert_numbers(table, settings, columns, estimate):
@@ -115,19 +125,30 @@ def assert_numbers(table, settings, columns, estimate):
 
 def test_every_ranker_is_once_in_a_table_with_its_estimates(estimates):
     study = estimates.study
-    columns, numbers = tables.important_columns(study), tables.comparison(study, estimates)
-    table = tables.main_table(study, estimates, numbers)
+
+    table = tables.main_table(study, estimates, tables.comparison(study, estimates))
+
     settings = sorted(estimates.settings, key=lambda name: estimates.of(name, "passed_for_99").mean)
-    assert_numbers(table, settings, columns, estimates.of)
-    # The second has the others against the baseline; a saving is a difference already.
+    assert_numbers(table, settings, tables.important_columns(study), estimates.of)
+
+
+def test_the_difference_table_has_the_gaps_to_the_baseline(estimates):
+    study = estimates.study
+
     table = tables.difference_table(study, estimates)
+
+    def gap(setting, column):
+        return estimates.gap(setting, "none", column)
+
     assert study.baseline == "none"
     settings = [study.chosen[mode] for mode in ("aux", "shared")]
-    columns = [of for of in columns if of not in ("funnel_cost_saving", "alignment_ratio")]
-    assert_numbers(table, settings, columns, lambda one, of: estimates.gap(one, "none", of))
+    # A saving is a difference already.
+    left_out = ("funnel_cost_saving", "alignment_ratio")
+    columns = [name for name in tables.important_columns(study) if name not in left_out]
+    assert_numbers(table, settings, columns, gap)
 
 
-def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(tmp_path):
+def test_rows_are_sorted_and_say_whether_they_need_scores(tmp_path):
     passed = {"oracle": 5, "top_rate": 320, "show_rate": 350, "incumbent": 380, "random": 1900}
     rows = [
         sweeps.teacher_row(),
@@ -150,7 +171,7 @@ def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(
     ]  # fmt: skip
 
 
-def test_the_tuning_table_has_all_that_was_tried_and_the_choices(estimates):
+def test_the_tuning_table_has_every_setting_and_the_choices(estimates):
     study, cells = estimates.study, tables.tuning_table(estimates.study).cells
     rows = study.rows[study.rows["split"] == "validation"]
     groups = rows.groupby("setting", sort=False)["passed_for_99"]
@@ -163,28 +184,41 @@ def test_the_tuning_table_has_all_that_was_tried_and_the_choices(estimates):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_cost_table_by_hand(tmp_path, estimates, own):
-    """In FLOPs, and where costs of one's own take their place."""
-    teacher, request, aux, none = (3, 500, 0.1, 0.1) if own else (150_000, 0, 900, 800)
-    if own:
-        costs = {"teacher.candidate": 3.0, "teacher.request": 500.0, "student.candidate": 0.1}
-        changes = {f"costs.{key}": cost for key, cost in costs.items()}
-        estimates = sweeps.estimates_of(tmp_path, changes=changes)
+def assert_costs(estimates, *, teacher, request, aux, none):
+    """The savings and the cost of mode aux in the cost table, from costs by hand."""
     study = estimates.study
-    table = tables.cost_table(study, estimates)
-    assert ("in the units of costs" in table.notes[0]) == own
-    cells = table.cells.set_index("")
+    cells = tables.cost_table(study, estimates).cells.set_index("")
     assert list(cells.index) == ["only the teacher", *study.chosen.values()]
     assert list(cells.iloc[0])[1:3] == ["150,000", "100%"]
-    found = cells.loc[study.chosen["aux"]].str.partition(" ±")[0]
+    means = cells.loc[study.chosen["aux"]].str.partition(" ±")[0]
     for target in (95, 99):
         passed = study.tested.pivot(index="repeat", columns="mode", values=f"passed_for_{target}")
         cost = request + 2000 * aux + teacher * passed["aux"]
         saved = 1 - cost / (request + 2000 * none + teacher * passed["none"])
-        assert float(found[f"saving at {target}%"]) == pytest.approx(saved.mean(), abs=5e-4)
+        assert float(means[f"saving at {target}%"]) == pytest.approx(saved.mean(), abs=5e-4)
     share = 100 * cost.mean() / (request + 2000 * teacher)
-    assert float(found["funnel's cost (%)"]) == pytest.approx(share, abs=0.05)
+    assert float(means["funnel's cost (%)"]) == pytest.approx(share, abs=0.05)
+
+
+def test_the_cost_table_in_flops_by_hand(estimates):
+    (note, *_) = tables.cost_table(estimates.study, estimates).notes
+
+    assert "in the units of costs" not in note
+    assert_costs(estimates, teacher=150_000, request=0, aux=900, none=800)
+
+
+def test_the_cost_table_in_own_costs_by_hand(tmp_path):
+    changes = {
+        "costs.teacher.candidate": 3.0,
+        "costs.teacher.request": 500.0,
+        "costs.student.candidate": 0.1,
+    }
+    estimates = sweeps.estimates_of(tmp_path, changes=changes)
+
+    (note, *_) = tables.cost_table(estimates.study, estimates).notes
+
+    assert "in the units of costs" in note
+    assert_costs(estimates, teacher=3, request=500, aux=0.1, none=0.1)
 
 
 def test_a_table_in_every_format():

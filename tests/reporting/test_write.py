@@ -53,10 +53,8 @@ def test_every_file_is_written_with_all_numbers(written):
         *(f"tables/{name}" for name in tables),
         *(f"figures/cascade-{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
-    numbers, claims = (
-        pd.read_csv(written[1] / "tables" / f"{name}.csv", keep_default_na=False)
-        for name in ("cascade", "claims")
-    )
+    numbers = pd.read_csv(written[1] / "tables" / "cascade.csv", keep_default_na=False)
+    claims = pd.read_csv(written[1] / "tables" / "claims.csv", keep_default_na=False)
     assert {"mean", "low", "high", "n", "difference", "pairs", "best"} <= set(numbers)
     assert "true_value_captured@400" in set(numbers["measure"])
     assert set(numbers["mode"]) == {"none", "aux", "shared"}
@@ -74,19 +72,21 @@ def test_measures_and_keys_that_are_gone_change_nothing(written, tmp_path):
     config = json.loads((sweep / "config.json").read_text())
     config["funnel"]["policies"] = ["uniform"]
     (sweep / "config.json").write_text(json.dumps(config))
-    sums = sweep / sweeps.OF_REQUESTS[0]
-    of_requests = pd.read_parquet(sums)
+    sums_path = sweep / sweeps.OF_REQUESTS[0]
+    sums = pd.read_parquet(sums_path)
+    is_student = sums["run"].str.contains("seed")
     for policy in ("uniform", "hindsight"):
-        of_students = of_requests["run"].str.contains("seed")
-        of_requests[f"policy_scored/{policy}"] = of_requests["requests"].where(of_students)
-    of_requests.to_parquet(sums)
+        sums[f"policy_scored/{policy}"] = sums["requests"].where(is_student)
+    sums.to_parquet(sums_path)
     measures = {"scored_by/uniform": 30.0, "saving_by/hindsight": 0.7}
     sweeps.change(sweep, lambda frame: frame.assign(**measures))
+
     api.report(sweep, output=output)
+
     assert files_below(output / "tables") == files_below(written[1] / "tables")
 
 
-def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_folder(tmp_path):
+def test_a_held_sweep_is_reported_into_another_folder_only(tmp_path):
     small_sweep = {"modes": ("none",), "seeds": (0,), "without": sweeps.OF_REQUESTS}
     sweep = sweeps.write_sweep(tmp_path / "sweep", **small_sweep)
     with hold(sweep):
@@ -95,11 +95,12 @@ def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_fo
             api.report(sweep, output=sweep)
 
 
-def all_frozen(frame):
-    return frame.assign(non_finite_step=[None if of == "teacher" else 9 for of in frame["role"]])
+def with_diverged_students(frame):
+    steps = [None if role == "teacher" else 9 for role in frame["role"]]
+    return frame.assign(non_finite_step=steps)
 
 
-def unknown(frame):
+def with_unknown_numbers(frame):
     return frame.assign(alignment_ratio=None, passed_for_99=None)
 
 
@@ -114,8 +115,10 @@ DIVERGED = "none-weight0.0-seed{} (step {})"
         ({"modes": ("none",)}, None, "no measured student learns from the scores", "", 4),
         ({"gain": -0.3}, None, "scores save any of the funnel's compute is undecided", "", 5),
         ({"true_values": False}, None, "The log cannot show the effect", "not measured", 3),
-        ({}, all_frozen, f"{NOT_KNOWN}the loss of every student", DIVERGED.format(0, 9), 1),
-        ({}, unknown, f"{NOT_KNOWN}no test", "check data.teacher and value_weights", 0),
+        ({}, with_diverged_students, f"{NOT_KNOWN}the loss of every student",
+         DIVERGED.format(0, 9), 1),
+        ({}, with_unknown_numbers, f"{NOT_KNOWN}no test",
+         "check data.teacher and value_weights", 0),
         ({"frozen": ["none-weight0.0-seed1"]}, None, "must pass", DIVERGED.format(1, 700), 5),
         # Without an interval.
         ({"seeds": (0,), "without": sweeps.OF_REQUESTS}, None, "without an interval", "", 3),
@@ -139,7 +142,8 @@ def test_sweeps_without_a_part(tmp_path, options, change, in_answer, in_page, fi
     compared = numbers[(numbers["mode"] != "none") & (numbers["measure"] == "passed_for_99")]
     if "frozen" in options:
         # It takes its repeat out of the pairs.
-        assert (set(compared["pairs"]), set(compared["n"])) == ({1}, {2})
+        assert set(compared["pairs"]) == {1}
+        assert set(compared["n"]) == {2}
     if "without an interval" in in_answer:
         assert "95%" not in sentence
         assert "±" not in (tables / "cascade.tex").read_text().replace("± is half", "")

@@ -56,7 +56,7 @@ def kill(other):
 
 
 @pytest.mark.parametrize("stop", [end, kill])
-def test_a_second_process_is_refused_with_the_holder_until_that_ends(tmp_path, other, stop):
+def test_a_second_process_is_refused_until_the_holder_ends(tmp_path, other, stop):
     fault = fault_in(tmp_path)
     who = f"{tmp_path} is held by process {other.pid} on {socket.gethostname()} since 20"
     assert fault.startswith(who)
@@ -76,7 +76,7 @@ def test_a_path_that_cannot_be_locked_is_one_line(tmp_path, name, reason):
 
 
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
-def test_folders_that_were_made_go_again_if_they_stay_empty_whatever_happens(tmp_path, error):
+def test_folders_made_for_a_lock_go_again_if_they_stay_empty(tmp_path, error):
     folder = tmp_path / "a" / "b"
     with pytest.raises(error), lock.hold(folder):
         raise error
@@ -87,7 +87,7 @@ def test_folders_that_were_made_go_again_if_they_stay_empty_whatever_happens(tmp
     assert can_be_held(folder)
 
 
-def test_a_link_in_place_of_the_holder_is_replaced_and_its_target_is_left_alone(tmp_path):
+def test_a_link_in_place_of_the_holder_is_replaced(tmp_path):
     target = tmp_path / "notes"
     target.write_text("mine")
     folder = tmp_path / "held"
@@ -98,7 +98,7 @@ def test_a_link_in_place_of_the_holder_is_replaced_and_its_target_is_left_alone(
 
 
 @pytest.mark.parametrize("planted", ["before", "after"])
-def test_a_pipe_in_place_of_the_holder_is_neither_written_nor_read(tmp_path, planted):
+def test_a_pipe_in_place_of_the_holder_is_not_opened(tmp_path, planted):
     """Either would wait for ever for its other end."""
     if planted == "before":
         os.mkfifo(tmp_path / ".lock-holder")
@@ -110,7 +110,7 @@ def test_a_pipe_in_place_of_the_holder_is_neither_written_nor_read(tmp_path, pla
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_files_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path):
+def test_only_files_of_killed_processes_are_removed(tmp_path):
     mine, left = tmp_path / ".work-1", tmp_path / ".work-2" / "work"
     left.mkdir(parents=True)
     (left / "table").touch()

@@ -105,7 +105,8 @@ def test_requests_come_back_to_programs_and_to_tfds(source, dataset, split):
     np.testing.assert_array_equal(dataset.items.features, source.item_features)
     assert dataset.spec == source.spec
     part = builder.as_data_source(split=f"{split}[1:3]")
-    assert [record["request_id"] for record in part] == [of.request_id for of in requests[1:3]]
+    expected_ids = [request.request_id for request in requests[1:3]]
+    assert [record["request_id"] for record in part] == expected_ids
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -134,7 +135,11 @@ def test_a_place_below_0_is_the_padding_row(dataset, part):
 
 def test_neighbors_are_fetched_as_one(dataset, monkeypatch):
     fetched = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, *of: fetched.append(of[:2]))
+
+    def advise(file, start, length, advice):
+        fetched.append((start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
     columns = dataset.columns["train"]
     first, width = 4 * columns.requests.first, 4 * columns.candidates.stride
     columns.expect(np.arange(5), columns.counts.retrieved)

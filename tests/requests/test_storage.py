@@ -173,7 +173,7 @@ def test_blocks_make_the_files_of_one_pass(tmp_path, size, threads):
     assert len(read) == sum(-(-number // size) for number in source.num_requests.values())
 
 
-def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path):
+def test_two_builds_at_once_are_refused(tmp_path):
     source, read = in_blocks(4, 1)
     with lock.hold(storage.directory_of("small", str(tmp_path)).parent):
         with pytest.raises(UserError, match=r"small is held by process .*; wait for its end"):
@@ -185,9 +185,7 @@ def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path
     assert len(read) == 6
 
 
-def test_a_dataset_that_another_process_finished_just_before_the_lock_is_kept(
-    tmp_path, monkeypatch
-):
+def test_a_dataset_finished_just_before_the_lock_is_kept(tmp_path, monkeypatch):
     def hold_after_another_build(folder):
         monkeypatch.setattr(storage, "hold", lock.hold)
         storage.build(random_source, "small", str(tmp_path))
@@ -213,7 +211,7 @@ storage.build(random_source, "small", sys.argv[1])
 """
 
 
-def test_a_build_after_a_killed_one_makes_the_bytes_of_any_other(tmp_path):
+def test_a_build_after_a_killed_one_makes_the_same_bytes(tmp_path):
     assert small.run("-c", _BUILDING, str(tmp_path)).returncode == -signal.SIGKILL
     whole, killed = (storage.directory_of(name, str(tmp_path)) for name in ("whole", "small"))
     left = sorted(path.name for path in killed.parent.iterdir())

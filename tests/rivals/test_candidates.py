@@ -16,7 +16,7 @@ from tests.rivals.some_dataset import open_some
 WEIGHTS = (1.0, 2.0, 4.0)
 
 
-def test_the_arrays_are_those_of_the_requests_one_after_the_other(tmp_path):
+def test_arrays_concatenate_those_of_the_requests(tmp_path):
     dataset, requests = open_some(tmp_path)
 
     some = Candidates(dataset, "test", slice(None))
@@ -33,7 +33,7 @@ def test_the_arrays_are_those_of_the_requests_one_after_the_other(tmp_path):
     np.testing.assert_array_equal(some.stage, np.concatenate(stages))
 
 
-def test_a_user_value_is_the_weighted_sum_of_the_labels_that_count(tmp_path):
+def test_a_user_value_is_a_weighted_sum_of_valid_labels(tmp_path):
     dataset, requests = open_some(tmp_path)
 
     found = Candidates(dataset, "test", slice(None)).user_value(WEIGHTS)
@@ -47,7 +47,7 @@ def test_a_user_value_is_the_weighted_sum_of_the_labels_that_count(tmp_path):
 
 
 @pytest.mark.parametrize("reached", [Stage.PASSED, Stage.SHOWN])
-def test_a_final_value_is_known_for_scored_candidates_that_reached_the_stage(reached, tmp_path):
+def test_a_final_value_needs_a_score_and_the_stage(reached, tmp_path):
     dataset, requests = open_some(tmp_path)
 
     found = Candidates(dataset, "test", slice(None)).final_value(WEIGHTS, reached)
@@ -128,7 +128,7 @@ def test_the_last_requests_are_at_most_half_of_the_split(most, expected, tmp_pat
     assert last_requests(dataset.columns["train"], most) == expected
 
 
-def test_places_begin_anew_in_each_request_and_missing_numbers_are_last():
+def test_places_start_anew_by_request_with_missing_last():
     places = places_by(np.array([1.0, np.nan, 3, 3, -5, -4]), np.array([4, 2]))
 
     np.testing.assert_array_equal(places, [2, 3, 0, 1, 1, 0])

@@ -14,7 +14,7 @@ def random_taken(users, items):
     return (generator.random((users, items)) < 0.3).astype(np.float32)
 
 
-def test_each_items_weights_are_a_ridge_regression_on_the_other_items():
+def test_item_weights_are_a_ridge_regression_on_other_items():
     taken = random_taken(40, 7)
 
     fitted = ease.fit(scipy.sparse.csr_array(taken), 3.0)
@@ -26,7 +26,7 @@ def test_each_items_weights_are_a_ridge_regression_on_the_other_items():
         assert fitted.weights[item, item] == 0
 
 
-def test_a_user_takes_the_events_of_histories_and_the_items_with_a_positive_label(tmp_path):
+def test_a_users_items_are_from_histories_and_positive_labels(tmp_path):
     dataset, requests = open_some(tmp_path)
 
     taken = ease.taken_items(dataset).toarray()
@@ -40,7 +40,7 @@ def test_a_user_takes_the_events_of_histories_and_the_items_with_a_positive_labe
     np.testing.assert_array_equal(taken, expected)
 
 
-def test_a_score_sums_the_weights_of_the_users_items_and_of_the_requests_events(tmp_path):
+def test_a_score_sums_weights_of_user_items_and_events(tmp_path):
     dataset, requests = open_some(tmp_path)
     taken = ease.taken_items(dataset)
     fitted = ease.fit(taken, 2.0)

@@ -54,7 +54,7 @@ def test_a_constant_score_does_not_change_the_order_of_a_fusion():
     np.testing.assert_array_equal(both.argsort(), alone.argsort())
 
 
-def test_a_sum_takes_the_least_known_score_of_the_request_for_a_missing_one():
+def test_a_missing_score_is_the_least_known_of_its_request():
     some = Some([[NAN, 1], [2, 2], [-1, 3]], [[NAN, 4], [NAN, 5]])
 
     total = ScoreSum((10.0, 1.0)).score(some)

@@ -109,9 +109,7 @@ def test_a_rival_that_does_not_apply_is_refused_with_the_reason(name, change, re
         registry.check(dataclasses.replace(dataset, spec=spec), (name,))
 
 
-def test_trees_without_lightgbm_are_refused_with_the_command_that_installs_it(
-    tmp_path, monkeypatch
-):
+def test_trees_without_lightgbm_name_the_command_to_install(tmp_path, monkeypatch):
     dataset, _ = open_some(tmp_path)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
 

@@ -66,7 +66,7 @@ def test_the_same_data_give_the_same_trees():
     assert first.model.model_to_string() == second.model.model_to_string()
 
 
-def test_operations_are_the_mean_length_of_the_paths_through_the_trees():
+def test_operations_are_the_mean_path_length_in_the_trees():
     data = random_data(requests=50)
     fitted = fit(data, "stages", np.zeros((3, 1), np.float32), 5, with_rates=True)
 
@@ -103,7 +103,7 @@ def test_many_levels_of_value_become_few_grades_in_their_order():
     assert (np.diff(grade[order]) >= 0).all()
 
 
-def test_grades_by_scores_fall_with_the_place_and_are_0_without_a_score():
+def test_grades_fall_with_the_place_and_need_a_score():
     sizes = np.array([12])
     place = np.array([np.nan, *range(11)])
     data = TreeData(np.zeros((12, 1)), sizes, place, place, place, place)
@@ -121,7 +121,7 @@ class _Stages:
         self.stage, self.sizes = stage, sizes
 
 
-def test_trees_see_all_wanted_candidates_and_a_bounded_number_of_others_of_a_stage():
+def test_trees_see_all_wanted_candidates_and_some_others():
     generator = np.random.default_rng(0)
     stage = np.repeat([Stage.SHOWN, Stage.RETRIEVED, Stage.SHOWN], [500, 200, 20])
     is_wanted = (stage == Stage.SHOWN) & (generator.random(720) < 0.3)

@@ -76,7 +76,10 @@ def expected(trained, batch):
 
 def opened(exported, open_program):
     """The programs, each opened once, as a server does."""
-    return {name: replace(of, function=open_program(of)) for name, of in exported.programs.items()}
+    return {
+        name: replace(program, function=open_program(program))
+        for name, program in exported.programs.items()
+    }
 
 
 def as_jax(program):

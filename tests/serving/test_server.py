@@ -89,9 +89,11 @@ def requests_of(arrays, masks):
 
 def example_of(export):
     with np.load(export / "example.npz") as example:
-        inputs = {name: array for name, array in example.items() if name.startswith("in.")}
         results = example["out.probability"], example["out.value"]
-    arrays = {name[3:]: of for name, of in inputs.items() if not name.startswith("in.item.")}
+        arrays = {}
+        for name, array in example.items():
+            if name.startswith("in.") and not name.startswith("in.item."):
+                arrays[name.removeprefix("in.")] = array
     return arrays, results
 
 
@@ -101,12 +103,10 @@ def assert_ranked(answer, items, probability, value):
     assert (np.diff(answer["value"]) <= 0).all()
     found = np.stack([*answer["probability"].values()], axis=-1)
     # An item may be a candidate more than once: the values tell which is which.
-    order, same = (
-        np.lexsort((-value, items)),
-        np.lexsort((-np.array(answer["value"]), answer["item_id"])),
-    )
-    np.testing.assert_allclose(np.array(answer["value"])[same], value[order], atol=1e-5)
-    np.testing.assert_allclose(found[same], probability[order], atol=1e-5)
+    order = np.lexsort((-value, items))
+    order_of_answer = np.lexsort((-np.array(answer["value"]), answer["item_id"]))
+    np.testing.assert_allclose(np.array(answer["value"])[order_of_answer], value[order], atol=1e-5)
+    np.testing.assert_allclose(found[order_of_answer], probability[order], atol=1e-5)
 
 
 async def post_all(url, requests):
@@ -117,7 +117,7 @@ async def post_all(url, requests):
     return [answer.json() for answer in answers]
 
 
-def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, trained):
+def test_concurrent_requests_are_answered_as_evaluated(exported, trained):
     batch, expected = evaluated(trained, "blend")
     config = workdirs.read_config(trained)
     mask = np.asarray(batch.candidate_mask).copy()
@@ -135,7 +135,7 @@ def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, t
 
 
 @pytest.mark.parametrize("user_rows", [0, 7])
-def test_unknown_ids_histories_and_categories_are_served_as_in_the_example(tmp_path, user_rows):
+def test_unknown_inputs_are_served_as_in_the_example(tmp_path, user_rows):
     changes = {"history": "mean", "user_rows": user_rows}
     trained = trained_ranker("multi_interest", changes, "categories")
     batch = batch_of(trained, beyond=False)
@@ -219,9 +219,11 @@ def post(server, content):
 
 def test_bad_requests_are_lines(server):
     for change, message in BAD.values():
-        bad = {name: of for name, of in (GOOD | change).items() if of is not None}
+        fields = GOOD | change
+        bad = {name: value for name, value in fields.items() if value is not None}
         answer = post(server, json.dumps(bad))
-        assert (answer.status_code, answer.json()) == (422, {"detail": message})
+        assert answer.status_code == 422
+        assert answer.json() == {"detail": message}
     for body in ("{", "[1]", "", "NaN"):
         answer = post(server, body)
         assert answer.status_code == 422

@@ -27,7 +27,7 @@ def articles(generator: np.random.Generator) -> list[dict[str, Any]]:
             "premium": bool(generator.random() < 0.2),
             "published_time": after(float(generator.uniform(-200, 200))),
             "article_type": str(generator.choice(["article_default", "article_video"])),
-            "topics": [f"topic {of}" for of in generator.integers(0, 9, generator.integers(3))],
+            "topics": [f"topic {code}" for code in generator.integers(0, 9, generator.integers(3))],
             "category": int(generator.integers(100, 106)),
             "subcategory": [int(generator.integers(10))],
             "sentiment_score": float(generator.random()),

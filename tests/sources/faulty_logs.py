@@ -65,28 +65,29 @@ def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDic
     return result
 
 
-def made_small(of: ConfigDict, steps: int = 2) -> ConfigDict:
+def made_small(config: ConfigDict, steps: int = 2) -> ConfigDict:
     """The config, with small models and few steps on one device."""
-    of.parallel.devices = 1
-    of.batch.requests, of.batch.candidates = 8, 12
-    for train in (of.train, of.teacher.train):
+    config.parallel.devices = 1
+    config.batch.requests = 8
+    config.batch.candidates = 12
+    for train in (config.train, config.teacher.train):
         train.update(steps=steps, log_every=2, checkpoint_every=steps, eval_every=0)
-    of.student.update(width=4, interests=2, hidden=(8,))
-    of.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
-    of.evaluation.requests = 8
-    return of
+    config.student.update(width=4, interests=2, hidden=(8,))
+    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
+    config.evaluation.requests = 8
+    return config
 
 
-def layout(of: ConfigDict) -> LogLayout:
-    """The layout of a config of `config`."""
-    return read_layout(of.data, of.tasks, of.funnel)
+def layout(config: ConfigDict) -> LogLayout:
+    """The layout of a config."""
+    return read_layout(config.data, config.tasks, config.funnel)
 
 
-def open_source(of: ConfigDict) -> Source:
-    """The source of a config of `config`."""
+def open_source(config: ConfigDict) -> Source:
+    """The source of a config."""
     from kd_ranker.sources.logs.source import open_source
 
-    return open_source(of.data, of.tasks, of.funnel)
+    return open_source(config.data, config.tasks, config.funnel)
 
 
 def make_rows(seed: int, requests: int = 30, texts: bool = False, faults: float = 0.0) -> list[Row]:

@@ -22,7 +22,8 @@ ACTIONS = {
 def impression(user: int, video: int, time: float, done: str = "", tab: int = 1) -> Row:
     """A row of a log; `done` holds letters of `ACTIONS`."""
     row = {"user_id": user, "video_id": video, "time_ms": round(1000 * time), "is_hate": 0}
-    return row | {name: int(of in done) for of, name in ACTIONS.items()} | {"tab": tab}
+    actions = {name: int(letter in done) for letter, name in ACTIONS.items()}
+    return row | actions | {"tab": tab}
 
 
 def user(number: int, **changes: object) -> Row:
@@ -39,7 +40,9 @@ def user(number: int, **changes: object) -> Row:
         "register_days": 107,
         "register_days_range": "91-180",
     }
-    codes = {f"onehot_feat{of}": "0.0" if of == 4 or of >= 12 else "0" for of in range(18)}
+    codes = {}
+    for place in range(18):
+        codes[f"onehot_feat{place}"] = "0.0" if place == 4 or place >= 12 else "0"
     return row | codes | changes
 
 
@@ -62,15 +65,16 @@ def write(directory: Path, rows: dict[str, Iterable[Row]], variant: str = "pure"
     """
     (directory / "data").mkdir(parents=True, exist_ok=True)
     headers = {"user_features": user(0), "video_features_basic": video(0)}
-    for stem, of_stem in rows.items():
-        lines, header = list(of_stem), headers.get(stem, impression(0, 0, 0))
+    for stem, stem_rows in rows.items():
+        lines = list(stem_rows)
+        header = headers.get(stem, impression(0, 0, 0))
         parts = {"": lines}
         if variant == "27k" and stem.startswith("log_standard"):
             half = len(lines) // 2
             parts = {"_part1": lines[:half], "_part2": lines[half:]}
-        for part, some in parts.items():
+        for part, part_lines in parts.items():
             path = directory / "data" / f"{stem}_{variant}{part}.csv"
-            pd.DataFrame(some, columns=[*header]).to_csv(path, index=False)
+            pd.DataFrame(part_lines, columns=[*header]).to_csv(path, index=False)
     return directory
 
 
@@ -91,11 +95,12 @@ def random_rows(seed: int) -> dict[str, list[Row]]:
         time = moments[moment] + generator.integers(0, 400, number) * 0.5
         place = (3 * moment + generator.integers(0, 20, number)) % 40
         rows = zip(watchers[moment].tolist(), videos[place].tolist(), time.tolist(), strict=True)
-        return [
-            impression(*row, "".join(of for of in "clftsw" if generator.random() < 0.25) + done,
-                int(generator.choice([0, 1, 14], p=[0.1, 0.8, 0.1])))
-            for row in sorted(rows, key=lambda row: row[2])
-        ]  # fmt: skip
+        impressions = []
+        for watcher, video_id, second in sorted(rows, key=lambda row: row[2]):
+            actions = [letter for letter in "clftsw" if generator.random() < 0.25]
+            tab = int(generator.choice([0, 1, 14], p=[0.1, 0.8, 0.1]))
+            impressions.append(impression(watcher, video_id, second, "".join(actions) + done, tab))
+        return impressions
 
     def maybe(value: object) -> object:
         return "" if generator.random() < 0.2 else value
@@ -105,12 +110,13 @@ def random_rows(seed: int) -> dict[str, list[Row]]:
         STANDARD_2: log(200, APRIL_22, MAY_9),
         RANDOM: log(120, APRIL_22, MAY_9, "r"),
         "user_features": [
-            user(of, fans_user_num=10 * of, onehot_feat4=maybe("4.0"), onehot_feat17=maybe("1.0"))
-            for of in generator.permutation(users[:-2]).tolist()
+            user(id_, fans_user_num=10 * id_, onehot_feat4=maybe("4.0"), onehot_feat17=maybe("1.0"))
+            for id_ in generator.permutation(users[:-2]).tolist()
         ],
         "video_features_basic": [
-            video(of, upload_dt=maybe(f"2022-04-{of % 28 + 1:02d}"), tag=maybe(f"{of % 7},{of}"),
-                video_duration=maybe(f"{1000 * of}.0"), music_type=maybe("4.0"))
-            for of in generator.permutation(videos[:-2]).tolist()
+            video(id_, upload_dt=maybe(f"2022-04-{id_ % 28 + 1:02d}"),
+                tag=maybe(f"{id_ % 7},{id_}"),
+                video_duration=maybe(f"{1000 * id_}.0"), music_type=maybe("4.0"))
+            for id_ in generator.permutation(videos[:-2]).tolist()
         ],
     }  # fmt: skip

@@ -24,11 +24,11 @@ def hash_of(value):
     return splitmix64(value & MASK)
 
 
-def allclose(one, other):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def there(values):
+def present_values(values):
     return [value for value in values or [] if value not in (None, "")]
 
 
@@ -44,83 +44,93 @@ class Server:
 
     def dense(self, field, raw):
         numbers = []
-        for of in self.told["dense"][field]:
-            x = raw[of["column"]]
-            if of["place"] is not None:
-                x = x[of["place"]] if len(x or []) == of["length"] else None
-            x = np.nan if x is None else x
-            scaled = np.float32((x - of["mean"]) / of["scale"])
-            numbers.append(scaled if np.isfinite(scaled) else of["missing"])
+        for feature in self.told["dense"][field]:
+            value = raw[feature["column"]]
+            if feature["place"] is not None:
+                has_all_places = len(value or []) == feature["length"]
+                value = value[feature["place"]] if has_all_places else None
+            if value is None:
+                value = np.nan
+            scaled = np.float32((value - feature["mean"]) / feature["scale"])
+            numbers.append(scaled if np.isfinite(scaled) else feature["missing"])
         return numbers or [0]
 
     def categories(self, field, raw):
         ids = []
-        for of in self.told["categories"][field]:
-            value = raw[of["column"]]
-            values = there(value)[: of["length"]] if of["kind"] == "bag" else [value]
-            own = [self.id_of(of, value) for value in values]
-            ids += own + [-1] * (of["length"] - len(own))
+        for feature in self.told["categories"][field]:
+            value = raw[feature["column"]]
+            values = [value]
+            if feature["kind"] == "bag":
+                values = present_values(value)[: feature["length"]]
+            feature_ids = [self.id_of(feature, value) for value in values]
+            ids += feature_ids + [-1] * (feature["length"] - len(feature_ids))
         return ids
 
-    def id_of(self, of, value):
-        if not there([value]):
-            return of["first_id"]
-        if of["buckets"]:
-            assert of["values"] == ("texts" if isinstance(value, str) else "whole numbers")
-            return of["first_id"] + 1 + hash_of(value) % of["buckets"]
-        return self.ids[f"feature-{of['name']}"].get(value, of["first_id"])
+    def id_of(self, feature, value):
+        if not present_values([value]):
+            return feature["first_id"]
+        if feature["buckets"]:
+            assert feature["values"] == ("texts" if isinstance(value, str) else "whole numbers")
+            return feature["first_id"] + 1 + hash_of(value) % feature["buckets"]
+        return self.ids[f"feature-{feature['name']}"].get(value, feature["first_id"])
 
     def history(self, raw):
-        of = self.told["history"]
-        last = there(raw[of["column"]])[-of["length"] :]
+        history = self.told["history"]
+        last = present_values(raw[history["column"]])[-history["length"] :]
         return [self.ids["item"][item] for item in last if item in self.ids["item"]]
 
     def events(self, raw):
         """The features of each event of `history`."""
-        of = self.told["history"]
-        items = there(raw[of["column"]])
-        rows = np.zeros((len(items), len(of["features"])))
-        if not of["features"]:
+        history = self.told["history"]
+        items = present_values(raw[history["column"]])
+        rows = np.zeros((len(items), len(history["features"])))
+        if not history["features"]:
             rows = np.ones((len(items), 1))
-        for column, each in enumerate(of["features"]):
-            values = raw[each["column"]] or []
+        for column, feature in enumerate(history["features"]):
+            values = raw[feature["column"]] or []
             if len(values) == len(items):
-                of_place = [
-                    value if each["place"] is None else value[each["place"]] for value in values
-                ]
-                rows[:, column] = np.nan_to_num(np.array(of_place, float))
-        known = [item in self.ids["item"] for item in items]
-        return rows[-of["length"] :][known[-of["length"] :]]
+                if feature["place"] is not None:
+                    values = [value[feature["place"]] for value in values]
+                rows[:, column] = np.nan_to_num(np.array(values, float))
+        is_known = [item in self.ids["item"] for item in items]
+        length = history["length"]
+        return rows[-length:][is_known[-length:]]
 
     def check(self, request, raw, candidates):
         """Compares a stored request with a row of the log and its candidates."""
         assert request.user_id == self.ids["user"][raw["user_id"]]
-        allclose(request.user_features, self.dense("user_features", raw))
-        allclose(request.context, self.dense("context", raw))
+        assert_close(request.user_features, self.dense("user_features", raw))
+        assert_close(request.context, self.dense("context", raw))
         assert request.request_category.tolist() == self.categories("request_category", raw)
         assert request.history_id.tolist() == self.history(raw)
-        allclose(request.history_features, self.events(raw))
-        of_item = {self.ids["item"].get(of["item_id"]): of for of in candidates}
-        assert {*request.item_id.tolist()} == {*of_item}
+        assert_close(request.history_features, self.events(raw))
+        by_item = {
+            self.ids["item"].get(candidate["item_id"]): candidate for candidate in candidates
+        }
+        assert {*request.item_id.tolist()} == {*by_item}
         for place, item in enumerate(request.item_id.tolist()):
-            dense = self.dense("candidate_features", of_item[item])
-            allclose(request.candidate_features[place], dense)
-            categories = self.categories("candidate_category", of_item[item])
+            dense = self.dense("candidate_features", by_item[item])
+            assert_close(request.candidate_features[place], dense)
+            categories = self.categories("candidate_category", by_item[item])
             assert request.candidate_category[place].tolist() == categories
 
     def check_item(self, features, category, candidate):
         """Compares the stored fields of an item with a candidate."""
-        allclose(features, self.dense("item_features", candidate))
+        assert_close(features, self.dense("item_features", candidate))
         assert category.tolist() == self.categories("item_category", candidate)
 
     def fields(self, rows):
         """The inputs of an export's programs for (request, its candidates), filled up with 0."""
-        made = [self._request(request, candidates) for request, candidates in rows]
-        return {name: filled_up([of[name] for of in made]) for name in made[0]}
+        requests = [self._request(request, candidates) for request, candidates in rows]
+        return {name: filled_up([fields[name] for fields in requests]) for name in requests[0]}
 
     def _request(self, raw, candidates):
-        length, history = self.told["history"]["length"], self.history(raw)
+        length = self.told["history"]["length"]
+        history = self.history(raw)
         gap = length - len(history)
+        items = [self.ids["item"][candidate["item_id"]] for candidate in candidates]
+        dense = [self.dense("candidate_features", candidate) for candidate in candidates]
+        categories = [self.categories("candidate_category", candidate) for candidate in candidates]
         return {
             "user_id": np.int32(self.ids["user"][raw["user_id"]]),
             "user_features": np.array(self.dense("user_features", raw), np.float32),
@@ -129,20 +139,16 @@ class Server:
             "history_id": np.array(history + [0] * gap, np.int32),
             "history_features": np.ones((length, 1), np.float32),
             "history_mask": np.arange(length) < len(history),
-            "item_id": np.array([self.ids["item"][of["item_id"]] for of in candidates], np.int32),
-            "candidate_features": np.array(
-                [self.dense("candidate_features", of) for of in candidates], np.float32
-            ),
-            "candidate_category": np.array(
-                [self.categories("candidate_category", of) for of in candidates], np.int32
-            ),
+            "item_id": np.array(items, np.int32),
+            "candidate_features": np.array(dense, np.float32),
+            "candidate_category": np.array(categories, np.int32),
         }
 
 
 def filled_up(arrays):
     """Arrays that differ in their first size as one, with 0 behind the shorter ones."""
-    shape = np.max([of.shape for of in arrays], axis=0).astype(int)
+    shape = np.max([array.shape for array in arrays], axis=0).astype(int)
     whole = np.zeros((len(arrays), *shape), arrays[0].dtype)
-    for place, of in enumerate(arrays):
-        whole[(place, *map(slice, of.shape))] = of
+    for place, array in enumerate(arrays):
+        whole[(place, *map(slice, array.shape))] = array
     return whole

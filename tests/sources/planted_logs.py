@@ -95,11 +95,14 @@ def table_of(columns: Mapping[str, list | np.ndarray], rows: str = "candidate") 
     if rows == "candidate":
         return table
     starts = pa.array(np.arange(0, table.num_rows + 1, CANDIDATES, dtype=np.int32))
-    values = {name: table[name].combine_chunks() for name in table.column_names}
-    return pa.table({
-        name: of.take(starts[:-1]) if name in OF_REQUEST else pa.ListArray.from_arrays(starts, of)
-        for name, of in values.items()
-    })  # fmt: skip
+    by_request = {}
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        if name in OF_REQUEST:
+            by_request[name] = values.take(starts[:-1])
+        else:
+            by_request[name] = pa.ListArray.from_arrays(starts, values)
+    return pa.table(by_request)
 
 
 def write(table: pa.Table, folder: Path) -> Path:

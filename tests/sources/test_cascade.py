@@ -37,19 +37,20 @@ def draw(split: str, sizes=(100, 30, 5), tasks=cascade.TASKS, **changes) -> list
     source = cascade.open_source(make_data(**changes), tasks, make_funnel(*sizes))
     requests = list(source.requests(split))
     assert len(requests) == source.num_requests[split]
-    assert [of.request_id for of in requests] == list(range(len(requests)))
+    assert [request.request_id for request in requests] == list(range(len(requests)))
     return requests
 
 
 def values_of(requests) -> np.ndarray:
     """What the production ranker sorts by; in training, only of what was passed."""
-    return np.stack([of.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS for of in requests])
+    weights = cascade.PRODUCTION_VALUE_WEIGHTS
+    return np.stack([request.teacher_probability @ weights for request in requests])
 
 
-def assert_same(left, right) -> None:
-    for one, other in zip(left, right, strict=True):
+def assert_same(requests, others) -> None:
+    for request, other in zip(requests, others, strict=True):
         for field in dataclasses.fields(Request):
-            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+            np.testing.assert_array_equal(getattr(request, field.name), getattr(other, field.name))
 
 
 def test_shapes_dtypes_and_ids_follow_the_spec():
@@ -76,18 +77,37 @@ def test_shapes_dtypes_and_ids_follow_the_spec():
                     assert field.of in ("scored", "known") or np.isfinite(value).all(), field.name
 
 
+def item_lists(requests):
+    """The items of each request in their order, as bytes."""
+    return {request.item_id.tobytes() for request in requests}
+
+
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_request_depends_on_its_seed_its_split_and_its_place(split):
+def test_a_request_is_drawn_the_same_again(split):
     source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
+    other_splits = [other for other in SPLITS if other != split]
+    sizes = {f"{other}_requests": 7 for other in other_splits}
+
     assert_same(source.requests(split), draw(split))
-    others = {f"{of}_requests": 7 for of in SPLITS if of != split}
-    assert_same(draw(split, **others), draw(split))
-    items = [of.item_id.tobytes() for of in draw(split)]
-    for other in (draw(split, seed=1), *(draw(of) for of in SPLITS if of != split)):
-        assert not {*items} & {of.item_id.tobytes() for of in other}
-    for part, full in zip(
-        draw(split, tasks=("share", "watch")), draw(split, fault_nan=0.0), strict=True
-    ):
+    assert_same(draw(split, **sizes), draw(split))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_request_depends_on_its_seed_and_its_split(split):
+    items = item_lists(draw(split))
+
+    assert not items & item_lists(draw(split, seed=1))
+    for other in SPLITS:
+        if other != split:
+            assert not items & item_lists(draw(other))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_fewer_tasks_leave_the_others_as_they_are(split):
+    some_tasks = draw(split, tasks=("share", "watch"))
+    all_tasks = draw(split, fault_nan=0.0)
+
+    for part, full in zip(some_tasks, all_tasks, strict=True):
         np.testing.assert_array_equal(part.item_id, full.item_id)
         for name in ("user_label", "true_probability"):
             np.testing.assert_array_equal(getattr(part, name), getattr(full, name)[:, [2, 0]])
@@ -97,8 +117,13 @@ def test_times_rise_and_nothing_is_used_before_it_was_uploaded():
     everything = [request for split in SPLITS for request in draw(split)]
     times = [request.time for request in everything]
     assert times == sorted(times)
-    days = {split: {(of.time - cascade.START) // 86400 for of in draw(split)} for split in SPLITS}
-    assert days == {"train": set(range(7)), "validation": {7}, "test": {8, 9}}
+
+    def days(split):
+        return {(request.time - cascade.START) // 86400 for request in draw(split)}
+
+    assert days("train") == set(range(7))
+    assert days("validation") == {7}
+    assert days("test") == {8, 9}
     world = cascade.World(make_data())
     for request in everything:
         moment = datetime.datetime.fromtimestamp(request.time, datetime.UTC)
@@ -129,7 +154,7 @@ def test_propensities_are_the_frequencies_of_being_shown(passed, shown, explorat
     assert np.all(np.abs(by_rank - expected) <= 4 * deviation + 1e-9)
 
 
-def test_the_log_has_the_policy_and_the_propensity_of_what_was_shown():
+def test_the_log_has_the_policy_and_propensity_of_the_shown():
     expected = cascade.shown_probability(30, 5, 0.2).astype(np.float32)
     for request in draw("test"):
         assert request.incumbent[30:].min() < request.incumbent[30:].max()
@@ -151,7 +176,7 @@ def test_labels_follow_the_true_probabilities():
         assert np.all(np.abs((some * (label - chance)).sum(axis=0)) < 3 * deviation)
 
 
-def test_the_funnel_narrows_towards_value_and_order_within_a_block_tells_nothing():
+def test_the_funnel_narrows_towards_value():
     value = values_of(draw("test", test_requests=400))
     assert value[:, :5].mean() > value[:, :30].mean() > value.mean()
     greedy = values_of(draw("test", exploration=0.0))[:, :30]
@@ -179,7 +204,8 @@ def test_faults_come_at_their_rates():
     written = probability[weight == 1]
     nan = np.isnan(written)
     outside = ~nan & ((written < 0) | (written > 1))
-    wrong = np.array([of.teacher_version != cascade.TEACHER_VERSION for of in requests])
+    versions = np.array([request.teacher_version for request in requests])
+    wrong = versions != cascade.TEACHER_VERSION
     for seen, rate in ((weight == 0, 0.1), (nan, 0.05), (outside, 0.08), (wrong, 0.25)):
         assert abs(seen.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / seen.size)
     assert np.isinf(written).any()
@@ -282,7 +308,7 @@ def test_noise_changes_what_is_shown_and_nothing_before_it():
     assert np.mean(shown_differ) > 0.5
 
 
-def test_a_hint_has_its_correlation_with_the_final_ranker_and_changes_nothing_else():
+def test_a_hint_has_its_correlation_with_the_final_ranker():
     found = []
     for plain, hinted in zip(draw("test"), draw("test", hint=0.8), strict=True):
         value = hinted.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS
@@ -301,7 +327,7 @@ def test_noise_is_a_number_from_0(noise):
         checks.validate(ConfigDict(config))
 
 
-def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world():
+def test_taste_changes_the_logits_alone():
     without, tasted = cascade.World(make_data()), cascade.World(make_data(taste=1.5))
     for name in ("interests", "topics", "quality", "upload_time", "teacher_item_error"):
         np.testing.assert_array_equal(getattr(without, name), getattr(tasted, name))

@@ -41,9 +41,9 @@ def raw(tmp_path_factory):
     lines = ["query_id\tquery\tdoc_id\tgrade"]
     for number in range(QUERIES):
         query = f'{generator.choice(NOUNS)} {generator.choice(NOUNS)} {number % 40}" film'
-        for of in generator.choice(60, 12, replace=False):
-            wanted = int(bool({*query.split()} & {*films[of]["title"].split()}))
-            lines.append(f"q{number}\t{query}\t{films[of]['id']}\t{wanted}")
+        for place in generator.choice(60, 12, replace=False):
+            wanted = int(bool({*query.split()} & {*films[place]["title"].split()}))
+            lines.append(f"q{number}\t{query}\t{films[place]['id']}\t{wanted}")
     lines.append("q0\tnot in the corpus\t5\t1")
     texts = ["\n".join(map(json.dumps, films)) + "\n", "\n".join(lines) + "\n"]
     for name, text in zip(filmsearch.FILES, texts, strict=True):
@@ -55,7 +55,7 @@ def raw(tmp_path_factory):
 def collection(raw):
     """What was read; it has no label of a film that is not in the corpus."""
     read = filmsearch.read(raw)
-    assert [len(of) for of in read.labels] == [12] * QUERIES
+    assert [len(labels) for labels in read.labels] == [12] * QUERIES
     return read
 
 
@@ -143,7 +143,7 @@ def test_groups_are_the_components_of_both_relations():
     assert len(Counter(groups.tolist())) == 4
 
 
-def test_splits_have_their_shares_and_large_groups_are_for_training():
+def test_splits_have_their_shares_and_large_groups_train():
     groups = np.repeat(np.arange(1000), 3)
     for more in ([], [0] * 97, [0] * 97 + [1] * 28):
         numbers = np.concatenate([groups, np.array(more, int)])

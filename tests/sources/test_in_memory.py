@@ -99,18 +99,27 @@ def test_what_was_handed_over_is_what_is_read(tmp_path):
     assert list(map(len, times)) == [16, 2, 2]
 
 
-def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(tmp_path):
-    made = [*mappings()]
-    requests = [in_memory.make_request(each, 0, SPEC) for each in made]
-    frame = pd.DataFrame(made)
-    first, *same = (
-        kd.Dataset.from_requests(of, SPEC, directory=tmp_path) for of in (made, requests, frame)
-    )
-    assert {of.directory for of in same} == {first.directory}
-    made[3]["user_label"] = 1 - made[3]["user_label"]
-    changed = kd.Dataset.from_requests(made, SPEC, directory=tmp_path)
-    items = kd.Dataset.from_requests(requests, SPEC, np.ones((30, 2)), directory=tmp_path)
-    assert len({first.directory, changed.directory, items.directory}) == 3
+def test_a_frame_and_its_requests_are_the_same_dataset(tmp_path):
+    by_mapping = [*mappings()]
+    requests = [in_memory.make_request(mapping, 0, SPEC) for mapping in by_mapping]
+
+    def directory_of(requests):
+        return kd.Dataset.from_requests(requests, SPEC, directory=tmp_path).directory
+
+    assert directory_of(requests) == directory_of(by_mapping)
+    assert directory_of(pd.DataFrame(by_mapping)) == directory_of(by_mapping)
+
+
+def test_other_labels_or_items_are_another_dataset(tmp_path):
+    by_mapping = [*mappings()]
+    first = kd.Dataset.from_requests(by_mapping, SPEC, directory=tmp_path)
+    items = np.ones((30, 2))
+    with_items = kd.Dataset.from_requests(by_mapping, SPEC, items, directory=tmp_path)
+
+    by_mapping[3]["user_label"] = 1 - by_mapping[3]["user_label"]
+    with_labels = kd.Dataset.from_requests(by_mapping, SPEC, directory=tmp_path)
+
+    assert len({first.directory, with_items.directory, with_labels.directory}) == 3
 
 
 def test_splits_may_be_given(tmp_path):
@@ -159,7 +168,9 @@ def test_the_funnel_is_that_of_the_requests():
 
 def faulty(**change):
     """Ten requests, the first with other fields; None leaves a field out."""
-    return [{of: x for of, x in (GOOD | change).items() if x is not None}, *[GOOD] * 9]
+    fields = GOOD | change
+    first = {name: value for name, value in fields.items() if value is not None}
+    return [first, *[GOOD] * 9]
 
 
 NO_REQUESTS = r"requests must be mappings, .* or a table"
@@ -196,8 +207,12 @@ TOO_FEW = "yields no requests for its split"
             "several requests have request_id 5; give each its own",
         ),
         (faulty(item_id=[3, 3]), "request 0: item_id holds 3 several times; an item is one cand"),
-        *((of, NO_REQUESTS) for of in ({}, [1, 2], {"user_id": [1]}, None)),
-        *((of, TOO_FEW) for of in ([], [GOOD])),
+        ({}, NO_REQUESTS),
+        ([1, 2], NO_REQUESTS),
+        ({"user_id": [1]}, NO_REQUESTS),
+        (None, NO_REQUESTS),
+        ([], TOO_FEW),
+        ([GOOD], TOO_FEW),
     ],
 )
 def test_a_fault_is_one_line_that_names_the_request(tmp_path, requests, message):

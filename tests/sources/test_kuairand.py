@@ -116,15 +116,15 @@ def test_each_impression_of_a_split_is_in_one_request(feed, test):
     times = {split: [r["time"] for r in rows.values() if r["split"] == split] for split in SPLITS}
     assert max(times["train"]) < APRIL_22 <= min(times["validation"])
     assert max(times["validation"]) < APRIL_29 <= min(times["test"])
-    shown = sum(of is not None for row in rows.values() for of in row["is_click"])
+    shown = sum(click is not None for row in rows.values() for click in row["is_click"])
     lines = random_rows(1)
     pool = lines[STANDARD_1] + lines[RANDOM if test == "random" else STANDARD_2]
     assert 0.7 * len(pool) < shown <= len(pool)  # a video twice in a request is one candidate
     for row in rows.values():
-        place = [of for of in row["position"] if of is not None]
-        assert place == list(range(1, len(place) + 1))
-        assert len(place) <= 3
-        assert len({*row["item"]}) == len(row["item"]) <= len(place) + 5
+        positions = [position for position in row["position"] if position is not None]
+        assert positions == list(range(1, len(positions) + 1))
+        assert len(positions) <= 3
+        assert len({*row["item"]}) == len(row["item"]) <= len(positions) + 5
 
 
 def test_no_row_knows_what_comes_later(feed, tmp_path):

@@ -91,7 +91,7 @@ def test_letor_rows_are_those_of_scikit_learn(fold, tmp_path):
     assert {*rows["stage"]} == {"shown"}
 
 
-def test_a_document_without_a_name_is_numbered_and_zeros_may_be_omitted(tmp_path):
+def test_unnamed_documents_are_numbered_and_zeros_optional(tmp_path):
     for word in WORDS.values():
         (tmp_path / f"{word}.scores").write_text("0.1\n0.1000000000001\n")
         (tmp_path / f"{word}.txt").write_text(f"2 qid:{word} 2:0.5\n\n0 qid:{word} 1:1 5:-2e-1 #\n")
@@ -162,11 +162,11 @@ def test_trec_rows_are_those_of_pandas(lists, tmp_path):
     for run, table in runs.items():
         table = table.sort_values(["score", "rank"], ascending=[False, True])
         table["place"] = table.groupby("query").cumcount() + 1
-        for of in table.itertuples():
-            found = expected.setdefault((of.query, of.document), {})
-            found |= {f"{run}_score": of.score, f"{run}_rank": of.place}
+        for line in table.itertuples():
+            found = expected.setdefault((line.query, line.document), {})
+            found |= {f"{run}_score": line.score, f"{run}_rank": line.place}
     qrels = pd.read_csv(lists / "qrels.txt", sep=r"\s+", names=["query", "", "document", "grade"])
-    grades = {(str(of.query), of.document): of.grade for of in qrels.itertuples()}
+    grades = {(str(line.query), line.document): line.grade for line in qrels.itertuples()}
     for key, found in expected.items():
         found["grade"] = grade = grades.get(key, np.nan)
         found["grade_2"] = np.nan if np.isnan(grade) else grade >= 2
@@ -186,10 +186,15 @@ def test_trec_files_of_splits_become_a_dataset(tmp_path):
     for word, queries in dict(train=range(30), vali=range(30, 40), test=range(40, 50)).items():
         (tmp_path / word).mkdir()
         for run in ("first", "final"):
-            ranked = [(query, *of) for query in queries for of in enumerate(order(12), 1)]
-            lines = [f"{query} Q0 d{of} {rank} {1 / rank} {run}" for query, rank, of in ranked]
+            lines = []
+            for query in queries:
+                for rank, document in enumerate(order(12), 1):
+                    lines.append(f"{query} Q0 d{document} {rank} {1 / rank} {run}")
             (tmp_path / word / f"{run}.run").write_text("\n".join(lines))
-    qrels = [f"{query} 0 d{(query + of) % 12} {2 - 2 * of}" for query in range(50) for of in (0, 1)]
+    qrels = []
+    for query in range(50):
+        qrels.append(f"{query} 0 d{query % 12} 2")
+        qrels.append(f"{query} 0 d{(query + 1) % 12} 0")
     (tmp_path / "qrels.txt").write_text("\n".join(qrels))
     runs = dict(first="{split}/first.run", final="{split}/final.run")
     config = trec_config(tmp_path, runs, final="final")
@@ -311,7 +316,7 @@ def test_keys_at_fault_are_named(lists, fold):
             kd.prepare(config)
 
 
-def test_a_log_that_another_process_converted_just_before_the_lock_is_kept(fold, monkeypatch):
+def test_a_log_converted_just_before_the_lock_is_kept(fold, monkeypatch):
     """Two configs with another `funnel.passed` share the log of their raw files."""
     config, other = letor_config(fold), letor_config(fold)
     other.funnel.passed += 1

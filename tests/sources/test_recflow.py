@@ -92,7 +92,8 @@ def write_random(root: Path, untidy: bool = False) -> dict[str, tuple[pd.DataFra
                 like=rows["like"] == 1,
                 rerank_pos=rows["rerank_pos"].where(rows["rerank_pos"] == 1),
             ).rename(columns={"category_level_two": " category_level_two"})
-        write_day(root, day, rows, {key: of for key, of in views.items() if key != without})
+        known_views = {request: events for request, events in views.items() if request != without}
+        write_day(root, day, rows, known_views)
     return written
 
 
@@ -130,8 +131,8 @@ def expected_row(rows: list[dict], views: np.ndarray, of_each: int) -> dict | No
     kept: dict[int, dict] = {}
     for row in sorted((row for row in rows if row["grade"] is not None), key=worth):
         kept.setdefault(row["video_id"], row)
-    best = min((of["position"] for of in kept.values() if of["rank_pos"] and of["grade"] < 2),
-        default=np.inf)  # fmt: skip
+    ranked = [row for row in kept.values() if row["rank_pos"] and row["grade"] < 2]
+    best = min((row["position"] for row in ranked), default=np.inf)
     for row in kept.values():
         if row["grade"] > 1 or not (row["rank_pos"] or row["position"] > best):
             row["position"] = np.inf
@@ -142,16 +143,16 @@ def expected_row(rows: list[dict], views: np.ndarray, of_each: int) -> dict | No
         if not of_each or numbers[row["grade"]] <= of_each:
             listed.append(row)
     listed.sort(key=lambda row: row["video_id"])
-    events = sorted((of for of in views.tolist() if 0 < of[7] < time and of[0] >= 0),
-        key=lambda event: event[7])  # fmt: skip
+    past_events = [event for event in views.tolist() if 0 < event[7] < time and event[0] >= 0]
+    events = sorted(past_events, key=lambda event: event[7])
     if not listed:
         return None
 
     def known(value):
         return None if value == -1 or value == np.inf else value
 
-    def log(numbers, of=1.0):
-        return [None if number is None else np.log1p(number / of) for number in numbers]
+    def log(numbers, unit=1.0):
+        return [None if number is None else np.log1p(number / unit) for number in numbers]
 
     moment = datetime.datetime.fromtimestamp(time // 1000, datetime.UTC)
     angle = 2 * np.pi * (moment.hour * 3600 + moment.minute * 60 + moment.second) / DAY

@@ -78,19 +78,21 @@ def program_of(train_specs, teacher, mapping, devices):
 
 def make_train_spec(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
     """A train_spec, and the state of a stack with one run per seed."""
-    how = mode, optimizer, spec, student
-    return train_spec_of(*how), state_of(*how, tuple(seeds))
+    train_spec = train_spec_of(mode, optimizer, spec, student)
+    return train_spec, state_of(mode, optimizer, spec, student, tuple(seeds))
 
 
 @functools.cache
 def state_of(mode, optimizer, spec, student, seeds):
     train_spec = train_spec_of(mode, optimizer, spec, student)
     _, init = model_of(mode, spec, student, train_spec.row_optimizer.slots(STUDENT.width))
-    runs = jax.tree.map(lambda *of: np.stack(of), *(init(jax.random.key(of)) for of in seeds))
-    # In one program, not one per array.
-    return jax.jit(lambda parameters: init_state(train_spec, parameters, len(spec.tasks), True))(
-        runs
-    )
+    parameters_of_runs = [init(jax.random.key(seed)) for seed in seeds]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parameters_of_runs)
+
+    def initial_state(parameters):
+        return init_state(train_spec, parameters, len(spec.tasks), True)
+
+    return jax.jit(initial_state)(stacked)  # in one program, not one per array
 
 
 def hyperparameters(temperature=1.0, top_k=2.0, **changes):
@@ -118,11 +120,14 @@ def run_stacks(
     train_specs, states, batches, numbers, mapping="pmap", devices=1, live=False, spec=SPEC
 ):
     """The states after a step on each batch, and the losses of the last, per stack"""
-    teacher, constants = (
-        world_of(spec) if live else (None, Constants(random_items(spec=spec), None))
-    )
+    if live:
+        teacher, constants = world_of(spec)
+    else:
+        teacher = None
+        constants = Constants(random_items(spec=spec), None)
     spread, step = program_of(tuple(train_specs), teacher, mapping, devices)
-    states, constants = spread.place(tuple(states)), spread.place(constants)
+    states = spread.place(tuple(states))
+    constants = spread.place(constants)
     for batch in batches:
         states, losses = step(states, spread.shard(batch), tuple(numbers), constants)
     return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
@@ -158,4 +163,7 @@ def assert_equal(one, other):
 
 
 def assert_close(one, other, atol):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), one, other)
+    def assert_leaves_close(leaf, other_leaf):
+        np.testing.assert_allclose(leaf, other_leaf, atol=atol, rtol=0)
+
+    jax.tree.map(assert_leaves_close, one, other)

@@ -105,7 +105,7 @@ def test_a_run_starts_at_its_newest_checkpoint_or_at_its_start(workdir, tmp_path
         (exchange, "it was saved at step 2"),
     ],
 )
-def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, damage, reason, caplog):
+def test_a_damaged_checkpoint_is_skipped_and_replaced(workdir, damage, reason, caplog):
     damage(folder(workdir, 6))
     with caplog.at_level(logging.WARNING):
         assert_starts_at(workdir, 4)
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, dama
     assert_starts_at(workdir, 6)
 
 
-def test_a_checkpoint_that_another_process_cannot_read_is_passed_over(workdir, monkeypatch, caplog):
+def test_a_checkpoint_unreadable_to_one_process_is_skipped(workdir, monkeypatch, caplog):
     found = iter([1, None])  # the first process that cannot read the newest one, and the one before
     monkeypatch.setattr(checkpoints, "first_without", lambda _: next(found))
     with caplog.at_level(logging.WARNING):
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_another_process_cannot_read_is_passed_over(workdir, m
     assert "cannot be restored: another process failed" in caplog.text
 
 
-def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next(workdir):
+def test_the_next_run_removes_half_written_checkpoints(workdir):
     left = folder(workdir, "5.orbax-checkpoint-tmp") / "state"
     left.mkdir(parents=True)
     assert_starts_at(workdir, 6)
@@ -133,7 +133,7 @@ def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next(workdir)
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(workdir):
+def test_another_runs_checkpoint_is_refused_and_stays(workdir):
     other = OURS | {"config": "5678", "scored": "s"}
     assert fault_of(restore, workdir, None, other) == (
         f"{folder(workdir, 6)} belongs to another run: config (1234 there, 5678 now), scored (None "
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(work
     assert_starts_at(workdir, 6)
 
 
-def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
+def test_a_checkpoint_outlives_donated_buffers(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = jax.device_put(state_of(1))
     with checkpoints.open_in(tmp_path) as saved:
@@ -172,9 +172,7 @@ def test_an_error_of_the_machine_is_raised(workdir, monkeypatch, fault):
 
 
 @pytest.mark.parametrize("steps", [(8,), (8, 10)], ids=["end", "next"])
-def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stays(
-    workdir, caplog, steps
-):
+def test_a_failed_save_is_one_line_and_keeps_the_one_before(workdir, caplog, steps):
     line = r"^a checkpoint could not be written to .*/checkpoints \(.*File too large.*the previous"
     with pytest.raises(UserError, match=line), small_files():
         save(workdir, *steps)

@@ -69,7 +69,7 @@ with interruption.clean_up_on_signal(), interruption.deferred():
         (_TWICE, "INT", 130, "after SIGTERM\n"),
     ],
 )
-def test_a_signal_ends_the_process_with_one_line_and_a_second_one_at_once(program, name, code, out):
+def test_a_signal_ends_the_process_with_one_line(program, name, code, out):
     finished = small.run("-c", program.format(name=name))
     assert (finished.returncode, finished.stdout) == (code, out), finished.stderr
     ended_by = signal.Signals(code - 128).name
@@ -88,7 +88,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("error", [None, OSError("no room")])
-def test_a_signal_sets_a_flag_and_is_raised_after_work_without_an_error(handlers, error):
+def test_a_deferred_signal_sets_a_flag_and_is_raised_after(handlers, error):
     flags = []
 
     def work():

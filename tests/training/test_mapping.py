@@ -53,20 +53,25 @@ def trained(program, states, start, stop):
         states, losses = program.take(
             states, program.devices.shard(batch), program.hyperparameters, program.constants
         )
-    losses = [
-        {name: of_runs[: len(stack.names)] for name, of_runs in of_stack.items()}
-        for stack, of_stack in zip(program.stacks, program.devices.unreplicate(losses), strict=True)
-    ]
-    return jax.tree.map(np.asarray, (states_on_host(program, states), losses))
+    losses = program.devices.unreplicate(losses)
+    of_real_runs = []  # without those that fill up the devices
+    for stack, stack_losses in zip(program.stacks, losses, strict=True):
+        number = len(stack.names)
+        of_real_runs.append({name: by_run[:number] for name, by_run in stack_losses.items()})
+    return jax.tree.map(np.asarray, (states_on_host(program, states), of_real_runs))
 
 
 def assert_same(trees, others, atol):
     """All fields except those that mean nothing between steps."""
-    trees, others = jax.tree.map(
-        lambda of: of.replace(owners={}) if isinstance(of, TrainState) else of,
-        (trees, others),
-        is_leaf=lambda of: isinstance(of, TrainState),
-    )
+
+    def is_state(node):
+        return isinstance(node, TrainState)
+
+    def without_owners(node):
+        return node.replace(owners={}) if is_state(node) else node
+
+    trees = jax.tree.map(without_owners, trees, is_leaf=is_state)
+    others = jax.tree.map(without_owners, others, is_leaf=is_state)
     assert_close(trees, others, atol)
 
 
@@ -98,7 +103,9 @@ def on_one_device():
 )
 def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
     """What is saved, on the host, is the same on any mesh of runs, requests and dealt rows."""
-    first, second = made(*before), made(*after)
+    first = made(*before)
+    second = made(*after)
+
     half, _ = trained(first, initial_states(first), 0, STEPS // 2)
     states = second.devices.place(half)
     assert_same(states_on_host(second, states), half, atol=0)
@@ -107,7 +114,7 @@ def test_a_run_that_changes_its_mesh_ends_as_on_one_device(before, after):
     assert_same((states, losses), on_one_device(), atol=1e-5)
 
 
-def test_a_device_holds_only_its_own_runs_and_they_exchange_nothing():
+def test_devices_of_different_runs_exchange_nothing():
     program = made("auto", 8, 8)
     states = initial_states(program)
     for state in states:
@@ -134,12 +141,17 @@ class Device:
     """As much of a device as the arithmetic of a mesh reads."""
 
     def __init__(self, number=0, process_index=0, platform="gpu"):
-        self.number, self.process_index, self.platform = number, process_index, platform
+        self.number = number
+        self.process_index = process_index
+        self.platform = platform
 
 
 def test_auto_is_pmap_where_that_suffices():
-    cpu, gpu, tpu = ([Device(platform=name)] for name in ("cpu", "gpu", "tpu"))
-    auto, pmap = MAPPINGS["auto"], MAPPINGS["pmap"]
+    cpu = [Device(platform="cpu")]
+    gpu = [Device(platform="gpu")]
+    tpu = [Device(platform="tpu")]
+    auto = MAPPINGS["auto"]
+    pmap = MAPPINGS["pmap"]
     assert auto(gpu).by_pmap
     assert auto(cpu, deterministic=True).by_pmap
     assert not auto(tpu).by_pmap
@@ -152,17 +164,26 @@ def test_auto_is_pmap_where_that_suffices():
 
 
 def test_a_process_makes_the_requests_of_its_own_devices():
-    of_hosts = np.array([[0, 0, 1, 1], [2, 2, 3, 3]])
-    assert [share_of(of_hosts, host) for host in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    mesh = np.array([[0, 0, 1, 1], [2, 2, 3, 3]])
+
+    shares = [share_of(mesh, process) for process in range(4)]
+
+    assert shares == [(0, 2), (1, 2), (0, 2), (1, 2)]
     assert share_of(np.array([[0, 0], [0, 0], [1, 1]]), 1) == (0, 1)
-    for mesh in (
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
         [[0, 0, 1, 1, 0, 0, 1, 1]],  # the order of chips in a pod of TPUs
         [[0, 0, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]],
         [[0, 1, 1, 1]],
-    ):
-        for process in (0, 1):  # every process gets the error
-            with pytest.raises(UserError, match="not one aligned range"):
-                share_of(np.array(mesh), process)
+    ],
+)
+def test_a_process_without_one_range_of_requests_is_an_error(mesh):
+    for process in (0, 1):  # every process gets the error
+        with pytest.raises(UserError, match="not one aligned range"):
+            share_of(np.array(mesh), process)
 
 
 def test_devices_are_in_the_order_of_their_processes(monkeypatch):

@@ -7,8 +7,6 @@ import os
 import re
 import signal
 
-import jax
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -16,6 +14,7 @@ from kd_ranker import api
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline.trained import open_ranker
 from tests import forked, small
+from tests.training.steps import assert_close
 
 long = pytest.mark.long
 CHANGES = {
@@ -30,24 +29,27 @@ CHANGES = {
 }
 
 
-def together(number, devices, *arguments, of_last=(), program=("-m",)):
-    """Runs an entry point by a number of processes with a number of devices each, to their end."""
+def run_together(number, devices, *arguments, of_last=(), program=("-m",)):
+    """Runs an entry point by a number of processes with a number of devices each, to their end.
+
+    The last process gets the arguments `of_last` too.
+    """
     environment = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{small.free_port()}",
         "JAX_NUM_PROCESSES": str(number),
         "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]),
     }
-    of_each = [arguments] * (number - 1) + [(*arguments, *of_last)]
-    processes = [
-        forked.Program(
+    processes = []
+    for index in range(number):
+        process_arguments = arguments if index < number - 1 else (*arguments, *of_last)
+        process = forked.Program(
             *program,
-            *of_process,
+            *process_arguments,
             "--config.parallel.processes=True",
             **environment,
             JAX_PROCESS_ID=str(index),
         )
-        for index, of_process in enumerate(of_each)
-    ]
+        processes.append(process)
     return [process.ended() for process in processes]
 
 
@@ -55,21 +57,22 @@ def flags(world, workdir, **changes):
     return world.flags(workdir, **(CHANGES | changes))
 
 
-def of_one_process(world):
-    """A student that one process has trained on 4 devices."""
-    changes = CHANGES | {"parallel__devices": 4}
-    return world.made("of_one_process", lambda folder: api.train(world.config(**changes), folder))
+def trained_by_one_process(world):
+    """The workdir of a student that one process has trained on 4 devices."""
+    config = world.config(**CHANGES | {"parallel__devices": 4})
+    return world.made("of_one_process", lambda folder: api.train(config, folder))
 
 
 def assert_same_student(workdir, world):
-    expected, found = (open_ranker(of).ranker.parameters for of in (of_one_process(world), workdir))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), found, expected)
-    assert_same_results(workdir, of_one_process(world))
+    other = trained_by_one_process(world)
+    assert_close(open_ranker(workdir).ranker.parameters, open_ranker(other).ranker.parameters, 1e-5)
+    assert_same_results(workdir, other)
 
 
 def assert_same_results(workdir, other):
-    tables = [pd.read_csv(of / results.FILE) for of in (workdir, other)]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)
+    found = pd.read_csv(workdir / results.FILE)
+    expected = pd.read_csv(other / results.FILE)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-3)
 
 
 _OF_GLOO = re.compile(
@@ -79,8 +82,8 @@ _OF_GLOO = re.compile(
 """What Gloo, by which CPUs exchange, writes past Python, in pieces and from its own threads."""
 
 
-def of_first(ended):
-    """What the first process wrote; all have ended well, and the others have written nothing."""
+def output_of_first(ended):
+    """The output of the first process; all have ended well, and the others wrote nothing."""
     for process in ended:
         assert process.returncode == 0, process.stderr
     first, *others = [_OF_GLOO.sub("", process.stdout) for process in ended]
@@ -94,12 +97,15 @@ def of_first(ended):
 )
 def test_processes_train_the_student_that_one_does(world, tmp_path, number, devices, tables):
     workdir = tmp_path / "run"
-    given = flags(world, workdir, parallel__tables=tables)
-    out = of_first(together(number, devices, "experiments.train", *given))
-    assert "results:" in out
+    run_flags = flags(world, workdir, parallel__tables=tables)
+
+    output = output_of_first(run_together(number, devices, "experiments.train", *run_flags))
+
+    assert "results:" in output
     assert_same_student(workdir, world)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len((of_one_process(world) / "metrics.jsonl").read_text().splitlines())
+    expected_lines = (trained_by_one_process(world) / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(expected_lines)
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
 
 
@@ -109,7 +115,10 @@ def test_processes_have_runs_of_their_own_in_a_sweep(world, tmp_path):
     at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
     expected = world.made("swept_by_one_process", lambda folder: api.sweep(at_once, folder))
     workdir = tmp_path / "sweep"
-    of_first(together(2, 2, "experiments.sweep", *flags(world, workdir, **changes)))
+
+    ended = run_together(2, 2, "experiments.sweep", *flags(world, workdir, **changes))
+
+    output_of_first(ended)
     assert_same_results(workdir, expected)
 
 
@@ -119,10 +128,12 @@ def test_a_run_resumes_with_other_processes(world, tmp_path, before, after):
     workdir = tmp_path / "run"
     program = ("-c", small._INTERRUPTED)
     killed = ["experiments.train", "saving", "run", "8", str(int(signal.SIGKILL))]
-    ended = together(*before, *killed, *flags(world, workdir), program=program)
+    ended = run_together(*before, *killed, *flags(world, workdir), program=program)
     assert {process.returncode for process in ended} == {-9}
     assert (workdir / "checkpoints" / "4").is_dir()
-    of_first(together(*after, "experiments.train", *flags(world, workdir)))
+
+    output_of_first(run_together(*after, "experiments.train", *flags(world, workdir)))
+
     assert_same_student(workdir, world)
 
 
@@ -136,13 +147,15 @@ def test_a_run_resumes_with_other_processes(world, tmp_path, before, after):
 def test_processes_that_differ_end_with_one_line_of_the_first(world, tmp_path, differing, line):
     if differing.endswith("="):
         differing += str(tmp_path / "other")
-    given = flags(world, tmp_path / "run")
-    ended = together(2, 1, "experiments.train", *given, of_last=[differing])
-    assert [process.returncode for process in ended] == [2, 2]
-    of_each = [process.stderr.splitlines() for process in ended]
-    (found,) = [text for texts in of_each for text in texts if text.startswith("error: ")]
-    assert found.startswith(f"error: {line}")
-    assert found in of_each[0]
+    run_flags = flags(world, tmp_path / "run")
+
+    first, last = run_together(2, 1, "experiments.train", *run_flags, of_last=[differing])
+
+    assert first.returncode == 2
+    assert last.returncode == 2
+    (error,) = [text for text in first.stderr.splitlines() if text.startswith("error: ")]
+    assert error.startswith(f"error: {line}")
+    assert not [text for text in last.stderr.splitlines() if text.startswith("error: ")]
     assert not list(tmp_path.iterdir())
 
 
@@ -152,18 +165,22 @@ def test_processes_that_get_a_signal_save_and_resume(world, tmp_path):
     program = ("-c", small._INTERRUPTED)
     # At step 4, so after the few steps of the next call.
     stopped = ["experiments.train", "logging", "run", "4", str(int(signal.SIGTERM))]
-    given = flags(world, workdir, train__checkpoint_every=12)
-    ended = together(2, 2, *stopped, *given, program=program)
+    run_flags = flags(world, workdir, train__checkpoint_every=12)
+
+    ended = run_together(2, 2, *stopped, *run_flags, program=program)
     assert {process.returncode for process in ended} == {143}, ended
     (saved,) = (workdir / "checkpoints").iterdir()
     assert 4 < int(saved.name) < CHANGES["train__steps"]
-    of_first(together(1, 4, "experiments.train", *given))
+    output_of_first(run_together(1, 4, "experiments.train", *run_flags))
+
     assert_same_student(workdir, world)
 
 
 def test_processes_that_nothing_has_started_are_a_line(world, tmp_path):
-    given = flags(world, tmp_path / "run")
-    finished = small.run("-m", "experiments.train", *given, "--config.parallel.processes=True")
+    run_flags = flags(world, tmp_path / "run")
+
+    finished = small.run("-m", "experiments.train", *run_flags, "--config.parallel.processes=True")
+
     assert finished.returncode == 2
     line = "error: parallel.processes=True, and neither Slurm, Open MPI nor a pod defines"
     assert line in finished.stderr

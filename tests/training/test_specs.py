@@ -54,17 +54,28 @@ def test_a_batch_needs_what_some_run_has_a_use_for(runs, teacher, expected):
     assert specs.needs(stacks, live, Stage.PASSED) == expected
 
 
-def test_a_teacher_learns_from_labels_and_may_learn_from_the_log_by_the_same_logits():
+def test_a_teacher_may_learn_from_the_log_by_its_user_logits():
     config = config_of()
-    stack = specs.teacher_stack(config, SPEC)
-    assert specs.needs([stack], None) == (Stage.SHOWN, None, True)
     config.teacher.log_weight = 2.0
+
     stack = specs.teacher_stack(config, SPEC)
-    assert [(term.loss, term.signal) for term in stack.hyperparameters.terms] == [("bce", "scores")]
+
+    (term,) = stack.hyperparameters.terms
+    assert term.loss == "bce"
+    assert term.signal == "scores"
     assert specs.needs([stack], None) == (Stage.SHOWN, Stage.RETRIEVED, True)
-    assert (stack.hyperparameters.user_weight, stack.hyperparameters.distill_weight) == (1, 2)
-    mode, logits = stack.train_spec.mode, np.zeros((2, 3, 3))
-    assert mode.teacher_logits(logits, {}) is mode.user_logits(logits, {}) is logits
+    assert stack.hyperparameters.user_weight == 1
+    assert stack.hyperparameters.distill_weight == 2
+    mode = stack.train_spec.mode
+    logits = np.zeros((2, 3, 3))
+    assert mode.user_logits(logits, {}) is logits
+    assert mode.teacher_logits(logits, {}) is logits
+
+
+def test_a_teacher_learns_from_labels_by_default():
+    stack = specs.teacher_stack(config_of(), SPEC)
+
+    assert specs.needs([stack], None) == (Stage.SHOWN, None, True)
 
 
 def names_of_stacks(**runs):
@@ -108,18 +119,25 @@ def test_a_mode_without_a_teacher_has_no_terms():
 
 def test_weights_of_terms_are_traced_and_terms_are_not():
     losses = {"a": "softmax + topk:stage", "b": "softmax + 0.3 * topk:stage", "c": "softmax + topk"}
-    runs = {name: {"distill__mode": "aux", "distill__loss": of} for name, of in losses.items()}
+    runs = {name: AUX | {"distill__loss": loss} for name, loss in losses.items()}
+
     stack, second = stacks_of(runs)
-    assert (stack.names, second.names) == (("a", "b"), ("c",))
+
+    assert stack.names == ("a", "b")
+    assert second.names == ("c",)
     weights = [term.weight for term in stack.hyperparameters.terms]
     np.testing.assert_allclose(weights, [[1.0, 1.0], [1.0, 0.3]])
 
 
 @pytest.mark.parametrize(("mode", "weight"), [("none", 1), ("shared", 0), ("aux", 0)])
-def test_without_a_teacher_a_student_learns_from_users_whatever_their_weight(mode, weight):
-    how = {"distill__mode": mode, "distill__user_weight": 0.0}
-    assert stack_of(**how).hyperparameters.user_weight == weight
-    assert specs.teacher_stack(config_of(**how), SPEC).hyperparameters.user_weight == 1
+def test_without_a_teacher_the_user_weight_is_ignored(mode, weight):
+    changes = {"distill__mode": mode, "distill__user_weight": 0.0}
+
+    student = stack_of(**changes)
+    teacher = specs.teacher_stack(config_of(**changes), SPEC)
+
+    assert student.hyperparameters.user_weight == weight
+    assert teacher.hyperparameters.user_weight == 1
 
 
 @pytest.mark.parametrize(
@@ -143,25 +161,30 @@ def test_without_a_teacher_a_student_learns_from_users_whatever_their_weight(mod
         {"train__user_loss": "softmax"},
     ],
 )
-def test_runs_that_differ_in_anything_else_are_stacks_of_their_own(change):
+def test_runs_that_differ_otherwise_are_separate_stacks(change):
     assert names_of_stacks(a={}, b=change, c={"seed": 1}) == [("a", "c"), ("b",)]
 
 
-OF_OPTAX = {
-    "constant": lambda warmup, steps: optax.warmup_constant_schedule(0.0, 1.0, max(warmup, 1)),
-    "cosine": lambda warmup, steps: optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, min(warmup, steps // 2), steps
-    ),
-}
+def constant_by_optax(warmup, _):
+    return optax.warmup_constant_schedule(0.0, 1.0, max(warmup, 1))
+
+
+def cosine_by_optax(warmup, steps):
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, min(warmup, steps // 2), steps)
+
+
+OPTAX_SCHEDULES = {"constant": constant_by_optax, "cosine": cosine_by_optax}
 
 
 @pytest.mark.parametrize("name", optimizers.SCHEDULES)
 @pytest.mark.parametrize(
     ("warmup", "lengths"), [(10, (1, 20, 100)), (0, (100, 7)), (50, (20, 1, 1500))]
 )
-def test_each_run_has_the_schedule_of_optax_for_its_own_number_of_steps(name, warmup, lengths):
-    of_step = functools.partial(optimizers.SCHEDULES[name], warmup, steps=jnp.float32(lengths))
-    found = jax.jit(jax.vmap(of_step))(jnp.arange(1, max(lengths) + 1))
+def test_a_run_has_optaxs_schedule_for_its_own_steps(name, warmup, lengths):
+    schedule = functools.partial(optimizers.SCHEDULES[name], warmup, steps=jnp.float32(lengths))
+
+    rates = jax.jit(jax.vmap(schedule))(jnp.arange(1, max(lengths) + 1))
+
     for run, steps in enumerate(lengths):
-        expected = jax.jit(OF_OPTAX[name](warmup, steps))(jnp.arange(1, steps + 1))
-        np.testing.assert_allclose(found[:steps, run], expected, rtol=0, atol=2e-7)
+        expected = jax.jit(OPTAX_SCHEDULES[name](warmup, steps))(jnp.arange(1, steps + 1))
+        np.testing.assert_allclose(rates[:steps, run], expected, rtol=0, atol=2e-7)

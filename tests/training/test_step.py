@@ -57,28 +57,34 @@ from tests.training.steps import (
 TASKS = len(SPEC.tasks)
 
 
-LIVE, FROZEN = world_of(SPEC)
+LIVE, CONSTANTS = world_of(SPEC)
 
 
 @pytest.mark.parametrize(
     ("mode", "mapping", "devices"), [("aux", "pmap", 8), ("shared", "shard_map", 2)]
 )
-def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, mapping, devices):
+def test_a_global_batch_trains_the_same_on_any_devices(mode, mapping, devices):
     train_spec, state = make_train_spec(mode, spec=CATEGORY_SPEC)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=CATEGORY_SPEC) for seed in range(6)]
-    how = {"live": True, "spec": CATEGORY_SPEC}
-    one, losses = train(train_spec, state, batches, **how)
-    other, other_losses = train(train_spec, state, batches, mapping=mapping, devices=devices, **how)
+    options = {"live": True, "spec": CATEGORY_SPEC}
+
+    one, losses = train(train_spec, state, batches, **options)
+    other, other_losses = train(
+        train_spec, state, batches, mapping=mapping, devices=devices, **options
+    )
+
     assert_close(losses, other_losses, 1e-5)
-    assert_close((one.parameters, one.transform), (other.parameters, other.transform), 1e-5)
+    assert_close(one.parameters, other.parameters, 1e-5)
+    assert_close(one.transform, other.transform, 1e-5)
 
 
 def test_steps_in_one_call_are_those_on_the_batches_themselves():
     """However the steps are cut into calls, to the last bit, and none of them compiles again."""
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
-    spec, steps = dataclasses.replace(SPEC, teacher_version="v1"), 4
+    spec = dataclasses.replace(SPEC, teacher_version="v1")
+    steps = 4
     data, kinds, slots = prepared(columns_of(requests, spec, for_training=True), 12, 0.6)
     rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
     batches = packed(data, starts_of(kinds, rows), slots)
@@ -96,20 +102,22 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves():
 
     take = spread.map_step(counted)
     numbers = (stack_runs([hyperparameters()]),)
-    on_devices = spread.shard(batches), spread.place(FROZEN.replace(teacher=None))
+    sharded_batches = spread.shard(batches)
+    constants = spread.place(CONSTANTS.replace(teacher=None))
 
-    def after(stops):
+    def train_with_stops(stops):
         states = spread.place((state,))
-        for span in itertools.starmap(Span, itertools.pairwise((0, *stops, steps))):
-            states, losses = take(states, on_devices[0], (span, numbers), on_devices[1])
+        for start, stop in itertools.pairwise((0, *stops, steps)):
+            states, losses = take(states, sharded_batches, (Span(start, stop), numbers), constants)
         return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
 
-    one_by_one = (found,), (losses,) = after([1, 2, 3])
+    one_by_one = train_with_stops([1, 2, 3])
+    (found,), (losses,) = one_by_one
     assert_close(run_of(found).parameters, expected.parameters, 1e-5)
     assert_close(select_run(losses, 0), expected_losses, 1e-5)
-    for cuts in range(3):
-        for stops in itertools.combinations([1, 2, 3], cuts):
-            assert_equal(after(stops), one_by_one)
+    for number in range(3):
+        for stops in itertools.combinations([1, 2, 3], number):
+            assert_equal(train_with_stops(stops), one_by_one)
     assert len(traces) == 1
 
 
@@ -118,7 +126,8 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     """The step against plain differentiation of everything, whole tables included, with SGD."""
     spec = CATEGORY_SPEC
     train_spec, stack = make_train_spec(mode, "sgd", spec=spec)
-    state, (live, constants) = run_of(stack), world_of(spec)
+    state = run_of(stack)
+    live, constants = world_of(spec)
     batch = random_batch(5, spec=spec)
     numbers = hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
     teacher = jax.jit(
@@ -139,34 +148,36 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
         total = entropy(logits[..., :TASKS], batch.user_label, batch.label_weight[..., None])
         if mode == "none":
             return total
-        seen = {
-            "aux": lambda: logits[..., TASKS:],
-            "shared": lambda: transform["scale"] * logits + transform["offset"],
-        }[mode]()
+        if mode == "aux":
+            seen = logits[..., TASKS:]
+        else:
+            seen = transform["scale"] * logits + transform["offset"]
         mask = (batch.stage > 0)[..., None].astype(jnp.float32)
         return total + 0.7 * entropy(seen, teacher, mask)
 
     differentiated = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    before, (gradients, transform_gradients) = differentiated(state.parameters, state.transform)
-    after, losses = train(train_spec, stack, [batch], numbers, live=True, spec=spec)
-    np.testing.assert_allclose(losses["loss"], before, rtol=1e-5)
-    assert_close(
-        (after.parameters.dense, after.transform),
-        jax.tree.map(
-            lambda value, gradient: value - 0.01 * gradient,
-            (state.parameters.dense, state.transform),
-            (gradients.dense, transform_gradients),
-        ),
-        1e-6,
+    loss_before, (gradients, transform_gradients) = differentiated(
+        state.parameters, state.transform
     )
+    after, losses = train(train_spec, stack, [batch], numbers, live=True, spec=spec)
+
+    def descend(value, gradient):
+        return value - 0.01 * gradient
+
+    np.testing.assert_allclose(losses["loss"], loss_before, rtol=1e-5)
+    expected = jax.tree.map(descend, state.parameters.dense, gradients.dense)
+    assert_close(after.parameters.dense, expected, 1e-6)
+    expected = jax.tree.map(descend, state.transform, transform_gradients)
+    assert_close(after.transform, expected, 1e-6)
+    width = STUDENT.width
     for name, table in after.parameters.tables.items():
-        before, gradient = state.parameters.tables[name], gradients.tables[name]
-        width = STUDENT.width
-        assert_close(table[:, :width], (before - 0.02 * gradient)[:, :width], 1e-6)
+        gradient = gradients.tables[name]
+        expected = state.parameters.tables[name] - 0.02 * gradient
+        assert_close(table[:, :width], expected[:, :width], 1e-6)
         np.testing.assert_array_equal(table[:, width], np.any(gradient != 0, axis=1))
 
 
-def test_losses_are_the_same_on_any_devices_and_in_any_company():
+def test_losses_depend_on_neither_devices_nor_other_runs():
     """A stack of two runs per loss, all stacks in one program.
 
     `test_losses` has the sums of all losses add up. Adam would scale up the rounding of a gradient
@@ -186,11 +197,14 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
         batch.user_label[:3] = 0  # devices without positives
 
     def take_steps(batches, *runs, devices=1):
-        numbers = [stack_runs([of._replace(terms=own) for of in runs]) for own in terms]
+        def numbers_of_stack(stack_terms):
+            return stack_runs([run._replace(terms=stack_terms) for run in runs])
+
+        numbers = [numbers_of_stack(stack_terms) for stack_terms in terms]
         return run_stacks(train_specs, [state] * len(names), batches, numbers, devices=devices)
 
     reference, losses = take_steps(batches, first, second)
-    assert all((of_stack["distill_loss"] > 0).all() for of_stack in losses)
+    assert all((stack_losses["distill_loss"] > 0).all() for stack_losses in losses)
     # A request a device.
     other, other_losses = take_steps(batches, first, second, devices=8)
     assert_close(losses, other_losses, 1e-5)
@@ -202,23 +216,19 @@ def test_losses_are_the_same_on_any_devices_and_in_any_company():
         assert_equal(run_of(one, 1), run_of(another, 1))
 
     _, at_once = take_steps(batches[:1], first, second)
-    bce, softmax, both, _ = (of_stack["user_loss"] for of_stack in at_once)
+    bce, softmax, both, _ = (stack_losses["user_loss"] for stack_losses in at_once)
     np.testing.assert_allclose(both, bce + softmax, rtol=1e-6)
 
     # A value of weight 0 changes no bit.
-    poisoned = [
-        batch.replace(
-            teacher_probability=np.where(
-                batch.teacher_weight > 0, batch.teacher_probability, np.float32(np.nan)
-            )
-        )
-        for batch in batches
-    ]
-    dirty = take_steps(poisoned, first, second)
-    assert_equal((reference, losses), dirty)
+    poisoned = []
+    for batch in batches:
+        is_valid = batch.teacher_weight > 0
+        probability = np.where(is_valid, batch.teacher_probability, np.float32(np.nan))
+        poisoned.append(batch.replace(teacher_probability=probability))
+    assert_equal((reference, losses), take_steps(poisoned, first, second))
 
 
-def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation():
+def test_without_teacher_values_a_batch_does_not_distill():
     batch = random_batch(3)
     batch = batch.replace(
         teacher_weight=np.zeros_like(batch.teacher_weight),
@@ -230,40 +240,46 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
     assert_close(shared.parameters, none.parameters, 1e-7)
 
 
-def test_stages_train_as_a_teacher_that_logged_them_and_need_no_teacher():
+def test_stages_train_as_a_teacher_that_logged_them():
     train_spec, state = make_train_spec("aux", "sgd")
-    on_scores, on_stages = (
-        hyperparameters(terms=(Term("softmax", signal),)) for signal in ("scores", "stage")
-    )
     batch = random_batch(3)
     probability, weight = SIGNALS["stage"].read(batch)
-    said = batch.replace(teacher_probability=probability, teacher_weight=weight)
-    silent = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
-    logged, losses = train(train_spec, state, [said], on_scores)
-    stage, of_stage = train(train_spec, state, [silent], on_stages)
-    assert losses["distill_loss"] > 0
-    assert_equal((logged, losses), (stage, of_stage))
+    with_stages_as_scores = batch.replace(teacher_probability=probability, teacher_weight=weight)
+    without_teacher = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
+
+    by_scores, score_losses = train(
+        train_spec, state, [with_stages_as_scores],
+        hyperparameters(terms=(Term("softmax", "scores"),)),
+    )  # fmt: skip
+    by_stages, stage_losses = train(
+        train_spec, state, [without_teacher], hyperparameters(terms=(Term("softmax", "stage"),))
+    )
+
+    assert score_losses["distill_loss"] > 0
+    assert_equal(by_scores, by_stages)
+    assert_equal(score_losses, stage_losses)
 
 
 def test_terms_add_up_by_their_weights():
     """A stack per term, one of all terms, and one of all in which a single weight is not 0."""
     train_spec, state = make_train_spec("shared", "sgd")
     weights = (1.0, 0.3, 2.0)
-    terms = [
-        *((Term("bce"),), (Term("softmax", "stage"),), (Term("dftopk"),)),
+    terms_of_stacks = [
+        (Term("bce"),),
+        (Term("softmax", "stage"),),
+        (Term("dftopk"),),
         (Term("bce"), Term("softmax", "stage", 0.3), Term("dftopk", weight=2.0)),
         (Term("bce"), Term("softmax", "stage", 0.0), Term("dftopk", weight=0.0)),
     ]
-    states, losses = run_stacks(
-        [train_spec] * 5,
-        [state] * 5,
-        [random_batch(3)],
-        [stack_runs([hyperparameters(terms=of)]) for of in terms],
-    )
-    *each, together, with_others = (float(of["distill_loss"][0]) for of in losses)
-    assert len(set(each)) == 3
-    np.testing.assert_allclose(together, np.dot(weights, each), rtol=1e-5)
-    np.testing.assert_allclose(with_others, each[0], rtol=1e-6)
+    numbers = [stack_runs([hyperparameters(terms=terms)]) for terms in terms_of_stacks]
+
+    states, losses = run_stacks([train_spec] * 5, [state] * 5, [random_batch(3)], numbers)
+
+    totals = [float(stack_losses["distill_loss"][0]) for stack_losses in losses]
+    *single, all_terms, bce_of_three = totals
+    assert len(set(single)) == 3
+    np.testing.assert_allclose(all_terms, np.dot(weights, single), rtol=1e-5)
+    np.testing.assert_allclose(bce_of_three, single[0], rtol=1e-6)
     assert_close(states[0].parameters, states[4].parameters, 1e-7)
 
 
@@ -279,36 +295,44 @@ def test_padding_changes_nothing():
         teacher_weight=batch.teacher_weight * counts[:, None],
     )
     few = batch.first(7)
-    of_candidates = [field.name for field in IN_BATCH if field.of not in ("request", "event")]
-    padded = few.replace(
-        **{
-            name: np.pad(of, [(0, 0), (0, size - 7)] + [(0, 0)] * (of.ndim - 2))
-            for name, of in ((name, getattr(few, name)) for name in of_candidates)
-        }
-    )
+    padded_fields = {}
+    for field in IN_BATCH:
+        if field.of not in ("request", "event"):
+            array = getattr(few, field.name)
+            widths = [(0, 0), (0, size - 7)] + [(0, 0)] * (array.ndim - 2)
+            padded_fields[field.name] = np.pad(array, widths)
+    padded = few.replace(**padded_fields)
     # Programs for other shapes round otherwise, and Adam divides a gradient by its own size. After
     # a step of SGD at so high a rate, the parameters are little but the gradients.
     train_spec, state = make_train_spec("aux", "sgd", spec=spec)
     numbers = hyperparameters(
         learning_rate=1e3, table_learning_rate=1e3, weight_decay=0.0, table_weight_decay=0.0
     )
-    one, other, same = (
-        train(train_spec, state, [of], numbers, live=True, spec=spec) for of in (few, padded, noisy)
-    )
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)
-    assert_equal(other, same)
-    assert np.isfinite(other[1]["loss"])
+
+    def train_on(batch):
+        return train(train_spec, state, [batch], numbers, live=True, spec=spec)
+
+    on_few = train_on(few)
+    on_padded = train_on(padded)
+    for leaf, other in zip(jax.tree.leaves(on_few), jax.tree.leaves(on_padded), strict=True):
+        assert np.linalg.norm(leaf - other) <= 1e-6 * np.linalg.norm(leaf)
+    assert_equal(on_padded, train_on(noisy))
+    _, losses = on_padded
+    assert np.isfinite(losses["loss"])
 
 
 def test_candidates_without_labels_are_as_good_as_padding():
     """Mode none must not depend on how many unlabeled candidates fill up a batch."""
     batches = [random_batch(seed) for seed in range(3)]
-    stages = (np.where(of.label_weight > 0, of.stage, 0).astype(np.int8) for of in batches)
-    without = [of.replace(stage=stage) for of, stage in zip(batches, stages, strict=True)]
+    without_unlabeled = []
+    for batch in batches:
+        stage = np.where(batch.label_weight > 0, batch.stage, 0).astype(np.int8)
+        without_unlabeled.append(batch.replace(stage=stage))
     train_spec, state = make_train_spec("none")
-    one, other = train(train_spec, state, batches), train(train_spec, state, without)
-    assert_equal(one, other)
+
+    expected = train(train_spec, state, batches)
+
+    assert_equal(train(train_spec, state, without_unlabeled), expected)
 
 
 def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
@@ -319,8 +343,10 @@ def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
     # All have labels, of which those of the candidates that were not shown mean nothing.
     batches = [random_batch(seed) for seed in range(3)]
     numbers = [stack_runs([hyperparameters(unshown_weight=weight) for weight in weights])]
-    how = {"mapping": "shard_map", "devices": 2}
-    (after,), _ = run_stacks([learns_unshown], [state], batches, numbers, **how)
+
+    (after,), _ = run_stacks(
+        [learns_unshown], [state], batches, numbers, mapping="shard_map", devices=2
+    )
 
     def labeled(batch, weight):
         unshown = (batch.stage == Stage.RETRIEVED) | (batch.stage == Stage.PASSED)
@@ -334,36 +360,37 @@ def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
         assert_close(run_of(after, run).parameters, expected.parameters, 1e-5)
 
 
-def test_weights_of_both_losses_are_traced_so_a_sweep_compiles_once():
+def test_both_loss_weights_are_traced():
     train_spec, state = make_train_spec("shared")
     batch = random_batch(3)
     flipped = batch.replace(user_label=1 - batch.user_label)
-    how = {"live": True, "mapping": "shard_map"}
+    options = {"live": True, "mapping": "shard_map"}
     for user, distill, rate in [(1, 0, 0.1), (1, 5, 0.01), (0.5, 0.7, 0.01), (0, 0.7, 0.01)]:
         numbers = hyperparameters(
             1 + distill, distill, user_weight=user, distill_weight=distill, learning_rate=rate
         )
-        one, other = (train(train_spec, state, [of], numbers, **how) for of in (batch, flipped))
-        for _, losses in (one, other):
-            expected = user * losses["user_loss"] + distill * losses["distill_loss"]
-            np.testing.assert_allclose(losses["loss"], expected, rtol=1e-6)
+        after, losses = train(train_spec, state, [batch], numbers, **options)
+        flipped_after, flipped_losses = train(train_spec, state, [flipped], numbers, **options)
+        for found in (losses, flipped_losses):
+            expected = user * found["user_loss"] + distill * found["distill_loss"]
+            np.testing.assert_allclose(found["loss"], expected, rtol=1e-6)
         # At a user weight of 0, no bit of the labels comes through.
-        same = jax.tree.all(jax.tree.map(np.array_equal, one[0].parameters, other[0].parameters))
-        assert (same, one[1]["loss"] == other[1]["loss"]) == (user == 0, user == 0)
+        equal_leaves = jax.tree.map(np.array_equal, after.parameters, flipped_after.parameters)
+        assert jax.tree.all(equal_leaves) == (user == 0)
+        assert (losses["loss"] == flipped_losses["loss"]) == (user == 0)
     _, step = program_of((train_spec,), LIVE, "shard_map", 1)
     assert step._cache_size() == 1
 
 
 def test_the_live_teacher_scores_what_its_stage_admits():
     batch = random_batch(0)
-    of_teacher = jax.jit(lambda: score(LIVE.model, FROZEN.teacher, batch, FROZEN.items))
-    expected = jax.nn.sigmoid(of_teacher())
+    teacher_logits = jax.jit(lambda: score(LIVE.model, CONSTANTS.teacher, batch, CONSTANTS.items))
+    expected = jax.nn.sigmoid(teacher_logits())
     for stage in (Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN):
         teacher = LiveTeacher(LIVE.model, stage)
-        scored = jax.jit(lambda of=teacher: with_live_teacher(of, batch, FROZEN))()
-        np.testing.assert_array_equal(
-            scored.teacher_weight, np.repeat((batch.stage >= stage)[..., None], TASKS, -1)
-        )
+        scored = jax.jit(functools.partial(with_live_teacher, teacher, batch, CONSTANTS))()
+        is_admitted = np.repeat((batch.stage >= stage)[..., None], TASKS, -1)
+        np.testing.assert_array_equal(scored.teacher_weight, is_admitted)
         np.testing.assert_allclose(scored.teacher_probability, expected, rtol=1e-5)
 
 
@@ -375,19 +402,23 @@ RUNS = [
 
 
 def numbers_of(runs, **more):
-    return stack_runs(
-        [hyperparameters(**{k: v for k, v in of.items() if k != "seed"} | more) for of in runs]
-    )
+    numbers = []
+    for run in runs:
+        changes = {name: value for name, value in run.items() if name != "seed"}
+        numbers.append(hyperparameters(**changes | more))
+    return stack_runs(numbers)
 
 
-def test_a_run_that_diverges_is_frozen_and_costs_the_others_no_bit():
+def test_a_diverged_run_stops_and_leaves_the_others_unchanged():
     batches = [random_batch(seed) for seed in range(6)]
     train_spec, state = make_train_spec("shared", seeds=[run["seed"] for run in RUNS])
-    train_specs, states, healthy = [train_spec], [state], numbers_of(RUNS)
+    healthy = numbers_of(RUNS)
     rates = healthy.optimizer.learning_rate.at[1].set(1e30)
-    ill = healthy._replace(optimizer=healthy.optimizer._replace(learning_rate=rates))
-    (after,), (losses,) = run_stacks(train_specs, states, batches, [ill])
-    (expected,), _ = run_stacks(train_specs, states, batches, [healthy])
+    diverging = healthy._replace(optimizer=healthy.optimizer._replace(learning_rate=rates))
+
+    (after,), (losses,) = run_stacks([train_spec], [state], batches, [diverging])
+
+    (expected,), _ = run_stacks([train_spec], [state], batches, [healthy])
     step = int(after.non_finite_step[1])
     assert 1 < step <= 6
     assert not np.isfinite(losses["loss"][1])
@@ -395,7 +426,7 @@ def test_a_run_that_diverges_is_frozen_and_costs_the_others_no_bit():
     for run in (0, 2):
         jax.tree.map(np.testing.assert_array_equal, run_of(after, run), run_of(expected, run))
     # It is as it was before the step at which its loss was found not to be finite.
-    (before,), _ = run_stacks(train_specs, states, batches[: step - 1], [ill])
+    (before,), _ = run_stacks([train_spec], [state], batches[: step - 1], [diverging])
     assert_equal(learned(run_of(after, 1)), learned(run_of(before, 1)))
 
 
@@ -425,18 +456,20 @@ def test_a_run_ends_after_its_own_number_of_steps_as_a_lone_run():
 
     together = after(RUNS, 9)
     for index, run in enumerate(RUNS):
-        then, by_itself = (after(of, run["steps"]) for of in (RUNS, [run]))
-        for stack, stack_then, stack_lone in zip(together, then, by_itself, strict=True):
-            own = learned(run_of(stack, index))
-            assert_equal(own, learned(run_of(stack_then, index)))
-            assert_close(own[:2], learned(run_of(stack_lone))[:2], 1e-5)
+        at_its_end = after(RUNS, run["steps"])
+        by_itself = after([run], run["steps"])
+        for stack, ended_stack, lone_stack in zip(together, at_its_end, by_itself, strict=True):
+            found = learned(run_of(stack, index))
+            assert_equal(found, learned(run_of(ended_stack, index)))
+            assert_close(found[:2], learned(run_of(lone_stack))[:2], 1e-5)
 
 
 def test_a_run_that_is_finished_can_no_longer_fail():
     """A loss that is not finite on a batch that it does not train on is none of its faults."""
     train_spec, state = make_train_spec("shared", seeds=(0, 0))
     numbers = stack_runs([hyperparameters(steps=steps) for steps in (1, 3)])
-    good, bad = random_batch(0), random_batch(1)
+    good = random_batch(0)
+    bad = random_batch(1)
     bad = bad.replace(user_features=np.full_like(bad.user_features, np.nan))
     (after,), (losses,) = run_stacks([train_spec], [state], [good, bad], [numbers])
     assert not np.isfinite(losses["loss"]).any()
@@ -448,18 +481,19 @@ def test_the_teacher_is_paid_for_once_and_nothing_is_sorted():
 
     def sorts_and_flops(runs):
         train_spec, state = make_train_spec("shared", seeds=range(runs))
-        program = lowered(train_spec, state, random_batch(0), FROZEN, LIVE).compile()
+        program = lowered(train_spec, state, random_batch(0), CONSTANTS, LIVE).compile()
         return program.as_text().count(" sort("), program.cost_analysis()["flops"]
 
-    teacher = jax.jit(lambda batch: score(LIVE.model, FROZEN.teacher, batch, FROZEN.items))
+    teacher = jax.jit(lambda batch: score(LIVE.model, CONSTANTS.teacher, batch, CONSTANTS.items))
     teacher_flops = teacher.lower(random_batch(0)).compile().cost_analysis()["flops"]
-    (sorts, flops), (many_sorts, many_flops) = sorts_and_flops(1), sorts_and_flops(8)
+    sorts, flops = sorts_and_flops(1)
+    many_sorts, many_flops = sorts_and_flops(8)
     assert sorts == many_sorts == 0
     # XLA counts a loop's body once, so the tables do not show here.
     assert many_flops < teacher_flops + 8 * (flops - teacher_flops) * 1.1
 
 
-def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
+def test_unknown_ids_train_the_reserved_row_and_are_counted():
     spec = CATEGORY_SPEC
     batches = [random_batch(seed, spec=spec) for seed in range(2)]
     items = world_of(spec)[1].items
@@ -470,25 +504,27 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
         # A negative category means no value.
         batch.request_category[index] = [-7, spec.num_categories, 2**31 - 1]
         batch.candidate_category[index + 1, :3] = [2**31 - 1, spec.num_categories, -1]
-        there = (batch.stage[index + 1, :3] > 0).sum()
-        unknown["item"] += there
-        unknown["category"] += 2 + 2 * there
+        num_unknown = (batch.stage[index + 1, :3] > 0).sum()
+        unknown["item"] += num_unknown
+        unknown["category"] += 2 + 2 * num_unknown
     batches[1].user_id[3] = -7
     train_spec, state = make_train_spec("shared", "sgd", spec=spec)
     after, losses = train(train_spec, state, batches, devices=2, live=True, spec=spec)
     assert np.isfinite(losses["loss"])
     assert after.unknown_ids == unknown
-    of_items = np.concatenate([batch.item_id[batch.stage > 0] for batch in batches])
+    item_ids = np.concatenate([batch.item_id[batch.stage > 0] for batch in batches])
+    known_items = item_ids[np.isin(item_ids, np.arange(spec.num_items))]
+    categories = [items.category[known_items].ravel()]
+    for batch in batches:
+        categories.append(batch.request_category.ravel())
+        categories.append(batch.candidate_category[batch.stage > 0].ravel())
     met = {
         "user": np.concatenate([batch.user_id for batch in batches]),
-        "item": of_items,
-        "category": np.concatenate(
-            [items.category[of_items[np.isin(of_items, np.arange(spec.num_items))]].ravel()]
-            + [batch.request_category.ravel() for batch in batches]
-            + [batch.candidate_category[batch.stage > 0].ravel() for batch in batches]
-        ),
+        "item": item_ids,
+        "category": np.concatenate(categories),
     }
-    width, before = STUDENT.width, run_of(state).parameters.tables
+    width = STUDENT.width
+    before = run_of(state).parameters.tables
     for name, table in after.parameters.tables.items():
         reserved = train_spec.model.embedding.tables[name].size
         assert 1 <= table[reserved, width] <= 2
@@ -498,7 +534,7 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted():
             np.testing.assert_array_equal(table[row], before[name][row])
 
 
-def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
+def test_devices_exchange_rows_but_no_tables():
     # No other array has as many rows as one of these tables.
     spec = dataclasses.replace(CATEGORY_SPEC, num_users=990)
     train_spec, state = make_train_spec("shared", "adam", spec=spec)
@@ -515,15 +551,17 @@ def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
 
 
 @pytest.mark.parametrize("name", COMPUTE_DTYPES)
-def test_products_and_their_gradients_have_the_precision_of_the_config(name):
+def test_products_and_gradients_have_the_configs_precision(name):
     """A device takes less than float32 by default, which a CPU does not show."""
-    student, teacher = (config.copy_and_resolve_references() for config in (STUDENT, TEACHER))
-    student.compute_dtype = teacher.compute_dtype = name
+    student = STUDENT.copy_and_resolve_references()
+    teacher = TEACHER.copy_and_resolve_references()
+    student.compute_dtype = name
+    teacher.compute_dtype = name
     train_spec, state = make_train_spec("shared")
     model, _ = build_model(MultiInterest, SPEC, TASKS, student)
     live, _ = build_model(FinalRanker, SPEC, TASKS, teacher)
     of_model = train_spec._replace(model=model)
-    text = lowered(of_model, state, random_batch(0), FROZEN, LIVE._replace(model=live)).as_text()
+    text = lowered(of_model, state, random_batch(0), CONSTANTS, LIVE._replace(model=live)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) > 20
     exact = ["precision = [HIGHEST, HIGHEST]" in line for line in products]

@@ -76,7 +76,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_with_a_remedy(tmp_path, file):
     assert fault_of(claim, tmp_path).startswith(f"{tmp_path / file} is damaged: ")
 
 
-def test_a_file_is_replaced_whole_or_stays_and_nothing_else_is_left(tmp_path, monkeypatch):
+def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file"
     for text in ("one", "two"):
         workdirs.write_atomically(path, text)
@@ -92,7 +92,7 @@ def write_metrics(workdir, start, scalars):
             writer.write(step, of_step)
 
 
-def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_metrics_after_its_checkpoint(tmp_path):
     write_metrics(tmp_path, 0, {step: {"loss": step / 2} for step in (1, 2, 3, 4)})
     file = tmp_path / workdirs.METRICS_FILE
     # The last line of a killed run may be cut short.
@@ -103,19 +103,23 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
     ]  # fmt: skip
 
 
-def test_tensorboard_gets_each_scalar_and_hides_those_of_a_killed_run(tmp_path):
+def test_tensorboard_hides_the_scalars_of_a_killed_run(tmp_path):
     write_metrics(tmp_path, 4, {5: {"loss": 0.5, "unknown_ids/item": 3.0}})
     (path,) = tmp_path.glob("events.out.tfevents.*")
     # A file of TFRecords: a length and its checksum, an event and its checksum.
-    content, events = path.read_bytes(), []
+    content = path.read_bytes()
+    events = []
     while content:
         (length,) = struct.unpack("<Q", content[:8])
         events.append(Event.FromString(content[12 : 12 + length]))
         content = content[16 + length :]
     first, session, *scalars = events
     assert first.file_version == "brain.Event:2"
-    assert (session.step, session.session_log.status) == (5, SessionLog.START)
+    assert session.step == 5
+    assert session.session_log.status == SessionLog.START
     values = [
-        (of.step, value.tag, value.simple_value) for of in scalars for value in of.summary.value
+        (event.step, value.tag, value.simple_value)
+        for event in scalars
+        for value in event.summary.value
     ]
     assert values == [(5, "loss", 0.5), (5, "unknown_ids/item", 3)]

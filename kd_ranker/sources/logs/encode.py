@@ -292,8 +292,8 @@ def _dense(
 ) -> Float32[np.ndarray, "n width"]:
     """Normalize the dense features of a field.
 
-    A field has a first column of zeros if the log has no such feature, and for items also if none of
-    theirs is cheap. Features come after it.
+    A field has a first column of zeros if the log has no such feature, and for items also if none
+    of theirs is cheap. Features come after it.
     """
     features = encoding.rules["dense"][field]
     matrix = np.zeros((table.num_rows, width), np.float32)
