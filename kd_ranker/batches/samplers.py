@@ -31,6 +31,7 @@ To add a sampler, write such a function and add a `Sampler` with it to `SAMPLERS
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -198,11 +199,25 @@ def scores_of(columns: Columns, stage: Stage, request: int) -> Scores:
     return scores
 
 
+class Inputs(NamedTuple):
+    """What a sampler may see of the requests; it is the same whatever the runs need."""
+
+    counts: Counts
+    scores_of: Callable[[int], Scores]  # of a request
+
+
+def inputs_of(columns: Columns, stage: Stage) -> Inputs:
+    """Return the inputs of samplers, with the scores of candidates that reached `stage`."""
+    counts = columns.counts
+    scored = np.minimum(counts.scored, counts.reached(stage))
+    return Inputs(counts._replace(scored=scored), functools.partial(scores_of, columns, stage))
+
+
 def draw(
     counts: Counts,
+    inputs: Inputs,
     batch: BatchConfig,
     stage: Stage,
-    read_scores: Callable[[int], Scores],
     slots: Slots,
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps 4"],
@@ -218,12 +233,13 @@ def draw(
     """
     sampler = SAMPLERS[batch.sampler]
     request_counts = counts.of(request)
+    seen_counts = inputs.counts.of(request)
     place = np.full((*request.shape, batch.candidates), -1, np.int32)
     factor = np.zeros(place.shape, np.float32)
     for index in np.ndindex(request.shape):
-        single_counts = request_counts.of(index)
+        single_counts = seen_counts.of(index)
         if sampler.needs_scores:
-            scores = read_scores(int(request[index]))
+            scores = inputs.scores_of(int(request[index]))
         else:
             scores = np.full(single_counts.retrieved, np.nan, np.float32)
         result = sampler.function(single_counts, scores, batch, start[index])

@@ -91,7 +91,8 @@ def kinds_of(
     """Decide how many candidates of each kind a batch holds for each request.
 
     The kinds are: shown with a positive label; shown without one; the others that were passed; and
-    the rest of the retrieved. A shown candidate that is not drawn with its labels counts as passed.
+    the rest of the retrieved. A shown candidate that is not drawn with
+    its label is one of the others that were passed.
 
     Shown candidates come first: all positives, and a share `negative_rate` of the n negatives. Each
     of these k negatives then counts n / k times, so weighted sums over the labels keep their

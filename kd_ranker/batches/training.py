@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, samplers, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches, Span
-from kd_ranker.batches.samplers import SAMPLERS, Scores
+from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.batches.sampling import BatchConfig, Draw, Gathered, Slots, Starts
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, Parts, counting, needed
@@ -149,12 +149,14 @@ def training_batches(
     devices: Devices = DEFAULT_DEVICE,
     copies: int = 1,
     resident: bool | None = None,
+    scores_stage: Stage = Stage.RETRIEVED,
 ) -> BatchIterator:
     """Iterate over training batches without end, packed, on the devices.
 
-    Each epoch has its own draw of candidates. The batches are the same whether the requests stay in
-    memory or not. They depend only on `batch`, `needs` and the position (`get_state`, `set_state`).
-    A share of them has the same requests and draws as if one process made all.
+    Each epoch has its own draw of candidates, which depends only on `batch`, `scores_stage` and the
+    position (`get_state`, `set_state`). What batches hold of it depends on `needs`. They are the
+    same whether the requests stay in memory or not. A share of them has the same requests and draws
+    as if one process made all.
 
     Args:
       dataset: the dataset; its split `train` is read, without true probabilities.
@@ -163,6 +165,7 @@ def training_batches(
       devices: places batches on the devices and makes them there.
       copies: number of copies of the data that the memory of this machine will hold.
       resident: whether the data is kept on the devices; None decides by its size.
+      scores_stage: a sampler sees the stored scores of candidates of this stage or a later one.
 
     Raises:
       UserError: the split has fewer requests than there are parts of a batch.
@@ -174,10 +177,9 @@ def training_batches(
         raise UserError(
             f"{dataset.directory} has {len(columns)} training requests for {parts} processes"
         )
-    logged = needs.logged or Stage.RETRIEVED
-    scores = functools.partial(samplers.scores_of, stored, logged)
-    draws = _sampling_of(columns.counts, batch, needs.stage, scores)
-    layout = cutting.layout_of(columns.types, draws.slots, logged)
+    inputs = samplers.inputs_of(stored, scores_stage)
+    draws = _sampling_of(columns.counts, batch, needs.stage, inputs)
+    layout = cutting.layout_of(columns.types, draws.slots, needs.logged or Stage.RETRIEVED)
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = parts == 1 and _fits(columns, needs.stage, copies)
@@ -312,12 +314,12 @@ class _HostSampling:
         counts: Counts,
         batch: BatchConfig,
         stage: Stage,
-        scores_of: Callable[[int], Scores],
+        inputs: samplers.Inputs,
     ):
         self._counts = counts
         self._batch = batch
         self._stage = stage
-        self._scores_of = scores_of
+        self._inputs = inputs
         self.slots = _enough_slots(
             samplers.slots_of(chunk, stage, batch) for chunk in _chunks(counts)
         )
@@ -327,7 +329,7 @@ class _HostSampling:
     ) -> Draw:
         """Draw the candidates."""
         return samplers.draw(
-            self._counts, self._batch, self._stage, self._scores_of, self.slots, requests, uniform
+            self._counts, self._inputs, self._batch, self._stage, self.slots, requests, uniform
         )
 
     def choose(self, sampled: Draw) -> Draw:
@@ -339,11 +341,11 @@ _Sampling = _FunnelSampling | _HostSampling
 
 
 def _sampling_of(
-    counts: Counts, batch: BatchConfig, stage: Stage, scores_of: Callable[[int], Scores]
+    counts: Counts, batch: BatchConfig, stage: Stage, inputs: samplers.Inputs
 ) -> _Sampling:
     if SAMPLERS[batch.sampler].function is samplers.funnel:
         return _FunnelSampling(counts, batch, stage)
-    return _HostSampling(counts, batch, stage, scores_of)
+    return _HostSampling(counts, batch, stage, inputs)
 
 
 def _chunks(counts: Counts) -> list[Counts]:

@@ -50,8 +50,8 @@ def cohort_size(
     """Return `sweep.cohort_size`, or the number of runs that fit free memory with a margin."""
     if config.sweep.cohort_size:
         return config.sweep.cohort_size
-    # Assume at least one run per device, so that runs spread as widely as they can. Then the limit
-    # of a device counts once for each device along the axis of runs.
+    # How the devices would share a stack of as many runs as there are devices: as many of them as
+    # possible then hold runs of their own, and each of these has room for `fitting` runs.
     device_map = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_stack = {shared_part(run): run for run in runs}
     largest = 0.0

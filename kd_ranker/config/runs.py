@@ -12,6 +12,7 @@ They become `config.sweep.runs`. Without such a function there is one run for ea
 command line. Each run of the list then occurs once for each combination of these values.
 """
 
+import enum
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def check_runs(config: ConfigDict) -> None:
 def overrides_of_runs(config: ConfigDict) -> Iterator[Overrides]:
     """Yield the values of each run of a sweep, those of the axes included."""
     axes = _axes(config)
-    keys = sorted(axes, key=_rank)
+    keys = sorted(axes, key=_axis_of)
     listed_runs: Sequence[Mapping[str, Any]] = config.sweep.runs or ({},)
     for listed in listed_runs:
         for values in itertools.product(*(axes[key] for key in keys)):
@@ -106,15 +107,24 @@ def _axes(config: ConfigDict) -> dict[Key, Sequence[Any]]:
     return axes
 
 
-def _rank(key: Key) -> int:
-    """Return the rank of an axis in the order of runs, in which the last one varies first."""
+class _Axis(enum.IntEnum):
+    """The kinds of axes, from the one that varies last to the one that varies first."""
+
+    BATCHES = 0
+    SEED = 1
+    MODE = 2
+    STUDENT = 3
+    DISTILLATION = 4
+
+
+def _axis_of(key: Key) -> _Axis:
     if key.sweep == "cohorts":
-        return 0
+        return _Axis.BATCHES
     if key.name == "seed":
-        return 1
+        return _Axis.SEED
     if key.name == "distill.mode":
-        return 2
-    return 4 if key.of_distillation else 3
+        return _Axis.MODE
+    return _Axis.DISTILLATION if key.of_distillation else _Axis.STUDENT
 
 
 def sweep_runs(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -141,11 +151,10 @@ def _varied_keys(config: ConfigDict) -> list[Key]:
     for listed in config.sweep.runs:
         names |= listed.keys()
     keys = [key for key in schema.sweepable() if key.name in names]
-    return sorted(keys, key=lambda key: _RANKS_IN_NAMES.index(_rank(key)))
+    return sorted(keys, key=lambda key: _ORDER_IN_NAMES.index(_axis_of(key)))
 
 
-# The order of the keys in a name: mode, distillation, student, seed, batches.
-_RANKS_IN_NAMES = (2, 4, 3, 1, 0)
+_ORDER_IN_NAMES = (_Axis.MODE, _Axis.DISTILLATION, _Axis.STUDENT, _Axis.SEED, _Axis.BATCHES)
 
 
 def _config_of_run(config: ConfigDict, overrides: Overrides) -> ConfigDict:

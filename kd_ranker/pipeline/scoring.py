@@ -20,7 +20,7 @@ from kd_ranker.pipeline.trained import config_of, load_teacher, open_ranker
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.records import Dataset
-from kd_ranker.requests.request import SPLITS, runs
+from kd_ranker.requests.request import SPLITS, ranges
 from kd_ranker.requests.row_files import columns_of_block
 from kd_ranker.sources.logs import vocabulary
 from kd_ranker.sources.logs.encode import ITEM, encode_requests
@@ -98,7 +98,7 @@ def _parts_of_dataset(dataset: Dataset, stage: Stage, size: int, work: Path) -> 
                     own,
                     split.scored[own],
                     split.column,
-                    runs(split.first_row[own], split.scored[own]),
+                    ranges(split.first_row[own], split.scored[own]),
                 )
 
 

@@ -248,7 +248,7 @@ def _test_cohort(
     students: States = ()
     if serves:
         students, step = job.restored(folder)
-        if step < job.config.train.steps:  # the last checkpoint is damaged
+        if step < max(job.trainees.steps_of(run) for run in serves):  # the last one is damaged
             with training_bar(job.progress, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
     measured = []

@@ -221,7 +221,7 @@ def _restored(saved: _Saved, remedy: str, with_slots: bool) -> TrainedRanker:
     recorded = manifest.read(saved.folder, remedy)["provenance"]
     provenance = {**recorded, **trainees.provenance}
     states, step = trainees.restored(saved.folder, provenance)
-    steps = trainees.section.train.steps
+    steps = trainees.steps_of(run)
     if step < steps:
         raise UserError(f"{saved.title} stopped at step {step} of {steps}; {remedy}")
     number = [run in stack.names for stack in trainees.stacks].index(True)

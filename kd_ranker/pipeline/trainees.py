@@ -45,6 +45,11 @@ class Trainees:
         """The section on batches, optimizer and steps: a teacher has its own."""
         return self.config if self.runs else self.config.teacher
 
+    def steps_of(self, run: str) -> int:
+        """Return the number of steps of a run; the teacher's has any name."""
+        config = self.runs[run] if self.runs else self.config.teacher
+        return config.train.steps
+
     @functools.cached_property
     def stacks(self) -> list[Stack]:
         """The stacks that one program trains."""

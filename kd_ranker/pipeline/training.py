@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import Stage
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.cohorts.memory import check_memory, exhaustion_reported
 from kd_ranker.config import checks, schema
@@ -145,6 +146,7 @@ def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Pr
         batches_on,
         # CPU devices hold their data in the memory of the host.
         copies=1 + _num_on_cpu(batches_on),
+        scores_stage=stage if job.config.teacher.source == "logged" else Stage.RETRIEVED,
     )
     return make_program(stacks, teacher, batches, constants, trainees.device_map)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int, Int32, Shaped
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Stage
-from kd_ranker.requests.request import runs, starts_of
+from kd_ranker.requests.request import ranges, starts_of
 
 LEAST_WHOLE = 0.9
 """The share of a request's candidates with a score from which it counts as scored whole.
@@ -157,7 +157,7 @@ class Rows(NamedTuple):
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
     ) -> Int[np.ndarray, "sum W"]:
         """Return the first `numbers[i]` rows of each request `i`, grouped by request."""
-        rows = self.windows[runs(self.first[requests], numbers, self.stride)]
+        rows = self.windows[ranges(self.first[requests], numbers, self.stride)]
         if self.column is None:
             return rows
         return np.concatenate([rows, self.column.firsts(requests, numbers)], axis=-1)

@@ -35,12 +35,12 @@ def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def runs(
+def ranges(
     first: Int[np.ndarray, "n"], numbers: Int[np.ndarray, "n"], stride: int = 1
 ) -> Int[np.ndarray, "sum"]:
     """Return concatenated ranges: `numbers[i]` integers from `first[i]` in steps of `stride`.
 
-    >>> runs(np.array([5, 90]), np.array([3, 2])).tolist()
+    >>> ranges(np.array([5, 90]), np.array([3, 2])).tolist()
     [5, 6, 7, 90, 91]
     """
     start = starts_of(numbers)

@@ -30,7 +30,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kd_ranker.batch import FIELDS, STORED, FeatureSpec, Owner, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, Rows, Windows, row_type, width_of
-from kd_ranker.requests.request import Block, block_of, runs, starts_of
+from kd_ranker.requests.request import Block, block_of, ranges, starts_of
 
 # The kinds of rows of a request, in the order in which they are stored, by the owners of their
 # fields. Histories and the teacher's values are last in a row, so that `needed` can drop them.
@@ -89,7 +89,7 @@ def pack(block: Block, spec: FeatureSpec, for_training: bool = False) -> Flat:
             if owners[0] in order:
                 rows = rows[order[owners[0]]]
             window = sliding_window_view(flat, widths[kind], writeable=True)
-            window[runs(places[:, kind], num_rows[:, kind], widths[kind])] = rows
+            window[ranges(places[:, kind], num_rows[:, kind], widths[kind])] = rows
     return Flat(flat, np.concatenate([places, np.stack(counts, axis=1)], axis=1))
 
 
@@ -121,8 +121,8 @@ def _entries(name: str, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "
         padded_numbers = block.numbers["candidate"]
     # Of more entries than there is room for, the last ones remain.
     remaining = np.minimum(numbers, padded_numbers)
-    from_rows = runs(starts_of(numbers)[1:] - remaining, remaining)
-    to_rows = runs(starts_of(padded_numbers)[:-1], remaining)
+    from_rows = ranges(starts_of(numbers)[1:] - remaining, remaining)
+    to_rows = ranges(starts_of(padded_numbers)[:-1], remaining)
     padded = np.full((padded_numbers.sum(), *values.shape[1:]), field.nothing, values.dtype)
     padded[to_rows] = values[from_rows]
     return padded
@@ -174,13 +174,13 @@ def sampling_order(
     distinct_sizes, which_size = np.unique(sizes.ravel(), return_inverse=True)
     spread_orders = np.concatenate([spread_order(size) for size in distinct_sizes.tolist()])
     spread_starts = starts_of(distinct_sizes)[:-1][which_size]
-    order_in_group = spread_orders[runs(spread_starts, sizes.ravel())]
+    order_in_group = spread_orders[ranges(spread_starts, sizes.ravel())]
     order = np.repeat(group_starts.ravel(), sizes.ravel()) + order_in_group
     # The first two groups are mixed, in the order in which they were shown. Sort the shown places
     # by request, positives first; then take the spread order of both groups from that list.
     request = np.repeat(np.arange(len(shown)), shown)
     by_label = np.argsort(2 * request + ~positive, kind="stable")
-    shown_places = runs(starts, shown)
+    shown_places = ranges(starts, shown)
     # From a place among all candidates to the place among all labels, in the same request.
     offset = np.repeat(starts_of(shown)[:-1] - starts, shown)
     labels = by_label[order[shown_places] + offset]
@@ -212,7 +212,7 @@ def block_at(columns: Columns, spec: FeatureSpec, requests: slice) -> Block:
     request_fields = columns.requests.fields(requests, np.ones_like(counts.shown))
     is_event = request_fields["history_mask"] > 0
     candidates = columns.candidates.fields(requests, counts.retrieved)
-    scored = runs(starts_of(counts.retrieved)[:-1], counts.scored)
+    scored = ranges(starts_of(counts.retrieved)[:-1], counts.scored)
     probability = candidates["teacher_probability"][scored]
     values: dict[str, Any] = {
         **request_fields,

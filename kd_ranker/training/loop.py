@@ -83,7 +83,7 @@ def fit(
             outputs = outputs_of(program, train)
             diverged = diverged_runs(program, states, before=())
             stopping = False
-            on_host: States = ()
+            on_host: States = ()  # a copy of `states`, where one was made
             with contextlib.closing(MetricsWriter(workdir, step)) as writer:
                 while step < program.steps and not stopping:
                     training = outputs.runs_after(step) - diverged.keys()
@@ -162,7 +162,8 @@ class Outputs(NamedTuple):
     def due(self, step: int, stopping: bool) -> Due:
         """What to do after a step; `stopping` if the process ends after it."""
         is_last = step == max(self.ends.values())
-        save = is_last or _is_multiple(step, self.checkpoint_every)
+        # A run that has ended is complete, whatever becomes of longer ones.
+        save = step in self.ends.values() or _is_multiple(step, self.checkpoint_every)
         return Due(
             log=save or _is_multiple(step, self.log_every),
             # The last states are measured in full after the training.

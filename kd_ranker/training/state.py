@@ -49,7 +49,7 @@ class OptimizerHyperparameters(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of a stack's runs, all float32 [runs]."""
+    """The numbers of a stack's runs, all float32 [runs]; the names in `terms` are static."""
 
     user_weight: Float[Array, "runs"]  # of the user loss
     distill_weight: Float[Array, "runs"]  # λ, of the distillation loss

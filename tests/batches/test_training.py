@@ -120,6 +120,20 @@ def test_reading_per_batch_gives_the_batches_of_memory(dataset, stage, logged, s
         assert first.num_labeled < first.num_scored < 12
 
 
+@pytest.mark.parametrize("scores_stage", [Stage.RETRIEVED, Stage.PASSED])
+def test_what_runs_need_changes_no_draw_by_scores(dataset, scores_stage):
+    def items_drawn(logged):
+        iterator = training_batches(
+            dataset,
+            OPTIONS._replace(sampler="hard", candidates=6),
+            Needs(Stage.RETRIEVED, logged),
+            scores_stage=scores_stage,
+        )
+        return [batch.item_id for batch in take(iterator, MANY)]
+
+    assert_same(items_drawn(logged=None), items_drawn(logged=scores_stage))
+
+
 @on_devices_or_not
 def test_without_histories_a_batch_is_the_same_otherwise(dataset, expected, resident):
     (without,) = take(batches(dataset, Needs(history=False), resident=resident), 1)

@@ -790,6 +790,22 @@ def test_a_sweep_resumes_on_fewer_devices_and_ends_the_same(world, swept, tmp_pa
     )  # fmt: skip
 
 
+def test_a_run_is_complete_though_all_longer_ones_diverged(world, tmp_path):
+    steps = world.config().train.steps
+    config = world.config(sweep__modes=("none",), train__checkpoint_every=steps + 1)
+    config.sweep.runs = (
+        {"train.steps": steps - 1},
+        {"train.steps": steps, "optimizer.learning_rate": 1e30},
+    )
+    api.sweep(config, tmp_path)
+    diverged = rows_of(tmp_path, "validation").set_index("run")["non_finite_step"].notna()
+    (healthy,) = diverged.index[~diverged]
+
+    ranker = open_ranker(tmp_path, healthy)
+
+    assert ranker.config.train.steps == steps - 1
+
+
 @pytest.mark.parametrize("rates", [(0.01, 1e30), (1e30,)])
 def test_runs_that_diverge_are_marked_and_the_others_go_on(world, tmp_path, caplog, rates):
     axes = {"sweep__modes": ("shared",), "sweep__axes__optimizer__learning_rate": rates}

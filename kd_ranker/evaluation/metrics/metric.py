@@ -99,7 +99,8 @@ class Metric:
         array = np.asarray(final, np.float64)
         if "k" in self.per:
             array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
-        return array.reshape(-1, *array.shape[len(self.per) :])
+        draws = array.shape[len(self.per) :]  # () without an axis of draws
+        return array.reshape(-1, *draws)
 
 
 def percent(share: float) -> str:

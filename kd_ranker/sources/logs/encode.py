@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import FeatureSpec, Items, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank, probability_of_score
-from kd_ranker.requests.request import SPLITS, Block, runs, starts_of
+from kd_ranker.requests.request import SPLITS, Block, ranges, starts_of
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.layout import LogLayout, early_score
 
@@ -187,8 +187,8 @@ def encode_requests(
         early_scores[:, place] = facts.get(early_score(column), unknown)
     # Shown and scored candidates are the first ones of their request.
     first = starts_of(retrieved)[:-1]
-    shown_rows = runs(first, shown)
-    scored_rows = runs(first, scored)
+    shown_rows = ranges(first, shown)
+    scored_rows = ranges(first, scored)
     values = {
         "request_id": _request_ids(requests, num_earlier),
         "time": requests["time"].to_numpy(),
