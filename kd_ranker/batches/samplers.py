@@ -18,7 +18,7 @@ which `config.batch.sampler` names. `training` runs it on the host, ahead of the
 
 The candidates of a request are in this order: `counts.positives` shown ones with a positive label,
 the others of the first `counts.shown`, the others of the first `counts.passed`, and the rest. In
-each of the four groups any run of places is spread evenly over the funnel's order.
+each of the four groups any consecutive places are spread evenly over the funnel's order.
 
 If a sampler draws a labeled candidate with probability π and gives it the factor 1 / π, weighted
 sums over labels keep their expectation (Horvitz and Thompson, 1952).
@@ -69,7 +69,7 @@ def funnel(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tupl
     """
     del scores
     kinds, slots = sampling.kinds_of(counts, Stage.RETRIEVED, batch)
-    drawn = sampling.chosen(sampling.draw(np.zeros((), np.int32), key, kinds), slots)
+    drawn = sampling.choose_places(sampling.draw_starts(np.zeros((), np.int32), key, kinds), slots)
     places = np.asarray(drawn.indices.candidates)
     factors = np.zeros(len(places), np.float32)
     factors[: len(drawn.factor)] = drawn.factor
@@ -101,8 +101,8 @@ def hard(counts: Counts, scores: Scores, batch: BatchConfig, key: Key) -> tuple[
     num_positives, num_negatives = sampling.labeled_numbers(
         counts.positives, counts.shown - counts.positives, batch.negative_rate, batch.candidates
     )
-    drawn_positives = _run(positives, int(num_positives), key[0])
-    drawn_negatives = _run(negatives, int(num_negatives), key[1])
+    drawn_positives = _consecutive(positives, int(num_positives), key[0])
+    drawn_negatives = _consecutive(negatives, int(num_negatives), key[1])
     num_labeled = len(drawn_positives) + len(drawn_negatives)
 
     (unshown,) = _groups(counts.shown, counts.retrieved)
@@ -138,8 +138,10 @@ def _groups(*ends: Any) -> list[Int[np.ndarray, "g"]]:
     return [np.arange(start, stop) for start, stop in pairwise(ends)]
 
 
-def _run(group: Int[np.ndarray, "g"], number: int, start: float) -> Int[np.ndarray, "number"]:
-    """Return a run on the circle of a group's places.
+def _consecutive(
+    group: Int[np.ndarray, "g"], number: int, start: float
+) -> Int[np.ndarray, "number"]:
+    """Return consecutive places on the circle of a group's places.
 
     With `start` uniform in [0, 1), each place is equally likely.
     """
@@ -153,17 +155,17 @@ def evenly(
 
     Of n places in all, a group of g places gets `number` · g / n of the draws, rounded at random to
     one of the two nearest integers: systematic sampling over all places in a row (Madow and Madow,
-    1944). The draws of a group are a run from a random start on. `key` has a uniform number in
-    [0, 1) for the rounding, and one per group.
+    1944). The draws of a group are consecutive places from a random start on. `key` has a uniform
+    number in [0, 1) for the rounding, and one per group.
     """
     ends = np.cumsum([0, *map(len, groups)])
     quotas = np.diff((int(key[0] * ends[-1]) + number * ends) // max(ends[-1], 1))
     starts = key[1 : 1 + len(groups)]
-    runs = [
-        _run(group, quota, start)
+    drawn = [
+        _consecutive(group, quota, start)
         for group, quota, start in zip(groups, quotas.tolist(), starts, strict=True)
     ]
-    return np.concatenate(runs)
+    return np.concatenate(drawn)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -224,9 +226,10 @@ def draw(
 ) -> Draw:
     """Draw the candidates of the batches of some steps, request by request.
 
-    Candidates that did not reach `stage` are drawn and then left out, unless they are labeled or
-    scored; see `sampling.kinds_of`. Labeled ones come first, then the others that were passed,
-    then the rest. `start` has the key of each request.
+    A sampler sees `inputs`, so what it draws does not depend on what the runs need. By `counts` and
+    `stage`, drawn candidates that no run needs are then left out; see `columns.what_counts`.
+    Labeled ones come first, then the others that were passed, then the rest. `start` has the key of
+    each request.
 
     Raises:
       UserError: the sampler breaks its contract.

@@ -18,7 +18,7 @@ KINDS = 4
 POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS)
 
 Starts = Int[Array, "*R steps columns"]
-"""The random part of the batches of a few consecutive steps, see `draw`."""
+"""The random part of the batches of a few consecutive steps, see `draw_starts`."""
 
 
 class BatchConfig(NamedTuple):
@@ -152,7 +152,7 @@ def labeled_numbers(
     return num_positives, num_negatives
 
 
-def draw(
+def draw_starts(
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps kinds"],
     kinds: Int[np.ndarray, "R steps columns"],
@@ -160,10 +160,10 @@ def draw(
     """Draw the random offsets of requests from uniform numbers in [0, 1).
 
     Returns:
-      int32: the `kinds_of` these requests; their numbers; and the place at which the sample of each
-      kind starts, in [0, number of that kind), 0 for an empty kind. All are in one array, for one
-      transfer. A run of places from a uniform start draws each place with the same probability and
-      at most once: systematic sampling (Madow and Madow, 1944).
+      int32: the result of `kinds_of` for these requests; the numbers of the requests; and the place
+      at which the sample of each kind starts, in [0, number of that kind), 0 for an empty kind. All
+      are in one array, for one transfer. Consecutive places from a uniform start draw each place
+      with the same probability and at most once: systematic sampling (Madow and Madow, 1944).
     """
     number = kinds[..., :KINDS]
     # A product with a number next to 1 may be rounded up.
@@ -172,7 +172,7 @@ def draw(
     return np.concatenate(columns, axis=-1, dtype=np.int32)  # type: ignore[return-value]
 
 
-def chosen(starts: Starts, slots: Slots) -> Draw:
+def choose_places(starts: Starts, slots: Slots) -> Draw:
     """Return the candidates that `starts` select: those with labels first, padding last.
 
     Takes arrays of NumPy or of JAX.
@@ -204,9 +204,10 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
         elif kind == NEGATIVES:
             place_of_index = number[POSITIVES] + index
         elif kind == OTHERS:
-            # Their circle has the shown that are not drawn with their labels: first the positives
-            # left out, then the negatives left out. Then come those that were passed and not shown,
-            # whose places begin at `shown`.
+            # As `kinds_of` counts them, the others include the shown that are not drawn with their
+            # labels. These come first on the circle: the positives left out, then the negatives
+            # left out. Then come those that were passed and not shown, whose places begin at
+            # `shown`.
             positives_left_out = number[POSITIVES] - k[POSITIVES]
             positive = around(start[POSITIVES] + k[POSITIVES] + index, number[POSITIVES])
             negative = around(

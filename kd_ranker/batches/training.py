@@ -53,9 +53,11 @@ class Needs(NamedTuple):
     What is left out does not change what is drawn: candidates are drawn first, from all.
     """
 
-    # The earliest stage of the candidates to keep. Shown ones and those with a logged score stay.
+    # The earliest stage of the candidates to keep, for a use that needs no scores. Shown ones and
+    # those with a logged score stay.
     stage: Stage = Stage.RETRIEVED
-    # Logged scores count for candidates of this stage or a later one; None: batches hold no scores.
+    # Logged scores count for candidates of this stage or a later one (`teacher.stage`); None:
+    # batches hold no scores.
     logged: Stage | None = Stage.RETRIEVED
     # Whether batches hold the users' histories; without, H is 0.
     history: bool = True
@@ -299,11 +301,11 @@ class _FunnelSampling:
     ) -> Starts:
         """Draw the integers, on the host."""
         kinds, _ = sampling.kinds_of(self._counts.of(requests), self._stage, self._batch)
-        return sampling.draw(requests, uniform, kinds)
+        return sampling.draw_starts(requests, uniform, kinds)
 
     def choose(self, sampled: Starts) -> Draw:
         """Compute the draw, on arrays of NumPy or of a device."""
-        return sampling.chosen(sampled, self.slots)
+        return sampling.choose_places(sampled, self.slots)
 
 
 class _HostSampling:

@@ -50,8 +50,8 @@ def cohort_size(
     """Return `sweep.cohort_size`, or the number of runs that fit free memory with a margin."""
     if config.sweep.cohort_size:
         return config.sweep.cohort_size
-    # How the devices would share a stack of as many runs as there are devices: as many of them as
-    # possible then hold runs of their own, and each of these has room for `fitting` runs.
+    # The number of runs is not known yet. Take as many as there are devices: then `spread` gives
+    # runs of their own to as many devices as it can, and each of these has room for `fitting` runs.
     device_map = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_stack = {shared_part(run): run for run in runs}
     largest = 0.0

@@ -1,7 +1,7 @@
 """Your own log, in Parquet files: copy this file, and put in the names of your columns.
 
 `docs/own_logs.md` explains it step by step, and `docs/config.md` has the keys that keep their
-defaults here. Columns that `features`, `labels` or `teacher` do not name are not read.
+defaults here. Columns that the config does not name are not read.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,7 @@ Each loss is a pure function
     numerator      [tasks], a weighted sum
     denominator    [tasks], the sum of its weights
 
-The last two are separate so that the step can add each over devices before it divides. Within
+The last two are separate because the step divides by the denominator of all devices. Within
 a task and a request, a candidate is *known* if its weight is greater than 0. The logit of p is that
 of p clipped to [1e-6, 1 − 1e-6].
 

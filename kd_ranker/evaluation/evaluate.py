@@ -2,8 +2,8 @@
 
 Two kinds of programs run for each batch. A *serving* program per stack of students, and one for the
 teacher, compute their probabilities. One *measuring* program turns those of a fixed number of
-rankers into sums. All rankers share it, so it compiles once for a dataset. `registry.summarize` of
-the metrics divides the sums.
+rankers into sums. All rankers share it, so it compiles once, or a few times if batches grow.
+`registry.summarize` of the metrics divides the sums.
 
 Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """
@@ -48,7 +48,7 @@ class PerRequest(NamedTuple):
     curves: Sums  # over k, cut to a few values of it, [R, K, ...]
 
 
-class Summed(NamedTuple):
+class RankerSums(NamedTuple):
     """The sums of a batch, or of a pass, for a ranker; of C rankers with a leading axis."""
 
     sums: Sums  # over all requests, with those of `metrics.calibration`
@@ -175,7 +175,7 @@ def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
     return jax.lax.with_sharding_constraint(tree, sharding) if sharding else tree
 
 
-def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Summed:
+def sums_of_batch(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> RankerSums:
     """The sums of `functions` over the requests of one batch, and their terms; pure.
 
     The curves of each request are cut to `ks`, at least 1; one beyond the candidates means all.
@@ -200,7 +200,7 @@ def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -
     for name, array in curves.items():
         index = np.minimum(np.asarray(ks, int), array.shape[1]) - 1
         cut[name] = array[:, index]
-    return Summed(sums | bins, PerRequest(single, cut))
+    return RankerSums(sums | bins, PerRequest(single, cut))
 
 
 def add(total: Sums | None, more: Sums) -> Sums:
@@ -212,7 +212,7 @@ def add(total: Sums | None, more: Sums) -> Sums:
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "functions", "ks"))
-def _measure(
+def _sums_of_rankers(
     rankers: Sequence[Scored],
     is_teacher: Bool[np.ndarray, "C"],
     evaluation_batch: EvaluationBatch,
@@ -221,12 +221,12 @@ def _measure(
     sizes: Sizes,
     functions: tuple[SumFunction, ...],
     ks: tuple[int, ...],
-) -> Summed:
+) -> RankerSums:
     """The sums of one batch for C rankers, with a leading axis of these."""
 
-    def of_ranker(scored: Scored, is_teacher: Any) -> Summed:
+    def of_ranker(scored: Scored, is_teacher: Any) -> RankerSums:
         batch = rank_batch(scored, evaluation_batch, value_weights, sizes, is_teacher)
-        return summed(batch, functions, ks)
+        return sums_of_batch(batch, functions, ks)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rankers)
     return jax.vmap(of_ranker)(stacked, is_teacher)
@@ -266,7 +266,7 @@ def evaluate(
     batches: Iterable[EvaluationBatch],
     items: Items,
     plan: Plan,
-) -> tuple[Summed, list[list[dict[str, Summed]]]]:
+) -> tuple[RankerSums, list[list[dict[str, RankerSums]]]]:
     """Measure stacks of rankers on the same requests; the teacher scores each request once.
 
     A live teacher knows every candidate; None takes the logged probabilities.
@@ -328,19 +328,19 @@ def evaluate(
                 scores |= scores_of_part
             rankers = list(scores)
             scored = [teacher_scored, *scores.values()]
-            measured = _measured(scored, scored_batch, plan, sizes, own_devices, pool)
-            sums = add(sums, measured.sums)
+            batch_sums = _sums_of_all(scored, scored_batch, plan, sizes, own_devices, pool)
+            sums = add(sums, batch_sums.sums)
             if plan.keep:
                 num_present = int(np.asarray(evaluation_batch.request_mask).sum())
                 per_request.append(
-                    jax.tree.map(lambda leaf, n=num_present: leaf[:, :n], measured.each)
+                    jax.tree.map(lambda leaf, n=num_present: leaf[:, :n], batch_sums.each)
                 )
     if sums is None:
         raise ValueError("there are no evaluation requests")
     terms = PerRequest({}, {})
     if per_request:
         terms = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *per_request)
-    all_rankers = Summed(sums, terms)
+    all_rankers = RankerSums(sums, terms)
     teacher_sums = jax.tree.map(operator.itemgetter(0), all_rankers)
     stack_sums = [_empty_runs(stack) for stack in stacks]
     for index, ranker in enumerate(rankers, start=1):
@@ -349,18 +349,18 @@ def evaluate(
     return teacher_sums, stack_sums
 
 
-def _empty_runs(stack: Ranker) -> list[dict[str, Summed]]:
+def _empty_runs(stack: Ranker) -> list[dict[str, RankerSums]]:
     return [{} for _ in range(_num_runs(stack))]
 
 
-def _measured(
+def _sums_of_all(
     scored: Sequence[Scored],
     evaluation_batch: EvaluationBatch,
     plan: Plan,
     sizes: Sizes,
     devices: Sequence[jax.Device],
     pool: ThreadPoolExecutor,
-) -> Summed:
+) -> RankerSums:
     """The sums of one batch for all rankers, the teacher first, on the host.
 
     Devices call the measuring program in turn, and the last call repeats its last ranker.
@@ -386,9 +386,11 @@ def _measured(
         inputs = jax.tree.map(local, (rankers, is_teacher, evaluation_batch, weights))
         return jax.device_put(inputs, device)
 
-    def call(inputs: Any) -> Summed:
-        summed_on_device = _measure(*inputs, sizes=sizes, functions=functions, ks=tuple(plan.ks))
-        return jax.device_get(summed_on_device)
+    def call(inputs: Any) -> RankerSums:
+        sums_on_device = _sums_of_rankers(
+            *inputs, sizes=sizes, functions=functions, ks=tuple(plan.ks)
+        )
+        return jax.device_get(sums_on_device)
 
     firsts = range(0, len(scored), size)
     calls = pool.map(call, map(inputs_of_call, firsts, itertools.cycle(devices)))

@@ -221,8 +221,8 @@ def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
     """The best student or reference of a pool, see `baselines`.
 
     Students are first compared among each other by `CRITERION`; the best of them is compared with
-    the references by cost. All are compared in the repeats in which each of them has a cost: a
-    reference has every repeat, even one in which all students of the pool diverged.
+    the references by cost. All are compared in the repeats in which each of them has a cost, as a
+    student that diverged has none.
     """
     students = list(pool.loc[pool["role"] == "student", "setting"].unique())
     references = list(pool.loc[pool["role"] == "reference", "setting"].unique())

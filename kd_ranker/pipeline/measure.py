@@ -15,7 +15,7 @@ from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_
 from kd_ranker.batches.cutting import batch_size, evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import baselines, request_files, results, saving, setting_names
-from kd_ranker.evaluation.evaluate import PerRequest, Plan, Ranker, Summed, evaluate, make_serve
+from kd_ranker.evaluation.evaluate import PerRequest, Plan, Ranker, RankerSums, evaluate, make_serve
 from kd_ranker.evaluation.metrics.calibration import calibration
 from kd_ranker.evaluation.metrics.registry import METRICS, summarize
 from kd_ranker.evaluation.metrics.registry import curves as metric_curves
@@ -37,7 +37,7 @@ from kd_ranker.training.state import States, select_run, steps_of_runs
 _NOT_COUNTED = float("nan")
 
 
-class Measured(NamedTuple):
+class SplitTables(NamedTuple):
     """The findings of a measurement: rows of the tables of a run, and more by ranker."""
 
     rows: list[Row]
@@ -56,7 +56,7 @@ def measure(
     rivals: Sequence[Rival] = (),
     limit: int = 0,
     started_with_scores: bool = False,
-) -> Measured:
+) -> SplitTables:
     """Measure the teacher, then the trained students by run and head, in one pass.
 
     Args:
@@ -87,7 +87,7 @@ def measure(
         ranker = baselines.baseline_ranker(job.lists, tuple(rival.name for rival in rivals))
         stacks.append(ranker._replace(serves=[references]))
     with job.progress.phase(split, quiet=bool(limit)):
-        teacher_sums, stack_sums = _summed(job, split, teacher, stacks, rivals, limit)
+        teacher_sums, stack_sums = _evaluate_split(job, split, teacher, stacks, rivals, limit)
 
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     flops = {} if limit else _flops(job, serves)
@@ -109,7 +109,7 @@ def measure(
                 row |= setting_names.setting_of(config)
                 row |= {"step": student.last_step, "needs_scores": needs_scores}
                 if student.non_finite_step:
-                    tables.measured.rows.append(row | {"non_finite_step": student.non_finite_step})
+                    tables.made.rows.append(row | {"non_finite_step": student.non_finite_step})
                 else:
                     tables.add(row, sums_of_head[serve], teacher_sums)
     rival_of_name = {rival.name: rival for rival in rivals}
@@ -119,7 +119,7 @@ def measure(
             rival = rival_of_name[name]
             row |= {"needs_scores": rival.needs_scores} | tables.costs(rival.operations)
         tables.add(row, stack_sums[-1][0][name], teacher_sums)
-    return tables.measured
+    return tables.made
 
 
 def _trained_teacher(job: TrainingJob, states: States) -> Ranker:
@@ -178,14 +178,14 @@ def _student_stacks(
     return student_stacks
 
 
-def _summed(
+def _evaluate_split(
     job: TrainingJob,
     split: str,
     teacher: Ranker | None,
     stacks: Sequence[Ranker],
     rivals: Sequence[Rival],
     limit: int,
-) -> tuple[Summed, list[list[dict[str, Summed]]]]:
+) -> tuple[RankerSums, list[list[dict[str, RankerSums]]]]:
     """`evaluate` on the requests of a split."""
     config = job.config
     dataset = job.dataset
@@ -238,7 +238,7 @@ class _Tables:
 
     def __init__(self, job: TrainingJob, split: str, signal: str, flops: Mapping[RankerKey, float]):
         """Start with no rows; `signal` is what the teacher gives, `flops` are per candidate."""
-        self.measured = Measured([], [], [], {})
+        self.made = SplitTables([], [], [], {})
         self._job = job
         self._split = split
         self._signal = signal
@@ -260,36 +260,40 @@ class _Tables:
         teacher_flops = self._flops.get((results.TEACHER, "user"), _NOT_COUNTED)
         return {"flops_per_candidate": flops, "cost_ratio": flops / teacher_flops}
 
-    def add(self, row: Row, summed: Summed, teacher: Summed | None) -> None:
+    def add(self, row: Row, ranker_sums: RankerSums, teacher: RankerSums | None) -> None:
         """Add a ranker; `teacher` is None for the teacher itself."""
         tasks = self._job.dataset.spec.tasks
         report_at = self._job.report_at
         only_order = row["role"] == "reference" and row["run"] != "oracle"
         teacher_sums = teacher.sums if teacher else None
-        numbers = summarize(summed.sums, teacher_sums, tasks, report_at, self._signal, only_order)
-        self.measured.rows.append(row | numbers)
-        if not summed.each.sums:
+        numbers = summarize(
+            ranker_sums.sums, teacher_sums, tasks, report_at, self._signal, only_order
+        )
+        self.made.rows.append(row | numbers)
+        if not ranker_sums.each.sums:
             return
         ranker: Row = {"run": row["run"], "serve": row["serve"]}
-        self.measured.each[str(row["run"]), str(row["serve"])] = summed.each
-        self._add_curves(ranker, summed, numbers)
+        self.made.each[str(row["run"]), str(row["serve"])] = ranker_sums.each
+        self._add_curves(ranker, ranker_sums, numbers)
         # Positions, and some references, order candidates without predicting probabilities.
         gives_order = row["role"] == "teacher" and self._signal != "probability"
         if not (only_order or gives_order):
-            for bin_row in calibration(summed.sums, tasks):
-                self.measured.calibration.append(ranker | bin_row)
+            for bin_row in calibration(ranker_sums.sums, tasks):
+                self.made.calibration.append(ranker | bin_row)
 
-    def _add_curves(self, ranker: Row, summed: Summed, numbers: Mapping[str, float]) -> None:
+    def _add_curves(
+        self, ranker: Row, ranker_sums: RankerSums, numbers: Mapping[str, float]
+    ) -> None:
         """Add the points of the config, those that reach a target, and others between them."""
         tasks = self._job.dataset.spec.tasks
         report_at = self._job.report_at
-        curves = metric_curves(summed.sums, tasks)
+        curves = metric_curves(ranker_sums.sums, tasks)
         reached = [numbers[name] for name in METRICS["passed_for"].columns(tasks, report_at)]
         ks = [*report_at.ks, *(int(k) for k in reached if np.isfinite(k))]
         retrieved = next(iter(curves.values())).size
         for k in request_files.spaced_ks(retrieved, ks, spaced=150):
             values = {name: float(curve[k - 1]) for name, curve in curves.items()}
-            self.measured.curves.append(ranker | {"k": k} | values)
+            self.made.curves.append(ranker | {"k": k} | values)
 
 
 def _flops(job: TrainingJob, serves: Mapping[str, Collection[str]]) -> dict[RankerKey, float]:
@@ -338,7 +342,9 @@ def teacher_flops(job: TrainingJob) -> float:
     return _flops_of("teacher", FrozenConfigDict(config), spec, len(spec.tasks), retrieved)
 
 
-def write_measured(job: TrainingJob, workdir: Path, owner: Provenance, *splits: Measured) -> None:
+def write_measured(
+    job: TrainingJob, workdir: Path, owner: Provenance, *splits: SplitTables
+) -> None:
     """Write the tables of a run: rows of all splits, curves and calibration of the last.
 
     `owner` has the provenance of the rankers.

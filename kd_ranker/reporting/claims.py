@@ -1,8 +1,8 @@
 """Test claims about distilling into an early ranker on a study; `docs/report.md` has the rules.
 
 A claim is a measure, the side of a threshold, and a text. Most measures are differences to the
-rival: the best on validation of the ranker without scores of the final ranker and the lists of
-items that need them. So no claim holds for a list, nor for a useless student.
+ranker to beat: the best on validation of the ranker without scores of the final ranker and the
+lists of items that need them. So no claim holds for a list, nor for a useless student.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from kd_ranker.reporting.study import Study
 MISALIGNED_BELOW = 0.25
 # The highest cost of an early ranker per candidate, over the final ranker: the method's figure.
 EARLY = 0.05
-# What the claims call the share of candidates that need not pass, see `Estimates.fewer`.
+# What the claims call the share of candidates that need not pass, see `Estimates.candidates_saved`.
 FEWER = at_target("fewer_for")
 # A difference of mean tau within this margin counts as none.
 TAU_MARGIN = 0.01
@@ -112,16 +112,16 @@ def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
 
 
 def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
-    """(b) and (d) to (g) The changes that chosen settings with scores make against the rival."""
+    """(b) and (d) to (g) The changes of chosen settings with scores against the one to beat."""
     goal = f"{PERCENT} of the final value"
     top = f"the teacher's own top survive at {study.passed} passed"
     # An estimate from labels has a sign and no size, so no loss of users is surely small.
     margin = study.config.report.margin if study.knows_truth else 0.0
     ranked = of_split(pd.concat([study.rows, study.references]), "validation")
     lists = [name for name in NEED_SCORES if (ranked["setting"] == name).any()]
-    rival = None
+    to_beat = None
     if study.baseline is not None:
-        rival = best(ranked, [study.baseline, *lists])
+        to_beat = best(ranked, [study.baseline, *lists])
     learned = study.tested[study.tested["needs_scores"]]
     for mode in ("aux", "shared"):
         settings = list(learned.loc[learned["mode"] == mode, "setting"].unique())
@@ -141,29 +141,29 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
             _Claim("f", users, measure, "above", -margin) for measure in study.users_measures
         ]
         for claim in mode_claims:
-            yield _change(study, estimates, claim, chosen, rival)
+            yield _change(study, estimates, claim, chosen, to_beat)
     for method, setting in study.chosen.items():
-        if rival and setting in set(learned["setting"]):
+        if to_beat and setting in set(learned["setting"]):
             claim = _Claim("g", f"Fewer need passing with {method}", FEWER, "above")
-            yield _change(study, estimates, claim, setting, rival)
+            yield _change(study, estimates, claim, setting, to_beat)
 
 
 def _change(
-    study: Study, estimates: Estimates, claim: _Claim, chosen: str | None, rival: str | None
+    study: Study, estimates: Estimates, claim: _Claim, chosen: str | None, to_beat: str | None
 ) -> Line:
-    """Return the line of the change that a setting makes against the rival, if both are known."""
-    if rival is None or chosen is None:
-        absent = "ranker without scores" if rival is None else "student of the mode with scores"
+    """Return the line of a setting's change against the one to beat, if both are known."""
+    if to_beat is None or chosen is None:
+        absent = "ranker without scores" if to_beat is None else "student of the mode with scores"
         return claim.line() | {"remark": f"there is no measured {absent}"}
     is_of_users = claim.claim == "f"
-    if is_of_users and (reason := estimates.why_unlabeled([chosen, rival])):
+    if is_of_users and (reason := estimates.why_unlabeled([chosen, to_beat])):
         return claim.line() | {"remark": f"the log cannot show it: {reason}"}
     if claim.measure == SAVINGS[0]:
-        change = estimates.cost_saved(chosen, over=rival)
+        change = estimates.cost_saved(chosen, over=to_beat)
     elif claim.measure == FEWER:
-        change = estimates.candidates_saved(chosen, rival)
+        change = estimates.candidates_saved(chosen, to_beat)
     else:
-        change = estimates.gap(chosen, rival, claim.measure)
+        change = estimates.gap(chosen, to_beat, claim.measure)
     ratio = estimates.of(chosen, "cost_ratio").mean
     if study.costs.teacher and study.costs.student:
         ratio = study.costs.student / study.costs.teacher
@@ -171,9 +171,9 @@ def _change(
     if is_of_users and claim.verdict(change) == "holds":
         # A ranker that changes nothing costs users nothing. The verdict is that of (d), or of (e)
         # where no cost is known, so that no two claims on one setting disagree.
-        saved = estimates.cost_saved(chosen, over=rival)
+        saved = estimates.cost_saved(chosen, over=to_beat)
         if saved.n == 0:
-            saved = estimates.candidates_saved(chosen, rival)
+            saved = estimates.candidates_saved(chosen, to_beat)
         saves = _Claim("f", "", SAVINGS[0], "above").verdict(saved)
         if saves != "holds":
             line |= {"verdict": saves, "remark": "no saving is shown"}

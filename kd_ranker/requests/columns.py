@@ -88,7 +88,8 @@ class Parts(NamedTuple):
 class Counts(NamedTuple):
     """The counts by which requests are read and sampled; int64, one entry per request.
 
-    They count candidates; those that were passed, shown or scored are the leading ones.
+    They count candidates. Those that were passed, shown or scored are the leading ones: `scored` is
+    0, `shown`, `passed` or `retrieved`, so this also holds in the order of `sampling_order`.
     """
 
     request_id: Int[np.ndarray, "*n"]
@@ -251,23 +252,29 @@ def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
 def what_counts(
     counts: Counts, stage: Stage
 ) -> tuple[Bool[np.ndarray, "*n"], Bool[np.ndarray, "*n"]]:
-    """Test for each request if its passed candidates are kept for training, and if the rest are.
+    """Test for each request which kinds of its drawn candidates are kept for training.
 
-    Candidates are kept if they reached `stage`, or if the log has scores for their kind:
+    Shown candidates with a drawn label are always kept. The two other kinds are kept if they
+    reached `stage`, or if the log has scores for them:
 
-        scored                      passed are kept    the rest are kept
-        none, or shown ones only    no                 no
-        some that were passed       yes                no
-        some that were not          yes                yes
+        scored                      the others that were passed    the rest
+        none, or shown ones only    no                             no
+        some that were passed       yes                            no
+        some that were not          yes                            yes
 
-    "Passed" are those that were not shown, and the shown without a drawn label. Shown candidates
-    with a drawn label are always kept. If all that were passed were shown, there is no score beyond
-    the shown ones; the passed are then kept if all of them have a score.
+    "The others that were passed" include shown candidates without a drawn label. Where all that
+    were passed were shown, they are kept if all of those have scores.
     """
-    beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
+    all_passed_were_shown = counts.passed == counts.shown
+    passed_have_scores = np.where(
+        all_passed_were_shown,
+        (counts.scored > 0) & (counts.scored >= counts.passed),
+        counts.scored > counts.shown,
+    )
+    rest_have_scores = counts.scored > counts.passed
     return (
-        ((counts.scored > 0) & beyond_shown) | (stage <= Stage.PASSED),
-        (counts.scored > counts.passed) | (stage <= Stage.RETRIEVED),
+        passed_have_scores | (stage <= Stage.PASSED),
+        rest_have_scores | (stage <= Stage.RETRIEVED),
     )
 
 

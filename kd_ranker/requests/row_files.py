@@ -179,13 +179,14 @@ def sampling_order(
     # The first two groups are mixed, in the order in which they were shown. Sort the shown places
     # by request, positives first; then take the spread order of both groups from that list.
     request = np.repeat(np.arange(len(shown)), shown)
-    by_label = np.argsort(2 * request + ~positive, kind="stable")
+    positives_first = np.argsort(2 * request + ~positive, kind="stable")  # indices of labels
     shown_places = ranges(starts, shown)
-    # From a place among all candidates to the place among all labels, in the same request.
-    offset = np.repeat(starts_of(shown)[:-1] - starts, shown)
-    labels = by_label[order[shown_places] + offset]
-    order[shown_places] = labels - offset
-    return {"candidate": order, "shown": labels}
+    # A label has an index among all labels, and its candidate one among all candidates: the
+    # difference is the same for all labels of a request.
+    label_minus_candidate = np.repeat(starts_of(shown)[:-1] - starts, shown)
+    label_order = positives_first[order[shown_places] + label_minus_candidate]
+    order[shown_places] = label_order - label_minus_candidate
+    return {"candidate": order, "shown": label_order}
 
 
 def columns_of(

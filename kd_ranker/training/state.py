@@ -68,7 +68,8 @@ class TrainState:
     A checkpoint holds them and the loader's position. Every array has a leading axis of runs,
     except `step`, `unknown_ids` and `owners`, which runs share.
 
-    A run diverged if its loss stopped being finite. It keeps the state from before that step.
+    A run diverged if its loss stopped being finite: it keeps the state from before that step. It
+    also diverged if its parameters stopped being finite under a finite loss: those are kept.
     """
 
     step: Int[Array, ""]  # steps taken by the stack; a run that finished earlier kept its state

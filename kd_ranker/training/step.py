@@ -64,9 +64,9 @@ def make_step(
     The batch holds this device's requests. Devices that share the requests of a batch have the same
     states before and after, except that each may hold its own rows of the tables. Losses are
     weighted means over the valid entries, pairs or requests of all devices, and then over tasks.
-    Numerators and denominators are summed over the axis before they are divided, so the same global
-    batch gives the same update on any number of devices. Devices along the axis of runs train other
-    runs on the same requests, independently.
+    Each device divides its numerators by the denominators of all, and the quotients are summed, so
+    the same global batch gives the same update on any number of devices. Devices along the axis of
+    runs train other runs on the same requests, independently.
 
     Args:
       train_specs: one per stack; all of them learn from the same batches.
@@ -77,7 +77,7 @@ def make_step(
     Returns:
       step(states, batch, hyperparameters, constants) -> (states, losses). States, hyperparameters
       and losses are one per stack. `losses` holds `loss`, `user_loss` and `distill_loss`, equal on
-      all devices.
+      all devices along `AXIS`.
     """
 
     def step(
@@ -362,12 +362,13 @@ def _update_table(
     ids, mask = join_over_devices((ids, mask), axis=0)
     gradients = join_over_devices(rows_of_table(embedding, row_update.gradients, name), axis=1)
 
+    # As `update_own_rows` calls it, with m of the rows, or with those that this device owns.
     def update(
         before: tuple[Float[Array, "runs rows W"], Int[Array, "rows"]],
         row: Int[Array, "m"],
         mask: Bool[Array, "m"],
         gradients: Float[Array, "runs m D"],
-        _: Int[Array, "m"] | None,
+        index_of_own: Int[Array, "m"] | None,  # not needed
     ) -> tuple[Float[Array, "runs rows W"], Int[Array, "rows"]]:
         tables, owner = before
         occurrences, owner = find_occurrences(row, mask, owner)

@@ -24,14 +24,14 @@ def prepared(
 def starts_of(kinds: np.ndarray, rows: np.ndarray, seed: int = 0) -> np.ndarray:
     """What is random about batches of the requests `rows` [requests, steps]."""
     start = np.random.default_rng(seed).random((*rows.shape, sampling.KINDS))
-    return sampling.draw(rows, start, kinds[rows])
+    return sampling.draw_starts(rows, start, kinds[rows])
 
 
 def packed(
     columns: Columns, starts: np.ndarray, slots: Slots, logged: Stage = Stage.RETRIEVED
 ) -> PackedBatches:
     """The batches of all steps."""
-    drawn = cutting.read(columns, sampling.chosen(starts, slots))
+    drawn = cutting.read(columns, sampling.choose_places(starts, slots))
     return cutting.pack_batches(drawn, layout_of(columns.types, slots, logged))
 
 

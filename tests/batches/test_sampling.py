@@ -63,7 +63,7 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
         for offset in range(number):
             start = np.zeros((1, 1, sampling.KINDS))
             start[..., kind] = (offset + 0.5) / number
-            of_offset = sampling.draw(np.zeros((1, 1), int), start, kinds[None])
+            of_offset = sampling.draw_starts(np.zeros((1, 1), int), start, kinds[None])
             drawn = unpack(packed(data, of_offset, slots), 0)
             items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
             assert len(set(items)) == len(items) == min(candidates, 40)

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from kd_ranker.batch import EvaluationBatch, Stage, empty_batch
 from kd_ranker.evaluation import evaluate
-from kd_ranker.evaluation.evaluate import Summed
+from kd_ranker.evaluation.evaluate import RankerSums
 from kd_ranker.evaluation.metrics import registry
 from kd_ranker.evaluation.metrics.metric import ReportAt, Sums
 from kd_ranker.evaluation.metrics.registry import sum_functions
@@ -30,10 +30,12 @@ TARGETS = (0.53, 0.97)
 
 @functools.partial(jax.jit, static_argnames=("functions", "ks", "more"))
 def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
-            is_teacher: Any, more: tuple[bool, bool]) -> Summed:  # fmt: skip
+            is_teacher: Any, more: tuple[bool, bool]) -> RankerSums:  # fmt: skip
     sizes = Sizes(SHOWN, *[student.shape[1]] * 2, *more)
     scored = Scored.of(student, {}, batch.batch)
-    return evaluate.summed(rank_batch(scored, batch, weights, sizes, is_teacher), functions, ks)
+    return evaluate.sums_of_batch(
+        rank_batch(scored, batch, weights, sizes, is_teacher), functions, ks
+    )
 
 
 @dataclasses.dataclass
@@ -54,7 +56,7 @@ class Case:
     are_partly_scored: bool = False
     labels_beyond_shown: bool = False
 
-    def summed(self, ks: tuple[int, ...] = (), is_teacher: bool = False) -> Summed:
+    def summed(self, ks: tuple[int, ...] = (), is_teacher: bool = False) -> RankerSums:
         student = self.teacher if is_teacher else self.student
         batch = empty_batch(SPEC, *self.stage.shape).replace(
             stage=self.stage,

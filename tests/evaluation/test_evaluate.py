@@ -75,10 +75,10 @@ def test_students_in_one_pass_are_measured_as_each_in_its_own(teacher):
 def test_all_rankers_share_one_measuring_program():
     """Groups of different sizes and modes, more rankers than one call takes, both teachers."""
     evaluated(None, [STUDENTS["none"]])
-    programs = evaluation._measure._cache_size()
+    programs = evaluation._sums_of_rankers._cache_size()
     evaluated(None, [AUX, *STUDENTS.values()])
     evaluated(LIVE, [STUDENTS["shared"]])
-    assert evaluation._measure._cache_size() == programs
+    assert evaluation._sums_of_rankers._cache_size() == programs
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["runs", "rows"])

@@ -112,7 +112,7 @@ def test_rates_count_the_passes_of_an_item_one_after_the_other(tmp_path):
 
 def test_parts_are_the_whole(tmp_path, monkeypatch):
     dataset, requests = open_some(tmp_path)
-    monkeypatch.setattr("kd_ranker.requests.columns._ROWS", 30)
+    monkeypatch.setattr("kd_ranker.requests.columns._ROWS_AT_A_TIME", 30)
 
     parts = list(in_parts(dataset, "test", slice(1, 4)))
 

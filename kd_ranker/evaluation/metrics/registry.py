@@ -31,7 +31,8 @@ METRICS: dict[str, Metric] = {
 }
 """The metrics by name, in the order of the columns of `results.csv`."""
 
-# The main table of a report and of the terminal, from left to right. `{task}` gives one column per
+# The main table of a report, and at the terminal of `--wide` and of a single run, from left to
+# right. `{task}` gives one column per
 # task, and `{first}` for the first task; the mean over tasks has no task.
 MAIN = [
     at_target("passed_for"),

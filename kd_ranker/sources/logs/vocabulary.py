@@ -239,7 +239,10 @@ def _rule_of_category(
 
 
 def _scale_of(feature: Feature, moments: Mapping[str, float]) -> dict[str, float]:
-    """Return the number subtracted, the divisor, and the value for a missing one."""
+    """Return the number subtracted (`mean`), the divisor, and the value for a missing one.
+
+    A feature that is not standardized is stored as it is, and its mean stands for a missing value.
+    """
     # In 32 bits, so that the order in which the moments were added up leaves no trace.
     mean = float(np.float32(moments.get("mean", 0.0)))
     deviation = float(np.float32(moments.get("deviation", 0.0)))
