@@ -257,7 +257,9 @@ def _config_of_workdir(command: Command, flags: argparse.Namespace) -> "ConfigDi
         # `run` writes no config of its own: that of its sweep is the one.
         for workdir in (flags.workdir, f"{flags.workdir}/sweep"):
             if is_run(place_of(workdir)):
-                return config_of(place_of(workdir))
+                return config_of(
+                    place_of(workdir), remedy="to resume it, name that file in --config"
+                )
     raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
 
 

@@ -105,11 +105,11 @@ def device() -> str:
 
 def versions() -> dict[str, str]:
     """The releases that matter, of those that are installed."""
-    found = {"python": platform.python_version()}
+    releases = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            releases[name] = metadata.version(name)
+    return releases
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ def rooms() -> str:
     imports: dict[str, set[str]] = {}
     for room in sorted(graph.find_children("kd_ranker")):
         inside = {room, *graph.find_descendants(room)}
-        below = {
-            found for file in inside for found in graph.find_modules_directly_imported_by(file)
-        }
-        imports[_name(room)] = {_name(found) for found in below - inside}
+        below = set[str]()
+        for file in inside:
+            below |= graph.find_modules_directly_imported_by(file)
+        imports[_name(room)] = {_name(module) for module in below - inside}
     arrows = [
         f"  {other} --> {room}"
         for room in imports

@@ -136,6 +136,17 @@ def test_a_sweep_resumes_without_its_config_file(world):
     assert sweep_runs(config).keys() == sweep_runs(stored).keys()
 
 
+def test_a_run_of_a_registered_loss_resumes_with_its_config(tmp_path):
+    config = configs.cascade("small")
+    config.registered_by = str(tmp_path / "my_loss.py")
+    config.distill.loss = "mine"
+    (tmp_path / workdirs.CONFIG_FILE).write_text(config.to_json())
+
+    fault = fault_of(parsed, "sweep", f"--workdir={tmp_path}")
+
+    assert fault.endswith("to resume it, name that file in --config")
+
+
 def test_a_workdir_without_a_run_needs_a_config(tmp_path):
     assert fault_of(parsed, "sweep", f"--workdir={tmp_path}").startswith("--config is missing")
 

@@ -170,8 +170,8 @@ def _check_teachers(sweep: Sweep) -> None:
             continue
         trained_under = manifest.read(folder, "start the sweep again")["provenance"]["teacher"]
         if workdir not in versions:
-            found = is_run(place_of(workdir))
-            versions[workdir] = load_teacher(config).version if found else trained_under
+            exists = is_run(place_of(workdir))
+            versions[workdir] = load_teacher(config).version if exists else trained_under
         if versions[workdir] != trained_under:
             raise UserError(
                 f"{sweep.workdir} holds a sweep under the teacher {trained_under}, and {workdir} "

@@ -32,6 +32,7 @@ from kd_ranker.training.state import select_run
 
 TRAIN_TEACHER = f"{command('train_teacher')}, {datasets.SAME_FLAGS}"
 _RUNS = ("train_teacher", "train", "sweep")
+_TRUST = "if you trust that file, add --trust, or trust=True in Python"
 
 
 class TrainedRanker(NamedTuple):
@@ -72,12 +73,12 @@ def is_run(workdir: Place) -> bool:
         return (folder / workdirs.CONFIG_FILE).exists()
 
 
-def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
+def config_of(workdir: Place, trust: bool = False, remedy: str = _TRUST) -> ConfigDict:
     """Read the config of the run in a workdir; UserError if it is missing.
 
     A run may use a loss, a mode or the like that its config file registers. A workdir can come from
     anyone, so the file at `registered_by` is executed only with `trust`. A file that is needed and
-    missing, or not trusted, is a UserError.
+    missing, or not trusted, is a UserError, which says `remedy`.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -98,8 +99,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
         if trust or not file:
             raise UserError(f"the run at {workdir}: {error}") from error
         raise UserError(
-            f"the run at {workdir} needs {file}, which would be executed ({error}); if you trust "
-            "that file, add --trust, or trust=True in Python"
+            f"the run at {workdir} needs {file}, which would be executed ({error}); {remedy}"
         ) from error
     return config
 

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Asks for all of it; `passed` is true if every benchmark met its bar."""
     # Spawned, and so gone before the others start, which must find the devices free.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: dict[str, Any] = {
+        checked: dict[str, Any] = {
             "same bits": {
                 name: pool.apply(same_bits, (deterministic,))
                 for name, deterministic in (("as it is", False), ("deterministic", True))
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     others = arguments.benchmarks or OTHERS
     results = {name: in_a_process(name, arguments) for name in others}
     passed = all(result.get("passed", False) for result in results.values())
-    return {"passed": passed, **found, "benchmarks": results}
+    return {"passed": passed, **checked, "benchmarks": results}
 
 
 def same_bits(deterministic: bool) -> bool:

@@ -51,23 +51,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         dataset = open_job(config, {"": config}).dataset
         few, many = (repeated(dataset, number, Path(folder)) for number in (FEW, MANY))
         iterators, starts = {}, {}
-        for name, of in {"memory": few, "cached": few, "cold": many}.items():
+        for name, repeats in {"memory": few, "cached": few, "cold": many}.items():
             if name == "cold":
                 drop(many)
-            iterators[name], starts[name] = started(config, of, resident=name == "memory")
+            iterators[name], starts[name] = started(config, repeats, resident=name == "memory")
         block, _ = iterators["memory"].take(BLOCK)
         batch = jax.device_get(jax.jit(unpack)(block, 0))
         program = Program({"": config}, dataset.spec, dataset.items, batch)
         sides = {name: steps_of(program, batches) for name, batches in iterators.items()}
         milliseconds = measuring.interleaved(sides, turns=TURNS, calls=1, warm=0)
     per_step = {
-        side: {name: of / (BLOCKS * BLOCK) for name, of in times.items()}
+        side: {name: duration / (BLOCKS * BLOCK) for name, duration in times.items()}
         for side, times in milliseconds.items()
     }
-    cached, cold = (
-        per_step[of]["median"] / per_step["memory"]["median"] for of in ("cached", "cold")
-    )
-    seconds = max(starts[of]["seconds to the first batches"] for of in ("cached", "cold"))
+    from_memory = per_step["memory"]["median"]
+    cached = per_step["cached"]["median"] / from_memory
+    cold = per_step["cold"]["median"] / from_memory
+    seconds = max(starts[side]["seconds to the first batches"] for side in ("cached", "cold"))
     return {
         "ratio, cached": cached,
         "ratio, cold": cold,
@@ -82,9 +82,8 @@ def repeated(dataset: Dataset, number: int, folder: Path) -> Dataset:
     """The dataset with its training requests again and again, in files of their own."""
     to = folder / str(number)
     to.mkdir()
-    (rows, counts), (all_rows, all_counts) = (
-        row_files.paths(of, "train") for of in (dataset.directory, to)
-    )
+    rows, counts = row_files.paths(dataset.directory, "train")
+    all_rows, all_counts = row_files.paths(to, "train")
     written = np.load(counts)
     head = int(written[0, 0])
     body = np.fromfile(rows, np.int32)
@@ -128,8 +127,8 @@ def started(
 
 def own_memory() -> int:
     """Bytes of this process that are no file's."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    kilobytes = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes[1]) * 1024 if kilobytes else 0
 
 
 def steps_of(program: Program, batches: BatchIterator) -> Callable[[], None]:

@@ -104,7 +104,8 @@ def _timed(build: Any, log: str, threads: int) -> dict[str, float]:
         seconds = time.perf_counter() - start
     # In kilobytes; the dataset is written by processes of its own.
     peaks = [
-        resource.getrusage(of).ru_maxrss for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        resource.getrusage(processes).ru_maxrss
+        for processes in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
     return {
         "seconds": seconds,
@@ -120,9 +121,9 @@ def plain(log: str, threads: int, folder: str) -> tuple[int, int]:
     with duckdb.connect(config=limits) as connection:
         connection.execute(PLAIN.format(log=log, out=f"{folder}/requests.parquet"))
         counted = "SELECT count(DISTINCT request_id), count(*) FROM used"
-        found = connection.execute(counted).fetchone()
-    assert found
-    return int(found[0]), int(found[1])
+        numbers = connection.execute(counted).fetchone()
+    assert numbers
+    return int(numbers[0]), int(numbers[1])
 
 
 def ours(log: str, threads: int, folder: str) -> tuple[int, int]:

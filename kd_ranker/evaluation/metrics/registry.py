@@ -138,10 +138,10 @@ def summarize(
 
 def curves(sums: Sums, tasks: Sequence[str]) -> dict[str, Float[np.ndarray, "N"]]:
     """The curves by their columns in `curves.csv`; index `k - 1` belongs to k passed."""
-    found: dict[str, Float[np.ndarray, "N"]] = {}
+    curve_of_column: dict[str, Float[np.ndarray, "N"]] = {}
     for metric in METRICS.values():
         columns = metric.curve_columns(tasks)
         if columns and metric.final:
             final = np.asarray(metric.final(sums, sums))
-            found |= zip(columns, final.reshape(len(final), -1).T, strict=True)
-    return found
+            curve_of_column |= zip(columns, final.reshape(len(final), -1).T, strict=True)
+    return curve_of_column
