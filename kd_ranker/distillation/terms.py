@@ -90,7 +90,9 @@ def _format_term(term: Term) -> str:
     name = term.loss if term.signal == SCORES else f"{term.loss}:{term.signal}"
     if term.weight == 1:
         return name
-    return f"{term.weight:.15g} * {name}"
+    # The shortest digits that are read back, as 3 and 1e16: a + would separate terms.
+    weight = repr(float(term.weight)).removesuffix(".0").replace("e+", "e")
+    return f"{weight} * {name}"
 
 
 def without_weights(terms: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -111,6 +111,14 @@ def test_a_repeat_without_the_measure_does_not_count():
     assert crossed_interval(measured(values, counts, share)) == expected
 
 
+def test_of_repeats_that_agree_each_moves_alone_by_hand():
+    # N = 3, so N/(N − 1) = 1.5. Only the first moves: Cov = 0, S = 0, and the mean of all four
+    # covariances is 1.5 · 2 / 4.
+    alone = OverDraws((0, 1), np.array([[1.0, 1], [0, 1], [2, 1]]), 3)
+
+    assert crossed_interval(alone).high == pytest.approx(1 + 4.30265 * 0.75**0.5, rel=1e-5)
+
+
 def test_without_the_measure_there_is_no_interval():
     values = np.zeros((4, 60, 2))
 
