@@ -120,6 +120,32 @@ def test_reading_per_batch_gives_the_batches_of_memory(dataset, stage, logged, s
         assert first.num_labeled < first.num_scored < 12
 
 
+class DeviceWithMemory:
+    """A device that reports its memory, as a CPU does not."""
+
+    def __init__(self, limit, in_use):
+        self.statistics = {"bytes_limit": limit, "bytes_in_use": in_use}
+
+    def memory_stats(self):
+        return self.statistics
+
+
+def test_data_stays_on_a_device_that_has_room_for_it(dataset, monkeypatch):
+    columns = dataset.columns["train"]
+    counts = columns.counts
+    numbers = [len(columns), counts.retrieved.sum(), counts.shown.sum()]
+    size = sum(number * row.itemsize for number, row in zip(numbers, columns.types, strict=True))
+    room = round(size / training._SHARE_OF_MEMORY)
+
+    def fits_in(free):
+        device = DeviceWithMemory(limit=10 * room, in_use=10 * room - free)
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        return training._fits(columns, Stage.RETRIEVED, copies=1)
+
+    assert fits_in(room + 1)
+    assert not fits_in(room - 1)
+
+
 @pytest.mark.parametrize("scores_stage", [Stage.RETRIEVED, Stage.PASSED])
 def test_what_runs_need_changes_no_draw_by_scores(dataset, scores_stage):
     def items_drawn(logged):

@@ -19,6 +19,7 @@ from kd_ranker.distillation.losses import (
     LOSSES,
     USER_LOSSES,
     LossNumbers,
+    of_one_list,
     user_softmax,
 )
 
@@ -294,3 +295,8 @@ def test_numbers_have_the_defaults_of_the_config():
     config = defaults.get_config()
     of_config = LossNumbers(config.distill.temperature, config.distill.top_k)
     assert of_config == DEFAULT_NUMBERS
+
+
+def test_bce_takes_a_probability_of_zero_as_it_is():
+    """Clipped at 1e-6, it would take 0.001 off."""
+    assert of_one_list(losses.bce, [1000.0], [0.0]) == (1000.0, 1.0)
