@@ -158,9 +158,9 @@ class _Cohorts:
 
 
 def _check_teachers(sweep: Sweep) -> None:
-    """Raise UserError unless the teachers of a complete sweep are those that it was trained under.
+    """Raise UserError if a teacher's workdir holds another one than a complete sweep learned from.
 
-    A teacher that is gone, or of the logs, is no other one.
+    Logged scores have no workdir, and a teacher that is gone cannot be compared.
     """
     versions: dict[str, str] = {}  # by workdir, as cohorts share teachers
     for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
@@ -189,8 +189,10 @@ def _train_cohorts(
     for job, _ in cohorts:
         steps += check_job(job)
     if config.launcher == "ray":
-        calls = [(config, workdir, number, True) for number in _untrained(cohorts)]
-        cluster.call_on_cluster(config, train_part, calls, "cohorts")
+        # This process holds the workdir, so the others do not.
+        train = functools.partial(train_part, held=True)
+        calls = [(config, workdir, number) for number in _untrained(cohorts)]
+        cluster.call_on_cluster(config, train, calls, "cohorts")
     with training_bar(progress, steps) as bar:
         for number, (job, folder) in enumerate(cohorts, start=1):
             progress.show(f"cohort {number} of {len(cohorts)}")
@@ -221,14 +223,13 @@ def _test_and_join(sweep: Sweep, cohorts: _Cohorts) -> None:
     """Measure on test what validation chose, and write the tables of the whole sweep."""
     chosen = setting_names.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
-    teachers = set[str]()
+    with_references = set[str]()  # the teachers under which the references were measured
     for job, folder in cohorts:
         if folder in tested:
             serves = {name: chosen[name] for name in job.runs if name in chosen}
-            # Once per teacher, which is a final ranker of the references, too.
             teacher = job.provenance["teacher"]
-            _test_cohort(job, folder, serves, teacher not in teachers)
-            teachers.add(teacher)
+            _test_cohort(job, folder, serves, with_references=teacher not in with_references)
+            with_references.add(teacher)
     sweep.join(tested)
 
 
@@ -248,7 +249,8 @@ def _test_cohort(
     students: States = ()
     if serves:
         students, step = job.restored(folder)
-        if step < max(job.trainees.steps_of(run) for run in serves):  # the last one is damaged
+        steps = max(job.trainees.steps_of(run) for run in serves)
+        if step < steps:  # the newest checkpoint is damaged, and an older one was restored
             with training_bar(job.progress, job.config.train.steps) as bar:
                 students = fit(job, folder, bar)
     measured = []

@@ -103,17 +103,18 @@ def _served_list_sums(ranked: Ranked) -> Sums:
     discount = 1 / jnp.log2(jnp.arange(shown) + 2.0)
     best = -jnp.sort(-gain, axis=1)[:, :shown]
     ideal = jnp.sum(best * discount[: best.shape[1]], axis=1, keepdims=True)
+    has_positive = ideal > 0
     slot_weights = jnp.broadcast_to(discount, (len(gain), shown))
 
     def ndcg(counted: Bool[Array, "R N"]) -> Float[Array, "R N"]:
         teacher_value = jnp.where(counted, ranked.teacher_value, jnp.nan)
         dcg = funnel.list_sums(ranked.value, teacher_value, ranked.mask, gain, slot_weights)
-        return jnp.where(ideal > 0, dcg / jnp.where(ideal > 0, ideal, 1.0), 0.0)
+        return jnp.where(has_positive, dcg / jnp.where(has_positive, ideal, 1.0), 0.0)
 
     return {
         "served_ndcg": ndcg(is_labeled),
         "served_ndcg_of_all": ndcg(ranked.mask),
-        "served_requests": ideal[:, 0] > 0,
+        "served_requests": has_positive[:, 0],
     }
 
 

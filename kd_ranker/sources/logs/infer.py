@@ -156,7 +156,7 @@ class _Sample:
         facts["has_stages"] = [bool(self._stage_texts(column)) for _, column in facts.iterrows()]
         facts["groups"] = facts["distinct"] < facts["rows"] / 1.5
         if self.layout.value == "request":
-            facts["request"] = 1.0 - facts.index.isin(listed)
+            facts["request"] = np.where(facts.index.isin(listed), 0.0, 1.0)
             facts["groups"] = facts["distinct"] == self.request.nunique()
 
     def _select(self, path: str) -> str:
@@ -283,10 +283,12 @@ class _Sample:
         is_owner = role in ("request", "item", "user")
         if column and is_owner and facts[role].isna().all():
             owner = self.codes[column]
-            # One value in each owner of two rows or more.
+            # Owners of one row say nothing; without others, the fact stays unknown.
             is_repeated = owner.duplicated(keep=False)
             by_owner = self.codes.fillna(-1)[is_repeated].groupby(owner)
-            facts[role] = np.floor((by_owner.min() == by_owner.max()).mean())
+            is_constant = by_owner.min() == by_owner.max()
+            if len(is_constant):
+                facts[role] = is_constant.all().astype(float)
             if role == "request":
                 self.request = owner
         if role == "request":
@@ -601,7 +603,8 @@ def _feature_line(
       written_after: the sign that it was written after the ranking, "" for none.
     """
     column = facts.Index
-    kind, *more = _kind_of_feature(facts, sample, item)
+    feature = _kind_of_feature(facts, sample, item)
+    kind = feature.kind
     may_vary = facts.item != 1 and facts.user != 1
     is_output = facts.afterwards or facts.predictions or facts.teacher
     is_output = is_output or (facts.uses and facts.amounts)
@@ -629,7 +632,7 @@ def _feature_line(
     arguments = [repr(owner), repr(kind)]
     if name != column:
         arguments.append(f"column={column!r}")
-    code = f"configs.feature({', '.join([*arguments, *more])})"
+    code = f"configs.feature({', '.join([*arguments, *feature.arguments])})"
     is_open = owner == "candidate" and np.isnan(facts.request)
     return _line(f"data.features.{name}", code, "", "or another owner?" if is_open else "")
 
@@ -643,24 +646,29 @@ def _owner_of_feature(facts: Any, kind: str) -> str:
     return "item" if facts.item == 1 else "candidate"
 
 
-def _kind_of_feature(facts: Any, sample: _Sample, item: str) -> tuple[str, ...]:
-    """Return the kind of a feature, "" for none, and further arguments of `feature`."""
+class _FeatureKind(NamedTuple):
+    """The kind of a feature, "" for none, and further arguments of `configs.feature`, as code."""
+
+    kind: str
+    arguments: Sequence[str] = ()
+
+
+def _kind_of_feature(facts: Any, sample: _Sample, item: str) -> _FeatureKind:
+    """Return the kind of the feature that a column may be."""
     if facts.is_time or facts.kind == "other":
-        return ("",)
-    hashed = ("hashed=True",) if facts.distinct > 10_000 else ()
+        return _FeatureKind("")
+    hashed = ["hashed=True"] if facts.distinct > 10_000 else []
     if facts.kind == "list":
         return _kind_of_list(facts, sample, item, hashed)
     has_many_values = facts.distinct > 32 and abs(facts.high) < 2**31
     is_integer = facts.kind == "integer" and not facts.identifiers
     is_amount = is_integer and (has_many_values or facts.quantities)
     if facts.kind == "float" or is_amount:
-        return ("dense",)
-    return ("category", *hashed)
+        return _FeatureKind("dense")
+    return _FeatureKind("category", hashed)
 
 
-def _kind_of_list(
-    facts: Any, sample: _Sample, item: str, hashed: tuple[str, ...]
-) -> tuple[str, ...]:
+def _kind_of_list(facts: Any, sample: _Sample, item: str, hashed: Sequence[str]) -> _FeatureKind:
     lists = f"(SELECT DISTINCT {quoted(facts.Index)} AS l FROM candidates)"
     lengths = "min(len(l)), coalesce(quantile_disc(len(l), 0.95), 1)::INT"
     shortest, long = sample.frame(lengths, lists).iloc[0]
@@ -668,13 +676,13 @@ def _kind_of_list(
     kind_of_elements = _kind(re.sub(r"\[\d*\]$", "", facts.column_type))
     if kind_of_elements not in ("integer", "text"):
         is_vector = kind_of_elements == "float" and shortest == long
-        return "dense" if is_vector else "", length
+        return _FeatureKind("dense" if is_vector else "", [length])
     if item and facts.request != 0:
         items = f"(SELECT {quoted(item)}::VARCHAR FROM candidates)"
         are_items = f"avg((e::VARCHAR IN {items})::INT) > 0.5 AND count(DISTINCT e) > 20"
         if sample.frame(are_items, f"(SELECT unnest(l) e FROM {lists})").iat[0, 0]:
-            return "history", length
-    return "bag", *hashed, length
+            return _FeatureKind("history", [length])
+    return _FeatureKind("bag", [*hashed, length])
 
 
 def _find_sizes(sample: _Sample) -> dict[str, _Guess]:
@@ -682,7 +690,9 @@ def _find_sizes(sample: _Sample) -> dict[str, _Guess]:
     reached = pd.DataFrame({"passed": sample.passed, "shown": sample.shown})
     requests = reached.groupby(sample.request, dropna=False)
     largest = int(requests.size().max())
-    num_passed, num_shown = map(int, requests.sum().median())
+    median = requests.sum().median()
+    num_passed = int(median["passed"])
+    num_shown = int(median["shown"])
     is_known = sample.facts["request"].notna().any() and num_passed and num_shown
     shown = num_shown or min(10, largest)
     passed = max(shown, num_passed or min(largest, 2 * shown))
