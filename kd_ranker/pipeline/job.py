@@ -44,7 +44,8 @@ class Teachers:
     def open(self, config: ConfigDict) -> Teaching:
         """Open the teacher of students with this config; UserError if it or its scores are missing.
 
-        Only `teacher.source`, `teacher.workdir` and `teacher.stage` matter.
+        Only its section `teacher` matters, of which the students of a command share all but the
+        workdir and the stage.
         """
         asked = (config.teacher.workdir, config.teacher.stage)
         if asked not in self._opened:

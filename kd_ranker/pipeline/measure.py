@@ -91,35 +91,35 @@ def measure(
 
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     flops = {} if limit else _flops(job, serves)
-    tables = _Tables(job, split, signal, flops)
+    builder = _TableBuilder(job, split, signal, flops)
     # A teacher from elsewhere has neither a seed nor a step.
     seed, step = None, None
     if job.teacher or not job.runs:
         config = job.teacher.config if job.teacher else job.config
         seed, step = config.seed, config.teacher.train.steps
-    row = tables.start("teacher", results.TEACHER) | {"seed": seed, "step": step}
-    tables.add(row, teacher_sums, None)
+    row = builder.start("teacher", results.TEACHER) | {"seed": seed, "step": step}
+    builder.add(row, teacher_sums, None)
     # The references, if any, are a last stack of one ranker.
     for stack, run_sums in zip(students, stack_sums, strict=False):
         for student, sums_of_head in zip(stack.students, run_sums, strict=True):
             config = job.runs[student.name]
             needs_scores = started_with_scores or specs.needs_scores(config)
             for serve in serves[student.name]:
-                row = tables.start("student", student.name, serve)
+                row = builder.start("student", student.name, serve)
                 row |= setting_names.setting_of(config)
                 row |= {"step": student.last_step, "needs_scores": needs_scores}
                 if student.non_finite_step:
-                    tables.made.rows.append(row | {"non_finite_step": student.non_finite_step})
+                    builder.tables.rows.append(row | {"non_finite_step": student.non_finite_step})
                 else:
-                    tables.add(row, sums_of_head[serve], teacher_sums)
+                    builder.add(row, sums_of_head[serve], teacher_sums)
     rival_of_name = {rival.name: rival for rival in rivals}
     for name in references:
-        row = tables.start("reference", name) | {"seed": seed}
+        row = builder.start("reference", name) | {"seed": seed}
         if name in rival_of_name:
             rival = rival_of_name[name]
-            row |= {"needs_scores": rival.needs_scores} | tables.costs(rival.operations)
-        tables.add(row, stack_sums[-1][0][name], teacher_sums)
-    return tables.made
+            row |= {"needs_scores": rival.needs_scores} | builder.costs(rival.operations)
+        builder.add(row, stack_sums[-1][0][name], teacher_sums)
+    return builder.tables
 
 
 def _trained_teacher(job: TrainingJob, states: States) -> Ranker:
@@ -233,12 +233,16 @@ def _counted(batches: Iterable[EvaluationBatch], bar: Bar) -> Iterator[Evaluatio
         bar.update(int(np.asarray(batch.request_mask).sum()))
 
 
-class _Tables:
-    """The rows of all tables, ranker by ranker."""
+class _TableBuilder:
+    """Adds the rows of one ranker after the other to the tables of a split.
+
+    Attributes:
+      tables: those made so far.
+    """
 
     def __init__(self, job: TrainingJob, split: str, signal: str, flops: Mapping[RankerKey, float]):
         """Start with no rows; `signal` is what the teacher gives, `flops` are per candidate."""
-        self.made = SplitTables([], [], [], {})
+        self.tables = SplitTables([], [], [], {})
         self._job = job
         self._split = split
         self._signal = signal
@@ -269,17 +273,17 @@ class _Tables:
         numbers = summarize(
             ranker_sums.sums, teacher_sums, tasks, report_at, self._signal, only_order
         )
-        self.made.rows.append(row | numbers)
+        self.tables.rows.append(row | numbers)
         if not ranker_sums.each.sums:
             return
         ranker: Row = {"run": row["run"], "serve": row["serve"]}
-        self.made.each[str(row["run"]), str(row["serve"])] = ranker_sums.each
+        self.tables.each[str(row["run"]), str(row["serve"])] = ranker_sums.each
         self._add_curves(ranker, ranker_sums, numbers)
         # Positions, and some references, order candidates without predicting probabilities.
         gives_order = row["role"] == "teacher" and self._signal != "probability"
         if not (only_order or gives_order):
             for bin_row in calibration(ranker_sums.sums, tasks):
-                self.made.calibration.append(ranker | bin_row)
+                self.tables.calibration.append(ranker | bin_row)
 
     def _add_curves(
         self, ranker: Row, ranker_sums: RankerSums, numbers: Mapping[str, float]
@@ -293,7 +297,7 @@ class _Tables:
         retrieved = next(iter(curves.values())).size
         for k in request_files.spaced_ks(retrieved, ks, spaced=150):
             values = {name: float(curve[k - 1]) for name, curve in curves.items()}
-            self.made.curves.append(ranker | {"k": k} | values)
+            self.tables.curves.append(ranker | {"k": k} | values)
 
 
 def _flops(job: TrainingJob, serves: Mapping[str, Collection[str]]) -> dict[RankerKey, float]:
