@@ -89,9 +89,7 @@ def names(directory, of):
 
 
 @pytest.mark.parametrize(("texts", "by_request"), [(False, False), (True, True)])
-def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
-    tmp_path, texts, by_request
-):
+def test_a_dataset_that_grew_is_that_of_the_whole_log(tmp_path, texts, by_request):
     log, days, grown = tmp_path / "log", make_days(texts), []
     changes = {"rows": "request" if by_request else "candidate"}
     for day, (name, rows) in enumerate(zip(FILES, days, strict=True)):

@@ -91,7 +91,7 @@ def faults_of(config, folder):
 
 
 @pytest.mark.parametrize("change", [grow, mend_labels])
-def test_nothing_trains_on_the_dataset_of_a_log_that_has_changed(world, made, tmp_path, change):
+def test_nothing_trains_on_a_log_that_has_changed(world, made, tmp_path, change):
     change(made / "log", tmp_path)
     directory = datasets.dataset_of(world).directory
     message = fault_of(api.prepare, world)
@@ -106,7 +106,7 @@ def test_nothing_trains_on_the_dataset_of_a_log_that_has_changed(world, made, tm
     assert not [*tmp_path.rglob("checkpoints")]
 
 
-def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made, tmp_path):
+def test_mended_labels_make_another_dataset(world, made, tmp_path):
     old = datasets.dataset_of(world)
     mend_labels(made / "log")
     shutil.rmtree(old.directory)
@@ -134,7 +134,7 @@ def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made
         assert f"belongs to another run: dataset ({there} there, {here} now)" in fault
 
 
-def test_students_of_the_dataset_before_are_of_use_beside_the_new_one(world, made, tmp_path):
+def test_earlier_students_are_of_use_beside_a_new_dataset(world, made, tmp_path):
     old = datasets.dataset_of(world)
     grow(made / "log", tmp_path)
     new = changed(world, data__dir=str(tmp_path / "datasets"))

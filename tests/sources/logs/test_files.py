@@ -55,9 +55,7 @@ def test_a_path_that_names_nothing_says_so(tmp_path, log):
         assert message in fault_of(faulty_logs.config(path, tmp_path))
 
 
-def test_files_of_several_paths_are_in_the_order_of_names_without_what_writers_leave(
-    tmp_path, log, monkeypatch, caplog
-):
+def test_files_are_in_order_without_what_writers_leave(tmp_path, log, monkeypatch, caplog):
     for name in ("_temporary/0", ".tmp", "_delta_log", "_date=1", "deep"):
         (log / name).mkdir(parents=True)
         os.link(log / "part-0.parquet", log / name / "b.parquet")
@@ -181,9 +179,7 @@ def test_ids_of_two_files_are_no_texts_and_fractions(tmp_path, log, type_):
         ("features.recent", WORDS, False, "(data.features.recent) holds texts, and 'item_id' (d"),
     ],
 )  # fmt: skip
-def test_a_column_of_another_type_is_named_with_those_that_it_takes(
-    key, type_, by_request, message
-):
+def test_a_column_of_another_type_is_named(key, type_, by_request, message):
     rows = "request" if by_request else "candidate"
     layout = faulty_logs.layout(faulty_logs.config("log", "datasets", rows=rows))
     schema = faulty_logs._schema(make_rows(0, requests=1), by_request)

@@ -85,7 +85,7 @@ def test_each_finding_has_its_name_and_its_numbers(changes, name, text):
     assert not found or text in found[0].text
 
 
-def test_the_refusal_names_all_and_the_flag_that_allows_them_with_what_is_allowed_already():
+def test_a_refusal_names_all_findings_and_the_flag_for_them():
     changes = {"candidates__rejected": 500, "splits__test__rate/watch": 1.0}
     found = find(report_of(**changes))
     why = refusal(found, ["times"])
@@ -195,7 +195,7 @@ def test_a_column_in_another_unit_is_refused(tmp_path, column, change, by_reques
     assert re.search(remark, " ".join(report["remarks"]))
 
 
-def test_the_share_revealed_is_the_mutual_information_over_the_entropy():
+def test_the_share_revealed_is_information_over_entropy():
     rng, number = np.random.default_rng(0), 4000
     p = rng.random(number)
     yes = rng.random(number) < p
@@ -282,7 +282,7 @@ def test_how_often_a_value_is_known_of_others():
     assert known_ratio(known & passed, pd.Series(np.arange(1000) < 20)) == 1  # too few to tell
 
 
-def test_the_data_report_remarks_on_a_score_that_the_config_does_not_name(tmp_path):
+def test_a_score_that_the_config_lacks_gets_a_remark(tmp_path):
     """It is known for 70% of the passed, or for all candidates, and the log names no teacher."""
     log = write_small_log(tmp_path / "log")
     table = pq.read_table(log / "part-0.parquet")
@@ -355,7 +355,7 @@ def test_the_share_of_scored_candidates_is_in_the_report(tmp_path):
     assert "Scored by" not in " ".join(report["remarks"])
 
 
-def test_requests_that_are_scored_whole_are_counted_where_some_candidates_were_not_passed(tmp_path):
+def test_requests_that_are_scored_whole_are_counted(tmp_path):
     log = write_small_log(tmp_path / "log")
     path = log / "part-0.parquet"
     table = pq.read_table(path).to_pandas()
@@ -377,7 +377,7 @@ def test_requests_that_are_scored_whole_are_counted_where_some_candidates_were_n
     assert "count as worth nothing" not in remarks
 
 
-def test_a_log_without_candidates_that_were_left_out_has_a_remark(tmp_path):
+def test_a_log_of_passed_candidates_alone_has_a_remark(tmp_path):
     log = write_small_log(tmp_path / "log")
     table = pq.read_table(log / "part-0.parquet")
     missing = "No candidate was retrieved and not passed"
@@ -389,7 +389,7 @@ def test_a_log_without_candidates_that_were_left_out_has_a_remark(tmp_path):
     assert missing in " ".join(report["remarks"])
 
 
-def test_times_with_and_without_a_zone_in_one_column_have_a_remark(tmp_path):
+def test_times_with_and_without_a_zone_have_a_remark(tmp_path):
     def as_texts(zone):
         def change(values):
             texts = [str(np.datetime64(of - 10**6 + START, "s")) for of in values]

@@ -215,7 +215,7 @@ def test_what_the_ranking_wrote_is_no_feature_by_whatever_name(
 
 
 @pytest.mark.parametrize("is_zero", [False, True], ids=["missing", "zero"])
-def test_a_score_is_no_feature_where_only_the_label_says_what_was_shown(columns, tmp_path, is_zero):
+def test_a_score_is_no_feature_where_only_labels_tell_shown(columns, tmp_path, is_zero):
     names = ODD_NAMES["italian"]
     after = ("score", "click") if not is_zero else ("score", "click", "stage")
     table = odd_log(columns, names, 0.7, is_zero, after)
@@ -411,7 +411,7 @@ def test_the_command_line(columns, tmp_path):
     assert main.read_config(str(tmp_path / "feed.py")).data.columns.user == "user_id"
 
 
-def test_the_dataset_is_built_from_the_config_of_a_frame_as_it_is(columns, tmp_path):
+def test_the_first_config_of_a_frame_builds_a_dataset(columns, tmp_path):
     _, config = infer(tmp_path, logs.table_of(columns).to_pandas().sort_values("trace"))
     assert roles_of(config) == PLANTED
     assert config.data.title == "log"

@@ -61,7 +61,7 @@ def test_the_incumbents_score_and_ids_may_be_features():
     assert {"score", "user_id"} <= {of.column for of in layout.features}
 
 
-def test_the_config_is_valid_and_its_tasks_are_those_of_its_labels():
+def test_the_config_is_valid_and_has_the_tasks_of_its_labels():
     config = config_with()
     config.parallel.devices = 1
     checks.validate(config)

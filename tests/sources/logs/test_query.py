@@ -167,7 +167,7 @@ def test_spark_parses_what_duckdb_runs(by_request, split):
             assert window.args.get("partition_by") or window.parent_select.args.get("group"), text
 
 
-def test_spark_counts_the_places_of_a_list_from_one_as_duckdb_does():
+def test_spark_counts_places_of_lists_from_one_as_duckdb_does():
     # SLICE counts from 1, where Spark's brackets count from 0.
     assert in_spark("SELECT x[n + 1:n + 1] FROM t") == "SELECT SLICE(x, n + 1, 1) FROM t"
     assert in_spark("SELECT x[:3] FROM t") == "SELECT SLICE(x, 1, 3) FROM t"
@@ -192,7 +192,7 @@ def cutoffs_of(time, validation_share, test_share):
     st.floats(0.01, 0.99),
     st.floats(0.01, 0.99),
 )
-def test_the_cutoffs_leave_each_split_a_second_and_the_earliest_to_training(time, share, part):
+def test_cutoffs_leave_each_split_a_second(time, share, part):
     shares = share * part, share * (1 - part)
     cutoffs = cutoffs_of(time, *shares)
     if len(set(time)) < 3:

@@ -216,7 +216,7 @@ VECTORS = dict(
     faults=st.sampled_from([0.06, 0.06, 0.0]),
     is_reversed=st.booleans(),
 )
-def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reason(
+def test_each_row_is_used_or_rejected_with_its_reason(
     tmp_path_factory, seed, by_request, files, texts, faults, is_reversed
 ):
     rows = make_rows(seed, requests=40, texts=texts, faults=faults)[:: -1 if is_reversed else 1]
@@ -228,7 +228,7 @@ def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reas
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_both_layouts_any_order_and_any_number_of_files_give_the_same(build, texts):
+def test_layout_order_and_number_of_files_change_nothing(build, texts):
     rows = make_rows(1, requests=70, texts=texts)
     whole = build(rows, strict=True)  # which a log without faults passes
     for by_request, written in (
@@ -245,9 +245,7 @@ def test_both_layouts_any_order_and_any_number_of_files_give_the_same(build, tex
         assert other.source.spec == whole.source.spec
 
 
-def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_some(
-    tmp_path, monkeypatch
-):
+def test_rejected_rows_have_all_columns_and_are_few_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(query, "MOST_REPORTED", 2)
     folder = write_log(tmp_path / "log", make_rows(3, requests=40, faults=0.05), files=3)
     file = min(folder.glob("*.parquet"))
@@ -264,7 +262,7 @@ def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_som
         pd.testing.assert_frame_equal(found, original, check_dtype=False)
 
 
-def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(build):
+def test_rejected_candidates_of_lists_are_rows_of_their_own(build):
     rows = make_rows(4)
     rows[3].candidates[1]["stage"] = "lost"
     rows[3].candidates[2]["item_id"] = None
@@ -276,7 +274,7 @@ def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_al
     assert log.rejected["user_id"].tolist() == [rows[3].of_request["user_id"]] * 2
 
 
-def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_path):
+def test_missing_empty_and_unequal_lists_are_told_apart(tmp_path):
     path = write_log(tmp_path / "log", make_rows(5), by_request=True) / "part-0.parquet"
     table = pq.read_table(path).to_pylist()
     number = [len(row["item_id"]) for row in table]
@@ -299,7 +297,7 @@ def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_pa
 
 
 @pytest.mark.parametrize("by_request", [False, True])
-def test_an_item_that_a_request_has_twice_has_the_positive_labels_of_both_rows(build, by_request):
+def test_an_item_listed_twice_has_the_positives_of_both_rows(build, by_request):
     """An impression, and further down the click on it, which may say nothing of another task."""
     rows = make_rows(32)
     first = rows[0].candidates[0]
@@ -317,7 +315,7 @@ def test_an_item_that_a_request_has_twice_has_the_positive_labels_of_both_rows(b
     np.testing.assert_array_equal(request.candidate_features, features)
 
 
-def test_a_request_id_that_comes_again_a_month_later_is_no_request(build):
+def test_a_request_id_of_two_months_is_no_request(build):
     rows = make_rows(6)
     again = Row(rows[3].of_request | {"time": 1_000_000 + 30 * 86400}, rows[4].candidates)
     log = build([*rows, again])
@@ -376,7 +374,7 @@ def test_teacher_scores_are_the_logits_of_what_is_stored(build):
 
 
 @pytest.mark.parametrize(("by_request", "signal"), [(True, "score"), (False, "rank")])
-def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(build, by_request, signal):
+def test_incumbent_and_propensities_are_for_the_evaluation(build, by_request, signal):
     rows, expected = make_rows(40), {}
     for candidate, score in zip(rows[-1].candidates, (np.nan, None, np.inf), strict=False):
         candidate["score"] = score
@@ -422,7 +420,7 @@ def test_early_scores_are_columns_kept_for_the_evaluation(build, by_request):
         assert request.early_scores.shape == (0, 2)
 
 
-def test_a_propensity_that_is_none_is_refused_with_its_number_and_an_example(build):
+def test_bad_propensities_are_refused_with_an_example(build):
     rows = make_rows(41)
     for row in rows:
         for place, candidate in enumerate(row.candidates):
@@ -446,7 +444,7 @@ def test_a_log_without_users_has_one(build, by_request):
     assert same(log.requests, build(rows, by_request).requests)
 
 
-def test_without_a_teacher_or_features_there_are_columns_of_zeros(build):
+def test_without_teacher_or_features_columns_are_zeros(build):
     empty, columns = ConfigDict(), columns_with(teacher_version="")
     log = build(make_rows(12), teacher=empty, features=empty, columns=columns)
     spec = log.source.spec
@@ -458,7 +456,7 @@ def test_without_a_teacher_or_features_there_are_columns_of_zeros(build):
     assert log.source.item_features.tolist() == [[0.0]] * spec.num_items
 
 
-def test_every_version_of_the_teacher_counts_unless_one_is_named(build):
+def test_all_teacher_versions_count_unless_one_is_named(build):
     rows = make_rows(13)
     for candidate in rows[0].candidates:
         candidate["version"] = "v0"
@@ -630,7 +628,7 @@ faulty_logs.open_source(faulty_logs.config(sys.argv[1], sys.argv[2]))
 """
 
 
-def test_the_tables_of_a_killed_build_are_removed_by_the_next_and_those_of_another_stay(tmp_path):
+def test_tables_of_a_killed_build_alone_are_removed(tmp_path):
     log, folder = write_log(tmp_path / "log", make_rows(27)), tmp_path / "datasets"
     killed = small.run("-c", _KILLED, str(log), str(folder))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -685,7 +683,7 @@ def test_columns_of_folders_are_features_like_others(tmp_path):
         assert value[int(request.request_category[0])] == folder[request.request_id]
 
 
-def test_ids_that_are_numbers_in_one_file_and_texts_in_another_are_texts(tmp_path):
+def test_ids_of_numbers_in_one_file_and_texts_in_one_are_texts(tmp_path):
     log = write_log(tmp_path / "log", make_rows(3), files=2)
     config, found = faulty_logs.config(log, tmp_path / "datasets"), []
     for path in sorted(log.iterdir()):
@@ -710,9 +708,7 @@ def test_a_file_that_is_damaged_within_is_one_line(config):
         faulty_logs.open_source(config)
 
 
-def test_columns_may_have_the_names_that_are_used_here_and_files_those_of_patterns(
-    config, tmp_path
-):
+def test_columns_and_files_may_have_odd_names(config, tmp_path):
     expected = read(config, tmp_path / "of plain")
     log = write_log(tmp_path / "other", make_rows(3, faults=0.05), files=2)
 

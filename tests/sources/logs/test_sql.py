@@ -87,7 +87,7 @@ def test_a_select_that_makes_no_log_is_one_line(tmp_path, log, sql, message):
     assert message in fault_of(open_source, config)
 
 
-def test_a_select_whose_files_have_changed_is_not_the_log_before(tmp_path, log):
+def test_a_select_of_changed_files_is_another_log(tmp_path, log):
     items = tmp_path / "items.csv"
     sql = f"SELECT log.* FROM '{log}/*.parquet' AS log JOIN read_csv('{items}') USING (item_id)"
     config = config_of(tmp_path, sql)

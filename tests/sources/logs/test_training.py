@@ -27,7 +27,7 @@ def changed(config, **data):
     return other
 
 
-def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_path):
+def test_a_student_follows_a_logged_teacher_without_a_model(config, tmp_path):
     directory = api.prepare(config).directory
     assert {"data_report.html", "data_report.json", "log.json", "rejected"} <= {
         path.name for path in directory.iterdir()
@@ -47,7 +47,7 @@ def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_
     assert kept == (directory / "data_report.json").read_bytes()
 
 
-def test_a_log_without_users_trains_a_student_and_is_scored_by_it(config, tmp_path):
+def test_a_log_without_users_trains_and_is_scored(config, tmp_path):
     search = changed(config, columns=dict(user="", incumbent="score"))
     search.distill.mode = "aux"
     api.prepare(search)
@@ -59,7 +59,7 @@ def test_a_log_without_users_trains_a_student_and_is_scored_by_it(config, tmp_pa
         scoring.score_unseen(config, tmp_path / "student", output=tmp_path / "other")
 
 
-def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(config):
+def test_a_dataset_has_another_name_only_for_other_contents(config):
     name = datasets.dataset_name(config)
     same = dict(processes=4, memory=2.0, infer=True, dir="elsewhere", allow=(), title="May")
     assert datasets.dataset_name(changed(config, **same)) == name
@@ -67,9 +67,7 @@ def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(con
         assert datasets.dataset_name(changed(config, **change)) != name
 
 
-def test_prepare_data_prints_what_was_found_whether_it_builds_the_dataset_or_finds_it(
-    config, tmp_path
-):
+def test_prepare_prints_what_it_found_each_time(config, tmp_path):
     new = changed(config, dir=str(tmp_path))
     built, prepared = (api.prepare(new, thorough=True) for _ in range(2))
     assert str(built) == str(prepared)
