@@ -118,7 +118,7 @@ def new_parameters(weights: Mapping[str, Array]) -> Parameters:
 
 def score(parameters: Parameters, pairs: Pairs) -> Float[Array, "pairs"]:
     """Return the score of each pair; higher is better."""
-    states = sentences.token_states(parameters["encoder"], *pairs)
+    states = sentences.token_states(parameters["encoder"], *map(jnp.asarray, pairs))
 
     def mean(chosen: Bool[Array, "pairs tokens"]) -> Float[Array, "pairs 384"]:
         total = jnp.sum(states * chosen[..., None], axis=1)
@@ -129,7 +129,7 @@ def score(parameters: Parameters, pairs: Pairs) -> Float[Array, "pairs"]:
     cosine = jnp.sum(query * film, axis=1) / (
         jnp.linalg.norm(query, axis=1) * jnp.linalg.norm(film, axis=1) + 1e-6
     )
-    inputs = jnp.concatenate([states[:, 0], mean(pairs.mask), cosine[:, None]], axis=1)
+    inputs = jnp.concatenate([states[:, 0], mean(jnp.asarray(pairs.mask)), cosine[:, None]], axis=1)
     return inputs @ parameters["head"] + parameters["bias"]
 
 

@@ -96,10 +96,10 @@ def cases(workdir: Path) -> Iterator[Case]:
     ).items():
         yield Case(
             name,
-            row[CRITERION],
-            row["passed_for_alike_99"],
-            row["passed_auc"],
-            truth[name][CRITERION],
+            _number(row, CRITERION),
+            _number(row, "passed_for_alike_99"),
+            _number(row, "passed_auc"),
+            _number(truth[name], CRITERION),
         )
 
 
@@ -118,6 +118,12 @@ def with_scores_of_passed(columns: Columns, spec: FeatureSpec) -> Columns:
     return dataclasses.replace(
         columns, candidates=unscored._replace(type=columns.candidates.type, column=column)
     )
+
+
+def _number(row: Row, column: str) -> float:
+    number = row[column]
+    assert isinstance(number, float)
+    return number
 
 
 def measured(trainees: Trainees, workdir: Path) -> dict[str, Row]:

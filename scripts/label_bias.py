@@ -131,6 +131,8 @@ def _values(
     shape = (len(requests), len(ks))
     values = Values(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape))
     for place, request in enumerate(requests):
+        assert request.incumbent is not None
+        assert request.propensity is not None
         logits = logit(request.true_probability)
         teacher_logits = logit(request.teacher_probability)
         candidate_noise = rng.standard_normal(logits.shape)

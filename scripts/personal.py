@@ -58,8 +58,8 @@ def main() -> None:
         table = pd.read_csv(flags.path, sep="\t", header=None, dtype=str)[columns]
         value = pd.to_numeric(table[columns[2]], errors="coerce")
         table = table[value.notna()]
-        ids = (table[column].to_numpy() for column in columns[:2])
-        shares = {"labels": item_share(*ids, value.dropna().to_numpy())}
+        request, item = (table[column].to_numpy() for column in columns[:2])
+        shares = {"labels": item_share(request, item, value.dropna().to_numpy())}
     for name, share in shares.items():
         print(f"{name:12} {share:.3f}")
 

@@ -68,6 +68,7 @@ def main() -> None:
 def _needs(config: ConfigDict, workdir: Path) -> list[float]:
     """Candidates to pass for 99% of the final value, in the order of `COLUMNS`, on test."""
     made = api.run(config, workdir)
+    assert made.students
     (study,) = read_studies([Path(str(made.students.workdir))])
     estimates = Estimates(study)
     lists = best(study.references, [name for name in LISTS if name not in NEED_SCORES])

@@ -117,7 +117,11 @@ def _timed(build: Any, log: str, threads: int) -> dict[str, float]:
 
 def plain(log: str, threads: int, folder: str) -> tuple[int, int]:
     """`PLAIN`; how many requests and candidates it found."""
-    limits = {"threads": threads, "memory_limit": f"{MEMORY}GiB", "temp_directory": folder}
+    limits: dict[str, str | bool | int | float | list[str]] = {
+        "threads": threads,
+        "memory_limit": f"{MEMORY}GiB",
+        "temp_directory": folder,
+    }
     with duckdb.connect(config=limits) as connection:
         connection.execute(PLAIN.format(log=log, out=f"{folder}/requests.parquet"))
         counted = "SELECT count(DISTINCT request_id), count(*) FROM used"

@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ def donated(way: Callable, start: Any, *inputs: Any) -> Callable[[], None]:
 
 
 def interleaved(
-    sides: dict[str, Callable[[], None]], turns: int = 8, calls: int = 8, warm: int = 3
+    sides: Mapping[str, Callable[[], Any]], turns: int = 8, calls: int = 8, warm: int = 3
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a call of each side, in turns, so that noise meets all alike.
 

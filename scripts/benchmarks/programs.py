@@ -40,12 +40,14 @@ class Program:
         live = LiveTeacher(teacher.model, stage) if teacher else None
         of_teacher = teacher.ranker.parameters if teacher else None
         constants = Constants(jax.tree.map(jnp.asarray, items), of_teacher)
-        self.program = make_program(stacks, live, None, constants, devices)
+        no_batches: Any = None  # each step is given its batch
+        self.program = make_program(stacks, live, no_batches, constants, devices)
         self.states = initial_states(self.program)
         step = make_step([stack.train_spec for stack in stacks], live)
         self.take_one = devices.map_step(step, jax.eval_shape(lambda: self.states))
         arguments = (self.states, self.batch, self.program.hyperparameters, self.program.constants)
-        compiled = self.take_one.lower(*arguments).compile()
+        jitted: Any = self.take_one
+        compiled = jitted.lower(*arguments).compile()
         self.flops = float(compiled.cost_analysis()["flops"])
 
     def start(self, batch: Any) -> Any:

@@ -5,10 +5,12 @@ the probabilities that rank.
 """
 
 import argparse
+import dataclasses
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kd_ranker.batch import Items, empty_batch
@@ -30,18 +32,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = open_source(config.data, config.tasks, config.funnel).spec
     generator = np.random.default_rng(0)
     batch = empty_batch(spec, 1, config.funnel.retrieved)
-    batch = jax.device_put(
-        batch.replace(
-            item_id=generator.integers(0, spec.num_items, batch.item_id.shape).astype(np.int32),
-            history_id=generator.integers(0, spec.num_items, batch.history_id.shape).astype(
-                np.int32
-            ),
-            history_mask=np.ones_like(batch.history_mask),
-            stage=np.ones_like(batch.stage),
-        )
+    item_id = generator.integers(0, spec.num_items, batch.item_id.shape)
+    history_id = generator.integers(0, spec.num_items, batch.history_id.shape)
+    fields: dict[str, Any] = dict(
+        item_id=item_id.astype(np.int32),
+        history_id=history_id.astype(np.int32),
+        history_mask=np.ones_like(batch.history_mask),
+        stage=np.ones_like(batch.stage),
     )
+    batch = jax.device_put(dataclasses.replace(batch, **fields))
     features = generator.normal(size=(spec.num_items, spec.item_features)).astype(np.float32)
-    items = jax.device_put(Items(features, np.zeros((spec.num_items, 0), np.int32)))
+    items = Items(jnp.asarray(features), jnp.zeros((spec.num_items, 0), jnp.int32))
     calls, flops = {}, {}
     for name, make in (("student", specs.student_model), ("teacher", specs.teacher_model)):
         model, init = make(config, spec)

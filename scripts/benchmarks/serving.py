@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 from jax import export
@@ -143,7 +144,7 @@ def request(spec: FeatureSpec, candidates: int) -> tuple[CandidateBatch, Items]:
         return generator.normal(size=shape).astype(np.float32)
 
     batch = empty_batch(spec, 1, candidates)
-    batch = batch.replace(
+    fields: dict[str, Any] = dict(
         user_features=normal(1, spec.user_features),
         context=normal(1, spec.context_features),
         item_id=ids(1, candidates),
@@ -152,8 +153,9 @@ def request(spec: FeatureSpec, candidates: int) -> tuple[CandidateBatch, Items]:
         history_mask=np.ones_like(batch.history_mask),
         stage=np.ones_like(batch.stage),
     )
+    batch = dataclasses.replace(batch, **fields)
     features = normal(spec.num_items, spec.item_features)
-    return batch, Items(features, np.zeros((spec.num_items, 0), np.int32))
+    return batch, Items(jnp.asarray(features), jnp.zeros((spec.num_items, 0), jnp.int32))
 
 
 def trained(model: Model, init: Callable) -> tuple[Model, Parameters]:

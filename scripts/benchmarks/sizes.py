@@ -1,7 +1,9 @@
 """The sizes at which train steps are compared, and random batches of them."""
 
 import dataclasses
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -65,7 +67,7 @@ class Sizes:
         shown = generator.random(of_candidates) < 0.1
         label = generator.random((*of_candidates, self.tasks)) < 0.3
         probability = generator.random((*of_candidates, self.tasks), dtype=np.float32)
-        return empty_batch(self.spec(), *of_candidates).replace(
+        fields: dict[str, Any] = dict(
             user_id=ids(self.users, self.requests),
             user_features=normal(self.requests, self.user_features),
             history_features=normal(self.requests, 1, 1),
@@ -76,9 +78,10 @@ class Sizes:
             teacher_probability=probability,
             teacher_weight=np.ones_like(probability),
         )
+        return dataclasses.replace(empty_batch(self.spec(), *of_candidates), **fields)
 
     def random_items(self) -> Items:
         """Random features of all items, and no categories."""
         shape = (self.items, self.item_features)
         features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return Items(features, np.zeros((self.items, 0), np.int32))
+        return Items(jnp.asarray(features), jnp.zeros((self.items, 0), jnp.int32))

@@ -57,7 +57,7 @@ def program_of(sizes: Sizes) -> Program:
 def steps_of(program: Program, sizes: Sizes) -> Any:
     """A function that takes a step on the next of several batches."""
     batches = itertools.cycle(
-        [program.run.devices.shard(sizes.batch(seed)) for seed in range(BATCHES)]
+        [program.program.devices.shard(sizes.batch(seed)) for seed in range(BATCHES)]
     )
     return lambda: jax.block_until_ready(program.start(next(batches)))
 

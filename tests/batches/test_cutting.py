@@ -52,6 +52,18 @@ def test_evaluation_reads_every_candidate_once(dataset):
         np.testing.assert_array_equal(batch.user_label[index][is_labeled], request.user_label)
 
 
+def test_numbers_of_rivals_follow_their_candidates(dataset):
+    numbers = np.arange(sum(SIZES), dtype=np.float32)[:, None]
+    numbers_by_request = np.split(numbers, np.cumsum(SIZES)[:-1])
+
+    batches = [*evaluation_batches(dataset, "test", requests=3, candidates=24, rivals=numbers)]
+
+    for row, request in enumerate(read_requests(dataset, "test")):
+        order = np.random.default_rng(request.request_id).permutation(SIZES[row])
+        of_request = batches[row // 3].rivals[row % 3, : SIZES[row]]
+        np.testing.assert_array_equal(of_request, numbers_by_request[row][order])
+
+
 def test_a_limit_counts_requests_and_the_funnel_must_hold_each(dataset):
     (batch,) = evaluation_batches(dataset, "test", requests=8, candidates=20, limit=2)
     assert batch.request_mask.sum() == 2

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd_ranker.batch import RowSharding
 from kd_ranker.embedding.lookup import (
     TableSpec,
     embeddings,
@@ -18,6 +19,7 @@ from kd_ranker.embedding.lookup import (
     was_trained,
     without_slots,
 )
+from kd_ranker.embedding.row_sharding import from_shards
 from kd_ranker.models.model import build_model
 from kd_ranker.models.teacher import FinalRanker
 from tests.random_batches import CATEGORY_SPEC, SPEC, TEACHER, random_batch, random_items
@@ -141,6 +143,25 @@ def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
     assert len(np.unique(drawn, axis=0)) == size
     np.testing.assert_allclose(drawn.std(), 0.5, rtol=4 / np.sqrt(2 * drawn.size))
     np.testing.assert_allclose(drawn.mean(), 0, atol=4 * 0.5 / np.sqrt(drawn.size))
+
+
+@pytest.mark.parametrize("size", [5, 100])
+def test_devices_that_share_a_fresh_table_hold_the_same_rows(monkeypatch, size):
+    monkeypatch.setattr("kd_ranker.embedding.lookup._BLOCK", 7)
+    table, key = TableSpec(size, False), jax.random.key(0)
+    whole = np.asarray(init_table(table, 4, 1, 0.5, key))
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]), ("d",))
+    shards = jax.shard_map(
+        lambda key: init_table(table, 4, 1, 0.5, key, RowSharding(3, "d")),
+        mesh=mesh,
+        in_specs=jax.sharding.PartitionSpec(),
+        out_specs=jax.sharding.PartitionSpec("d"),
+        check_vma=False,
+    )(key)
+
+    rows = np.asarray(from_shards(np.asarray(shards), 0, 3))
+    np.testing.assert_array_equal(rows[: len(whole)], whole)
 
 
 def test_ids_not_met_in_training_are_served_the_reserved_row():
