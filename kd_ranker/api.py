@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.cohorts.plan import FOLDER
+from kd_ranker.compiled import keep_programs
 from kd_ranker.config import checks, defaults, schema
 from kd_ranker.config.runs import list_runs, repeats, sweep_runs
 from kd_ranker.configs import parquet
@@ -278,6 +279,7 @@ def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None
     config = _copied(config)
     place = place_of(workdir)
     checks.validate(config)
+    keep_programs(config.compilation_cache)
     training.train("train_teacher", config, {}, place, progress or Progress())
     return Trained(place)
 
@@ -298,6 +300,7 @@ def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> 
     """
     config = _copied(config, teacher)
     checks.validate(config)
+    keep_programs(config.compilation_cache)
     return scoring.score_dataset(config)
 
 
@@ -323,6 +326,7 @@ def train(
     place = place_of(workdir)
     checks.validate(config, single=True)
     checks.check_students([config])
+    keep_programs(config.compilation_cache)
     training.train("train", config, {"": config}, place, progress or Progress())
     return Trained(place)
 
@@ -376,6 +380,7 @@ def sweep(
         config.sweep.runs = list_runs(runs)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
+    keep_programs(config.compilation_cache)
     sweeping.train_sweep(config, place, show, progress or Progress())
     return Trained(place)
 
@@ -446,6 +451,7 @@ def score(
     config = _copied(config or trained)
     config.data.path = datasets.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
+    keep_programs(config.compilation_cache)
     scored, lines = scoring.score_unseen(config, workdir, run, folder, trained)
     for line in (*lines, *str(scored).splitlines()):
         show(line)
@@ -482,7 +488,9 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    trained = open_ranker(workdir, run, serve, config_of(workdir, trust))
+    config = config_of(workdir, trust)
+    keep_programs(config.compilation_cache)
+    trained = open_ranker(workdir, run, serve, config)
     export_ranker(trained, folder, formats)
     show(str(trained))
     return folder

@@ -267,6 +267,8 @@ _ALL = (
         Key("registered_by", "", "a Python file that other processes execute first, and with "
             "--trust also score and export, because it registers a part of the run; set to the "
             "file of --config, unless that is one of the package", influences="nothing"),
+        Key("compilation_cache", "auto", "folder that keeps compiled programs for later processes; "
+            "auto: one of this user; \"\": none", influences="nothing"),
         influences="dataset",
     ),
     section(

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from kd_ranker.compiled import keep_programs
 from kd_ranker.errors import UserError
 
 _SECONDS_TO_ANSWER = 10
@@ -37,10 +38,7 @@ def call_on_cluster(
             max_retries=config.ray.retries,
             scheduling_strategy="SPREAD",
         )
-        waiting = [
-            remote.remote(Path.cwd(), config.registered_by, function, arguments)
-            for arguments in calls
-        ]
+        waiting = [remote.remote(Path.cwd(), config, function, arguments) for arguments in calls]
         for _ in tqdm(calls, description, leave=False, unit="part", disable=None):
             (ended,), waiting = ray.wait(waiting, num_returns=1)
             ray.get(ended)
@@ -84,10 +82,11 @@ def register(file: str) -> None:
         raise UserError(f"{file} does not load: {type(error).__name__}: {error}") from error
 
 
-def _call(folder: Path, registered_by: str, function: Callable, arguments: tuple) -> Any:
+def _call(folder: Path, config: ConfigDict, function: Callable, arguments: tuple) -> Any:
     """Call a function on another machine, in the same folder and with the same registrations."""
     os.chdir(folder)
-    register(registered_by)
+    register(config.registered_by)
+    keep_programs(config.compilation_cache)
     return function(*arguments)
 
 
