@@ -316,17 +316,21 @@ def _draw_request(
     history = draw_history(rng, world, user)
     item, age, policy = _retrieve(rng, world, funnel, time, user, history)
 
-    terms = logit_terms(world, user, context, history, item, age)
+    num_passed = int(funnel.passed)
+    num_shown = int(funnel.shown)
+    # All arrays are in the order of the policy; only passed candidates of training have scores.
+    num_scored = num_passed if split == "train" and not data.hint else int(funnel.retrieved)
+    scored = item[:num_scored]
+    terms = logit_terms(world, user, context, history, scored, age[:num_scored])
     logits = terms @ TERM_WEIGHTS + (INTERCEPTS + world.generosity[user])
-    logits += taste_match(world.taste[user], world.style[item])[:, None] * TASTE_WEIGHTS
-    noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
-    error = world.teacher_item_error[item] + world.teacher_user_error[user]
+    logits += taste_match(world.taste[user], world.style[scored])[:, None] * TASTE_WEIGHTS
+    # Drawn for all, so that later draws do not depend on the number.
+    noise = 0.15 * rng.standard_normal((len(item), len(TASKS)), np.float32)[:num_scored]
+    error = world.teacher_item_error[scored] + world.teacher_user_error[user]
     # Of the production final ranker.
     probability = sigmoid(logits + data.noise * error + data.noise * noise)
 
-    # All arrays so far are in the order of the policy; `order` is that of the request.
-    num_passed = int(funnel.passed)
-    num_shown = int(funnel.shown)
+    # `order` is that of the request.
     value = probability[:num_passed] @ PRODUCTION_VALUE_WEIGHTS
     order = np.arange(funnel.retrieved)
     order[:num_passed] = _shown_first(rng, value, num_shown, data.exploration)
@@ -344,10 +348,11 @@ def _draw_request(
             np.float32(data.hint),
         )
         features = np.stack([age, hint], axis=1)
-    true_probability = sigmoid(logits[order])[:, columns]
+    scored_order = order[:num_scored]
+    true_probability = sigmoid(logits[scored_order])[:, columns]
     # Drawn for all tasks, so that a draw does not depend on the requested tasks.
     luck = rng.random((num_shown, len(TASKS)))[:, columns]
-    teacher_probability = probability[order][:, columns]
+    teacher_probability = probability[scored_order][:, columns]
     if split == "train":
         logged = _log_teacher(
             rng, teacher_probability[:num_passed], terms[order[:num_passed]], columns, data
