@@ -363,7 +363,7 @@ class CandidateBatch:
 
     @property
     def num_scored(self) -> int:
-        """The number of first candidates of each request that can have logged probabilities."""
+        """The number of first candidates that can be passed ones or have logged probabilities."""
         return self.teacher_weight.shape[1]
 
     def first(self, candidates: int) -> "CandidateBatch":

@@ -3,7 +3,7 @@
     Draw ─read→ Gathered ─pack_batches→ PackedBatches ─unpack→ CandidateBatch
 
 The first two make the batches of many train steps at once. The last runs before each train step,
-in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX. `training` reads
+in the same program. `pack_batches` and `unpack` take arrays of NumPy or of JAX. `.training` reads
 the rows of data that devices hold. Evaluation batches are cut on the host, and never packed.
 """
 

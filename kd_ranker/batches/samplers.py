@@ -4,7 +4,7 @@ A sampler is a pure function of one request
 
     sampler(counts, scores, batch, key) -> (places, factors)
 
-which `config.batch.sampler` names. `training` runs it on the host, ahead of the steps:
+which `config.batch.sampler` names. `batches.training` runs it on the host, ahead of the steps:
 
     counts      `Counts` of the request, each a single number
     scores      float32 [n], the teacher's scores of the n = `counts.retrieved` candidates: the mean
@@ -14,7 +14,7 @@ which `config.batch.sampler` names. `training` runs it on the host, ahead of the
                 `np.random.default_rng(key.view(np.uint64))`
     places      int [k], k ≤ `batch.candidates`: different numbers in [0, n), in any order
     factors     float [k]: the number of labels that the label of each represents; 0 leaves the
-                label out. Candidates that were not shown have no label, so theirs are not read.
+                label out. Of candidates that were not shown, which have no label, it has no effect.
 
 The candidates of a request are in this order: `counts.positives` shown ones with a positive label,
 the others of the first `counts.shown`, the others of the first `counts.passed`, and the rest. In
@@ -43,7 +43,7 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches import sampling
 from kd_ranker.batches.sampling import BatchConfig, Draw, Slots
 from kd_ranker.errors import UserError
-from kd_ranker.requests.columns import Columns, Counts, counting, what_counts
+from kd_ranker.requests.columns import Columns, Counts, counting, kept_kinds
 
 # The kinds of drawn candidates, in the order in which a batch holds them.
 _LABELED, _PASSED, _REST, _LEFT_OUT = range(4)
@@ -222,14 +222,14 @@ def draw(
     stage: Stage,
     slots: Slots,
     request: Int[np.ndarray, "R steps"],
-    start: Float[np.ndarray, "R steps 4"],
+    key: Float[np.ndarray, "R steps 4"],
 ) -> Draw:
     """Draw the candidates of the batches of some steps, request by request.
 
-    A sampler sees `inputs`, so what it draws does not depend on what the runs need. By `counts` and
-    `stage`, drawn candidates that no run needs are then left out; see `columns.what_counts`.
-    Labeled ones come first, then the others that were passed, then the rest. `start` has the key of
-    each request.
+    A sampler sees `inputs`, so what it draws does not depend on what the runs need. Then drawn
+    candidates that no run needs are left out, by `stage` and by `counts`, which has only the scores
+    that a run learns from; see `columns.kept_kinds`. Labeled ones come first, then the others that
+    were passed, then the rest.
 
     Raises:
       UserError: the sampler breaks its contract.
@@ -240,13 +240,13 @@ def draw(
     place = np.full((*request.shape, batch.candidates), -1, np.int32)
     factor = np.zeros(place.shape, np.float32)
     for index in np.ndindex(request.shape):
-        single_counts = seen_counts.of(index)
+        counts_of_one = seen_counts.of(index)
         if sampler.needs_scores:
             scores = inputs.scores_of(int(request[index]))
         else:
-            scores = np.full(single_counts.retrieved, np.nan, np.float32)
-        result = sampler.function(single_counts, scores, batch, start[index])
-        places, factors = checked(result, single_counts, batch)
+            scores = np.full(counts_of_one.retrieved, np.nan, np.float32)
+        result = sampler.function(counts_of_one, scores, batch, key[index])
+        places, factors = checked(result, counts_of_one, batch)
         place[index][: len(places)] = places
         factor[index][: len(places)] = factors
 
@@ -254,10 +254,10 @@ def draw(
     wide = Counts(*(values[..., None] for values in request_counts))
     is_labeled = (place >= 0) & (place < wide.shown) & (factor > 0)
     is_passed = place < wide.passed
-    passed_count, rest_counts = what_counts(wide, stage)
-    is_counted = np.where(is_passed, passed_count, rest_counts) & (place >= 0)
+    kept = kept_kinds(wide, stage)
+    is_kept = np.where(is_passed, kept.others, kept.rest) & (place >= 0)
     kind = np.select(
-        [is_labeled, is_counted & is_passed, is_counted],
+        [is_labeled, is_kept & is_passed, is_kept],
         [_LABELED, _PASSED, _REST],
         _LEFT_OUT,
     )

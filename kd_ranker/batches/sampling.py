@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
 from kd_ranker.batch import Stage
-from kd_ranker.requests.columns import Counts, Parts, what_counts
+from kd_ranker.requests.columns import Counts, Parts, kept_kinds
 
 # The kinds of candidates that a batch holds, in the order in which it holds them.
 KINDS = 4
@@ -29,7 +29,7 @@ class BatchConfig(NamedTuple):
     passed_share: float  # see `samplers.funnel` and `samplers.hard`
     negative_rate: float  # share of the shown candidates without a positive label to keep
     seed: int  # of the order and of the draws
-    order: str = "shuffled"  # one of `training.ORDERS`
+    order: str = "shuffled"  # one of `batches.training.ORDERS`
     sampler: str = "funnel"  # one of `samplers.SAMPLERS`
 
 
@@ -98,8 +98,8 @@ def kinds_of(
     of these k negatives then counts n / k times, so weighted sums over the labels keep their
     expectation. If they do not fit, they are thinned and reweighted in the same way. The passed get
     a share `passed_share` of the remaining slots, and the rest get the others; if either runs out,
-    the other takes its slots. Last, kinds that do not count at `stage` are left out. That changes
-    nothing in the draw of the kinds that count.
+    the other takes its slots. Last, kinds that no run needs are left out, see `kept_kinds`. That
+    changes nothing in the draw of the others.
 
     Returns:
       int32: for each request the number of candidates of each kind, and the number of each that a
@@ -116,9 +116,9 @@ def kinds_of(
     slots = np.minimum(batch.candidates - num_labeled, others + rest)
     slots_of_others = np.minimum(np.rint(batch.passed_share * slots).astype(np.int64), others)
     slots_of_others = np.maximum(slots_of_others, slots - rest)
-    passed_count, rest_counts = what_counts(counts, stage)
-    drawn_others = np.where(passed_count, slots_of_others, 0)
-    drawn_rest = np.where(rest_counts, slots - slots_of_others, 0)
+    kept = kept_kinds(counts, stage)
+    drawn_others = np.where(kept.others, slots_of_others, 0)
+    drawn_rest = np.where(kept.rest, slots - slots_of_others, 0)
     numbers = [positives, negatives, others, rest]
     drawn = [drawn_positives, drawn_negatives, drawn_others, drawn_rest]
     kinds = np.stack([*numbers, *drawn], axis=-1).astype(np.int32)
@@ -184,45 +184,45 @@ def choose_places(starts: Starts, slots: Slots) -> Draw:
     request = starts[..., 2 * KINDS]
     start = [starts[..., [2 * KINDS + 1 + kind]] for kind in range(KINDS)]
 
-    def around(index: Any, number: Any) -> Any:
-        """Return an index on a circle of `number` places; right for those in [0, 2 · number)."""
-        return index - number * (index >= number)
-
     shown = number[POSITIVES] + number[NEGATIVES]
     num_labeled = k[POSITIVES] + k[NEGATIVES]  # the shown that are drawn with their labels
     passed = num_labeled + number[OTHERS]
+
+    # The candidates of a kind lie on a circle. Its sample is a stretch of the circle, from its
+    # start; the candidates that are left out follow the sample.
+    def around(index: Any, number: Any) -> Any:
+        """Return the place on a circle of `number` places of an index in [0, 2 · number)."""
+        return index - number * (index >= number)
+
+    def place_of_other(index: Any) -> Any:
+        """Return the place of one of the others that were passed, as `kinds_of` counts them.
+
+        Their circle begins with the shown candidates that are not drawn with their labels: first
+        the positives left out, then the negatives left out. The candidates that were passed and
+        not shown follow.
+        """
+        positives_left_out = number[POSITIVES] - k[POSITIVES]
+        shown_left_out = shown - num_labeled
+        positive = around(start[POSITIVES] + k[POSITIVES] + index, number[POSITIVES])
+        index_of_negative = start[NEGATIVES] + k[NEGATIVES] + index - positives_left_out
+        negative = number[POSITIVES] + around(index_of_negative, number[NEGATIVES])
+        not_shown = shown + index - shown_left_out
+        left_out = xp.where(index < positives_left_out, positive, negative)
+        return xp.where(index < shown_left_out, left_out, not_shown)
+
     slot: Any = xp.arange(slots.candidates, dtype=starts.dtype)
     place: Any = xp.zeros_like(slot)
     end: Any = 0
     # Kinds are written in their order. Each overwrites all slots from its first one on, so what a
     # kind writes into the slots of later ones does not matter.
     for kind in range(KINDS):
-        # A sample is a run on the circle of its kind; the places left out follow it there.
         index = around(start[kind] + slot - end, number[kind])
         if kind == POSITIVES:
             place_of_index = index
         elif kind == NEGATIVES:
             place_of_index = number[POSITIVES] + index
         elif kind == OTHERS:
-            # As `kinds_of` counts them, the others include the shown that are not drawn with their
-            # labels. These come first on the circle: the positives left out, then the negatives
-            # left out. Then come those that were passed and not shown, whose places begin at
-            # `shown`.
-            positives_left_out = number[POSITIVES] - k[POSITIVES]
-            positive = around(start[POSITIVES] + k[POSITIVES] + index, number[POSITIVES])
-            negative = around(
-                start[NEGATIVES] + k[NEGATIVES] + index - positives_left_out, number[NEGATIVES]
-            )
-            shown_left_out = shown - num_labeled
-            place_of_index = xp.where(
-                index < positives_left_out,
-                positive,
-                xp.where(
-                    index < shown_left_out,
-                    number[POSITIVES] + negative,
-                    shown + index - shown_left_out,
-                ),
-            )
+            place_of_index = place_of_other(index)
         else:
             place_of_index = passed + index
         place = xp.where(slot >= end, place_of_index, place)

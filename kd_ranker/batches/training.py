@@ -53,8 +53,9 @@ class Needs(NamedTuple):
     What is left out does not change what is drawn: candidates are drawn first, from all.
     """
 
-    # The earliest stage of the candidates to keep, for a use that needs no scores. Shown ones and
-    # those with a logged score stay.
+    # Candidates of this stage or a later one stay, for a use that needs no logged score: as
+    # negatives, for a loss on stages, or to be scored by a live teacher. Others stay if they have a
+    # logged score or are drawn with a label.
     stage: Stage = Stage.RETRIEVED
     # Logged scores count for candidates of this stage or a later one (`teacher.stage`); None:
     # batches hold no scores.

@@ -50,8 +50,9 @@ def cohort_size(
     """Return `sweep.cohort_size`, or the number of runs that fit free memory with a margin."""
     if config.sweep.cohort_size:
         return config.sweep.cohort_size
-    # The number of runs is not known yet. Take as many as there are devices: then `spread` gives
-    # runs of their own to as many devices as it can, and each of these has room for `fitting` runs.
+    # How many devices get runs of their own depends on the number of runs, which this decides. With
+    # a run for each device, `spread` gives runs of their own to as many devices as it can,
+    # `device_map.runs`. Each of these has room for `fitting` runs.
     device_map = spread(config.parallel, devices, [len(devices)], config.batch.requests)
     one_per_stack = {shared_part(run): run for run in runs}
     largest = 0.0

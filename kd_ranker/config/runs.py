@@ -108,7 +108,7 @@ def _axes(config: ConfigDict) -> dict[Key, Sequence[Any]]:
 
 
 class _Axis(enum.IntEnum):
-    """The kinds of axes, from the one that varies last to the one that varies first."""
+    """The kinds of axes, in the order of nested loops: the first is the outermost."""
 
     BATCHES = 0
     SEED = 1

@@ -72,7 +72,11 @@ def value_of(config: ConfigDict, name: str) -> Any:
 
 
 def without_influence(on: Influence) -> list[str]:
-    """The names of the keys that do not change a dataset, a teacher, a student or a report."""
+    """Return the names of the keys that may change without an effect on `on`.
+
+    `on` is a dataset, a teacher, a student or a report; a key that influences one of these
+    influences all that follow it.
+    """
     rank = INFLUENCES.index(on)
     return [key.name for key in _every_key() if INFLUENCES.index(key.influences) > rank]
 

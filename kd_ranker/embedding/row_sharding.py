@@ -81,6 +81,8 @@ def read(
         return _take(places, row + first)[..., columns]
     requested = jax.lax.all_gather(row.reshape(-1), row_sharding.axis, tiled=True)
 
+    # `update_own_rows` finds the requested rows that lie here; the state that it updates is the
+    # array of the rows to send.
     def fill(rows: Array, place: Array, mask: Array, _: None, index: Array | None) -> Array:
         taken = _take(places, place + first)[:, columns]
         if index is None:

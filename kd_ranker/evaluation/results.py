@@ -35,7 +35,7 @@ CALIBRATION_FILE = "calibration.csv"
 # The columns that, with `OTHER_KEYS`, identify a row of results.csv.
 KEYS = ("dataset", "split", "role", *STUDENT_COLUMNS, "serve", *REPEAT, "step")
 _LAST = ("non_finite_step", "run", "needs_scores")
-# The columns that identify a row of a table. Every run has the teacher and the references.
+# The columns that identify a row of a table. Each folder has the teacher and the references.
 _UNIQUE = ("split", "run", "serve", *REPEAT, "k", "task", "bin")
 CALIBRATION_COLUMNS = ("run", "serve", "task", "bin", "weight", "predicted", "observed")
 
@@ -92,10 +92,10 @@ def read_joined(folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def join(validation: Sequence[Path], test: Sequence[Path], costs: Costs = FLOPS) -> dict[str, str]:
-    """Merge the tables of several runs: file name -> text.
+    """Merge the tables in several folders: file name -> text.
 
-    The runs have measured all runs on validation, and in other folders those that validation
-    chose on the test split. Every run has measured its teacher, which is kept once per split. With
+    The folders in `validation` have all runs, measured on that split; those in `test` have the runs
+    that validation chose. Each has the teacher of its runs, which is kept once per split. With
     several teachers, the curves and the calibration are those of the first. Savings are filled in,
     see `fill_savings`. Everything else is copied unchanged.
     """

@@ -109,7 +109,8 @@ def funnel_cost(
     """The mean cost of a request: candidates · student + scored · teacher, and its fixed part.
 
     Numbers of candidates are means over requests: those that the student ranks, and those that the
-    teacher scores. FLOPs are per candidate; `costs` replace them.
+    teacher scores. FLOPs are per candidate; `costs` replace them. Where `costs.student` is 0, the
+    student costs its FLOPs at the teacher's cost of a FLOP.
 
     >>> funnel_cost(candidates=2000, scored=200, student_flops=10.0, teacher_flops=200.0)
     60000.0
@@ -241,8 +242,8 @@ def with_costs(rows: pd.DataFrame, teacher_flops: float, costs: Costs = FLOPS) -
     """The labeled rows with `funnel_cost`, the mean cost of a request at `CRITERION`."""
     cost = []
     for row in rows.to_dict("records"):
-        flops, unit = student_cost(row, costs)
-        cost.append(funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, unit))
+        flops, own_costs = costs_as_early_ranker(row, costs)
+        cost.append(funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, own_costs))
     return rows.assign(funnel_cost=np.array(cost, float))
 
 
@@ -262,8 +263,8 @@ def with_savings(rows: pd.DataFrame, against: Mapping[str, str]) -> pd.DataFrame
     return rows
 
 
-def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
-    """FLOPs per candidate of a row's ranker as early ranker, and the costs with it.
+def costs_as_early_ranker(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
+    """Return `student_flops` and `costs` of `funnel_cost` with the ranker of a row as the student.
 
     A reference costs nothing, except a rival. A final ranker in front of itself has its own cost.
     """

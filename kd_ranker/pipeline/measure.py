@@ -107,7 +107,10 @@ def measure(
             for serve in serves[student.name]:
                 row = builder.start("student", student.name, serve)
                 row |= setting_names.setting_of(config)
-                row |= {"step": student.last_step, "needs_scores": needs_scores}
+                row |= {
+                    "step": student.non_finite_step or student.last_step,
+                    "needs_scores": needs_scores,
+                }
                 if student.non_finite_step:
                     builder.tables.rows.append(row | {"non_finite_step": student.non_finite_step})
                 else:

@@ -109,13 +109,13 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
         return False
     teachers = Teachers(dataset)
     first = next(iter(sweep.runs.values()))
-    with_scores = teachers.open(first).dataset
-    checks.check_teacher_signals(with_scores, sweep.runs.values())
-    checks.check_labels(with_scores)
-    registry.check(with_scores, config.sweep.rivals)
+    dataset_with_scores = teachers.open(first).dataset
+    checks.check_teacher_signals(dataset_with_scores, sweep.runs.values())
+    checks.check_labels(dataset_with_scores)
+    registry.check(dataset_with_scores, config.sweep.rivals)
     # By the memory that is free: of several processes, one decides.
     size = on_first(
-        lambda: cohort_size(config, sweep.runs.values(), with_scores.spec, trainees.devices)
+        lambda: cohort_size(config, sweep.runs.values(), dataset_with_scores.spec, trainees.devices)
     )
     sweep = sweep.planned(size)
     # Last, so that an extension counts once its cohorts are known.
@@ -214,8 +214,8 @@ def _train_cohort(job: TrainingJob, folder: Path, bar: Bar) -> None:
         bar.update(job.config.train.steps)
         return
     states = fit(job, folder, bar)
-    with_scores = workdirs.started_with_scores(folder, job.config)
-    measured = measure(job, "validation", states, started_with_scores=with_scores)
+    started_with_scores = workdirs.started_with_scores(folder, job.config)
+    measured = measure(job, "validation", states, started_with_scores=started_with_scores)
     write_measured(job, folder, job.provenance, measured)
 
 
@@ -223,13 +223,13 @@ def _test_and_join(sweep: Sweep, cohorts: _Cohorts) -> None:
     """Measure on test what validation chose, and write the tables of the whole sweep."""
     chosen = setting_names.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
-    with_references = set[str]()  # the teachers under which the references were measured
+    teachers_done = set[str]()  # those under which the references were measured
     for job, folder in cohorts:
         if folder in tested:
             serves = {name: chosen[name] for name in job.runs if name in chosen}
             teacher = job.provenance["teacher"]
-            _test_cohort(job, folder, serves, with_references=teacher not in with_references)
-            with_references.add(teacher)
+            _test_cohort(job, folder, serves, with_references=teacher not in teachers_done)
+            teachers_done.add(teacher)
     sweep.join(tested)
 
 

@@ -24,7 +24,10 @@ from kd_ranker.training.state import States
 
 @dataclasses.dataclass(frozen=True)
 class Trainees:
-    """Rankers that train together. What a trained student needs no teacher for needs only these."""
+    """Rankers that train together, without their teacher.
+
+    That suffices to restore, score and export trained ones.
+    """
 
     config: ConfigDict  # the values that the runs have in common
     runs: Runs  # the configs of the students; none of a teacher

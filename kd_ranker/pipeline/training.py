@@ -126,7 +126,7 @@ def _validation_scalars(job: TrainingJob, states: States) -> dict[str, float]:
 
 
 def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Program:
-    """The run of a job: its stacks on their batches, spread over its devices.
+    """Build the program of a job: its stacks on their batches, spread over its devices.
 
     The items of its dataset and the parameters of its teacher may be only shapes. By default the
     devices make the batches too.
@@ -146,6 +146,7 @@ def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Pr
         batches_on,
         # CPU devices hold their data in the memory of the host.
         copies=1 + _num_on_cpu(batches_on),
+        # What samplers see. A live teacher's scores are not logged, so its stage hides none.
         scores_stage=stage if job.config.teacher.source == "logged" else Stage.RETRIEVED,
     )
     return make_program(stacks, teacher, batches, constants, trainees.device_map)

@@ -286,7 +286,7 @@ class Estimates:
     def _cost(self, setting: str, target: float) -> OverDraws:
         """Return the mean cost of a request at a target."""
         row = self._rows[setting].iloc[0].to_dict()
-        flops, costs = saving.student_cost(row, self.study.costs)
+        flops, costs = saving.costs_as_early_ranker(row, self.study.costs)
         (scored_column,) = METRICS["scored_for"].columns((), ReportAt(targets=(target,)))
 
         def cost(candidates: Any, scored: Any) -> Any:

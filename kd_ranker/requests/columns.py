@@ -243,38 +243,36 @@ def needed(columns: Columns, spec: FeatureSpec, logged: Stage | None, history: b
 
 
 def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
-    """Return the number of leading candidates that can count in training; see `what_counts`."""
-    passed_count, rest_counts = what_counts(counts, stage)
-    number = np.where(passed_count, counts.passed, counts.shown)
-    return np.where(rest_counts, counts.retrieved, number)
+    """Return the number of leading candidates that training may keep; see `kept_kinds`."""
+    kept = kept_kinds(counts, stage)
+    number = np.where(kept.others, counts.passed, counts.shown)
+    return np.where(kept.rest, counts.retrieved, number)
 
 
-def what_counts(
-    counts: Counts, stage: Stage
-) -> tuple[Bool[np.ndarray, "*n"], Bool[np.ndarray, "*n"]]:
-    """Test for each request which kinds of its drawn candidates are kept for training.
+class KeptKinds(NamedTuple):
+    """The kinds of drawn candidates that training keeps of each request, beside labeled ones."""
 
-    Shown candidates with a drawn label are always kept. The two other kinds are kept if they
-    reached `stage`, or if the log has scores for them:
+    others: Bool[np.ndarray, "*n"]  # were passed, and are not drawn with a label
+    rest: Bool[np.ndarray, "*n"]  # were not passed
 
-        scored                      the others that were passed    the rest
-        none, or shown ones only    no                             no
-        some that were passed       yes                            no
-        some that were not          yes                            yes
 
-    "The others that were passed" include shown candidates without a drawn label. Where all that
-    were passed were shown, they are kept if all of those have scores.
+def kept_kinds(counts: Counts, stage: Stage) -> KeptKinds:
+    """Return the kinds that reached `stage`, or of which the log has scores.
+
+    A log has scores of the first candidates of a request. So it has some of the others that were
+    passed if it has more scores than candidates were shown, and some of the rest if it has more
+    than were passed. Where all that were passed were shown, the others are only shown candidates
+    whose label is not drawn; these are kept if all of the shown have scores.
     """
-    all_passed_were_shown = counts.passed == counts.shown
-    passed_have_scores = np.where(
-        all_passed_were_shown,
-        (counts.scored > 0) & (counts.scored >= counts.passed),
+    others_have_scores = np.where(
+        counts.passed == counts.shown,
+        (counts.scored > 0) & (counts.scored >= counts.shown),
         counts.scored > counts.shown,
     )
     rest_have_scores = counts.scored > counts.passed
-    return (
-        passed_have_scores | (stage <= Stage.PASSED),
-        rest_have_scores | (stage <= Stage.RETRIEVED),
+    return KeptKinds(
+        others=others_have_scores | (stage <= Stage.PASSED),
+        rest=rest_have_scores | (stage <= Stage.RETRIEVED),
     )
 
 

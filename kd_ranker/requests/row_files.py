@@ -145,10 +145,10 @@ def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
 
 @functools.lru_cache(maxsize=4096)
 def spread_order(number: int) -> Int[np.ndarray, "number"]:
-    """Return an order of n places in which every run is spread evenly over all places.
+    """Return an order of n places in which every stretch is spread evenly over all places.
 
-    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any run
-    of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
+    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any
+    stretch of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
 
     >>> spread_order(8).tolist()
     [0, 5, 2, 7, 4, 1, 6, 3]
@@ -159,7 +159,7 @@ def spread_order(number: int) -> Int[np.ndarray, "number"]:
 def sampling_order(
     counts: Counts, positive: Bool[np.ndarray, "labels"]
 ) -> dict[Owner, Int[np.ndarray, "sum"]]:
-    """Return the order of candidates, and of labels, in which any run is a good sample.
+    """Return the order of candidates, and of labels, in which any stretch is a good sample.
 
     Candidates with a positive label come first, then the others that were shown, then the others
     that were passed, then the rest. Each of these four groups is in `spread_order`.
@@ -176,16 +176,16 @@ def sampling_order(
     spread_starts = starts_of(distinct_sizes)[:-1][which_size]
     order_in_group = spread_orders[ranges(spread_starts, sizes.ravel())]
     order = np.repeat(group_starts.ravel(), sizes.ravel()) + order_in_group
-    # The first two groups are mixed, in the order in which they were shown. Sort the shown places
-    # by request, positives first; then take the spread order of both groups from that list.
+    # The log mixes the first two groups. So sort the labels of each request, positives first, and
+    # take the spread order of both groups from that list. A label has an index among all labels,
+    # and its candidate one among all candidates.
+    candidate_of_label = ranges(starts, shown)
+    label_of_candidate = np.empty(len(order), np.int64)
+    label_of_candidate[candidate_of_label] = np.arange(len(positive))
     request = np.repeat(np.arange(len(shown)), shown)
-    positives_first = np.argsort(2 * request + ~positive, kind="stable")  # indices of labels
-    shown_places = ranges(starts, shown)
-    # A label has an index among all labels, and its candidate one among all candidates: the
-    # difference is the same for all labels of a request.
-    label_minus_candidate = np.repeat(starts_of(shown)[:-1] - starts, shown)
-    label_order = positives_first[order[shown_places] + label_minus_candidate]
-    order[shown_places] = label_order - label_minus_candidate
+    positives_first = np.argsort(2 * request + ~positive, kind="stable")
+    label_order = positives_first[label_of_candidate[order[candidate_of_label]]]
+    order[candidate_of_label] = candidate_of_label[label_order]
     return {"candidate": order, "shown": label_order}
 
 

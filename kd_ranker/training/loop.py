@@ -48,8 +48,8 @@ def fit(
     """Train until the last run is done, from the newest checkpoint in `workdir` if any.
 
     A run with a loss that stops being finite is reported and keeps its state. The others continue;
-    training ends early if no run is left. A signal to end the process is handled after the
-    checkpoint of the last step is complete.
+    training ends early if no run is left. After a signal to end the process, the state is saved
+    once more, and the signal is handled when that checkpoint is complete.
 
     Args:
       program: the runs, their batches and devices.

@@ -221,8 +221,8 @@ def needs(
     """Return what batches must hold for the stacks, and for the live teacher if there is one.
 
     A batch holds the candidates that anyone has a use for: all retrieved ones as negatives or for a
-    loss on stages; those that the live teacher scores; those with a logged score, see
-    `requests.columns.what_counts`; and always the shown.
+    loss on stages; those that the live teacher scores; those with a logged score; and always the
+    shown that are drawn with a label. See `requests.columns.kept_kinds`.
 
     Args:
       stacks: the stacks that one program trains.

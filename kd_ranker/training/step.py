@@ -112,7 +112,8 @@ def with_live_teacher(
         return batch
     parameters = constants.teacher
     assert parameters is not None, "a live teacher needs its parameters"
-    # Scoring is the largest part of such a step: only candidates of its stage are scored.
+    # Scoring is the largest part of such a step: only candidates of its stage are scored. All that
+    # were passed are among the first `num_scored`.
     scored = batch.first(batch.num_scored) if teacher.stage >= Stage.PASSED else batch
 
     def score_part(part: CandidateBatch) -> Float[Array, "R N T"]:
@@ -141,7 +142,7 @@ class _Trained(NamedTuple):
 class _RowUpdate(NamedTuple):
     """The rows that runs looked up, for the update of tables; all have an axis of runs."""
 
-    gradients: Rows  # of this device; all other gradients are summed over devices
+    gradients: Rows  # of this device; those of dense parameters are summed over devices
     gathered: Rows | None  # the rows themselves; without them, the update has to read them
     learning_rate: Float[Array, "*runs"]
     may_change: Bool[Array, "*runs"]
@@ -338,7 +339,7 @@ class _TableUpdate(NamedTuple):
     """A table after a step."""
 
     rows: Float[Array, "runs rows W"]
-    owner: Int[Array, "rows"]  # see `find_occurrences`
+    owner: Int[Array, "rows"]  # which of equal ids owns a row, see `find_occurrences`
     unknown_ids: Int[Array, ""]
 
 
@@ -362,7 +363,7 @@ def _update_table(
     ids, mask = join_over_devices((ids, mask), axis=0)
     gradients = join_over_devices(rows_of_table(embedding, row_update.gradients, name), axis=1)
 
-    # As `update_own_rows` calls it, with m of the rows, or with those that this device owns.
+    # `update_own_rows` calls it, with all M ids or with the m of them whose rows lie here.
     def update(
         before: tuple[Float[Array, "runs rows W"], Int[Array, "rows"]],
         row: Int[Array, "m"],

@@ -49,7 +49,7 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
 
     def cost_of(role: str, run: str = "") -> float:
         row = {"role": role, "run": run, "flops_per_candidate": 100.0}
-        flops, own = saving.student_cost(row, costs)
+        flops, own = saving.costs_as_early_ranker(row, costs)
         return saving.funnel_cost(2000, 200, flops, 100.0, own)
 
     assert cost_of("student") == 1280
@@ -60,7 +60,7 @@ def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     assert cost_of("reference", "EASE: regularization 300") == 50 + 200 * 4
     # In FLOPs, a rival costs its operations.
     row = {"role": "reference", "run": "EASE: regularization 300", "flops_per_candidate": 7.0}
-    flops, own = saving.student_cost(row, saving.FLOPS)
+    flops, own = saving.costs_as_early_ranker(row, saving.FLOPS)
     assert saving.funnel_cost(2000, 200, flops, 100.0, own) == 2000 * 7 + 200 * 100
     # Without a cost of the student, it is its FLOPs' share of the teacher's: 5% of 4.
     config.costs.student.candidate = 0.0

@@ -20,8 +20,9 @@ METRICS = (
         name="funnel_cost_saving",
         formula="1 − cost / cost of the best ranker that needs no scores of the final ranker, in "
         f"the same repeat, where cost = `candidates` · student FLOPs + `{SCORED}` · teacher "
-        "FLOPs, or in the unit of `costs`; the best of students, lists, rivals and the incumbent "
-        "has the cheapest funnel on validation; filled in for a whole sweep",
+        "FLOPs, or in the unit of `costs`. The best ranker is chosen on validation: of the student "
+        "that passes fewest, the lists, the rivals and the incumbent, the one with the cheapest "
+        "funnel. Filled in for a whole sweep",
         better="higher",
         title="saving",
         digits=3,

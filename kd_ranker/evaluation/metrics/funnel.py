@@ -35,6 +35,9 @@ def funnel_sums(ranked: Ranked) -> Sums:
     was_shown = mask & (ranked.batch.stage == Stage.SHOWN)
     # Requests with all or none shown cannot distinguish students.
     differs = was_shown.sum(axis=1, keepdims=True) < candidates
+    # A shown item without a chance of a label is one that the log did not pass: `known_shown` minus
+    # `known_passed_shown`. A live final ranker would also score the `unscored` candidates, without
+    # a score in the log, and may show any of them.
     funnels = funnel.funnel_curves(
         ranked.value,
         jnp.where(is_measured, ranked.teacher_value, jnp.nan),
@@ -55,16 +58,13 @@ def funnel_sums(ranked: Ranked) -> Sums:
     )
     ndcg, ndcg_counts = agreement.ndcg(funnels.gain, funnels.ideal_gain)
     curves = dict(funnels.curves)
-    # A shown item without a chance of a label is one that the log did not pass. A live final ranker
-    # would also score the candidates that have no score in the log, and may show any of them. So
-    # at most this number of the slots has no label:
     not_passed = curves.pop("known_shown") - curves.pop("known_passed_shown")
-    without_label = not_passed + curves.pop("unscored")
+    most_without_label = not_passed + curves.pop("unscored")
     slots = is_measured * jnp.minimum(jnp.minimum(passed, candidates), shown)
     sums = {
         **curves,
         "slots": slots,
-        "slots_with_label": slots - jnp.minimum(slots, without_label),
+        "slots_with_label": slots - jnp.minimum(slots, most_without_label),
         "funnel_requests": funnels.counts,
         **covered_funnel(ranked),
         # Candidates that the teacher scores if k are passed: all of a request with fewer.
@@ -200,10 +200,10 @@ BY_K = (
     ),
     Metric(
         name="covered_user_value",
-        formula="the labels know only the c candidates that the logged funnel passed, of n "
-        "retrieved. In a smaller funnel of these, the student passes its first ⌈k · c / n⌉, and "
-        "the teacher shows m · c / n: Σ value of the user labels of the shown, over Σ of the same "
-        "if all c pass",
+        formula="the funnel among the c candidates that the log passed, of n retrieved, since only "
+        "these can have a label. All its numbers shrink by c / n: the student passes its first "
+        "⌈k · c / n⌉ of them, and the teacher shows m · c / n. Σ value of the user labels of the "
+        "shown, over Σ of the same if all c pass",
         sums=funnel_sums,
         final=Captured("covered_user_value"),
         better="higher",

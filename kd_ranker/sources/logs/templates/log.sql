@@ -1,5 +1,6 @@
 -- Requests of a log. Starts from the view `log`: its own columns as "log:<name>", and `file` and `row`,
--- the place of a row. `query.py` fills in the rest; `docs/own_logs.md` explains the rules.
+-- the place of a row. `query.py` renders it: functions such as `number`, `id` and `feature_value` are the
+-- public methods of its `Query`. `docs/own_logs.md` explains the rules.
 
 -- Rows with `ordinal`, their place in an order, from 1. The order is that of groups, then of the rows in
 -- each: an engine of several machines would sort all rows in one task for a window over all of them.
