@@ -26,9 +26,17 @@ from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items, Stage
 from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.agreement import calibration_bin_sums
+from kd_ranker.evaluation.funnel import Orders, favorites_first_on_host
 from kd_ranker.evaluation.metrics.metric import SumFunction, Sums
 from kd_ranker.evaluation.metrics.registry import sum_functions, sums_curves
-from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes, rank_batch
+from kd_ranker.evaluation.ranked import (
+    Probability,
+    Ranked,
+    Scored,
+    Sizes,
+    candidates_of,
+    rank_batch,
+)
 from kd_ranker.models.model import Model, Parameters, score
 from kd_ranker.training.mapping import put, put_by_rows, shared_evenly
 from kd_ranker.training.state import Constants
@@ -129,6 +137,7 @@ def _serve_stack(
     parameters: Any,
     evaluation_batch: EvaluationBatch,
     items: Items,
+    value_weights: Float[Array, "T"],
     sharding: Sharding | None,
 ) -> list[dict[str, Scored]]:
     """Return the scores of each run of a stack by serve name, as separate arrays."""
@@ -139,7 +148,9 @@ def _serve_stack(
         served_by_run = jax.tree.map(operator.itemgetter(run), served)
         scored.append(
             {
-                name: Scored.of(probability, served_by_run.seen, evaluation_batch.batch)
+                name: Scored.of(
+                    probability, served_by_run.seen, evaluation_batch.batch, value_weights
+                )
                 for name, probability in served_by_run.probability.items()
             }
         )
@@ -151,6 +162,7 @@ def _score_by_teacher(
     serve: Serve | None,
     constants: Constants,
     evaluation_batch: EvaluationBatch,
+    value_weights: Float[Array, "T"],
     sharding: Sharding | None,
 ) -> tuple[Scored, EvaluationBatch]:
     """Return the teacher's scores as those of a ranker, and the batch with them."""
@@ -166,7 +178,7 @@ def _score_by_teacher(
             teacher_probability=probability,
             teacher_weight=weight.astype(jnp.float32),
         )
-    scored = Scored.of(batch.teacher_probability, seen, batch)
+    scored = Scored.by_teacher(batch, seen, value_weights)
     return _everywhere((scored, dataclasses.replace(evaluation_batch, batch=batch)), sharding)
 
 
@@ -215,6 +227,7 @@ def add(total: Sums | None, more: Sums) -> Sums:
 def _sums_of_rankers(
     rankers: Sequence[Scored],
     is_teacher: Bool[np.ndarray, "C"],
+    orders: Orders | None,
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
     *,
@@ -222,14 +235,19 @@ def _sums_of_rankers(
     functions: tuple[SumFunction, ...],
     ks: tuple[int, ...],
 ) -> RankerSums:
-    """The sums of one batch for C rankers, with a leading axis of these."""
+    """The sums of one batch for C rankers, with a leading axis of these.
 
-    def of_ranker(scored: Scored, is_teacher: Any) -> RankerSums:
-        batch = rank_batch(scored, evaluation_batch, value_weights, sizes, is_teacher)
+    The order of each ranker has that axis too; the teacher's has not. Orders that are None are
+    computed here.
+    """
+
+    def of_ranker(scored: Scored, is_teacher: Any, order: Any) -> RankerSums:
+        both = None if orders is None else orders._replace(student=order)
+        batch = rank_batch(scored, evaluation_batch, value_weights, sizes, is_teacher, both)
         return sums_of_batch(batch, functions, ks)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rankers)
-    return jax.vmap(of_ranker)(stacked, is_teacher)
+    return jax.vmap(of_ranker)(stacked, is_teacher, orders and orders.student)
 
 
 class _Part(NamedTuple):
@@ -289,6 +307,7 @@ def evaluate(
     constants = [places[0](Constants(items, teacher_parameters))]
     constants += [place(Constants(items, None)) for place in places[1:]]
     parts = [*_parts(stacks, places)]
+    value_weights = np.asarray(plan.value_weights, np.float32)
 
     def score_part(
         part: _Part, batch_at_places: Sequence[EvaluationBatch]
@@ -300,6 +319,7 @@ def evaluate(
             ranker.parameters,
             batch_at_places[part.place],
             constants[part.place].items,
+            value_weights,
             sharding,
         )
         scored_by_id: dict[_RankerId, Scored] = {}
@@ -321,14 +341,15 @@ def evaluate(
             batch_at_places = [place(evaluation_batch) for place in places]
             serve = teacher.serve if teacher else None
             teacher_scored, scored_batch = _score_by_teacher(
-                serve, constants[0], batch_at_places[0], sharding
+                serve, constants[0], batch_at_places[0], value_weights, sharding
             )
             scores: dict[_RankerId, Scored] = {}
             for scores_of_part in map_parts(score_part, parts, itertools.repeat(batch_at_places)):
                 scores |= scores_of_part
             rankers = list(scores)
             scored = [teacher_scored, *scores.values()]
-            batch_sums = _sums_of_all(scored, scored_batch, plan, sizes, own_devices, pool)
+            mask = np.asarray(candidates_of(evaluation_batch))
+            batch_sums = _sums_of_all(scored, scored_batch, mask, plan, sizes, own_devices, pool)
             sums = add(sums, batch_sums.sums)
             if plan.keep:
                 num_present = int(np.asarray(evaluation_batch.request_mask).sum())
@@ -356,6 +377,7 @@ def _empty_runs(stack: Ranker) -> list[dict[str, RankerSums]]:
 def _sums_of_all(
     scored: Sequence[Scored],
     evaluation_batch: EvaluationBatch,
+    mask: Bool[np.ndarray, "R N"],
     plan: Plan,
     sizes: Sizes,
     devices: Sequence[jax.Device],
@@ -363,14 +385,16 @@ def _sums_of_all(
 ) -> RankerSums:
     """The sums of one batch for all rankers, the teacher first, on the host.
 
-    Devices call the measuring program in turn, and the last call repeats its last ranker.
+    Devices call the measuring program in turn, and the last call repeats its last ranker. Only
+    CPUs get the orders of rankers from NumPy, see `favorites_first_on_host`.
     """
     size = _LEAST_PER_CALL
-    if devices[0].platform != "cpu":
+    on_cpu = devices[0].platform == "cpu"
+    if not on_cpu:
         per_device = -(-len(scored) // len(devices))
         # A power of 2, so that few programs are compiled.
         size = min(max(size, _power(per_device)), _MOST_PER_CALL)
-    weights = np.asarray(plan.value_weights, np.float32)
+    value_weights = np.asarray(plan.value_weights, np.float32)
     functions = sum_functions()
 
     def local(array: Any) -> Any:
@@ -383,12 +407,28 @@ def _sums_of_all(
         indices = range(first, first + size)
         rankers = [scored[min(index, len(scored) - 1)] for index in indices]
         is_teacher = np.array([index == 0 for index in indices])
-        inputs = jax.tree.map(local, (rankers, is_teacher, evaluation_batch, weights))
+        inputs = jax.tree.map(local, (rankers, is_teacher, evaluation_batch, value_weights))
         return jax.device_put(inputs, device)
 
+    def order_of(ranker: Scored) -> Any:
+        return favorites_first_on_host(np.asarray(ranker.value), mask)
+
+    order_of_teacher = order_of(jax.tree.map(local, scored[0])) if on_cpu else None
+
     def call(inputs: Any) -> RankerSums:
+        rankers, is_teacher, *batch_and_weights = inputs
+        orders = None
+        if order_of_teacher is not None:
+            of_rankers: Any = np.stack([order_of(ranker) for ranker in rankers])
+            orders = Orders(student=of_rankers, teacher=order_of_teacher)
         sums_on_device = _sums_of_rankers(
-            *inputs, sizes=sizes, functions=functions, ks=tuple(plan.ks)
+            rankers,
+            is_teacher,
+            orders,
+            *batch_and_weights,
+            sizes=sizes,
+            functions=functions,
+            ks=tuple(plan.ks),
         )
         return jax.device_get(sums_on_device)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import funnel
+from kd_ranker.evaluation.funnel import Orders
 
 Probability = Float[Array, "R N T"]
 
@@ -20,17 +21,23 @@ class Scored(NamedTuple):
     """The scores of a ranker on a batch.
 
     Attributes:
-      probability: the probabilities that it ranks by.
+      probability: the probabilities that it ranks by; NaN where a teacher has none.
+      value: the value of each candidate by these, see `funnel.value`.
       seen: for the ids of "user" [R] and "item" [R, N]: 1 if training included the id, 0 if it did
         not, NaN if that is not known.
     """
 
     probability: Probability
+    value: Float[Array, "R N"]
     seen: dict[str, Float[Array, "..."]]
 
     @classmethod
     def of(
-        cls, probability: Probability, seen: Mapping[str, Bool[Array, "..."]], batch: CandidateBatch
+        cls,
+        probability: Probability,
+        seen: Mapping[str, Bool[Array, "..."]],
+        batch: CandidateBatch,
+        value_weights: Float[Array, "T"],
     ) -> "Scored":
         """Build scores from the outputs of a model; some lookups may be absent."""
         ids = {"user": batch.user_id, "item": batch.item_id}
@@ -40,7 +47,21 @@ class Scored(NamedTuple):
         known = {
             name: was_seen.astype(jnp.float32) for name, was_seen in seen.items() if name in ids
         }
-        return cls(probability, unknown | known)
+        # In bfloat16, sums would lose their digits.
+        probability = probability.astype(jnp.float32)
+        return cls(probability, funnel.value(probability, value_weights), unknown | known)
+
+    @classmethod
+    def by_teacher(
+        cls,
+        batch: CandidateBatch,
+        seen: Mapping[str, Bool[Array, "..."]],
+        value_weights: Float[Array, "T"],
+    ) -> "Scored":
+        """Build the scores of the teacher itself, from those in a batch."""
+        known = batch.teacher_weight > 0
+        probability = jnp.where(known, batch.teacher_probability, jnp.nan)
+        return cls.of(probability, seen, batch, value_weights)
 
 
 class Sizes(NamedTuple):
@@ -71,6 +92,7 @@ class Ranked(NamedTuple):
     teacher_knows: Bool[Array, "R N"]  # the probability of each task that counts in the value
     label_weight: Float[Array, "R N"]  # of user labels; 0 where a label does not count
     value: Float[Array, "R N"]  # the ranker's value of each candidate
+    orders: Orders  # by the value and by the teacher's
     teacher_value: Float[Array, "R N"]  # NaN where it is not known
     true_value: Float[Array, "R N"]  # NaN where the dataset does not know it
     user_value: Float[Array, "R N"]  # of the user labels; 0 without them
@@ -92,23 +114,26 @@ class Ranked(NamedTuple):
         return probability, label, jnp.broadcast_to(weight[..., None], probability.shape)
 
 
+def candidates_of(evaluation_batch: EvaluationBatch) -> Bool[Array, "R N"]:
+    """Return a mask that is False on padding, and on requests that only fill the batch."""
+    return evaluation_batch.batch.candidate_mask & evaluation_batch.request_mask[:, None]
+
+
 def rank_batch(
     scored: Scored,
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
     sizes: Sizes,
     is_teacher: bool | Bool[Array, ""] = False,
+    orders: Orders | None = None,
 ) -> Ranked:
-    """Join a batch with the scores of a ranker.
+    """Join a batch with the scores of a ranker, and with the orders of both if they are known.
 
     The teacher itself is measured only where its scores are known. A live teacher's are known
     everywhere; logs may have holes.
     """
     batch = evaluation_batch.batch
-    mask = batch.candidate_mask & evaluation_batch.request_mask[:, None]
-    unknown = is_teacher & ~(batch.teacher_weight > 0)
-    # In bfloat16, sums would lose their digits.
-    probability = jnp.where(unknown, jnp.nan, scored.probability).astype(jnp.float32)
+    mask = candidates_of(evaluation_batch)
     teacher_probability = batch.teacher_probability.astype(jnp.float32)
     teacher_weight = jnp.where(mask[..., None], batch.teacher_weight, 0.0)
     teacher_knows = jnp.all((teacher_weight > 0) | (value_weights == 0), axis=-1)
@@ -116,6 +141,9 @@ def rank_batch(
     label_weight = jnp.where(counts, batch.label_weight, 0.0)
     positive = (label_weight > 0)[..., None] & (batch.user_label > 0.5)
     teacher_value = funnel.value(teacher_probability, value_weights)
+    teacher_value = jnp.where(teacher_knows, teacher_value, jnp.nan)
+    if orders is None:
+        orders = funnel.orders_of(scored.value, teacher_value, mask)
     is_measured = evaluation_batch.request_mask
     if evaluation_batch.whole is not None:
         is_measured = is_measured & evaluation_batch.whole
@@ -125,13 +153,14 @@ def rank_batch(
         sizes=sizes,
         scored=scored,
         mask=mask,
-        probability=probability,
+        probability=scored.probability,
         teacher_probability=teacher_probability,
         teacher_weight=teacher_weight,
         teacher_knows=teacher_knows,
         label_weight=label_weight,
-        value=funnel.value(probability, value_weights),
-        teacher_value=jnp.where(teacher_knows, teacher_value, jnp.nan),
+        value=scored.value,
+        orders=orders,
+        teacher_value=teacher_value,
         true_value=funnel.value(evaluation_batch.true_probability, value_weights),
         user_value=funnel.value(positive.astype(jnp.float32), value_weights),
         positive=positive,

@@ -28,13 +28,16 @@ SHOWN = 3
 TARGETS = (0.53, 0.97)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "ks", "more"))
+@functools.partial(jax.jit, static_argnames=("functions", "ks", "of_teacher", "more"))
 def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
-            is_teacher: Any, more: tuple[bool, bool]) -> RankerSums:  # fmt: skip
+            of_teacher: bool, more: tuple[bool, bool]) -> RankerSums:  # fmt: skip
     sizes = Sizes(SHOWN, *[student.shape[1]] * 2, *more)
-    scored = Scored.of(student, {}, batch.batch)
+    if of_teacher:
+        scored = Scored.by_teacher(batch.batch, {}, weights)
+    else:
+        scored = Scored.of(student, {}, batch.batch, weights)
     return evaluate.sums_of_batch(
-        rank_batch(scored, batch, weights, sizes, is_teacher), functions, ks
+        rank_batch(scored, batch, weights, sizes, of_teacher), functions, ks
     )
 
 

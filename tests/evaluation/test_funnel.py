@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from kd_ranker.evaluation import funnel
 
 funnel_curves = jax.jit(funnel.funnel_curves, static_argnums=3)
+favorites_first = jax.jit(funnel.favorites_first)
 
 
 def test_a_diverged_student_is_nan_where_the_teacher_knows() -> None:
@@ -23,16 +24,26 @@ def test_a_diverged_student_is_nan_where_the_teacher_knows() -> None:
     np.testing.assert_allclose(curves["survival"][1], [0.5, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("size", [1, 7, 2000, 1 << 16])
-def test_ascending_sorts_as_numpy_does_stably(size):
+@pytest.mark.parametrize("size", [1, 7, 2000])
+def test_favorites_come_first_and_padding_last(size):
     rng = np.random.default_rng(size)
-    values = rng.normal(size=size).astype(np.float32)
-    special = rng.choice(np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], np.float32), size)
-    with_ties = values.round()
-    with_special = np.where(rng.random(size) < 0.5, special, values)
+    values = rng.normal(size=(3, size)).astype(np.float32)
+    special = np.array([np.inf, np.nan, -np.nan, 0.0, -0.0], np.float32)
+    values[1] = values[1].round()  # with ties
+    values[2] = np.where(rng.random(size) < 0.5, rng.choice(special, size), values[2])
+    mask = rng.random((3, size)) < 0.9
 
-    for array in (values, with_ties, with_special):
-        np.testing.assert_array_equal(funnel.ascending(array), np.argsort(array, kind="stable"))
+    orders = favorites_first(values, mask), funnel.favorites_first_on_host(values, mask)
+
+    for row in range(3):
+        # NaN before padding, behind all that has a value.
+        rank = np.where(np.isnan(values[row]), 1, 0) + np.where(mask[row], 0, 2)
+        value = np.where(rank == 0, values[row], 0)
+        expected = np.lexsort((np.arange(size), -value, rank))
+        for order in orders:
+            kept = mask[row, expected]
+            np.testing.assert_array_equal(order[row][kept], expected[kept])
+            assert sorted(order[row].tolist()) == list(range(size))
 
 
 def partly_scored(seed):

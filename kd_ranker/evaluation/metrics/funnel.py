@@ -55,6 +55,7 @@ def funnel_sums(ranked: Ranked) -> Sums:
             "known_passed_shown": ranked.was_passed,
             "known_shown": mask,
         },
+        orders=ranked.orders,
     )
     ndcg, ndcg_counts = agreement.ndcg(funnels.gain, funnels.ideal_gain)
     curves = dict(funnels.curves)
@@ -86,7 +87,9 @@ def _partly_scored_sums(ranked: Ranked) -> Sums:
     teacher_value = ranked.teacher_value
     num_scored = (mask & ranked.teacher_knows).sum(axis=1)
     slot_weights = funnel.slots_of_part(ranked.sizes.shown, num_scored, mask.sum(axis=1))
-    captured = funnel.list_sums(ranked.value, teacher_value, mask, teacher_value, slot_weights)
+    captured = funnel.list_sums(
+        ranked.value, teacher_value, mask, teacher_value, slot_weights, ranked.orders
+    )
     passed_auc = funnel.share_of_pairs(ranked.value, mask, ranked.was_passed)
     return {
         "value_if_alike": captured,
@@ -108,7 +111,9 @@ def _served_list_sums(ranked: Ranked) -> Sums:
 
     def ndcg(counted: Bool[Array, "R N"]) -> Float[Array, "R N"]:
         teacher_value = jnp.where(counted, ranked.teacher_value, jnp.nan)
-        dcg = funnel.list_sums(ranked.value, teacher_value, ranked.mask, gain, slot_weights)
+        dcg = funnel.list_sums(
+            ranked.value, teacher_value, ranked.mask, gain, slot_weights, ranked.orders
+        )
         return jnp.where(has_positive, dcg / jnp.where(has_positive, ideal, 1.0), 0.0)
 
     return {
