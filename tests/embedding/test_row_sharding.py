@@ -71,6 +71,21 @@ def test_each_device_reads_the_rows_that_it_asks_for(devices):
         np.testing.assert_array_equal(found, TABLE[rows][..., 1:], err_msg=asked)
 
 
+def test_a_device_gets_no_more_than_its_own_rows():
+    row = ASKED["any"]
+
+    def function(row_sharding, row):
+        def count(total, place, mask, values, index):
+            return total + mask.sum()
+
+        counted = update_own_rows(row_sharding, count, 0, row, jnp.full(row.shape, True), None)
+        return counted[None]
+
+    counted = mapped(3, function, False)(jnp.asarray(row))
+
+    np.testing.assert_array_equal(counted, np.bincount(row % 3, minlength=3))
+
+
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_each_device_changes_its_own_rows_alone(devices):
     mask = np.arange(IDS) % 5 > 0

@@ -39,6 +39,11 @@ def lines_of(frame, claim, contains=""):
     return lines.to_dict("records")
 
 
+def test_each_claim_names_its_dataset_first(tmp_path):
+    frame = claims_on(tmp_path, ({"mode": "none"}, {"passed": [400, 420, 440]}))
+    assert list(frame.columns[:2]) == ["dataset", "claim"]
+
+
 GOOD = [0.70, 0.71, 0.69]
 
 

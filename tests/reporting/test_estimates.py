@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.evaluation.evaluate import PerRequest
+from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.evaluation.request_files import PerRequestByRanker, request_files
 from kd_ranker.reporting import estimates
 from kd_ranker.reporting.estimates import Estimates
@@ -373,3 +374,17 @@ def test_requests_for_a_width_follow_from_the_spread_of_draws(made):
 
 def test_without_request_sums_requests_for_a_width_are_unknown(made):
     assert np.isnan(made.requests_for("none", "flops_per_candidate", 0.1))
+
+
+def test_the_mean_over_tasks_leaves_out_an_unknown_task(tmp_path):
+    estimates_of_three_tasks = sweeps.estimates_of(tmp_path)
+    # No like has a weight, so their mean is unknown. One draw, the last axis.
+    losses = np.array([[2.0], [0.0], [9.0]])
+    weights = np.array([[4.0], [0.0], [12.0]])
+    sums = {"user_bce": losses, "label_weight": weights}
+
+    drawn = estimates_of_three_tasks._measure_one(METRICS["user_bce"], sums, sums)
+
+    assert drawn["user_bce/watch"] == 0.5
+    assert np.isnan(drawn["user_bce/like"])
+    assert drawn["user_bce"] == (0.5 + 0.75) / 2

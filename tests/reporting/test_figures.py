@@ -133,6 +133,26 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, est
     assert {f"{mean:.0f}" for mean in data["mean"]} <= drawn_texts
 
 
+def test_steps_of_the_waterfall_have_colors_of_their_own(drawn):
+    colors = drawn["waterfall"].chart.to_dict()["layer"][0]["encoding"]["color"]["scale"]
+    steps = dict(zip(colors["domain"], colors["range"], strict=True))
+    # A bar of two steps has the color of the second, and the last that of students with scores.
+    assert steps == {
+        "today's early ranker": figures._INCUMBENT,
+        "mode none, best without scores": figures._COLORS[5],
+        "best with scores": figures._COLORS[1],
+    }
+
+
+@pytest.mark.parametrize("name", ["plane", *CURVES, "pareto"])
+def test_the_columns_of_a_legend_fit_the_figure(drawn, name):
+    spec = json.loads(figures.page_chart(drawn[name]))
+    columns = spec["config"]["legend"]["columns"]
+    longest = max(map(len, drawn[name].data["line"]))
+    # About 6 pixels a character, and 50 for the symbol.
+    assert columns == 1 or columns * (6 * longest + 50) <= figures._WIDTH
+
+
 def test_the_plane_marks_methods_against_the_best_without(drawn, estimates):
     data = drawn["plane"].data
     assert estimates.study.baseline == "none"

@@ -62,6 +62,17 @@ def test_a_line_has_the_numbers_of_its_setting(tmp_path):
         assert f" {cell}" in none
 
 
+def test_numbers_end_at_the_right_of_their_columns(tmp_path):
+    areas = {"user_auc/watch": {"none": 0.7, "shared": 0.75}}
+    lines = lines_of(tmp_path, [*students(STUDENTS, **areas), reference_row("incumbent", 9)])
+    # The last column is that of the area under the curve, which a reference here lacks.
+    assert lines[0].endswith("0.750")
+    assert lines[1].endswith("0.700")
+    assert len(lines[0]) == len(lines[1])
+    passed = [line.find(number) for line, number in zip(lines, ("320 ±", "420 ±"), strict=False)]
+    assert passed[0] == passed[1] > 0
+
+
 def test_a_ranker_trained_on_the_final_lists_needs_scores(tmp_path):
     lines = lines_of(tmp_path, [*students(STUDENTS), reference_row("top_rate", 800)])
     assert lines[-1].startswith("list of items: top_rate")

@@ -207,6 +207,12 @@ def test_the_cost_table_in_flops_by_hand(estimates):
     assert_costs(estimates, teacher=150_000, request=0, aux=900, none=800)
 
 
+def test_the_share_of_the_cost_has_one_decimal(estimates):
+    cells = tables.cost_table(estimates.study, estimates).cells
+    shares = cells["funnel's cost (%)"][1:]
+    assert shares.str.fullmatch(r"\d+\.\d ± \d+\.\d").all()
+
+
 def test_the_cost_table_in_own_costs_by_hand(tmp_path):
     changes = {
         "costs.teacher.candidate": 3.0,
