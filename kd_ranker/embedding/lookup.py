@@ -172,12 +172,12 @@ def gather_to_serve(
 
 
 def without_slots(spec: EmbeddingSpec, tables: Tables, lanes: int = 1) -> Tables:
-    """Return the columns of the tables that serving needs, [rows, D + 1].
+    """Return the columns of the tables that serving needs, [..., rows, D + 1].
 
     If a device lays out numbers in whole `lanes`, slots stay in columns that would be padding.
     """
     columns = -(-(spec.width + 1) // lanes) * lanes
-    return {name: table[:, :columns] for name, table in tables.items()}
+    return {name: table[..., :columns] for name, table in tables.items()}
 
 
 def was_trained(

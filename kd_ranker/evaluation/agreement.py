@@ -148,26 +148,26 @@ def teacher_tau(
     """
     known = candidate_mask & ~jnp.isnan(teacher_value)
     known_first = jnp.argsort(~known, axis=1, stable=True)
-    candidates = known.shape[1]
 
-    def with_next(values: Float[Array, "R N"]) -> Float[Array, "R N 1+neighbors"]:
-        values = jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)
-        padded = jnp.pad(values, ((0, 0), (0, NEIGHBOURS)))
-        windows = [padded[:, start : start + candidates] for start in range(1 + NEIGHBOURS)]
-        return jnp.stack(windows, axis=-1)
+    def in_their_order(values: Float[Array, "R N"]) -> Float[Array, "R N"]:
+        return jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)
 
+    student_value = in_their_order(student_value)
+    teacher_value = in_their_order(teacher_value)
     # Known candidates come first, so a pair is known where its second candidate is.
-    is_pair = with_next(known.astype(jnp.float32))[..., 1:]
+    is_known = in_their_order(known.astype(jnp.float32))
 
-    def signs(values: Float[Array, "R N"]) -> Float[Array, "R N neighbors"]:
-        compared = with_next(values)
-        return jnp.sign(compared[..., 1:] - compared[..., :1]) * is_pair
+    def signs(values: Float[Array, "R N"], distance: int) -> Float[Array, "R pairs"]:
+        second = values[:, distance:]
+        return jnp.sign(second - values[:, : second.shape[1]]) * is_known[:, distance:]
 
-    student_signs = signs(student_value)
-    teacher_signs = signs(teacher_value)
-    agreed = (student_signs * teacher_signs).sum(axis=(1, 2))
-    student_differ = jnp.abs(student_signs).sum(axis=(1, 2))
-    teacher_differ = jnp.abs(teacher_signs).sum(axis=(1, 2))
+    agreed, student_differ, teacher_differ = jnp.zeros((3, len(known)))
+    for distance in range(1, 1 + NEIGHBOURS):
+        student_signs = signs(student_value, distance)
+        teacher_signs = signs(teacher_value, distance)
+        agreed += (student_signs * teacher_signs).sum(axis=1)
+        student_differ += jnp.abs(student_signs).sum(axis=1)
+        teacher_differ += jnp.abs(teacher_signs).sum(axis=1)
     scale = jnp.sqrt(jnp.maximum(student_differ, 1) * jnp.maximum(teacher_differ, 1))
     counts = teacher_differ > 0
     return jnp.where(counts, agreed / scale, 0.0), counts

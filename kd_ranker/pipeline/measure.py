@@ -27,6 +27,7 @@ from kd_ranker.models.model import build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import TrainingJob
+from kd_ranker.pipeline.trained import served
 from kd_ranker.progress import Bar
 from kd_ranker.rivals import registry
 from kd_ranker.rivals.registry import Rival
@@ -172,10 +173,11 @@ def _student_stacks(
             _Student(stack.names[index], int(last_steps[index]), int(non_finite_steps[index]))
             for index in indices
         ]
-        parameters = state.parameters
+        model = stack.train_spec.model
+        parameters = served(model, state.parameters, job.trainees.devices[0].platform)
         if len(indices) < len(stack.names):
             parameters = jax.tree.map(operator.itemgetter(np.array(indices)), parameters)
-        serve = make_serve(stack.train_spec.model, stack.train_spec.mode)
+        serve = make_serve(model, stack.train_spec.mode)
         heads = [serves[student.name] for student in students]
         student_stacks.append(_StudentStack(Ranker(serve, parameters, serves=heads), students))
     return student_stacks

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from kd_ranker import manifest
 from kd_ranker.cohorts.plan import Sweep, open_sweep
 from kd_ranker.config import checks
-from kd_ranker.distillation.modes import Mode
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError, check_choice, command
@@ -233,7 +233,8 @@ def _restored(saved: _Saved, remedy: str, with_slots: bool) -> TrainedRanker:
 
     model = stack.train_spec.model
     mode = stack.train_spec.mode
-    serve = saved.serve or _default_serve(mode, trainees, run)
+    default = served_head(trainees.runs[run]) if trainees.runs else next(iter(mode.serve))
+    serve = saved.serve or default
     check_choice("--serve", serve, mode.serve)
     parameters = select_run(state.parameters, index)
     version = _version_of(parameters)
@@ -252,11 +253,10 @@ def _restored(saved: _Saved, remedy: str, with_slots: bool) -> TrainedRanker:
     )
 
 
-def _default_serve(mode: Mode, trainees: Trainees, run: str) -> str:
-    """The head that a ranker ranks by; a mode without a choice ignores the key."""
-    if len(mode.serve) > 1:
-        return trainees.runs[run].distill.serve
-    return next(iter(mode.serve))
+def served_head(config: ConfigDict) -> str:
+    """Return the head that a student ranks by; a mode without a choice ignores the key."""
+    heads = MODES[config.distill.mode].serve
+    return config.distill.serve if len(heads) > 1 else next(iter(heads))
 
 
 def _version_of(parameters: Parameters) -> str:

@@ -18,6 +18,7 @@ from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import TrainingJob, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, owned
+from kd_ranker.pipeline.trained import served_head
 from kd_ranker.pipeline.warm_start import warm_start
 from kd_ranker.progress import Bar, Progress
 from kd_ranker.training import specs
@@ -111,13 +112,12 @@ def _validation_scalars(job: TrainingJob, states: States) -> dict[str, float]:
     Each student is measured by its head, and those that diverged have no scalars.
     """
     limit = job.trainees.section.train.eval_limit
-    serves = {results.TEACHER: "user"}
-    if job.runs:
-        serves = {name: config.distill.serve for name, config in job.runs.items()}
+    serves = {name: [served_head(config)] for name, config in job.runs.items()}
+    measured = {*job.runs} or {results.TEACHER}
     scalars = {}
-    for row in measure(job, "validation", states, limit=limit).rows:
+    for row in measure(job, "validation", states, serves=serves or None, limit=limit).rows:
         run = str(row["run"])
-        if serves.get(run) != row["serve"]:
+        if run not in measured:  # the teacher of students
             continue
         for column, value in row.items():
             if isinstance(value, float) and np.isfinite(value) and metric_of(column):
