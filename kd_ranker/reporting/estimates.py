@@ -319,6 +319,7 @@ class Estimates:
             runs = {run for run, _ in by_ranker.each}
             seeds = rows.loc[(rows["role"] == "student") & rows["run"].isin(runs), "seed"]
             counts = intervals.request_counts(_count_requests(by_ranker), DRAWS)
+            counts = counts.astype(np.float64)
             teacher_sums = _resampled(by_ranker.ks, by_ranker.each[TEACHER, "user"], counts)
             for (run, serve), per_request in by_ranker.each.items():
                 ranker_rows = rows[(rows["run"] == run) & (rows["serve"] == serve)]
@@ -392,21 +393,28 @@ def _count_requests(by_ranker: PerRequestByRanker) -> int:
 
 
 def _resampled(
-    ks: Int[np.ndarray, "K"], per_request: PerRequest, counts: Int[np.ndarray, "1+B N"]
+    ks: Int[np.ndarray, "K"], per_request: PerRequest, counts: Float[np.ndarray, "1+B N"]
 ) -> Sums:
     """Return the sums of a ranker in each draw, [..., 1+B], curves interpolated at every k."""
     every_k = np.arange(1, ks[-1] + 1)
     # Linear interpolation between the kept k, as a matrix [every k, K].
     to_every_k = np.stack([np.interp(every_k, ks, point) for point in np.eye(len(ks))], axis=1)
-    resampled: Sums = {
-        name: _sum_in_draws(terms, counts) for name, terms in per_request.sums.items()
-    }
-    for name, terms in per_request.curves.items():
-        resampled[name] = np.tensordot(to_every_k, _sum_in_draws(terms, counts), axes=1)
+    resampled = _sums_in_draws({**per_request.sums, **per_request.curves}, counts)
+    for name in per_request.curves:
+        resampled[name] = np.tensordot(to_every_k, resampled[name], axes=1)
     return resampled
 
 
-def _sum_in_draws(terms: Any, counts: Int[np.ndarray, "1+B N"]) -> Float[np.ndarray, "... 1+B"]:
-    """Return the sums of terms [N, ...] over the requests of each draw."""
-    terms = np.asarray(terms, np.float64)
-    return np.tensordot(terms, counts.astype(np.float64), axes=(0, 1))
+def _sums_in_draws(terms: Sums, counts: Float[np.ndarray, "1+B N"]) -> Sums:
+    """Return the sums of arrays [N, ...] over the requests of each draw, [..., 1+B].
+
+    One matrix product for all arrays takes a small part of the time of one for each.
+    """
+    requests = counts.shape[1]
+    flat = [np.asarray(array, np.float64).reshape(requests, -1) for array in terms.values()]
+    summed = np.concatenate(flat, axis=1).T @ counts.T
+    ends = np.cumsum([array.shape[1] for array in flat])[:-1]
+    return {
+        name: part.reshape(*np.shape(array)[1:], len(counts))
+        for (name, array), part in zip(terms.items(), np.split(summed, ends), strict=True)
+    }

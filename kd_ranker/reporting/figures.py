@@ -13,6 +13,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import vl_convert
+from jaxtyping import Float
 
 from kd_ranker.evaluation.metrics.registry import title_of
 from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, TARGET
@@ -67,10 +68,11 @@ class Figure(NamedTuple):
 def files(figure: Figure) -> dict[str, bytes]:
     """Return the files of a figure by format."""
     spec = _sized(figure, width=_WIDTH, height=figure.height, background="white").to_dict()
+    svg = vl_convert.vegalite_to_svg(spec)
     return {
-        "svg": vl_convert.vegalite_to_svg(spec).encode(),
-        "pdf": vl_convert.vegalite_to_pdf(spec),
-        "png": vl_convert.vegalite_to_png(spec, ppi=200),
+        "svg": svg.encode(),
+        "pdf": vl_convert.svg_to_pdf(svg),
+        "png": vl_convert.svg_to_png(svg, ppi=200),
     }
 
 
@@ -170,7 +172,7 @@ def _color(study: Study, data: pd.DataFrame, symbol: str) -> alt.Color:
 def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
     """Return a dashed line for comparison at a value."""
     line = alt.Chart(alt.InlineData(values=[{"rule": value}]))
-    return line.mark_rule(strokeDash=[6, 5], clip=True).encode(color=alt.value(_RULE), y=y("rule"))
+    return line.mark_rule(strokeDash=[6, 5]).encode(color=alt.value(_RULE), y=y("rule"))
 
 
 class _Step(NamedTuple):
@@ -368,23 +370,62 @@ def _over_k(study: Study, estimates: Estimates, curve: _Curve) -> Figure | None:
     y = _axis(alt.Y, f"{title_of(curve.measure)} at k", y_scale)
     base = alt.Chart().encode(color=_color(study, data, "stroke"), x=x("k"))
     tooltip = ["setting:N", "k:Q", alt.Tooltip("mean:Q", format=".4f")]
+    points = base.transform_filter("datum.is_point")
     layers = [
-        base.mark_area(opacity=0.15, clip=True).encode(y=y("low"), y2="high"),
-        base.mark_line(strokeWidth=1.9, clip=True).encode(y=y("mean")),
+        base.mark_area(opacity=0.15).encode(y=y("low"), y2="high"),
+        base.mark_line(strokeWidth=1.9).encode(y=y("mean")),
         # Invisible, to show numbers under the pointer.
-        base.mark_point(size=150, opacity=0, clip=True).encode(y=y("mean"), tooltip=tooltip),
+        points.mark_point(size=150, fillOpacity=0, strokeOpacity=0).encode(
+            y=y("mean"), tooltip=tooltip
+        ),
     ]
     if curve.rule is not None:
         on_rule = _values(data.drop_duplicates("line").assign(mean=curve.rule))
-        marks = base.mark_point(filled=True, size=50, opacity=1, clip=True)
+        marks = base.mark_point(filled=True, size=50, opacity=1)
         marks = marks.encode(x=x("passed"), y=y("mean")).properties(data=on_rule)
         layers += [_rule(y, curve.rule), marks]
     caption = (
         f"{curve.caption} Bands are 95% intervals. Gray is the early ranker that filled the log, "
         "brown a list if no student without scores needs fewer."
     )
-    chart = alt.layer(*layers, data=_values(data))
+    # Vega could clip the marks, but a PNG of clipped marks takes seconds.
+    cut = [_cut(of_line, first_k, low) for _, of_line in data.groupby("line", sort=False)]
+    chart = alt.layer(*layers, data=_values(pd.concat(cut)))
     return Figure(curve.measure, curve.title, caption, data, chart)
+
+
+def _cut(curve: pd.DataFrame, first_k: int, bottom: float) -> pd.DataFrame:
+    """Return what of a curve and its band is in the window, with their ends at its border.
+
+    The new points are interpolated on the logarithmic axis. `is_point` tells the others from them.
+    """
+    k = curve["k"].to_numpy(float)
+    ends = ("low", "mean", "high")
+    crossings = [_crossing(k, curve[end].to_numpy(float), bottom) for end in ends]
+    border = [first_k, *(crossing for crossing in crossings if crossing is not None)]
+    all_k = np.union1d(k, border)
+    all_k = all_k[all_k >= first_k]
+    cut = pd.DataFrame({"k": all_k, "is_point": np.isin(all_k, k)})
+    for end in ends:
+        cut[end] = np.interp(np.log(all_k), np.log(k), curve[end])
+    # Rounded, the ends are a little below.
+    above = bottom - 1e-9
+    cut["mean"] = cut["mean"].where(cut["mean"] >= above)
+    cut["high"] = cut["high"].where(cut["high"] >= above)
+    cut["low"] = cut["low"].clip(lower=bottom).where(cut["high"].notna())
+    names = curve[["line", "method", "setting"]].iloc[0]
+    return cut.dropna(subset=["mean", "high"], how="all").assign(**names)
+
+
+def _crossing(
+    k: Float[np.ndarray, "n"], values: Float[np.ndarray, "n"], bottom: float
+) -> float | None:
+    """Return where values first rise to the bottom; None if they begin above it or never do."""
+    first = int(np.argmax(values >= bottom))
+    if first == 0:
+        return None
+    pair = slice(first - 1, first + 1)
+    return float(np.exp(np.interp(bottom, values[pair], np.log(k[pair]))))
 
 
 def _pareto(study: Study) -> Figure | None:
