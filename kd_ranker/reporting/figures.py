@@ -322,7 +322,11 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
 
 
 def _with_room(*values: float) -> tuple[float, float]:
-    """Return the ends of an axis that shows all known values, a twelfth of their range apart."""
+    """Return the ends of an axis that shows all known values, a twelfth of their range apart.
+
+    >>> _with_room(0.0, 12.0, float("nan")), _with_room(1.0)
+    ((-1.0, 13.0), (0.99, 1.01))
+    """
     low = float(np.nanmin(values))
     high = float(np.nanmax(values))
     room = (high - low) / 12 or 0.01

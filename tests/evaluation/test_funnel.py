@@ -72,6 +72,11 @@ def test_slots_follow_the_fraction_of_known_candidates():
             np.testing.assert_allclose(found[row, k - 1], value, rtol=1e-5)
 
 
+def test_the_slots_of_a_known_candidate_without_others():
+    slots = funnel.slots_of_part(2, jnp.array([1, 0, 0]), jnp.array([1, 1, 0]))
+    assert slots.tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
 def test_with_all_slots_the_sum_is_that_of_the_funnel():
     student, _, mask, _ = partly_scored(1)
     teacher = np.random.default_rng(2).random(student.shape).astype(np.float32)

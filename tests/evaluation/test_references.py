@@ -208,6 +208,12 @@ def test_a_baseline_must_know_nearly_all_candidates(unknown, known, field, split
     assert found == tuple(name for name in BASELINES if known or name != absent)
 
 
+def test_a_split_of_one_request_is_inspected_too(tmp_path):
+    source = random_source(validation=1)
+    columns = built(tmp_path, lambda *_: {}, source).columns["validation"]
+    assert known_baselines([columns], random_lists()) == (*BASELINES,)
+
+
 def test_a_random_order_follows_from_its_request():
     batch = evaluation_batch(1)
     backwards = jax.tree.map(lambda array: array[::-1], batch)

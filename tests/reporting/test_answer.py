@@ -281,6 +281,9 @@ STEPS = {
     "labels of no clear change": (
         labels([0.50, 0.53], 80, 500), "By the log's labels, the change for users is undecided.",
     ),
+    "labels of no change at all": (
+        labels([0.50, 0.525], 80), "By the log's labels, the change for users is undecided.",
+    ),
     "a gain by labels of chosen items": (
         labels([0.60, 0.62], 36, chosen=True),
         f"{CANNOT}labels that the final ranker chose show losses only, and here none.",

@@ -372,6 +372,11 @@ def test_requests_for_a_width_follow_from_the_spread_of_draws(made):
     assert made.requests_for("none", "passed_for_90", 0.05) == pytest.approx(4 * needed)
 
 
+def test_a_study_counts_the_requests_that_were_kept(made, tmp_path):
+    assert made.num_requests == REQUESTS
+    assert estimates_of(write(tmp_path / "study", rows_of(SEEDS))).num_requests == 0
+
+
 def test_without_request_sums_requests_for_a_width_are_unknown(made):
     assert np.isnan(made.requests_for("none", "flops_per_candidate", 0.1))
 

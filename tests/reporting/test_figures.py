@@ -115,6 +115,39 @@ def test_curves_show_the_chosen_settings_and_the_incumbent(drawn, roots, estimat
     assert [text for text in texts_of(roots[measure]) if text in legend] == legend
 
 
+def test_the_window_of_a_curve_begins_where_students_are_near(drawn, estimates):
+    chart = drawn["value_captured"].chart.to_dict()
+    area = chart["layer"][0]["encoding"]
+    data = drawn["value_captured"].data
+    students = data[data["method"].isin([*estimates.study.chosen])]
+
+    low, high = area["y"]["scale"]["domain"]
+    first, last = area["x"]["scale"]["domain"]
+
+    assert low == pytest.approx(min(0.9, students["mean"].median() - 0.1))
+    assert high > students["high"].max()
+    assert (first, last) == (students["k"][students["mean"] >= low].min(), students["k"].max())
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if first <= k <= last]
+    assert area["x"]["axis"]["values"] == ticks
+
+
+def test_a_curve_is_cut_at_the_border_of_its_window():
+    names = {"line": "a", "method": "a", "setting": "a"}
+    numbers = {"k": [1, 10, 100], "low": [0.1, 0.3, 0.7], "mean": [0.2, 0.4, 0.8]}
+    curve = pd.DataFrame(numbers | {"high": [0.4, 0.8, 1.0]}).assign(**names)
+
+    cut = figures._cut(curve, 2, 0.6).set_index("k")
+
+    # On the logarithmic axis, the high end reaches 0.6 halfway from 1 to 10, the mean halfway from
+    # 10 to 100, and the low end three quarters of that way.
+    ends = [10**0.5, 10, 10**1.5, 10**1.75, 100]
+    assert list(cut.index) == pytest.approx(ends)
+    assert cut["high"].tolist() == pytest.approx([0.6, 0.8, 0.9, 0.95, 1.0])
+    assert cut["mean"].tolist() == pytest.approx([np.nan, np.nan, 0.6, 0.7, 0.8], nan_ok=True)
+    assert cut["low"].tolist() == pytest.approx([0.6, 0.6, 0.6, 0.6, 0.7])
+    assert cut["is_point"].tolist() == [False, True, False, False, True]
+
+
 def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, estimates):
     data = drawn["waterfall"].data
     steps = {

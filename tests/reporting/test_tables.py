@@ -200,6 +200,14 @@ def assert_costs(estimates, *, teacher, request, aux, none):
     assert float(means["funnel's cost (%)"]) == pytest.approx(share, abs=0.05)
 
 
+def test_the_cost_table_has_the_value_for_users(estimates):
+    cells = tables.cost_table(estimates.study, estimates).cells
+    for measure in estimates.study.users_measures[1:]:
+        for setting in estimates.study.chosen.values():
+            text = cells.set_index("").loc[setting, tables.title_of(measure)]
+            assert text == tables.mean_text(estimates.of(setting, measure), 4)
+
+
 def test_the_cost_table_in_flops_by_hand(estimates):
     (note, *_) = tables.cost_table(estimates.study, estimates).notes
 

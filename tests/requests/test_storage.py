@@ -51,6 +51,14 @@ def without(split):
         (changed(context_features=0), "test: context_features has no columns; give at least one"),
         (with_fields(user_id=99), "request 0: user_id must lie in [0, 30), found 99 to 99"),
         (
+            changed(
+                lambda request: dataclasses.replace(
+                    request, item_id=request.item_id + 50 * (request.request_id == 7)
+                )
+            ),
+            "request 7: item_id must lie in [0, 50)",
+        ),
+        (
             with_fields(
                 history_id=np.array([99], np.int32), history_features=np.zeros((1, 3), np.float32)
             ),
