@@ -362,14 +362,14 @@ def test_labels_beyond_the_shown_items_show_gains(tmp_path):
 
 def test_requests_for_a_width_follow_from_the_spread_of_draws(made):
     counts = request_counts(REQUESTS, estimates.DRAWS)
-    means = [np.mean([passed(EACH["none", seed], times) for seed in SEEDS]) for times in counts[1:]]
-    whole = np.mean([passed(EACH["none", seed], ONCE) for seed in SEEDS])
+    means = [np.mean([bce(EACH["none", seed], times) for seed in SEEDS]) for times in counts[1:]]
+    whole = np.mean([bce(EACH["none", seed], ONCE) for seed in SEEDS])
 
-    needed = made.requests_for("none", "passed_for_90", 0.1)
+    needed = made.requests_for("none", "user_bce/watch", 0.1)
 
     half = 1.96 * np.std(means, ddof=1) / whole
     assert needed == pytest.approx(REQUESTS * (half / 0.1) ** 2, rel=1e-6)
-    assert made.requests_for("none", "passed_for_90", 0.05) == pytest.approx(4 * needed)
+    assert made.requests_for("none", "user_bce/watch", 0.05) == pytest.approx(4 * needed)
 
 
 def test_a_study_counts_the_requests_that_were_kept(made, tmp_path):
