@@ -20,7 +20,7 @@ from kd_ranker.batches.training import (
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import read_requests
 from kd_ranker.training.mapping import MAPPINGS
-from tests.requests.random_requests import built, random_source, with_facts
+from tests.requests.random_requests import built, random_request, random_source, with_facts
 
 OPTIONS = BatchConfig(requests=4, candidates=12, passed_share=0.5, negative_rate=0.5, seed=0)
 # More than the steps whose random numbers are drawn at once.
@@ -181,6 +181,23 @@ def test_several_devices_make_the_batches_that_one_makes(dataset, expected, mapp
         assert len(packed.rows.sharding.device_set) == 2
         rows = np.asarray(packed.rows).reshape(4, training.BLOCK, -1)
         assert_same(one, unpack(dataclasses.replace(packed, rows=rows), step))
+
+
+@pytest.mark.parametrize("largest", [0, 4])
+def test_a_batch_has_room_for_the_largest_request(tmp_path, monkeypatch, largest):
+    monkeypatch.setattr(training, "_CHUNK", 2)
+
+    def requests(split):
+        for seed, request in enumerate(random_source().requests(split)):
+            size = 20 if seed == largest else 5
+            yield random_request(request.request_id, shown=1, passed=3, retrieved=size)
+
+    dataset = built(tmp_path, dataclasses.replace(random_source(), requests=requests))
+
+    (batch,) = take(batches(dataset, requests=12, candidates=32), 1)
+
+    sizes = batch.candidate_mask.sum(axis=1)
+    assert sorted(sizes.tolist()) == [5] * 11 + [20]
 
 
 def test_large_batches_are_made_in_several_passes(dataset, expected, monkeypatch):
