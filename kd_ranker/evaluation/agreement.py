@@ -161,7 +161,7 @@ def teacher_tau(
         second = values[:, distance:]
         return jnp.sign(second - values[:, : second.shape[1]]) * is_known[:, distance:]
 
-    agreed, student_differ, teacher_differ = jnp.zeros((3, len(known)))
+    agreed = student_differ = teacher_differ = jnp.zeros(len(known))
     for distance in range(1, 1 + NEIGHBOURS):
         student_signs = signs(student_value, distance)
         teacher_signs = signs(teacher_value, distance)

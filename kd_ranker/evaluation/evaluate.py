@@ -237,17 +237,19 @@ def _sums_of_rankers(
 ) -> RankerSums:
     """The sums of one batch for C rankers, with a leading axis of these.
 
-    The order of each ranker has that axis too; the teacher's has not. Orders that are None are
-    computed here.
+    `orders` has the order of each ranker, and one of the teacher; None computes them here.
     """
 
-    def of_ranker(scored: Scored, is_teacher: Any, order: Any) -> RankerSums:
-        both = None if orders is None else orders._replace(student=order)
-        batch = rank_batch(scored, evaluation_batch, value_weights, sizes, is_teacher, both)
+    def sums_of_ranker(scored: Scored, is_teacher: Any, orders: Orders | None) -> RankerSums:
+        batch = rank_batch(scored, evaluation_batch, value_weights, sizes, is_teacher, orders)
         return sums_of_batch(batch, functions, ks)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rankers)
-    return jax.vmap(of_ranker)(stacked, is_teacher, orders and orders.student)
+    order_axes: Any = None
+    if orders is not None:
+        order_axes = Orders(student=0, teacher=None)  # type: ignore[arg-type]
+    in_axes = (0, 0, order_axes)
+    return jax.vmap(sums_of_ranker, in_axes=in_axes)(stacked, is_teacher, orders)
 
 
 class _Part(NamedTuple):
@@ -348,8 +350,7 @@ def evaluate(
                 scores |= scores_of_part
             rankers = list(scores)
             scored = [teacher_scored, *scores.values()]
-            mask = np.asarray(candidates_of(evaluation_batch))
-            batch_sums = _sums_of_all(scored, scored_batch, mask, plan, sizes, own_devices, pool)
+            batch_sums = _sums_of_all(scored, scored_batch, plan, sizes, own_devices, pool)
             sums = add(sums, batch_sums.sums)
             if plan.keep:
                 num_present = int(np.asarray(evaluation_batch.request_mask).sum())
@@ -377,7 +378,6 @@ def _empty_runs(stack: Ranker) -> list[dict[str, RankerSums]]:
 def _sums_of_all(
     scored: Sequence[Scored],
     evaluation_batch: EvaluationBatch,
-    mask: Bool[np.ndarray, "R N"],
     plan: Plan,
     sizes: Sizes,
     devices: Sequence[jax.Device],
@@ -410,17 +410,20 @@ def _sums_of_all(
         inputs = jax.tree.map(local, (rankers, is_teacher, evaluation_batch, value_weights))
         return jax.device_put(inputs, device)
 
-    def order_of(ranker: Scored) -> Any:
-        return favorites_first_on_host(np.asarray(ranker.value), mask)
+    mask = np.asarray(candidates_of(jax.tree.map(local, evaluation_batch)))
 
-    order_of_teacher = order_of(jax.tree.map(local, scored[0])) if on_cpu else None
+    def order_on_host(ranker: Scored) -> Any:
+        return favorites_first_on_host(np.asarray(local(ranker.value)), mask)
+
+    # The teacher is the first ranker, and every call needs its order.
+    teacher_order: Any = order_on_host(scored[0]) if on_cpu else None
 
     def call(inputs: Any) -> RankerSums:
         rankers, is_teacher, *batch_and_weights = inputs
         orders = None
-        if order_of_teacher is not None:
-            of_rankers: Any = np.stack([order_of(ranker) for ranker in rankers])
-            orders = Orders(student=of_rankers, teacher=order_of_teacher)
+        if on_cpu:
+            ranker_orders: Any = np.stack([order_on_host(ranker) for ranker in rankers])
+            orders = Orders(student=ranker_orders, teacher=teacher_order)
         sums_on_device = _sums_of_rankers(
             rankers,
             is_teacher,

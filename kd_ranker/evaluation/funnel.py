@@ -22,7 +22,7 @@ _Numbers = Mapping[str, Num[Array, "R N ..."] | Bool[Array, "R N ..."]]
 
 
 class Orders(NamedTuple):
-    """The places of each request's candidates in the order of both rankers, favorites first."""
+    """The indices of each request's candidates as both rankers order them, favorites first."""
 
     student: Int[Array, "R N"]  # padding comes last
     teacher: Int[Array, "R N"]  # the candidates that it does not know come last
@@ -36,7 +36,7 @@ class FunnelCurves(NamedTuple):
     """
 
     curves: dict[str, Float[Array, "R N ..."]]
-    first: Int[Array, "R m"]  # places of the student's first m candidates
+    first: Int[Array, "R m"]  # indices of the student's first m candidates
     gain: Float[Array, "R m"]  # teacher value of these; 0 where it is not known
     ideal_gain: Float[Array, "R m"]  # the same in the teacher's own order
     counts: Bool[Array, "R"]  # False where the teacher knows no candidate; its curves are 0 there
@@ -57,10 +57,10 @@ def value(
 def favorites_first(
     value: Float[Array, "*shape N"], candidate_mask: Bool[Array, "*shape N"]
 ) -> Int[Array, "*shape N"]:
-    """Return the order of candidates by a ranker's value, the highest first.
+    """Return the indices of the candidates in the order of a ranker's value, the highest first.
 
-    Equal values keep their order. A value is above −∞, or NaN, which comes behind all others and
-    before the padding.
+    Equal values keep their order. A candidate with NaN comes behind those with a value, and before
+    the padding. No value may be −∞, which would be mixed with the padding.
     """
     return jnp.argsort(_sort_key(value, candidate_mask, jnp), axis=-1, stable=True)
 
@@ -68,21 +68,27 @@ def favorites_first(
 def favorites_first_on_host(
     value: Float[np.ndarray, "*shape N"], candidate_mask: Bool[np.ndarray, "*shape N"]
 ) -> Int32[np.ndarray, "*shape N"]:
-    """Return `favorites_first` of float32 values; on a CPU it takes an eighth of the time."""
-    # The bits of floats, as integers with a sign, sort like the floats; −0 becomes 0. With the
-    # place of each candidate below its bits, a sort is stable, and gives the order. NumPy has
-    # vector instructions for a sort of integers.
-    key = _sort_key(value, candidate_mask, np).astype(np.float32) + np.float32(0)
+    """Return `favorites_first` of float32 values; on a CPU it takes an eighth of the time.
+
+    NumPy sorts integers with vector instructions. Each integer has the key of a candidate in its
+    upper half and the candidate's index in its lower half. So the sort is stable, and the lower
+    halves of its result are the order.
+    """
+    key = _sort_key(value, candidate_mask, np).astype(np.float32)
+    key += np.float32(0)  # −0 becomes 0
+    # Read as integers, negative floats are in the wrong order: their sign is a single bit.
     bits = key.view(np.int32).astype(np.int64)
     bits = np.where(bits < 0, -(2**31) - bits, bits)
-    bits_and_place = (bits << 32) | np.arange(key.shape[-1])
-    bits_and_place.sort(axis=-1)
-    return (bits_and_place & 0xFFFFFFFF).astype(np.int32)
+    bits_and_index = (bits << 32) | np.arange(key.shape[-1])
+    bits_and_index.sort(axis=-1)
+    return (bits_and_index & 0xFFFFFFFF).astype(np.int32)
 
 
 def _sort_key(value: Any, candidate_mask: Any, xp: Any) -> Any:
-    last = np.finfo(np.float32).max
-    return xp.where(candidate_mask, xp.where(xp.isnan(value), last, -value), np.inf)
+    """Return a number for each candidate, the favorite's the lowest."""
+    after_all_values = np.finfo(np.float32).max
+    key = xp.where(xp.isnan(value), after_all_values, -value)
+    return xp.where(candidate_mask, key, np.inf)
 
 
 def funnel_curves(
@@ -145,7 +151,8 @@ def list_sums(
 
     The list has the m candidates with the best teacher values, the best one in the first slot, for
     k = 1..N. The sums of a request are NaN if the student has diverged. See `funnel_curves` for the
-    other arguments; the teacher's order may hold more candidates than those with a value here.
+    other arguments. The teacher's order may be that of all candidates that it knows, even if
+    `teacher_value` leaves some out.
     """
     known = candidate_mask & ~jnp.isnan(teacher_value)
     if orders is None:

@@ -81,6 +81,20 @@ def test_all_rankers_share_one_measuring_program():
     assert evaluation._sums_of_rankers._cache_size() == programs
 
 
+def test_programs_that_sort_measure_as_with_orders_from_the_host(monkeypatch):
+    """Where there is no CPU, the program has to sort."""
+    with_orders = evaluated(LIVE, [AUX])
+    measure = evaluation._sums_of_rankers
+    monkeypatch.setattr(
+        evaluation,
+        "_sums_of_rankers",
+        lambda rankers, is_teacher, orders, *rest, **static: measure(
+            rankers, is_teacher, None, *rest, **static
+        ),
+    )
+    assert_same(evaluated(LIVE, [AUX]), with_orders)
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["runs", "rows"])
 @pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_devices_that_share_the_work_change_nothing(devices, sharded):
