@@ -393,43 +393,51 @@ def _over_k(study: Study, estimates: Estimates, curve: _Curve) -> Figure | None:
         "brown a list if no student without scores needs fewer."
     )
     # Vega could clip the marks, but a PNG of clipped marks takes seconds.
-    cut = [_cut(of_line, first_k, low) for _, of_line in data.groupby("line", sort=False)]
-    chart = alt.layer(*layers, data=_values(pd.concat(cut)))
+    lines = data.groupby("line", sort=False)
+    in_window = pd.concat([_in_window(line, first_k, low) for _, line in lines])
+    chart = alt.layer(*layers, data=_values(in_window))
     return Figure(curve.measure, curve.title, caption, data, chart)
 
 
-def _cut(curve: pd.DataFrame, first_k: int, bottom: float) -> pd.DataFrame:
-    """Return what of a curve and its band is in the window, with their ends at its border.
+def _in_window(curve: pd.DataFrame, first_k: int, bottom: float) -> pd.DataFrame:
+    """Return the part of a line and its band that is right of `first_k` and above the bottom.
 
-    The new points are interpolated on the logarithmic axis. `is_point` tells the others from them.
+    Where the line or an end of the band crosses the border, it gets a point, interpolated on the
+    logarithmic axis. In these new points, `is_point` is False.
     """
     k = curve["k"].to_numpy(float)
-    ends = ("low", "mean", "high")
-    crossings = [_crossing(k, curve[end].to_numpy(float), bottom) for end in ends]
-    border = [first_k, *(crossing for crossing in crossings if crossing is not None)]
+    columns = ("low", "mean", "high")
+    border = [float(first_k)]
+    for column in columns:
+        crossing = _crossing(k, curve[column].to_numpy(float), bottom)
+        if crossing is not None:
+            border.append(crossing)
     all_k = np.union1d(k, border)
-    all_k = all_k[all_k >= first_k]
-    cut = pd.DataFrame({"k": all_k, "is_point": np.isin(all_k, k)})
-    for end in ends:
-        cut[end] = np.interp(np.log(all_k), np.log(k), curve[end])
-    # Rounded, the ends are a little below.
-    above = bottom - 1e-9
-    cut["mean"] = cut["mean"].where(cut["mean"] >= above)
-    cut["high"] = cut["high"].where(cut["high"] >= above)
-    cut["low"] = cut["low"].clip(lower=bottom).where(cut["high"].notna())
+    all_k = all_k[all_k >= max(first_k, k[0])]
+    part = pd.DataFrame({"k": all_k, "is_point": np.isin(all_k, k)})
+    for column in columns:
+        part[column] = np.interp(np.log(all_k), np.log(k), curve[column])
+    # The new points are at the bottom up to rounding.
+    lowest = bottom - 1e-9
+    part["mean"] = part["mean"].where(part["mean"] >= lowest)
+    part["high"] = part["high"].where(part["high"] >= lowest)
+    part["low"] = part["low"].clip(lower=bottom).where(part["high"].notna())
     names = curve[["line", "method", "setting"]].iloc[0]
-    return cut.dropna(subset=["mean", "high"], how="all").assign(**names)
+    return part.dropna(subset=["mean", "high"], how="all").assign(**names)
 
 
 def _crossing(
     k: Float[np.ndarray, "n"], values: Float[np.ndarray, "n"], bottom: float
 ) -> float | None:
-    """Return where values first rise to the bottom; None if they begin above it or never do."""
-    first = int(np.argmax(values >= bottom))
-    if first == 0:
+    """Return the k at which values first rise to the bottom, interpolated.
+
+    None if they begin above it, or never reach it.
+    """
+    first_above = int(np.argmax(values >= bottom))
+    if first_above == 0:
         return None
-    pair = slice(first - 1, first + 1)
-    return float(np.exp(np.interp(bottom, values[pair], np.log(k[pair]))))
+    neighbors = slice(first_above - 1, first_above + 1)
+    return float(np.exp(np.interp(bottom, values[neighbors], np.log(k[neighbors]))))
 
 
 def _pareto(study: Study) -> Figure | None:

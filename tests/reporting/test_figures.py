@@ -136,7 +136,7 @@ def test_a_curve_is_cut_at_the_border_of_its_window():
     numbers = {"k": [1, 10, 100], "low": [0.1, 0.3, 0.7], "mean": [0.2, 0.4, 0.8]}
     curve = pd.DataFrame(numbers | {"high": [0.4, 0.8, 1.0]}).assign(**names)
 
-    cut = figures._cut(curve, 2, 0.6).set_index("k")
+    cut = figures._in_window(curve, 2, 0.6).set_index("k")
 
     # On the logarithmic axis, the high end reaches 0.6 halfway from 1 to 10, the mean halfway from
     # 10 to 100, and the low end three quarters of that way.
@@ -146,6 +146,13 @@ def test_a_curve_is_cut_at_the_border_of_its_window():
     assert cut["mean"].tolist() == pytest.approx([np.nan, np.nan, 0.6, 0.7, 0.8], nan_ok=True)
     assert cut["low"].tolist() == pytest.approx([0.6, 0.6, 0.6, 0.6, 0.7])
     assert cut["is_point"].tolist() == [False, True, False, False, True]
+
+
+def test_a_curve_that_begins_in_the_window_is_not_drawn_before():
+    names = {"line": "a", "method": "a", "setting": "a"}
+    ends = {end: [0.7, 0.8] for end in ("low", "mean", "high")}
+    curve = pd.DataFrame({"k": [10, 100], **ends}).assign(**names)
+    assert figures._in_window(curve, 2, 0.6)["k"].tolist() == [10, 100]
 
 
 def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, estimates):
