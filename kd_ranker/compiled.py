@@ -17,13 +17,13 @@ _MOST_BYTES = 2 << 30  # those that no process has used for the longest time go 
 def keep_programs(folder: str) -> None:
     """Keep the programs that this process compiles in JAX's persistent compilation cache.
 
-    JAX finds a program by what it computes, the devices, and the release that compiled it, so that
-    revisions and machines can share a folder.
+    JAX finds a program by what it computes, the devices, and the release that compiled it. So a
+    folder can serve several revisions of the code, and several machines.
 
     Args:
-      folder: "auto" keeps them in the user's cache folder, unless JAX has a cache already, as by
-        the variable `JAX_COMPILATION_CACHE_DIR`. If that folder cannot be written, this process
-        compiles all, with a warning. "" leaves JAX as it is.
+      folder: where to keep them. "auto" takes the user's cache folder, unless JAX has a cache
+        already, as by the variable `JAX_COMPILATION_CACHE_DIR`; if the user's folder cannot be
+        written, there is a warning, and each process compiles its programs. "" changes nothing.
 
     Raises:
       UserError: a folder that was named cannot be written.
@@ -45,7 +45,7 @@ def keep_programs(folder: str) -> None:
         return
     if _folder_in_use() == str(path):
         return
-    # JAX opens the folder at the first compilation, and keeps it open.
+    # JAX keeps the folder open that it had at the first compilation.
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
