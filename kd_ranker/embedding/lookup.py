@@ -11,14 +11,16 @@ so that each step fetches it from memory once and writes it back once. The row a
 ids is reserved for ids without their own row.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import WHOLE, CandidateBatch, Items, RowSharding
+from kd_ranker.embedding import cpu_rows
 from kd_ranker.embedding.row_sharding import read, rows_per_device
 
 Tables = dict[str, Float[Array, "rows W"]]
@@ -123,36 +125,53 @@ def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
     return (ids >= 0) & (ids < table.size)
 
 
-def gather_rows(
+def gather_rows(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items) -> Rows:
+    """Return the embeddings that a batch needs: lookup name -> float32 [*shape of the ids, D]."""
+    return {
+        name: read(
+            spec.row_sharding,
+            tables[lookup.table],
+            _rows(spec, lookup, batch, items),
+            slice(spec.width),
+        )
+        for name, lookup in spec.lookups.items()
+    }
+
+
+def gather_rows_of_runs(
     spec: EmbeddingSpec,
-    tables: Tables,
+    tables: dict[str, Float[Array, "runs rows W"]],
     batch: CandidateBatch,
     items: Items,
-    *,
-    whole_rows: bool,
-    run: Int[Array, ""] | None = None,
 ) -> Rows:
-    """Return the rows that a batch needs: lookup name -> float32 [*shape of the ids, W or D].
-
-    Only `whole_rows` have update counts and slots. The tables are those of one model; or with
-    `run`, of all runs of a stack. On TPUs, a `vmap` over tables would need another layout.
-    """
+    """Return the embeddings of each run: lookup name -> float32 [runs, *shape of the ids, D]."""
     gathered = {}
     for name, lookup in spec.lookups.items():
-        table = tables[lookup.table]
         row = _rows(spec, lookup, batch, items)
-        first: Any = 0
-        if run is not None:
-            first = run * table.shape[1]
-            table = table.reshape(-1, table.shape[2])
-        columns = slice(None if whole_rows else spec.width)
-        gathered[name] = read(spec.row_sharding, table, row, columns, first)
+        flat = _gather_of_runs(spec, tables[lookup.table], row.reshape(-1))
+        gathered[name] = flat.reshape(-1, *row.shape, spec.width)
     return gathered
 
 
-def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:
-    """Return the embeddings of gathered rows: lookup name -> [*shape of the ids, D]."""
-    return {name: row[..., : spec.width] for name, row in rows.items()}
+def _gather_of_runs(
+    spec: EmbeddingSpec, tables: Float[Array, "runs rows W"], row: Int[Array, "M"]
+) -> Float[Array, "runs M D"]:
+    runs, length, columns = tables.shape
+
+    # One long table: on TPUs, a `vmap` over tables would need another layout.
+    def by_xla(
+        tables: Float[Array, "runs rows W"], row: Int[Array, "M"]
+    ) -> Float[Array, "runs M D"]:
+        flat = tables.reshape(-1, columns)
+        starts = length * jnp.arange(runs)
+        return jax.vmap(lambda start: read(spec.row_sharding, flat, row, slice(spec.width), start))(
+            starts
+        )
+
+    if spec.row_sharding.devices > 1 or not cpu_rows.are_available():
+        return by_xla(tables, row)
+    on_cpu = functools.partial(cpu_rows.gather, width=spec.width)
+    return jax.lax.platform_dependent(tables, row, cpu=on_cpu, default=by_xla)
 
 
 def gather_to_serve(

@@ -5,12 +5,16 @@ duplicate ids. It writes the touched rows back, in place if the buffers are dona
 allocates, clears or sorts an array of a table's size.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from kd_ranker.embedding import cpu_rows
 
 
 class Adam(NamedTuple):
@@ -72,18 +76,34 @@ def update_tables(
     learning_rate: Float[Array, "runs"],
     weight_decay: Float[Array, "runs"],
     may_change: Bool[Array, "runs"],
-    gathered: Float[Array, "M W"] | None = None,
 ) -> Float[Array, "runs rows W"]:
     """Update the touched rows of each run's table; every other row keeps its bits.
 
     `lookup` describes a row. One is touched if the gradients of its ids add up to something other
     than zero. Then it also decays by `learning_rate * weight_decay * row` (decoupled decay,
-    Loshchilov and Hutter, 2019). A run that may not change keeps its table. `gathered` has the
-    row of each id, if already read for a single run.
+    Loshchilov and Hutter, 2019). A run that may not change keeps its table.
     """
+    by_xla = functools.partial(_update_by_xla, optimizer)
+    arguments = (*occurrences, gradients, learning_rate, weight_decay, may_change)
+    if optimizer is not adam or not cpu_rows.are_available():
+        return by_xla(tables, *arguments)
+    on_cpu = functools.partial(cpu_rows.update_by_adam, **ADAM._asdict())
+    return jax.lax.platform_dependent(tables, *arguments, cpu=on_cpu, default=by_xla)
+
+
+def _update_by_xla(
+    optimizer: RowOptimizer,
+    tables: Float[Array, "runs rows W"],
+    row: Int[Array, "M"],
+    position: Int[Array, "M"],
+    represents: Bool[Array, "M"],
+    gradients: Float[Array, "runs M D"],
+    learning_rate: Float[Array, "runs"],
+    weight_decay: Float[Array, "runs"],
+    may_change: Bool[Array, "runs"],
+) -> Float[Array, "runs rows W"]:
     # One flat table and a loop over runs: on two CPU cores, for 16 runs, that was faster than
     # `vmap` over stacked tables or one scatter for all (`docs/benchmarks.md`).
-    assert gathered is None or tables.shape[0] == 1
     runs, length, columns = tables.shape
     width = gradients.shape[-1]
 
@@ -92,18 +112,16 @@ def update_tables(
     ) -> Float[Array, "all_rows W"]:
         first = run * length
         gradient = gradients[run]
-        rows = gathered
-        if rows is None:
-            rows = flat.at[occurrences.row + first].get(mode="promise_in_bounds")
+        rows = flat.at[row + first].get(mode="promise_in_bounds")
         old, count, slots = jnp.split(rows, [width, width + 1], axis=1)
         summed = jnp.zeros_like(gradient)
-        summed = summed.at[occurrences.position].add(gradient, mode="promise_in_bounds")
+        summed = summed.at[position].add(gradient, mode="promise_in_bounds")
         step, slots = optimizer.update(summed, slots, count + 1)
         new = old - learning_rate[run] * (step + weight_decay[run] * old)
         # A candidate without a label has no gradient, and neither decay nor old moments may move
         # its row: otherwise mode none would depend on how many such candidates fill a batch.
-        touched = jnp.any(summed != 0, axis=1) & occurrences.represents & may_change[run]
-        place = jnp.where(touched, occurrences.row + first, flat.shape[0])
+        touched = jnp.any(summed != 0, axis=1) & represents & may_change[run]
+        place = jnp.where(touched, row + first, flat.shape[0])
         # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
         place, new_rows = jax.lax.optimization_barrier(
             (place, jnp.concatenate([new, count + 1, slots], axis=1))
@@ -127,8 +145,9 @@ def _adam_update(
     mean, square = jnp.split(slots, 2, axis=1)
     mean = ADAM.b1 * mean + (1 - ADAM.b1) * gradients
     square = ADAM.b2 * square + (1 - ADAM.b2) * jnp.square(gradients)
-    corrected_mean = mean / (1 - ADAM.b1**counts)
-    corrected_square = square / (1 - ADAM.b2**counts)
+    # 1 - b^count, by a function that loses no digits where the power is near 1.
+    corrected_mean = mean / -jnp.expm1(counts * math.log(ADAM.b1))
+    corrected_square = square / -jnp.expm1(counts * math.log(ADAM.b2))
     step = corrected_mean / (jnp.sqrt(corrected_square) + ADAM.eps)
     return step, jnp.concatenate([mean, square], axis=1)
 

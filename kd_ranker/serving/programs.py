@@ -264,7 +264,7 @@ def _on_requests(trained: Servable, part: Callable[..., Any], arrays: Arrays) ->
         lookup.table: jnp.asarray(arrays[name_of(lookup.table)]) for lookup in lookups.values()
     }
     embedding = trained.model.embedding._replace(lookups=lookups)
-    rows = gather_rows(embedding, tables, batch, items, whole_rows=False)
+    rows = gather_rows(embedding, tables, batch, items)
 
     # Items are not cast to the dtype of the model, see `apply_model`.
     def part_with_items(module: Any, batch: CandidateBatch, rows: Rows) -> Any:

@@ -27,8 +27,7 @@ from kd_ranker.distillation.teacher_signal import SIGNALS, TeacherSignal
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
     Rows,
-    embeddings,
-    gather_rows,
+    gather_rows_of_runs,
     ids_of_table,
     is_known,
     rows_of_ids,
@@ -143,7 +142,6 @@ class _RowUpdate(NamedTuple):
     """The rows that runs looked up, for the update of tables; all have an axis of runs."""
 
     gradients: Rows  # of this device; those of dense parameters are summed over devices
-    gathered: Rows | None  # the rows themselves; without them, the update has to read them
     learning_rate: Float[Array, "*runs"]
     may_change: Bool[Array, "*runs"]
 
@@ -162,22 +160,17 @@ def _train_stack(
     batch = _without_idle_candidates(train_spec, batch, targets)
     # Counted from 1: a factor of 0 at the first step would waste a batch.
     step = state.step + 1
-    num_runs = len(state.non_finite_step)
-    # The update needs the rows that were gathered for the logits. With one run on one device they
-    # are still in a cache. With many runs they are not, and with many devices each has other rows:
-    # then the update reads them again.
-    reuses_rows = num_runs == 1 and jax.lax.axis_size(AXIS) == 1
+    rows = gather_rows_of_runs(embedding, tables, batch, items)
 
     def train_run(
-        run: Int[Array, ""],
+        rows: Rows,
         dense: _Dense,
         optimizer_state: optax.OptState,
         non_finite_step: Int[Array, ""],
         hyperparameters: Hyperparameters,
     ) -> _Trained:
-        rows = gather_rows(embedding, tables, batch, items, whole_rows=reuses_rows, run=run)
         (gradients, row_gradients), losses = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
-            dense, embeddings(embedding, rows), train_spec, hyperparameters, batch, targets, items
+            dense, rows, train_spec, hyperparameters, batch, targets, items
         )
         gradients, losses = jax.lax.psum((gradients, losses), AXIS)
 
@@ -199,14 +192,13 @@ def _train_stack(
             losses=losses,
             rows=_RowUpdate(
                 gradients=row_gradients,
-                gathered=rows if reuses_rows else None,
                 learning_rate=factor * hyperparameters.optimizer.table_learning_rate,
                 may_change=may_change,
             ),
         )
 
     trained: _Trained = jax.vmap(train_run)(
-        jnp.arange(num_runs),
+        rows,
         (state.parameters.dense, state.transform),
         state.optimizer_state,
         state.non_finite_step,
@@ -373,9 +365,6 @@ def _update_table(
     ) -> tuple[Float[Array, "runs rows W"], Int[Array, "rows"]]:
         tables, owner = before
         occurrences, owner = find_occurrences(row, mask, owner)
-        gathered = None
-        if row_update.gathered:
-            (gathered,) = rows_of_table(embedding, row_update.gathered, name)  # of a single run
         updated = update_tables(
             train_spec.row_optimizer,
             tables,
@@ -384,7 +373,6 @@ def _update_table(
             row_update.learning_rate,
             hyperparameters.optimizer.table_weight_decay,
             row_update.may_change,
-            gathered,
         )
         return updated, owner
 

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "user_id": batch.user_id.astype(np.int64),
         "user_features": batch.user_features,
         "item_id": batch.item_id.astype(np.int64),
-        "item_features": items.features[batch.item_id],
+        "item_features": np.asarray(items.features)[batch.item_id],
         "user_label": batch.user_label,
         "label_weight": batch.label_weight[..., None],
         "teacher_probability": batch.teacher_probability,

@@ -8,8 +8,8 @@ import pytest
 from kd_ranker.batch import RowSharding
 from kd_ranker.embedding.lookup import (
     TableSpec,
-    embeddings,
     gather_rows,
+    gather_rows_of_runs,
     gather_to_serve,
     ids_of_table,
     init_table,
@@ -70,19 +70,24 @@ def make_tables(slots=0):
     return jax.jit(tables)()  # in one program, not one an array
 
 
+def test_rows_of_runs_are_those_of_each_run():
+    batch, tables = make_batch(0), make_tables()
+    of_runs = {name: jnp.stack([table, 2 * table]) for name, table in tables.items()}
+    gathered = jax.jit(functools.partial(gather_rows_of_runs, EMBEDDING))(of_runs, batch, ITEMS)
+    for name, rows in gather_rows(EMBEDDING, tables, batch, ITEMS).items():
+        np.testing.assert_array_equal(gathered[name], jnp.stack([rows, 2 * rows]))
+
+
 def test_gradients_of_gathered_rows_sum_to_the_tables():
     """The path that the step takes, against differentiating with respect to the whole table."""
     batch, tables = make_batch(0), make_tables()
     masks = {name: mask for name, (_, mask) in ids_and_masks(batch).items()}
 
     def gathered(tables):
-        return gather_rows(EMBEDDING, tables, batch, ITEMS, whole_rows=True)
+        return gather_rows(EMBEDDING, tables, batch, ITEMS)
 
     def loss_of_rows(rows):
-        return sum(
-            jnp.sum(jnp.sin(row) * masks[name][..., None])
-            for name, row in embeddings(EMBEDDING, rows).items()
-        )
+        return sum(jnp.sum(jnp.sin(row) * masks[name][..., None]) for name, row in rows.items())
 
     row_gradients = jax.jit(jax.grad(loss_of_rows))(gathered(tables))
     dense = jax.jit(jax.grad(lambda tables: loss_of_rows(gathered(tables))))(tables)
@@ -91,8 +96,8 @@ def test_gradients_of_gathered_rows_sum_to_the_tables():
         (gradients,) = rows_of_table(
             EMBEDDING, jax.tree.map(lambda leaf: leaf[None], row_gradients), name
         )
-        total = np.zeros(table.shape, np.float32)
-        np.add.at(total, np.asarray(ids), np.asarray(gradients))
+        total = np.zeros(table.shape, np.float32)  # 0 for slots
+        np.add.at(total[:, :WIDTH], np.asarray(ids), np.asarray(gradients))
         np.testing.assert_allclose(total, dense[name], atol=1e-5)
 
 
@@ -178,7 +183,7 @@ def test_ids_not_met_in_training_are_served_the_reserved_row():
         tables[name] = with_counts.at[reserved, :WIDTH].set(9.0)
     # One that is far out of range.
     batch.request_category[0, 0] = 10**6
-    rows = embeddings(EMBEDDING, gather_rows(EMBEDDING, tables, batch, ITEMS, whole_rows=True))
+    rows = gather_rows(EMBEDDING, tables, batch, ITEMS)
     served = gather_to_serve(EMBEDDING, tables, batch, ITEMS)
     for name, (ids, _) in ids_and_masks(batch).items():
         met = np.isin(ids, trained[EMBEDDING.lookups[name].table])

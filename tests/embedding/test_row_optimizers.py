@@ -25,14 +25,12 @@ def new_table(optimizer, embeddings):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update_many(optimizer, tables, rows, mask, gradients, rates, decays, may_change, gathered=None):
+def update_many(optimizer, tables, rows, mask, gradients, rates, decays, may_change):
     """`update_tables` of runs that share the ids."""
     # Whatever the owners hold must not matter.
     owner = jnp.full(tables.shape[1], 3, jnp.int32)
     occurrences, _ = find_occurrences(rows, mask, owner)
-    return update_tables(
-        optimizer, tables, occurrences, gradients, rates, decays, may_change, gathered
-    )
+    return update_tables(optimizer, tables, occurrences, gradients, rates, decays, may_change)
 
 
 def update_one(optimizer, table, rows, gradients, rate, decay, mask=None):
@@ -40,10 +38,7 @@ def update_one(optimizer, table, rows, gradients, rate, decay, mask=None):
     mask = np.ones(len(rows), bool) if mask is None else mask
     table, rows = jnp.asarray(table), jnp.asarray(rows)
     numbers = (jnp.full(1, rate), jnp.full(1, decay), jnp.ones(1, bool))
-    arguments = (optimizer, table[None], rows, mask, gradients[None], *numbers)
-    new = update_many(*arguments)
-    np.testing.assert_array_equal(new, update_many(*arguments, gathered=table[rows]))
-    return new[0]
+    return update_many(optimizer, table[None], rows, mask, gradients[None], *numbers)[0]
 
 
 def dense_update(name, table, gradient, touched, rate, decay):

@@ -143,7 +143,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     def loss(parameters, transform):
         # A row that is only padding is not trained, so its gradient is cut here as well.
         lookups = train_spec.model.embedding
-        embedded = gather_rows(lookups, parameters.tables, batch, constants.items, whole_rows=False)
+        embedded = gather_rows(lookups, parameters.tables, batch, constants.items)
         logits = apply_model(train_spec.model, parameters.dense, embedded, batch, constants.items)
         total = entropy(logits[..., :TASKS], batch.user_label, batch.label_weight[..., None])
         if mode == "none":
