@@ -3,6 +3,9 @@
 The cohorts are trained one after the other. Their list is decided once and stored in
 `cohorts.json`: a resumed sweep continues with it, even on another machine, and an extended sweep
 adds to it.
+
+Halving compares settings that train together, so it needs all of them in the first cohort. An
+extension trains the settings that are left, for all their steps.
 """
 
 import dataclasses
@@ -44,8 +47,9 @@ class Sweep:
 
     @property
     def cohorts(self) -> list[Runs]:
-        """The runs of each cohort."""
-        return [{name: self.runs[name] for name in names} for names in self.plan]
+        """The runs of each cohort; only those of the first are halved."""
+        cohorts = [{name: self.runs[name] for name in names} for names in self.plan]
+        return cohorts[:1] + [_without_halving(runs) for runs in cohorts[1:]]
 
     @property
     def costs(self) -> Costs:
@@ -76,6 +80,7 @@ class Sweep:
         """
         plan = [*self.plan]
         batch_keys = [key.name for key in schema.sweepable() if key.sweep == "cohorts"]
+        is_first = not plan
         names_by_batches: dict[str, list[str]] = {}
         for name, run in self._unplaced().items():
             batches = repr([schema.value_of(run, key) for key in batch_keys])
@@ -85,6 +90,11 @@ class Sweep:
             # pays for a whole teacher pass.
             num_cohorts = math.ceil(len(names) / size)
             plan += [names[first::num_cohorts] for first in range(num_cohorts)]
+        if is_first and len(plan) > 1 and next(iter(self.runs.values())).sweep.halving:
+            raise UserError(
+                f"sweep.halving compares settings that train together, and these runs train in "
+                f"{len(plan)} cohorts; set sweep.halving=(), or have fewer runs or more memory"
+            )
         write_atomically(self.workdir / FILE, json.dumps({"cohorts": plan}, indent=2))
         return dataclasses.replace(self, plan=plan)
 
@@ -150,7 +160,47 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: Provenance) -> Sweep:
             f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
             "sweep.extend adds runs, so name those that are there as well"
         )
-    return Sweep(workdir, runs, plan, dataset)
+    sweep = Sweep(workdir, runs, plan, dataset)
+    if not plan or not config.sweep.halving:
+        return sweep
+    return dataclasses.replace(sweep, runs=_without_new_runs_of(_stopped_settings(sweep), sweep))
+
+
+def _without_halving(runs: Runs) -> Runs:
+    trained_in_full = {}
+    for name, run in runs.items():
+        trained_in_full[name] = run.copy_and_resolve_references()
+        with trained_in_full[name].unlocked():
+            trained_in_full[name].sweep.halving = ()
+    return trained_in_full
+
+
+def _without_new_runs_of(settings: Collection[str], sweep: Sweep) -> Runs:
+    """Return the runs of a sweep, without those of some settings that the plan does not have."""
+    planned = {*itertools.chain.from_iterable(sweep.plan)}
+    return {
+        name: run
+        for name, run in sweep.runs.items()
+        if name in planned or _setting(run) not in settings
+    }
+
+
+def _stopped_settings(sweep: Sweep) -> set[str]:
+    """Return the settings that halving stopped in the first cohort; none before it is measured."""
+    folder = sweep.folders[0]
+    if not (folder / results.FILE).exists():
+        return set()
+    rows = results.read_joined([folder])
+    steps = {name: run.train.steps for name, run in sweep.cohorts[0].items()}
+    students = rows[(rows["role"] == "student") & rows["non_finite_step"].isna()]
+    stopped = students.loc[students["step"] < students["run"].map(steps), "run"]
+    return {_setting(sweep.runs[name]) for name in stopped}
+
+
+def _setting(run: ConfigDict) -> str:
+    """Return a text that runs share which differ only in their seeds."""
+    of_run = setting_names.setting_of(run)
+    return repr([(name, of_run[name]) for name in of_run if name not in setting_names.REPEAT])
 
 
 def read_plan(workdir: Path) -> list[list[str]]:

@@ -44,6 +44,17 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             yield (
                 "sweep.whole_repeats orders the data by the seed; leave batch.seed out of the runs"
             )
+        if c.sweep.halving:
+            yield (
+                "sweep.whole_repeats trains each repeat by itself, and sweep.halving compares "
+                "settings over their repeats; leave one of them out"
+            )
+    steps = [overrides.get("train.steps", c.train.steps) for overrides in overrides_of_runs(c)]
+    if c.sweep.halving and max(c.sweep.halving) >= min(steps):
+        yield (
+            f"sweep.halving={c.sweep.halving} must be before the last step of every run, and one "
+            f"takes {min(steps)} steps; halve earlier, or train longer"
+        )
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
             f"sweep.part={c.sweep.part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty "

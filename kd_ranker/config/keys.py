@@ -432,6 +432,9 @@ _ALL = (
         Key("seeds", (), "values of seed, for each run; () leaves it to the runs", element=int),
         Key("rivals", (), "rankers of other architectures to compare with the students",
             RIVALS, element=str, may_differ=True, later=True),
+        Key("halving", (), "steps after which the worse half of each method's settings stops, by "
+            "train.eval_limit validation requests; () for none", POSITIVE, element=int,
+            influences="student"),
         Key("cohort_size", 0, "runs that train in one program; 0: as many as memory allows"),
         Key("whole_repeats", False, "each seed also sets the order of the data, and has a separate "
             "teacher", influences="student", may_differ=True),

@@ -2,5 +2,6 @@
 
 lookup          the ids and rows that a batch needs of each table, and their embeddings
 row_optimizers  SGD, Adagrad and Adam on the rows of a batch, with duplicate ids added up
+cpu_rows        the same for a CPU in C++ (cpu_rows.cc), where there is a compiler
 row_sharding    the rows of a table spread over devices: who holds which, and how others read it
 """

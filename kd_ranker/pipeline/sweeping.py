@@ -13,7 +13,8 @@ from kd_ranker.cohorts.memory import cohort_size
 from kd_ranker.cohorts.plan import TEST, Sweep, open_sweep, read_plan
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
-from kd_ranker.config.runs import common
+from kd_ranker.config.runs import common, sweep_runs
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving, setting_names
 from kd_ranker.manifest import has_provenance as is_measured
@@ -21,7 +22,7 @@ from kd_ranker.pipeline import cluster, datasets
 from kd_ranker.pipeline.job import Teachers, TrainingJob, make_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
-from kd_ranker.pipeline.trained import is_run, load_teacher
+from kd_ranker.pipeline.trained import is_run, load_teacher, served_head
 from kd_ranker.pipeline.trainees import Trainees, open_trainees
 from kd_ranker.pipeline.training import check_job, fit, training_bar
 from kd_ranker.progress import Bar, Progress, Show
@@ -30,7 +31,7 @@ from kd_ranker.rivals import registry
 from kd_ranker.rivals.registry import Rival
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.processes import on_first
-from kd_ranker.training.specs import TEACHER_STAGES
+from kd_ranker.training.specs import TEACHER_STAGES, stopped_runs
 from kd_ranker.training.state import States
 
 
@@ -99,6 +100,8 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
 def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
     """Do what is left of a sweep; return False if it is complete."""
     sweep, trainees = _open(config, workdir)
+    if left_out := len(sweep_runs(config)) - len(sweep.runs):
+        progress.show(f"{left_out} new runs are of settings that halving stopped: left out")
     dataset = trainees.dataset
     part = config.sweep.part
     if part == JOIN:
@@ -215,7 +218,15 @@ def _train_cohort(job: TrainingJob, folder: Path, bar: Bar) -> None:
         return
     states = fit(job, folder, bar)
     started_with_scores = workdirs.started_with_scores(folder, job.config)
-    measured = measure(job, "validation", states, started_with_scores=started_with_scores)
+    # One head shows where a run was when it stopped.
+    stopped = stopped_runs(job.trainees.stacks, states)
+    serves = {
+        name: [served_head(run)] if name in stopped else list(MODES[run.distill.mode].serve)
+        for name, run in job.runs.items()
+    }
+    measured = measure(
+        job, "validation", states, serves=serves, started_with_scores=started_with_scores
+    )
     write_measured(job, folder, job.provenance, measured)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from kd_ranker.cohorts.memory import check_memory, exhaustion_reported
 from kd_ranker.config import checks, schema
 from kd_ranker.config.runs import Runs
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.halving import runs_behind
 from kd_ranker.evaluation.metrics.registry import metric_of
 from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import TrainingJob, open_job
@@ -23,12 +25,12 @@ from kd_ranker.pipeline.warm_start import warm_start
 from kd_ranker.progress import Bar, Progress
 from kd_ranker.training import specs
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import Evaluated, scalar_name
 from kd_ranker.training.loop import fit as fit_program
-from kd_ranker.training.loop import scalar_name
 from kd_ranker.training.mapping import DeviceMap, own_devices
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.program import Program, make_program
-from kd_ranker.training.specs import TEACHER_STAGES
+from kd_ranker.training.specs import TEACHER_STAGES, stopped_runs
 from kd_ranker.training.state import Constants, LiveTeacher, States
 
 # Choices are made on the first; the second is read for the report.
@@ -100,29 +102,39 @@ def fit(job: TrainingJob, workdir: Path, bar: Bar) -> States:
             train,
             workdir,
             job.provenance,
-            functools.partial(_validation_scalars, job),
+            functools.partial(_evaluate, job),
             bar,
             functools.partial(warm_start, job, workdir) if train.warm_start else None,
+            job.config.sweep.halving if job.runs else (),
         )
 
 
-def _validation_scalars(job: TrainingJob, states: States) -> dict[str, float]:
-    """Measure rankers on the first validation requests; return the scalars to log, by name.
+def _evaluate(job: TrainingJob, states: States) -> Evaluated:
+    """Measure the rankers that still train on the first validation requests.
 
     Each student is measured by its head, and those that diverged have no scalars.
     """
     limit = job.trainees.section.train.eval_limit
-    serves = {name: [served_head(config)] for name, config in job.runs.items()}
-    measured = {*job.runs} or {results.TEACHER}
+    stopped = stopped_runs(job.trainees.stacks, states)
+    serves = {
+        name: [served_head(config)] for name, config in job.runs.items() if name not in stopped
+    }
+    measured = {*serves} or {results.TEACHER}
+    rows = [
+        row
+        for row in measure(job, "validation", states, serves=serves or None, limit=limit).rows
+        if str(row["run"]) in measured  # not the teacher of students
+    ]
     scalars = {}
-    for row in measure(job, "validation", states, serves=serves or None, limit=limit).rows:
-        run = str(row["run"])
-        if run not in measured:  # the teacher of students
-            continue
+    for row in rows:
         for column, value in row.items():
             if isinstance(value, float) and np.isfinite(value) and metric_of(column):
-                scalars[scalar_name(f"eval/{column}", run if job.runs else "")] = value
-    return scalars
+                run = str(row["run"]) if job.runs else ""
+                scalars[scalar_name(f"eval/{column}", run)] = value
+    if not job.runs or not job.config.sweep.halving:
+        return Evaluated(scalars, ())
+    table = results.to_csv(rows, results.columns(job.config.tasks, job.report_at))
+    return Evaluated(scalars, runs_behind(results.read_csv(io.StringIO(table))))
 
 
 def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Program:

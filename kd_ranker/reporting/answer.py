@@ -13,7 +13,7 @@ from kd_ranker.evaluation.baselines import LISTS
 from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, at_target
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.reporting.estimates import Estimates
-from kd_ranker.reporting.intervals import Interval
+from kd_ranker.reporting.intervals import Interval, repeats_to_see
 from kd_ranker.reporting.study import Pair, Study
 from kd_ranker.reporting.tables import bounds_text, number, percents
 
@@ -22,8 +22,9 @@ _EFFECT = 0.002
 # One of this number of requests is to be scored whole, for an interval of the count of this width.
 _WHOLE_ONE_IN = 200
 _WHOLE_WIDTH = 0.1
-# The number of repeats to add to an undecided study.
+# The repeats to add to a study that is undecided for users, and the most to advise.
 _MORE_SEEDS = 3
+_MOST_SEEDS = 20
 _UNDECIDED = "undecided"
 _UNKNOWN_NUMBER = "an unknown number of"
 _FOR_USERS = at_target("passed_for_users")
@@ -62,7 +63,9 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     saving = _Saving(study, estimates, with_scores, without)
     users = _users(study, estimates, with_scores, without)
     advice = ""
-    if saving.is_open or users.is_open:
+    if saving.is_open:
+        advice = _seeds_for_saving(study, estimates, with_scores)
+    elif users.is_open:
         advice = _more_seeds(study)
     advice = advice or users.plan
     sentences = [saving.verdict(), saving.counts(), users.sentence, advice]
@@ -296,16 +299,33 @@ def _two_digits(requests: float) -> str:
     return f"{float(f'{requests:.2g}'):,.0f}"
 
 
+def _seeds_for_saving(study: Study, estimates: Estimates, with_scores: str) -> str:
+    """Return the number of seeds that would show a saving of the size at hand, and their flags."""
+    saved = estimates.saved_over_draws(with_scores)
+    needed = repeats_to_see(saved, estimates.saved(with_scores).mean)
+    if needed is None or needed > _MOST_SEEDS:
+        return f"To see so small a difference takes more than {_MOST_SEEDS} seeds."
+    # This study was unlucky where it should have been enough.
+    needed = max(needed, len(saved.repeats) + 1)
+    flags = _flags_of_seeds(study, needed)
+    plan = f"To see a difference of this size, use {needed} seeds"
+    return f"{plan}: add `{flags}`." if flags else f"{plan}."
+
+
 def _more_seeds(study: Study) -> str:
     """Return the flags that add repeats to the sweep; "" for a study that is not one sweep's."""
+    flags = _flags_of_seeds(study, study.rows["seed"].nunique() + _MORE_SEEDS)
+    return f"For {_MORE_SEEDS} more seeds, add `{flags}`." if flags else ""
+
+
+def _flags_of_seeds(study: Study, number: int) -> str:
+    """Return the flags of a sweep with more seeds; "" for a study that is not one sweep's."""
     if len(study.configs) > 1 or study.rows["run"].eq("").any():
         return ""
     seeds = sorted({*study.rows["seed"].astype(int)})
-    next_seed = seeds[-1] + 1
-    seeds += range(next_seed, next_seed + _MORE_SEEDS)
+    seeds += range(seeds[-1] + 1, seeds[-1] + 1 + number - len(seeds))
     seeds_text = ",".join(map(str, seeds))
-    flags = f'--config.sweep.seeds="({seeds_text})" --config.sweep.extend=True'
-    return f"For {_MORE_SEEDS} more seeds, add `{flags}`."
+    return f'--config.sweep.seeds="({seeds_text})" --config.sweep.extend=True'
 
 
 def _why_unknown(study: Study) -> str:

@@ -94,10 +94,12 @@ class Estimates:
         1 − `passed_for_99` / `passed_for_99` of the other, over the repeats that both have. It is
         the saving of two rankers that cost the same, before a final ranker that costs far more.
         """
-        share = combined(
+        return crossed_interval(self._draws_of_candidates_saved(setting, other))
+
+    def _draws_of_candidates_saved(self, setting: str, other: str) -> OverDraws:
+        return combined(
             _share_saved, self._measured(setting, CRITERION), self._measured(other, CRITERION)
         )
-        return crossed_interval(share)
 
     def cost_saved(self, setting: str, target: float = TARGET, over: str | None = None) -> Interval:
         """Return the share of another ranker's cost that a setting saves, each at a target.
@@ -126,9 +128,13 @@ class Estimates:
 
     def saved(self, setting: str) -> Interval:
         """Return what a setting saves of the baseline's `study.saved_unit`."""
+        return crossed_interval(self.saved_over_draws(setting))
+
+    def saved_over_draws(self, setting: str) -> OverDraws:
+        """Return the same for each repeat, on the test requests and on each draw of them."""
         if self.study.saved_unit == "candidates" and self.study.baseline is not None:
-            return self.candidates_saved(setting, self.study.baseline)
-        return self.cost_saved(setting)
+            return self._draws_of_candidates_saved(setting, self.study.baseline)
+        return self._draws_of_cost_saved(setting, self.study.baseline)
 
     def cost_share(self, setting: str) -> Interval:
         """Return the cost of a request at `TARGET`, over the teacher's own on all candidates."""

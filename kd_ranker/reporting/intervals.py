@@ -27,6 +27,10 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 CONFIDENCE = 0.95
+# The share of studies in which a difference that is planned for should exclude 0, and the largest
+# number of repeats to plan.
+POWER = 0.8
+_MOST_REPEATS = 50
 # With a larger share of draws without the measure, the others do not represent all draws.
 _UNKNOWN_DRAWS = 0.05
 
@@ -165,22 +169,70 @@ def crossed_interval(setting: OverDraws) -> Interval:
     return Interval(mean, mean - half, mean + half, n, "both" if n > 1 else "requests")
 
 
+def repeats_to_see(setting: OverDraws, difference: float) -> int | None:
+    """Return the repeats with which a true difference excludes 0 in four studies of five.
+
+    The smallest R with
+
+        (t_N · V_requests + t_R · V_repeats) / √V + z · √V ≤ difference
+
+    where V is the sum of both variances, V_repeats is Var(on_test) / R, and 80% of the normal
+    distribution lies below z. The first term is the half-width of `crossed_interval`; the second is
+    how far a mean may fall short of the truth. Both variances are those of the repeats at hand, of
+    which there must be at least two.
+
+    Returns:
+      None if 50 repeats would not do, or there are too few to tell.
+    """
+    known = setting.numbers[:, np.isfinite(setting.numbers[0])]
+    on_test = known[0]
+    if len(on_test) < 2 or not difference:
+        return None
+    drawn = known[1:]
+    drawn = drawn[np.isfinite(drawn).all(axis=1)]
+    v_requests = _variance_of_requests(drawn, setting.requests) if len(drawn) > 1 else 0.0
+    t_requests = _t_quantile(CONFIDENCE, max(setting.requests - 1, 1))
+    for repeats in range(2, _MOST_REPEATS + 1):
+        v_repeats = on_test.var(ddof=1) / repeats
+        deviation = np.sqrt(v_requests + v_repeats)
+        half = _half_of(v_requests, v_repeats, t_requests, _t_quantile(CONFIDENCE, repeats - 1))
+        if half + stats.norm.ppf(POWER) * deviation <= abs(difference):
+            return repeats
+    return None
+
+
 def _half_width(
     on_test: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int
 ) -> float:
     """Return the half-width of `crossed_interval`."""
     repeats = len(on_test)
-    # A variance over draws has N in place of N − 1.
-    covariance = np.cov(drawn, rowvar=False).reshape(repeats, repeats) * requests / (requests - 1)
     t_requests = _t_quantile(CONFIDENCE, requests - 1)
+    covariance = _covariance(drawn, requests)
     if repeats == 1:
         return float(t_requests * np.sqrt(covariance.item()))
-    t_repeats = _t_quantile(CONFIDENCE, repeats - 1)
-    v_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
+    v_requests = _variance_of_requests(drawn, requests)
     v_repeats = on_test.var(ddof=1) / repeats
-    total = v_requests + v_repeats
-    if total == 0:
+    if v_requests + v_repeats == 0:
         # Repeats agree exactly on the test requests, and do not move together over the draws. What
         # they move on their own is the only variance left.
         return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
-    return float((t_requests * v_requests + t_repeats * v_repeats) / np.sqrt(total))
+    return _half_of(v_requests, v_repeats, t_requests, _t_quantile(CONFIDENCE, repeats - 1))
+
+
+def _half_of(v_requests: float, v_repeats: float, t_requests: float, t_repeats: float) -> float:
+    weighted = t_requests * v_requests + t_repeats * v_repeats
+    return float(weighted / np.sqrt(v_requests + v_repeats))
+
+
+def _variance_of_requests(drawn: Float[np.ndarray, "B R"], requests: int) -> float:
+    """Return the variance of the mean over repeats that stems from the requests they share."""
+    is_pair = ~np.eye(drawn.shape[1], dtype=bool)
+    return max(float(_covariance(drawn, requests)[is_pair].mean()), 0.0)
+
+
+def _covariance(drawn: Float[np.ndarray, "B R"], requests: int) -> Float[np.ndarray, "R R"]:
+    """Return the covariance of repeats over the draws of requests."""
+    repeats = drawn.shape[1]
+    # A variance over draws has N in place of N − 1.
+    covariance = np.cov(drawn, rowvar=False).reshape(repeats, repeats)
+    return covariance * requests / (requests - 1)

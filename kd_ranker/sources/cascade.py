@@ -118,12 +118,13 @@ class World:
         self._draw_users(rng, users, topics, int(data.history_length))
         self._draw_items(rng, items, topics)
         self.moment_taste: Float32[np.ndarray, "context K"] = _normal(rng, CONTEXT_FEATURES, topics)
-        # k plus the cumulative distribution over items from which an event of topic k is drawn, so
-        # that the flattened array is sorted and one search draws many events.
+        # For each topic k and item, k plus the cumulative distribution from which an event of this
+        # topic is drawn: a sorted array, so that one search draws many events.
         weight = self.topics.T.astype(np.float64) ** 2 * np.exp(0.5 * self.popularity)
         cumulative = weight.cumsum(axis=1)
         cumulative /= cumulative[:, -1:]
-        self.events: Float64[np.ndarray, "K items"] = cumulative + np.arange(topics)[:, None]
+        self.events: Float64[np.ndarray, "K*items"]
+        self.events = (cumulative + np.arange(topics)[:, None]).ravel()
         self.teacher_item_error: Float32[np.ndarray, "items tasks"]
         self.teacher_item_error = _normal(rng, items, len(TASKS), scale=0.2)
         self.teacher_user_error: Float32[np.ndarray, "users tasks"]
@@ -458,8 +459,7 @@ def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
     is_recent = np.arange(size) >= size - in_session
     is_in_mood = is_recent & (rng.random(size) < 0.85)
     topic = np.where(is_in_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
-    flat = world.events.ravel()
-    item = np.searchsorted(flat, topic + rng.random(size)) % len(world.topics)
+    item = np.searchsorted(world.events, topic + rng.random(size)) % len(world.topics)
 
     session_age = rng.exponential(2 / 60, in_session).cumsum()[::-1]
     older_age = session_age[0] + rng.uniform(0.5, 24 * (HISTORY_DAYS - 1), size - in_session)

@@ -4,6 +4,7 @@ specs         from configs to stacks: what is static, hyperparameters, first sta
 step          the step that one device runs; `program`: the step of a cohort, with its batches
 mapping       devices, and the same step on one or many; `processes`: several processes as one
 loop          calls of steps, then metrics, evaluations and checkpoints
+active_runs   the runs that still train, without those that halving stopped
 divergence    runs with a loss that stopped being finite
 optimizers    optimizers of the dense parameters, and schedules
 workdir       the files of a run; `checkpoints`, `interruption`: resuming after a signal

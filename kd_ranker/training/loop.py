@@ -1,4 +1,7 @@
-"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint."""
+"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint.
+
+After an evaluation, halving may stop the runs of settings that are behind.
+"""
 
 import contextlib
 import time
@@ -15,6 +18,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.manifest import Provenance
 from kd_ranker.progress import Bar
 from kd_ranker.training import checkpoints
+from kd_ranker.training.active_runs import ActiveRuns
 from kd_ranker.training.divergence import diverged_runs, mark_diverged
 from kd_ranker.training.interruption import deferred
 from kd_ranker.training.program import (
@@ -29,7 +33,15 @@ from kd_ranker.training.state import States
 from kd_ranker.training.step import Losses
 from kd_ranker.training.workdir import MetricsWriter
 
-Evaluate = Callable[[States], dict[str, float]]
+
+class Evaluated(NamedTuple):
+    """The findings of an evaluation during training."""
+
+    scalars: dict[str, float]  # by name, for the metrics
+    behind: Collection[str]  # the runs that halving would stop
+
+
+Evaluate = Callable[[States], Evaluated]
 Begin = Callable[[States], States]
 
 # Seconds that the steps of one call may take: a signal is noticed between two calls.
@@ -44,6 +56,7 @@ def fit(
     evaluate: Evaluate,
     bar: Bar,
     begin: Begin | None = None,
+    halving: Sequence[int] = (),
 ) -> States:
     """Train until the last run is done, from the newest checkpoint in `workdir` if any.
 
@@ -56,10 +69,11 @@ def fit(
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
       provenance: that of the runs, for the checkpoints.
-      evaluate: states -> scalars by name; called every `train.eval_every` steps.
+      evaluate: what to measure every `train.eval_every` steps, and before halving.
       bar: `program.steps` are added to it. Its progress gets the phase "compiling": all until the
         first step of this process is done.
       begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
+      halving: the steps after which the runs that are behind stop.
 
     Returns:
       The state of each stack after the last step, on the host.
@@ -74,23 +88,22 @@ def fit(
         bar.update(step)
         if step >= program.steps:
             return states
+        outputs = outputs_of(program, train, halving)
         with contextlib.ExitStack() as compiling:
-            compiling.callback(bar.restart_clock)
-            bar.progress.show("compiling the step, once for all steps")
-            compiling.enter_context(bar.progress.phase("compiling"))
-            states = _first_states(program, states, step, begin)
-            calls = _Calls(program)
-            outputs = outputs_of(program, train)
-            diverged = diverged_runs(program, states, before=())
+            _enter_compiling(compiling, bar, "compiling the step, once for all steps")
+            active = _first_runs(program, states, step, begin)
+            outputs = outputs.without(outputs.ends.keys() - active.names)
+            calls = _Calls(active.program)
+            diverged = diverged_runs(active.program, active.states, before=())
             stopping = False
-            on_host: States = ()  # a copy of `states`, where one was made
             with contextlib.closing(MetricsWriter(workdir, step)) as writer:
                 while step < program.steps and not stopping:
                     training = outputs.runs_after(step) - diverged.keys()
                     if not training:
                         bar.update(program.steps - step)
                         break
-                    states, losses, taken = calls.take(states, outputs.next_stop(step) - step)
+                    wanted = outputs.next_stop(step) - step
+                    active.states, losses, taken = calls.take(active.states, wanted)
                     compiling.close()  # after the first call
                     step += taken
                     bar.update(taken)
@@ -98,20 +111,31 @@ def fit(
                     due = outputs.due(step, stopping)
                     if due.save:
                         # A finite loss may have made parameters that are not finite.
-                        states = mark_diverged(program, states)
+                        active.states = mark_diverged(active.program, active.states)
                     # Check a state before it is saved: a run could not resume from a NaN.
                     if due.log or due.save:
-                        diverged = diverged_runs(program, states, before=diverged)
-                    # It may be a copy of whole tables.
-                    on_host = states_on_host(program, states) if due.save or due.evaluate else ()
+                        diverged |= diverged_runs(active.program, active.states, before=diverged)
                     scalars: dict[str, float] = {}
                     if due.log:
-                        scalars |= _scalars(program, states, losses, training - diverged.keys())
-                    if due.evaluate:
-                        scalars |= evaluate(on_host)
+                        scalars |= _scalars(
+                            active.program, active.states, losses, training - diverged.keys()
+                        )
+                    # A copy may be one of whole tables.
+                    on_host = active.on_host() if due.save or due.evaluate else ()
+                    evaluated = evaluate(on_host) if due.evaluate else None
+                    if evaluated:
+                        scalars |= evaluated.scalars
                     if scalars:
                         writer.write(step, scalars)
                         bar.set_postfix(_progress(program, scalars, diverged))
+                    if evaluated and due.halve and evaluated.behind:
+                        number, total = len(evaluated.behind), len(active.names)
+                        line = f"halving after {step:,} steps: {number} of {total} runs stop"
+                        _enter_compiling(compiling, bar, line)
+                        active.stop(evaluated.behind, step)
+                        outputs = outputs.without(evaluated.behind)
+                        calls = _Calls(active.program)
+                        on_host = active.on_host()
                     if due.save:
                         checkpoints.save(saved, step, on_host, program.batches, provenance)
         # This process got no signal, so another one did.
@@ -119,17 +143,24 @@ def fit(
             raise UserError(
                 f"another process ended this run after step {step}; start all of them again"
             )
-        return jax.tree.map(np.asarray, on_host or states_on_host(program, states))
+        return jax.tree.map(np.asarray, active.on_host())
 
 
-def _first_states(program: Program, restored: States, step: int, begin: Begin | None) -> States:
-    """Return the states to continue with on the devices: restored, those of `begin`, or new."""
+def _enter_compiling(stack: contextlib.ExitStack, bar: Bar, line: str) -> None:
+    """Show a line, and count what follows as the phase "compiling" until the stack is closed."""
+    stack.callback(bar.restart_clock)
+    bar.progress.show(line)
+    stack.enter_context(bar.progress.phase("compiling"))
+
+
+def _first_runs(program: Program, restored: States, step: int, begin: Begin | None) -> ActiveRuns:
+    """Return the runs to continue with: restored, with the states of `begin`, or new."""
     if step:
-        return program.devices.place(restored)
+        return ActiveRuns.resumed(program, restored)
     states = initial_states(program)
     if begin:
         states = program.devices.place(begin(states_on_host(program, states)))
-    return states
+    return ActiveRuns(program, states)
 
 
 class Due(NamedTuple):
@@ -137,6 +168,7 @@ class Due(NamedTuple):
 
     log: bool
     evaluate: bool
+    halve: bool
     save: bool
 
 
@@ -147,6 +179,13 @@ class Outputs(NamedTuple):
     eval_every: int
     checkpoint_every: int
     ends: dict[str, int]  # the last step of each run, by its name
+    halving: Sequence[int] = ()  # the steps after which runs that are behind stop
+
+    def without(self, names: Collection[str]) -> "Outputs":
+        """Leave out runs that have stopped."""
+        return self._replace(
+            ends={name: end for name, end in self.ends.items() if name not in names}
+        )
 
     def runs_after(self, step: int) -> set[str]:
         """The runs that have steps left after `step`."""
@@ -157,29 +196,33 @@ class Outputs(NamedTuple):
         ends = [end for end in self.ends.values() if end > step]
         intervals = [self.log_every, self.eval_every, self.checkpoint_every]
         outputs = [(step // every + 1) * every for every in intervals if every]
-        return min(ends + outputs)
+        halving = [halved for halved in self.halving if halved > step]
+        return min(ends + outputs + halving)
 
     def due(self, step: int, stopping: bool) -> Due:
         """What to do after a step; `stopping` if the process ends after it."""
         is_last = step == max(self.ends.values())
         # A run that has ended is complete, whatever becomes of longer ones.
         save = step in self.ends.values() or _is_multiple(step, self.checkpoint_every)
+        halve = step in self.halving
         return Due(
             log=save or _is_multiple(step, self.log_every),
             # The last states are measured in full after the training.
-            evaluate=not is_last and _is_multiple(step, self.eval_every),
+            evaluate=not is_last and (halve or _is_multiple(step, self.eval_every)),
+            halve=halve and not is_last,
             save=save or stopping,
         )
 
 
-def outputs_of(program: Program, train: ConfigDict) -> Outputs:
-    """Return the outputs of `config.train` for the runs of a program."""
+def outputs_of(program: Program, train: ConfigDict, halving: Sequence[int] = ()) -> Outputs:
+    """Return the outputs of `config.train` and of halving for the runs of a program."""
     ends = by_run(program, [stack.hyperparameters.steps for stack in program.stacks])
     return Outputs(
         log_every=train.log_every,
         eval_every=train.eval_every,
         checkpoint_every=train.checkpoint_every,
         ends={name: int(end) for name, end in ends.items()},
+        halving=halving,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import BatchIterator
@@ -24,6 +24,7 @@ class Program(NamedTuple):
     """
 
     stacks: tuple[Stack, ...]
+    teacher: LiveTeacher | None
     filled: tuple[Stack, ...]  # with their last run repeated until devices share them evenly
     batches: BatchIterator  # endless
     constants: Constants
@@ -52,12 +53,36 @@ def make_program(
 
     `constants` are on the host or on one device; their items will record how rows are sharded.
     """
+    placed = devices.place(constants)
+    placed = placed.replace(items=placed.items.replace(row_sharding=devices.row_sharding))
+    return _with_step(stacks, teacher, batches, placed, devices)
+
+
+def of_runs(program: Program, indices: Sequence[Int[np.ndarray, "n"]]) -> Program:
+    """Return the program of some runs of each stack, on the same batches and constants.
+
+    It has no stack for `indices` without any.
+    """
+    stacks = [
+        stack.at(chosen)
+        for stack, chosen in zip(program.stacks, indices, strict=True)
+        if len(chosen)
+    ]
+    return _with_step(stacks, program.teacher, program.batches, program.constants, program.devices)
+
+
+def _with_step(
+    stacks: Sequence[Stack],
+    teacher: LiveTeacher | None,
+    batches: BatchIterator,
+    constants: Constants,
+    devices: DeviceMap,
+) -> Program:
+    """Build a program; `constants` are on the devices."""
     filled = tuple(stack.at(shared_evenly(len(stack.names), devices.runs)) for stack in stacks)
     step = step_for(filled, teacher, devices)
     take = devices.map_step(many_steps(step), abstract_states(filled))
-    placed = devices.place(constants)
-    placed = placed.replace(items=placed.items.replace(row_sharding=devices.row_sharding))
-    return Program(tuple(stacks), filled, batches, placed, devices, take)
+    return Program(tuple(stacks), teacher, filled, batches, constants, devices, take)
 
 
 def step_for(stacks: Sequence[Stack], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:

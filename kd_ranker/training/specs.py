@@ -28,6 +28,7 @@ from kd_ranker.training.state import (
     Hyperparameters,
     LiveTeacher,
     OptimizerHyperparameters,
+    States,
     TrainSpec,
     TrainState,
     init_state,
@@ -64,10 +65,17 @@ class Stack(NamedTuple):
     init: Callable[..., TrainState]
 
     def at(self, indices: Int[np.ndarray, "n"]) -> "Stack":
-        """Select the hyperparameters and the state of some runs; keep all names."""
+        """Select runs, maybe some of them several times."""
+
+        def init(
+            chosen: Int[np.ndarray, "m"] | None = None, row_sharding: RowSharding = WHOLE
+        ) -> TrainState:
+            return self.init(indices if chosen is None else indices[chosen], row_sharding)
+
         return self._replace(
+            names=tuple(self.names[index] for index in indices),
             hyperparameters=jax.tree.map(lambda leaf: leaf[indices], self.hyperparameters),
-            init=functools.partial(self.init, indices),
+            init=init,
         )
 
 
@@ -81,6 +89,16 @@ def student_stacks(runs: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[St
     for name, config in runs.items():
         stacks.setdefault(shared_part(config), {})[name] = config
     return [_student_stack(stack, spec) for stack in stacks.values()]
+
+
+def stopped_runs(stacks: Sequence[Stack], states: States) -> set[str]:
+    """Return the names of the runs that halving stopped."""
+    return {
+        name
+        for stack, state in zip(stacks, states, strict=True)
+        for name, stopped_after in zip(stack.names, np.asarray(state.stopped_after), strict=True)
+        if stopped_after
+    }
 
 
 def shared_part(config: ConfigDict) -> str:

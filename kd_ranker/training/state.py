@@ -77,6 +77,7 @@ class TrainState:
     transform: Transform  # the mode's parameters
     optimizer_state: optax.OptState  # of the dense parameters and the transform
     non_finite_step: Int[Array, "runs"]  # 0, or the step at which the loss was not finite
+    stopped_after: Int[Array, "runs"]  # 0, or the step after which halving stopped the run
     unknown_ids: dict[str, Int[Array, ""]]  # by table, the number of trained ids without a row
     owners: dict[str, Int[Array, "rows"]]  # by table, scratch memory of `find_occurrences`
 
@@ -132,6 +133,7 @@ def init_state(
         transform=transform,
         optimizer_state=jax.vmap(train_spec.optimizer.init)((parameters.dense, transform)),
         non_finite_step=jnp.zeros(runs, jnp.int32),
+        stopped_after=jnp.zeros(runs, jnp.int32),
         unknown_ids={name: jnp.zeros((), jnp.int32) for name in parameters.tables},
         owners={
             name: jnp.zeros(tables.shape[1], jnp.int32)
@@ -141,5 +143,6 @@ def init_state(
 
 
 def steps_of_runs(state: TrainState, numbers: Hyperparameters) -> Int[Array, "runs"]:
-    """Return the last step that each run of a stack has taken before it finished."""
-    return jnp.minimum(state.step, numbers.steps.astype(jnp.int32))
+    """Return the last step that each run of a stack has taken before it finished or was stopped."""
+    taken = jnp.minimum(state.step, numbers.steps.astype(jnp.int32))
+    return jnp.where(state.stopped_after > 0, state.stopped_after, taken)

@@ -216,6 +216,7 @@ def _train_stack(
         transform=trained.transform,
         optimizer_state=trained.optimizer_state,
         non_finite_step=trained.non_finite_step,
+        stopped_after=state.stopped_after,
         unknown_ids={name: table.unknown_ids for name, table in new_tables.items()},
         owners={name: table.owner for name, table in new_tables.items()},
     )

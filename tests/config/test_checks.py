@@ -105,6 +105,14 @@ def test_values_at_the_limit_are_valid(changes):
         ({"tasks": ("like", "like", "share")}, "must name one task or more, none of them twice"),
         ({"value_weights": (0.0, 0.0, 0.0)}, "('watch', 'like', 'share'), not all 0"),
         ({"sweep.part": "1.5"}, "sweep.part='1.5' must be plan"),
+        (
+            {"sweep.halving": (5, 20)},
+            "sweep.halving=(5, 20) must be before the last step of every run, and one takes 20",
+        ),
+        (
+            {"sweep.halving": (5,), "sweep.whole_repeats": True},
+            "sweep.halving compares settings over their repeats; leave one of them out",
+        ),
         ({"data.dir": "gs://bucket/data"}, "datasets need a folder of this machine"),
         ({"parallel.devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
         ({"parallel.runs": 3}, "=3 does not divide the 8 devices"),

@@ -13,6 +13,7 @@ from kd_ranker.reporting.intervals import (
     combined,
     crossed_interval,
     interval,
+    repeats_to_see,
     request_counts,
 )
 
@@ -193,3 +194,39 @@ def test_the_script_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coverage.py", "--studies=2", "--requests=30"])
     runpy.run_path("scripts/coverage.py", run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * 2 * 4
+
+
+@pytest.mark.parametrize("deviation_of_requests", [0.0, 0.03])
+def test_planned_repeats_exclude_0_in_four_studies_of_five(deviation_of_requests):
+    """The power of the plan, and that one repeat less would not do, by drawing studies."""
+    generator = np.random.default_rng(0)
+    difference, requests = 0.25, 1000
+
+    def drawn_study(repeats):
+        shared = deviation_of_requests * generator.standard_normal(200)
+        drawn = np.repeat(shared[:, None], repeats, axis=1)
+        on_test = difference + 0.1 * generator.standard_normal(repeats)
+        on_test += deviation_of_requests * generator.standard_normal()
+        return OverDraws(tuple(range(repeats)), np.vstack([on_test, on_test + drawn]), requests)
+
+    # Repeats with exactly the variance of the others.
+    on_test = difference + 0.1 * stats.zscore(generator.standard_normal(9), ddof=1)
+    shared = deviation_of_requests * stats.zscore(generator.standard_normal(200), ddof=1)
+    pilot = OverDraws(tuple(range(9)), np.vstack([on_test, on_test + shared[:, None]]), requests)
+    planned = repeats_to_see(pilot, difference)
+
+    def power(repeats):
+        return np.mean([crossed_interval(drawn_study(repeats)).low > 0 for _ in range(500)])
+
+    assert planned is not None
+    assert power(planned) > 0.75
+    assert power(planned - 1) < 0.8
+
+
+def test_no_plan_without_repeats_or_for_a_difference_that_requests_hide():
+    drawn = np.random.default_rng(0).normal(0.1, 0.2, (200, 1)).repeat(3, axis=1)
+    on_test = np.array([[0.1, 0.11, 0.12]])
+    hidden = OverDraws((0, 1, 2), np.vstack([on_test, drawn]), 1000)
+    assert repeats_to_see(hidden, 0.1) is None
+    assert repeats_to_see(OverDraws((0,), on_test[:, :1], 1000), 0.1) is None
+    assert repeats_to_see(hidden, 0.0) is None

@@ -26,13 +26,14 @@ def compare_methods(
     losses: Sequence[str] = ("bce", "softmax", "topk"),
     stages: bool = True,
     more: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
 ) -> Iterator[Run]:
     """Yield the runs of methods without the final ranker's scores, and of two modes with them.
 
     Without scores: mode `none` on the labels of shown candidates; with a list loss as well; with
     candidates that were not shown as negatives; and losses on how far a candidate came. With
     scores: mode `aux` with one loss; and both modes with a loss on scores and one on stages. All
-    except plain `none` use negatives. Every method has three seeds.
+    except plain `none` use negatives.
 
     Args:
       rates: values of `optimizer.learning_rate`.
@@ -44,8 +45,9 @@ def compare_methods(
       stages: whether the log holds candidates that were not shown. If not, there are no negatives
         and no stages.
       more: values of other keys, of every method.
+      seeds: values of `seed`, of every method.
     """
-    every = {"seed": (0, 1, 2), "optimizer.learning_rate": rates, **(more or {})}
+    every = {"seed": seeds, "optimizer.learning_rate": rates, **(more or {})}
     negatives = {"train.unshown_weight": unshown} if stages else {}
     distilled = {**every, **negatives, "distill.weight": weights}
 
