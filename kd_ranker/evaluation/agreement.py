@@ -11,6 +11,8 @@ import numpy as np
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float
 
+from kd_ranker.evaluation.funnel import first_of
+
 MARGIN = float(np.finfo(np.float32).eps)
 CALIBRATION_BINS = 20
 # The number of following candidates that `teacher_tau` pairs with a candidate.
@@ -147,7 +149,7 @@ def teacher_tau(
     which the teacher ties all pairs does not count, and is 0 too.
     """
     known = candidate_mask & ~jnp.isnan(teacher_value)
-    known_first = jnp.argsort(~known, axis=1, stable=True)
+    known_first = first_of(known)
 
     def in_their_order(values: Float[Array, "R N"]) -> Float[Array, "R N"]:
         return jnp.take_along_axis(jnp.where(known, values, 0.0), known_first, axis=1)

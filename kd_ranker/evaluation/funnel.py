@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32, Num
 
+from kd_ranker.evaluation import cpu_curves
+
 # Numbers of each candidate by name.
 _Numbers = Mapping[str, Num[Array, "R N ..."] | Bool[Array, "R N ..."]]
 
@@ -89,6 +91,21 @@ def _sort_key(value: Any, candidate_mask: Any, xp: Any) -> Any:
     after_all_values = np.finfo(np.float32).max
     key = xp.where(xp.isnan(value), after_all_values, -value)
     return xp.where(candidate_mask, key, np.inf)
+
+
+def first_of(which: Bool[Array, "R N"]) -> Int[Array, "R N"]:
+    """Return the indices of some candidates, in their order, and then those of the others.
+
+    It is `jnp.argsort(~which, stable=True)`, without a sort.
+    """
+
+    def of_request(which: Bool[Array, "N"]) -> Int[Array, "N"]:
+        index = jnp.arange(which.size, dtype=jnp.int32)
+        number = _running_sums({"": which.astype(jnp.int32)})[""]
+        place = jnp.where(which, number - 1, number[-1] + index - number)
+        return jnp.zeros_like(index).at[place].set(index, unique_indices=True)
+
+    return jax.vmap(of_request)(which)
 
 
 def funnel_curves(
@@ -269,8 +286,8 @@ def _curves_of_request(
 def _running_sums(numbers: dict[str, Num[Array, "N ..."]]) -> dict[str, Num[Array, "N ..."]]:
     """Return the sums over the first k entries of each array, k = 1..N.
 
-    All arrays are added up in one loop: on a CPU, that takes a fifth of the time of XLA's own
-    cumulative sums, which other devices compute faster.
+    On a CPU that has no C++ compiler, all arrays are added up in one loop: that takes a fifth of
+    the time of XLA's own cumulative sums, which other devices compute faster.
     """
 
     def by_loop(numbers: dict[str, Num[Array, "N ..."]]) -> dict[str, Num[Array, "N ..."]]:
@@ -282,11 +299,15 @@ def _running_sums(numbers: dict[str, Num[Array, "N ..."]]) -> dict[str, Num[Arra
         _, running = lax.scan(add_one, zeros, numbers)
         return running
 
+    def in_one_pass(numbers: dict[str, Num[Array, "N ..."]]) -> dict[str, Num[Array, "N ..."]]:
+        return {name: cpu_curves.running_sums(array) for name, array in numbers.items()}
+
     def at_once(numbers: dict[str, Num[Array, "N ..."]]) -> dict[str, Num[Array, "N ..."]]:
         return {name: jnp.cumsum(array, axis=0) for name, array in numbers.items()}
 
+    on_cpu = in_one_pass if cpu_curves.are_available() else by_loop
     sums: dict[str, Num[Array, "N ..."]] = lax.platform_dependent(
-        numbers, cpu=by_loop, default=at_once
+        numbers, cpu=on_cpu, default=at_once
     )
     return sums
 
@@ -294,14 +315,21 @@ def _running_sums(numbers: dict[str, Num[Array, "N ..."]]) -> dict[str, Num[Arra
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
     """The place that each newcomer evicts from the top m, maybe its own; N while there is room."""
 
-    def pass_one(
-        slots: Int[Array, "m"], newcomer: Int[Array, ""]
-    ) -> tuple[Int[Array, "m"], Int[Array, ""]]:
-        leaves = jnp.maximum(slots[-1], newcomer)
-        return _with_newcomer(slots, newcomer), leaves
+    def by_loop(arriving: Int[Array, "N"]) -> Int[Array, "N"]:
+        def pass_one(
+            slots: Int[Array, "m"], newcomer: Int[Array, ""]
+        ) -> tuple[Int[Array, "m"], Int[Array, ""]]:
+            leaves = jnp.maximum(slots[-1], newcomer)
+            return _with_newcomer(slots, newcomer), leaves
 
-    empty = jnp.full(shown, arriving.size, arriving.dtype)
-    _, leaving = lax.scan(pass_one, empty, arriving)
+        empty = jnp.full(shown, arriving.size, arriving.dtype)
+        _, leaving = lax.scan(pass_one, empty, arriving)
+        return leaving
+
+    if not cpu_curves.are_available():
+        return by_loop(arriving)
+    in_one_pass = functools.partial(cpu_curves.leaving_places, shown=shown)
+    leaving: Int[Array, "N"] = lax.platform_dependent(arriving, cpu=in_one_pass, default=by_loop)
     return leaving
 
 

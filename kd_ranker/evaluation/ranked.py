@@ -166,7 +166,7 @@ def rank_batch(
         positive=positive,
         was_passed=mask & (batch.stage >= Stage.PASSED),
         is_measured=is_measured,
-        # They do not depend on the ranker, so all rankers of a program share this sort.
+        # They do not depend on the ranker, so all rankers of a program share this.
         with_label=_first(mask & (batch.label_weight > 0), sizes.num_labeled),
     )
 
@@ -213,4 +213,4 @@ def covered_funnel(ranked: Ranked) -> dict[str, Float[Array, "R N"]]:
 
 def _first(which: Bool[Array, "R N"], number: int) -> Int[Array, "R number"]:
     """The places of some candidates, in their order, before others."""
-    return jnp.argsort(~which, axis=1, stable=True)[:, :number]
+    return funnel.first_of(which)[:, :number]

@@ -268,10 +268,10 @@ class DeviceMap(Devices):
         # `pmap` takes no layouts.
         return sharding if self.by_pmap else _by_row(path, leaf, sharding)
 
-    def create(self, make: Callable[[RowSharding], States]) -> States:
+    def create(self, make: Callable[[RowSharding], Any]) -> Any:
         """Compute states on their devices only, by a function of a sharding, see `Stack.init`."""
         shapes = jax.eval_shape(lambda: make(WHOLE))
-        make_rows: Callable[[], States] = functools.partial(make, self.row_sharding)
+        make_rows: Callable[[], Any] = functools.partial(make, self.row_sharding)
         if self.row_sharding != WHOLE:
             # Each device makes its own rows; XLA splits the runs.
             specs = _specs(1, self.row_sharding, shapes)

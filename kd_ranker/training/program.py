@@ -1,5 +1,6 @@
 """The program of a cohort: the stacks that it trains, their batches and devices, and its step."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -102,11 +103,12 @@ def abstract_states(stacks: Sequence[Stack]) -> States:
 
 
 def initial_states(program: Program) -> States:
-    """Compute the states before the first step on the devices."""
-    return program.devices.create(
-        lambda row_sharding: tuple(
-            stack.init(row_sharding=row_sharding) for stack in program.filled
-        )
+    """Compute the states before the first step on the devices.
+
+    Each stack has a program of its own: many are equal, and compiled once if programs are kept.
+    """
+    return tuple(
+        program.devices.create(functools.partial(stack.init, None)) for stack in program.filled
     )
 
 

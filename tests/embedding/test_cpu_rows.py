@@ -1,7 +1,6 @@
 """The functions in C++, against those of XLA and NumPy; skipped without a C++ compiler."""
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,6 @@ needs_compiler = pytest.mark.skipif(
     reason="there is no C++ compiler, or JAX computes on another device",
 )
 RUNS, ROWS, IDS, WIDTH = 3, 500, 2000, 5
-
-
-@pytest.fixture
-def library_of_nobody(monkeypatch, tmp_path):
-    """A user's cache folder without the library, and a process that has not looked for it."""
-    monkeypatch.setattr(cpu_rows.platformdirs, "user_cache_path", lambda _: tmp_path)
-    cpu_rows.are_available.cache_clear()
-    yield tmp_path
-    cpu_rows.are_available.cache_clear()
 
 
 def random_update(seed, may_change=(True, True, True)):
@@ -94,35 +84,3 @@ def test_an_update_is_in_place_where_the_tables_are_donated():
     memory = update.lower(tables, *arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes == tables.nbytes
     assert memory.temp_size_in_bytes < tables.nbytes / 4
-
-
-@needs_compiler
-def test_the_library_is_compiled_once_for_a_user(library_of_nobody, monkeypatch):
-    library = cpu_rows.library()
-    assert list((library_of_nobody / "kernels").iterdir()) == [library]
-    monkeypatch.setattr(cpu_rows, "_COMPILERS", ())
-    assert cpu_rows.library() == library
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX computes on another device")
-def test_without_a_compiler_xla_updates_rows_after_a_warning(
-    library_of_nobody, monkeypatch, caplog
-):
-    monkeypatch.setattr(cpu_rows, "_COMPILERS", ("no-such-compiler",))
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        assert not cpu_rows.are_available()
-    assert "none of no-such-compiler is installed" in caplog.text
-    assert "XLA updates rows" in caplog.text
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX computes on another device")
-def test_a_source_that_does_not_compile_leaves_nothing_and_xla_updates_rows(
-    library_of_nobody, monkeypatch, caplog, tmp_path
-):
-    source = tmp_path / "broken.cc"
-    source.write_text("no C++")
-    monkeypatch.setattr(cpu_rows, "_SOURCE", source)
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        assert not cpu_rows.are_available()
-    assert "broken.cc cannot be compiled" in caplog.text
-    assert list((library_of_nobody / "kernels").iterdir()) == []

@@ -109,3 +109,10 @@ def test_the_share_of_pairs_is_the_area_under_the_roc_curve():
     for row in range(2, len(student)):
         expected = roc_auc_score(chosen[row, mask[row]], student[row, mask[row]])
         np.testing.assert_allclose(found[row], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_some_candidates_come_first_in_their_order(share):
+    which = np.random.default_rng(0).random((5, 40)) < share
+    expected = np.argsort(~which, axis=1, kind="stable")
+    np.testing.assert_array_equal(jax.jit(funnel.first_of)(which), expected)
