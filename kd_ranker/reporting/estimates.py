@@ -50,6 +50,8 @@ class Estimates:
     def __init__(self, study: Study):
         """Take the study, which is not changed."""
         self.study = study
+        # A report asks for most numbers several times.
+        self._measured = functools.cache(self._measured_anew)
         self._points = _points(study)
         self.targets = self._points.targets
         self._test_rows = pd.concat(
@@ -268,7 +270,7 @@ class Estimates:
             return ""
         return "labels that the final ranker chose show losses only, and here none"
 
-    def _measured(self, setting: str, measure: str) -> OverDraws:
+    def _measured_anew(self, setting: str, measure: str) -> OverDraws:
         if measure in saving.SAVINGS:
             return self._draws_of_cost_saved(setting, self.study.baselines.get(measure))
         rows = self._rows.get(setting, pd.DataFrame())

@@ -10,6 +10,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.training import specs
 from kd_ranker.training.mapping import MAPPINGS, first_devices, share_of
 from kd_ranker.training.program import (
+    abstract_states,
     initial_states,
     make_program,
     states_on_host,
@@ -42,9 +43,7 @@ def made(mapping, devices, runs, sharded=False):
     devices = MAPPINGS[mapping](jax.devices()[:devices], runs, sharded=sharded)
     program = make_program(specs.student_stacks(RUNS, SPEC), teacher, None, constants, devices)
     step = step_for(program.stacks, teacher, program.devices)
-    return program._replace(
-        take=devices.map_step(step, jax.eval_shape(lambda: initial_states(program)))
-    )
+    return program._replace(take=devices.map_step(step, abstract_states(program.filled)))
 
 
 def trained(program, states, start, stop):

@@ -27,9 +27,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sweep.rivals = ("trees",)
     if variant in ("", "items"):
         config.train.steps = 2000
-        # Settings that are behind after a quarter of the steps, on half of validation, stop.
+        # Settings that are behind after a quarter of the steps, on a quarter of validation, stop.
         config.sweep.halving = (500,)
-        config.train.update(eval_every=0, eval_limit=250)
+        config.train.update(eval_every=0, eval_limit=128)
         # An interval is made of differences between seeds, hardly any between requests.
         config.data.test_requests = 1000
     if variant == "paper":
