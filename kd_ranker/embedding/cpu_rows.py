@@ -26,7 +26,7 @@ def gather(
 ) -> Float[Array, "runs M D"]:
     """Return the first `width` numbers of these rows of each run's table."""
     gathered = jax.ShapeDtypeStruct((tables.shape[0], row.shape[0], width), tables.dtype)
-    return jax.ffi.ffi_call(_GATHER, gathered)(tables, row)
+    return jax.ffi.ffi_call(_GATHER, gathered, vmap_method="sequential")(tables, row)
 
 
 def update_by_adam(
@@ -44,6 +44,6 @@ def update_by_adam(
 ) -> Float[Array, "runs rows W"]:
     """Update rows in place; see `row_optimizers.update_tables`."""
     updated = jax.ShapeDtypeStruct(tables.shape, tables.dtype)
-    call = jax.ffi.ffi_call(_UPDATE, updated, input_output_aliases={0: 0})
+    call = jax.ffi.ffi_call(_UPDATE, updated, input_output_aliases={0: 0}, vmap_method="sequential")
     arrays = (row, position, represents, gradients, learning_rate, weight_decay, may_change)
     return call(tables, *arrays, b1=np.float64(b1), b2=np.float64(b2), eps=np.float64(eps))
