@@ -37,8 +37,8 @@ def is_available(source: Path, *functions: str) -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logging.warning(
-            "%s cannot be compiled (%s), so XLA's slower version is used; a C++ compiler, as g++, "
-            "would about halve the time of a run on a CPU",
+            "%s cannot be compiled (%s), so XLA's slower version is used; to avoid that, install a "
+            "C++ compiler such as g++",
             source.name,
             reason.strip(),
         )

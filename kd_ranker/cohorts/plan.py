@@ -163,7 +163,12 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: Provenance) -> Sweep:
     sweep = Sweep(workdir, runs, plan, dataset)
     if not plan or not config.sweep.halving:
         return sweep
-    return dataclasses.replace(sweep, runs=_without_new_runs_of(_stopped_settings(sweep), sweep))
+    planned = {*itertools.chain.from_iterable(plan)}
+    stopped = _stopped_settings(sweep)
+    left = {
+        name: run for name, run in runs.items() if name in planned or _setting(run) not in stopped
+    }
+    return dataclasses.replace(sweep, runs=left)
 
 
 def _without_halving(runs: Runs) -> Runs:
@@ -173,16 +178,6 @@ def _without_halving(runs: Runs) -> Runs:
         with trained_in_full[name].unlocked():
             trained_in_full[name].sweep.halving = ()
     return trained_in_full
-
-
-def _without_new_runs_of(settings: Collection[str], sweep: Sweep) -> Runs:
-    """Return the runs of a sweep, without those of some settings that the plan does not have."""
-    planned = {*itertools.chain.from_iterable(sweep.plan)}
-    return {
-        name: run
-        for name, run in sweep.runs.items()
-        if name in planned or _setting(run) not in settings
-    }
 
 
 def _stopped_settings(sweep: Sweep) -> set[str]:

@@ -1,6 +1,7 @@
 // Rows of embedding tables on a CPU, gathered or updated in one pass over the rows of a batch.
 //
-// `cpu_rows.py` describes both functions. The arithmetic of Adam is that of `row_optimizers.py`, where XLA has to make a pass for each intermediate array.
+// `cpu_rows.py` describes both functions. The arithmetic of Adam is that of `row_optimizers.py`,
+// where XLA has to make a pass for each intermediate array.
 //
 // A row is: embedding (D) | number of its updates (1) | mean (D) | square (D), W numbers in all.
 

@@ -101,8 +101,10 @@ def first_of(which: Bool[Array, "R N"]) -> Int[Array, "R N"]:
 
     def of_request(which: Bool[Array, "N"]) -> Int[Array, "N"]:
         index = jnp.arange(which.size, dtype=jnp.int32)
-        number = _running_sums({"": which.astype(jnp.int32)})[""]
-        place = jnp.where(which, number - 1, number[-1] + index - number)
+        chosen_so_far = _running_sums({"chosen": which.astype(jnp.int32)})["chosen"]
+        others_so_far = index + 1 - chosen_so_far
+        num_chosen = chosen_so_far[-1]
+        place = jnp.where(which, chosen_so_far - 1, num_chosen + others_so_far - 1)
         return jnp.zeros_like(index).at[place].set(index, unique_indices=True)
 
     return jax.vmap(of_request)(which)

@@ -28,7 +28,7 @@ from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Evaluated, scalar_name
 from kd_ranker.training.loop import fit as fit_program
 from kd_ranker.training.mapping import DeviceMap, own_devices
-from kd_ranker.training.processes import check_same, is_first
+from kd_ranker.training.processes import check_same, is_first, on_first
 from kd_ranker.training.program import Program, make_program
 from kd_ranker.training.specs import TEACHER_STAGES, stopped_runs
 from kd_ranker.training.state import Constants, LiveTeacher, States
@@ -134,7 +134,8 @@ def _evaluate(job: TrainingJob, states: States) -> Evaluated:
     if not job.runs or not job.config.sweep.halving:
         return Evaluated(scalars, ())
     table = results.to_csv(rows, results.columns(job.config.tasks, job.report_at))
-    return Evaluated(scalars, runs_behind(results.read_csv(io.StringIO(table))))
+    # One process decides for all: their numbers may differ in the last digit.
+    return Evaluated(scalars, on_first(lambda: runs_behind(results.read_csv(io.StringIO(table)))))
 
 
 def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Program:

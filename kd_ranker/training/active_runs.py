@@ -1,23 +1,24 @@
 """The runs of a cohort that still train: those that halving stopped are left behind."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kd_ranker.training.program import Program, of_runs, states_on_host
+from kd_ranker.training.program import Program, program_of_runs, states_on_host
 from kd_ranker.training.state import RUNS_FIRST, States, TrainState
 
 
 class ActiveRuns:
-    """The runs that still train, and the states of all.
+    """The runs that still train, and the states of all runs.
 
     Attributes:
-      program: that of the runs that still train, on the same batches.
-      states: their states on the devices.
+      program: the program that trains the active runs.
+      states: their states on the devices, for the stacks of `program`.
     """
 
     def __init__(self, whole: Program, states: States):
@@ -25,9 +26,11 @@ class ActiveRuns:
         self.program = whole
         self.states = states
         self._whole = whole
-        # Per stack, the places of the active runs among all.
+        # Per stack of the whole program, the indices of the active runs.
         self._indices = [np.arange(len(stack.names)) for stack in whole.stacks]
-        self._all: States | None = None  # on the host; those of stopped runs are up to date
+        # The states of all runs on the host, once some have stopped. Only those of stopped runs
+        # are up to date.
+        self._all_states: States | None = None
 
     @classmethod
     def resumed(cls, whole: Program, on_host: States) -> "ActiveRuns":
@@ -35,7 +38,7 @@ class ActiveRuns:
         if not any(np.any(state.stopped_after) for state in on_host):
             return cls(whole, whole.devices.place(on_host))
         active = cls(whole, ())
-        active._leave_stopped(on_host)
+        active._continue_without_stopped(on_host)
         return active
 
     @property
@@ -45,14 +48,16 @@ class ActiveRuns:
 
     def on_host(self) -> States:
         """Copy the states of all runs to the host."""
-        active = states_on_host(self.program, self.states)
-        if self._all is None:
-            return active
-        remaining = iter(active)
-        return tuple(
-            _with_runs(state, next(remaining), indices) if len(indices) else state
-            for state, indices in zip(self._all, self._indices, strict=True)
-        )
+        active_states = states_on_host(self.program, self.states)
+        if self._all_states is None:
+            return active_states
+        merged = []
+        unused = list(active_states)  # a stack without active runs has none
+        for state, indices in zip(self._all_states, self._indices, strict=True):
+            if len(indices):
+                state = _with_runs_replaced(state, indices, unused.pop(0))
+            merged.append(state)
+        return tuple(merged)
 
     def stop(self, names: Collection[str], step: int) -> None:
         """Stop some of the runs after a step; the others go on in a program of their own."""
@@ -61,41 +66,42 @@ class ActiveRuns:
             stops = np.isin(stack.names, [*names])
             stopped_after = jnp.where(stops, step, state.stopped_after)
             stopped.append(dataclasses.replace(state, stopped_after=stopped_after))
-        self._leave_stopped(tuple(stopped))
+        self._continue_without_stopped(tuple(stopped))
 
-    def _leave_stopped(self, on_host: States) -> None:
-        self._all = on_host
+    def _continue_without_stopped(self, on_host: States) -> None:
+        self._all_states = on_host
         self._indices = [np.flatnonzero(np.asarray(state.stopped_after) == 0) for state in on_host]
-        self.program = of_runs(self._whole, self._indices)
-        self.states = self.program.devices.place(_of_runs(on_host, self._indices))
+        self.program = program_of_runs(self._whole, self._indices)
+        active_states = tuple(
+            _select_runs(state, indices)
+            for state, indices in zip(on_host, self._indices, strict=True)
+            if len(indices)
+        )
+        self.states = self.program.devices.place(active_states)
 
 
-def _of_runs(states: States, indices: Sequence[Int[np.ndarray, "n"]]) -> States:
-    """Return the states of some runs of each stack, without stacks that have none."""
-    return tuple(
-        dataclasses.replace(state, **_fields_of_runs(state, chosen))
-        for state, chosen in zip(states, indices, strict=True)
-        if len(chosen)
-    )
+def _select_runs(state: TrainState, indices: Int[np.ndarray, "n"]) -> TrainState:
+    """Return the state of some runs of a stack."""
+
+    def select(leaf: Any) -> np.ndarray:
+        return np.asarray(leaf)[indices]
+
+    selected = {name: jax.tree.map(select, getattr(state, name)) for name in RUNS_FIRST}
+    return dataclasses.replace(state, **selected)
 
 
-def _fields_of_runs(state: TrainState, indices: Int[np.ndarray, "n"]) -> dict:
-    return {
-        name: jax.tree.map(lambda leaf: np.asarray(leaf)[indices], getattr(state, name))
-        for name in RUNS_FIRST
-    }
+def _with_runs_replaced(
+    state: TrainState, indices: Int[np.ndarray, "n"], newer: TrainState
+) -> TrainState:
+    """Return a state with these runs, and all that runs share, taken from a newer one."""
 
-
-def _with_runs(state: TrainState, of_runs: TrainState, indices: Int[np.ndarray, "n"]) -> TrainState:
-    """Return a state with some of its runs replaced, and what runs share."""
-
-    def replaced(leaf: np.ndarray, of_runs: np.ndarray) -> np.ndarray:
+    def replace(leaf: Any, newer_leaf: Any) -> np.ndarray:
         leaf = np.array(leaf)
-        leaf[indices] = of_runs
+        leaf[indices] = newer_leaf
         return leaf
 
-    fields = {
-        name: jax.tree.map(replaced, getattr(state, name), getattr(of_runs, name))
+    replaced = {
+        name: jax.tree.map(replace, getattr(state, name), getattr(newer, name))
         for name in RUNS_FIRST
     }
-    return dataclasses.replace(of_runs, **fields)
+    return dataclasses.replace(newer, **replaced)

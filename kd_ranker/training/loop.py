@@ -71,7 +71,7 @@ def fit(
       provenance: that of the runs, for the checkpoints.
       evaluate: what to measure every `train.eval_every` steps, and before halving.
       bar: `program.steps` are added to it. Its progress gets the phase "compiling": all until the
-        first step of this process is done.
+        first step of this process, and the first after halving, is done.
       begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
       halving: the steps after which the runs that are behind stop.
 
@@ -90,7 +90,7 @@ def fit(
             return states
         outputs = outputs_of(program, train, halving)
         with contextlib.ExitStack() as compiling:
-            _enter_compiling(compiling, bar, "compiling the step, once for all steps")
+            _enter_compiling(compiling, bar, "compiling the step")
             active = _first_runs(program, states, step, begin)
             outputs = outputs.without(outputs.ends.keys() - active.names)
             calls = _Calls(active.program)

@@ -56,34 +56,33 @@ def make_program(
     """
     placed = devices.place(constants)
     placed = placed.replace(items=placed.items.replace(row_sharding=devices.row_sharding))
-    return _with_step(stacks, teacher, batches, placed, devices)
+    filled = _filled(stacks, devices)
+    take = _mapped_steps(filled, teacher, devices)
+    return Program(tuple(stacks), teacher, filled, batches, placed, devices, take)
 
 
-def of_runs(program: Program, indices: Sequence[Int[np.ndarray, "n"]]) -> Program:
+def program_of_runs(program: Program, indices: Sequence[Int[np.ndarray, "n"]]) -> Program:
     """Return the program of some runs of each stack, on the same batches and constants.
 
-    It has no stack for `indices` without any.
+    A stack that keeps no run is left out.
     """
-    stacks = [
-        stack.at(chosen)
-        for stack, chosen in zip(program.stacks, indices, strict=True)
-        if len(chosen)
-    ]
-    return _with_step(stacks, program.teacher, program.batches, program.constants, program.devices)
+    stacks = tuple(
+        stack.at(kept) for stack, kept in zip(program.stacks, indices, strict=True) if len(kept)
+    )
+    filled = _filled(stacks, program.devices)
+    take = _mapped_steps(filled, program.teacher, program.devices)
+    return program._replace(stacks=stacks, filled=filled, take=take)
 
 
-def _with_step(
-    stacks: Sequence[Stack],
-    teacher: LiveTeacher | None,
-    batches: BatchIterator,
-    constants: Constants,
-    devices: DeviceMap,
-) -> Program:
-    """Build a program; `constants` are on the devices."""
-    filled = tuple(stack.at(shared_evenly(len(stack.names), devices.runs)) for stack in stacks)
-    step = step_for(filled, teacher, devices)
-    take = devices.map_step(many_steps(step), abstract_states(filled))
-    return Program(tuple(stacks), teacher, filled, batches, constants, devices, take)
+def _filled(stacks: Sequence[Stack], devices: DeviceMap) -> tuple[Stack, ...]:
+    return tuple(stack.at(shared_evenly(len(stack.names), devices.runs)) for stack in stacks)
+
+
+def _mapped_steps(
+    filled: Sequence[Stack], teacher: LiveTeacher | None, devices: DeviceMap
+) -> Callable[..., Stepped]:
+    steps = many_steps(step_for(filled, teacher, devices))
+    return devices.map_step(steps, abstract_states(filled))
 
 
 def step_for(stacks: Sequence[Stack], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
