@@ -11,6 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+# Tests start many processes, and each would compile all modules again.
+unset PYTHONDONTWRITEBYTECODE
 python=$PWD/.venv/bin/python
 
 step() {

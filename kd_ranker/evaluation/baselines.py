@@ -8,7 +8,8 @@
     rivals        sort by numbers that were computed before, see `kd_ranker.rivals`
 
 `baseline_ranker` makes one `Ranker` of all baselines, with a serve name each, which
-`evaluate.evaluate` measures like a stack of students. In `results.csv` their role is `reference`.
+`evaluate.evaluate` measures like the heads of a student. In `results.csv` their role is
+`reference`.
 """
 
 import functools
@@ -25,7 +26,6 @@ from kd_ranker.evaluation.evaluate import Ranker, Serve, Served
 from kd_ranker.models.layers import features_of_items
 from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
-from kd_ranker.training.state import stack_runs
 
 LISTS = ("popularity", "show_rate", "pass_rate", "top_rate", "static_list")
 BASELINES = ("oracle", "incumbent", "random", *LISTS)
@@ -160,8 +160,8 @@ def _serve(rivals: tuple[str, ...], lists: Lists, batch: EvaluationBatch, items:
 
 
 def baseline_ranker(lists: Lists, rivals: Sequence[str] = ()) -> Ranker:
-    """All references as one ranker with one run; `rivals` name the batches' numbers of them."""
-    return Ranker(_server(tuple(rivals)), stack_runs([lists]), sees_truth=True)
+    """All references as one ranker; `rivals` name the batches' numbers of them."""
+    return Ranker(_server(tuple(rivals)), lists, sees_truth=True)
 
 
 # One function for the same names, so that it is compiled once.

@@ -1,9 +1,9 @@
 """One pass over the evaluation requests that measures the teacher and any number of students.
 
-Two kinds of programs run for each batch. A *serving* program per stack of students, and one for the
-teacher, compute their probabilities. One *measuring* program turns those of a fixed number of
-rankers into sums. All rankers share it, so it compiles once, or a few times if batches grow.
-`registry.summarize` of the metrics divides the sums.
+Two kinds of programs run for each batch. A *serving* program computes the probabilities of one
+ranker; all runs of a sweep with the same model and mode share it. One *measuring* program turns
+those of a fixed number of rankers into sums. All rankers share it, so it compiles once, or a few
+times if batches grow. `registry.summarize` of the metrics divides the sums.
 
 Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -36,9 +36,10 @@ from kd_ranker.evaluation.ranked import (
     Sizes,
     candidates_of,
     rank_batch,
+    with_scores_of_candidates,
 )
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.mapping import put, put_by_rows, shared_evenly
+from kd_ranker.training.mapping import put, put_by_rows
 from kd_ranker.training.state import Constants
 
 # The least bound on a number of candidates.
@@ -75,7 +76,7 @@ Serve = Callable[[Any, Any, Items], Served]
 
 
 class Ranker(NamedTuple):
-    """A trained model, or a stack of them with stacked parameters.
+    """A trained model.
 
     Rankers that share one `serve` function share its compiled program.
     """
@@ -83,7 +84,7 @@ class Ranker(NamedTuple):
     serve: Serve
     parameters: Any  # `Parameters`, or for references `baselines.Lists`
     sees_truth: bool = False  # whether `serve` takes the `EvaluationBatch`, as only a reference may
-    serves: Sequence[Collection[str]] | None = None  # to measure of each run; None takes all
+    serves: Collection[str] | None = None  # the probabilities to measure; None takes all
 
 
 class Plan(NamedTuple):
@@ -102,11 +103,10 @@ class Plan(NamedTuple):
 _Put = Callable[[Any], Any]  # a pytree on the devices of a place
 
 
-class _RankerId(NamedTuple):
-    """A ranker of a pass: a head of a run."""
+class _Head(NamedTuple):
+    """What a pass measures: a head of one of its rankers."""
 
-    stack: int
-    run: int
+    ranker: int
     serve: str
 
 
@@ -131,7 +131,7 @@ def _make_serve(model: Model, probabilities: tuple[tuple[str, ToProbability], ..
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "sharding"))
-def _serve_stack(
+def _score(
     serve: Serve,
     sees_truth: bool,
     parameters: Any,
@@ -139,21 +139,14 @@ def _serve_stack(
     items: Items,
     value_weights: Float[Array, "T"],
     sharding: Sharding | None,
-) -> list[dict[str, Scored]]:
-    """Return the scores of each run of a stack by serve name, as separate arrays."""
-    batch = evaluation_batch if sees_truth else evaluation_batch.batch
-    served = jax.vmap(lambda parameters: serve(parameters, batch, items))(parameters)
-    scored = []
-    for run in range(len(jax.tree.leaves(parameters)[0])):
-        served_by_run = jax.tree.map(operator.itemgetter(run), served)
-        scored.append(
-            {
-                name: Scored.of(
-                    probability, served_by_run.seen, evaluation_batch.batch, value_weights
-                )
-                for name, probability in served_by_run.probability.items()
-            }
-        )
+) -> dict[str, Scored]:
+    """Return the scores of a ranker by serve name."""
+    batch = evaluation_batch.batch
+    served = serve(parameters, evaluation_batch if sees_truth else batch, items)
+    scored = {
+        name: Scored.of(probability, served.seen, batch, value_weights)
+        for name, probability in served.probability.items()
+    }
     return _everywhere(scored, sharding)
 
 
@@ -178,8 +171,9 @@ def _score_by_teacher(
             teacher_probability=probability,
             teacher_weight=weight.astype(jnp.float32),
         )
-    scored = Scored.by_teacher(batch, seen, value_weights)
-    return _everywhere((scored, dataclasses.replace(evaluation_batch, batch=batch)), sharding)
+    with_scores = with_scores_of_candidates(dataclasses.replace(evaluation_batch, batch=batch))
+    scored = Scored.by_teacher(with_scores.batch, seen, value_weights)
+    return _everywhere((scored, with_scores), sharding)
 
 
 def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
@@ -252,47 +246,19 @@ def _sums_of_rankers(
     return jax.vmap(sums_of_ranker, in_axes=in_axes)(stacked, is_teacher, orders)
 
 
-class _Part(NamedTuple):
-    """Runs of a stack that one device serves, or all devices if these share the rows."""
-
-    stack: int
-    runs: Sequence[int]  # may repeat the last one
-    place: int  # in the list of places
-    ranker: Ranker  # there
-
-
-def _parts(stacks: Sequence[Ranker], places: Sequence[_Put]) -> Iterator[_Part]:
-    """Yield the runs of each stack, shared by the places."""
-    for stack_index, stack in enumerate(stacks):
-        num_runs = _num_runs(stack)
-        runs_of_places = shared_evenly(num_runs, len(places)).reshape(len(places), -1)
-        used = -(-num_runs // runs_of_places.shape[1])
-        for place, runs in enumerate(runs_of_places[:used]):
-            parameters = stack.parameters
-            if len(places) > 1:
-                # On the host, because no device need hold all runs.
-                parameters = jax.tree.map(operator.itemgetter(runs), jax.device_get(parameters))
-            ranker = stack._replace(parameters=places[place](parameters))
-            yield _Part(stack_index, runs.tolist(), place, ranker)
-
-
-def _num_runs(stack: Ranker) -> int:
-    return len(jax.tree.leaves(stack.parameters)[0])
-
-
 def evaluate(
     teacher: Ranker | None,
-    stacks: Sequence[Ranker],
+    rankers: Sequence[Ranker],
     batches: Iterable[EvaluationBatch],
     items: Items,
     plan: Plan,
-) -> tuple[RankerSums, list[list[dict[str, RankerSums]]]]:
-    """Measure stacks of rankers on the same requests; the teacher scores each request once.
+) -> tuple[RankerSums, list[dict[str, RankerSums]]]:
+    """Measure rankers on the same requests; the teacher scores each request once.
 
     A live teacher knows every candidate; None takes the logged probabilities.
 
     Returns:
-      The sums of the teacher, and for each stack those of each run by serve name.
+      The sums of the teacher, and those of each ranker by serve name.
 
     Raises:
       ValueError: there are no requests.
@@ -308,36 +274,39 @@ def evaluate(
     teacher_parameters = teacher.parameters if teacher else None
     constants = [places[0](Constants(items, teacher_parameters))]
     constants += [place(Constants(items, None)) for place in places[1:]]
-    parts = [*_parts(stacks, places)]
+    place_of_ranker = [index % len(places) for index in range(len(rankers))]
+    parameters_at_place = [
+        # Through the host, because they may be on another device.
+        places[place](jax.device_get(ranker.parameters) if len(devices) > 1 else ranker.parameters)
+        for place, ranker in zip(place_of_ranker, rankers, strict=True)
+    ]
     value_weights = np.asarray(plan.value_weights, np.float32)
 
-    def score_part(
-        part: _Part, batch_at_places: Sequence[EvaluationBatch]
-    ) -> dict[_RankerId, Scored]:
-        ranker = part.ranker
-        scored_by_run = _serve_stack(
+    def score_by(index: int, batch_at_places: Sequence[EvaluationBatch]) -> dict[_Head, Scored]:
+        ranker = rankers[index]
+        place = place_of_ranker[index]
+        scored_by_name = _score(
             ranker.serve,
             ranker.sees_truth,
-            ranker.parameters,
-            batch_at_places[part.place],
-            constants[part.place].items,
+            parameters_at_place[index],
+            batch_at_places[place],
+            constants[place].items,
             value_weights,
             sharding,
         )
-        scored_by_id: dict[_RankerId, Scored] = {}
-        for run, scored_by_name in zip(part.runs, scored_by_run, strict=True):
-            for name, scored in scored_by_name.items():
-                if ranker.serves is None or name in ranker.serves[run]:
-                    scored_by_id[_RankerId(part.stack, run, name)] = scored
-        return scored_by_id
+        return {
+            _Head(index, name): scored
+            for name, scored in scored_by_name.items()
+            if ranker.serves is None or name in ranker.serves
+        }
 
     sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
-    rankers: list[_RankerId] = []  # in the order of the sums, after the teacher
+    measured: list[_Head] = []  # in the order of the sums, after the teacher
     sums: Sums | None = None
     per_request: list[PerRequest] = []
     with ThreadPoolExecutor() as pool:
         # Programs that share rows exchange them, so all devices must start them in one order.
-        map_parts = map if sharding else pool.map
+        map_rankers = map if sharding else pool.map
         for evaluation_batch in batches:
             sizes = _sizes(evaluation_batch, sizes)
             batch_at_places = [place(evaluation_batch) for place in places]
@@ -345,10 +314,12 @@ def evaluate(
             teacher_scored, scored_batch = _score_by_teacher(
                 serve, constants[0], batch_at_places[0], value_weights, sharding
             )
-            scores: dict[_RankerId, Scored] = {}
-            for scores_of_part in map_parts(score_part, parts, itertools.repeat(batch_at_places)):
-                scores |= scores_of_part
-            rankers = list(scores)
+            scores: dict[_Head, Scored] = {}
+            for scores_of_ranker in map_rankers(
+                score_by, range(len(rankers)), itertools.repeat(batch_at_places)
+            ):
+                scores |= scores_of_ranker
+            measured = list(scores)
             scored = [teacher_scored, *scores.values()]
             batch_sums = _sums_of_all(scored, scored_batch, plan, sizes, own_devices, pool)
             sums = add(sums, batch_sums.sums)
@@ -364,15 +335,10 @@ def evaluate(
         terms = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *per_request)
     all_rankers = RankerSums(sums, terms)
     teacher_sums = jax.tree.map(operator.itemgetter(0), all_rankers)
-    stack_sums = [_empty_runs(stack) for stack in stacks]
-    for index, ranker in enumerate(rankers, start=1):
-        ranker_sums = jax.tree.map(operator.itemgetter(index), all_rankers)
-        stack_sums[ranker.stack][ranker.run][ranker.serve] = ranker_sums
-    return teacher_sums, stack_sums
-
-
-def _empty_runs(stack: Ranker) -> list[dict[str, RankerSums]]:
-    return [{} for _ in range(_num_runs(stack))]
+    ranker_sums: list[dict[str, RankerSums]] = [{} for _ in rankers]
+    for index, head in enumerate(measured, start=1):
+        ranker_sums[head.ranker][head.serve] = jax.tree.map(operator.itemgetter(index), all_rankers)
+    return teacher_sums, ranker_sums
 
 
 def _sums_of_all(

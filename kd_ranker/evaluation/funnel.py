@@ -78,12 +78,13 @@ def favorites_first_on_host(
     """
     key = _sort_key(value, candidate_mask, np).astype(np.float32)
     key += np.float32(0)  # −0 becomes 0
-    # Read as integers, negative floats are in the wrong order: their sign is a single bit.
-    bits = key.view(np.int32).astype(np.int64)
-    bits = np.where(bits < 0, -(2**31) - bits, bits)
-    bits_and_index = (bits << 32) | np.arange(key.shape[-1])
+    # Read as integers, negative floats are in the wrong order: all their bits but the sign turn.
+    bits = key.view(np.int32)
+    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
+    bits_and_index = bits.astype(np.int64) << 32
+    bits_and_index |= np.arange(key.shape[-1])
     bits_and_index.sort(axis=-1)
-    return (bits_and_index & 0xFFFFFFFF).astype(np.int32)
+    return bits_and_index.astype(np.int32)  # the lower halves
 
 
 def _sort_key(value: Any, candidate_mask: Any, xp: Any) -> Any:

@@ -1,7 +1,6 @@
 """Measuring trained rankers: from their parameters to the rows of a run's tables."""
 
 import functools
-import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -80,15 +79,15 @@ def measure(
     if serves is None:
         trained = job.runs if states else {}
         serves = {name: MODES[config.distill.mode].serve for name, config in trained.items()}
-    students = _student_stacks(job, states, serves)
-    stacks = [stack.ranker for stack in students]
+    students = [*_students(job, states, serves)]
+    rankers = [student.ranker for student in students]
     references: tuple[str, ...] = ()
     if with_references:
         references = _known_references(job, rivals)
         ranker = baselines.baseline_ranker(job.lists, tuple(rival.name for rival in rivals))
-        stacks.append(ranker._replace(serves=[references]))
+        rankers.append(ranker._replace(serves=references))
     with job.progress.phase(split, quiet=bool(limit)):
-        teacher_sums, stack_sums = _evaluate_split(job, split, teacher, stacks, rivals, limit)
+        teacher_sums, ranker_sums = _evaluate_split(job, split, teacher, rankers, rivals, limit)
 
     signal = "probability" if teacher else job.dataset.spec.teacher_signal
     flops = {} if limit else _flops(job, serves)
@@ -100,29 +99,28 @@ def measure(
         seed, step = config.seed, config.teacher.train.steps
     row = builder.start("teacher", results.TEACHER) | {"seed": seed, "step": step}
     builder.add(row, teacher_sums, None)
-    # The references, if any, are a last stack of one ranker.
-    for stack, run_sums in zip(students, stack_sums, strict=False):
-        for student, sums_of_head in zip(stack.students, run_sums, strict=True):
-            config = job.runs[student.name]
-            needs_scores = started_with_scores or specs.needs_scores(config)
-            for serve in serves[student.name]:
-                row = builder.start("student", student.name, serve)
-                row |= setting_names.setting_of(config)
-                row |= {
-                    "step": student.non_finite_step or student.last_step,
-                    "needs_scores": needs_scores,
-                }
-                if student.non_finite_step:
-                    builder.tables.rows.append(row | {"non_finite_step": student.non_finite_step})
-                else:
-                    builder.add(row, sums_of_head[serve], teacher_sums)
+    # The references, if any, are the last ranker.
+    for student, sums_of_head in zip(students, ranker_sums, strict=False):
+        config = job.runs[student.name]
+        needs_scores = started_with_scores or specs.needs_scores(config)
+        for serve in serves[student.name]:
+            row = builder.start("student", student.name, serve)
+            row |= setting_names.setting_of(config)
+            row |= {
+                "step": student.non_finite_step or student.last_step,
+                "needs_scores": needs_scores,
+            }
+            if student.non_finite_step:
+                builder.tables.rows.append(row | {"non_finite_step": student.non_finite_step})
+            else:
+                builder.add(row, sums_of_head[serve], teacher_sums)
     rival_of_name = {rival.name: rival for rival in rivals}
     for name in references:
         row = builder.start("reference", name) | {"seed": seed}
         if name in rival_of_name:
             rival = rival_of_name[name]
             row |= {"needs_scores": rival.needs_scores} | builder.costs(rival.operations)
-        builder.add(row, stack_sums[-1][0][name], teacher_sums)
+        builder.add(row, ranker_sums[-1][name], teacher_sums)
     return builder.tables
 
 
@@ -145,52 +143,38 @@ class _Student(NamedTuple):
     """A trained student."""
 
     name: str
+    ranker: Ranker
     last_step: int
     non_finite_step: int  # at which its loss stopped being finite, or 0
 
 
-class _StudentStack(NamedTuple):
-    """The students of a trained stack that are measured, and the ranker that serves them."""
-
-    ranker: Ranker
-    students: list[_Student]
-
-
-def _student_stacks(
+def _students(
     job: TrainingJob, states: States, serves: Mapping[str, Collection[str]]
-) -> list[_StudentStack]:
-    """The stacks with students in `serves`, with these alone; none without states."""
+) -> Iterator[_Student]:
+    """Yield the students that `serves` names, in the order of the stacks; none without states."""
     if not states:
-        return []
-    student_stacks = []
+        return
     for stack, state in zip(job.trainees.stacks, states, strict=True):
-        indices = [index for index, name in enumerate(stack.names) if name in serves]
-        if not indices:
-            continue
         last_steps = np.asarray(steps_of_runs(state, stack.hyperparameters))
         non_finite_steps = np.asarray(state.non_finite_step)
-        students = [
-            _Student(stack.names[index], int(last_steps[index]), int(non_finite_steps[index]))
-            for index in indices
-        ]
         model = stack.train_spec.model
-        parameters = served(model, state.parameters, job.trainees.devices[0].platform)
-        if len(indices) < len(stack.names):
-            parameters = jax.tree.map(operator.itemgetter(np.array(indices)), parameters)
         serve = make_serve(model, stack.train_spec.mode)
-        heads = [serves[student.name] for student in students]
-        student_stacks.append(_StudentStack(Ranker(serve, parameters, serves=heads), students))
-    return student_stacks
+        for index, name in enumerate(stack.names):
+            if name in serves:
+                parameters = select_run(state.parameters, index)
+                parameters = served(model, parameters, job.trainees.devices[0].platform)
+                ranker = Ranker(serve, parameters, serves=serves[name])
+                yield _Student(name, ranker, int(last_steps[index]), int(non_finite_steps[index]))
 
 
 def _evaluate_split(
     job: TrainingJob,
     split: str,
     teacher: Ranker | None,
-    stacks: Sequence[Ranker],
+    rankers: Sequence[Ranker],
     rivals: Sequence[Rival],
     limit: int,
-) -> tuple[RankerSums, list[list[dict[str, RankerSums]]]]:
+) -> tuple[RankerSums, list[dict[str, RankerSums]]]:
     """`evaluate` on the requests of a split."""
     config = job.config
     dataset = job.dataset
@@ -228,7 +212,7 @@ def _evaluate_split(
     with job.progress.bar(
         split, min(limit or stored, stored), "request", hidden=not has_bar, leave=False
     ) as bar:
-        return evaluate(teacher, stacks, _counted(batches, bar), dataset.items, plan)
+        return evaluate(teacher, rankers, _counted(batches, bar), dataset.items, plan)
 
 
 def _counted(batches: Iterable[EvaluationBatch], bar: Bar) -> Iterator[EvaluationBatch]:

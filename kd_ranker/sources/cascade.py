@@ -21,18 +21,21 @@ Recommendations", RecSys 2016; interests that show only in the history relevant 
 follow Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import joblib
 import numpy as np
-import scipy.stats
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
-from ml_collections import ConfigDict
+from joblib.externals.loky import get_reusable_executor
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from kd_ranker.batch import FeatureSpec, Request
 from kd_ranker.errors import UserError, check_tasks
-from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.request import BLOCK, SPLITS, Block, ReadBlock, block_of
+from kd_ranker.requests.row_files import Flat
 from kd_ranker.requests.source import RequestSource
 
 TASKS = ("watch", "like", "share")
@@ -205,7 +208,63 @@ class History(NamedTuple):
     age_hours: Float32[np.ndarray, "H"]
 
 
-def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> RequestSource:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedFeed(RequestSource):
+    """The simulated feed, drawn in several processes if it is large."""
+
+    draw: "_Draw"
+
+    def blocks(self, split: str) -> Iterator[ReadBlock]:
+        """Yield a function for each block, which draws it, in this process or in another."""
+        number = self.num_requests[split]
+        for first in range(0, number, BLOCK):
+            indices = range(first, min(first + BLOCK, number))
+            yield functools.partial(_draw_block, self.draw, split, indices, self.spec)
+
+    def pack_blocks(
+        self, pack: Callable[[ReadBlock], Flat], blocks: Iterable[ReadBlock]
+    ) -> Iterator[Flat]:
+        """Yield each block as `pack` packs it, in order."""
+        processes = joblib.cpu_count() if self._is_large() else 1
+        # Its processes, unlike those of `multiprocessing`, do not run the user's script again.
+        parallel = joblib.Parallel(n_jobs=processes, return_as="generator")
+        packed: Iterator[Flat] = parallel(joblib.delayed(pack)(block) for block in blocks)
+        return packed
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._is_large():
+            get_reusable_executor().shutdown()
+
+    def _is_large(self) -> bool:
+        # A process takes about two seconds to start, and draws a block in half of one.
+        return sum(self.num_requests.values()) > 8 * BLOCK
+
+
+class _Draw(NamedTuple):
+    """What determines all requests."""
+
+    data: FrozenConfigDict
+    funnel: FrozenConfigDict
+    columns: tuple[int, ...]  # the indices in `TASKS` of the requested tasks
+
+    def request(self, split: str, index: int) -> Request:
+        """Draw a request."""
+        columns = np.array(self.columns)
+        return _draw_request(_world(self.data), self.data, columns, self.funnel, split, index)
+
+
+# One of a process, which draws many requests.
+@functools.lru_cache(maxsize=1)
+def _world(data: FrozenConfigDict) -> World:
+    return World(data)
+
+
+def _draw_block(draw: _Draw, split: str, indices: Iterable[int], spec: FeatureSpec) -> Block:
+    return block_of([draw.request(split, index) for index in indices], spec)
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> SimulatedFeed:
     """Open the simulated feed as a source, for some of `TASKS` in any order.
 
     Requests come in the order of time, and those of training precede those of validation, which
@@ -221,13 +280,13 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> R
         )
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
-    world = World(data)
-    columns = np.array([TASKS.index(task) for task in tasks])
+    columns = tuple(TASKS.index(task) for task in tasks)
+    draw = _Draw(FrozenConfigDict(data), FrozenConfigDict(funnel), columns)
+    world = _world(draw.data)
     num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
 
     def requests(split: str) -> Iterator[Request]:
-        for index in range(num_requests[split]):
-            yield _draw_request(world, data, columns, funnel, split, index)
+        return (draw.request(split, index) for index in range(num_requests[split]))
 
     spec = FeatureSpec(
         dataset="cascade",
@@ -243,11 +302,12 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> R
         history_features=HISTORY_FEATURES,
         teacher_version=TEACHER_VERSION,
     )
-    return RequestSource(
+    return SimulatedFeed(
         spec=spec,
         item_features=world.item_features,
         requests=requests,
         num_requests=num_requests,
+        draw=draw,
     )
 
 
@@ -538,9 +598,11 @@ def shown_probability(passed: int, shown: int, exploration: float) -> Float64[np
     shown − e candidates of highest value are shown. Each of the other passed − shown + e has a slot
     with probability e / (passed − shown + e). The result is the mean over e.
     """
+    from scipy import stats  # takes a second to import
+
     slots = np.arange(shown + 1)
     explored = np.minimum(slots, passed - shown)
     others = passed - shown + explored
     at_random = explored / np.maximum(others, 1)
     is_best = np.arange(passed)[:, None] < shown - explored
-    return np.where(is_best, 1, at_random) @ scipy.stats.binom.pmf(slots, shown, exploration)
+    return np.where(is_best, 1, at_random) @ stats.binom.pmf(slots, shown, exploration)

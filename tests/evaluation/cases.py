@@ -19,7 +19,7 @@ from kd_ranker.evaluation.evaluate import RankerSums
 from kd_ranker.evaluation.metrics import registry
 from kd_ranker.evaluation.metrics.metric import ReportAt, Sums
 from kd_ranker.evaluation.metrics.registry import sum_functions
-from kd_ranker.evaluation.ranked import Scored, Sizes, rank_batch
+from kd_ranker.evaluation.ranked import Scored, Sizes, rank_batch, with_scores_of_candidates
 from tests import random_batches
 
 TASKS = ("watch", "like")
@@ -31,6 +31,7 @@ TARGETS = (0.53, 0.97)
 @functools.partial(jax.jit, static_argnames=("functions", "ks", "of_teacher", "more"))
 def _summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
             of_teacher: bool, more: tuple[bool, bool]) -> RankerSums:  # fmt: skip
+    batch = with_scores_of_candidates(batch)
     sizes = Sizes(SHOWN, *[student.shape[1]] * 2, *more)
     if of_teacher:
         scored = Scored.by_teacher(batch.batch, {}, weights)

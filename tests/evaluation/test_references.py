@@ -135,7 +135,7 @@ def evaluation_batch(seed, known=True):
 def measured(batches):
     """The sums of the references by name."""
     ranker = baseline_ranker(random_lists())
-    _, ((summed,),) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
+    _, (summed,) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
     return {name: measured.sums for name, measured in summed.items()}
 
 
@@ -145,7 +145,7 @@ def test_a_rival_with_the_order_of_a_reference_has_its_sums():
     batch = dataclasses.replace(batch, rivals=np.stack([keys, -keys], axis=-1))
     ranker = baseline_ranker(random_lists(), ("same", "reversed"))
 
-    _, ((summed,),) = evaluate(None, [ranker], [batch], random_items(), Plan(WEIGHTS, SHOWN))
+    _, (summed,) = evaluate(None, [ranker], [batch], random_items(), Plan(WEIGHTS, SHOWN))
 
     same, incumbent = summed["same"].sums, summed["incumbent"].sums
     np.testing.assert_array_equal(same["survival"], incumbent["survival"])

@@ -7,6 +7,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from ml_collections import ConfigDict
 
@@ -14,7 +15,8 @@ from kd_ranker.batch import STORED
 from kd_ranker.config import checks
 from kd_ranker.configs import cascade as config_of
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import SPLITS, Request
+from kd_ranker.requests import storage
+from kd_ranker.requests.request import BLOCK, SPLITS, Request
 from kd_ranker.sources import cascade
 
 SIZES = dict(num_users=60, num_items=400, train_requests=60, validation_requests=20)
@@ -80,6 +82,29 @@ def test_shapes_dtypes_and_ids_follow_the_spec():
 def item_lists(requests):
     """The items of each request in their order, as bytes."""
     return {request.item_id.tobytes() for request in requests}
+
+
+def test_processes_draw_a_large_feed_as_one_process_does(tmp_path, monkeypatch):
+    def build(folder):
+        source = functools.partial(
+            cascade.open_source,
+            make_data(train_requests=9 * BLOCK),
+            cascade.TASKS,
+            make_funnel(),
+        )
+        directory = storage.build(source, "feed", str(tmp_path / folder))
+        return {path.name: path.read_bytes() for path in directory.glob("*.bin")}
+
+    before = psutil.Process().children()
+    in_processes = build("processes")
+    monkeypatch.setattr(cascade.SimulatedFeed, "_is_large", lambda self: False)
+
+    assert in_processes == build("one")
+    left = [
+        " ".join(child.cmdline()) for child in psutil.Process().children() if child not in before
+    ]
+    # It removes what processes leave behind, and stays until the end.
+    assert all("resource_tracker" in command for command in left)
 
 
 @pytest.mark.parametrize("split", SPLITS)
