@@ -9,12 +9,12 @@ requests, as intervals need.
 """
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
@@ -91,30 +91,40 @@ def _constant(text: str, num_rows: int) -> pa.DictionaryArray:
 
 def read_requests(folder: Path) -> PerRequestByRanker:
     """The files of `request_files` in a folder, as they were written."""
-    requests = _rows_by_ranker(folder / REQUESTS_FILE)
-    curves = _rows_by_ranker(folder / REQUEST_CURVES_FILE)
-    ks = next(iter(curves.values()))["k"].unique()
+    requests = _columns_by_ranker(folder / REQUESTS_FILE)
+    curves = _columns_by_ranker(folder / REQUEST_CURVES_FILE)
+    ks = np.unique(next(iter(curves.values()))["k"])
     each = {}
-    for ranker, rows in requests.items():
+    for ranker, columns in requests.items():
         each[ranker] = PerRequest(
-            sums=_arrays(rows, ()), curves=_arrays(curves[ranker], (len(ks),))
+            sums=_arrays(columns, ()), curves=_arrays(curves[ranker], (len(ks),))
         )
-    return PerRequestByRanker(np.asarray(ks), each)
+    return PerRequestByRanker(ks, each)
 
 
-def _rows_by_ranker(path: Path) -> dict[RankerKey, pd.DataFrame]:
-    table = pq.read_table(path, read_dictionary=["run", "serve"]).to_pandas()
-    grouped = table.groupby(["run", "serve"], sort=False, observed=True)
-    return {(str(run), str(serve)): rows for (run, serve), rows in grouped}
+def _columns_by_ranker(path: Path) -> dict[RankerKey, dict[str, np.ndarray]]:
+    """The columns of each ranker by name; its rows are one after the other."""
+    table = pq.read_table(path, read_dictionary=["run", "serve"])
+    run, serve = (table[name].to_pandas().cat for name in ("run", "serve"))
+    is_other = (np.diff(run.codes) != 0) | (np.diff(serve.codes) != 0)
+    starts = [0, *(np.flatnonzero(is_other) + 1).tolist(), len(table)]
+    names = [name for name in table.column_names if name not in ("run", "serve")]
+    columns = {name: table[name].to_numpy() for name in names}
+    by_ranker = {}
+    for start, end in itertools.pairwise(starts):
+        key = run.categories[run.codes[start]], serve.categories[serve.codes[start]]
+        by_ranker[key] = {name: column[start:end] for name, column in columns.items()}
+    return by_ranker
 
 
-def _arrays(rows: pd.DataFrame, over: tuple[int, ...]) -> Sums:
+def _arrays(columns: Mapping[str, np.ndarray], over: tuple[int, ...]) -> Sums:
     """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T]."""
-    known = rows.drop(columns=["run", "serve", "request", "k"], errors="ignore")
-    names = [str(column).partition("/")[0] for column in known]
+    columns_of_sum: dict[str, list[np.ndarray]] = {}
+    for column, values in columns.items():
+        if column not in ("request", "k"):
+            columns_of_sum.setdefault(column.partition("/")[0], []).append(values)
     sums: Sums = {}
-    for name in dict.fromkeys(names):
-        values = known.loc[:, [other == name for other in names]].to_numpy()
-        tasks = [] if name in known else values.shape[1:]
-        sums[name] = values.reshape(-1, *over, *tasks)
+    for name, of_tasks in columns_of_sum.items():
+        tasks = [] if name in columns else [len(of_tasks)]
+        sums[name] = np.stack(of_tasks, axis=1).reshape(-1, *over, *tasks)
     return sums

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,13 @@ _NOWHERE = OverDraws((), np.zeros((1, 0)), 0)
 # The numbers of a ranker on the test requests, and then on each draw of them: [1+B] by column of
 # `results.csv`, and [1+B, K] by column of `curves.csv`, at the kept k.
 _Drawn = dict[str, Float[np.ndarray, "1+B ..."]]
+
+
+class _Resampled(NamedTuple):
+    """The sums of a ranker over the test requests, and then over each draw of them, [..., 1+B]."""
+
+    sums: Sums
+    curves: Sums  # at the kept k, [K, ..., 1+B]
 
 
 class Estimates:
@@ -173,8 +180,7 @@ class Estimates:
         drawn = self._stacked(setting, self._rows[setting].index, name)
         lines = []
         if drawn.repeats:
-            ks = self.study.kept_requests[0].by_ranker.ks
-            for k, numbers in zip(ks, np.moveaxis(drawn.numbers, -1, 0), strict=True):
+            for k, numbers in zip(self._ks, np.moveaxis(drawn.numbers, -1, 0), strict=True):
                 value = crossed_interval(drawn._replace(numbers=numbers))
                 lines.append((int(k), value.mean, value.low, value.high))
         return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
@@ -318,6 +324,15 @@ class Estimates:
         return OverDraws(repeats, np.stack(numbers, axis=1), self.num_requests)
 
     @functools.cached_property
+    def _ks(self) -> Int[np.ndarray, "K"]:
+        """The k of the curves in draws: those that the first sweep kept, and those of the columns.
+
+        The other sweeps of a study may have kept other k.
+        """
+        kept = self.study.kept_requests[0].by_ranker.ks
+        return np.union1d(kept, np.minimum(self._points.ks, kept[-1])).astype(int)
+
+    @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
         """The draws by setting and repeat, where the requests were kept."""
         study = self.study
@@ -328,7 +343,8 @@ class Estimates:
             seeds = rows.loc[(rows["role"] == "student") & rows["run"].isin(runs), "seed"]
             counts = intervals.request_counts(_count_requests(by_ranker), DRAWS)
             counts = counts.astype(np.float64)
-            teacher_sums = _resampled(by_ranker.ks, by_ranker.each[TEACHER, "user"], counts)
+            ks = by_ranker.ks
+            teacher = _resampled(by_ranker.each[TEACHER, "user"], counts)
             for (run, serve), per_request in by_ranker.each.items():
                 ranker_rows = rows[(rows["run"] == run) & (rows["serve"] == serve)]
                 if study.num_teachers > 1:
@@ -337,47 +353,53 @@ class Estimates:
                     ranker_rows = ranker_rows[ranker_rows["seed"].isin(seeds)]
                 if ranker_rows.empty:
                     continue
-                sums = _resampled(by_ranker.ks, per_request, counts)
-                drawn = self._measure(sums, teacher_sums)
+                drawn = self._measure(_resampled(per_request, counts), teacher, ks)
                 for key in zip(ranker_rows["setting"], ranker_rows["repeat"], strict=True):
                     by_setting_and_repeat[key] = drawn
         return by_setting_and_repeat
 
-    def _measure(self, sums: Sums, teacher_sums: Sums) -> _Drawn:
-        """Return a ranker's measures, means over tasks where a metric has one, and curves."""
+    def _measure(self, ranker: _Resampled, teacher: _Resampled, ks: Int[np.ndarray, "K"]) -> _Drawn:
+        """Return a ranker's measures, means over tasks where a metric has one, and curves.
+
+        `ks` are those of the resampled curves.
+        """
+        at_ks = [_at(resampled, ks, self._ks) for resampled in (ranker, teacher)]
+        at_every_k = [_AtEveryK(resampled, ks) for resampled in (ranker, teacher)]
         drawn: _Drawn = {}
         for metric in METRICS.values():
+            if metric.final is None:
+                continue
             # A metric that was added later has no sums here.
             with contextlib.suppress(KeyError):
-                drawn |= self._measure_one(metric, sums, teacher_sums)
+                if "target" in metric.per:
+                    drawn |= self._numbers(metric, metric.final(*at_every_k), self._points)
+                else:
+                    drawn |= self._numbers_and_curves(metric, metric.final(*at_ks))
         return drawn
 
-    def _measure_one(self, metric: Metric, sums: Sums, teacher_sums: Sums) -> _Drawn:
-        """Return the columns of one metric.
-
-        Raises:
-          KeyError: the sums of this metric are missing.
-        """
-        tasks = self.study.config.tasks
-        columns = metric.columns(tasks, self._points)
-        curve_columns = metric.curve_columns(tasks)
-        if metric.final is None or not (columns or curve_columns):
+    def _numbers(self, metric: Metric, final: Any, points: ReportAt) -> _Drawn:
+        """Return the columns of one metric, if the study has them, and their mean over tasks."""
+        columns = metric.columns(self.study.config.tasks, self._points)
+        if not columns or not set(columns) <= set(self.study.rows):
             return {}
-        drawn: _Drawn = {}
-        final = metric.final(sums, teacher_sums)
-        if columns and set(columns) <= set(self.study.rows):
-            numbers = metric.numbers(final, self._points)
-            drawn |= zip(columns, numbers, strict=True)
-            if metric.averaged:
-                is_known = ~np.isnan(numbers)
-                total = np.where(is_known, numbers, 0.0).sum(axis=0)
-                drawn[metric.name] = ratio(total, is_known.sum(axis=0))
-        if curve_columns:
-            # The sweeps of a study may have kept other k. The sums have every k.
-            ks = self.study.kept_requests[0].by_ranker.ks
-            by_column = np.asarray(final)[ks - 1].reshape(len(ks), len(curve_columns), -1)
-            drawn |= zip(curve_columns, by_column.transpose(1, 2, 0), strict=True)
+        numbers = metric.numbers(final, points)
+        drawn = dict(zip(columns, numbers, strict=True))
+        if metric.averaged:
+            is_known = ~np.isnan(numbers)
+            total = np.where(is_known, numbers, 0.0).sum(axis=0)
+            drawn[metric.name] = ratio(total, is_known.sum(axis=0))
         return drawn
+
+    def _numbers_and_curves(self, metric: Metric, final: Any) -> _Drawn:
+        """Return the same and the curves [1+B, K], from the curves at `_ks`."""
+        curve_columns = metric.curve_columns(self.study.config.tasks)
+        if not curve_columns:
+            return self._numbers(metric, final, self._points)
+        # As if the curves were at k = 1, 2, ...
+        places = np.searchsorted(self._ks, np.minimum(self._points.ks, self._ks[-1])) + 1
+        drawn = self._numbers(metric, final, ReportAt(places.tolist()))
+        by_column = np.asarray(final).reshape(len(self._ks), len(curve_columns), -1)
+        return drawn | dict(zip(curve_columns, by_column.transpose(1, 2, 0), strict=True))
 
 
 def _points(study: Study) -> ReportAt:
@@ -400,17 +422,45 @@ def _count_requests(by_ranker: PerRequestByRanker) -> int:
     return len(by_ranker.each[TEACHER, "user"].sums["funnel_requests"])
 
 
-def _resampled(
-    ks: Int[np.ndarray, "K"], per_request: PerRequest, counts: Float[np.ndarray, "1+B N"]
-) -> Sums:
-    """Return the sums of a ranker in each draw, [..., 1+B], curves interpolated at every k."""
-    every_k = np.arange(1, ks[-1] + 1)
-    # Linear interpolation between the kept k, as a matrix [every k, K].
-    to_every_k = np.stack([np.interp(every_k, ks, point) for point in np.eye(len(ks))], axis=1)
-    resampled = _sums_in_draws({**per_request.sums, **per_request.curves}, counts)
-    for name in per_request.curves:
-        resampled[name] = np.tensordot(to_every_k, resampled[name], axes=1)
-    return resampled
+def _resampled(per_request: PerRequest, counts: Float[np.ndarray, "1+B N"]) -> _Resampled:
+    """Return the sums of a ranker in each draw, [..., 1+B]."""
+    sums = _sums_in_draws({**per_request.sums, **per_request.curves}, counts)
+    curves = {name: sums.pop(name) for name in per_request.curves}
+    return _Resampled(sums, curves)
+
+
+def _at(resampled: _Resampled, ks: Int[np.ndarray, "K"], others: Int[np.ndarray, "K2"]) -> Sums:
+    """Return all sums in each draw, with the curves at other k than `ks`."""
+    matrix = _interpolation(ks, others)
+    curves = {name: np.tensordot(matrix, curve, axes=1) for name, curve in resampled.curves.items()}
+    return resampled.sums | curves
+
+
+class _AtEveryK(Sums):
+    """All sums in each draw, with the curves at every k. Each is computed when it is first read.
+
+    Few metrics need them, and they are thirty times as long.
+    """
+
+    def __init__(self, resampled: _Resampled, ks: Int[np.ndarray, "K"]):
+        """Start with the curves at `ks`."""
+        super().__init__(resampled.sums | resampled.curves)
+        self._at_ks = set(resampled.curves)
+        self._matrix = _interpolation(ks, np.arange(1, ks[-1] + 1))
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a sum; KeyError if there is none."""
+        if name in self._at_ks:
+            self._at_ks.remove(name)
+            self[name] = np.tensordot(self._matrix, super().__getitem__(name), axes=1)
+        return super().__getitem__(name)
+
+
+def _interpolation(
+    ks: Int[np.ndarray, "K"], others: Int[np.ndarray, "K2"]
+) -> Float[np.ndarray, "K2 K"]:
+    """Return the matrix that interpolates a curve linearly, from some k to others."""
+    return np.stack([np.interp(others, ks, point) for point in np.eye(len(ks))], axis=1)
 
 
 def _sums_in_draws(terms: Sums, counts: Float[np.ndarray, "1+B N"]) -> Sums:
