@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.evaluation.evaluate import PerRequest
+from kd_ranker.evaluation.metrics.metric import ReportAt
 from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.evaluation.request_files import PerRequestByRanker, request_files
 from kd_ranker.reporting import estimates
@@ -388,7 +389,8 @@ def test_the_mean_over_tasks_leaves_out_an_unknown_task(tmp_path):
     weights = np.array([[4.0], [0.0], [12.0]])
     sums = {"user_bce": losses, "label_weight": weights}
 
-    drawn = estimates_of_three_tasks._measure_one(METRICS["user_bce"], sums, sums)
+    metric = METRICS["user_bce"]
+    drawn = estimates_of_three_tasks._numbers(metric, metric.final(sums, sums), ReportAt())
 
     assert drawn["user_bce/watch"] == 0.5
     assert np.isnan(drawn["user_bce/like"])
