@@ -13,6 +13,7 @@
     serving      the same by exported programs (needs the extra `onnx`)
     sweep        16 runs as one sweep against as many runs of `experiments.train`
     layout       ways of updating the tables of a population within one program
+    growth       time and memory against members, candidates, tasks, rows and test requests
     film_search  the rankers of film search, in microseconds per candidate
     compilers    the project's programs, compiled for TPUs and H100s that are not here
     device       those that measure, and more: the first command on a device never measured
@@ -46,6 +47,7 @@ NAMES = (
     "serving",
     "sweep",
     "layout",
+    "growth",
     "compilers",
     "film_search",
     "device",

@@ -122,7 +122,7 @@ def test_a_run_names_its_phases_when_they_end(world, tmp_path):
     progress = Progress(lines.append)
     api.train(config, tmp_path / "run", progress=progress)
     assert [line.split(":")[0] for line in lines] == [
-        "compiling the step", "compiling", "training", "validation", "test"
+        "compiling the step, once", "compiling", "training", "validation", "test"
     ]  # fmt: skip
     # A run that is complete compiles nothing.
     lines.clear()

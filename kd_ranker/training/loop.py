@@ -44,6 +44,8 @@ class Evaluated(NamedTuple):
 Evaluate = Callable[[States], Evaluated]
 Begin = Callable[[States], States]
 
+# Seconds to compile one stack, or all that they share, on two slow cores.
+_SECONDS_TO_COMPILE = 4
 # Seconds that the steps of one call may take: a signal is noticed between two calls.
 _LONGEST_CALL = 2.0
 
@@ -90,7 +92,8 @@ def fit(
             return states
         outputs = outputs_of(program, train, halving)
         with contextlib.ExitStack() as compiling:
-            _enter_compiling(compiling, bar, "compiling the step")
+            bar.progress.show(f"compiling the step, {_once(program)}")
+            _enter_compiling(compiling, bar)
             active = _first_runs(program, states, step, begin)
             outputs = outputs.without(outputs.ends.keys() - active.names)
             calls = _Calls(active.program)
@@ -130,12 +133,15 @@ def fit(
                         bar.set_postfix(_progress(program, scalars, diverged))
                     if evaluated and due.halve and evaluated.behind:
                         number, total = len(evaluated.behind), len(active.names)
-                        line = f"halving after {step:,} steps: {number} of {total} runs stop"
-                        _enter_compiling(compiling, bar, line)
+                        _enter_compiling(compiling, bar)
                         active.stop(evaluated.behind, step)
                         outputs = outputs.without(evaluated.behind)
                         calls = _Calls(active.program)
                         on_host = active.on_host()
+                        bar.progress.show(
+                            f"halving after {step:,} steps: {number} of {total} runs stop; "
+                            f"compiling the step of the others, {_once(active.program)}"
+                        )
                     if due.save:
                         checkpoints.save(saved, step, on_host, program.batches, provenance)
         # This process got no signal, so another one did.
@@ -146,11 +152,15 @@ def fit(
         return jax.tree.map(np.asarray, active.on_host())
 
 
-def _enter_compiling(stack: contextlib.ExitStack, bar: Bar, line: str) -> None:
-    """Show a line, and count what follows as the phase "compiling" until the stack is closed."""
+def _enter_compiling(stack: contextlib.ExitStack, bar: Bar) -> None:
+    """Count what follows as the phase "compiling" until the stack is closed."""
     stack.callback(bar.restart_clock)
-    bar.progress.show(line)
     stack.enter_context(bar.progress.phase("compiling"))
+
+
+def _once(program: Program) -> str:
+    """About how long a program takes to compile, if no cache has it."""
+    return f"once: about {_SECONDS_TO_COMPILE * (1 + len(program.stacks))} s"
 
 
 def _first_runs(program: Program, restored: States, step: int, begin: Begin | None) -> ActiveRuns:

@@ -49,6 +49,7 @@ class Program:
         jitted: Any = self.take_one
         compiled = jitted.lower(*arguments).compile()
         self.flops = float(compiled.cost_analysis()["flops"])
+        self.temporary = int(compiled.memory_analysis().temp_size_in_bytes)
 
     def start(self, batch: Any) -> Any:
         """Starts a step on a batch that is on the device; the losses may not be ready yet."""

@@ -123,6 +123,27 @@ def test_processes_have_runs_of_their_own_in_a_sweep(world, tmp_path):
 
 
 @long
+def test_processes_stop_the_settings_that_one_does(world, tmp_path):
+    changes = {
+        "sweep__modes": ("none", "aux"),
+        "sweep__weights": (0.5, 1.0, 4.0),
+        "sweep__seeds": (0, 1),
+        "sweep__halving": (4,),
+        "teacher__source": "live",
+    }
+    at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
+    expected = world.made("halved_by_one_process", lambda folder: api.sweep(at_once, folder))
+    workdir = tmp_path / "sweep"
+
+    ended = run_together(2, 2, "experiments.sweep", *flags(world, workdir, **changes))
+
+    output_of_first(ended)
+    assert_same_results(workdir, expected)
+    steps = pd.read_csv(workdir / results.FILE)["step"]
+    assert {4, 12} <= set(steps)
+
+
+@long
 @pytest.mark.parametrize(("before", "after"), [((4, 1), (1, 8)), ((1, 4), (2, 1))])
 def test_a_run_resumes_with_other_processes(world, tmp_path, before, after):
     workdir = tmp_path / "run"
