@@ -159,9 +159,11 @@ def _students(
         non_finite_steps = np.asarray(state.non_finite_step)
         model = stack.train_spec.model
         serve = make_serve(model, stack.train_spec.mode)
+        # On the host, where a run is a view: JAX would compile a program for each leaf.
+        on_host = jax.device_get(state.parameters)
         for index, name in enumerate(stack.names):
             if name in serves:
-                parameters = select_run(state.parameters, index)
+                parameters = select_run(on_host, index)
                 parameters = served(model, parameters, job.trainees.devices[0].platform)
                 ranker = Ranker(serve, parameters, serves=serves[name])
                 yield _Student(name, ranker, int(last_steps[index]), int(non_finite_steps[index]))
