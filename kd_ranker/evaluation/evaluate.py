@@ -104,9 +104,9 @@ _Put = Callable[[Any], Any]  # a pytree on the devices of a place
 
 
 class _Head(NamedTuple):
-    """What a pass measures: a head of one of its rankers."""
+    """One of the probabilities that a ranker serves."""
 
-    ranker: int
+    ranker: int  # its index among the rankers of a pass
     serve: str
 
 
@@ -274,21 +274,25 @@ def evaluate(
     teacher_parameters = teacher.parameters if teacher else None
     constants = [places[0](Constants(items, teacher_parameters))]
     constants += [place(Constants(items, None)) for place in places[1:]]
+    # Rankers take the places in turn.
     place_of_ranker = [index % len(places) for index in range(len(rankers))]
-    parameters_at_place = [
-        # Through the host, because they may be on another device.
-        places[place](jax.device_get(ranker.parameters) if len(devices) > 1 else ranker.parameters)
-        for place, ranker in zip(place_of_ranker, rankers, strict=True)
-    ]
+    placed_rankers = []
+    for ranker, place in zip(rankers, place_of_ranker, strict=True):
+        parameters = ranker.parameters
+        if len(devices) > 1:
+            # Through the host, because they may be on another device.
+            parameters = jax.device_get(parameters)
+        placed_rankers.append(ranker._replace(parameters=places[place](parameters)))
     value_weights = np.asarray(plan.value_weights, np.float32)
 
-    def score_by(index: int, batch_at_places: Sequence[EvaluationBatch]) -> dict[_Head, Scored]:
-        ranker = rankers[index]
+    def score_heads(index: int, batch_at_places: Sequence[EvaluationBatch]) -> dict[_Head, Scored]:
+        """Return the scores of the heads to measure of a ranker."""
+        ranker = placed_rankers[index]
         place = place_of_ranker[index]
         scored_by_name = _score(
             ranker.serve,
             ranker.sees_truth,
-            parameters_at_place[index],
+            ranker.parameters,
             batch_at_places[place],
             constants[place].items,
             value_weights,
@@ -301,7 +305,7 @@ def evaluate(
         }
 
     sizes = Sizes(plan.shown, 0, 0, plan.are_partly_scored, plan.labels_beyond_shown)
-    measured: list[_Head] = []  # in the order of the sums, after the teacher
+    heads: list[_Head] = []  # in the order of the sums, after the teacher
     sums: Sums | None = None
     per_request: list[PerRequest] = []
     with ThreadPoolExecutor() as pool:
@@ -315,11 +319,12 @@ def evaluate(
                 serve, constants[0], batch_at_places[0], value_weights, sharding
             )
             scores: dict[_Head, Scored] = {}
+            indices = range(len(rankers))
             for scores_of_ranker in map_rankers(
-                score_by, range(len(rankers)), itertools.repeat(batch_at_places)
+                score_heads, indices, itertools.repeat(batch_at_places)
             ):
                 scores |= scores_of_ranker
-            measured = list(scores)
+            heads = list(scores)
             scored = [teacher_scored, *scores.values()]
             batch_sums = _sums_of_all(scored, scored_batch, plan, sizes, own_devices, pool)
             sums = add(sums, batch_sums.sums)
@@ -336,7 +341,7 @@ def evaluate(
     all_rankers = RankerSums(sums, terms)
     teacher_sums = jax.tree.map(operator.itemgetter(0), all_rankers)
     ranker_sums: list[dict[str, RankerSums]] = [{} for _ in rankers]
-    for index, head in enumerate(measured, start=1):
+    for index, head in enumerate(heads, start=1):
         ranker_sums[head.ranker][head.serve] = jax.tree.map(operator.itemgetter(index), all_rankers)
     return teacher_sums, ranker_sums
 

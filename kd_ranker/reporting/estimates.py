@@ -37,7 +37,7 @@ ALIKE = at_target("passed_for_alike")
 _NOWHERE = OverDraws((), np.zeros((1, 0)), 0)
 
 # The numbers of a ranker on the test requests, and then on each draw of them: [1+B] by column of
-# `results.csv`, and [1+B, K] by column of `curves.csv`, at the kept k.
+# `results.csv`, and [1+B, K] by column of `curves.csv`, at `Estimates._ks`.
 _Drawn = dict[str, Float[np.ndarray, "1+B ..."]]
 
 
@@ -343,7 +343,6 @@ class Estimates:
             seeds = rows.loc[(rows["role"] == "student") & rows["run"].isin(runs), "seed"]
             counts = intervals.request_counts(_count_requests(by_ranker), DRAWS)
             counts = counts.astype(np.float64)
-            ks = by_ranker.ks
             teacher = _resampled(by_ranker.each[TEACHER, "user"], counts)
             for (run, serve), per_request in by_ranker.each.items():
                 ranker_rows = rows[(rows["run"] == run) & (rows["serve"] == serve)]
@@ -353,18 +352,17 @@ class Estimates:
                     ranker_rows = ranker_rows[ranker_rows["seed"].isin(seeds)]
                 if ranker_rows.empty:
                     continue
-                drawn = self._measure(_resampled(per_request, counts), teacher, ks)
+                drawn = self._measure(_resampled(per_request, counts), teacher, by_ranker.ks)
                 for key in zip(ranker_rows["setting"], ranker_rows["repeat"], strict=True):
                     by_setting_and_repeat[key] = drawn
         return by_setting_and_repeat
 
-    def _measure(self, ranker: _Resampled, teacher: _Resampled, ks: Int[np.ndarray, "K"]) -> _Drawn:
-        """Return a ranker's measures, means over tasks where a metric has one, and curves.
-
-        `ks` are those of the resampled curves.
-        """
-        at_ks = [_at(resampled, ks, self._ks) for resampled in (ranker, teacher)]
-        at_every_k = [_AtEveryK(resampled, ks) for resampled in (ranker, teacher)]
+    def _measure(
+        self, ranker: _Resampled, teacher: _Resampled, kept_ks: Int[np.ndarray, "K"]
+    ) -> _Drawn:
+        """Return a ranker's measures, means over tasks where a metric has one, and curves."""
+        sums_at_ks = [_sums_at(self._ks, resampled, kept_ks) for resampled in (ranker, teacher)]
+        sums_at_every_k = [_SumsAtEveryK(resampled, kept_ks) for resampled in (ranker, teacher)]
         drawn: _Drawn = {}
         for metric in METRICS.values():
             if metric.final is None:
@@ -372,13 +370,29 @@ class Estimates:
             # A metric that was added later has no sums here.
             with contextlib.suppress(KeyError):
                 if "target" in metric.per:
-                    drawn |= self._numbers(metric, metric.final(*at_every_k), self._points)
+                    # It searches all k for the first that reaches a target.
+                    final = metric.final(*sums_at_every_k)
+                    drawn |= self._numbers(metric, final, self._points)
+                elif "k" in metric.per:
+                    final = metric.final(*sums_at_ks)
+                    drawn |= self._numbers(metric, final, self._points_among_ks)
+                    drawn |= self._curves(metric, final)
                 else:
-                    drawn |= self._numbers_and_curves(metric, metric.final(*at_ks))
+                    final = metric.final(*sums_at_ks)
+                    drawn |= self._numbers(metric, final, self._points)
         return drawn
 
+    @property
+    def _points_among_ks(self) -> ReportAt:
+        """The reported k by their places among `_ks`, as if these were 1, 2, ..."""
+        reported = np.minimum(self._points.ks, self._ks[-1])
+        return ReportAt(tuple((np.searchsorted(self._ks, reported) + 1).tolist()))
+
     def _numbers(self, metric: Metric, final: Any, points: ReportAt) -> _Drawn:
-        """Return the columns of one metric, if the study has them, and their mean over tasks."""
+        """Return the columns of one metric, if the study has them, and their mean over tasks.
+
+        `final` is the metric's result, and `points` are those of its curve to read.
+        """
         columns = metric.columns(self.study.config.tasks, self._points)
         if not columns or not set(columns) <= set(self.study.rows):
             return {}
@@ -390,16 +404,11 @@ class Estimates:
             drawn[metric.name] = ratio(total, is_known.sum(axis=0))
         return drawn
 
-    def _numbers_and_curves(self, metric: Metric, final: Any) -> _Drawn:
-        """Return the same and the curves [1+B, K], from the curves at `_ks`."""
-        curve_columns = metric.curve_columns(self.study.config.tasks)
-        if not curve_columns:
-            return self._numbers(metric, final, self._points)
-        # As if the curves were at k = 1, 2, ...
-        places = np.searchsorted(self._ks, np.minimum(self._points.ks, self._ks[-1])) + 1
-        drawn = self._numbers(metric, final, ReportAt(places.tolist()))
-        by_column = np.asarray(final).reshape(len(self._ks), len(curve_columns), -1)
-        return drawn | dict(zip(curve_columns, by_column.transpose(1, 2, 0), strict=True))
+    def _curves(self, metric: Metric, final: Any) -> _Drawn:
+        """Return the columns of a metric in `curves.csv`, each [1+B, K]; `final` is at `_ks`."""
+        columns = metric.curve_columns(self.study.config.tasks)
+        curves = np.asarray(final).reshape(len(self._ks), len(columns), -1)
+        return dict(zip(columns, curves.transpose(1, 2, 0), strict=True))
 
 
 def _points(study: Study) -> ReportAt:
@@ -429,38 +438,40 @@ def _resampled(per_request: PerRequest, counts: Float[np.ndarray, "1+B N"]) -> _
     return _Resampled(sums, curves)
 
 
-def _at(resampled: _Resampled, ks: Int[np.ndarray, "K"], others: Int[np.ndarray, "K2"]) -> Sums:
-    """Return all sums in each draw, with the curves at other k than `ks`."""
-    matrix = _interpolation(ks, others)
+def _sums_at(
+    ks: Int[np.ndarray, "K2"], resampled: _Resampled, kept_ks: Int[np.ndarray, "K"]
+) -> Sums:
+    """Return all sums in each draw, with the curves at `ks`; they were kept at `kept_ks`."""
+    matrix = _interpolation(kept_ks, ks)
     curves = {name: np.tensordot(matrix, curve, axes=1) for name, curve in resampled.curves.items()}
     return resampled.sums | curves
 
 
-class _AtEveryK(Sums):
-    """All sums in each draw, with the curves at every k. Each is computed when it is first read.
+class _SumsAtEveryK(Sums):
+    """All sums in each draw, with the curves at every k = 1..N.
 
-    Few metrics need them, and they are thirty times as long.
+    A curve is interpolated when it is first read: it becomes thirty times as long, and few are.
     """
 
-    def __init__(self, resampled: _Resampled, ks: Int[np.ndarray, "K"]):
-        """Start with the curves at `ks`."""
+    def __init__(self, resampled: _Resampled, kept_ks: Int[np.ndarray, "K"]):
+        """Start with the curves at `kept_ks`."""
         super().__init__(resampled.sums | resampled.curves)
-        self._at_ks = set(resampled.curves)
-        self._matrix = _interpolation(ks, np.arange(1, ks[-1] + 1))
+        self._to_interpolate = set(resampled.curves)
+        self._matrix = _interpolation(kept_ks, np.arange(1, kept_ks[-1] + 1))
 
     def __getitem__(self, name: str) -> Any:
         """Return a sum; KeyError if there is none."""
-        if name in self._at_ks:
-            self._at_ks.remove(name)
+        if name in self._to_interpolate:
+            self._to_interpolate.remove(name)
             self[name] = np.tensordot(self._matrix, super().__getitem__(name), axes=1)
         return super().__getitem__(name)
 
 
 def _interpolation(
-    ks: Int[np.ndarray, "K"], others: Int[np.ndarray, "K2"]
+    kept_ks: Int[np.ndarray, "K"], ks: Int[np.ndarray, "K2"]
 ) -> Float[np.ndarray, "K2 K"]:
-    """Return the matrix that interpolates a curve linearly, from some k to others."""
-    return np.stack([np.interp(others, ks, point) for point in np.eye(len(ks))], axis=1)
+    """Return the matrix that interpolates a curve linearly, from the kept k to others."""
+    return np.stack([np.interp(ks, kept_ks, point) for point in np.eye(len(kept_ks))], axis=1)
 
 
 def _sums_in_draws(terms: Sums, counts: Float[np.ndarray, "1+B N"]) -> Sums:

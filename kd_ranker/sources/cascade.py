@@ -208,26 +208,53 @@ class History(NamedTuple):
     age_hours: Float32[np.ndarray, "H"]
 
 
+class _Recipe(NamedTuple):
+    """What determines all requests. Small, so that it can be sent to other processes."""
+
+    data: FrozenConfigDict
+    funnel: FrozenConfigDict
+    columns: tuple[int, ...]  # the indices in `TASKS` of the requested tasks
+
+
+# A process draws many requests of one world.
+@functools.lru_cache(maxsize=1)
+def _world_of(data: FrozenConfigDict) -> World:
+    return World(data)
+
+
+def _requests(recipe: _Recipe, split: str, indices: Iterable[int]) -> Iterator[Request]:
+    """Draw the requests of a split with these places in it."""
+    data, funnel = recipe.data, recipe.funnel
+    world = _world_of(data)
+    columns = np.array(recipe.columns)
+    for index in indices:
+        yield _draw_request(world, data, columns, funnel, split, index)
+
+
+def _read_block(recipe: _Recipe, split: str, indices: Iterable[int], spec: FeatureSpec) -> Block:
+    return block_of([*_requests(recipe, split, indices)], spec)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimulatedFeed(RequestSource):
     """The simulated feed, drawn in several processes if it is large."""
 
-    draw: "_Draw"
+    recipe: _Recipe
 
     def blocks(self, split: str) -> Iterator[ReadBlock]:
         """Yield a function for each block, which draws it, in this process or in another."""
         number = self.num_requests[split]
         for first in range(0, number, BLOCK):
             indices = range(first, min(first + BLOCK, number))
-            yield functools.partial(_draw_block, self.draw, split, indices, self.spec)
+            yield functools.partial(_read_block, self.recipe, split, indices, self.spec)
 
     def pack_blocks(
         self, pack: Callable[[ReadBlock], Flat], blocks: Iterable[ReadBlock]
     ) -> Iterator[Flat]:
         """Yield each block as `pack` packs it, in order."""
-        processes = joblib.cpu_count() if self._is_large() else 1
+        num_processes = joblib.cpu_count() if self._is_large() else 1
         # Its processes, unlike those of `multiprocessing`, do not run the user's script again.
-        parallel = joblib.Parallel(n_jobs=processes, return_as="generator")
+        parallel = joblib.Parallel(n_jobs=num_processes, return_as="generator")
         packed: Iterator[Flat] = parallel(joblib.delayed(pack)(block) for block in blocks)
         return packed
 
@@ -237,31 +264,8 @@ class SimulatedFeed(RequestSource):
             get_reusable_executor().shutdown()
 
     def _is_large(self) -> bool:
-        # A process takes about two seconds to start, and draws a block in half of one.
+        # A process takes two seconds or more to start, and draws a block in half a second.
         return sum(self.num_requests.values()) > 8 * BLOCK
-
-
-class _Draw(NamedTuple):
-    """What determines all requests."""
-
-    data: FrozenConfigDict
-    funnel: FrozenConfigDict
-    columns: tuple[int, ...]  # the indices in `TASKS` of the requested tasks
-
-    def request(self, split: str, index: int) -> Request:
-        """Draw a request."""
-        columns = np.array(self.columns)
-        return _draw_request(_world(self.data), self.data, columns, self.funnel, split, index)
-
-
-# One of a process, which draws many requests.
-@functools.lru_cache(maxsize=1)
-def _world(data: FrozenConfigDict) -> World:
-    return World(data)
-
-
-def _draw_block(draw: _Draw, split: str, indices: Iterable[int], spec: FeatureSpec) -> Block:
-    return block_of([draw.request(split, index) for index in indices], spec)
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> SimulatedFeed:
@@ -281,12 +285,12 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
     columns = tuple(TASKS.index(task) for task in tasks)
-    draw = _Draw(FrozenConfigDict(data), FrozenConfigDict(funnel), columns)
-    world = _world(draw.data)
+    recipe = _Recipe(FrozenConfigDict(data), FrozenConfigDict(funnel), columns)
+    world = _world_of(recipe.data)
     num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
 
     def requests(split: str) -> Iterator[Request]:
-        return (draw.request(split, index) for index in range(num_requests[split]))
+        return _requests(recipe, split, range(num_requests[split]))
 
     spec = FeatureSpec(
         dataset="cascade",
@@ -307,7 +311,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         item_features=world.item_features,
         requests=requests,
         num_requests=num_requests,
-        draw=draw,
+        recipe=recipe,
     )
 
 

@@ -92,7 +92,7 @@ def fit(
             return states
         outputs = outputs_of(program, train, halving)
         with contextlib.ExitStack() as compiling:
-            bar.progress.show(f"compiling the step, {_once(program)}")
+            bar.progress.show(f"compiling the step, {_time_to_compile(program)}")
             _enter_compiling(compiling, bar)
             active = _first_runs(program, states, step, begin)
             outputs = outputs.without(outputs.ends.keys() - active.names)
@@ -140,7 +140,7 @@ def fit(
                         on_host = active.on_host()
                         bar.progress.show(
                             f"halving after {step:,} steps: {number} of {total} runs stop; "
-                            f"compiling the step of the others, {_once(active.program)}"
+                            f"compiling the step of the others, {_time_to_compile(active.program)}"
                         )
                     if due.save:
                         checkpoints.save(saved, step, on_host, program.batches, provenance)
@@ -158,8 +158,8 @@ def _enter_compiling(stack: contextlib.ExitStack, bar: Bar) -> None:
     stack.enter_context(bar.progress.phase("compiling"))
 
 
-def _once(program: Program) -> str:
-    """About how long a program takes to compile, if no cache has it."""
+def _time_to_compile(program: Program) -> str:
+    """Say about how long a program takes to compile, if no cache has it."""
     return f"once: about {_SECONDS_TO_COMPILE * (1 + len(program.stacks))} s"
 
 
