@@ -15,6 +15,7 @@ from tests.reporting import sweeps
 
 REQUESTS, RETRIEVED = 12, 40
 KS = np.array([1, 2, 4, 8, 16, 28, 40])
+REPORTED = 16  # a k of columns in results.csv, where the curves are kept, as in a sweep
 SEEDS = (0, 1, 2)
 TARGET, TEACHER_FLOPS = 0.9, 200.0
 FLOPS = {"none": 10.0, "shared": 14.0}
@@ -81,7 +82,7 @@ def rows_of(seeds):
             "user_bce/watch": bce(each, ONCE), "passed_for_90": passed(each, ONCE),
             "scored_for_90": passed(each, ONCE),
             "true_value_for_90": true_value_at_target(each, ONCE),
-            "passed": 7.0 + seed, "true_value_for": 1.0,
+            "passed": 7.0 + seed, "true_value_for": 1.0, f"survival@{REPORTED}": 0.5,
         }  # fmt: skip
         rows.append({
             "mode": mode, "seed": seed, "run": f"{mode}{seed}", "flops": FLOPS[mode],
@@ -213,6 +214,17 @@ def test_a_curve_of_survival_is_that_of_the_draws(made):
         return curve(each, times, "survival")[2] / (times @ each.sums["funnel_requests"])
 
     assert_interval(interval_on_curve(made, "survival", 2), by_hand(survival))
+
+
+def test_a_column_at_a_k_is_that_of_the_draws(made):
+    found = made._measured(SHARED, f"survival@{REPORTED}")
+
+    for index, seed in enumerate(SEEDS):
+        each = EACH["shared", seed]
+        for times, number in zip(COUNTS[1:], found.numbers[1:, index], strict=True):
+            survivors = curve(each, times, "survival")[KS.tolist().index(REPORTED)]
+            expected = survivors / (times @ each.sums["funnel_requests"])
+            assert number == pytest.approx(expected, rel=1e-5)
 
 
 def test_sweeps_that_report_other_k_have_one_curve(made, tmp_path):
