@@ -411,6 +411,8 @@ _ALL = (
             "several processes train as one; Slurm, Open MPI, a pod or variables define them"),
         Key("deterministic", False,
             "on GPUs, the same bits each time that a step is taken, which costs sorts"),
+        Key("row_kernel", False,
+            "on TPUs, Adam updates rows of tables in a Pallas kernel; never timed on a chip"),
         influences="nothing",
     ),
     section(

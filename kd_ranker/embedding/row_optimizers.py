@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_ranker.embedding import cpu_rows
+from kd_ranker.embedding import cpu_rows, tpu_rows
 
 
 class Adam(NamedTuple):
@@ -76,23 +76,31 @@ def update_tables(
     learning_rate: Float[Array, "runs"],
     weight_decay: Float[Array, "runs"],
     may_change: Bool[Array, "runs"],
+    *,
+    kernel_on_tpu: bool = False,
 ) -> Float[Array, "runs rows W"]:
     """Update the touched rows of each run's table; every other row keeps its bits.
 
     `lookup` describes a row. One is touched if the gradients of its ids add up to something other
     than zero. Then it also decays by `learning_rate * weight_decay * row` (decoupled decay,
-    Loshchilov and Hutter, 2019). A run that may not change keeps its table.
+    Loshchilov and Hutter, 2019). A run that may not change keeps its table. Adam has a program of
+    its own for a CPU, see `cpu_rows`, and on request for a TPU, see `tpu_rows`.
     """
-    by_xla = functools.partial(_update_by_xla, optimizer)
     arguments = (*occurrences, gradients, learning_rate, weight_decay, may_change)
-    if optimizer is not adam or not cpu_rows.are_available():
+    by_xla = functools.partial(_update_each_run, optimizer, _rewrite)
+    by_platform: dict[str, Callable[..., Float[Array, "runs rows W"]]] = {}
+    if optimizer is adam and cpu_rows.are_available():
+        by_platform["cpu"] = functools.partial(cpu_rows.update_by_adam, **ADAM._asdict())
+    if optimizer is adam and kernel_on_tpu:
+        by_platform["tpu"] = functools.partial(_update_each_run, optimizer, tpu_rows.rewrite)
+    if not by_platform:
         return by_xla(tables, *arguments)
-    on_cpu = functools.partial(cpu_rows.update_by_adam, **ADAM._asdict())
-    return jax.lax.platform_dependent(tables, *arguments, cpu=on_cpu, default=by_xla)
+    return jax.lax.platform_dependent(tables, *arguments, **by_platform, default=by_xla)
 
 
-def _update_by_xla(
+def _update_each_run(
     optimizer: RowOptimizer,
+    rewrite: Callable[..., Float[Array, "all_rows W"]],
     tables: Float[Array, "runs rows W"],
     row: Int[Array, "M"],
     position: Int[Array, "M"],
@@ -105,31 +113,53 @@ def _update_by_xla(
     # One flat table and a loop over runs: on two CPU cores, for 16 runs, that was faster than
     # `vmap` over stacked tables or one scatter for all (`docs/benchmarks.md`).
     runs, length, columns = tables.shape
-    width = gradients.shape[-1]
 
     def update_run(
         run: Int[Array, ""], flat: Float[Array, "all_rows W"]
     ) -> Float[Array, "all_rows W"]:
-        first = run * length
         gradient = gradients[run]
-        rows = flat.at[row + first].get(mode="promise_in_bounds")
-        old, count, slots = jnp.split(rows, [width, width + 1], axis=1)
         summed = jnp.zeros_like(gradient)
         summed = summed.at[position].add(gradient, mode="promise_in_bounds")
-        step, slots = optimizer.update(summed, slots, count + 1)
-        new = old - learning_rate[run] * (step + weight_decay[run] * old)
         # A candidate without a label has no gradient, and neither decay nor old moments may move
         # its row: otherwise mode none would depend on how many such candidates fill a batch.
         touched = jnp.any(summed != 0, axis=1) & represents & may_change[run]
-        place = jnp.where(touched, row + first, flat.shape[0])
-        # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
-        place, new_rows = jax.lax.optimization_barrier(
-            (place, jnp.concatenate([new, count + 1, slots], axis=1))
-        )
-        return flat.at[place].set(new_rows, mode="drop", unique_indices=True)
+        change = functools.partial(new_rows, optimizer)
+        place = row + run * length
+        return rewrite(change, flat, place, touched, summed, learning_rate[run], weight_decay[run])
 
     flat = tables.reshape(runs * length, columns)
     return jax.lax.fori_loop(0, runs, update_run, flat).reshape(tables.shape)
+
+
+def _rewrite(
+    new_rows: Callable[..., Float[Array, "M W"]],
+    table: Float[Array, "rows W"],
+    place: Int[Array, "M"],
+    is_changed: Bool[Array, "M"],
+    gradients: Float[Array, "M D"],
+    *numbers: Float[Array, ""],
+) -> Float[Array, "rows W"]:
+    """Replace the rows that change by `new_rows(rows, gradients, *numbers)`; those differ."""
+    rows = table.at[place].get(mode="promise_in_bounds")
+    place = jnp.where(is_changed, place, table.shape[0])
+    # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
+    place, rows = jax.lax.optimization_barrier((place, new_rows(rows, gradients, *numbers)))
+    return table.at[place].set(rows, mode="drop", unique_indices=True)
+
+
+def new_rows(
+    optimizer: RowOptimizer,
+    rows: Float[Array, "M W"],
+    gradients: Float[Array, "M D"],
+    learning_rate: Float[Array, ""],
+    weight_decay: Float[Array, ""],
+) -> Float[Array, "M W"]:
+    """Return rows after one update by gradients that are summed by row."""
+    width = gradients.shape[1]
+    old, count, slots = jnp.split(rows, [width, width + 1], axis=1)
+    step, slots = optimizer.update(gradients, slots, count + 1)
+    new = old - learning_rate * (step + weight_decay * old)
+    return jnp.concatenate([new, count + 1, slots], axis=1)
 
 
 def _adagrad_update(
@@ -145,11 +175,23 @@ def _adam_update(
     mean, square = jnp.split(slots, 2, axis=1)
     mean = ADAM.b1 * mean + (1 - ADAM.b1) * gradients
     square = ADAM.b2 * square + (1 - ADAM.b2) * jnp.square(gradients)
-    # 1 - b^count, by a function that loses no digits where the power is near 1.
-    corrected_mean = mean / -jnp.expm1(counts * math.log(ADAM.b1))
-    corrected_square = square / -jnp.expm1(counts * math.log(ADAM.b2))
+    corrected_mean = mean / one_minus_power(ADAM.b1, counts)
+    corrected_square = square / one_minus_power(ADAM.b2, counts)
     step = corrected_mean / (jnp.sqrt(corrected_square) + ADAM.eps)
     return step, jnp.concatenate([mean, square], axis=1)
+
+
+def one_minus_power(base: float, exponents: Float[Array, "M 1"]) -> Float[Array, "M 1"]:
+    """Return `1 - base ** exponents`, without a loss of digits where the power is near 1.
+
+    It is `-expm1(exponents * log(base))`, in operations that a kernel for a TPU has as well.
+    """
+    logs = exponents * math.log(base)
+    # Taylor's series of expm1(x) / x; for -1/2 < x < 0, terms after x^8 are below float32's digits.
+    series = jnp.ones_like(logs)
+    for term in range(9, 1, -1):
+        series = 1 + series * logs / term
+    return jnp.where(logs > -0.5, -logs * series, 1 - jnp.exp(logs))
 
 
 ADAGRAD_EPSILON = 1e-10

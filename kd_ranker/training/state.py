@@ -33,6 +33,7 @@ class TrainSpec(NamedTuple):
     schedule: Callable[[Int[Array, ""], Float[Array, ""]], Float[Array, ""]]
     unshown_are_negatives: bool = False  # whether candidates that were not shown are labeled 0
     user_loss: str = "bce"  # one of `losses.USER_LOSSES`
+    row_kernel: bool = False  # whether a TPU updates rows in a kernel, see `tpu_rows`
 
 
 class OptimizerHyperparameters(NamedTuple):

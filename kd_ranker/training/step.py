@@ -374,6 +374,7 @@ def _update_table(
             row_update.learning_rate,
             hyperparameters.optimizer.table_weight_decay,
             row_update.may_change,
+            kernel_on_tpu=train_spec.row_kernel,
         )
         return updated, owner
 

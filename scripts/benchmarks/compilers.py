@@ -29,6 +29,7 @@ class Case(NamedTuple):
       large: whether the sizes are those above, or the cascade's own.
       width: of the embeddings, where it is large.
       tables: `parallel.tables`.
+      row_kernel: `parallel.row_kernel`.
     """
 
     topology: str
@@ -38,13 +39,16 @@ class Case(NamedTuple):
     large: bool = True
     width: int = WIDTH
     tables: str = "replicated"
+    row_kernel: bool = False
 
     @property
     def name(self) -> str:
         """A name for people."""
         size = f"large{self.width}" if self.large else "cascade"
         sharded = (self.tables,) if self.tables != "replicated" else ()
-        return "-".join((self.topology, size, self.program, self.mode, self.source, *sharded))
+        kernel = ("row_kernel",) if self.row_kernel else ()
+        parts = (self.topology, size, self.program, self.mode, self.source, *sharded, *kernel)
+        return "-".join(parts)
 
 
 _WAYS = (
@@ -73,6 +77,9 @@ CASES = (
     ),
     *(Case(topology, tables="sharded") for topology in ("v5e:2x2", "v5e:4x4", "h100:8")),
     Case("v5e:4x4", source="live", tables="sharded"),
+    *(Case(topology, row_kernel=True) for topology in (_ONE_CHIP, "v5p:2x2x1")),
+    Case("v5e:2x2", tables="sharded", row_kernel=True),
+    Case(_ONE_CHIP, "sweep", source="live", large=False, row_kernel=True),
     *(
         Case(topology, program, source="live", large=program != "sweep")
         for topology in (_ONE_CHIP, _ONE_CARD)
@@ -86,7 +93,7 @@ def config_of(case: Case) -> ConfigDict:
     """The config of a case."""
     config = cascade()
     config.distill.mode, config.teacher.source = case.mode, case.source
-    config.parallel.tables = case.tables
+    config.parallel.tables, config.parallel.row_kernel = case.tables, case.row_kernel
     config.sweep.modes, config.sweep.seeds = (case.mode,), tuple(range(RUNS))
     if case.large:
         for batch in (config.batch, config.teacher.batch):

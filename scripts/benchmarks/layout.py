@@ -2,7 +2,8 @@
 
 `loop` is the project's: one flat table, and a loop over runs in the program. `flat` is one
 gather and one scatter over all runs' rows, at ids with an offset a run. `vmap` maps the
-update of one run over stacked tables.
+update of one run over stacked tables. On a TPU, `kernel` is the project's with
+`parallel.row_kernel`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     columns = WIDTH + 1 + OPTIMIZER.slots(WIDTH)
     gradients = jnp.asarray(generator.normal(size=(runs, IDS, WIDTH)), jnp.float32)
     tables = jnp.asarray(generator.normal(size=(runs, ROWS, columns)), jnp.float32)
-    owners = {"loop": ROWS, "flat": runs * ROWS, "vmap": ROWS}
+    owners = {"loop": ROWS, "flat": runs * ROWS, "vmap": ROWS, "kernel": ROWS}
     milliseconds = measuring.interleaved(
         {
             way.__name__: measuring.donated(
@@ -50,14 +51,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ways(runs: int, row: Any) -> list[Callable]:
-    """The three, each (tables and owners, gradients) -> tables and owners."""
+    """Returns them, each (tables and owners, gradients) -> tables and owners."""
     mask = jnp.ones(IDS, bool)
     numbers = (jnp.full(runs, 0.01), jnp.full(runs, 0.1), jnp.ones(runs, bool))
 
-    def loop(state: Any, gradients: Any) -> Any:
+    def loop(state: Any, gradients: Any, kernel_on_tpu: bool = False) -> Any:
         tables, owner = state
         occurrences, owner = find_occurrences(row, mask, owner)
-        return update_tables(OPTIMIZER, tables, occurrences, gradients, *numbers), owner
+        arguments = (tables, occurrences, gradients, *numbers)
+        return update_tables(OPTIMIZER, *arguments, kernel_on_tpu=kernel_on_tpu), owner
+
+    def kernel(state: Any, gradients: Any) -> Any:
+        return loop(state, gradients, kernel_on_tpu=True)
 
     def flat(state: Any, gradients: Any) -> Any:
         tables, owner = state
@@ -82,4 +87,5 @@ def ways(runs: int, row: Any) -> list[Callable]:
 
         return jax.vmap(one)(tables, gradients, *numbers), owner
 
-    return [loop, flat, vmap]
+    on_tpu = [kernel] if jax.default_backend() == "tpu" else []
+    return [loop, flat, vmap, *on_tpu]

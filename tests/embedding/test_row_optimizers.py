@@ -13,6 +13,7 @@ from kd_ranker.embedding.row_optimizers import (
     ADAM,
     ROW_OPTIMIZERS,
     find_occurrences,
+    one_minus_power,
     update_tables,
 )
 
@@ -129,3 +130,11 @@ def test_runs_are_updated_as_each_by_itself(name):
                 optimizer, expected, rows, gradients[run], rates[run], decays[run], mask
             )
         np.testing.assert_array_equal(new[run], expected)
+
+
+@pytest.mark.parametrize("base", [ADAM.b1, ADAM.b2])
+def test_the_correction_of_the_bias_loses_no_digits(base):
+    counts = np.concatenate([np.arange(1, 2000), [5000, 10**6]])
+    corrections = one_minus_power(base, jnp.asarray(counts[:, None], jnp.float32))
+    expected = -np.expm1(counts[:, None] * np.log(base))
+    np.testing.assert_allclose(corrections, expected, rtol=3e-7)
