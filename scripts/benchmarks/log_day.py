@@ -1,6 +1,7 @@
 """The last of 30 files of a log of `make_log.py` added to a dataset, against a whole build."""
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,11 @@ from kd_ranker import api
 from kd_ranker.configs import parquet
 from scripts.benchmarks.log_build import MAKE_LOG, MEMORY
 
-BAR, FILES = 0.1, 30
+BAR, FILES, TURNS = 0.1, 30, 5
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times both on one thread; the whole log is built twice, and the first time does not count."""
+    """Times both on one thread: the second build of the whole log, and the median of five days."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log = folder / "log"
@@ -27,9 +28,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         last = max(log.iterdir()).rename(folder / "last.parquet")
         _seconds(log, folder / "before")
         last.rename(log / "zz.parquet")
-        day = _seconds(log, folder / "after", str(folder / "before"))
-    ratio = day / whole
-    found = {"rows": arguments.rows, "seconds": {"whole": whole, "day": day}}
+        days = [
+            _seconds(log, folder / f"after{turn}", str(folder / "before")) for turn in range(TURNS)
+        ]
+    ratio = statistics.median(days) / whole
+    found = {"rows": arguments.rows, "seconds": {"whole": whole, "days": days}}
     return {**found, "ratio": ratio, "bar": BAR, "passed": ratio <= BAR}
 
 
