@@ -87,7 +87,7 @@ def update_tables(
     its own for a CPU, see `cpu_rows`, and on request for a TPU, see `tpu_rows`.
     """
     arguments = (*occurrences, gradients, learning_rate, weight_decay, may_change)
-    by_xla = functools.partial(_update_each_run, optimizer, _rewrite)
+    by_xla = functools.partial(_update_each_run, optimizer, _rewrite_by_xla)
     by_platform: dict[str, Callable[..., Float[Array, "runs rows W"]]] = {}
     if optimizer is adam and cpu_rows.are_available():
         by_platform["cpu"] = functools.partial(cpu_rows.update_by_adam, **ADAM._asdict())
@@ -123,27 +123,35 @@ def _update_each_run(
         # A candidate without a label has no gradient, and neither decay nor old moments may move
         # its row: otherwise mode none would depend on how many such candidates fill a batch.
         touched = jnp.any(summed != 0, axis=1) & represents & may_change[run]
-        change = functools.partial(new_rows, optimizer)
-        place = row + run * length
-        return rewrite(change, flat, place, touched, summed, learning_rate[run], weight_decay[run])
+        return rewrite(
+            functools.partial(new_rows, optimizer),
+            flat,
+            row + run * length,
+            touched,
+            summed,
+            learning_rate[run],
+            weight_decay[run],
+        )
 
     flat = tables.reshape(runs * length, columns)
     return jax.lax.fori_loop(0, runs, update_run, flat).reshape(tables.shape)
 
 
-def _rewrite(
-    new_rows: Callable[..., Float[Array, "M W"]],
+def _rewrite_by_xla(
+    change_rows: tpu_rows.ChangeRows,
     table: Float[Array, "rows W"],
     place: Int[Array, "M"],
     is_changed: Bool[Array, "M"],
     gradients: Float[Array, "M D"],
-    *numbers: Float[Array, ""],
+    learning_rate: Float[Array, ""],
+    weight_decay: Float[Array, ""],
 ) -> Float[Array, "rows W"]:
-    """Replace the rows that change by `new_rows(rows, gradients, *numbers)`; those differ."""
-    rows = table.at[place].get(mode="promise_in_bounds")
+    """Do what `tpu_rows.rewrite` does, on any device."""
+    before = table.at[place].get(mode="promise_in_bounds")
+    rows = change_rows(before, gradients, learning_rate, weight_decay)
     place = jnp.where(is_changed, place, table.shape[0])
     # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
-    place, rows = jax.lax.optimization_barrier((place, new_rows(rows, gradients, *numbers)))
+    place, rows = jax.lax.optimization_barrier((place, rows))
     return table.at[place].set(rows, mode="drop", unique_indices=True)
 
 

@@ -19,22 +19,27 @@ _BLOCK_NUMBERS = 1 << 18
 # The place of a row that is neither read nor written.
 _SKIPPED = -1
 
-NewRows = Callable[..., Float[Array, "block W"]]
+ChangeRows = Callable[
+    [Float[Array, "block W"], Float[Array, "block D"], Float[Array, ""], Float[Array, ""]],
+    Float[Array, "block W"],
+]
+"""A function (rows, gradients, learning rate, weight decay) -> new rows, each row on its own."""
 
 
 def rewrite(
-    new_rows: NewRows,
+    change_rows: ChangeRows,
     table: Float[Array, "rows W"],
     place: Int[Array, "M"],
     is_changed: Bool[Array, "M"],
     gradients: Float[Array, "M D"],
-    *numbers: Float[Array, ""],
+    learning_rate: Float[Array, ""],
+    weight_decay: Float[Array, ""],
     interpret: Any = False,
 ) -> Float[Array, "rows W"]:
-    """Replace rows in place by `new_rows(rows, gradients, *numbers)`; see `row_optimizers`.
+    """Replace the rows that change, which differ, by those of `change_rows`, in place.
 
-    `new_rows` is called on a block of rows at a time, and treats each row on its own. `interpret`
-    is that of `pallas_call`, to simulate the kernel on another device.
+    `change_rows` gets a block of rows at a time; those that do not change hold any values there.
+    `interpret` is the argument of `pallas_call` that simulates the kernel on another device.
     """
     # Imported here because it takes a third of a second, and few runs need it.
     from jax.experimental import pallas as pl
@@ -48,29 +53,38 @@ def rewrite(
     places = jnp.pad(places, (0, -count % block), constant_values=_SKIPPED).reshape(-1, 1, block)
 
     def change_block(
-        places: Any, numbers: Any, gradients: Any, before: Any, table: Any, rows: Any, arrived: Any
+        places_ref: Any,
+        numbers_ref: Any,
+        gradients_ref: Any,
+        table_before_ref: Any,
+        table_ref: Any,
+        rows_ref: Any,
+        copied: Any,
     ) -> None:
-        """Change one block; all arguments are references to memory, except that of a semaphore."""
+        """Change one block of rows; the references are to memory, and `copied` is a semaphore."""
 
-        def for_each_row(act: Callable[[Any, Any], None]) -> None:
-            def act_unless_skipped(index: Any, _: None) -> None:
-                place = places[0, index]
-                pl.when(place != _SKIPPED)(lambda: act(pl.ds(index, 1), pl.ds(place, 1)))
+        def for_each_changed_row(act: Callable[[Any], None]) -> None:
+            def act_on(index: Any, _: None) -> None:
+                pl.when(places_ref[0, index] != _SKIPPED)(lambda: act(index))
 
-            jax.lax.fori_loop(0, block, act_unless_skipped, None)
+            jax.lax.fori_loop(0, block, act_on, None)
 
-        def read(row: Any, place: Any) -> Any:
-            return pltpu.make_async_copy(before.at[place], rows.at[row], arrived)
+        def reading(index: Any) -> Any:
+            in_table = table_before_ref.at[pl.ds(places_ref[0, index], 1)]
+            return pltpu.make_async_copy(in_table, rows_ref.at[pl.ds(index, 1)], copied)
 
-        def write(row: Any, place: Any) -> Any:
-            return pltpu.make_async_copy(rows.at[row], table.at[place], arrived)
+        def writing(index: Any) -> Any:
+            in_table = table_ref.at[pl.ds(places_ref[0, index], 1)]
+            return pltpu.make_async_copy(rows_ref.at[pl.ds(index, 1)], in_table, copied)
 
-        for_each_row(lambda row, place: read(row, place).start())
-        for_each_row(lambda row, place: read(row, place).wait())
-        each_number = [numbers[index] for index in range(numbers.shape[0])]
-        rows[...] = new_rows(rows[...], gradients[...], *each_number)
-        for_each_row(lambda row, place: write(row, place).start())
-        for_each_row(lambda row, place: write(row, place).wait())
+        # All copies of a block are under way at the same time.
+        for_each_changed_row(lambda index: reading(index).start())
+        for_each_changed_row(lambda index: reading(index).wait())
+        rows_ref[...] = change_rows(
+            rows_ref[...], gradients_ref[...], numbers_ref[0], numbers_ref[1]
+        )
+        for_each_changed_row(lambda index: writing(index).start())
+        for_each_changed_row(lambda index: writing(index).wait())
 
     call = pl.pallas_call(
         change_block,
@@ -87,4 +101,4 @@ def rewrite(
         input_output_aliases={3: 0},
         interpret=interpret,
     )
-    return call(places, jnp.stack(numbers), gradients, table)
+    return call(places, jnp.stack([learning_rate, weight_decay]), gradients, table)

@@ -118,8 +118,10 @@ def _student_stack(runs: Mapping[str, ConfigDict], spec: FeatureSpec) -> Stack:
     configs = list(runs.values())
     config = configs[0]
     model, init = student_model(config, spec)
-    train_spec = _train_spec(model, MODES[config.distill.mode], config, config)._replace(
-        user_loss=config.train.user_loss, unshown_are_negatives=config.train.unshown_weight > 0
+    train_spec = _train_spec(model, MODES[config.distill.mode], config)._replace(
+        user_loss=config.train.user_loss,
+        unshown_are_negatives=config.train.unshown_weight > 0,
+        row_kernel=config.parallel.row_kernel,
     )
     hyperparameters = stack_runs([_student_hyperparameters(config) for config in configs])
     return Stack(train_spec, tuple(runs), hyperparameters, _init(train_spec, init, configs, spec))
@@ -132,7 +134,9 @@ def teacher_stack(config: ConfigDict, spec: FeatureSpec) -> Stack:
     probabilities of the previous ranker.
     """
     model, init = teacher_model(config, spec)
-    train_spec = _train_spec(model, MODES["none"], config.teacher, config)
+    train_spec = _train_spec(model, MODES["none"], config.teacher)._replace(
+        row_kernel=config.parallel.row_kernel
+    )
     terms: tuple[Term, ...] = ()
     log_weight = config.teacher.log_weight
     if log_weight:
@@ -156,7 +160,7 @@ def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
     return build_model(TEACHERS[config.teacher.name], spec, len(spec.tasks), config.teacher)
 
 
-def _train_spec(model: Model, mode: Mode, trainee: ConfigDict, config: ConfigDict) -> TrainSpec:
+def _train_spec(model: Model, mode: Mode, trainee: ConfigDict) -> TrainSpec:
     """Return what is static; `trainee` is `config` or `config.teacher`."""
     optimizer = trainee.optimizer
     return TrainSpec(
@@ -164,7 +168,6 @@ def _train_spec(model: Model, mode: Mode, trainee: ConfigDict, config: ConfigDic
         mode=mode,
         optimizer=OPTIMIZERS[optimizer.name](),
         row_optimizer=ROW_OPTIMIZERS[optimizer.table_name],
-        row_kernel=config.parallel.row_kernel,
         schedule=functools.partial(SCHEDULES[optimizer.schedule], optimizer.warmup_steps),
     )
 

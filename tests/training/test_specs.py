@@ -78,6 +78,14 @@ def test_a_teacher_learns_from_labels_by_default():
     assert specs.needs([stack], None) == (Stage.SHOWN, None, True)
 
 
+@pytest.mark.parametrize("row_kernel", [True, False])
+def test_teacher_and_students_take_the_kernel_of_the_config(row_kernel):
+    config = config_of(parallel__row_kernel=row_kernel)
+    (students,) = specs.student_stacks({"": config}, SPEC)
+    teacher = specs.teacher_stack(config, SPEC)
+    assert students.train_spec.row_kernel == teacher.train_spec.row_kernel == row_kernel
+
+
 def names_of_stacks(**runs):
     return [stack.names for stack in stacks_of(runs)]
 

@@ -550,6 +550,20 @@ def test_devices_exchange_rows_but_no_tables():
         assert not any(f"{rows},{STUDENT.width}]" in line for line in lines)
 
 
+@pytest.mark.parametrize("row_kernel", [True, False])
+def test_a_step_for_a_tpu_has_the_kernel_of_its_spec(row_kernel):
+    """Lowered for a TPU, which needs neither a TPU nor its compiler."""
+    train_spec, state = make_train_spec("none")
+    step = MAPPINGS["shard_map"](jax.devices()[:1]).map_step(
+        make_step([train_spec._replace(row_kernel=row_kernel)])
+    )
+    numbers = stack_runs([hyperparameters()])
+    constants = CONSTANTS.replace(teacher=None)
+    traced = step.trace((state,), random_batch(0), (numbers,), constants)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("tpu_custom_call" in text) == row_kernel
+
+
 @pytest.mark.parametrize("name", COMPUTE_DTYPES)
 def test_products_and_gradients_have_the_configs_precision(name):
     """A device takes less than float32 by default, which a CPU does not show."""
