@@ -674,9 +674,9 @@ LOSSES: dict[str, Loss] = {
 }
 """The distillation losses by name."""
 
-USER_LOSSES: dict[str, tuple[LossFunction, ...]] = {
-    "bce": (bce,),
-    "softmax": (user_softmax,),
-    "bce+softmax": (bce, user_softmax),
+USER_LOSSES: dict[str, dict[str, LossFunction]] = {
+    "bce": {"bce": bce},
+    "softmax": {"softmax": user_softmax},
+    "bce+softmax": {"bce": bce, "softmax": user_softmax},
 }
-"""The losses on user labels, by `train.user_loss`: several are summed, each a mean by itself."""
+"""The terms of the loss on user labels, by `train.user_loss`: they are summed, each a mean."""

@@ -34,6 +34,11 @@ class Term:
     signal: str = flax.struct.field(pytree_node=False, default=SCORES)
     weight: float | Float[Array, "*runs"] = 1.0
 
+    @property
+    def name(self) -> str:
+        """The term in text, without its weight."""
+        return self.loss if self.signal == SCORES else f"{self.loss}:{self.signal}"
+
 
 def parse_terms(text: str) -> tuple[Term, ...]:
     """Read terms from text; their names need not exist, see `check_terms`.
@@ -87,12 +92,11 @@ def format_terms(terms: tuple[Term, ...]) -> str:
 
 
 def _format_term(term: Term) -> str:
-    name = term.loss if term.signal == SCORES else f"{term.loss}:{term.signal}"
     if term.weight == 1:
-        return name
+        return term.name
     # The shortest digits that are read back, as 3 and 1e16: a + would separate terms.
     weight = repr(float(term.weight)).removesuffix(".0").replace("e+", "e")
-    return f"{weight} * {name}"
+    return f"{weight} * {term.name}"
 
 
 def without_weights(terms: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -4,6 +4,7 @@ After an evaluation, halving may stop the runs of settings that are behind.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -25,12 +26,15 @@ from kd_ranker.training.program import (
     Program,
     abstract_states,
     by_run,
+    compiled_steps,
     initial_states,
     states_on_host,
     take_steps,
 )
-from kd_ranker.training.state import States
-from kd_ranker.training.step import Losses
+from kd_ranker.training.specs import Stack
+from kd_ranker.training.speed import SpeedMeter, flops_of, sizes_of
+from kd_ranker.training.state import States, TrainState
+from kd_ranker.training.step import StepMetrics
 from kd_ranker.training.workdir import MetricsWriter
 
 
@@ -96,7 +100,8 @@ def fit(
             _enter_compiling(compiling, bar)
             active = _first_runs(program, states, step, begin)
             outputs = outputs.without(outputs.ends.keys() - active.names)
-            calls = _Calls(active.program)
+            meter = SpeedMeter()
+            calls = _Calls(active.program, meter)
             diverged = diverged_runs(active.program, active.states, before=())
             stopping = False
             with contextlib.closing(MetricsWriter(workdir, step)) as writer:
@@ -106,7 +111,7 @@ def fit(
                         bar.update(program.steps - step)
                         break
                     wanted = outputs.next_stop(step) - step
-                    active.states, losses, taken = calls.take(active.states, wanted)
+                    active.states, metrics, taken = calls.take(active.states, wanted)
                     compiling.close()  # after the first call
                     step += taken
                     bar.update(taken)
@@ -121,29 +126,35 @@ def fit(
                     scalars: dict[str, float] = {}
                     if due.log:
                         scalars |= _scalars(
-                            active.program, active.states, losses, training - diverged.keys()
+                            active.program, active.states, metrics, training - diverged.keys()
                         )
                     # A copy may be one of whole tables.
-                    on_host = active.on_host() if due.save or due.evaluate else ()
-                    evaluated = evaluate(on_host) if due.evaluate else None
+                    with meter.spent_on("checkpoint"):
+                        on_host = active.on_host() if due.save or due.evaluate else ()
+                    with meter.spent_on("evaluation"):
+                        evaluated = evaluate(on_host) if due.evaluate else None
                     if evaluated:
                         scalars |= evaluated.scalars
                     if scalars:
+                        speed = calls.speed()
                         writer.write(step, scalars)
-                        bar.set_postfix(_progress(program, scalars, diverged))
+                        writer.write_speed(step, speed)
+                        bar.set_postfix(_progress(program, scalars, speed, diverged))
+                        meter.restart()
                     if evaluated and due.halve and evaluated.behind:
                         number, total = len(evaluated.behind), len(active.names)
                         _enter_compiling(compiling, bar)
                         active.stop(evaluated.behind, step)
                         outputs = outputs.without(evaluated.behind)
-                        calls = _Calls(active.program)
+                        calls = _Calls(active.program, meter)
                         on_host = active.on_host()
                         bar.progress.show(
                             f"halving after {step:,} steps: {number} of {total} runs stop; "
                             f"compiling the step of the others, {_time_to_compile(active.program)}"
                         )
                     if due.save:
-                        checkpoints.save(saved, step, on_host, program.batches, provenance)
+                        with meter.spent_on("checkpoint"):
+                            checkpoints.save(saved, step, on_host, program.batches, provenance)
         # This process got no signal, so another one did.
         if stopping and not stop():
             raise UserError(
@@ -243,20 +254,35 @@ def _is_multiple(step: int, every: int) -> bool:
 class _Calls:
     """Calls of a program, each of as many steps as take at most `_LONGEST_CALL` seconds."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, meter: SpeedMeter):
         self._program = program
+        self._meter = meter
         self._most = 1  # steps of the next call
+        self._sizes: tuple[int, int, float] | None = None  # for `SpeedMeter.scalars`
 
-    def take(self, states: States, wanted: int) -> tuple[States, Sequence[Losses], int]:
-        """Take at most `wanted` steps; return the states, the last losses, and how many it took."""
+    def take(self, states: States, wanted: int) -> tuple[States, Sequence[StepMetrics], int]:
+        """Take at most `wanted` steps; return the states, the last metrics, and their number."""
         start = time.monotonic()
-        batches, span = self._program.batches.take(min(wanted, self._most))
-        states, losses = take_steps(self._program, states, batches, span)
+        with self._meter.spent_on("data"):
+            batches, span = self._program.batches.take(min(wanted, self._most))
+        states, metrics = take_steps(self._program, states, batches, span)
+        taken = span.stop - span.start
+        if self._sizes is None:
+            jax.block_until_ready(metrics)
+            compiled = compiled_steps(self._program, states, batches, span)
+            self._sizes = (*sizes_of(batches), flops_of(compiled))
+            self._meter.restart()  # without the time of the compilation
+        else:
+            self._meter.add_steps(taken)
         if self._most < wanted:
-            jax.block_until_ready(losses)
+            jax.block_until_ready(metrics)
             room = _LONGEST_CALL / _agreed(time.monotonic() - start)
             self._most = max(1, int(self._most * min(room, 2)))
-        return states, losses, span.stop - span.start
+        return states, metrics, taken
+
+    def speed(self) -> dict[str, float]:
+        """Return the scalars of `SpeedMeter` since its last restart."""
+        return self._meter.scalars(*self._sizes) if self._sizes else {}
 
 
 def _agreed(number: float) -> float:
@@ -272,13 +298,21 @@ def scalar_name(scalar: str, run: str) -> str:
 
 
 def _scalars(
-    program: Program, states: States, losses: Sequence[Losses], runs: Collection[str]
+    program: Program, states: States, metrics: Sequence[StepMetrics], runs: Collection[str]
 ) -> dict[str, float]:
-    """Return the losses of some runs, and the number of trained ids without a row, by table."""
+    """Return what the last step and the states say of some runs, as far as it is finite.
+
+    The number of trained ids without a row, by table, is that of all runs.
+    """
     scalars: dict[str, float] = {}
-    for scalar in losses[0]:
-        values = by_run(program, (losses_of_stack[scalar] for losses_of_stack in losses))
-        scalars |= {scalar_name(scalar, run): values[run] for run in values if run in runs}
+    for stack, state, of_step in zip(program.stacks, states, metrics, strict=True):
+        of_runs = of_step | _transform_metrics(stack, state) | _learning_rates(stack, state)
+        on_host = jax.device_get(program.devices.unreplicate(of_runs))
+        for name, values in on_host.items():
+            # Repeated runs follow the others.
+            for run, value in zip(stack.names, values.tolist(), strict=False):
+                if run in runs and math.isfinite(value):
+                    scalars[scalar_name(name, run)] = value
     for tables in program.devices.unreplicate([state.unknown_ids for state in states]):
         for table, number in tables.items():
             name = f"unknown_ids/{table}"
@@ -287,9 +321,39 @@ def _scalars(
     return scalars
 
 
-def _progress(program: Program, scalars: dict[str, float], diverged: dict[str, int]) -> str:
+def _transform_metrics(stack: Stack, state: TrainState) -> StepMetrics:
+    """Return the parameters of the mode itself, such as `scale/watch`; those of `shared`."""
+    return {
+        f"{name}/{task}": values[:, index]
+        for name, values in state.transform.items()
+        for index, task in enumerate(stack.tasks)
+    }
+
+
+def _learning_rates(stack: Stack, state: TrainState) -> StepMetrics:
+    """Return the rates of the last step: `learning_rate/dense` and `learning_rate/tables`."""
+    hyperparameters = stack.hyperparameters
+    factor = stack.train_spec.schedule(state.step, hyperparameters.steps)
+    return {
+        "learning_rate/dense": factor * hyperparameters.optimizer.learning_rate,
+        "learning_rate/tables": factor * hyperparameters.optimizer.table_learning_rate,
+    }
+
+
+def _progress(
+    program: Program,
+    scalars: dict[str, float],
+    speed: dict[str, float],
+    diverged: dict[str, int],
+) -> str:
     """Return a short text for the end of the bar."""
-    num_runs = sum(len(stack.names) for stack in program.stacks)
+    parts = []
     if program.stacks[0].names == ("",):
-        return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
-    return f"alive {num_runs - len(diverged)}/{num_runs}"
+        if "loss" in scalars:
+            parts.append(f"loss={scalars['loss']:.4f}")
+    else:
+        num_runs = sum(len(stack.names) for stack in program.stacks)
+        parts.append(f"alive {num_runs - len(diverged)}/{num_runs}")
+    if "speed/requests" in speed:
+        parts.append(f"{speed['speed/requests']:,.0f} requests/s")
+    return ", ".join(parts)

@@ -112,11 +112,18 @@ def initial_states(program: Program) -> States:
 
 
 def take_steps(program: Program, states: States, batches: PackedBatches, span: Span) -> Stepped:
-    """Return the states after a range of steps and the losses of the last; donates the states.
+    """Return the states after a range of steps, and the metrics of the last; donates the states.
 
     The results are on the devices and may still be computing.
     """
     return program.take(states, batches, (span, program.hyperparameters), program.constants)
+
+
+def compiled_steps(program: Program, states: States, batches: PackedBatches, span: Span) -> Any:
+    """Return the compiled program of `take_steps`, which JAX has kept from a call of it."""
+    take: Any = program.take
+    arguments = (states, batches, (span, program.hyperparameters), program.constants)
+    return take.lower(*arguments).compile()
 
 
 def states_on_host(program: Program, states: States) -> States:

@@ -61,6 +61,7 @@ class Stack(NamedTuple):
 
     train_spec: TrainSpec  # their common part
     names: tuple[str, ...]  # one per run, for messages and metrics; a single run's is ""
+    tasks: tuple[str, ...]
     hyperparameters: Hyperparameters
     init: Callable[..., TrainState]
 
@@ -124,7 +125,8 @@ def _student_stack(runs: Mapping[str, ConfigDict], spec: FeatureSpec) -> Stack:
         row_kernel=config.parallel.row_kernel,
     )
     hyperparameters = stack_runs([_student_hyperparameters(config) for config in configs])
-    return Stack(train_spec, tuple(runs), hyperparameters, _init(train_spec, init, configs, spec))
+    init_stack = _init(train_spec, init, configs, spec)
+    return Stack(train_spec, tuple(runs), spec.tasks, hyperparameters, init_stack)
 
 
 def teacher_stack(config: ConfigDict, spec: FeatureSpec) -> Stack:
@@ -146,7 +148,8 @@ def teacher_stack(config: ConfigDict, spec: FeatureSpec) -> Stack:
     hyperparameters = stack_runs(
         [_hyperparameters(config.teacher, distill_weight=log_weight, terms=terms)]
     )
-    return Stack(train_spec, ("",), hyperparameters, _init(train_spec, init, [config], spec))
+    init_stack = _init(train_spec, init, [config], spec)
+    return Stack(train_spec, ("",), spec.tasks, hyperparameters, init_stack)
 
 
 def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:

@@ -69,15 +69,15 @@ class TrainState:
     A checkpoint holds them and the loader's position. Every array has a leading axis of runs,
     except `step`, `unknown_ids` and `owners`, which runs share.
 
-    A run diverged if its loss stopped being finite: it keeps the state from before that step. It
-    also diverged if its parameters stopped being finite under a finite loss: those are kept.
+    A run diverged if its loss or gradient stopped being finite: it keeps the state from before that
+    step. It also diverged if its parameters stopped being finite by the update: those are kept.
     """
 
     step: Int[Array, ""]  # steps taken by the stack; a run that finished earlier kept its state
     parameters: Parameters  # dense, and embedding tables with their optimizer's slots
     transform: Transform  # the mode's parameters
     optimizer_state: optax.OptState  # of the dense parameters and the transform
-    non_finite_step: Int[Array, "runs"]  # 0, or the step at which the loss was not finite
+    non_finite_step: Int[Array, "runs"]  # 0, or the step at which it diverged
     stopped_after: Int[Array, "runs"]  # 0, or the step after which halving stopped the run
     unknown_ids: dict[str, Int[Array, ""]]  # by table, the number of trained ids without a row
     owners: dict[str, Int[Array, "rows"]]  # by table, scratch memory of `find_occurrences`

@@ -4,6 +4,19 @@
 
 The distillation loss is a weighted sum of terms, each a loss and the signal that it learns from.
 
+A step says of each run:
+
+    loss, user_loss, distill_loss
+    user_term/<loss>           the terms of the user loss, if it has several
+    distill_term/<term>        those of the distillation loss, without their weights, if several
+    gradient_norm/<part>       Euclidean norm of the gradient of the dense parameters (`dense`), the
+                               mode's `transform`, or the embedding rows (`tables`)
+    update_norm/<part>         that of their change by the update; 0 if the run keeps its state
+    rows_touched/<table>       the share of a table's rows that change
+
+Norms and shares cost time, so only the last step of a call of many computes them. Where devices
+share the rows of tables, those of tables are NaN.
+
 A cohort is a sequence of stacks. A stack is one or more runs that differ only in hyperparameters
 (`state`). One step reads one batch, scores it once with the live teacher, and updates every run of
 every stack. A single run is a cohort of one. The hyperparameters are traced, so a step compiles
@@ -11,7 +24,8 @@ once for all their values.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +47,7 @@ from kd_ranker.embedding.lookup import (
     rows_of_ids,
     rows_of_table,
 )
-from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
+from kd_ranker.embedding.row_optimizers import find_occurrences, occurrences_by, update_tables
 from kd_ranker.embedding.row_sharding import update_own_rows
 from kd_ranker.models.model import Parameters, apply_model, score
 from kd_ranker.training.mapping import AXIS, in_parts, join_over_devices
@@ -46,10 +60,10 @@ from kd_ranker.training.state import (
     TrainState,
 )
 
-_NAMES = ("loss", "user_loss", "distill_loss")
 _Dense = tuple[Any, Transform]  # dense parameters and the mode's transform, or their gradients
-Losses = dict[str, Float[Array, "runs"]]
-Stepped = tuple[States, tuple[Losses, ...]]
+StepMetrics = dict[str, Float[Array, "runs"]]
+"""What a step says of the runs of a stack, see above."""
+Stepped = tuple[States, tuple[StepMetrics, ...]]
 Step = Callable[
     [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Constants], Stepped
 ]
@@ -74,9 +88,9 @@ def make_step(
         They share the teacher's pass and exchange only its logits.
 
     Returns:
-      step(states, batch, hyperparameters, constants) -> (states, losses). States, hyperparameters
-      and losses are one per stack. `losses` holds `loss`, `user_loss` and `distill_loss`, equal on
-      all devices along `AXIS`.
+      step(states, batch, hyperparameters, constants, measures=True) -> (states, metrics). States,
+      hyperparameters and metrics are one per stack. Metrics are equal on all devices along `AXIS`.
+      Without `measures`, norms and shares are 0.
     """
 
     def step(
@@ -84,15 +98,16 @@ def make_step(
         batch: CandidateBatch,
         hyperparameters: Sequence[Hyperparameters],
         constants: Constants,
+        measures: bool | Bool[Array, ""] = True,
     ) -> Stepped:
         batch = with_live_teacher(teacher, batch, constants, devices_of_runs)
         trained = [
-            _train_stack(train_spec, state, batch, own_hyperparameters, constants.items)
+            _train_stack(train_spec, state, batch, own_hyperparameters, constants.items, measures)
             for train_spec, state, own_hyperparameters in zip(
                 train_specs, states, hyperparameters, strict=True
             )
         ]
-        return tuple(state for state, _ in trained), tuple(losses for _, losses in trained)
+        return tuple(state for state, _ in trained), tuple(metrics for _, metrics in trained)
 
     return step
 
@@ -132,6 +147,7 @@ class _Trained(NamedTuple):
 
     dense: Any
     transform: Transform
+    gradients: _Dense
     optimizer_state: optax.OptState
     non_finite_step: Int[Array, "*runs"]
     losses: dict[str, Float[Array, "*runs"]]
@@ -152,8 +168,12 @@ def _train_stack(
     batch: CandidateBatch,
     hyperparameters: Hyperparameters,
     items: Items,
-) -> tuple[TrainState, Losses]:
-    """Take one step of all runs of a stack; one with a loss that is not finite keeps its state."""
+    measures: bool | Bool[Array, ""],
+) -> tuple[TrainState, StepMetrics]:
+    """Take one step of all runs of a stack.
+
+    A run with a loss or a gradient that is not finite keeps its state.
+    """
     embedding = train_spec.model.embedding
     tables = state.parameters.tables
     targets = [SIGNALS[term.signal].read(batch) for term in hyperparameters.terms]
@@ -174,7 +194,7 @@ def _train_stack(
         )
         gradients, losses = jax.lax.psum((gradients, losses), AXIS)
 
-        is_finite = jnp.isfinite(losses["loss"])
+        is_finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(_norm(gradients))
         takes_part = (non_finite_step == 0) & (step <= hyperparameters.steps)
         may_change = takes_part & is_finite
         factor = train_spec.schedule(step, hyperparameters.steps)
@@ -187,6 +207,7 @@ def _train_stack(
         return _Trained(
             dense=new_dense,
             transform=transform,
+            gradients=gradients,
             optimizer_state=optimizer_state,
             non_finite_step=jnp.where(takes_part & ~is_finite, step, non_finite_step),
             losses=losses,
@@ -220,7 +241,21 @@ def _train_stack(
         unknown_ids={name: table.unknown_ids for name, table in new_tables.items()},
         owners={name: table.owner for name, table in new_tables.items()},
     )
-    return after, trained.losses
+    changes = _Changes(
+        gradients=trained.gradients,
+        before=(state.parameters.dense, state.transform),
+        after=(trained.dense, trained.transform),
+        row_gradients=trained.rows.gradients,
+        rows_before=rows,
+        tables=new_tables,
+        may_change=trained.rows.may_change,
+    )
+    measure = functools.partial(_measure, train_spec)
+    if measures is True:
+        return after, trained.losses | measure(changes)
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, changes))
+    measured = jax.lax.cond(measures, measure, lambda _: nothing, changes)
+    return after, trained.losses | measured
 
 
 def _without_idle_candidates(
@@ -247,10 +282,23 @@ def _loss(
     if train_spec.unshown_are_negatives:
         batch = _with_unshown_negatives(batch, hyperparameters.unshown_weight)
 
-    user_loss = _user_loss(train_spec, logits, transform, batch)
-    distill_loss = _distill_loss(train_spec, hyperparameters, logits, transform, targets)
+    user_loss, user_terms = _user_loss(train_spec, logits, transform, batch)
+    distill_loss, distill_terms = _distill_loss(
+        train_spec, hyperparameters, logits, transform, targets
+    )
     loss = hyperparameters.user_weight * user_loss + hyperparameters.distill_weight * distill_loss
-    return loss, dict(zip(_NAMES, (loss, user_loss, distill_loss), strict=True))
+    losses = {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
+    for kind, terms in (("user_term", user_terms), ("distill_term", distill_terms)):
+        if len(terms) > 1:
+            losses |= _named(kind, terms)
+    return loss, losses
+
+
+def _named(kind: str, metrics: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{kind}/{name}": metric for name, metric in metrics.items()}
+
+
+_TotalAndTerms = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
 def _user_loss(
@@ -258,14 +306,15 @@ def _user_loss(
     logits: Float[Array, "R N heads"],
     transform: Transform,
     batch: CandidateBatch,
-) -> Float[Array, ""]:
+) -> _TotalAndTerms:
+    """Return the sum of the terms, and each by its name."""
     user_logits = train_spec.mode.user_logits(logits[:, : batch.num_labeled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
-    total = jnp.zeros(())
-    for loss in USER_LOSSES[train_spec.user_loss]:
+    terms = {}
+    for name, loss in USER_LOSSES[train_spec.user_loss].items():
         sums = loss(user_logits, batch.user_label, label_weight, DEFAULT_NUMBERS)
-        total += _share_of_mean(*sums)
-    return total
+        terms[name] = _share_of_mean(*sums)
+    return sum(terms.values(), jnp.zeros(())), terms
 
 
 def _distill_loss(
@@ -274,18 +323,20 @@ def _distill_loss(
     logits: Float[Array, "R N heads"],
     transform: Transform,
     targets: Sequence[TeacherSignal],
-) -> Float[Array, ""]:
-    """Return the weighted sum of the terms; 0 in a mode without a teacher."""
+) -> _TotalAndTerms:
+    """Return the weighted sum of the terms, and each by its name; 0 in a mode without a teacher."""
     total = jnp.zeros(())
+    terms: dict[str, Float[Array, ""]] = {}
     to_teacher_logits = train_spec.mode.teacher_logits
     if to_teacher_logits is None:
-        return total
+        return total, terms
     for term, (probability, weight) in zip(hyperparameters.terms, targets, strict=True):
         teacher_logits = to_teacher_logits(logits[:, : weight.shape[1]], transform)
         loss = LOSSES[term.loss].function
         sums = loss(teacher_logits, probability, weight, hyperparameters.loss_numbers)
-        total += term.weight * _share_of_mean(*sums)
-    return total
+        terms[term.name] = _share_of_mean(*sums)
+        total += term.weight * terms[term.name]
+    return total, terms
 
 
 def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> CandidateBatch:
@@ -334,6 +385,9 @@ class _TableUpdate(NamedTuple):
     rows: Float[Array, "runs rows W"]
     owner: Int[Array, "rows"]  # which of equal ids owns a row, see `find_occurrences`
     unknown_ids: Int[Array, ""]
+    # The M rows that the batch looks up on all devices; the mask is False on padding.
+    row: Int[Array, "M"]
+    mask: Bool[Array, "M"]
 
 
 def _update_table(
@@ -379,10 +433,85 @@ def _update_table(
         return updated, owner
 
     before = (state.parameters.tables[name], state.owners[name])
-    rows, owner = update_own_rows(
-        embedding.row_sharding, update, before, rows_of_ids(table, ids), mask, gradients
-    )
-    return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown)
+    row = rows_of_ids(table, ids)
+    rows, owner = update_own_rows(embedding.row_sharding, update, before, row, mask, gradients)
+    return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown, row, mask)
+
+
+class _Changes(NamedTuple):
+    """What the update of a stack changes; leaves have a leading axis of runs."""
+
+    gradients: _Dense
+    before: _Dense
+    after: _Dense
+    row_gradients: Rows  # of the requests of this device
+    rows_before: Rows
+    tables: dict[str, _TableUpdate]
+    may_change: Bool[Array, "runs"]
+
+
+def _measure(train_spec: TrainSpec, changes: _Changes) -> StepMetrics:
+    """Return the norms of gradients and updates, and the share of each table that changed."""
+    moves = jax.tree.map(jnp.subtract, changes.after, changes.before)
+    metrics: StepMetrics = {}
+    for name, (dense, transform) in (("gradient_norm", changes.gradients), ("update_norm", moves)):
+        metrics[f"{name}/dense"] = jax.vmap(_norm)(dense)
+        if transform:
+            metrics[f"{name}/transform"] = jax.vmap(_norm)(transform)
+    no_runs = jnp.zeros(changes.may_change.shape)
+    squared_gradients, squared_moves = no_runs, no_runs
+    for name in changes.tables:
+        touched = _touched_rows(name, train_spec.model.embedding, changes)
+        squared_gradients += touched.squared_gradients
+        squared_moves += touched.squared_moves
+        rows = train_spec.model.embedding.tables[name].size + 1
+        metrics[f"rows_touched/{name}"] = touched.rows / rows
+    metrics["gradient_norm/tables"] = jnp.sqrt(squared_gradients)
+    metrics["update_norm/tables"] = jnp.sqrt(squared_moves)
+    return metrics
+
+
+class _Touched(NamedTuple):
+    """The rows of a table that an update touched: their number, and sums over their D numbers."""
+
+    rows: Float[Array, "runs"]
+    squared_gradients: Float[Array, "runs"]  # of gradients that are summed over equal ids
+    squared_moves: Float[Array, "runs"]  # of what their embeddings change by
+
+
+def _touched_rows(name: str, embedding: EmbeddingSpec, changes: _Changes) -> _Touched:
+    if embedding.row_sharding.devices > 1:
+        unknown = jnp.full(changes.may_change.shape, jnp.nan)
+        return _Touched(unknown, unknown, unknown)
+    table = changes.tables[name]
+    row, position, represents = occurrences_by(table.owner, table.row, table.mask)
+    own = [
+        rows_of_table(embedding, rows, name)
+        for rows in (changes.row_gradients, changes.rows_before)
+    ]
+    gradients, before = join_over_devices(own, axis=1)
+
+    def of_run(
+        gradients: Float[Array, "M D"],
+        before: Float[Array, "M D"],
+        table: Float[Array, "rows W"],
+        may_change: Bool[Array, ""],
+    ) -> _Touched:
+        summed = jnp.zeros_like(gradients).at[position].add(gradients)
+        touched = (jnp.any(summed != 0, axis=1) & represents & may_change)[:, None]
+        moves = table[row][:, : before.shape[1]] - before
+        return _Touched(
+            jnp.sum(touched, dtype=jnp.float32),
+            jnp.sum(jnp.where(touched, jnp.square(summed), 0)),
+            jnp.sum(jnp.where(touched, jnp.square(moves), 0)),
+        )
+
+    return jax.vmap(of_run)(gradients, before, table.rows, changes.may_change)
+
+
+def _norm(tree: Any) -> Float[Array, ""]:
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
 def many_steps(step: Step) -> Callable[..., Stepped]:
@@ -392,10 +521,11 @@ def many_steps(step: Step) -> Callable[..., Stepped]:
     program serves any number of steps.
 
     Returns:
-      steps(states, packed batches, (span, hyperparameters), constants) -> (states, losses) after
+      steps(states, packed batches, (span, hyperparameters), constants) -> (states, metrics) after
       the last of the steps `span` (a `Span`, at least one step). They have the same bits as with
       one call per step.
     """
+    traced_once = jax.jit(step)
 
     def steps(
         states: Sequence[TrainState],
@@ -407,11 +537,12 @@ def many_steps(step: Step) -> Callable[..., Stepped]:
 
         def take(index: Any, before: Stepped) -> Stepped:
             states, _ = before
-            return step(states, unpack(batches, index), hyperparameters, constants)
+            batch = unpack(batches, index)
+            is_last = index == span.stop - 1
+            return traced_once(states, batch, hyperparameters, constants, is_last)
 
-        no_losses = tuple(
-            dict.fromkeys(_NAMES, jnp.zeros(state.non_finite_step.shape)) for state in states
-        )
-        return jax.lax.fori_loop(*span, take, (tuple(states), no_losses))
+        _, shapes = jax.eval_shape(take, span.start, (tuple(states), ()))
+        no_metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.fori_loop(*span, take, (tuple(states), no_metrics))
 
     return steps

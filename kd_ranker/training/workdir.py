@@ -23,6 +23,7 @@ from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+SPEED_FILE = "speed.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 START_FILE = "warm_start.json"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -172,14 +173,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Writer of scalars to `metrics.jsonl` and to TensorBoard event files, on process 0 only."""
+    """Writer of scalars to files of lines and to TensorBoard event files, on process 0 only.
+
+    `metrics.jsonl` has those that depend on the run alone: the same seed gives the same file.
+    `speed.jsonl` has those that depend on the machine and its hour.
+    """
 
     def __init__(self, workdir: Path, start: int):
-        """Open both for a run that resumes after step `start`, and discard later lines."""
-        self._path = workdir / METRICS_FILE
-        lines = read_metrics(self._path) if self._path.exists() else []
-        earlier = [f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start]
-        write_atomically(self._path, "".join(earlier))
+        """Open the files for a run that resumes after step `start`, and discard later lines."""
+        self._metrics = workdir / METRICS_FILE
+        self._speed = workdir / SPEED_FILE
+        for path in (self._metrics, self._speed):
+            lines = read_metrics(path) if path.exists() else []
+            earlier = [f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start]
+            write_atomically(path, "".join(earlier))
         # Without the thread of a `SummaryWriter`: on a full disk that would die with a trace, and
         # its queue would fill up.
         self._events = EventsWriter(str(workdir / "events")) if is_first() else None
@@ -189,10 +196,17 @@ class MetricsWriter:
             self._events.write_event(Event(step=start + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one line with the scalars of a step."""
-        if self._events is None:
+        """Append a line with the scalars of a step to `metrics.jsonl`."""
+        self._append(self._metrics, step, scalars)
+
+    def write_speed(self, step: int, scalars: dict[str, float]) -> None:
+        """Append a line with the scalars of the time until a step to `speed.jsonl`."""
+        self._append(self._speed, step, scalars)
+
+    def _append(self, path: Path, step: int, scalars: dict[str, float]) -> None:
+        if self._events is None or not scalars:
             return
-        with self._path.open("a") as file:
+        with path.open("a") as file:
             file.write(f"{json.dumps({'step': step, **scalars})}\n")
         for name, value in scalars.items():
             event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))

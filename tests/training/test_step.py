@@ -174,7 +174,20 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
         gradient = gradients.tables[name]
         expected = state.parameters.tables[name] - 0.02 * gradient
         assert_close(table[:, :width], expected[:, :width], 1e-6)
-        np.testing.assert_array_equal(table[:, width], np.any(gradient != 0, axis=1))
+        is_touched = np.any(gradient != 0, axis=1)
+        np.testing.assert_array_equal(table[:, width], is_touched)
+        rows = train_spec.model.embedding.tables[name].size + 1
+        assert losses[f"rows_touched/{name}"] == pytest.approx(is_touched.sum() / rows)
+    parts = {"dense": gradients.dense, "tables": gradients.tables}
+    if mode == "shared":
+        parts["transform"] = transform_gradients
+    for part, gradient in parts.items():
+        norm = np.linalg.norm(
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+        )
+        rate = 0.02 if part == "tables" else 0.01
+        np.testing.assert_allclose(losses[f"gradient_norm/{part}"], norm, rtol=1e-5)
+        np.testing.assert_allclose(losses[f"update_norm/{part}"], rate * norm, rtol=1e-3)
 
 
 def test_losses_depend_on_neither_devices_nor_other_runs():
@@ -428,6 +441,22 @@ def test_a_diverged_run_stops_and_leaves_the_others_unchanged():
     # It is as it was before the step at which its loss was found not to be finite.
     (before,), _ = run_stacks([train_spec], [state], batches[: step - 1], [diverging])
     assert_equal(learned(run_of(after, 1)), learned(run_of(before, 1)))
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_state_from_before(monkeypatch):
+    """The slope of a root is infinite at 0, where its value is finite."""
+
+    def rooted(logits, probability, weight, numbers):
+        zero = jnp.sum(jnp.sqrt(jnp.maximum(logits - 1e9, 0)), (0, 1))
+        return zero, jnp.ones_like(zero)
+
+    monkeypatch.setitem(USER_LOSSES, "rooted", {"rooted": rooted})
+    train_spec, state = make_train_spec("none")
+    after, losses = train(train_spec._replace(user_loss="rooted"), state, [random_batch(0)])
+    assert np.isfinite(losses["loss"])
+    assert after.non_finite_step == 1
+    assert losses["update_norm/dense"] == losses["update_norm/tables"] == 0
+    assert_equal(learned(after), learned(run_of(state)))
 
 
 def test_a_run_ends_after_its_own_number_of_steps_as_a_lone_run():

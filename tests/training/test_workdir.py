@@ -103,6 +103,16 @@ def test_a_resumed_run_drops_metrics_after_its_checkpoint(tmp_path):
     ]  # fmt: skip
 
 
+def test_speed_has_a_file_of_its_own(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
+        writer.write(5, {"loss": 0.5})
+        writer.write_speed(5, {"speed/steps": 2.0})
+        writer.write_speed(6, {})
+    assert workdirs.read_metrics(tmp_path / workdirs.METRICS_FILE) == [{"step": 5, "loss": 0.5}]
+    (line,) = workdirs.read_metrics(tmp_path / workdirs.SPEED_FILE)
+    assert line == {"step": 5, "speed/steps": 2.0}
+
+
 def test_tensorboard_hides_the_scalars_of_a_killed_run(tmp_path):
     write_metrics(tmp_path, 4, {5: {"loss": 0.5, "unknown_ids/item": 3.0}})
     (path,) = tmp_path.glob("events.out.tfevents.*")
