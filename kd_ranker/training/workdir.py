@@ -181,9 +181,9 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, start: int):
         """Open the files for a run that resumes after step `start`, and discard later lines."""
-        self._metrics = workdir / METRICS_FILE
+        self._path = workdir / METRICS_FILE
         self._speed = workdir / SPEED_FILE
-        for path in (self._metrics, self._speed):
+        for path in (self._path, self._speed):
             lines = read_metrics(path) if path.exists() else []
             earlier = [f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start]
             write_atomically(path, "".join(earlier))
@@ -197,7 +197,7 @@ class MetricsWriter:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Append a line with the scalars of a step to `metrics.jsonl`."""
-        self._append(self._metrics, step, scalars)
+        self._append(self._path, step, scalars)
 
     def write_speed(self, step: int, scalars: dict[str, float]) -> None:
         """Append a line with the scalars of the time until a step to `speed.jsonl`."""

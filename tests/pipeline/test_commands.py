@@ -81,7 +81,7 @@ def assert_same_results(workdir, expected):
     """Their tables, metrics and contributions of requests are the same bytes."""
     found = files_of(workdir)
     for path, content in files_of(expected).items():
-        if path.endswith((".csv", ".parquet", ".jsonl")):
+        if path.endswith((".csv", ".parquet", "metrics.jsonl")):
             assert found[path] == content, path
 
 
