@@ -64,16 +64,8 @@ def find_occurrences(
     """
     places = jnp.arange(row.shape[0], dtype=owner.dtype)
     owner = owner.at[jnp.where(mask, row, owner.shape[0])].set(places, mode="drop")
-    return occurrences_by(owner, row, mask), owner
-
-
-def occurrences_by(
-    owner: Int[Array, "rows"], row: Int[Array, "M"], mask: Bool[Array, "M"]
-) -> Occurrences:
-    """Return what `find_occurrences` found, by the owners that it returned."""
-    places = jnp.arange(row.shape[0], dtype=owner.dtype)
     position = jnp.where(mask, owner.at[row].get(mode="promise_in_bounds"), places)
-    return Occurrences(row, position, mask & (position == places))
+    return Occurrences(row, position, mask & (position == places)), owner
 
 
 def update_tables(

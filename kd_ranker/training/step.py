@@ -14,8 +14,7 @@ A step says of each run:
     update_norm/<part>         that of their change by the update; 0 if the run keeps its state
     rows_touched/<table>       the share of a table's rows that change
 
-Norms and shares cost time, so only the last step of a call of many computes them. Where devices
-share the rows of tables, those of tables are NaN.
+Norms and shares cost time, so only the last step of a call of many computes them.
 
 A cohort is a sequence of stacks. A stack is one or more runs that differ only in hyperparameters
 (`state`). One step reads one batch, scores it once with the live teacher, and updates every run of
@@ -47,7 +46,7 @@ from kd_ranker.embedding.lookup import (
     rows_of_ids,
     rows_of_table,
 )
-from kd_ranker.embedding.row_optimizers import find_occurrences, occurrences_by, update_tables
+from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
 from kd_ranker.embedding.row_sharding import update_own_rows
 from kd_ranker.models.model import Parameters, apply_model, score
 from kd_ranker.training.mapping import AXIS, in_parts, join_over_devices
@@ -247,10 +246,10 @@ def _train_stack(
         after=(trained.dense, trained.transform),
         row_gradients=trained.rows.gradients,
         rows_before=rows,
-        tables=new_tables,
+        tables=after.parameters.tables,
         may_change=trained.rows.may_change,
     )
-    measure = functools.partial(_measure, train_spec)
+    measure = functools.partial(_measure, train_spec, batch, items)
     if measures is True:
         return after, trained.losses | measure(changes)
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, changes))
@@ -385,9 +384,6 @@ class _TableUpdate(NamedTuple):
     rows: Float[Array, "runs rows W"]
     owner: Int[Array, "rows"]  # which of equal ids owns a row, see `find_occurrences`
     unknown_ids: Int[Array, ""]
-    # The M rows that the batch looks up on all devices; the mask is False on padding.
-    row: Int[Array, "M"]
-    mask: Bool[Array, "M"]
 
 
 def _update_table(
@@ -435,7 +431,7 @@ def _update_table(
     before = (state.parameters.tables[name], state.owners[name])
     row = rows_of_ids(table, ids)
     rows, owner = update_own_rows(embedding.row_sharding, update, before, row, mask, gradients)
-    return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown, row, mask)
+    return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown)
 
 
 class _Changes(NamedTuple):
@@ -446,72 +442,82 @@ class _Changes(NamedTuple):
     after: _Dense
     row_gradients: Rows  # of the requests of this device
     rows_before: Rows
-    tables: dict[str, _TableUpdate]
+    tables: dict[str, Float[Array, "runs rows W"]]  # after the update
     may_change: Bool[Array, "runs"]
 
 
-def _measure(train_spec: TrainSpec, changes: _Changes) -> StepMetrics:
+def _measure(
+    train_spec: TrainSpec, batch: CandidateBatch, items: Items, changes: _Changes
+) -> StepMetrics:
     """Return the norms of gradients and updates, and the share of each table that changed."""
+    embedding = train_spec.model.embedding
     moves = jax.tree.map(jnp.subtract, changes.after, changes.before)
     metrics: StepMetrics = {}
     for name, (dense, transform) in (("gradient_norm", changes.gradients), ("update_norm", moves)):
         metrics[f"{name}/dense"] = jax.vmap(_norm)(dense)
         if transform:
             metrics[f"{name}/transform"] = jax.vmap(_norm)(transform)
+    rows_after = gather_rows_of_runs(embedding, changes.tables, batch, items)
+    row_moves = jax.tree.map(jnp.subtract, rows_after, changes.rows_before)
     no_runs = jnp.zeros(changes.may_change.shape)
     squared_gradients, squared_moves = no_runs, no_runs
-    for name in changes.tables:
-        touched = _touched_rows(name, train_spec.model.embedding, changes)
+    for name, table in embedding.tables.items():
+        ids, mask = ids_of_table(embedding, batch, items, name)
+        of_device = (
+            jnp.where(mask, rows_of_ids(table, ids), table.size + 1),  # padding behind all rows
+            rows_of_table(embedding, changes.row_gradients, name).swapaxes(0, 1),
+            rows_of_table(embedding, row_moves, name).swapaxes(0, 1),
+        )
+        row, gradients, of_moves = join_over_devices(of_device, axis=0)
+        touched = _touched_rows(row, gradients, of_moves, changes.may_change)
         squared_gradients += touched.squared_gradients
         squared_moves += touched.squared_moves
-        rows = train_spec.model.embedding.tables[name].size + 1
-        metrics[f"rows_touched/{name}"] = touched.rows / rows
+        metrics[f"rows_touched/{name}"] = touched.number / (table.size + 1)
     metrics["gradient_norm/tables"] = jnp.sqrt(squared_gradients)
     metrics["update_norm/tables"] = jnp.sqrt(squared_moves)
     return metrics
 
 
 class _Touched(NamedTuple):
-    """The rows of a table that an update touched: their number, and sums over their D numbers."""
+    """The rows of a table with a gradient: their number, and sums over all their D numbers."""
 
-    rows: Float[Array, "runs"]
-    squared_gradients: Float[Array, "runs"]  # of gradients that are summed over equal ids
+    number: Float[Array, "runs"]
+    squared_gradients: Float[Array, "runs"]
     squared_moves: Float[Array, "runs"]  # of what their embeddings change by
 
 
-def _touched_rows(name: str, embedding: EmbeddingSpec, changes: _Changes) -> _Touched:
-    if embedding.row_sharding.devices > 1:
-        unknown = jnp.full(changes.may_change.shape, jnp.nan)
-        return _Touched(unknown, unknown, unknown)
-    table = changes.tables[name]
-    row, position, represents = occurrences_by(table.owner, table.row, table.mask)
-    own = [
-        rows_of_table(embedding, rows, name)
-        for rows in (changes.row_gradients, changes.rows_before)
-    ]
-    gradients, before = join_over_devices(own, axis=1)
+def _touched_rows(
+    row: Int[Array, "M"],
+    gradients: Float[Array, "M runs D"],
+    moves: Float[Array, "M runs D"],
+    may_change: Bool[Array, "runs"],
+) -> _Touched:
+    """Sum over the rows of a table that a batch looks up, each of them once.
 
-    def of_run(
-        gradients: Float[Array, "M D"],
-        before: Float[Array, "M D"],
-        table: Float[Array, "rows W"],
-        may_change: Bool[Array, ""],
-    ) -> _Touched:
-        summed = jnp.zeros_like(gradients).at[position].add(gradients)
-        touched = (jnp.any(summed != 0, axis=1) & represents & may_change)[:, None]
-        moves = table[row][:, : before.shape[1]] - before
-        return _Touched(
-            jnp.sum(touched, dtype=jnp.float32),
-            jnp.sum(jnp.where(touched, jnp.square(summed), 0)),
-            jnp.sum(jnp.where(touched, jnp.square(moves), 0)),
-        )
-
-    return jax.vmap(of_run)(gradients, before, table.rows, changes.may_change)
+    Args:
+      row: the row of each lookup.
+      gradients: that of each lookup; a row's own is their sum, and 0 for padding.
+      moves: what the row of each lookup changes by, the same for all lookups of a row.
+      may_change: whether a run changes at all.
+    """
+    order = jnp.argsort(row)
+    is_first = jnp.diff(row[order], prepend=-1) != 0
+    of_row = jnp.cumsum(is_first) - 1  # which distinct row, in order
+    summed = jnp.zeros_like(gradients).at[of_row].add(gradients[order], indices_are_sorted=True)
+    of_rows = jnp.zeros_like(moves).at[of_row].set(moves[order], indices_are_sorted=True)
+    touched = jnp.any(summed != 0, axis=2) & may_change
+    return _Touched(
+        number=jnp.sum(touched, axis=0, dtype=jnp.float32),
+        squared_gradients=jnp.sum(jnp.where(touched[..., None], summed**2, 0), axis=(0, 2)),
+        squared_moves=jnp.sum(jnp.where(touched[..., None], of_rows**2, 0), axis=(0, 2)),
+    )
 
 
 def _norm(tree: Any) -> Float[Array, ""]:
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros(())))
+    """Return the Euclidean norm of all numbers of a tree with at least one leaf."""
+    # One sum over all is faster than a small one for each of many leaves.
+    numbers = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    return jnp.sqrt(jnp.sum(jnp.square(numbers)))
 
 
 def many_steps(step: Step) -> Callable[..., Stepped]:

@@ -147,8 +147,9 @@ def run_of(state, run=0):
 
 
 def lowered(train_spec, state, batch, constants, teacher=None, devices=1):
-    """The program of a step, before XLA compiles it."""
-    step = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(make_step([train_spec], teacher))
+    """The program of a step that measures nothing, before XLA compiles it."""
+    step = functools.partial(make_step([train_spec], teacher), measures=False)
+    step = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(step)
     numbers = stack_runs([hyperparameters()] * len(state.non_finite_step))
     return step.lower((state,), batch, (numbers,), constants)
 
