@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kd_ranker import configs
+    from kd_ranker import configs, debug
     from kd_ranker.api import (
         Dataset,
         Prepared,
@@ -50,6 +50,7 @@ __all__ = [
     "Trained",
     "UserError",
     "configs",
+    "debug",
     "export",
     "infer",
     "log_teacher",
@@ -74,6 +75,7 @@ _MODULES = {
     "Request": "kd_ranker.batch",
     "UserError": "kd_ranker.errors",
     "configs": "kd_ranker.configs",
+    "debug": "kd_ranker.debug",
     "losses": "kd_ranker.distillation.losses",
     "modes": "kd_ranker.distillation.modes",
     "requests_needed": "kd_ranker.evaluation.live_test",

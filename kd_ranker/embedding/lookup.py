@@ -131,7 +131,7 @@ def gather_rows(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, item
         name: read(
             spec.row_sharding,
             tables[lookup.table],
-            _rows(spec, lookup, batch, items),
+            row_numbers(spec, lookup, batch, items),
             slice(spec.width),
         )
         for name, lookup in spec.lookups.items()
@@ -147,7 +147,7 @@ def gather_rows_of_runs(
     """Return the embeddings of each run: lookup name -> float32 [runs, *shape of the ids, D]."""
     gathered = {}
     for name, lookup in spec.lookups.items():
-        row = _rows(spec, lookup, batch, items)
+        row = row_numbers(spec, lookup, batch, items)
         flat = _gather_of_runs(spec, tables[lookup.table], row.reshape(-1))
         gathered[name] = flat.reshape(-1, *row.shape, spec.width)
     return gathered
@@ -185,7 +185,7 @@ def gather_to_serve(
     trained = was_trained(spec, tables, batch, items)
     for name, lookup in spec.lookups.items():
         reserved = spec.tables[lookup.table].size
-        row = jnp.where(trained[name], _rows(spec, lookup, batch, items), reserved)
+        row = jnp.where(trained[name], row_numbers(spec, lookup, batch, items), reserved)
         served[name] = read(spec.row_sharding, tables[lookup.table], row, slice(spec.width))
     return served
 
@@ -205,7 +205,7 @@ def was_trained(
     """Return, by lookup name, True for each id with its own row that training has updated."""
     trained = {}
     for name, lookup in spec.lookups.items():
-        row = _rows(spec, lookup, batch, items)
+        row = row_numbers(spec, lookup, batch, items)
         count = slice(spec.width, spec.width + 1)
         updates = read(spec.row_sharding, tables[lookup.table], row, count)[..., 0]
         known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
@@ -213,9 +213,10 @@ def was_trained(
     return trained
 
 
-def _rows(
+def row_numbers(
     spec: EmbeddingSpec, lookup: Lookup, batch: CandidateBatch, items: Items
 ) -> Int[Array, "..."]:
+    """Return the row of each id that a lookup reads, in the shape of the ids."""
     return rows_of_ids(spec.tables[lookup.table], lookup.ids(batch, items))
 
 

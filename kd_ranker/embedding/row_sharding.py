@@ -60,7 +60,9 @@ def to_shards(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarra
 def from_shards(array: Any, axis: int, devices: int) -> np.ndarray:
     """Invert `to_shards`, except that the padding rows remain, after the others."""
     host = np.asarray(array)
-    by_device = host.reshape(*host.shape[:axis], devices, -1, *host.shape[axis + 1 :])
+    # Not -1, as an array without columns has no size to infer it from.
+    length = host.shape[axis] // devices
+    by_device = host.reshape(*host.shape[:axis], devices, length, *host.shape[axis + 1 :])
     return np.ascontiguousarray(by_device.swapaxes(axis, axis + 1)).reshape(host.shape)
 
 

@@ -5,6 +5,7 @@ The step keeps the state of a diverged run as it was; the other runs continue.
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +14,39 @@ from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from kd_ranker.errors import UserError
+from kd_ranker.training import kept_steps
 from kd_ranker.training.program import Program, by_run
 from kd_ranker.training.state import Hyperparameters, States, TrainState, steps_of_runs
 
 
-def diverged_runs(program: Program, states: States, before: Collection[str]) -> dict[str, int]:
-    """Return the step at which the loss stopped being finite, by the name of a diverged run.
+def diverged_runs(program: Program, states: States) -> dict[str, int]:
+    """Return the step at which a run stopped being finite, by the name of each that did."""
+    steps = by_run(program, (state.non_finite_step for state in states))
+    return {name: int(step) for name, step in steps.items() if step}
 
-    Runs that are not in `before` are logged as warnings.
+
+def report_diverged(
+    program: Program, states: States, workdir: Path, before: Collection[str]
+) -> dict[str, int]:
+    """Return `diverged_runs`; keep the steps of those that are not in `before`, and warn of them.
 
     Raises:
       UserError: a single run diverged.
     """
-    steps = by_run(program, (state.non_finite_step for state in states))
-    diverged = {name: int(step) for name, step in steps.items() if step}
-    for name, step in diverged.items():
-        finding = f"stopped being finite at step {step}"
+    diverged = diverged_runs(program, states)
+    new = {name: step for name, step in diverged.items() if name not in before}
+    for name, found in kept_steps.keep(program, states, workdir, new).items():
+        step = new[name]
+        finding = (
+            f"stopped being finite at step {step}: the first value that is not is "
+            f"{found.quantity}; {found.remedy}"
+        )
+        folder = kept_steps.folder_of(workdir, step)
         if not name:
-            raise UserError(f"the loss {finding}; try a smaller learning rate or weight")
-        if name not in before:
-            # The warning must not land in the middle of the bar.
-            with tqdm.external_write_mode():
-                logging.warning("%s %s; it stops here, and the others continue", name, finding)
+            raise UserError(f"the loss {finding}; that step is in {folder}, for kd.debug.replay")
+        # The warning must not land in the middle of the bar.
+        with tqdm.external_write_mode():
+            logging.warning("%s %s; that step is in %s. The others continue", name, finding, folder)
     return diverged
 
 

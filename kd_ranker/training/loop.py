@@ -20,7 +20,7 @@ from kd_ranker.manifest import Provenance
 from kd_ranker.progress import Bar
 from kd_ranker.training import checkpoints
 from kd_ranker.training.active_runs import ActiveRuns
-from kd_ranker.training.divergence import diverged_runs, mark_diverged
+from kd_ranker.training.divergence import mark_diverged, report_diverged
 from kd_ranker.training.interruption import deferred
 from kd_ranker.training.program import (
     Program,
@@ -102,7 +102,7 @@ def fit(
             outputs = outputs.without(outputs.ends.keys() - active.names)
             meter = SpeedMeter()
             calls = _Calls(active.program, meter)
-            diverged = diverged_runs(active.program, active.states, before=())
+            diverged = report_diverged(active.program, active.states, workdir, before=())
             stopping = False
             with contextlib.closing(MetricsWriter(workdir, step)) as writer:
                 while step < program.steps and not stopping:
@@ -122,7 +122,9 @@ def fit(
                         active.states = mark_diverged(active.program, active.states)
                     # Check a state before it is saved: a run could not resume from a NaN.
                     if due.log or due.save:
-                        diverged |= diverged_runs(active.program, active.states, before=diverged)
+                        diverged |= report_diverged(
+                            active.program, active.states, workdir, diverged
+                        )
                     scalars: dict[str, float] = {}
                     if due.log:
                         scalars |= _scalars(

@@ -301,6 +301,18 @@ class DeviceMap(Devices):
 
         return jax.tree.map(whole_of, batch)
 
+    def whole_batch(self, batch: Any) -> Any:
+        """Invert `shard`: return the requests of all devices on the host of each process."""
+
+        def whole_of(array: Any) -> np.ndarray:
+            if array.is_fully_addressable:
+                host = np.asarray(array)
+            else:
+                host = process_allgather(array, tiled=True)
+            return host.reshape(-1, *host.shape[2:]) if self.by_pmap else host
+
+        return jax.tree.map(whole_of, batch)
+
     def map_batches(self, function: Callable) -> Callable:
         """Compile function(data, batch), mapped: data replicated; batch and result sharded."""
         if self.by_pmap:

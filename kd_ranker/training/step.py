@@ -37,6 +37,7 @@ from kd_ranker.batches.cutting import PackedBatches, Span, unpack
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, TeacherSignal
+from kd_ranker.distillation.terms import Term
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
     Rows,
@@ -59,7 +60,8 @@ from kd_ranker.training.state import (
     TrainState,
 )
 
-_Dense = tuple[Any, Transform]  # dense parameters and the mode's transform, or their gradients
+Dense = tuple[Any, Transform]
+"""Dense parameters and the mode's transform, or their gradients."""
 StepMetrics = dict[str, Float[Array, "runs"]]
 """What a step says of the runs of a stack, see above."""
 Stepped = tuple[States, tuple[StepMetrics, ...]]
@@ -146,7 +148,7 @@ class _Trained(NamedTuple):
 
     dense: Any
     transform: Transform
-    gradients: _Dense
+    gradients: Dense
     optimizer_state: optax.OptState
     non_finite_step: Int[Array, "*runs"]
     losses: dict[str, Float[Array, "*runs"]]
@@ -175,20 +177,19 @@ def _train_stack(
     """
     embedding = train_spec.model.embedding
     tables = state.parameters.tables
-    targets = [SIGNALS[term.signal].read(batch) for term in hyperparameters.terms]
-    batch = _without_idle_candidates(train_spec, batch, targets)
+    batch, targets = with_targets(train_spec, hyperparameters.terms, batch)
     # Counted from 1: a factor of 0 at the first step would waste a batch.
     step = state.step + 1
     rows = gather_rows_of_runs(embedding, tables, batch, items)
 
     def train_run(
         rows: Rows,
-        dense: _Dense,
+        dense: Dense,
         optimizer_state: optax.OptState,
         non_finite_step: Int[Array, ""],
         hyperparameters: Hyperparameters,
     ) -> _Trained:
-        (gradients, row_gradients), losses = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
+        (gradients, row_gradients), losses = jax.grad(loss_of_run, argnums=(0, 1), has_aux=True)(
             dense, rows, train_spec, hyperparameters, batch, targets, items
         )
         gradients, losses = jax.lax.psum((gradients, losses), AXIS)
@@ -197,7 +198,7 @@ def _train_stack(
         takes_part = (non_finite_step == 0) & (step <= hyperparameters.steps)
         may_change = takes_part & is_finite
         factor = train_spec.schedule(step, hyperparameters.steps)
-        updated = _update_dense(
+        updated = update_dense(
             train_spec, hyperparameters, factor, dense, gradients, optimizer_state
         )
         (new_dense, transform), optimizer_state = jax.tree.map(
@@ -257,17 +258,23 @@ def _train_stack(
     return after, trained.losses | measured
 
 
-def _without_idle_candidates(
-    train_spec: TrainSpec, batch: CandidateBatch, targets: Sequence[TeacherSignal]
-) -> CandidateBatch:
-    """Leave out candidates without a label or a target, which would only cost time."""
+def with_targets(
+    train_spec: TrainSpec, terms: Sequence[Term], batch: CandidateBatch
+) -> tuple[CandidateBatch, list[TeacherSignal]]:
+    """Read the targets of the distillation terms, one per term.
+
+    Candidates without a label or a target are left out of the batch: they would only cost time.
+    """
+    targets = [SIGNALS[term.signal].read(batch) for term in terms]
     if train_spec.unshown_are_negatives:
-        return batch
-    return batch.first(max([batch.num_labeled, *(weight.shape[1] for _, weight in targets)]))
+        return batch, targets
+    return batch.first(
+        max([batch.num_labeled, *(weight.shape[1] for _, weight in targets)])
+    ), targets
 
 
-def _loss(
-    trained: _Dense,
+def loss_of_run(
+    trained: Dense,
     embedded: Rows,
     train_spec: TrainSpec,
     hyperparameters: Hyperparameters,
@@ -275,7 +282,10 @@ def _loss(
     targets: Sequence[TeacherSignal],
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return this device's share of a run's loss, and of all its losses."""
+    """Return this device's share of a run's loss, and of all its losses.
+
+    Call it under a mapped axis named `AXIS`. `batch` and `targets` are those of `with_targets`.
+    """
     dense, transform = trained
     logits = apply_model(train_spec.model, dense, embedded, batch, items)
     if train_spec.unshown_are_negatives:
@@ -359,14 +369,14 @@ def _share_of_mean(
     return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
 
 
-def _update_dense(
+def update_dense(
     train_spec: TrainSpec,
     hyperparameters: Hyperparameters,
     factor: Float[Array, ""],
-    dense: _Dense,
-    gradients: _Dense,
+    dense: Dense,
+    gradients: Dense,
     optimizer_state: optax.OptState,
-) -> tuple[_Dense, optax.OptState]:
+) -> tuple[Dense, optax.OptState]:
     """Return the dense parameters, the transform and the optimizer's state after the update."""
     rate = factor * hyperparameters.optimizer.learning_rate
     decay = hyperparameters.optimizer.weight_decay
@@ -437,9 +447,9 @@ def _update_table(
 class _Changes(NamedTuple):
     """What the update of a stack changes; leaves have a leading axis of runs."""
 
-    gradients: _Dense
-    before: _Dense
-    after: _Dense
+    gradients: Dense
+    before: Dense
+    after: Dense
     row_gradients: Rows  # of the requests of this device
     rows_before: Rows
     tables: dict[str, Float[Array, "runs rows W"]]  # after the update

@@ -1,0 +1,217 @@
+"""Steps in which runs stopped being finite, kept in `nan/step_<N>/` of a workdir to take again.
+
+batch.npz       the batch of all devices, by the fields of `CandidateBatch`, with the scores of
+                a live teacher
+run_<i>.npz     of each run, before the step: dense parameters, transform, state of the
+                optimizer, and the rows that the batch looks up
+findings.json   by run: its file, and what was first not finite
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_ranker.batch import WHOLE, CandidateBatch, Items
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.embedding.lookup import Rows, row_numbers
+from kd_ranker.errors import UserError
+from kd_ranker.training.non_finite import (
+    Finding,
+    StepInputs,
+    compute_step,
+    first_non_finite,
+    quantities_of,
+)
+from kd_ranker.training.program import Program, states_on_host
+from kd_ranker.training.specs import Stack
+from kd_ranker.training.state import Hyperparameters, States, TrainState, select_run
+from kd_ranker.training.step import with_live_teacher, with_targets
+from kd_ranker.training.workdir import read_json, write_atomically
+
+FOLDER = "nan"
+_BATCH = "batch.npz"
+_FINDINGS = "findings.json"
+_LOWER = "try a smaller learning rate or weight"
+
+
+def folder_of(workdir: Path, step: int) -> Path:
+    """Return the folder of a step that was kept in a workdir."""
+    return workdir / FOLDER / f"step_{step}"
+
+
+def keep(
+    program: Program, states: States, workdir: Path, diverged: Mapping[str, int]
+) -> dict[str, Finding]:
+    """Keep the steps in which some runs stopped being finite; return what was first not finite.
+
+    Args:
+      program: the program that trains the runs.
+      states: those of all its runs on the devices; a diverged run has that from before its step.
+      workdir: gets the folders; those of several processes that train as one are the same.
+      diverged: the step at which a run diverged, by its name.
+    """
+    on_host = jax.tree.map(np.asarray, states_on_host(program, states))
+    constants = program.devices.unreplicate(program.constants)
+    constants = constants.replace(items=constants.items.replace(row_sharding=WHOLE))
+    findings = {}
+    for step in sorted(set(diverged.values())):
+        batch = with_live_teacher(program.teacher, _batch_of_step(program, step), constants)
+        batch = jax.device_get(batch)
+        folder = folder_of(workdir, step)
+        write_atomically(folder / _BATCH, _npz(vars(batch)))
+        about = {}
+        for number, run in enumerate(name for name in diverged if diverged[name] == step):
+            stack, state, index = _find(program, on_host, run)
+            hyperparameters = select_run(stack.hyperparameters, index)
+            inputs = _inputs(stack, hyperparameters, state, index, batch, constants.items, step)
+            findings[run] = _finding(stack, hyperparameters, inputs, state, index, constants.items)
+            file = f"run_{number}.npz"
+            write_atomically(folder / file, _npz(_arrays(inputs)))
+            about[run] = {"file": file, "first": findings[run].quantity}
+        write_atomically(folder / _FINDINGS, json.dumps(about, indent=2))
+    return findings
+
+
+def _batch_of_step(program: Program, step: int) -> CandidateBatch:
+    """Make the batch of a step once more, on the host; the loader ends where it was."""
+    position = program.batches.get_state()
+    program.batches.set_state({"taken": step - 1})
+    packed, span = program.batches.take(1)
+    program.batches.set_state(position)
+    rows = program.devices.whole_batch(packed.rows[..., span.start, None, :])
+    return unpack(dataclasses.replace(packed, rows=rows), 0)
+
+
+def _find(program: Program, states: States, run: str) -> tuple[Stack, TrainState, int]:
+    """Return the stack and the state of a run, and its index in them."""
+    for stack, state in zip(program.stacks, states, strict=True):
+        if run in stack.names:
+            return stack, state, stack.names.index(run)
+    raise KeyError(run)
+
+
+def _inputs(
+    stack: Stack,
+    hyperparameters: Hyperparameters,
+    state: TrainState,
+    index: int,
+    batch: CandidateBatch,
+    items: Items,
+    step: int,
+) -> StepInputs:
+    learned = (state.parameters.dense, state.transform, state.optimizer_state)
+    dense, transform, optimizer_state = select_run(learned, index)
+    seen, _ = with_targets(stack.train_spec, hyperparameters.terms, batch)
+    embedding = stack.train_spec.model.embedding
+    rows: Rows = {}
+    for name, lookup in embedding.lookups.items():
+        numbers = np.asarray(row_numbers(embedding, lookup, seen, items))
+        rows[name] = state.parameters.tables[lookup.table][index][numbers, : embedding.width]
+    return StepInputs(batch, rows, dense, transform, optimizer_state, step)
+
+
+def _finding(
+    stack: Stack,
+    hyperparameters: Hyperparameters,
+    inputs: StepInputs,
+    state: TrainState,
+    index: int,
+    items: Items,
+) -> Finding:
+    """Name the first quantity of a step that is not finite."""
+
+    @jax.jit
+    def compute(inputs: StepInputs) -> Any:
+        return compute_step(stack.train_spec, hyperparameters, inputs, items)
+
+    quantities = quantities_of(
+        stack.train_spec, hyperparameters, inputs, items, jax.device_get(compute(inputs))
+    )
+    if found := first_non_finite(quantities, stack.tasks):
+        return found
+    # The loss was finite. The update made a row that no later step has looked up yet.
+    for name, table in state.parameters.tables.items():
+        rows = np.flatnonzero(~np.isfinite(table[index]).all(axis=1))
+        if len(rows):
+            return Finding(f"the update of the table {name} at row {rows[0]}", _LOWER)
+    return Finding("nothing when the step was taken again", _LOWER)
+
+
+def _arrays(inputs: StepInputs) -> dict[str, Any]:
+    """Return the arrays of a run by their names in its file."""
+    leaves = jax.tree_util.tree_leaves_with_path(_of_run(inputs.rows, *_learned(inputs)))
+    return {_name_of(path): leaf for path, leaf in leaves}
+
+
+def _of_run(rows: Any, dense: Any, transform: Any, optimizer_state: Any) -> dict[str, Any]:
+    """Return what the file of a run holds, as a tree."""
+    return {
+        "rows": rows,
+        "dense": dense,
+        "transform": transform,
+        "optimizer_state": optimizer_state,
+    }
+
+
+def _learned(inputs: StepInputs) -> tuple[Any, Any, Any]:
+    return inputs.dense, inputs.transform, inputs.optimizer_state
+
+
+def _name_of(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def steps_in(workdir: Path) -> list[int]:
+    """Return the steps that a workdir keeps, in their order."""
+    folders = (workdir / FOLDER).glob(f"step_*/{_FINDINGS}")
+    return sorted(int(path.parent.name.removeprefix("step_")) for path in folders)
+
+
+def findings_in(workdir: Path, step: int) -> dict[str, dict[str, str]]:
+    """Return `findings.json` of a kept step."""
+    return read_json(folder_of(workdir, step) / _FINDINGS, "train the run again")
+
+
+def read(workdir: Path, step: int, run: str, stack: Stack) -> StepInputs:
+    """Return what a run computed a step from.
+
+    Args:
+      workdir: the folder of the run, or of its cohort in a sweep.
+      step: one of `steps_in`.
+      run: its name in the stack.
+      stack: that of the run.
+
+    Raises:
+      UserError: a file is damaged, or is of another model.
+    """
+    folder = folder_of(workdir, step)
+    file = findings_in(workdir, step)[run]["file"]
+    state = jax.eval_shape(stack.init)
+    lookups = stack.train_spec.model.embedding.lookups
+    abstract = _of_run(
+        rows=dict.fromkeys(lookups, 0),
+        dense=state.parameters.dense,
+        transform=state.transform,
+        optimizer_state=state.optimizer_state,
+    )
+    paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    try:
+        with np.load(folder / _BATCH) as arrays:
+            batch = CandidateBatch(**arrays)
+        with np.load(folder / file) as arrays:
+            of_run = jax.tree.unflatten(tree, [arrays[_name_of(path)] for path, _ in paths])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is damaged: {error}; train the run again") from error
+    return StepInputs(batch=batch, step=step, **of_run)
