@@ -55,6 +55,9 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"sweep.halving={c.sweep.halving} must be before the last step of every run, and one "
             f"takes {min(steps)} steps; halve earlier, or train longer"
         )
+    yield from _profile_faults("train", c.train.profile, max(steps))
+    of_teacher = c.teacher.train
+    yield from _profile_faults("teacher.train", of_teacher.profile, of_teacher.steps)
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
             f"sweep.part={c.sweep.part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty "
@@ -89,6 +92,22 @@ def _faults(c: ConfigDict) -> Iterator[str]:
         yield (
             f"costs.student.candidate={student.candidate} is of one student, and the runs of the "
             "sweep have several; leave it 0, which takes the FLOPs of each"
+        )
+
+
+def _profile_faults(section: str, window: Sequence[int], steps: int) -> Iterator[str]:
+    """The faults of the steps to trace, of a run that takes `steps`."""
+    if not window:
+        return
+    if len(window) != 2 or window[0] < 1 or window[1] < 0:
+        yield (
+            f"{section}.profile={tuple(window)} must be the first step, counted from 1, and the "
+            "number of steps to trace"
+        )
+    elif window[0] + window[1] - 1 > steps:
+        yield (
+            f"{section}.profile={tuple(window)} traces until step {sum(window) - 1}, and the run "
+            f"takes {steps}; trace earlier steps"
         )
 
 

@@ -22,6 +22,7 @@ from kd_ranker.training import checkpoints
 from kd_ranker.training.active_runs import ActiveRuns
 from kd_ranker.training.divergence import mark_diverged, report_diverged
 from kd_ranker.training.interruption import deferred
+from kd_ranker.training.profile import Profiler
 from kd_ranker.training.program import (
     Program,
     abstract_states,
@@ -102,16 +103,23 @@ def fit(
             outputs = outputs.without(outputs.ends.keys() - active.names)
             meter = SpeedMeter()
             calls = _Calls(active.program, meter)
+            profiler = Profiler(workdir, train.profile)
             diverged = report_diverged(active.program, active.states, workdir, before=())
             stopping = False
-            with contextlib.closing(MetricsWriter(workdir, step)) as writer:
+            with (
+                contextlib.closing(MetricsWriter(workdir, step)) as writer,
+                contextlib.closing(profiler),
+            ):
                 while step < program.steps and not stopping:
                     training = outputs.runs_after(step) - diverged.keys()
                     if not training:
                         bar.update(program.steps - step)
                         break
-                    wanted = outputs.next_stop(step) - step
-                    active.states, metrics, taken = calls.take(active.states, wanted)
+                    wanted = min(outputs.next_stop(step) - step, profiler.most(step))
+                    with profiler.call(step) as is_traced:
+                        active.states, metrics, taken = calls.take(active.states, wanted)
+                        if is_traced:
+                            jax.block_until_ready(metrics)
                     compiling.close()  # after the first call
                     step += taken
                     bar.update(taken)
