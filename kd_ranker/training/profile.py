@@ -44,7 +44,7 @@ class Profiler:
         if not self._traces:
             # JAX has one trace at a time: a caller that makes one of all wants no other.
             with contextlib.suppress(RuntimeError):
-                jax.profiler.start_trace(self._folder)
+                jax.profiler.start_trace(self._folder, profiler_options=_options())
                 self._traces = True
         with jax.profiler.StepTraceAnnotation("train", step_num=following):
             yield True
@@ -56,3 +56,10 @@ class Profiler:
         if self._traces:
             jax.profiler.stop_trace()
         self._traces = False
+
+
+def _options() -> jax.profiler.ProfileOptions:
+    """Return options without the calls of Python, which may make a trace fifty times larger."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options
