@@ -22,6 +22,7 @@ of p clipped to [1e-6, 1 − 1e-6].
     ranknet, lambda    compare the order of each two candidates of a request
     rank_distil        the same, if one of the two is among the first k
     approx_ndcg        compares the whole order of a request, by a smooth NDCG
+    adr_mse            compares the places of a request with smooth ones
     topk, dftopk       compare the sets of the first k of a request
 
 The first three need probabilities. For the others positions are enough, which `teacher_signal`
@@ -506,6 +507,57 @@ def approx_ndcg(
     return _list_by_list(loss_of_list, logits, probability, weight)
 
 
+def adr_mse(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Squared distance between the teacher's places and smooth ones, discounted (ADR-MSE).
+
+    The approximate discounted rank MSE of Schlatt et al. (Rank-DistiLLM, ECIR 2025). With the place
+    r_i that p gives a known candidate of a request, from 1, and its smooth place s_i under z,
+
+        s_i = 1 + Σ_{j ≠ i} σ((z_j − z_i) / τ),
+
+        numerator = Σ w_i (r_i − s_i)² / log2(1 + r_i),   denominator = Σ w_i
+
+    The sums run over the requests in which the teacher gives two known candidates different p. So
+    with weights of 1 the loss is a mean over candidates. It uses the order of p only.
+
+    Candidates of equal p are not compared: r_i is the mean of their places, and in s_i each of the
+    others counts 1/2. The paper has no ties, and without them this is its loss. This matters for a
+    log of stages: there, the student may order the candidates of a stage as it likes.
+
+    Places are among the candidates that the batch holds. The loss of n candidates can be as large
+    as n², and its gradient is not bounded by 1. As τ tends to 0 the gradient vanishes except near
+    ties. Memory: see `ranknet`.
+
+    Example:
+      The student ties two candidates, so both have the smooth place 1.5, half a place off:
+      0.25 / log2(2) + 0.25 / log2(3).
+
+      >>> of_one_list(adr_mse, [1.0, 1.0], [0.5, 0.25])
+      (0.4077, 2.0)
+    """
+
+    def loss_of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
+        # Entry [i, j] of a pair is about the candidate i, and another one j.
+        is_higher = (probability[None, :] > probability[:, None]) & known
+        is_lower = (probability[None, :] < probability[:, None]) & known
+        passes = jax.nn.sigmoid((logits[None, :] - logits[:, None]) / numbers.temperature)
+        # Those of equal p count 1/2 in both places, which cancels.
+        excess = jnp.where(is_higher, passes - 1, jnp.where(is_lower, passes, 0.0))
+        distance = jnp.sum(excess, axis=1)
+
+        num_higher = jnp.sum(is_higher, axis=1)
+        num_equal = jnp.sum(known) - num_higher - jnp.sum(is_lower, axis=1)  # itself included
+        place = 1 + num_higher + (num_equal - 1) / 2
+        comparable = jnp.any(is_higher & known[:, None])
+        weight = jnp.where(comparable & known, weight, 0.0)
+        discount = 1 / jnp.log2(1 + jnp.where(known, place, 1.0))
+        return jnp.sum(weight * discount * jnp.square(distance)), jnp.sum(weight)
+
+    return _list_by_list(loss_of_list, logits, probability, weight)
+
+
 def _pairwise(
     logits: Logits,
     probability: Logits,
@@ -669,6 +721,7 @@ LOSSES: dict[str, Loss] = {
     "lambda": Loss(lambda_rank),
     "rank_distil": Loss(rank_distil),
     "approx_ndcg": Loss(approx_ndcg),
+    "adr_mse": Loss(adr_mse),
     "topk": Loss(topk),
     "dftopk": Loss(dftopk),
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, log_softmax, logit
 from scipy.special import softmax as softmax_of
+from scipy.stats import rankdata
 from sklearn.metrics import ndcg_score
 
 from kd_ranker.config import defaults
@@ -170,6 +171,16 @@ def approx_ndcg(z, p, w, temperature, _):
     return w.mean() * (1 - (gain / np.log2(1 + place)).sum() / ideal), w.mean()
 
 
+def adr_mse(z, p, w, temperature, _):
+    if len(np.unique(p)) < 2:
+        return NOTHING
+    place = rankdata(-p)  # the mean place of those that tie
+    smooth = np.ones(len(z))
+    for i, j in itertools.permutations(range(len(z)), 2):
+        smooth[i] += 0.5 if p[i] == p[j] else expit((z[j] - z[i]) / temperature)
+    return (w * (place - smooth) ** 2 / np.log2(1 + place)).sum(), w.sum()
+
+
 def topk_of(z, p, w, temperature, top_k, middle=0.0):
     first = np.array([(p > own).sum() < top_k for own in p], float)
     if first.all():
@@ -198,6 +209,7 @@ RESTATED = {
     "lambda": functools.partial(over_pairs, change_of_ndcg),
     "rank_distil": functools.partial(over_pairs, is_above_in_top_k),
     "approx_ndcg": approx_ndcg,
+    "adr_mse": adr_mse,
     "topk": topk_of,
     "dftopk": dftopk,
 }
@@ -243,6 +255,24 @@ def test_cold_approx_ndcg_is_one_minus_scikit_learns_ndcg():
     np.testing.assert_array_equal(denominator, SHAPE[0])
     restated = ndcg(probability[0, :, 0], logits[0, :, 0])  # by which `lambda` is restated
     assert restated == pytest.approx(scores[0][0], rel=1e-6)
+
+
+def test_adr_mse_by_hand():
+    """A cold student that swaps two places, one that is right, and one that ties a tie."""
+    swapped = of_one_list(losses.adr_mse, [2.0, 3.0, 1.0], [0.9, 0.5, 0.1], temperature=1e-3)
+    assert swapped == (round(1 + 1 / np.log2(3), 4), 3.0)
+    weighted = of_one_list(losses.adr_mse, [2.0, 3.0, 1.0], [0.9, 0.5, 0.1], [3.0, 1.0, 2.0])
+    places = [1.0, 2.0, 3.0]
+    smooth = [1 + expit(1) + expit(-1), 1 + expit(-1) + expit(-2), 1 + expit(1) + expit(2)]
+    terms = np.square(np.subtract(places, smooth)) / np.log2([2.0, 3.0, 4.0])
+    assert weighted == (round(float(np.dot([3.0, 1.0, 2.0], terms)), 4), 6.0)
+    right = of_one_list(losses.adr_mse, [3.0, 2.0, 1.0], [0.9, 0.5, 0.1], temperature=1e-3)
+    assert right == (0.0, 3.0)
+    # The order of the two that the teacher ties does not matter.
+    tied = of_one_list(losses.adr_mse, [9.0, 2.0, 7.0], [0.9, 0.1, 0.1], temperature=1e-3)
+    assert tied == (0.0, 3.0)
+    assert of_one_list(losses.adr_mse, [3.0], [0.5]) == NOTHING
+    assert of_one_list(losses.adr_mse, [3.0, 1.0], [0.5, 0.5]) == NOTHING
 
 
 def test_mse_margin_keeps_its_digits_far_from_zero():
