@@ -23,7 +23,7 @@ from kd_ranker.errors import UserError, check_choice, check_tasks, command
 from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training.specs import terms_of
+from kd_ranker.training.specs import drops_near_shown, terms_of
 
 # Signals that only order candidates, with the reason for messages.
 _ORDERS = {"stage": "stages are an order"}
@@ -277,6 +277,7 @@ def check_students(runs: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDE
                 f"distill.loss={distill.loss!r} leave a student nothing to learn from; raise a "
                 "weight"
             )
+        _check_unshown_margin(run, orders)
         for term in terms:
             if LOSSES[term.loss].needs_probabilities and term.signal in orders:
                 others = sorted(
@@ -287,6 +288,28 @@ def check_students(runs: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDE
                     f"probabilities, and {orders[term.signal]}; take one of: "
                     f"{', '.join(others)}; or distill.mode=none"
                 )
+
+
+def _check_unshown_margin(run: ConfigDict, orders: Mapping[str, str]) -> None:
+    """Raise UserError if the margin of a student has no negatives, or no scores, to act on."""
+    margin = f"train.unshown_margin={run.train.unshown_margin:g}"
+    if run.train.unshown_margin and not run.train.unshown_weight:
+        raise UserError(
+            f"{margin} drops unshown negatives, and train.unshown_weight=0 uses none; raise the "
+            "weight, or set the margin to 0"
+        )
+    if not drops_near_shown(run):
+        return
+    if run.teacher.stage == "shown":
+        raise UserError(
+            f"{margin} needs the teacher's scores of unshown candidates, and teacher.stage=shown "
+            "leaves them out; set teacher.stage to passed or retrieved, or the margin to 0"
+        )
+    if SCORES in orders:
+        raise UserError(
+            f"{margin} compares the teacher's probabilities, and {orders[SCORES]}; set the margin "
+            "to 0, or log a teacher that was trained here"
+        )
 
 
 def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> None:
@@ -305,6 +328,8 @@ def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> Non
     for run in runs:
         stage = run.teacher.stage
         run_signals = {term.signal for term in terms_of(run)}
+        if drops_near_shown(run):
+            run_signals.add(SCORES)
         if SCORES in run_signals and stage in num_at_stage and not num_at_stage[stage].any():
             raise UserError(
                 f"teacher.stage={stage}: in the training requests of {name}, no candidate has "
@@ -335,7 +360,7 @@ def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bo
         raise UserError(
             f"the signal scores is missing: no training request of {name} holds a proper number "
             "of its teacher; look at the columns and the version that data.* names, or choose "
-            "distill.mode=none"
+            "distill.mode=none without train.unshown_margin"
         )
     missing = [
         task

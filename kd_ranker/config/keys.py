@@ -343,6 +343,9 @@ _ALL = (
             column="user_loss"),
         Key("unshown_weight", 0.0, "label weight of an unshown candidate as a negative of every "
             "task; 0: not used", label="unshown", column="unshown_weight", tuned=True, switch=True),
+        Key("unshown_margin", 0.0, "an unshown candidate is no negative of a task if the teacher's "
+            "probability is above 1 − margin times its mean over the shown; 0: all are negatives",
+            BELOW_ONE, tuned=True, switch=True),
         influences="student",
         sweep="runs",
     ),

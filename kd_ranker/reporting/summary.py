@@ -160,6 +160,8 @@ def method_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
     >>> row = {"mode": "aux", "distill_loss": "softmax + softmax:stage", "unshown_weight": 0.3}
     >>> method_in_words(row, ["distill_loss", "unshown_weight"])
     'aux, softmax on scores and stages, unshown negatives'
+    >>> method_in_words(row | {"mode": "none", "train.unshown_margin": 0.2}, [])
+    'none, softmax on scores and stages, unshown negatives not near the shown'
     """
     parts = [str(row["mode"])]
     if not pd.isna(row.get("distill_loss")):
@@ -167,7 +169,10 @@ def method_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
     if row.get("user_loss", PLAIN["user_loss"]) != PLAIN["user_loss"]:
         parts.append(f"{row['user_loss']} on labels")
     if row.get("unshown_weight", 0) > 0:
-        parts.append("unshown negatives")
+        negatives = "unshown negatives"
+        if row.get("train.unshown_margin", 0) > 0:
+            negatives += " not near the shown"
+        parts.append(negatives)
     keys = {key.title: key for key in schema.setting_keys()}
     named_above = ("distill_loss", "user_loss", "unshown_weight")
     for column in varying:

@@ -41,6 +41,7 @@ TRACED_KEYS = (
     "seed",
     "train.steps",
     "train.unshown_weight",
+    "train.unshown_margin",
     "distill.weight",
     "distill.user_weight",
     "distill.temperature",
@@ -111,8 +112,10 @@ def shared_part(config: ConfigDict) -> str:
         section_name, _, name = key.rpartition(".")
         section = shared[section_name] if section_name else shared
         del section[name]
-    # At a weight of 0 unshown negatives would only cost time: those runs are another stack.
-    return json.dumps([shared, config.train.unshown_weight > 0], sort_keys=True)
+    # At a weight of 0 unshown negatives would only cost time: those runs are another stack. So are
+    # those with a margin of 0.
+    switches = [config.train.unshown_weight > 0, drops_near_shown(config)]
+    return json.dumps([shared, *switches], sort_keys=True)
 
 
 def _student_stack(runs: Mapping[str, ConfigDict], spec: FeatureSpec) -> Stack:
@@ -122,6 +125,7 @@ def _student_stack(runs: Mapping[str, ConfigDict], spec: FeatureSpec) -> Stack:
     train_spec = _train_spec(model, MODES[config.distill.mode], config)._replace(
         user_loss=config.train.user_loss,
         unshown_are_negatives=config.train.unshown_weight > 0,
+        drops_near_shown=drops_near_shown(config),
         row_kernel=config.parallel.row_kernel,
     )
     hyperparameters = stack_runs([_student_hyperparameters(config) for config in configs])
@@ -187,6 +191,7 @@ def _student_hyperparameters(config: ConfigDict) -> Hyperparameters:
         terms=terms,
         loss_numbers=LossNumbers(distill.temperature, distill.top_k, _own_numbers(config, terms)),
         unshown_weight=config.train.unshown_weight,
+        unshown_margin=config.train.unshown_margin,
     )
 
 
@@ -212,7 +217,12 @@ def _hyperparameters(trainee: ConfigDict, **chosen: Any) -> Hyperparameters:
     optimizer = OptimizerHyperparameters(
         *(trainee.optimizer[name] for name in OptimizerHyperparameters._fields)
     )
-    defaults = {"user_weight": 1, "loss_numbers": DEFAULT_NUMBERS, "unshown_weight": 0}
+    defaults = {
+        "user_weight": 1,
+        "loss_numbers": DEFAULT_NUMBERS,
+        "unshown_weight": 0,
+        "unshown_margin": 0,
+    }
     values = {**defaults, "steps": trainee.train.steps, **chosen}
     return jax.tree.map(jnp.float32, Hyperparameters(optimizer=optimizer, **values))
 
@@ -277,14 +287,26 @@ def signals_of(stacks: Sequence[Stack]) -> set[str]:
 
 
 def learn_from_scores(stacks: Sequence[Stack]) -> bool:
-    """Return True if any of the stacks learns from the final ranker's scores."""
+    """Return True if any of the stacks learns from the final ranker's scores.
+
+    One that only drops negatives by them learns from them, too.
+    """
+    if any(stack.train_spec.drops_near_shown for stack in stacks):
+        return True
     return any(SIGNALS[name].needs_scores for name in signals_of(stacks))
 
 
-def needs_scores(config: ConfigDict) -> bool:
-    """Return True if a student's loss or the draw of its batches needs the final ranker's scores.
+def drops_near_shown(config: ConfigDict) -> bool:
+    """Return True if a student drops negatives that the teacher scores near the shown ones."""
+    return bool(config.train.unshown_weight > 0 and config.train.unshown_margin > 0)
 
-    One that starts with the parameters of another run may need them for that; see `warm_start`.
+
+def needs_scores(config: ConfigDict) -> bool:
+    """Return True if a student's losses or the draw of its batches need the final ranker's scores.
+
+    The choice of its negatives may need them, too. One that starts with the parameters of another
+    run may need them for that; see `warm_start`.
     """
     loss_needs_scores = any(SIGNALS[term.signal].needs_scores for term in terms_of(config))
-    return loss_needs_scores or SAMPLERS[config.batch.sampler].needs_scores
+    sampler_needs_scores = SAMPLERS[config.batch.sampler].needs_scores
+    return loss_needs_scores or sampler_needs_scores or drops_near_shown(config)

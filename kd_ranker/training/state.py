@@ -32,6 +32,7 @@ class TrainSpec(NamedTuple):
     # (step, counted from 1; a run's number of steps) -> factor of the peak learning rates
     schedule: Callable[[Int[Array, ""], Float[Array, ""]], Float[Array, ""]]
     unshown_are_negatives: bool = False  # whether candidates that were not shown are labeled 0
+    drops_near_shown: bool = False  # but for those that the teacher scores near the shown ones
     user_loss: str = "bce"  # one of `losses.USER_LOSSES`
     row_kernel: bool = False  # whether a TPU updates rows in a kernel, see `tpu_rows`
 
@@ -60,6 +61,7 @@ class Hyperparameters(NamedTuple):
     # To train, a whole number; after them the run's state stays as it is.
     steps: Float[Array, "runs"]
     unshown_weight: Float[Array, "runs"]  # label weight of an unshown candidate, if a negative
+    unshown_margin: Float[Array, "runs"]  # how near is near, see `TrainSpec.drops_near_shown`
 
 
 @flax.struct.dataclass

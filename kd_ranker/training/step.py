@@ -288,10 +288,13 @@ def loss_of_run(
     """
     dense, transform = trained
     logits = apply_model(train_spec.model, dense, embedded, batch, items)
+    no_negatives = None
+    if train_spec.drops_near_shown:
+        no_negatives = _is_near_shown(batch, hyperparameters.unshown_margin)
     if train_spec.unshown_are_negatives:
         batch = _with_unshown_negatives(batch, hyperparameters.unshown_weight)
 
-    user_loss, user_terms = _user_loss(train_spec, logits, transform, batch)
+    user_loss, user_terms = _user_loss(train_spec, logits, transform, batch, no_negatives)
     distill_loss, distill_terms = _distill_loss(
         train_spec, hyperparameters, logits, transform, targets
     )
@@ -315,10 +318,13 @@ def _user_loss(
     logits: Float[Array, "R N heads"],
     transform: Transform,
     batch: CandidateBatch,
+    no_negatives: Bool[Array, "R N T"] | None,
 ) -> _TotalAndTerms:
-    """Return the sum of the terms, and each by its name."""
+    """Return the sum of the terms, and each by its name; labels in `no_negatives` do not count."""
     user_logits = train_spec.mode.user_logits(logits[:, : batch.num_labeled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
+    if no_negatives is not None:
+        label_weight = jnp.where(no_negatives, 0.0, label_weight)
     terms = {}
     for name, loss in USER_LOSSES[train_spec.user_loss].items():
         sums = loss(user_logits, batch.user_label, label_weight, DEFAULT_NUMBERS)
@@ -359,6 +365,29 @@ def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> 
         user_label=jnp.where(unshown[..., None], 0.0, label),
         label_weight=jnp.where(unshown, weight, jnp.pad(batch.label_weight, ((0, 0), behind))),
     )
+
+
+def _is_near_shown(batch: CandidateBatch, margin: Float[Array, ""]) -> Bool[Array, "R N T"]:
+    """Test which unshown candidates the teacher scores near the shown ones of their request.
+
+    For a task, these are those with a probability above 1 − margin times the mean of the shown, by
+    their label weights. A candidate without a proper probability is not near, and does not count
+    in the mean. No candidate is near where that leaves no shown one.
+    """
+    candidates = batch.stage.shape[1]
+    unscored = (0, candidates - batch.num_scored)
+    known = jnp.pad(batch.teacher_weight > 0, ((0, 0), unscored, (0, 0)))
+    probability = jnp.pad(batch.teacher_probability, ((0, 0), unscored, (0, 0)))
+    probability = jnp.where(known, probability, 0.0)
+
+    unlabeled = (0, candidates - batch.num_labeled)
+    label_weight = jnp.pad(batch.label_weight, ((0, 0), unlabeled))
+    is_shown = batch.stage == Stage.SHOWN
+    weight = jnp.where(is_shown, label_weight, 0.0)[..., None] * known
+    total = jnp.sum(weight, axis=1, keepdims=True)
+    mean = jnp.sum(weight * probability, axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+    is_near = known & (total > 0) & (probability > (1 - margin) * mean)
+    return is_near & ~is_shown[..., None]
 
 
 def _share_of_mean(

@@ -101,6 +101,8 @@ def test_values_at_the_limit_are_valid(changes):
         ({"sweep.seeds": (0, 0.5)}, "sweep.seeds has 0.5; it takes whole numbers"),
         ({"sweep.seeds": (True,)}, "sweep.seeds has True"),
         ({"distill.loss": "topk", "distill.top_k": 32}, "top_k=32 takes in all batch.candidates"),
+        ({"train.unshown_margin": 1.0}, "train.unshown_margin has 1.0; it takes numbers in [0, 1)"),
+        ({"train.unshown_margin": -0.1}, "train.unshown_margin has -0.1; it takes numbers in [0,"),
         ({"tasks": ("watch", "buy", "like")}, "'buy' does not exist; choose one of: like, share"),
         ({"tasks": ("like", "like", "share")}, "must name one task or more, none of them twice"),
         ({"value_weights": (0.0, 0.0, 0.0)}, "('watch', 'like', 'share'), not all 0"),
@@ -244,9 +246,11 @@ STAGE = {"distill.loss": "bce:stage"}
 RANKS = {"signal": "rank"}
 TOPK_STAGE = {"distill.loss": "topk:stage"}
 NONE = {"distill.mode": "none"}
-ORDER = "bce needs the teacher's probabilities, and stages are an order; take one of: approx"
+ORDER = "bce needs the teacher's probabilities, and stages are an order; take one of: adr_mse"
 PASSED = {"teacher.stage": "passed"}
 HARD = {"batch.sampler": "hard"}
+MARGIN = {"train.unshown_weight": 0.1, "train.unshown_margin": 0.2}
+SHOWN = {"teacher.stage": "shown"}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +281,14 @@ HARD = {"batch.sampler": "hard"}
         # A sampler without its scores.
         (HARD, {"log": NO_TEACHER}, r"batch\.sampler=hard needs teacher .*funnel or uniform$"),
         (HARD, {}, None),
+        # A margin without negatives, without scores of them, or without probabilities.
+        (MARGIN, {}, None),
+        (NONE | MARGIN | LOGGED, {}, None),
+        (MARGIN | {"train.unshown_weight": 0.0}, {}, "=0.2 drops unshown .*unshown_weight=0 uses"),
+        (MARGIN | SHOWN, {}, "=0.2 needs .*of unshown candidates, and teacher.stage=shown leaves"),
+        (NONE | MARGIN | LOGGED, RANKS, "=0.2 compares .*probabilities, and the log .*positions"),
+        (NONE | MARGIN | LOGGED, {"log": NO_TEACHER}, "signal scores is missing"),
+        (NONE | MARGIN | PASSED, {"log": PASSED_ARE_SHOWN}, r"^teacher\.stage=passed: in the"),
         # Nothing to learn from.
         ({"distill.user_weight": 0.0, "distill.weight": 0.0}, {}, "leave a student nothing"),
         (NONE | {"distill.user_weight": 0.0, "distill.weight": 0.0}, {}, None),
@@ -284,7 +296,7 @@ HARD = {"batch.sampler": "hard"}
 )
 def test_a_student_learns_from_a_log_that_has_its_signals(changes, log, message):
     # The baseline needs nothing of it.
-    baseline = changes | NONE
+    baseline = changes | NONE | {"train.unshown_margin": 0.0}
     if message is None:
         check_with_log(baseline, changes, **log)
     else:

@@ -103,8 +103,8 @@ def another_value(key, value):
         return next(name for name in key.allowed if name != value)
     if isinstance(value, tuple):
         return (*value, 8)
-    if isinstance(value, float) and value:
-        return value / 2
+    if isinstance(value, float):
+        return value / 2 or 0.5
     if value == 32:
         return 48
     return value + 1

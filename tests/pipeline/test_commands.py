@@ -427,12 +427,13 @@ def test_a_missing_or_foreign_environment_is_not_known(world, copy_of):
 def test_a_student_warm_started_from_scores_needs_scores(world, tmp_path):
     """Else it could be the baseline without scores."""
 
-    def needs_scores(name, mode, warm_start=""):
+    def needs_scores(name, mode, warm_start="", margin=0.0):
         """Trains a run, perhaps from another one; returns whether its row says so."""
         config = world.config()
         config.update_from_flattened_dict({
             "train.steps": 2, "train.eval_every": 0, "distill.affine": False, "distill.mode": mode,
             "train.warm_start": str(tmp_path / warm_start) if warm_start else "",
+            "train.unshown_weight": 0.1 if margin else 0.0, "train.unshown_margin": margin,
         })  # fmt: skip
         api.train(config, tmp_path / name)
         (needed,) = rows_of(tmp_path / name, "test")["needs_scores"]
@@ -444,6 +445,7 @@ def test_a_student_warm_started_from_scores_needs_scores(world, tmp_path):
     shutil.rmtree(tmp_path / "distilled")
     (tmp_path / "once").rename(tmp_path / "moved")
     assert needs_scores("twice", "none", warm_start="moved")
+    assert needs_scores("far", "none", margin=0.2)
     assert not needs_scores("plain", "none")
     assert not needs_scores("plain_again", "none", warm_start="plain")
 

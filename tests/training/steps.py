@@ -106,6 +106,7 @@ def hyperparameters(temperature=1.0, top_k=2.0, **changes):
         "table_weight_decay": 0.1,
         "steps": 1000,
         "unshown_weight": 0.0,
+        "unshown_margin": 0.0,
     } | changes
     optimizer = OptimizerHyperparameters(
         *(numbers.pop(name) for name in OptimizerHyperparameters._fields)

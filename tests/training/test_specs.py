@@ -16,6 +16,7 @@ from tests.training.steps import config_of
 NONE, AUX, SHARED = ({"distill__mode": mode} for mode in ("none", "aux", "shared"))
 STAGES = AUX | {"distill__loss": "softmax:stage"}
 UNSHOWN = NONE | {"train__unshown_weight": 0.1}
+FAR_UNSHOWN = UNSHOWN | {"train__unshown_margin": 0.2}
 POOLS = NONE | {"student__history": "mean"}
 
 
@@ -44,6 +45,9 @@ def stack_of(**changes):
         ([STAGES, AUX], Stage.SHOWN, (Stage.RETRIEVED, None, True)),
         ([NONE, UNSHOWN], None, (Stage.RETRIEVED, None, False)),
         ([SHARED, UNSHOWN], Stage.PASSED, (Stage.RETRIEVED, None, True)),
+        # A margin needs the scores, whatever the mode.
+        ([FAR_UNSHOWN], None, (Stage.RETRIEVED, Stage.PASSED, False)),
+        ([UNSHOWN, FAR_UNSHOWN], Stage.PASSED, (Stage.RETRIEVED, None, True)),
         ([NONE, POOLS], None, (Stage.SHOWN, None, True)),
     ],
 )
@@ -96,17 +100,39 @@ def test_runs_that_differ_in_traced_numbers_are_one_stack(monkeypatch):
         "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
         "distill__top_k": 4, "distill__user_weight": 0.5,
         "distill__numbers": (6.0,),
-        "train__unshown_weight": 0.7, "optimizer__learning_rate": 0.1,
+        "train__unshown_weight": 0.7, "train__unshown_margin": 0.25,
+        "optimizer__learning_rate": 0.1,
         "optimizer__weight_decay": 0.3, "optimizer__table_learning_rate": 0.2,
         "optimizer__table_weight_decay": 0.4,
     }  # fmt: skip
     assert {key.replace("__", ".") for key in changes} == set(specs.TRACED_KEYS)
-    first = {"train__unshown_weight": 0.6}
+    first = {"train__unshown_weight": 0.6, "train__unshown_margin": 0.1}
     runs = {key: first | {key: value} for key, value in changes.items()}
     assert names_of_stacks(first=first, **runs) == [("first", *changes)]
     numbers = stack_of(distill__mode="aux", **changes).hyperparameters
     numbers = [float(leaf[0]) for leaf in jax.tree.leaves(numbers)]
-    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 2, 3, 4, 6, 7])
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1, 2, 3, 4, 6, 7])
+
+
+def test_a_margin_of_zero_is_another_stack():
+    runs = {
+        f"margin{margin}": UNSHOWN | {"train__unshown_margin": margin} for margin in (0.0, 0.1, 0.3)
+    }
+    without, with_margin = stacks_of(runs)
+    assert without.names == ("margin0.0",)
+    assert with_margin.names == ("margin0.1", "margin0.3")
+    assert not without.train_spec.drops_near_shown
+    assert with_margin.train_spec.drops_near_shown
+    np.testing.assert_allclose(with_margin.hyperparameters.unshown_margin, [0.1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [(NONE, False), (UNSHOWN, False), (FAR_UNSHOWN, True), (STAGES, False), (AUX, True)],
+)
+def test_a_student_that_drops_negatives_by_scores_needs_them(changes, needed):
+    assert specs.needs_scores(config_of(**changes)) == needed
+    assert specs.learn_from_scores(stacks_of({"": changes})) == needed
 
 
 def terms_of_stack(**changes):

@@ -376,6 +376,149 @@ def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
         assert_close(run_of(after, run).parameters, expected.parameters, 1e-5)
 
 
+def batch_by_stages(seed):
+    """Candidates of later stages first; the last ones have no label, fewer no score."""
+    batch = random_batch(seed, candidates=9)
+    order = np.argsort(-batch.stage, axis=1, kind="stable")
+
+    def ordered(array):
+        return np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 2)), 1)
+
+    fields = {
+        field.name: ordered(getattr(batch, field.name))
+        for field in IN_BATCH
+        if field.of not in ("request", "event")
+    }
+    fields |= {name: fields[name][:, :6] for name in ("user_label", "label_weight")}
+    scores = {name: fields[name][:, :8] for name in ("teacher_probability", "teacher_weight")}
+    # Some of the retrieved have scores too; one request has no shown candidate.
+    generator = np.random.default_rng(seed)
+    is_scored = generator.random(scores["teacher_weight"].shape) < 0.6
+    scores["teacher_weight"] = (is_scored & (fields["stage"][:, :8, None] > 0)).astype(np.float32)
+    fields["stage"][0] = np.minimum(fields["stage"][0], Stage.PASSED)
+    fields["label_weight"][0] = 0
+    return batch.replace(**fields | scores)
+
+
+def near_shown(batch, margin):
+    """Loops over requests, tasks and candidates."""
+    is_near = np.zeros((*batch.stage.shape, TASKS), bool)
+    for request, task in np.ndindex(len(batch.stage), TASKS):
+        probability = batch.teacher_probability[request, :, task].astype(np.float64)
+        has_score = batch.teacher_weight[request, :, task] > 0
+        shown = [
+            index
+            for index in range(batch.num_labeled)
+            if batch.stage[request, index] == Stage.SHOWN and has_score[index]
+        ]
+        if not shown:
+            continue
+        mean = np.average(probability[shown], weights=batch.label_weight[request, shown])
+        for index in np.flatnonzero(has_score):
+            unshown = batch.stage[request, index] in (Stage.RETRIEVED, Stage.PASSED)
+            is_near[request, index, task] = unshown and probability[index] > (1 - margin) * mean
+    return is_near
+
+
+@pytest.mark.parametrize("user_loss", USER_LOSSES)
+def test_unshown_candidates_near_the_shown_are_no_negatives(user_loss):
+    """Two runs of a stack with other margins, each against a loop over candidates."""
+    train_spec, state = make_train_spec("aux", seeds=(0, 0))
+    train_spec = train_spec._replace(
+        user_loss=user_loss, unshown_are_negatives=True, drops_near_shown=True
+    )
+    margins = (0.05, 0.6)
+    numbers = stack_runs(
+        [hyperparameters(unshown_weight=0.3, unshown_margin=margin) for margin in margins]
+    )
+    dropped = np.zeros(2)
+    for seed in range(6):
+        batch = batch_by_stages(seed)
+        _, (losses,) = run_stacks([train_spec], [state], [batch], [numbers], mapping="shard_map")
+
+        parameters = run_of(state).parameters
+        items = random_items()
+        embedded = gather_rows(train_spec.model.embedding, parameters.tables, batch, items)
+        logits = apply_model(train_spec.model, parameters.dense, embedded, batch, items)
+        logits = logits[..., :TASKS]
+        unshown = (batch.stage == Stage.RETRIEVED) | (batch.stage == Stage.PASSED)
+        padding = [(0, 0), (0, 3), (0, 0)]
+        label = np.where(unshown[..., None], 0, np.pad(batch.user_label, padding))
+        label_weight = np.pad(batch.label_weight, padding[:2])
+        label_weight = np.where(unshown, np.float32(0.3), label_weight)
+        for run, margin in enumerate(margins):
+            is_near = near_shown(batch, margin)
+            assert not is_near[0].any()
+            dropped[run] += is_near.sum()
+            weight = np.where(is_near, 0, label_weight[..., None]).astype(np.float32)
+            terms = [loss(logits, label, weight) for loss in USER_LOSSES[user_loss].values()]
+            means = [np.mean(numerator / denominator) for numerator, denominator in terms]
+            np.testing.assert_allclose(losses["user_loss"][run], sum(means), rtol=1e-5)
+    assert 0 < dropped[0] < dropped[1]
+    _, step = program_of((train_spec,), None, "shard_map", 1)
+    assert step._cache_size() == 1
+
+
+def test_negatives_dropped_by_scores_depend_on_no_device_and_no_missing_score():
+    train_spec, state = make_train_spec("none", "sgd")
+    train_spec = train_spec._replace(unshown_are_negatives=True, drops_near_shown=True)
+    numbers = hyperparameters(unshown_weight=0.3, unshown_margin=0.4)
+    batches = [batch_by_stages(seed) for seed in range(3)]
+
+    one, losses = train(train_spec, state, batches, numbers)
+
+    other, other_losses = train(train_spec, state, batches, numbers, devices=8)
+    assert_close(other_losses, losses, 1e-5)
+    assert_close(learned(other)[:2], learned(one)[:2], 1e-6)
+    # Whatever stands in place of a missing score, not a bit changes.
+    poisoned = []
+    for batch in batches:
+        is_known = batch.teacher_weight > 0
+        probability = np.where(is_known, batch.teacher_probability, np.float32(np.nan))
+        poisoned.append(batch.replace(teacher_probability=probability))
+    assert_equal(train(train_spec, state, poisoned, numbers), (one, losses))
+
+
+def test_without_a_margin_or_scores_all_unshown_are_negatives():
+    train_spec, state = make_train_spec("none", "sgd")
+    train_spec = train_spec._replace(unshown_are_negatives=True)
+    drops = train_spec._replace(drops_near_shown=True)
+    numbers = hyperparameters(unshown_weight=0.3)
+    with_margin = hyperparameters(unshown_weight=0.3, unshown_margin=0.4)
+    batch = batch_by_stages(0)
+    unscored = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
+
+    all_negative = train(train_spec, state, [batch], numbers)
+
+    # Off, the program reads no margin.
+    assert_equal(train(train_spec, state, [batch], with_margin), all_negative)
+    assert_close(train(drops, state, [unscored], with_margin), all_negative, 1e-6)
+    _, losses = train(drops, state, [batch], with_margin)
+    assert abs(losses["user_loss"] - all_negative[1]["user_loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [Stage.RETRIEVED, Stage.PASSED])
+def test_a_live_teacher_drops_what_its_scores_as_logged_would_drop(stage):
+    """Candidates before its stage have no score, so they stay negatives."""
+    train_spec, state = make_train_spec("none", "sgd")
+    train_spec = train_spec._replace(unshown_are_negatives=True, drops_near_shown=True)
+    numbers = stack_runs([hyperparameters(unshown_weight=0.3, unshown_margin=0.9)])
+    batch = random_batch(3)
+    teacher = LIVE._replace(stage=stage)
+    scored = jax.jit(functools.partial(with_live_teacher, teacher, batch, CONSTANTS))()
+    as_logged = batch.replace(
+        teacher_probability=np.asarray(scored.teacher_probability),
+        teacher_weight=np.asarray(scored.teacher_weight),
+    )
+    _, (expected,) = run_stacks([train_spec], [state], [as_logged], [numbers])
+
+    spread, step = program_of((train_spec,), teacher, "pmap", 1)
+    stepped = step(spread.place((state,)), spread.shard(batch), (numbers,), spread.place(CONSTANTS))
+
+    _, (losses,) = jax.tree.map(np.asarray, spread.unreplicate(stepped))
+    np.testing.assert_allclose(losses["user_loss"], expected["user_loss"], rtol=1e-5)
+
+
 def test_both_loss_weights_are_traced():
     train_spec, state = make_train_spec("shared")
     batch = random_batch(3)
