@@ -105,10 +105,13 @@ class TrainingJob:
 
     @functools.cached_property
     def report_at(self) -> ReportAt:
-        """The points of curves in `results.csv`, with the funnel's own k and the main target."""
+        """The points of curves in `results.csv`, with the funnel's own k and the main target.
+
+        With as many passed as are shown, the final ranker has no choice: it may as well time out.
+        """
         funnel = self.config.funnel
         return ReportAt(
-            ks=sorted({*funnel.report_at, funnel.passed}),
+            ks=sorted({*funnel.report_at, funnel.passed, funnel.shown}),
             targets=sorted({*funnel.targets, TARGET}),
         )
 

@@ -15,6 +15,7 @@ from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.study import Study, read_studies
 from kd_ranker.reporting.summary import summary
 from kd_ranker.reporting.tables import Table
+from kd_ranker.reporting.timeout import timeout_sentence, timeout_table
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.training.workdir import write_atomically
 
@@ -30,6 +31,7 @@ class Section(NamedTuple):
 
     study: Study
     answer: Answer
+    timeout: str  # what is left if the final ranker times out; "" if it is not known
     summary: str  # the table for a terminal
     figures: list[figures.Figure]
     claims: Table
@@ -78,6 +80,7 @@ def _write_study(
         name: tables.main_table(study, estimates, numbers),
         f"{name}-difference": tables.difference_table(study, estimates),
         f"{name}-cost": tables.cost_table(study, estimates),
+        f"{name}-timeout": timeout_table(study, estimates),
         f"{name}-tuning": tables.tuning_table(study),
     }
     _write_csv(output / TABLES / f"{name}.csv", numbers)
@@ -92,6 +95,7 @@ def _write_study(
     return Section(
         study=study,
         answer=answer(study, estimates),
+        timeout=timeout_sentence(study, estimates),
         summary=summary(study, estimates),
         figures=drawn,
         claims=tables.claims_table(study.dataset, tested_claims),

@@ -116,3 +116,23 @@ def test_some_candidates_come_first_in_their_order(share):
     which = np.random.default_rng(0).random((5, 40)) < share
     expected = np.argsort(~which, axis=1, kind="stable")
     np.testing.assert_array_equal(jax.jit(funnel.first_of)(which), expected)
+
+
+@pytest.mark.parametrize("shown", [1, 4, 12])
+def test_with_as_many_passed_as_shown_the_value_is_that_of_the_students_own_top(shown):
+    """So `value_captured` at m is the value at timeout: the final ranker has no choice."""
+    student, teacher, mask, known = partly_scored(1)
+    own = np.zeros(len(student))
+    best = np.zeros(len(student))
+    for request in range(len(student)):
+        candidates = np.flatnonzero(mask[request])
+        first = candidates[np.argsort(-student[request, candidates], kind="stable")][:shown]
+        own[request] = np.nansum(teacher[request, first])
+        best[request] = np.sort(teacher[request, known[request]])[::-1][:shown].sum()
+
+    curve = funnel_curves(student, teacher, mask, shown, of_shown={"value": teacher}).curves[
+        "value"
+    ]
+
+    np.testing.assert_allclose(curve[:, shown - 1], own, rtol=1e-5)
+    np.testing.assert_allclose(curve[:, -1], best, rtol=1e-5)

@@ -480,6 +480,13 @@ def test_a_sweeps_table_has_the_teacher_students_and_baselines(world, swept):
     assert teacher_steps.tolist() == [config.teacher.train.steps] * 2
 
 
+def test_columns_are_at_the_numbers_passed_and_shown_too(world):
+    config = world.config(funnel__report_at=(20,))
+    passed, shown = config.funnel.passed, config.funnel.shown
+    assert open_job(config).report_at.ks == sorted({shown, 20, passed})
+    assert shown not in (20, passed)
+
+
 def test_a_sweep_has_one_validation_row_per_run_and_head(swept):
     students = rows_of(swept, "validation")
 

@@ -31,7 +31,7 @@ def test_every_dataset_has_its_parts_in_one_page(page):
     assert text.count("window.vegaEmbed") == 1
     assert len(text) < 2_000_000
     markup = re.sub(r"(<script)[^>]*>.*?</script>", r"\1>", text, flags=re.DOTALL)
-    counts = {'class="sentence"': 2, 'class="chart"': 2 * FIGURES, 'class="sortable"': 2 * 5}
+    counts = {'class="sentence"': 2, 'class="chart"': 2 * FIGURES, 'class="sortable"': 2 * 6}
     assert {part: markup.count(part) for part in counts} == counts
     assert markup.count("<details") == 2
     loads = re.findall(r"""(?:src|href|srcset|action|data|poster|url)[=(]["']?([^"')]*)""", markup)

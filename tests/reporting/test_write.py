@@ -14,7 +14,7 @@ from kd_ranker.requests.lock import hold
 from tests.reporting import sweeps
 
 FIGURES = ["waterfall", "plane", "value_captured", "true_value_captured", "pareto"]
-TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "cost", "tuning"))]
+TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "cost", "timeout", "tuning"))]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
