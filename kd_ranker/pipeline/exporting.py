@@ -1,5 +1,6 @@
 """The folder of an export: programs in their formats, tables, a description, and an example."""
 
+import datetime
 import itertools
 import json
 import os
@@ -82,7 +83,7 @@ def write_export(
     differences = np.abs(evaluated - example["out.probability"])[np.asarray(batch.candidate_mask)]
     described = {
         **about,
-        "jax": programs.jax_releases(),
+        "jax": programs.jax_releases(datetime.datetime.now(datetime.UTC).date()),
         "difference": float(differences.max()),
         "tasks": list(trained.spec.tasks),
         "value_weights": list(trained.value_weights),

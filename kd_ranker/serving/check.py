@@ -3,14 +3,17 @@
     python check.py [onnx|jax]
 
 It needs NumPy, safetensors, and ONNX Runtime or JAX. Without an argument it uses those of the two
-that are installed. `read_tables`, `open_programs` and `rank` are a minimal server. The exit code is
-1 if a file has changed or a number differs by more than the tolerance, and 2 if the programs cannot
-be run.
+that are installed. `read_tables`, `open_programs` and `rank` are a minimal server. A warning says
+where JAX does not guarantee that this release reads the programs. The exit code is 1 if a file has
+changed or a number differs by more than the tolerance, and 2 if the programs cannot be run.
 """
 
+import datetime
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,6 +100,45 @@ def _open_jax(
     return run
 
 
+def warnings_of_jax(
+    writer: Mapping[str, Any], installed: Mapping[str, str], today: datetime.date
+) -> list[str]:
+    """Return a line for each reason why JAX does not guarantee that it reads the programs.
+
+    Args:
+      writer: the entry "jax" of `export.json`; without dates in an older export.
+      installed: the releases of "jax" and "jaxlib" here.
+      today: the date here.
+    """
+    lines = []
+    wrote = _named(writer)
+    older = [name for name in installed if _numbers(installed[name]) < _numbers(writer[name])]
+    if older:
+        lines.append(
+            f"this is {_named(installed)}, older than {wrote}, which wrote the .jax files; JAX "
+            "guarantees to read them only if this jaxlib was built at most 3 weeks before that "
+            f"one; install jax=={writer['jax']}"
+        )
+    until = writer.get("readable_until", "")
+    if until and today > datetime.date.fromisoformat(until):
+        lines.append(
+            f"the .jax files were written on {writer['exported']} by {wrote}, and JAX does not "
+            f"guarantee that a jaxlib built after {until} reads them; export the ranker again, "
+            f"or keep jax=={writer['jax']}"
+        )
+    return lines
+
+
+def _named(releases: Mapping[str, Any]) -> str:
+    return f"jax {releases['jax']} with jaxlib {releases['jaxlib']}"
+
+
+def _numbers(release: str) -> list[int]:
+    """Return the numbers of a release in their order: [0, 12, 0, 1] for "0.12.0.1"."""
+    leading, *_ = re.split(r"[^\d.]", release)
+    return [int(number) for number in leading.split(".") if number]
+
+
 def rank(programs: Programs, arrays: Arrays) -> Arrays:
     """Compute the probabilities and values of candidates, from tables and fields of requests."""
     names = ["rank"] if "rank" in programs else ["user", "score"]
@@ -166,8 +208,14 @@ def check(folder: Path, named: list[str]) -> int:
         sys.stdout.write(f"{name}: missing, or changed since it was exported, WRONG\n")
     if changed:
         return 1
-    formats = json.loads((folder / "export.json").read_text())["formats"]
+    export = json.loads((folder / "export.json").read_text())
+    formats = export["formats"]
     runtimes = choose_runtimes(formats, named)
+    if "jax" in runtimes:
+        installed = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+        today = datetime.datetime.now(datetime.UTC).date()
+        for line in warnings_of_jax(export["jax"], installed, today):
+            sys.stderr.write(f"warning: {line}\n")
     is_wrong = False
     for runtime in runtimes:
         for name, difference in largest_differences(folder, runtime).items():

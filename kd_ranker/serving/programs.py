@@ -13,7 +13,9 @@ A student with separate parts (`models.student.InParts`) becomes three programs:
 Any other ranker becomes one program, `rank`, of the whole request.
 """
 
+import calendar
 import dataclasses
+import datetime
 import functools
 import logging
 import warnings
@@ -49,8 +51,14 @@ ITEM_EMBEDDING = "item_embedding"
 PLATFORMS = ("cpu", "cuda", "tpu")
 """The platforms that a program for `jax.export` runs on."""
 
-READABLE_BY = "jaxlib of the same release, up to 6 months newer, or up to 3 weeks older"
-"""The guarantee of `jax.export` for its programs; what counts is when a jaxlib was built."""
+_READABLE_MONTHS = 6
+READABLE_BY = (
+    f"jaxlib of the same release, up to {_READABLE_MONTHS} months newer, or up to 3 weeks older"
+)
+"""The guarantee of `jax.export` for its programs; what counts is when a jaxlib was built.
+
+https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
+"""
 
 _BLOCK = 1 << 16  # items that are embedded at a time
 
@@ -395,14 +403,28 @@ def to_jax(program: Program) -> bytes:
     return bytes(exported(program.inputs).serialize())
 
 
-def jax_releases() -> dict[str, Any]:
-    """Return the releases that `to_jax` writes with, and which others can read its programs."""
+def jax_releases(exported: datetime.date) -> dict[str, Any]:
+    """Return the releases that `to_jax` writes with, and who can read its programs until when.
+
+    No package says when its jaxlib was built. It was before the export, so the six months from the
+    export on, `readable_until`, are the longest that the guarantee can last.
+    """
     return {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "calling_convention_version": jax.config.values["jax_export_calling_convention_version"],
         "readable_by": READABLE_BY,
+        "exported": exported.isoformat(),
+        "readable_until": months_later(exported, _READABLE_MONTHS).isoformat(),
     }
+
+
+def months_later(date: datetime.date, months: int) -> datetime.date:
+    """Return the same day of a later month, or the last day of a month that lacks it."""
+    years, month = divmod(date.month - 1 + months, 12)
+    year = date.year + years
+    last_day = calendar.monthrange(year, month + 1)[1]
+    return datetime.date(year, month + 1, min(date.day, last_day))
 
 
 def to_onnx(program: Program) -> bytes:

@@ -1,6 +1,7 @@
 """Exports of the small cascade's rankers, used by a process that does not know this project."""
 
 import dataclasses
+import datetime
 import io
 import json
 import re
@@ -261,6 +262,86 @@ def test_an_export_names_the_release_of_jax_that_wrote_it(exported):
     text = (exported / "README.md").read_text()
     assert f"jax {jax.__version__} with jaxlib {jaxlib.__version__}" in text
     assert programs.READABLE_BY in text
+
+
+def test_an_export_says_until_when_jax_guarantees_to_read_it(exported):
+    described = json.loads((exported / "export.json").read_text())["jax"]
+    date = datetime.date.fromisoformat(described["exported"])
+    now = datetime.datetime.now(datetime.UTC).date()
+    assert datetime.timedelta() <= now - date <= datetime.timedelta(days=1)
+    until = datetime.date.fromisoformat(described["readable_until"])
+    assert 181 <= (until - date).days <= 184
+    text = (exported / "README.md").read_text()
+    assert f"written on {date} by jax" in text
+    assert f"after\n{until} need not read them" in text
+
+
+MONTHS = [
+    ("2026-01-15", 6, "2026-07-15"),
+    ("2026-08-31", 6, "2027-02-28"),
+    ("2027-08-31", 6, "2028-02-29"),
+    ("2026-06-30", 6, "2026-12-30"),
+]
+
+
+@pytest.mark.parametrize(("date", "months", "expected"), MONTHS)
+def test_months_later_is_a_day_of_that_month(date, months, expected):
+    later = programs.months_later(datetime.date.fromisoformat(date), months)
+    assert later.isoformat() == expected
+
+
+WRITER = {
+    "jax": "0.11.2",
+    "jaxlib": "0.11.2",
+    "exported": "2026-08-31",
+    "readable_until": "2027-02-28",
+}
+AN_OLDER_JAX = (
+    "this is jax 0.11.2 with jaxlib 0.11.1, older than jax 0.11.2 with jaxlib 0.11.2, which wrote "
+    "the .jax files; JAX guarantees to read them only if this jaxlib was built at most 3 weeks "
+    "before that one; install jax==0.11.2"
+)
+DATE_HAS_PASSED = (
+    "the .jax files were written on 2026-08-31 by jax 0.11.2 with jaxlib 0.11.2, and JAX does not "
+    "guarantee that a jaxlib built after 2027-02-28 reads them; export the ranker again, or keep "
+    "jax==0.11.2"
+)
+# The releases of jax and jaxlib here, the date, and the warnings.
+READERS = [
+    ("0.11.2", "0.11.2", "2027-02-28", []),
+    ("0.12.0.1", "0.12.0.1", "2027-02-28", []),
+    ("0.11.10", "0.11.10.dev3", "2027-02-28", []),
+    ("0.11.2", "0.11.1", "2027-02-28", [AN_OLDER_JAX]),
+    ("0.11.2", "0.11.2", "2027-03-01", [DATE_HAS_PASSED]),
+    ("0.11.2", "0.11.1", "2027-03-01", [AN_OLDER_JAX, DATE_HAS_PASSED]),
+]
+
+
+@pytest.mark.parametrize(("jax_here", "jaxlib_here", "today", "expected"), READERS)
+def test_the_check_warns_where_jax_guarantees_nothing(jax_here, jaxlib_here, today, expected):
+    installed = {"jax": jax_here, "jaxlib": jaxlib_here}
+    today = datetime.date.fromisoformat(today)
+    assert check.warnings_of_jax(WRITER, installed, today) == expected
+
+
+def test_an_export_without_dates_gives_no_warning():
+    writer = {name: WRITER[name] for name in ("jax", "jaxlib")}
+    assert check.warnings_of_jax(writer, writer, datetime.date(2040, 1, 1)) == []
+
+
+def test_the_check_of_an_export_that_is_too_old_warns_and_runs(exported, tmp_path):
+    def change(content):
+        described = json.loads(content)
+        described["jax"] |= {"exported": "2020-01-31", "readable_until": "2020-07-31"}
+        return json.dumps(described).encode()
+
+    assert "warning" not in run_check(exported, "jax").stderr
+    finished = run_check(changed_copy(exported, tmp_path, "export.json", change), "jax")
+    assert finished.returncode == 0
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("warning: ")]
+    assert "written on 2020-01-31" in line
+    assert "a jaxlib built after 2020-07-31" in line
+    assert "jax value: largest difference 0.0e+00, ok" in finished.stdout
 
 
 def test_a_program_that_this_jax_cannot_read_is_one_line(exported, tmp_path):
