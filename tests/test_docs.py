@@ -134,7 +134,7 @@ def test_config_keys_exist(page):
     keys = set(re.findall(r"--config\.([a-z_]\w*(?:\.\w+)*)", text))
     # In running text they stand without the flag: `batch.requests`, `teacher.source=live`.
     for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text):
-        if key.split(".")[0] in known and not key.endswith(".py"):
+        if key.split(".")[0] in known and not key.endswith((".py", ".sh")):
             keys.add(key)
     free_prefixes = tuple(f"{name}." for name in free)
     assert not {key for key in keys - known if not key.startswith(free_prefixes)}
