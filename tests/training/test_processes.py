@@ -6,6 +6,9 @@ They are real processes on this machine. `scripts/test_processes.sh` has those t
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pandas as pd
 import pytest
@@ -191,6 +194,42 @@ def test_processes_that_get_a_signal_save_and_resume(world, tmp_path):
     output_of_first(run_together(1, 4, "experiments.train", *run_flags))
 
     assert_same_student(workdir, world)
+
+
+def script(*arguments, devices):
+    """Starts `examples/launch/processes.sh`, with a number of devices for each process."""
+    xla_flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "PORT": str(small.free_port()),
+        "XLA_FLAGS": xla_flags,
+    }
+    program = [str(small.ROOT / "examples" / "launch" / "processes.sh"), *arguments]
+    return subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@long
+def test_the_script_trains_with_two_processes_as_one_does(world, tmp_path):
+    workdir = tmp_path / "run"
+    started = script("2", "train", *flags(world, workdir), devices=2)
+    _, stderr = started.communicate(timeout=900)
+    assert started.returncode == 0, stderr
+    assert_same_student(workdir, world)
+
+
+@long
+def test_the_script_passes_a_signal_on(world, tmp_path):
+    workdir = tmp_path / "run"
+    started = script("2", "train", *flags(world, workdir, train__steps=100_000), devices=1)
+    until = time.monotonic() + 900
+    while not any(workdir.glob("checkpoints/[0-9]*")):
+        assert started.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    _, stderr = started.communicate(timeout=900)
+    assert started.returncode == 143, stderr
+    assert stderr.count("stopped by SIGTERM") == 2
 
 
 def test_processes_that_nothing_has_started_are_a_line(world, tmp_path):
