@@ -148,9 +148,25 @@ WRONG_CALLS = [
 ]
 
 
+MISSING = [
+    ("tpu.sh", ["a", "v6e-16"], "the command is missing: train, train_teacher or sweep"),
+    ("tpu.sh", ["a", "v6e-16", "sweep"], "ZONE: is the zone of the slice; export it"),
+    ("xpk.sh", ["a", "v6e-16"], "PROJECT: is the project of the cluster; export it"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "line"), MISSING)
+def test_what_a_script_for_a_cloud_lacks_is_one_line(name, arguments, line):
+    program = ["/bin/bash", str(FOLDER / name), *arguments]
+    finished = subprocess.run(program, env={"PATH": ""}, capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert finished.stderr.endswith(f"{line}\n")
+    assert finished.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("name", "arguments", "line"), WRONG_CALLS)
 def test_a_wrong_call_is_one_line(name, arguments, line):
-    program = ["bash", str(FOLDER / name), *arguments]
+    program = ["/bin/bash", str(FOLDER / name), *arguments]
     environment = {"PATH": "/usr/bin:/bin", "ZONE": "zone", "REPOSITORY": "repository"}
     finished = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert finished.returncode == 2

@@ -18,7 +18,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 machines=("${@:2}")
 if [ ! -x .venv/bin/ray ]; then
-  echo "ray.sh: there is no .venv/bin/ray in $PWD; install the extra \`ray\` with ./scripts/setup.sh and uv" >&2
+  echo "ray.sh: there is no .venv/bin/ray in $PWD; after ./scripts/setup.sh: .venv/bin/uv pip install" \
+    "--python .venv/bin/python -c constraints.txt -c constraints-cluster.txt -e '.[ray]'" >&2
   exit 2
 fi
 

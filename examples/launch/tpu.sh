@@ -12,11 +12,11 @@
 # another slice, and the run resumes from its last checkpoint.
 set -euo pipefail
 
-name=$1
-type=$2
-command=$3
+name=${1:?the name of the slice is missing}
+type=${2:?the type of the slice is missing, such as v5litepod-16}
+command=${3:?the command is missing: train, train_teacher or sweep}
 flags=("${@:4}")
-: "${ZONE:?the zone of the slice}" "${REPOSITORY:?a git repository with this project}"
+: "${ZONE:?is the zone of the slice; export it}" "${REPOSITORY:?is a git repository with this project; export it}"
 case $type in
   v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
   v6e-*) runtime=v2-alpha-tpuv6e ;;

@@ -10,9 +10,10 @@
 # the storage. xpk restarts the workload when it loses a machine, and the sweep resumes from its last checkpoint.
 set -euo pipefail
 
-workload=$1
-type=$2
-: "${PROJECT:?the project of the cluster}" "${ZONE:?its zone}" "${CLUSTER:?its name}" "${IMAGE:?an image}"
+workload=${1:?the name of the workload is missing}
+type=${2:?the type of the slice is missing, such as v5litepod-16}
+: "${PROJECT:?is the project of the cluster; export it}" "${ZONE:?is the zone of the cluster; export it}"
+: "${CLUSTER:?is the name of the cluster; export it}" "${IMAGE:?is an image with this package; export it}"
 
 xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$workload" \
   --tpu-type="$type" --num-slices=1 --docker-image="$IMAGE" --max-restarts=50 \

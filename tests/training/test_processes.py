@@ -3,6 +3,7 @@
 They are real processes on this machine. `scripts/test_processes.sh` has those that take long too.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -205,7 +206,9 @@ def script(*arguments, devices):
         "XLA_FLAGS": xla_flags,
     }
     program = [str(small.ROOT / "examples" / "launch" / "processes.sh"), *arguments]
-    return subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        program, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 @long
@@ -227,7 +230,11 @@ def test_the_script_passes_a_signal_on(world, tmp_path):
         assert time.monotonic() < until
         time.sleep(0.1)
     started.send_signal(signal.SIGTERM)
-    _, stderr = started.communicate(timeout=900)
+    try:
+        _, stderr = started.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
     assert started.returncode == 143, stderr
     assert stderr.count("stopped by SIGTERM") == 2
 
