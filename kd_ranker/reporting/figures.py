@@ -22,6 +22,7 @@ from kd_ranker.evaluation.setting_names import SETTING_COLUMNS
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import Interval, interval
 from kd_ranker.reporting.study import Study
+from kd_ranker.reporting.training_curves import GRADIENT_NORM, USER_LOSS, training_curves
 
 Chart = alt.LayerChart | alt.FacetChart
 
@@ -99,6 +100,7 @@ def figures(study: Study, estimates: Estimates) -> list[Figure]:
         _plane(study, estimates),
         *(_over_k(study, estimates, curve) for curve in _curves(study)),
         _pareto(study),
+        *_training(study),
     ]
     return [figure for figure in drawn if figure is not None]
 
@@ -470,6 +472,40 @@ def _pareto(study: Study) -> Figure | None:
         data,
         alt.layer(*_points(study, data, x, y, measures, "weight"), data=_values(data)),
     )  # fmt: skip
+
+
+def _training(study: Study) -> list[Figure]:
+    """Draw the loss and the gradient of the chosen settings over the steps, if there are any."""
+    curves = training_curves(study)
+    if curves.empty:
+        return []
+    curves["line"] = curves["method"]
+    alike = "of each method the setting that did best on validation, mean over its repeats."
+    return [
+        _over_steps(
+            study, curves, USER_LOSS, "Loss on user labels while training",
+            "The loss on the user labels of the batch of a step, in nats; " + alike,
+        ),
+        _over_steps(
+            study, curves, GRADIENT_NORM, "Norm of the gradient while training",
+            "The Euclidean norm of the gradient of the dense parameters, on a logarithmic axis; a "
+            "line that rises says that the rate is too high; " + alike,
+        ),
+    ]  # fmt: skip
+
+
+def _over_steps(
+    study: Study, curves: pd.DataFrame, measure: str, title: str, caption: str
+) -> Figure:
+    """Draw a line per method over the steps."""
+    name = measure.replace("/", "_")
+    data = curves.rename(columns={measure: name})[["method", "setting", "line", "step", name]]
+    scale = {"type": "log", "nice": False} if measure == GRADIENT_NORM else {"zero": False}
+    x = _axis(alt.X, "step", {"nice": False}, format="d")
+    y = _axis(alt.Y, title.removesuffix(" while training").lower(), scale)
+    lines = alt.Chart().mark_line(strokeWidth=1.5)
+    lines = lines.encode(color=_color(study, data, "stroke"), x=x("step"), y=y(name))
+    return Figure(name, title, caption, data, alt.layer(lines, data=_values(data)))
 
 
 def _ends(name: str) -> tuple[str, str, str]:
