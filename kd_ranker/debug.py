@@ -1,4 +1,4 @@
-"""Take a step in which a run stopped being finite once more, and look at what it computed."""
+"""Take the step in which a run stopped being finite again, and look at what it computed."""
 
 import dataclasses
 import traceback
@@ -11,12 +11,12 @@ import numpy as np
 from kd_ranker.batch import Items
 from kd_ranker.cohorts.plan import open_sweep
 from kd_ranker.errors import UserError
+from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.pipeline.trained import config_of
 from kd_ranker.pipeline.trainees import open_trainees
 from kd_ranker.training import kept_steps
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.non_finite import (
-    Quantity,
     StepInputs,
     compute_step,
     first_non_finite,
@@ -34,8 +34,9 @@ class Replay:
       inputs: what the run computed the step from: batch, rows, parameters.
       quantities: what it read and computed, in that order; NumPy arrays by name.
       first: the first of them with an entry that is not finite, and its place; "" if all are.
-      error: raised by JAX at the first operation with a result that is NaN; None if no result is.
-        It has the traceback: `pdb.post_mortem(replay.error.__traceback__)` shows the values there.
+      error: raised by JAX at the first operation with a result that is NaN, even if a mask
+        discards it; None if no result is. `pdb.post_mortem(replay.error.__traceback__)` shows the
+        values there.
     """
 
     inputs: StepInputs
@@ -61,7 +62,7 @@ def _line_of(error: FloatingPointError) -> str:
 def replay(
     workdir: str | Path, step: int | None = None, run: str = "", trust: bool = False
 ) -> Replay:
-    """Take a step that `nan/` of a workdir keeps once more, outside of jit.
+    """Take again, without jit, a step that is kept in `nan/` of a workdir.
 
     It runs on one device, operation by operation, under `jax.debug_nans`.
 
@@ -74,8 +75,9 @@ def replay(
     Raises:
       UserError: no such step or run is kept; the message names those that are.
     """
-    kept = _find(Path(workdir), step, run, trust)
-    inputs = kept_steps.read(kept.folder, kept.step, kept.run, kept.stack)
+    with fetched(place_of(str(workdir)), with_checkpoints=False) as folder:
+        kept = _find(folder, step, run, trust)
+        inputs = kept_steps.read(kept.folder, kept.step, kept.run, kept.stack)
     return take_again(kept.stack, kept.run, inputs, kept.items)
 
 
@@ -94,7 +96,8 @@ def take_again(stack: Stack, run: str, inputs: StepInputs, items: Items) -> Repl
             computed = compute_step(*arguments)
     quantities = list(quantities_of(*arguments, jax.device_get(computed)))
     found = first_non_finite(iter(quantities), stack.tasks)
-    return Replay(inputs, _by_name(quantities), found.quantity if found else "", error)
+    values = {quantity.name: np.asarray(quantity.values) for quantity in quantities}
+    return Replay(inputs, values, found.quantity if found else "", error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ def _find(workdir: Path, step: int | None, run: str, trust: bool) -> _Kept:
     config = config_of(workdir, trust=trust)
     command = workdirs.read_environment(workdir).get("command")
     trainees = open_trainees(config, {"": config} if command == "train" else None)
+    workdirs.check_dataset(workdir, trainees.dataset.provenance)
     of_folders = {workdir: trainees}
     if command == "sweep":
         sweep = open_sweep(config, workdir, trainees.dataset.provenance)
@@ -130,23 +134,11 @@ def _find(workdir: Path, step: int | None, run: str, trust: bool) -> _Kept:
         for folder, number, name in kept
         if step in (None, number) and run in ("", name)
     ]
+    if not kept:
+        raise UserError(f"{workdir} keeps no step: none of its runs stopped being finite")
     if len(asked) != 1:
         known = [f"step {number}" + (f" of {name}" if name else "") for _, number, name in kept]
-        raise UserError(
-            f"{workdir} keeps {len(asked)} such steps, and replay takes one of: "
-            f"{'; '.join(known) or 'none, as no run stopped being finite'}"
-        )
+        raise UserError(f"name one of the kept steps of {workdir}: {'; '.join(known)}")
     ((folder, number, name),) = asked
     stack = next(stack for stack in of_folders[folder].stacks if name in stack.names)
     return _Kept(folder, number, name, stack, trainees.dataset.items)
-
-
-def _by_name(quantities: list[Quantity]) -> dict[str, np.ndarray]:
-    """Return the arrays by name; a table that is read twice has a number."""
-    arrays: dict[str, np.ndarray] = {}
-    for quantity in quantities:
-        name = quantity.name
-        while name in arrays:
-            name += " again"
-        arrays[name] = np.asarray(quantity.values)
-    return arrays

@@ -35,18 +35,26 @@ def report_diverged(
     """
     diverged = diverged_runs(program, states)
     new = {name: step for name, step in diverged.items() if name not in before}
-    for name, found in kept_steps.keep(program, states, workdir, new).items():
-        step = new[name]
-        finding = (
-            f"stopped being finite at step {step}: the first value that is not is "
-            f"{found.quantity}; {found.remedy}"
-        )
-        folder = kept_steps.folder_of(workdir, step)
+    if not new:
+        return diverged
+    try:
+        findings = kept_steps.keep(program, states, workdir, new)
+        failure = ""
+    # A full disk or device must not end the runs that train on.
+    except (OSError, UserError, jax.errors.JaxRuntimeError) as error:
+        findings = {}
+        failure = str(error).partition("\n")[0]
+    for name, step in new.items():
+        text = f"stopped being finite at step {step}"
+        if name in findings:
+            text += f": {findings[name]}; that step is in nan/step_{step}, for kd.debug.replay"
+        else:
+            text += f"; that step could not be kept: {failure}"
         if not name:
-            raise UserError(f"the loss {finding}; that step is in {folder}, for kd.debug.replay")
+            raise UserError(f"the loss {text}")
         # The warning must not land in the middle of the bar.
         with tqdm.external_write_mode():
-            logging.warning("%s %s; that step is in %s. The others continue", name, finding, folder)
+            logging.warning("%s %s. The others continue", name, text)
     return diverged
 
 
@@ -57,7 +65,7 @@ def mark_diverged(program: Program, states: States) -> States:
     """
 
     def marked(state: TrainState, hyperparameters: Hyperparameters) -> Int[Array, "runs"]:
-        leaves = jax.tree.leaves(state.parameters)
+        leaves = jax.tree.leaves((state.parameters, state.transform))
         is_finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
         is_new = (state.non_finite_step == 0) & ~jnp.stack(is_finite).all(axis=0)
         return jnp.where(is_new, steps_of_runs(state, hyperparameters), state.non_finite_step)

@@ -4,10 +4,13 @@ batch.npz       the batch of all devices, by the fields of `CandidateBatch`, wit
                 a live teacher
 run_<i>.npz     of each run, before the step: dense parameters, transform, state of the
                 optimizer, and the rows that the batch looks up
-findings.json   by run: its file, and what was first not finite
+findings.json   by run: its file, what was first not finite, and the remedy
+
+A run whose parameters stopped being finite by the update itself has those from after the step.
 """
 
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Mapping
@@ -37,7 +40,6 @@ from kd_ranker.training.workdir import read_json, write_atomically
 FOLDER = "nan"
 _BATCH = "batch.npz"
 _FINDINGS = "findings.json"
-_LOWER = "try a smaller learning rate or weight"
 
 
 def folder_of(workdir: Path, step: int) -> Path:
@@ -59,22 +61,37 @@ def keep(
     on_host = jax.tree.map(np.asarray, states_on_host(program, states))
     constants = program.devices.unreplicate(program.constants)
     constants = constants.replace(items=constants.items.replace(row_sharding=WHOLE))
-    findings = {}
+    # One program for all runs of a stack.
+    compute = [
+        jax.jit(functools.partial(compute_step, stack.train_spec)) for stack in program.stacks
+    ]
+    findings: dict[str, Finding] = {}
     for step in sorted(set(diverged.values())):
         batch = with_live_teacher(program.teacher, _batch_of_step(program, step), constants)
         batch = jax.device_get(batch)
         folder = folder_of(workdir, step)
         write_atomically(folder / _BATCH, _npz(vars(batch)))
-        about = {}
-        for number, run in enumerate(name for name in diverged if diverged[name] == step):
-            stack, state, index = _find(program, on_host, run)
+        # A run that resumes meets those that diverged before.
+        kept = findings_in(workdir, step) if (folder / _FINDINGS).exists() else {}
+        for run in (name for name in diverged if diverged[name] == step and name not in kept):
+            number, index = _find(program, run)
+            stack, state = program.stacks[number], on_host[number]
             hyperparameters = select_run(stack.hyperparameters, index)
             inputs = _inputs(stack, hyperparameters, state, index, batch, constants.items, step)
-            findings[run] = _finding(stack, hyperparameters, inputs, state, index, constants.items)
-            file = f"run_{number}.npz"
+            computed = jax.device_get(compute[number](hyperparameters, inputs, constants.items))
+            quantities = quantities_of(
+                stack.train_spec, hyperparameters, inputs, constants.items, computed
+            )
+            found = first_non_finite(quantities, stack.tasks) or _bad_row(state, index)
+            file = f"run_{len(kept)}.npz"
             write_atomically(folder / file, _npz(_arrays(inputs)))
-            about[run] = {"file": file, "first": findings[run].quantity}
-        write_atomically(folder / _FINDINGS, json.dumps(about, indent=2))
+            kept[run] = {"file": file, "first": found.quantity, "remedy": found.remedy}
+            write_atomically(folder / _FINDINGS, json.dumps(kept, indent=2))
+        findings |= {
+            run: Finding(about["first"], about["remedy"])
+            for run, about in kept.items()
+            if diverged.get(run) == step
+        }
     return findings
 
 
@@ -88,11 +105,11 @@ def _batch_of_step(program: Program, step: int) -> CandidateBatch:
     return unpack(dataclasses.replace(packed, rows=rows), 0)
 
 
-def _find(program: Program, states: States, run: str) -> tuple[Stack, TrainState, int]:
-    """Return the stack and the state of a run, and its index in them."""
-    for stack, state in zip(program.stacks, states, strict=True):
+def _find(program: Program, run: str) -> tuple[int, int]:
+    """Return the number of the stack of a run, and the run's index in it."""
+    for number, stack in enumerate(program.stacks):
         if run in stack.names:
-            return stack, state, stack.names.index(run)
+            return number, stack.names.index(run)
     raise KeyError(run)
 
 
@@ -116,31 +133,13 @@ def _inputs(
     return StepInputs(batch, rows, dense, transform, optimizer_state, step)
 
 
-def _finding(
-    stack: Stack,
-    hyperparameters: Hyperparameters,
-    inputs: StepInputs,
-    state: TrainState,
-    index: int,
-    items: Items,
-) -> Finding:
-    """Name the first quantity of a step that is not finite."""
-
-    @jax.jit
-    def compute(inputs: StepInputs) -> Any:
-        return compute_step(stack.train_spec, hyperparameters, inputs, items)
-
-    quantities = quantities_of(
-        stack.train_spec, hyperparameters, inputs, items, jax.device_get(compute(inputs))
-    )
-    if found := first_non_finite(quantities, stack.tasks):
-        return found
-    # The loss was finite. The update made a row that no later step has looked up yet.
+def _bad_row(state: TrainState, index: int) -> Finding:
+    """Name a row that an update left not finite, and that no later step has looked up."""
     for name, table in state.parameters.tables.items():
         rows = np.flatnonzero(~np.isfinite(table[index]).all(axis=1))
         if len(rows):
-            return Finding(f"the update of the table {name} at row {rows[0]}", _LOWER)
-    return Finding("nothing when the step was taken again", _LOWER)
+            return Finding(f"row {rows[0]} of the table {name} after the update")
+    return Finding("")
 
 
 def _arrays(inputs: StepInputs) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What one run computes in a step, in order, and what of it is first not finite.
+"""The quantities that a run computes in a step, in order, and the first that is not finite.
 
     features, labels, teacher → rows, parameters → logits → terms → loss → gradients → update
 
@@ -22,7 +22,7 @@ from kd_ranker.embedding.lookup import Rows
 from kd_ranker.models.model import apply_model
 from kd_ranker.training.mapping import AXIS
 from kd_ranker.training.state import Hyperparameters, TrainSpec
-from kd_ranker.training.step import Dense, loss_of_run, update_dense, with_targets
+from kd_ranker.training.step import Dense, loss_of_run, norm_of, update_dense, with_targets
 
 _MEND_DATA = "mend it where it comes from"
 _MEND_TEACHER = "mend the teacher, or the scores that it logged"
@@ -53,21 +53,26 @@ class Computed(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """A named array of a step, the names of its axes, and where its entries mean something."""
+    """A named array of a step, and the names of its axes."""
 
     name: str
     values: Any
     axes: tuple[str, ...] = ()
-    counts: Any = True  # of a shape that broadcasts to that of the values
+    counts: Any = True  # where entries mean something; it broadcasts to the values
     remedy: str = _SMALLER_STEPS
-    ids: Any = None  # of the rows of a table: those that looked them up
+    ids: Any = None  # of rows of a table: the ids that looked them up
 
 
 class Finding(NamedTuple):
     """The first quantity of a step that is not finite, and what to do about it."""
 
-    quantity: str
-    remedy: str
+    quantity: str  # "" if all were finite when the step was taken again
+    remedy: str = _SMALLER_STEPS
+
+    def __str__(self) -> str:
+        if not self.quantity:
+            return f"taken again, all was finite; {self.remedy}"
+        return f"the first value that is not is {self.quantity}; {self.remedy}"
 
 
 def compute_step(
@@ -122,8 +127,10 @@ def quantities_of(
             yield Quantity(f"the {name} logits", logits, axes, batch.candidate_mask[..., None])
     yield from _of_losses(computed.losses)
     yield from _of_dense("the gradient of ", computed.gradients)
+    # The squares of large numbers may be infinite.
+    yield Quantity("the norm of the gradient", norm_of(computed.gradients))
     yield from _of_rows("the gradient of ", train_spec, computed.row_gradients, batch, items)
-    yield from _of_dense("the update of ", computed.updated)
+    yield from _of_dense("", computed.updated, " after the update")
 
 
 def _of_batch(batch: CandidateBatch, items: Items) -> Iterator[Quantity]:
@@ -160,14 +167,16 @@ def _of_rows(
         ids = lookup.ids(batch, items)
         counts = lookup.mask(batch, items)[..., None]
         text = f"{prefix}the row of the table {lookup.table}"
+        if name != lookup.table:
+            text += f" for {name}"
         yield Quantity(text, rows[name], (*axes[: ids.ndim], "column"), counts, ids=ids)
 
 
-def _of_dense(prefix: str, dense: Dense) -> Iterator[Quantity]:
-    """Return the dense parameters and the transform, or their gradients or updates."""
+def _of_dense(prefix: str, dense: Dense, suffix: str = "") -> Iterator[Quantity]:
+    """Return the dense parameters and the transform, or their gradients."""
     for name, tree in zip(("the dense parameter ", "the transform's "), dense, strict=True):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            yield Quantity(f"{prefix}{name}{_name_of(path)}", leaf)
+            yield Quantity(f"{prefix}{name}{_name_of(path)}{suffix}", leaf)
 
 
 def _name_of(path: jax.tree_util.KeyPath) -> str:

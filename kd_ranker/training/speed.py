@@ -25,7 +25,7 @@ from kd_ranker.batches.cutting import PackedBatches
 _ACTIVITIES = ("data", "evaluation", "checkpoint")
 # A matrix product that takes as long shows what a device can do.
 _SECONDS_OF_PRODUCT = 0.01
-_LARGEST_PRODUCT = 8192
+_LARGEST_PRODUCT = 4096  # 128 MB on the device
 
 
 class SpeedMeter:
@@ -73,10 +73,13 @@ class SpeedMeter:
             "time/step": 1 - sum(shares.values()),
             **{f"time/{name}": share for name, share in shares.items()},
         }
+        # Before `matrix_rate`, which needs memory of its own.
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if memory:
+            scalars["device/memory"] = float(memory)
         if flops:
             scalars["device/flops"] = steps * flops / matrix_rate()
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return scalars | ({"device/memory": float(memory)} if memory else {})
+        return scalars
 
 
 def sizes_of(batches: PackedBatches) -> tuple[int, int]:

@@ -71,8 +71,9 @@ class TrainState:
     A checkpoint holds them and the loader's position. Every array has a leading axis of runs,
     except `step`, `unknown_ids` and `owners`, which runs share.
 
-    A run diverged if its loss or gradient stopped being finite: it keeps the state from before that
-    step. It also diverged if its parameters stopped being finite by the update: those are kept.
+    A run diverged if its loss or dense gradient stopped being finite: it keeps the state from
+    before that step. It also diverged if its parameters stopped being finite by the update: those
+    are kept.
     """
 
     step: Int[Array, ""]  # steps taken by the stack; a run that finished earlier kept its state

@@ -173,7 +173,7 @@ def _train_stack(
 ) -> tuple[TrainState, StepMetrics]:
     """Take one step of all runs of a stack.
 
-    A run with a loss or a gradient that is not finite keeps its state.
+    A run keeps its state if its loss, or the gradient of its dense parameters, is not finite.
     """
     embedding = train_spec.model.embedding
     tables = state.parameters.tables
@@ -194,7 +194,7 @@ def _train_stack(
         )
         gradients, losses = jax.lax.psum((gradients, losses), AXIS)
 
-        is_finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(_norm(gradients))
+        is_finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm_of(gradients))
         takes_part = (non_finite_step == 0) & (step <= hyperparameters.steps)
         may_change = takes_part & is_finite
         factor = train_spec.schedule(step, hyperparameters.steps)
@@ -370,8 +370,8 @@ def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> 
 def _is_near_shown(batch: CandidateBatch, margin: Float[Array, ""]) -> Bool[Array, "R N T"]:
     """Test which unshown candidates the teacher scores near the shown ones of their request.
 
-    For a task, these are those with a probability above 1 − margin times the mean of the shown, by
-    their label weights. A candidate without a proper probability is not near, and does not count
+    For a task, their probability is above (1 − margin) times the mean of the shown, by label
+    weights. A candidate without a proper probability is not near, and does not count
     in the mean. No candidate is near where that leaves no shown one.
     """
     candidates = batch.stage.shape[1]
@@ -493,9 +493,9 @@ def _measure(
     moves = jax.tree.map(jnp.subtract, changes.after, changes.before)
     metrics: StepMetrics = {}
     for name, (dense, transform) in (("gradient_norm", changes.gradients), ("update_norm", moves)):
-        metrics[f"{name}/dense"] = jax.vmap(_norm)(dense)
+        metrics[f"{name}/dense"] = jax.vmap(norm_of)(dense)
         if transform:
-            metrics[f"{name}/transform"] = jax.vmap(_norm)(transform)
+            metrics[f"{name}/transform"] = jax.vmap(norm_of)(transform)
     rows_after = gather_rows_of_runs(embedding, changes.tables, batch, items)
     row_moves = jax.tree.map(jnp.subtract, rows_after, changes.rows_before)
     no_runs = jnp.zeros(changes.may_change.shape)
@@ -551,7 +551,7 @@ def _touched_rows(
     )
 
 
-def _norm(tree: Any) -> Float[Array, ""]:
+def norm_of(tree: Any) -> Float[Array, ""]:
     """Return the Euclidean norm of all numbers of a tree with at least one leaf."""
     # One sum over all is faster than a small one for each of many leaves.
     numbers = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])

@@ -247,3 +247,38 @@ def test_a_value_is_named_kept_and_found_again(devices, plant, monkeypatch, tmp_
 
     assert again.first.startswith(plant.expected)
     assert again.error is not None or plant.overflows
+
+
+def test_without_a_new_run_that_diverged_no_state_is_copied(monkeypatch, tmp_path):
+    program, first = program_of(1, ())
+    states = program.devices.place(first)
+    monkeypatch.delattr(kept_steps, "states_on_host")
+
+    assert report_diverged(program, states, tmp_path, before=()) == {}
+
+
+def test_a_step_that_cannot_be_kept_ends_no_run(monkeypatch, tmp_path, caplog):
+    program, first = program_of(1, ())
+    program, batch, _, _, after = step_with(PLANTS["kernel"], program, first)
+    monkeypatch.setattr(kept_steps, "_batch_of_step", lambda program, step: batch)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(kept_steps, "write_atomically", fail)
+
+    assert report_diverged(program, after, tmp_path, before=()) == {"bad": STEP}
+    assert "step 3; that step could not be kept: no space left. The others continue" in caplog.text
+
+
+def test_a_run_that_resumes_keeps_what_was_found_before(monkeypatch, tmp_path, caplog):
+    program, first = program_of(1, ())
+    program, batch, _, _, after = step_with(PLANTS["kernel"], program, first)
+    monkeypatch.setattr(kept_steps, "_batch_of_step", lambda program, step: batch)
+    report_diverged(program, after, tmp_path, before=())
+    found = caplog.text.splitlines()[-1]
+    monkeypatch.delattr(kept_steps, "first_non_finite")
+
+    report_diverged(program, after, tmp_path, before=())
+
+    assert caplog.text.splitlines()[-1] == found
