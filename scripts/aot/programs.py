@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from kd_ranker.batch import abstract_items
+from kd_ranker.batches.cutting import Span
 from kd_ranker.config import checks
 from kd_ranker.config.runs import Runs, sweep_runs
 from kd_ranker.distillation.modes import MODES
@@ -174,10 +175,10 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     job = _job_of_shapes(name, config, sample, devices)
     program = training.prepare_program(job, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     packed, _ = program.batches.take(1)
-    zero = jnp.int32(0)
+    span = Span(jnp.int32(0), jnp.int32(0))
     take: Any = program.take  # as JAX has made it, which can be lowered
     states = program.devices.place(abstract_states(program.filled))
-    batches, same = jax.eval_shape(lambda: (packed, ((zero, zero), program.hyperparameters)))
+    batches, same = jax.eval_shape(lambda: (packed, (span, program.hyperparameters)))
     lowered = take.lower(states, program.devices.shard(batches), same, program.constants)
     tables, entries = _tables_and_sizes((states, program.constants))
     finding = Finding(name, topology, len(devices), tables)
