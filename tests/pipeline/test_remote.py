@@ -24,7 +24,7 @@ from tests.small import SWEEP
 
 TABLES = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
 URL = "memory://bucket/run"
-OWN = re.compile(r"tfevents|/d/")
+OWN = re.compile(r"tfevents|/d/|profile/")
 FAR = b"process 7 on far since noon (id)"
 
 
@@ -105,11 +105,12 @@ def test_the_main_job_gives_the_same_bytes_at_a_url(world):
     for trained, folder in ((made.teacher, world.teacher), (made.students, world.sweep())):
         at_url = contents(trained.workdir)
         in_folder = contents(folder)
-        # Event files, and the data of checkpoints, have names of their own each time.
+        # Event files, traces and the data of checkpoints have names of their own each time.
         names_at_url = {name for name in at_url if not OWN.search(name)}
         assert names_at_url == {name for name in in_folder if not OWN.search(name)}
         for name in at_url:
-            if name.endswith((".csv", ".jsonl", ".npy", ".parquet", "cohorts.json")):
+            # `speed.jsonl` is of the machine.
+            if name.endswith((".csv", "metrics.jsonl", ".npy", ".parquet", "cohorts.json")):
                 assert at_url[name] == in_folder[name], name
     assert made.teacher.workdir == "memory://bucket/main/teacher"
     assert made.page == "memory://bucket/main/report/report.html"
