@@ -26,6 +26,7 @@ from kd_ranker.embedding.lookup import Rows, row_numbers
 from kd_ranker.errors import UserError
 from kd_ranker.training.non_finite import (
     Finding,
+    Learned,
     StepInputs,
     compute_step,
     first_non_finite,
@@ -33,7 +34,7 @@ from kd_ranker.training.non_finite import (
 )
 from kd_ranker.training.program import Program, states_on_host
 from kd_ranker.training.specs import Stack
-from kd_ranker.training.state import Hyperparameters, States, TrainState, select_run
+from kd_ranker.training.state import States, TrainState, select_run
 from kd_ranker.training.step import with_live_teacher, with_targets
 from kd_ranker.training.workdir import read_json, write_atomically
 
@@ -60,7 +61,8 @@ def keep(
     """
     on_host = jax.tree.map(np.asarray, states_on_host(program, states))
     constants = program.devices.unreplicate(program.constants)
-    constants = constants.replace(items=constants.items.replace(row_sharding=WHOLE))
+    items = constants.items.replace(row_sharding=WHOLE)
+    constants = constants.replace(items=items)
     # One program for all runs of a stack.
     compute = [
         jax.jit(functools.partial(compute_step, stack.train_spec)) for stack in program.stacks
@@ -73,25 +75,24 @@ def keep(
         write_atomically(folder / _BATCH, _npz(vars(batch)))
         # A run that resumes meets those that diverged before.
         kept = findings_in(workdir, step) if (folder / _FINDINGS).exists() else {}
-        for run in (name for name in diverged if diverged[name] == step and name not in kept):
-            number, index = _find(program, run)
-            stack, state = program.stacks[number], on_host[number]
-            hyperparameters = select_run(stack.hyperparameters, index)
-            inputs = _inputs(stack, hyperparameters, state, index, batch, constants.items, step)
-            computed = jax.device_get(compute[number](hyperparameters, inputs, constants.items))
-            quantities = quantities_of(
-                stack.train_spec, hyperparameters, inputs, constants.items, computed
-            )
-            found = first_non_finite(quantities, stack.tasks) or _bad_row(state, index)
-            file = f"run_{len(kept)}.npz"
-            write_atomically(folder / file, _npz(_arrays(inputs)))
-            kept[run] = {"file": file, "first": found.quantity, "remedy": found.remedy}
-            write_atomically(folder / _FINDINGS, json.dumps(kept, indent=2))
-        findings |= {
-            run: Finding(about["first"], about["remedy"])
-            for run, about in kept.items()
-            if diverged.get(run) == step
-        }
+        for run in [name for name in diverged if diverged[name] == step]:
+            if run not in kept:
+                number, index = _find(program, run)
+                stack = program.stacks[number]
+                state = on_host[number]
+                hyperparameters = select_run(stack.hyperparameters, index)
+                learned = _learned(stack, state, index, batch, items)
+                inputs = StepInputs(step, batch, learned)
+                computed = jax.device_get(compute[number](hyperparameters, inputs, items))
+                quantities = quantities_of(
+                    stack.train_spec, hyperparameters, inputs, items, computed
+                )
+                found = first_non_finite(quantities, stack.tasks) or _bad_row(state, index)
+                file = f"run_{len(kept)}.npz"
+                write_atomically(folder / file, _npz(_by_name(learned)))
+                kept[run] = {"file": file, "first": found.quantity, "remedy": found.remedy}
+                write_atomically(folder / _FINDINGS, json.dumps(kept, indent=2))
+            findings[run] = Finding(kept[run]["first"], kept[run]["remedy"])
     return findings
 
 
@@ -113,24 +114,22 @@ def _find(program: Program, run: str) -> tuple[int, int]:
     raise KeyError(run)
 
 
-def _inputs(
-    stack: Stack,
-    hyperparameters: Hyperparameters,
-    state: TrainState,
-    index: int,
-    batch: CandidateBatch,
-    items: Items,
-    step: int,
-) -> StepInputs:
-    learned = (state.parameters.dense, state.transform, state.optimizer_state)
-    dense, transform, optimizer_state = select_run(learned, index)
-    seen, _ = with_targets(stack.train_spec, hyperparameters.terms, batch)
+def _learned(
+    stack: Stack, state: TrainState, index: int, batch: CandidateBatch, items: Items
+) -> Learned:
+    """Return what a run of a stack has learned, as far as a step on the batch reads it."""
+    seen, _ = with_targets(stack.train_spec, stack.hyperparameters.terms, batch)
     embedding = stack.train_spec.model.embedding
     rows: Rows = {}
     for name, lookup in embedding.lookups.items():
         numbers = np.asarray(row_numbers(embedding, lookup, seen, items))
         rows[name] = state.parameters.tables[lookup.table][index][numbers, : embedding.width]
-    return StepInputs(batch, rows, dense, transform, optimizer_state, step)
+    return Learned(
+        dense=select_run(state.parameters.dense, index),
+        transform=select_run(state.transform, index),
+        optimizer_state=select_run(state.optimizer_state, index),
+        rows=rows,
+    )
 
 
 def _bad_row(state: TrainState, index: int) -> Finding:
@@ -142,24 +141,9 @@ def _bad_row(state: TrainState, index: int) -> Finding:
     return Finding("")
 
 
-def _arrays(inputs: StepInputs) -> dict[str, Any]:
-    """Return the arrays of a run by their names in its file."""
-    leaves = jax.tree_util.tree_leaves_with_path(_of_run(inputs.rows, *_learned(inputs)))
-    return {_name_of(path): leaf for path, leaf in leaves}
-
-
-def _of_run(rows: Any, dense: Any, transform: Any, optimizer_state: Any) -> dict[str, Any]:
-    """Return what the file of a run holds, as a tree."""
-    return {
-        "rows": rows,
-        "dense": dense,
-        "transform": transform,
-        "optimizer_state": optimizer_state,
-    }
-
-
-def _learned(inputs: StepInputs) -> tuple[Any, Any, Any]:
-    return inputs.dense, inputs.transform, inputs.optimizer_state
+def _by_name(learned: Learned) -> dict[str, Any]:
+    """Return the arrays by their names in the file of a run."""
+    return {_name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(learned)}
 
 
 def _name_of(path: jax.tree_util.KeyPath) -> str:
@@ -198,19 +182,20 @@ def read(workdir: Path, step: int, run: str, stack: Stack) -> StepInputs:
     folder = folder_of(workdir, step)
     file = findings_in(workdir, step)[run]["file"]
     state = jax.eval_shape(stack.init)
-    lookups = stack.train_spec.model.embedding.lookups
-    abstract = _of_run(
-        rows=dict.fromkeys(lookups, 0),
+    # Only the structure counts.
+    rows: Any = dict.fromkeys(stack.train_spec.model.embedding.lookups, 0)
+    learned = Learned(
         dense=state.parameters.dense,
         transform=state.transform,
         optimizer_state=state.optimizer_state,
+        rows=rows,
     )
-    paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    paths, tree = jax.tree_util.tree_flatten_with_path(learned)
     try:
         with np.load(folder / _BATCH) as arrays:
             batch = CandidateBatch(**arrays)
         with np.load(folder / file) as arrays:
-            of_run = jax.tree.unflatten(tree, [arrays[_name_of(path)] for path, _ in paths])
+            learned = jax.tree.unflatten(tree, [arrays[_name_of(path)] for path, _ in paths])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is damaged: {error}; train the run again") from error
-    return StepInputs(batch=batch, step=step, **of_run)
+    return StepInputs(step, batch, learned)

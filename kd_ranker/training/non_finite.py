@@ -22,7 +22,7 @@ from kd_ranker.embedding.lookup import Rows
 from kd_ranker.models.model import apply_model
 from kd_ranker.training.mapping import AXIS
 from kd_ranker.training.state import Hyperparameters, TrainSpec
-from kd_ranker.training.step import Dense, loss_of_run, norm_of, update_dense, with_targets
+from kd_ranker.training.step import Dense, gradients_of_run, norm_of, update_dense, with_targets
 
 _MEND_DATA = "mend it where it comes from"
 _MEND_TEACHER = "mend the teacher, or the scores that it logged"
@@ -30,15 +30,22 @@ _SMALLER_STEPS = "try a smaller learning rate or weight"
 
 
 @flax.struct.dataclass
-class StepInputs:
-    """What one run computes a step from, on the host; it has no axis of runs."""
+class Learned:
+    """What a run has learned before a step, as far as the step reads it."""
 
-    batch: CandidateBatch  # of all devices, with the scores of a live teacher
-    rows: Rows  # the embeddings that the batch of `with_targets` looks up, before the step
     dense: Any
     transform: Transform
     optimizer_state: optax.OptState  # of the dense parameters and the transform
+    rows: Rows  # the embeddings that the batch of `with_targets` looks up
+
+
+@flax.struct.dataclass
+class StepInputs:
+    """What one run computes a step from."""
+
     step: int  # counted from 1
+    batch: CandidateBatch  # of all devices, with the scores of a live teacher
+    learned: Learned
 
 
 class Computed(NamedTuple):
@@ -79,24 +86,27 @@ def compute_step(
     train_spec: TrainSpec, hyperparameters: Hyperparameters, inputs: StepInputs, items: Items
 ) -> Computed:
     """Compute a step of one run as `step.make_step` does, on one device."""
+    learned = inputs.learned
+    mode = train_spec.mode
 
     def on_axis(_: Any) -> Computed:
         batch, targets = with_targets(train_spec, hyperparameters.terms, inputs.batch)
-        dense = (inputs.dense, inputs.transform)
-        logits = apply_model(train_spec.model, inputs.dense, inputs.rows, batch, items)
-        mode = train_spec.mode
-        (gradients, row_gradients), losses = jax.grad(loss_of_run, argnums=(0, 1), has_aux=True)(
-            dense, inputs.rows, train_spec, hyperparameters, batch, targets, items
+        logits = apply_model(train_spec.model, learned.dense, learned.rows, batch, items)
+        user_logits = mode.user_logits(logits, learned.transform)
+        teacher_logits = None
+        if mode.teacher_logits:
+            teacher_logits = mode.teacher_logits(logits, learned.transform)
+        dense = (learned.dense, learned.transform)
+        gradients, row_gradients, losses = gradients_of_run(
+            train_spec, hyperparameters, dense, learned.rows, batch, targets, items
         )
         factor = train_spec.schedule(jnp.asarray(inputs.step), hyperparameters.steps)
         updated, _ = update_dense(
-            train_spec, hyperparameters, factor, dense, gradients, inputs.optimizer_state
+            train_spec, hyperparameters, factor, dense, gradients, learned.optimizer_state
         )
         return Computed(
-            user_logits=mode.user_logits(logits, inputs.transform),
-            teacher_logits=(
-                mode.teacher_logits(logits, inputs.transform) if mode.teacher_logits else None
-            ),
+            user_logits=user_logits,
+            teacher_logits=teacher_logits,
             losses=losses,
             gradients=gradients,
             row_gradients=row_gradients,
@@ -118,8 +128,9 @@ def quantities_of(
     """Return the quantities of a step in the order in which they depend on each other."""
     yield from _of_batch(inputs.batch, items)
     batch, _ = with_targets(train_spec, hyperparameters.terms, inputs.batch)
-    yield from _of_rows("", train_spec, inputs.rows, batch, items)
-    yield from _of_dense("", (inputs.dense, inputs.transform))
+    learned = inputs.learned
+    yield from _of_rows("", train_spec, learned.rows, batch, items)
+    yield from _of_dense("", (learned.dense, learned.transform))
 
     axes = ("request", "candidate", "task")
     for name, logits in (("user", computed.user_logits), ("teacher", computed.teacher_logits)):

@@ -12,7 +12,7 @@ import jax
 from kd_ranker.training.processes import is_first
 
 FOLDER = "profile"
-# Of a run without `train.profile`: after the first calls, which compile. It takes .1 to .3 s.
+# The window of a run without `train.profile`: after the calls that compile.
 _DEFAULT = (10, 4)
 
 
@@ -36,13 +36,13 @@ class Profiler:
 
     @contextlib.contextmanager
     def call(self, step: int) -> Iterator[bool]:
-        """Mark the call after `step`; give whether it is traced, and has to end within."""
+        """Mark the call after `step`; yield whether it is traced: then it must end in the block."""
         following = step + 1
         if following not in self._window or not is_first():
             yield False
             return
         if not self._traces:
-            # JAX has one trace at a time: a caller that makes one of all wants no other.
+            # The caller may be tracing the whole run; JAX makes one trace at a time.
             with contextlib.suppress(RuntimeError):
                 jax.profiler.start_trace(self._folder, profiler_options=_options())
                 self._traces = True

@@ -11,10 +11,11 @@ A step says of each run:
     distill_term/<term>        those of the distillation loss, without their weights, if several
     gradient_norm/<part>       Euclidean norm of the gradient of the dense parameters (`dense`), the
                                mode's `transform`, or the embedding rows (`tables`)
-    update_norm/<part>         that of their change by the update; 0 if the run keeps its state
-    rows_touched/<table>       the share of a table's rows that change
+    update_norm/<part>         that of their change by the update
+    rows_touched/<table>       the share of a table's rows that have a gradient
 
-Norms and shares cost time, so only the last step of a call of many computes them.
+Norms and shares cost time, so only the last step of a call of many computes them. For a run that
+keeps its state, those of the update and of the embedding rows are 0.
 
 A cohort is a sequence of stacks. A stack is one or more runs that differ only in hyperparameters
 (`state`). One step reads one batch, scores it once with the live teacher, and updates every run of
@@ -189,11 +190,9 @@ def _train_stack(
         non_finite_step: Int[Array, ""],
         hyperparameters: Hyperparameters,
     ) -> _Trained:
-        (gradients, row_gradients), losses = jax.grad(loss_of_run, argnums=(0, 1), has_aux=True)(
-            dense, rows, train_spec, hyperparameters, batch, targets, items
+        gradients, row_gradients, losses = gradients_of_run(
+            train_spec, hyperparameters, dense, rows, batch, targets, items
         )
-        gradients, losses = jax.lax.psum((gradients, losses), AXIS)
-
         is_finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm_of(gradients))
         takes_part = (non_finite_step == 0) & (step <= hyperparameters.steps)
         may_change = takes_part & is_finite
@@ -268,12 +267,32 @@ def with_targets(
     targets = [SIGNALS[term.signal].read(batch) for term in terms]
     if train_spec.unshown_are_negatives:
         return batch, targets
-    return batch.first(
-        max([batch.num_labeled, *(weight.shape[1] for _, weight in targets)])
-    ), targets
+    num_used = max([batch.num_labeled, *(weight.shape[1] for _, weight in targets)])
+    return batch.first(num_used), targets
 
 
-def loss_of_run(
+def gradients_of_run(
+    train_spec: TrainSpec,
+    hyperparameters: Hyperparameters,
+    dense: Dense,
+    rows: Rows,
+    batch: CandidateBatch,
+    targets: Sequence[TeacherSignal],
+    items: Items,
+) -> tuple[Dense, Rows, dict[str, Float[Array, ""]]]:
+    """Return a run's gradients of its dense parameters and of its rows, and its losses.
+
+    Call it under a mapped axis named `AXIS`. `batch` and `targets` are those of `with_targets`. The
+    gradients of rows are those of this device; all else is summed over devices.
+    """
+    (gradients, row_gradients), losses = jax.grad(_loss, argnums=(0, 1), has_aux=True)(
+        dense, rows, train_spec, hyperparameters, batch, targets, items
+    )
+    gradients, losses = jax.lax.psum((gradients, losses), AXIS)
+    return gradients, row_gradients, losses
+
+
+def _loss(
     trained: Dense,
     embedded: Rows,
     train_spec: TrainSpec,
@@ -282,19 +301,16 @@ def loss_of_run(
     targets: Sequence[TeacherSignal],
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return this device's share of a run's loss, and of all its losses.
-
-    Call it under a mapped axis named `AXIS`. `batch` and `targets` are those of `with_targets`.
-    """
+    """Return this device's share of a run's loss, and of all its losses."""
     dense, transform = trained
     logits = apply_model(train_spec.model, dense, embedded, batch, items)
-    no_negatives = None
+    near_shown = None
     if train_spec.drops_near_shown:
-        no_negatives = _is_near_shown(batch, hyperparameters.unshown_margin)
+        near_shown = _is_near_shown(batch, hyperparameters.unshown_margin)
     if train_spec.unshown_are_negatives:
         batch = _with_unshown_negatives(batch, hyperparameters.unshown_weight)
 
-    user_loss, user_terms = _user_loss(train_spec, logits, transform, batch, no_negatives)
+    user_loss, user_terms = _user_loss(train_spec, logits, transform, batch, near_shown)
     distill_loss, distill_terms = _distill_loss(
         train_spec, hyperparameters, logits, transform, targets
     )
@@ -318,13 +334,16 @@ def _user_loss(
     logits: Float[Array, "R N heads"],
     transform: Transform,
     batch: CandidateBatch,
-    no_negatives: Bool[Array, "R N T"] | None,
+    near_shown: Bool[Array, "R N T"] | None,
 ) -> _TotalAndTerms:
-    """Return the sum of the terms, and each by its name; labels in `no_negatives` do not count."""
+    """Return the sum of the terms, and each by its name.
+
+    Candidates `near_shown` are no negatives: they have a weight of 0. None leaves all in.
+    """
     user_logits = train_spec.mode.user_logits(logits[:, : batch.num_labeled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
-    if no_negatives is not None:
-        label_weight = jnp.where(no_negatives, 0.0, label_weight)
+    if near_shown is not None:
+        label_weight = jnp.where(near_shown, 0.0, label_weight)
     terms = {}
     for name, loss in USER_LOSSES[train_spec.user_loss].items():
         sums = loss(user_logits, batch.user_label, label_weight, DEFAULT_NUMBERS)
@@ -371,8 +390,8 @@ def _is_near_shown(batch: CandidateBatch, margin: Float[Array, ""]) -> Bool[Arra
     """Test which unshown candidates the teacher scores near the shown ones of their request.
 
     For a task, their probability is above (1 − margin) times the mean of the shown, by label
-    weights. A candidate without a proper probability is not near, and does not count
-    in the mean. No candidate is near where that leaves no shown one.
+    weights. A candidate without a proper probability is not near, and does not count in the mean.
+    If no shown candidate has a label weight and a proper probability, none is near.
     """
     candidates = batch.stage.shape[1]
     unscored = (0, candidates - batch.num_scored)
@@ -383,7 +402,7 @@ def _is_near_shown(batch: CandidateBatch, margin: Float[Array, ""]) -> Bool[Arra
     unlabeled = (0, candidates - batch.num_labeled)
     label_weight = jnp.pad(batch.label_weight, ((0, 0), unlabeled))
     is_shown = batch.stage == Stage.SHOWN
-    weight = jnp.where(is_shown, label_weight, 0.0)[..., None] * known
+    weight = jnp.where(is_shown[..., None] & known, label_weight[..., None], 0.0)
     total = jnp.sum(weight, axis=1, keepdims=True)
     mean = jnp.sum(weight * probability, axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)
     is_near = known & (total > 0) & (probability > (1 - margin) * mean)
@@ -488,7 +507,7 @@ class _Changes(NamedTuple):
 def _measure(
     train_spec: TrainSpec, batch: CandidateBatch, items: Items, changes: _Changes
 ) -> StepMetrics:
-    """Return the norms of gradients and updates, and the share of each table that changed."""
+    """Return the norms of gradients and updates, and the share of each table with a gradient."""
     embedding = train_spec.model.embedding
     moves = jax.tree.map(jnp.subtract, changes.after, changes.before)
     metrics: StepMetrics = {}
@@ -497,18 +516,18 @@ def _measure(
         if transform:
             metrics[f"{name}/transform"] = jax.vmap(norm_of)(transform)
     rows_after = gather_rows_of_runs(embedding, changes.tables, batch, items)
-    row_moves = jax.tree.map(jnp.subtract, rows_after, changes.rows_before)
-    no_runs = jnp.zeros(changes.may_change.shape)
-    squared_gradients, squared_moves = no_runs, no_runs
+    moves_of_rows = jax.tree.map(jnp.subtract, rows_after, changes.rows_before)
+    squared_gradients = jnp.zeros(changes.may_change.shape)
+    squared_moves = jnp.zeros(changes.may_change.shape)
     for name, table in embedding.tables.items():
         ids, mask = ids_of_table(embedding, batch, items, name)
-        of_device = (
-            jnp.where(mask, rows_of_ids(table, ids), table.size + 1),  # padding behind all rows
-            rows_of_table(embedding, changes.row_gradients, name).swapaxes(0, 1),
-            rows_of_table(embedding, row_moves, name).swapaxes(0, 1),
+        own_row = jnp.where(mask, rows_of_ids(table, ids), table.size + 1)  # padding behind all
+        own_gradients = rows_of_table(embedding, changes.row_gradients, name).swapaxes(0, 1)
+        own_moves = rows_of_table(embedding, moves_of_rows, name).swapaxes(0, 1)
+        row, row_gradients, row_moves = join_over_devices(
+            (own_row, own_gradients, own_moves), axis=0
         )
-        row, gradients, of_moves = join_over_devices(of_device, axis=0)
-        touched = _touched_rows(row, gradients, of_moves, changes.may_change)
+        touched = _touched_rows(row, row_gradients, row_moves, changes.may_change)
         squared_gradients += touched.squared_gradients
         squared_moves += touched.squared_moves
         metrics[f"rows_touched/{name}"] = touched.number / (table.size + 1)
@@ -539,15 +558,16 @@ def _touched_rows(
       moves: what the row of each lookup changes by, the same for all lookups of a row.
       may_change: whether a run changes at all.
     """
-    # The place of a row among all in order: each has its own. An `argsort` is slow on a CPU.
-    of_row = jnp.searchsorted(jnp.sort(row), row)
-    summed = jnp.zeros_like(gradients).at[of_row].add(gradients)
-    of_rows = jnp.zeros_like(moves).at[of_row].set(moves)
+    # Lookups of the same row share a place: its first one among all in order. An `argsort` would
+    # take longer on a CPU.
+    place = jnp.searchsorted(jnp.sort(row), row)
+    summed = jnp.zeros_like(gradients).at[place].add(gradients)
+    moved = jnp.zeros_like(moves).at[place].set(moves)
     touched = jnp.any(summed != 0, axis=2) & may_change
     return _Touched(
         number=jnp.sum(touched, axis=0, dtype=jnp.float32),
         squared_gradients=jnp.sum(jnp.where(touched[..., None], summed**2, 0), axis=(0, 2)),
-        squared_moves=jnp.sum(jnp.where(touched[..., None], of_rows**2, 0), axis=(0, 2)),
+        squared_moves=jnp.sum(jnp.where(touched[..., None], moved**2, 0), axis=(0, 2)),
     )
 
 
