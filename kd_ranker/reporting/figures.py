@@ -480,16 +480,17 @@ def _training(study: Study) -> list[Figure]:
     if curves.empty:
         return []
     curves["line"] = curves["method"]
-    alike = "of each method the setting that did best on validation, mean over its repeats."
+    alike = "Of each method the setting that did best on validation, mean over its repeats."
     return [
         _over_steps(
             study, curves, USER_LOSS, "Loss on user labels while training",
-            "The loss on the user labels of the batch of a step, in nats; " + alike,
+            "The loss on the user labels of the batch of a step, in nats. Negatives and further "
+            "terms change its size, so compare a line with itself. " + alike,
         ),
         _over_steps(
             study, curves, GRADIENT_NORM, "Norm of the gradient while training",
-            "The Euclidean norm of the gradient of the dense parameters, on a logarithmic axis; a "
-            "line that rises says that the rate is too high; " + alike,
+            "The Euclidean norm of the gradient of the dense parameters. A slow rise is usual; a "
+            "jump by orders of magnitude says that the rate is too high. " + alike,
         ),
     ]  # fmt: skip
 
@@ -500,9 +501,10 @@ def _over_steps(
     """Draw a line per method over the steps."""
     name = measure.replace("/", "_")
     data = curves.rename(columns={measure: name})[["method", "setting", "line", "step", name]]
-    scale = {"type": "log", "nice": False} if measure == GRADIENT_NORM else {"zero": False}
     x = _axis(alt.X, "step", {"nice": False}, format="d")
-    y = _axis(alt.Y, title.removesuffix(" while training").lower(), scale)
+    # Logarithmic, as losses of methods differ by orders of magnitude.
+    y_title = title.removesuffix(" while training").lower()
+    y = _axis(alt.Y, y_title, {"type": "log", "nice": False})
     lines = alt.Chart().mark_line(strokeWidth=1.5)
     lines = lines.encode(color=_color(study, data, "stroke"), x=x("step"), y=y(name))
     return Figure(name, title, caption, data, alt.layer(lines, data=_values(data)))
