@@ -41,6 +41,7 @@ from kd_ranker.sources import in_memory
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
 from kd_ranker.sources.logs.layout import split_path
+from kd_ranker.tracking.registry import check_installed
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
@@ -279,6 +280,7 @@ def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None
     config = _copied(config)
     place = place_of(workdir)
     checks.validate(config)
+    check_installed(config.tracker)
     keep_programs(config.compilation_cache)
     training.train("train_teacher", config, {}, place, progress or Progress())
     return Trained(place)
@@ -326,6 +328,7 @@ def train(
     place = place_of(workdir)
     checks.validate(config, single=True)
     checks.check_students([config])
+    check_installed(config.tracker)
     keep_programs(config.compilation_cache)
     training.train("train", config, {"": config}, place, progress or Progress())
     return Trained(place)
@@ -380,6 +383,7 @@ def sweep(
         config.sweep.runs = list_runs(runs)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
+    check_installed(config.tracker)
     keep_programs(config.compilation_cache)
     sweeping.train_sweep(config, place, show, progress or Progress())
     return Trained(place)
@@ -514,6 +518,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     progress = Progress(show)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
+    check_installed(config.tracker)
     is_logged = config.teacher.source == "logged"
     show("prepare_data")
     for line in prepare(config, progress=progress).lines:

@@ -1,5 +1,6 @@
 """The one exception for bad input: printed as one line, with exit code 2."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -26,3 +27,8 @@ def check_tasks(tasks: Sequence[str], known: Iterable[str]) -> None:
         check_choice("tasks", task, known)
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
+
+
+def short(error: BaseException) -> str:
+    """Return the type and the beginning of the message of an error, in one line."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"

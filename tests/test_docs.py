@@ -22,6 +22,7 @@ from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.sources.registry import SOURCES
+from kd_ranker.tracking.registry import TRACKERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,6 +69,7 @@ def registries() -> Iterator[None]:
         mock.patch.dict(TEACHERS),
         mock.patch.dict(SOURCES),
         mock.patch.dict(METRICS),
+        mock.patch.dict(TRACKERS),
         mock.patch.object(registry, "MAIN", [*registry.MAIN]),
         mock.patch.dict(DATA_KEYS),
     ):

@@ -27,6 +27,7 @@ from kd_ranker.rivals.registry import RIVALS
 from kd_ranker.sources import in_memory, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
+from kd_ranker.tracking.registry import TRACKERS
 from kd_ranker.training.mapping import MAPPINGS, TABLES
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.specs import TEACHER_STAGES
@@ -269,6 +270,8 @@ _ALL = (
         Key("registered_by", "", "a Python file that other processes execute first, and with "
             "--trust also score and export, because it registers a part of the run; set to the "
             "file of --config, unless that is one of the package", influences="nothing"),
+        Key("tracker", "tensorboard", "where scalars go beside metrics.jsonl; mlflow and wandb are "
+            "extras", TRACKERS, influences="nothing"),
         Key("compilation_cache", "auto", "folder that keeps compiled programs for later processes; "
             "auto: one of this user; \"\": none", influences="nothing"),
         influences="dataset",

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import textwrap
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from absl import logging
 from fsspec.implementations.dirfs import DirFileSystem
 from tqdm import tqdm
 
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, short
 from kd_ranker.requests import lock
 from kd_ranker.training import checkpoints
 from kd_ranker.training.interruption import deferred
@@ -91,7 +90,7 @@ def fetched(place: Place, with_checkpoints: bool = True, lock_record: str = "") 
                 shutil.rmtree(above, ignore_errors=True)
         if lost:
             raise UserError(
-                f"{place} lacks the last results of this run ({_short(lost)}), which are in "
+                f"{place} lacks the last results of this run ({short(lost)}), which are in "
                 f"{folder}: copy them there, or start the same command again, which resumes from "
                 "what is there"
             ) from lost
@@ -162,7 +161,7 @@ def _reaching(url: str) -> Iterator[DirFileSystem]:
         remedy = "check that its bucket exists, and that this machine may read and write it"
         if isinstance(error, ImportError):
             remedy = "install the extra `remote`, which has packages for gs:// and s3://"
-        raise UserError(f"{url} cannot be reached: {_short(error)}; {remedy}") from error
+        raise UserError(f"{url} cannot be reached: {short(error)}; {remedy}") from error
 
 
 def _download(store: DirFileSystem, folder: Path, with_checkpoints: bool) -> _Files:
@@ -203,7 +202,7 @@ def _repeat(upload: Callable[[], None], stop: threading.Event, url: str) -> None
             upload()
         except Exception as error:
             with tqdm.external_write_mode():
-                warn("%s cannot be written (%s); retrying", url, _short(error))
+                warn("%s cannot be written (%s); retrying", url, short(error))
             warn = logging.debug
     upload()
 
@@ -231,7 +230,3 @@ def _upload(store: DirFileSystem, folder: Path, stored: _Files, record: str) -> 
 def _upload_order(files: _Files, name: str) -> tuple[bool, bool, tuple[int, int]]:
     """Checkpoints come last, and their records after all of their other files."""
     return _CHECKPOINTS in f"/{name}", _RECORD in name, files[name]
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"

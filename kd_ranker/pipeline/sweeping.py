@@ -22,6 +22,7 @@ from kd_ranker.pipeline import cluster, datasets
 from kd_ranker.pipeline.job import Teachers, TrainingJob, make_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, local_folder, owned, place_of
+from kd_ranker.pipeline.tracked import track_results, tracked
 from kd_ranker.pipeline.trained import is_run, load_teacher, served_head
 from kd_ranker.pipeline.trainees import Trainees, open_trainees
 from kd_ranker.pipeline.training import check_job, fit, training_bar
@@ -29,6 +30,7 @@ from kd_ranker.progress import Bar, Progress, Show
 from kd_ranker.requests.lock import hold
 from kd_ranker.rivals import registry
 from kd_ranker.rivals.registry import Rival
+from kd_ranker.tracking.tracker import Tracker
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.processes import on_first
 from kd_ranker.training.specs import TEACHER_STAGES, stopped_runs
@@ -48,7 +50,7 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Show, progress: Progre
         show(f"cohort {part} of {cohorts} is trained")
         return
     with owned(workdir) as folder:
-        if not _train_all(config, folder, progress):
+        if not _train_all(config, workdir, folder, progress):
             show(f"the sweep in {workdir} is complete; there is nothing to do")
         if part == PLAN:
             cohorts = len(read_plan(folder))
@@ -78,8 +80,11 @@ def train_part(
     folder = sweep.folders[number]
     job = make_job(cohort, Teachers(cohort.dataset), progress or Progress())
     holding = contextlib.nullcontext() if held else owned(folder)
-    with holding, training_bar(job.progress, check_job(job)) as bar:
-        _train_cohort(job, folder, bar)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(holding)
+        bar = stack.enter_context(training_bar(job.progress, check_job(job)))
+        tracker = stack.enter_context(tracked("sweep", config, workdir, workdir, job.runs, True))
+        _train_cohort(job, folder, bar, tracker)
     return len(sweep.plan)
 
 
@@ -97,8 +102,8 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     return open_sweep(config, workdir, dataset), trainees
 
 
-def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
-    """Do what is left of a sweep; return False if it is complete."""
+def _train_all(config: ConfigDict, place: Place, workdir: Path, progress: Progress) -> bool:
+    """Do what is left of a sweep at a place; return False if it is complete."""
     sweep, trainees = _open(config, workdir)
     if left_out := len(sweep_runs(config)) - len(sweep.runs):
         progress.show(f"{left_out} new runs are of settings that halving stopped: left out")
@@ -123,22 +128,27 @@ def _train_all(config: ConfigDict, workdir: Path, progress: Progress) -> bool:
     sweep = sweep.planned(size)
     # Last, so that an extension counts once its cohorts are known.
     workdirs.write_config(workdir, "sweep", config, dataset.provenance)
-    if part == PLAN:
-        return True
     cohorts = _Cohorts(sweep, trainees, teachers, progress)
-    with contextlib.ExitStack() as held:
+    with (
+        tracked("sweep", config, place, workdir, sweep.runs) as tracker,
+        contextlib.ExitStack() as held,
+    ):
+        # The tracker has the sweep now, so that parts find it.
+        if part == PLAN:
+            return True
         # Another run may hold only one of the folders.
         for folder in sweep.folders:
             on_first(functools.partial(held.enter_context, hold(folder)))
         if part != JOIN:
-            _train_cohorts(config, workdir, cohorts, progress)
+            _train_cohorts(config, workdir, cohorts, progress, tracker)
         elif untrained := _untrained(cohorts):
             raise UserError(
                 f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
                 f"{', '.join(map(str, untrained))}; train each by its number, as "
                 f"sweep.part={untrained[0]}"
             )
-        _test_and_join(sweep, cohorts)
+        _test_and_join(sweep, cohorts, tracker)
+        track_results(tracker, workdir, "student")
     return True
 
 
@@ -184,7 +194,7 @@ def _check_teachers(sweep: Sweep) -> None:
 
 
 def _train_cohorts(
-    config: ConfigDict, workdir: Path, cohorts: _Cohorts, progress: Progress
+    config: ConfigDict, workdir: Path, cohorts: _Cohorts, progress: Progress, tracker: Tracker
 ) -> None:
     """Train the cohorts one after the other, or first on a cluster, as one task each."""
     # All are checked before the first one trains.
@@ -199,7 +209,7 @@ def _train_cohorts(
     with training_bar(progress, steps) as bar:
         for number, (job, folder) in enumerate(cohorts, start=1):
             progress.show(f"cohort {number} of {len(cohorts)}")
-            _train_cohort(job, folder, bar)
+            _train_cohort(job, folder, bar, tracker)
 
 
 def _untrained(cohorts: _Cohorts) -> list[int]:
@@ -211,12 +221,12 @@ def _untrained(cohorts: _Cohorts) -> list[int]:
     ]
 
 
-def _train_cohort(job: TrainingJob, folder: Path, bar: Bar) -> None:
+def _train_cohort(job: TrainingJob, folder: Path, bar: Bar, tracker: Tracker) -> None:
     """Train the runs of a cohort and measure them on validation, if that is not done."""
     if is_measured(folder, job.provenance):
         bar.update(job.config.train.steps)
         return
-    states = fit(job, folder, bar)
+    states = fit(job, folder, bar, tracker)
     started_with_scores = workdirs.started_with_scores(folder, job.config)
     # One head shows where a run was when it stopped.
     stopped = stopped_runs(job.trainees.stacks, states)
@@ -230,7 +240,7 @@ def _train_cohort(job: TrainingJob, folder: Path, bar: Bar) -> None:
     write_measured(job, folder, job.provenance, measured)
 
 
-def _test_and_join(sweep: Sweep, cohorts: _Cohorts) -> None:
+def _test_and_join(sweep: Sweep, cohorts: _Cohorts, tracker: Tracker) -> None:
     """Measure on test what validation chose, and write the tables of the whole sweep."""
     chosen = setting_names.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
@@ -239,13 +249,18 @@ def _test_and_join(sweep: Sweep, cohorts: _Cohorts) -> None:
         if folder in tested:
             serves = {name: chosen[name] for name in job.runs if name in chosen}
             teacher = job.provenance["teacher"]
-            _test_cohort(job, folder, serves, with_references=teacher not in teachers_done)
+            with_references = teacher not in teachers_done
+            _test_cohort(job, folder, serves, with_references, tracker)
             teachers_done.add(teacher)
     sweep.join(tested)
 
 
 def _test_cohort(
-    job: TrainingJob, folder: Path, serves: Mapping[str, Collection[str]], with_references: bool
+    job: TrainingJob,
+    folder: Path,
+    serves: Mapping[str, Collection[str]],
+    with_references: bool,
+    tracker: Tracker,
 ) -> None:
     """Measure the runs that validation chose on the test split, if that is not done.
 
@@ -263,7 +278,7 @@ def _test_cohort(
         steps = max(job.trainees.steps_of(run) for run in serves)
         if step < steps:  # the newest checkpoint is damaged, and an older one was restored
             with training_bar(job.progress, job.config.train.steps) as bar:
-                students = fit(job, folder, bar)
+                students = fit(job, folder, bar, tracker)
     measured = []
     rivals = list[Rival]()
     if with_references:

@@ -20,9 +20,11 @@ from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import TrainingJob, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
 from kd_ranker.pipeline.remote import Place, owned
+from kd_ranker.pipeline.tracked import track_results, tracked
 from kd_ranker.pipeline.trained import served_head
 from kd_ranker.pipeline.warm_start import warm_start
 from kd_ranker.progress import Bar, Progress
+from kd_ranker.tracking.tracker import Tracker
 from kd_ranker.training import specs
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Evaluated, scalar_name
@@ -52,20 +54,22 @@ def train(command: str, config: ConfigDict, runs: Runs, place: Place, progress: 
         workdirs.write_config(folder, command, config, job.dataset.provenance)
         if runs:
             datasets.keep_data_report(job.trainees.dataset, folder)
-        with training_bar(job.progress, steps) as bar:
-            states = fit(job, folder, bar)
-        with_scores = bool(runs) and workdirs.started_with_scores(folder, config)
-        measured = [
-            measure(
-                job,
-                split,
-                states,
-                with_references=not runs,
-                started_with_scores=with_scores,
-            )
-            for split in _SPLITS
-        ]
-        write_measured(job, folder, job.provenance, *measured)
+        with tracked(command, config, place, folder) as tracker:
+            with training_bar(job.progress, steps) as bar:
+                states = fit(job, folder, bar, tracker)
+            with_scores = bool(runs) and workdirs.started_with_scores(folder, config)
+            measured = [
+                measure(
+                    job,
+                    split,
+                    states,
+                    with_references=not runs,
+                    started_with_scores=with_scores,
+                )
+                for split in _SPLITS
+            ]
+            write_measured(job, folder, job.provenance, *measured)
+            track_results(tracker, folder, job.trainees.role)
 
 
 def check_job(job: TrainingJob) -> int:
@@ -85,11 +89,11 @@ def training_bar(progress: Progress, steps: int) -> contextlib.AbstractContextMa
     return progress.bar("training", steps, "step", hidden=not is_first())
 
 
-def fit(job: TrainingJob, workdir: Path, bar: Bar) -> States:
+def fit(job: TrainingJob, workdir: Path, bar: Bar, tracker: Tracker) -> States:
     """Train the rankers of a job in one program on the same batches; return their states.
 
-    `workdir` gets checkpoints and metrics, and `bar` counts the steps of the ranker that takes the
-    most. Memory that a device lacks becomes one line.
+    `workdir` gets checkpoints and metrics, `tracker` the metrics, and `bar` counts the steps of the
+    ranker that takes the most. Memory that a device lacks becomes one line.
     """
     trainees = job.trainees
     train = trainees.section.train
@@ -104,6 +108,7 @@ def fit(job: TrainingJob, workdir: Path, bar: Bar) -> States:
             job.provenance,
             functools.partial(_evaluate, job),
             bar,
+            tracker,
             functools.partial(warm_start, job, workdir) if train.warm_start else None,
             job.config.sweep.halving if job.runs else (),
         )

@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, short
 from kd_ranker.training import kept_steps
 from kd_ranker.training.program import Program, by_run
 from kd_ranker.training.state import Hyperparameters, States, TrainState, steps_of_runs
@@ -43,7 +43,7 @@ def report_diverged(
     # A full disk or device must not end the runs that train on.
     except (OSError, UserError, jax.errors.JaxRuntimeError) as error:
         findings = {}
-        failure = str(error).partition("\n")[0]
+        failure = short(error)
     for name, step in new.items():
         text = f"stopped being finite at step {step}"
         if name in findings:

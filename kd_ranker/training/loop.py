@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import Provenance
 from kd_ranker.progress import Bar
+from kd_ranker.tracking.tracker import Tracker
 from kd_ranker.training import checkpoints
 from kd_ranker.training.active_runs import ActiveRuns
 from kd_ranker.training.divergence import mark_diverged, report_diverged
@@ -62,6 +63,7 @@ def fit(
     provenance: Provenance,
     evaluate: Evaluate,
     bar: Bar,
+    tracker: Tracker,
     begin: Begin | None = None,
     halving: Sequence[int] = (),
 ) -> States:
@@ -79,6 +81,7 @@ def fit(
       evaluate: what to measure every `train.eval_every` steps, and before halving.
       bar: `program.steps` are added to it. Its progress gets the phase "compiling": all until the
         first step of this process, and the first after halving, is done.
+      tracker: gets the scalars of `metrics.jsonl` and `speed.jsonl`, too.
       begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
       halving: the steps after which the runs that are behind stop.
 
@@ -107,7 +110,7 @@ def fit(
             diverged = report_diverged(active.program, active.states, workdir, before=())
             stopping = False
             with (
-                contextlib.closing(MetricsWriter(workdir, step)) as writer,
+                contextlib.closing(MetricsWriter(workdir, step, tracker)) as writer,
                 contextlib.closing(profiler),
             ):
                 while step < program.steps and not stopping:

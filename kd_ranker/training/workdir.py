@@ -3,7 +3,6 @@
 import contextlib
 import json
 import platform
-import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from kd_ranker import manifest
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import Provenance, write_whole
+from kd_ranker.tracking.tracker import Tracker
 from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE = "config.json"
@@ -173,13 +170,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Writer of scalars to files of lines and to TensorBoard event files, on process 0 only.
+    """Writer of scalars to files of lines and to a tracker, on process 0 only.
 
     `metrics.jsonl` has those that depend on the run alone: the same seed gives the same file.
     `speed.jsonl` has those that depend on the machine and its hour.
     """
 
-    def __init__(self, workdir: Path, start: int):
+    def __init__(self, workdir: Path, start: int, tracker: Tracker):
         """Open the files for a run that resumes after step `start`, and discard later lines."""
         self._path = workdir / METRICS_FILE
         self._speed = workdir / SPEED_FILE
@@ -187,13 +184,8 @@ class MetricsWriter:
             lines = read_metrics(path) if path.exists() else []
             earlier = [f"{json.dumps(scalars)}\n" for scalars in lines if scalars["step"] <= start]
             write_atomically(path, "".join(earlier))
-        # Without the thread of a `SummaryWriter`: on a full disk that would die with a trace, and
-        # its queue would fill up.
-        self._events = EventsWriter(str(workdir / "events")) if is_first() else None
-        if self._events is not None:
-            # TensorBoard then hides events that an earlier run wrote from this step.
-            session = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(step=start + 1, session_log=session))
+        self._tracker = tracker
+        tracker.begin(workdir, start)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Append a line with the scalars of a step to `metrics.jsonl`."""
@@ -204,16 +196,12 @@ class MetricsWriter:
         self._append(self._speed, step, scalars)
 
     def _append(self, path: Path, step: int, scalars: dict[str, float]) -> None:
-        if self._events is None or not scalars:
+        if not is_first() or not scalars:
             return
         with path.open("a") as file:
             file.write(f"{json.dumps({'step': step, **scalars})}\n")
-        for name, value in scalars.items():
-            event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-            self._events.write_event(event)
-        self._events.flush()
+        self._tracker.write(step, scalars)
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._events is not None:
-            self._events.close()
+        """Tell the tracker that no further scalars come from this folder."""
+        self._tracker.end()

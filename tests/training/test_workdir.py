@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from kd_ranker.errors import UserError
+from kd_ranker.tracking.tensorboard import TensorBoard
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.workdir import MetricsWriter
 from tests.faults import fault_of
@@ -87,7 +88,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
 
 
 def write_metrics(workdir, start, scalars):
-    with contextlib.closing(MetricsWriter(workdir, start)) as writer:
+    with contextlib.closing(MetricsWriter(workdir, start, TensorBoard())) as writer:
         for step, of_step in scalars.items():
             writer.write(step, of_step)
 
@@ -104,7 +105,7 @@ def test_a_resumed_run_drops_metrics_after_its_checkpoint(tmp_path):
 
 
 def test_speed_has_a_file_of_its_own(tmp_path):
-    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, 0, TensorBoard())) as writer:
         writer.write(5, {"loss": 0.5})
         writer.write_speed(5, {"speed/steps": 2.0})
         writer.write_speed(6, {})
