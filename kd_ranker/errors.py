@@ -30,5 +30,8 @@ def check_tasks(tasks: Sequence[str], known: Iterable[str]) -> None:
 
 
 def short(error: BaseException) -> str:
-    """Return the type and the beginning of the message of an error, in one line."""
-    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+    """Return the beginning of an error's message in one line, after its type if it is not ours."""
+    message = textwrap.shorten(str(error), 200)
+    if isinstance(error, UserError):
+        return message
+    return f"{type(error).__name__}: {message}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from flax.traverse_util import unflatten_dict
 
+from kd_ranker.errors import UserError
 from kd_ranker.tracking.tracker import TrackerOfRuns
 
 _PROJECT = "kd_ranker"
@@ -25,9 +26,13 @@ class WandB(TrackerOfRuns):
     package = "wandb"
 
     def connect(self) -> None:
-        """Import the package; a run connects when it is opened."""
+        """Import the package, and look for a key; a run connects when it is opened."""
         self._wandb = importlib.import_module("wandb")
         self._runs: dict[str, Any] = {}
+        # Else `init` asks at the terminal, in the middle of the progress bar.
+        mode = self._wandb.setup().settings.mode
+        if mode in ("online", "shared") and not self._wandb.login(prompt=False):
+            raise UserError("there is no key: run `wandb login`, or set WANDB_MODE=offline")
 
     def open_run(self, run: str) -> None:
         """Open a run, and continue the one of the same id."""

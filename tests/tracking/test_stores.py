@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_ranker import api
+from kd_ranker.errors import UserError
 from kd_ranker.tracking.registry import TRACKERS
 from kd_ranker.training import workdir as workdirs
 from tests import small
@@ -220,6 +221,14 @@ def test_a_resumed_run_keeps_its_id_in_wandb(tmp_path, wandb):
     paths = [*tmp_path.glob("wandb/offline-run-*/*.wandb")]
     assert {path.name for path in paths} == {f"run-{TRACKED.id}.wandb"}
     assert len(paths) == 2  # which `wandb sync` joins
+
+
+def test_wandb_without_a_key_says_so_and_asks_nothing(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the key would be
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match="run `wandb login`, or set WANDB_MODE=offline"):
+        TRACKERS["wandb"]().start(TRACKED)
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
