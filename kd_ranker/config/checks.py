@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.config.keys import JOIN, PLAN, Key
 from kd_ranker.config.runs import check_runs, overrides_of_runs
-from kd_ranker.config.schema import axis_of, keys_of, value_of
+from kd_ranker.config.schema import axis_of, keys_of, range_of, value_of, with_range
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SCORES
@@ -38,6 +38,7 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends "
             "out to read the whole log"
         )
+    yield from _range_faults(c)
     if c.sweep.whole_repeats:
         sets_batch_seed = any("batch.seed" in overrides for overrides in overrides_of_runs(c))
         if sets_batch_seed:
@@ -93,6 +94,21 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"costs.student.candidate={student.candidate} is of one student, and the runs of the "
             "sweep have several; leave it 0, which takes the FLOPs of each"
         )
+
+
+def _range_faults(c: ConfigDict) -> Iterator[str]:
+    """The faults of the ranges of a random search."""
+    for key in with_range():
+        name = range_of(key.name)
+        ends = value_of(c, name)
+        if not ends:
+            continue
+        if c.sweep.search != "random":
+            yield f"{name}={ends} is for sweep.search='random'; set that, or leave the range out"
+        elif len(ends) != 2 or ends[0] >= ends[1]:
+            yield f"{name}={ends} must be two numbers, the smaller one first"
+        elif key.logarithmic and ends[0] <= 0:
+            yield f"{name}={ends} is drawn by its logarithm; begin above 0"
 
 
 def _profile_faults(section: str, window: Sequence[int], steps: int) -> Iterator[str]:

@@ -86,6 +86,7 @@ class Key:
         one that a sweep may vary has a column under its own name.
       tuned: True if validation chooses the best of its values. The values of the other keys make
         different students, or different methods of teaching them, which are compared.
+      logarithmic: True if random search draws its logarithm, where it draws from a range.
       switch: True if 0 turns something off: 0 and the other values make different methods.
       may_differ: True if sweeps that differ in it can share a report. Keys that a sweep varies, and
         keys that influence nothing, may always differ.
@@ -104,6 +105,7 @@ class Key:
     label: str = ""
     column: str = ""
     tuned: bool = False
+    logarithmic: bool = False
     switch: bool = False
     may_differ: bool = False
     later: bool = False
@@ -195,6 +197,7 @@ def section(
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
+SEARCHES = ("grid", "random")
 # The parts of a sweep that are not cohorts.
 PLAN = "plan"
 JOIN = "join"
@@ -232,11 +235,11 @@ _MODEL = (
 _OPTIMIZER = (
     Key("name", "adam", "optimizer of the dense parameters", OPTIMIZERS, label="optimizer"),
     Key("learning_rate", 2e-3, "peak rate of the dense parameters", label="rate",
-        column="learning_rate"),
-    Key("weight_decay", 0.0, "decoupled decay of the dense parameters"),
+        column="learning_rate", logarithmic=True),
+    Key("weight_decay", 0.0, "decoupled decay of the dense parameters", logarithmic=True),
     Key("table_name", "adam", "optimizer of the embedding rows", ROW_OPTIMIZERS),
-    Key("table_learning_rate", 2e-3, "peak rate of the embedding rows"),
-    Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows"),
+    Key("table_learning_rate", 2e-3, "peak rate of the embedding rows", logarithmic=True),
+    Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows", logarithmic=True),
     Key("schedule", "cosine", "of the rates over the steps; cosine ends at 0", SCHEDULES),
     Key("warmup_steps", 50, "steps in which the rates rise to their peaks"),
 )  # fmt: skip
@@ -324,7 +327,7 @@ _ALL = (
             "and a weight; the sizes of losses differ", LOSSES, check_text=check_terms,
             column="distill_loss"),
         Key("weight", 1.0, "λ in user loss + λ · distillation loss", column="distill_weight",
-            tuned=True),
+            tuned=True, logarithmic=True),
         Key("user_weight", 1.0, "on the user loss; 0: learn only from the teacher"),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
             column="temperature", tuned=True),
@@ -345,7 +348,8 @@ _ALL = (
         Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES,
             column="user_loss"),
         Key("unshown_weight", 0.0, "label weight of an unshown candidate as a negative of every "
-            "task; 0: not used", label="unshown", column="unshown_weight", tuned=True, switch=True),
+            "task; 0: not used", label="unshown", column="unshown_weight", tuned=True, switch=True,
+            logarithmic=True),
         Key("unshown_margin", 0.0, "an unshown candidate is no negative of a task if the teacher's "
             "probability is above 1 − margin times its mean over the shown; 0: all are negatives",
             BELOW_ONE, tuned=True, switch=True),
@@ -440,6 +444,10 @@ _ALL = (
         Key("weights", (), "values of distill.weight, for each run; () leaves it to the runs",
             element=float),
         Key("seeds", (), "values of seed, for each run; () leaves it to the runs", element=int),
+        Key("search", "grid", "the settings of each method: all combinations of the values of its "
+            "tuned keys, or random draws of them", SEARCHES),
+        Key("draws", 8, "settings that random search draws of each method", POSITIVE),
+        Key("draw_seed", 0, "of random search"),
         Key("rivals", (), "rankers of other architectures to compare with the students",
             RIVALS, element=str, may_differ=True, later=True),
         Key("halving", (), "steps after which the worse half of each method's settings stops, by "

@@ -10,6 +10,8 @@ in a function, which yields the values that each run changes, by key:
 They become `config.sweep.runs`. Without such a function there is one run for each mode. The keys
 `sweep.modes`, `sweep.weights`, `sweep.seeds` and `sweep.axes.KEY` are lists of values, for the
 command line. Each run of the list then occurs once for each combination of these values.
+
+With `sweep.search="random"` these runs are methods, of each of which `drawing` draws settings.
 """
 
 import enum
@@ -20,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config import schema
+from kd_ranker.config import drawing, schema
 from kd_ranker.config.keys import Key
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.terms import format_terms, parse_terms
@@ -84,6 +86,26 @@ def check_runs(config: ConfigDict) -> None:
 
 def overrides_of_runs(config: ConfigDict) -> Iterator[Overrides]:
     """Yield the values of each run of a sweep, those of the axes included."""
+    if config.sweep.search == "grid":
+        return _all_combinations(config)
+    return drawing.draw_settings(
+        _all_combinations(config),
+        {key.name: key for key in schema.sweepable()},
+        ranges_of(config),
+        config.sweep.draws,
+        config.sweep.draw_seed,
+    )
+
+
+def ranges_of(config: ConfigDict) -> dict[str, Any]:
+    """Return the ranges of a random search that are set, by the key that they are of."""
+    ranges = {
+        key.name: schema.value_of(config, schema.range_of(key.name)) for key in schema.with_range()
+    }
+    return {name: ends for name, ends in ranges.items() if ends}
+
+
+def _all_combinations(config: ConfigDict) -> Iterator[Overrides]:
     axes = _axes(config)
     keys = sorted(axes, key=_axis_of)
     listed_runs: Sequence[Mapping[str, Any]] = config.sweep.runs or ({},)
@@ -147,7 +169,7 @@ def sweep_runs(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def _varied_keys(config: ConfigDict) -> list[Key]:
     """Return the keys in which runs may differ, in the order in which they stand in names."""
-    names = {*schema.NAMED_AXES, *(key.name for key in _axes(config))}
+    names = {*schema.NAMED_AXES, *(key.name for key in _axes(config)), *ranges_of(config)}
     for listed in config.sweep.runs:
         names |= listed.keys()
     keys = [key for key in schema.sweepable() if key.name in names]

@@ -21,15 +21,25 @@ NAMED_AXES = {
 
 
 def keys_of(source: str) -> dict[str, Key]:
-    """The keys of a config by name, those of its source and of `sweep.axes` included."""
+    """The keys of a config by name, with those of its source, `sweep.axes` and `sweep.ranges`."""
     axes = {key.name: key for key in map(_axis_key, sweepable()) if key.name not in KEYS}
-    return KEYS | DATA_KEYS.get(source, {}) | axes
+    ranges = {key.name: key for key in map(_range_key, with_range())}
+    return KEYS | DATA_KEYS.get(source, {}) | axes | ranges
 
 
 def sweepable() -> list[Key]:
     """The keys that a sweep may vary, those of cohorts first."""
     keys = [key for key in KEYS.values() if key.sweep != "no"]
     return sorted(keys, key=lambda key: key.sweep != "cohorts")
+
+
+def with_range() -> list[Key]:
+    """The keys that random search may draw from a range: tuned numbers."""
+    return [
+        key
+        for key in sweepable()
+        if key.tuned and key.type in (int, float) and not isinstance(key.default, tuple)
+    ]
 
 
 def setting_keys() -> list[Key]:
@@ -57,6 +67,27 @@ def _axis_key(key: Key) -> Key:
         (),
         f"values of {key.name}, for each run; () leaves it to the runs",
         element=type(key.default),
+        swept=key,
+        influences="nothing",
+        sweep="no",
+    )
+
+
+def range_of(name: str) -> str:
+    """The key that holds the range of a swept key.
+
+    >>> range_of("distill.weight")
+    'sweep.ranges.distill.weight'
+    """
+    return f"sweep.ranges.{name}"
+
+
+def _range_key(key: Key) -> Key:
+    return Key(
+        range_of(key.name),
+        (),
+        f"the ends of a range of {key.name} for random search; () takes the values of the runs",
+        element=key.type,
         swept=key,
         influences="nothing",
         sweep="no",

@@ -95,7 +95,11 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     # Keys that may differ from those of the sweep in the workdir: those that change no more than
     # how it is tested, joined and reported; and with `sweep.extend` those that add runs.
     free = {*schema.without_influence("report"), "costs", "report", "sweep.rivals"}
-    keys_of_runs = {"sweep.runs", *(schema.axis_of(key.name) for key in schema.sweepable())}
+    keys_of_runs = {
+        *("sweep.runs", "sweep.search", "sweep.draws", "sweep.draw_seed"),
+        *(schema.axis_of(key.name) for key in schema.sweepable()),
+        *(schema.range_of(key.name) for key in schema.with_range()),
+    }
     if not config.sweep.extend:
         free -= keys_of_runs
     workdirs.check(workdir, "sweep", config, dataset, without=sorted(free))

@@ -115,6 +115,18 @@ def test_values_at_the_limit_are_valid(changes):
             {"sweep.halving": (5,), "sweep.whole_repeats": True},
             "sweep.halving compares settings over their repeats; leave one of them out",
         ),
+        (
+            {"sweep.search": "random", "sweep.ranges.distill.weight": (3.0, 0.3)},
+            "sweep.ranges.distill.weight=(3.0, 0.3) must be two numbers, the smaller one first",
+        ),
+        (
+            {"sweep.search": "random", "sweep.ranges.optimizer.learning_rate": (0.0, 0.1)},
+            "sweep.ranges.optimizer.learning_rate=(0.0, 0.1) is drawn by its logarithm; begin abov",
+        ),
+        (
+            {"sweep.ranges.train.steps": (100, 300)},
+            "sweep.ranges.train.steps=(100, 300) is for sweep.search='random'; set that",
+        ),
         ({"data.dir": "gs://bucket/data"}, "datasets need a folder of this machine"),
         ({"parallel.devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
         ({"parallel.runs": 3}, "=3 does not divide the 8 devices"),
