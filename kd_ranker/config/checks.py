@@ -57,7 +57,14 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"takes {min(steps)} steps; halve earlier, or train longer"
         )
     yield from _profile_faults("train", c.train.profile, max(steps))
+    if c.sweep.halving and c.train.early_stopping:
+        yield (
+            "sweep.halving stops settings and train.early_stopping stops runs; leave one of them "
+            "out, as with sweep.halving=()"
+        )
     of_teacher = c.teacher.train
+    yield from _early_stopping_faults("train", c.train.early_stopping)
+    yield from _early_stopping_faults("teacher.train", of_teacher.early_stopping)
     yield from _profile_faults("teacher.train", of_teacher.profile, of_teacher.steps)
     if not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part):
         yield (
@@ -109,6 +116,14 @@ def _range_faults(c: ConfigDict) -> Iterator[str]:
             yield f"{name}={ends} must be two numbers, the smaller one first"
         elif key.logarithmic and ends[0] <= 0:
             yield f"{name}={ends} is drawn by its logarithm; begin above 0"
+
+
+def _early_stopping_faults(section: str, rule: Sequence[int]) -> Iterator[str]:
+    if rule and len(rule) != 2:
+        yield (
+            f"{section}.early_stopping={rule} must be two numbers, the steps between "
+            "evaluations and a number of evaluations, as (100, 5); or () for none"
+        )
 
 
 def _profile_faults(section: str, window: Sequence[int], steps: int) -> Iterator[str]:

@@ -256,6 +256,9 @@ _TRAIN = (
         influences="nothing", sweep="no"),
     Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE, influences="nothing",
         sweep="no"),
+    Key("early_stopping", (), "steps between evaluations, and the number of them without a better "
+        "one after which a run stops with its best state, as (100, 5); () takes all steps",
+        POSITIVE, element=int, sweep="no"),
     Key("profile", (), "the first step and the number of steps of a trace for XProf or Perfetto; "
         "(): 4 steps from the 10th; (1, 0): none", element=int, influences="nothing", sweep="no"),
 )  # fmt: skip

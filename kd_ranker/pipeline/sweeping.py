@@ -232,8 +232,8 @@ def _train_cohort(job: TrainingJob, folder: Path, bar: Bar, tracker: Tracker) ->
         return
     states = fit(job, folder, bar, tracker)
     started_with_scores = workdirs.started_with_scores(folder, job.config)
-    # One head shows where a run was when it stopped.
-    stopped = stopped_runs(job.trainees.stacks, states)
+    # One head shows where a run was when halving stopped it.
+    stopped = stopped_runs(job.trainees.stacks, states) if job.config.sweep.halving else set()
     serves = {
         name: [served_head(run)] if name in stopped else list(MODES[run.distill.mode].serve)
         for name, run in job.runs.items()

@@ -49,9 +49,12 @@ class Trainees:
         return self.config if self.runs else self.config.teacher
 
     def steps_of(self, run: str) -> int:
-        """Return the number of steps of a run; the teacher's has any name."""
-        config = self.runs[run] if self.runs else self.config.teacher
-        return config.train.steps
+        """Return the step of the checkpoint with the result of a run; a teacher has any name."""
+        if not self.runs:
+            return self.config.teacher.train.steps
+        # With early stopping, the best states are put in place when no run trains on.
+        names = self.runs if self.config.train.early_stopping else [run]
+        return max(self.runs[name].train.steps for name in names)
 
     @functools.cached_property
     def stacks(self) -> list[Stack]:

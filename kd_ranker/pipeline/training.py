@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from kd_ranker.config.runs import Runs
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.halving import runs_behind
 from kd_ranker.evaluation.metrics.registry import metric_of
+from kd_ranker.evaluation.metrics.target import CRITERION
+from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.job import TrainingJob, open_job
 from kd_ranker.pipeline.measure import measure, write_measured
@@ -32,7 +35,7 @@ from kd_ranker.training.loop import fit as fit_program
 from kd_ranker.training.mapping import DeviceMap, own_devices
 from kd_ranker.training.processes import check_same, is_first, on_first
 from kd_ranker.training.program import Program, make_program
-from kd_ranker.training.specs import TEACHER_STAGES, stopped_runs
+from kd_ranker.training.specs import TEACHER_STAGES
 from kd_ranker.training.state import Constants, LiveTeacher, States
 
 # Choices are made on the first; the second is read for the report.
@@ -114,33 +117,49 @@ def fit(job: TrainingJob, workdir: Path, bar: Bar, tracker: Tracker) -> States:
         )
 
 
-def _evaluate(job: TrainingJob, states: States) -> Evaluated:
+def _evaluate(job: TrainingJob, states: States, runs: Collection[str]) -> Evaluated:
     """Measure the rankers that still train on the first validation requests.
 
     Each student is measured by its head, and those that diverged have no scalars.
     """
-    limit = job.trainees.section.train.eval_limit
-    stopped = stopped_runs(job.trainees.stacks, states)
-    serves = {
-        name: [served_head(config)] for name, config in job.runs.items() if name not in stopped
-    }
+    serves = {name: [served_head(config)] for name, config in job.runs.items() if name in runs}
     measured = {*serves} or {results.TEACHER}
+    limit = job.trainees.section.train.eval_limit
     rows = [
         row
         for row in measure(job, "validation", states, serves=serves or None, limit=limit).rows
         if str(row["run"]) in measured  # not the teacher of students
     ]
     scalars = {}
+    criteria = {}
     for row in rows:
+        run = str(row["run"]) if job.runs else ""
         for column, value in row.items():
             if isinstance(value, float) and np.isfinite(value) and metric_of(column):
-                run = str(row["run"]) if job.runs else ""
                 scalars[scalar_name(f"eval/{column}", run)] = value
-    if not job.runs or not job.config.sweep.halving:
-        return Evaluated(scalars, ())
-    table = results.to_csv(rows, results.columns(job.config.tasks, job.report_at))
+        criteria[run] = _criterion(job, row)
     # One process decides for all: their numbers may differ in the last digit.
-    return Evaluated(scalars, on_first(lambda: runs_behind(results.read_csv(io.StringIO(table)))))
+    return on_first(
+        lambda: Evaluated(
+            scalars,
+            {run: value for run, value in criteria.items() if np.isfinite(value)},
+            _behind(job, rows),
+        )
+    )
+
+
+def _criterion(job: TrainingJob, row: Row) -> float:
+    """Return what early stopping compares: `CRITERION` of students, or a teacher's user loss."""
+    columns = [CRITERION] if job.runs else [f"user_bce/{task}" for task in job.config.tasks]
+    return float(np.mean([row.get(column, np.nan) for column in columns]))
+
+
+def _behind(job: TrainingJob, rows: Sequence[Row]) -> set[str]:
+    """Return the runs that halving would stop."""
+    if not job.runs or not job.config.sweep.halving:
+        return set()
+    table = results.to_csv(rows, results.columns(job.config.tasks, job.report_at))
+    return runs_behind(results.read_csv(io.StringIO(table)))
 
 
 def prepare_program(job: TrainingJob, batches_on: DeviceMap | None = None) -> Program:

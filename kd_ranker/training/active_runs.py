@@ -1,4 +1,4 @@
-"""The runs of a cohort that still train: those that halving stopped are left behind."""
+"""The runs of a cohort that still train: those that were stopped are left behind."""
 
 import dataclasses
 from collections.abc import Collection
@@ -55,7 +55,9 @@ class ActiveRuns:
         unused = list(active_states)  # a stack without active runs has none
         for state, indices in zip(self._all_states, self._indices, strict=True):
             if len(indices):
-                state = _with_runs_replaced(state, indices, unused.pop(0))
+                newer = unused.pop(0)
+                # What runs share is up to date in the newer one.
+                state = dataclasses.replace(newer, **runs_replaced(state, indices, newer))
             merged.append(state)
         return tuple(merged)
 
@@ -73,14 +75,14 @@ class ActiveRuns:
         self._indices = [np.flatnonzero(np.asarray(state.stopped_after) == 0) for state in on_host]
         self.program = program_of_runs(self._whole, self._indices)
         active_states = tuple(
-            _select_runs(state, indices)
+            select_runs(state, indices)
             for state, indices in zip(on_host, self._indices, strict=True)
             if len(indices)
         )
         self.states = self.program.devices.place(active_states)
 
 
-def _select_runs(state: TrainState, indices: Int[np.ndarray, "n"]) -> TrainState:
+def select_runs(state: TrainState, indices: Int[np.ndarray, "n"]) -> TrainState:
     """Return the state of some runs of a stack."""
 
     def select(leaf: Any) -> np.ndarray:
@@ -90,18 +92,20 @@ def _select_runs(state: TrainState, indices: Int[np.ndarray, "n"]) -> TrainState
     return dataclasses.replace(state, **selected)
 
 
-def _with_runs_replaced(
-    state: TrainState, indices: Int[np.ndarray, "n"], newer: TrainState
-) -> TrainState:
-    """Return a state with these runs, and all that runs share, taken from a newer one."""
+def runs_replaced(
+    state: TrainState, indices: Int[np.ndarray, "n"], of_runs: TrainState
+) -> dict[str, Any]:
+    """Return the fields of a stack's state with some runs taken from a state of only these runs.
 
-    def replace(leaf: Any, newer_leaf: Any) -> np.ndarray:
+    The fields that all runs share are left out.
+    """
+
+    def replace(leaf: Any, replacement: Any) -> np.ndarray:
         leaf = np.array(leaf)
-        leaf[indices] = newer_leaf
+        leaf[indices] = replacement
         return leaf
 
-    replaced = {
-        name: jax.tree.map(replace, getattr(state, name), getattr(newer, name))
+    return {
+        name: jax.tree.map(replace, getattr(state, name), getattr(of_runs, name))
         for name in RUNS_FIRST
     }
-    return dataclasses.replace(newer, **replaced)

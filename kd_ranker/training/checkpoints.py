@@ -1,13 +1,14 @@
 """Orbax checkpoints of a run.
 
 A checkpoint contains the states of all stacks, and a record: the step, the provenance of the run,
-and the position of the loader. Orbax writes it from a copy on the host while training continues,
-and renames it when it is complete, so an interrupted write leaves no checkpoint.
+and the position of the loader. With early stopping it also has the best states so far. Orbax writes
+it from a copy on the host while training continues, and renames it when it is complete, so an
+interrupted write leaves no checkpoint.
 """
 
 import contextlib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kd_ranker.training.workdir import ENVIRONMENT_FILE
 
 FOLDER = "checkpoints"  # of a workdir
 RECORD = "record"  # the folder of the record in each checkpoint
+_BEST = "best"  # that of the best states, and their key in the record
 _KEEP = 3
 
 # Orbax also raises the errors that it logs.
@@ -79,11 +81,13 @@ def save(
     state: Any,
     batches: grain.DatasetIterator | None,
     provenance: Provenance,
+    best: tuple[Any, Mapping[str, Any]] | None = None,
 ) -> None:
     """Start to save a checkpoint of a run with this provenance, after `step` steps.
 
-    It has the position of `batches`. When this returns, `state`, a pytree of arrays, may be
-    donated: Orbax writes a copy of it on the host. UserError if the previous one was not written.
+    It has the position of `batches`, and the states and the record of `BestStates` if given. When
+    this returns, `state`, a pytree of arrays, may be donated: Orbax writes a copy of it on the
+    host. UserError if the previous one was not written.
     """
     with _one_line(checkpoints):
         on_first(checkpoints.wait_until_finished)
@@ -91,12 +95,15 @@ def save(
         return
     position = batches.get_state() if batches is not None else None
     record = {"step": step, "provenance": dict(provenance), "batches": position}
-    state = ocp.args.StandardSave(jax.device_get(state))
-    items = ocp.args.Composite(state=state, **{RECORD: ocp.args.JsonSave(record)})
+    items = {"state": ocp.args.StandardSave(jax.device_get(state))}
+    if best:
+        states, record[_BEST] = best
+        items[_BEST] = ocp.args.StandardSave(states)
+    items[RECORD] = ocp.args.JsonSave(record)
     with _one_line(checkpoints):
         if step in checkpoints.all_steps():  # one that could not be restored
             checkpoints.delete(step)
-        checkpoints.save(step, args=items, force=True)
+        checkpoints.save(step, args=ocp.args.Composite(**items), force=True)
 
 
 def restore(
@@ -151,6 +158,31 @@ def restore(
             "names, or remove that folder to train from the start"
         )
     return state, 0
+
+
+def restore_best(
+    checkpoints: ocp.CheckpointManager, step: int, state: Any
+) -> tuple[Any, Mapping[str, Any]] | None:
+    """Return what `save` got as `best` at a step; None if it got none.
+
+    `state` has the shapes and dtypes of the states. UserError if they cannot be read.
+    """
+    try:
+        items = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
+        record = checkpoints.restore(step, args=items)[RECORD]
+        if _BEST not in record:
+            return None
+        abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+        restored = checkpoints.restore(step, args=ocp.args.Composite(**{_BEST: abstract}))
+    except (MemoryError, PermissionError):
+        raise  # not the fault of the checkpoint
+    except Exception as error:
+        place = checkpoints.directory / str(step)
+        raise UserError(
+            f"the best states in {place} cannot be restored ({_reason(error)}); remove {place} to "
+            "continue from the checkpoint before it"
+        ) from error
+    return restored[_BEST], record[_BEST]
 
 
 def _reason(error: Exception) -> str:

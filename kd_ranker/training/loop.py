@@ -1,17 +1,19 @@
 """The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint.
 
-After an evaluation, halving may stop the runs of settings that are behind.
+After an evaluation, halving may stop the runs of settings that are behind, and early stopping those
+that no longer improve.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -22,6 +24,7 @@ from kd_ranker.tracking.tracker import Tracker
 from kd_ranker.training import checkpoints
 from kd_ranker.training.active_runs import ActiveRuns
 from kd_ranker.training.divergence import mark_diverged, report_diverged
+from kd_ranker.training.early_stopping import BestStates
 from kd_ranker.training.interruption import deferred
 from kd_ranker.training.profile import Profiler
 from kd_ranker.training.program import (
@@ -44,10 +47,12 @@ class Evaluated(NamedTuple):
     """The findings of an evaluation during training."""
 
     scalars: dict[str, float]  # by name, for the metrics
+    criteria: Mapping[str, float]  # by run, for early stopping; smaller is better
     behind: Collection[str]  # the runs that halving would stop
 
 
-Evaluate = Callable[[States], Evaluated]
+# (the states of all runs on the host, the names of those to evaluate) -> findings
+Evaluate = Callable[[States, Collection[str]], Evaluated]
 Begin = Callable[[States], States]
 
 # Seconds to compile one stack, or all that they share, on two slow cores.
@@ -78,7 +83,8 @@ def fit(
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
       provenance: that of the runs, for the checkpoints.
-      evaluate: what to measure every `train.eval_every` steps, and before halving.
+      evaluate: what to measure every `train.eval_every` steps, before halving, and for early
+        stopping.
       bar: `program.steps` are added to it. Its progress gets the phase "compiling": all until the
         first step of this process, and the first after halving, is done.
       tracker: gets the scalars of `metrics.jsonl` and `speed.jsonl`, too.
@@ -86,7 +92,8 @@ def fit(
       halving: the steps after which the runs that are behind stop.
 
     Returns:
-      The state of each stack after the last step, on the host.
+      The state of each stack on the host: after the last step, or with early stopping the best one
+      of each run.
 
     Raises:
       UserError: the loss of a single run stopped being finite, the checkpoints in `workdir` have
@@ -99,6 +106,9 @@ def fit(
         if step >= program.steps:
             return states
         outputs = outputs_of(program, train, halving)
+        best = _best_states(program, train, saved, abstract, step)
+        if best:
+            outputs = outputs.without(best.stopped(step))
         with contextlib.ExitStack() as compiling:
             bar.progress.show(f"compiling the step, {_time_to_compile(program)}")
             _enter_compiling(compiling, bar)
@@ -114,7 +124,8 @@ def fit(
                 contextlib.closing(profiler),
             ):
                 while step < program.steps and not stopping:
-                    training = outputs.runs_after(step) - diverged.keys()
+                    running = outputs.runs_after(step)
+                    training = running - diverged.keys()
                     if not training:
                         bar.update(program.steps - step)
                         break
@@ -145,35 +156,83 @@ def fit(
                     with meter.spent_on("checkpoint"):
                         on_host = active.on_host() if due.save or due.evaluate else ()
                     with meter.spent_on("evaluation"):
-                        evaluated = evaluate(on_host) if due.evaluate else None
+                        evaluated = evaluate(on_host, running) if due.evaluate else None
+                    leaving: Collection[str] = ()
                     if evaluated:
                         scalars |= evaluated.scalars
+                        if due.halve:
+                            leaving = evaluated.behind
+                        if best:
+                            best.update(step, evaluated.criteria, on_host)
+                            outputs = outputs.without(best.stopped(step))
+                            leaving = _worth_leaving(active.names, outputs.runs_after(step))
                     if scalars:
                         speed = calls.speed()
                         writer.write(step, scalars)
                         writer.write_speed(step, speed)
                         bar.set_postfix(_progress(program, scalars, speed, diverged))
                         meter.restart()
-                    if evaluated and due.halve and evaluated.behind:
-                        number, total = len(evaluated.behind), len(active.names)
+                    if leaving:
+                        number, total = len(leaving), len(active.names)
                         _enter_compiling(compiling, bar)
-                        active.stop(evaluated.behind, step)
-                        outputs = outputs.without(evaluated.behind)
+                        active.stop(leaving, step)
+                        outputs = outputs.without(leaving)
                         calls = _Calls(active.program, meter)
                         on_host = active.on_host()
                         bar.progress.show(
-                            f"halving after {step:,} steps: {number} of {total} runs stop; "
+                            f"after {step:,} steps {number} of {total} runs have stopped; "
                             f"compiling the step of the others, {_time_to_compile(active.program)}"
                         )
-                    if due.save:
+                    # The last one is that of the results.
+                    if due.save and not (best and step >= program.steps):
                         with meter.spent_on("checkpoint"):
-                            checkpoints.save(saved, step, on_host, program.batches, provenance)
+                            checkpoints.save(
+                                saved,
+                                step,
+                                on_host,
+                                program.batches,
+                                provenance,
+                                best.saved() if best else None,
+                            )
         # This process got no signal, so another one did.
         if stopping and not stop():
             raise UserError(
                 f"another process ended this run after step {step}; start all of them again"
             )
-        return jax.tree.map(np.asarray, active.on_host())
+        last_states = jax.tree.map(np.asarray, active.on_host())
+        if not best or outputs.runs_after(step) - diverged.keys():
+            return last_states
+        # Under the step of complete runs, as no run trains on.
+        states = best.results(last_states)
+        checkpoints.save(saved, program.steps, states, program.batches, provenance)
+        return states
+
+
+def _best_states(
+    program: Program,
+    train: ConfigDict,
+    saved: ocp.CheckpointManager,
+    abstract: States,
+    step: int,
+) -> BestStates | None:
+    """Return the best states so far, those of the checkpoint at `step`; None if all runs go on."""
+    if not train.early_stopping:
+        return None
+    every, evaluations = train.early_stopping
+    best = BestStates(program.stacks, every * evaluations)
+    if step and (restored := checkpoints.restore_best(saved, step, abstract)):
+        best.restore(*restored)
+    return best
+
+
+def _worth_leaving(active: Collection[str], left: Collection[str]) -> set[str]:
+    """Return the active runs that are not left, if these are half of them or more.
+
+    The others go on in a smaller program, which has to be compiled. Those that have stopped train
+    on until then, for nothing.
+    """
+    stopped = {*active} - {*left}
+    return stopped if left and 2 * len(stopped) >= len(active) else set()
 
 
 def _enter_compiling(stack: contextlib.ExitStack, bar: Bar) -> None:
@@ -214,6 +273,7 @@ class Outputs(NamedTuple):
     checkpoint_every: int
     ends: dict[str, int]  # the last step of each run, by its name
     halving: Sequence[int] = ()  # the steps after which runs that are behind stop
+    stopping_every: int = 0  # steps from one evaluation for early stopping to the next
 
     def without(self, names: Collection[str]) -> "Outputs":
         """Leave out runs that have stopped."""
@@ -228,7 +288,7 @@ class Outputs(NamedTuple):
     def next_stop(self, step: int) -> int:
         """The first later step with something to do, or that is the last of a run."""
         ends = [end for end in self.ends.values() if end > step]
-        intervals = [self.log_every, self.eval_every, self.checkpoint_every]
+        intervals = [self.log_every, self.eval_every, self.checkpoint_every, self.stopping_every]
         outputs = [(step // every + 1) * every for every in intervals if every]
         halving = [halved for halved in self.halving if halved > step]
         return min(ends + outputs + halving)
@@ -239,10 +299,14 @@ class Outputs(NamedTuple):
         # A run that has ended is complete, whatever becomes of longer ones.
         save = step in self.ends.values() or _is_multiple(step, self.checkpoint_every)
         halve = step in self.halving
+        # The last states are measured in full after the training.
+        evaluate = not is_last and (halve or _is_multiple(step, self.eval_every))
+        if self.stopping_every:
+            # But they may not be the best ones.
+            evaluate |= step in self.ends.values() or _is_multiple(step, self.stopping_every)
         return Due(
             log=save or _is_multiple(step, self.log_every),
-            # The last states are measured in full after the training.
-            evaluate=not is_last and (halve or _is_multiple(step, self.eval_every)),
+            evaluate=evaluate,
             halve=halve and not is_last,
             save=save or stopping,
         )
@@ -257,6 +321,7 @@ def outputs_of(program: Program, train: ConfigDict, halving: Sequence[int] = ())
         checkpoint_every=train.checkpoint_every,
         ends={name: int(end) for name, end in ends.items()},
         halving=halving,
+        stopping_every=train.early_stopping[0] if train.early_stopping else 0,
     )
 
 

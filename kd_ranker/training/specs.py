@@ -94,7 +94,7 @@ def student_stacks(runs: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[St
 
 
 def stopped_runs(stacks: Sequence[Stack], states: States) -> set[str]:
-    """Return the names of the runs that halving stopped."""
+    """Return the names of the runs that were stopped."""
     return {
         name
         for stack, state in zip(stacks, states, strict=True)

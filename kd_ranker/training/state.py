@@ -81,7 +81,7 @@ class TrainState:
     transform: Transform  # the mode's parameters
     optimizer_state: optax.OptState  # of the dense parameters and the transform
     non_finite_step: Int[Array, "runs"]  # 0, or the step at which it diverged
-    stopped_after: Int[Array, "runs"]  # 0, or the step after which halving stopped the run
+    stopped_after: Int[Array, "runs"]  # 0, or the step of this state, if the run was stopped there
     unknown_ids: dict[str, Int[Array, ""]]  # by table, the number of trained ids without a row
     owners: dict[str, Int[Array, "rows"]]  # by table, scratch memory of `find_occurrences`
 
