@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.cohorts.plan import FOLDER
 from kd_ranker.compiled import keep_programs
-from kd_ranker.config import checks, defaults, schema
+from kd_ranker.config import asking, checks, defaults, schema
 from kd_ranker.config.runs import list_runs, repeats, sweep_runs
 from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import datasets, scoring, sweeping, training
+from kd_ranker.pipeline import datasets, scoring, searching, sweeping, training
 from kd_ranker.pipeline.exporting import export_ranker
 from kd_ranker.pipeline.remote import Place, fetched, local_folder, owned, place_of
 from kd_ranker.pipeline.scores import Scored
@@ -41,7 +41,7 @@ from kd_ranker.sources import in_memory
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
 from kd_ranker.sources.logs.layout import split_path
-from kd_ranker.tracking.registry import check_installed
+from kd_ranker.tracking.registry import check_installed as check_tracker
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
@@ -280,7 +280,7 @@ def train_teacher(config: ConfigDict, workdir: Folder, progress: Progress | None
     config = _copied(config)
     place = place_of(workdir)
     checks.validate(config)
-    check_installed(config.tracker)
+    _check_installed(config)
     keep_programs(config.compilation_cache)
     training.train("train_teacher", config, {}, place, progress or Progress())
     return Trained(place)
@@ -328,7 +328,7 @@ def train(
     place = place_of(workdir)
     checks.validate(config, single=True)
     checks.check_students([config])
-    check_installed(config.tracker)
+    _check_installed(config)
     keep_programs(config.compilation_cache)
     training.train("train", config, {"": config}, place, progress or Progress())
     return Trained(place)
@@ -383,9 +383,12 @@ def sweep(
         config.sweep.runs = list_runs(runs)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
-    check_installed(config.tracker)
+    _check_installed(config)
     keep_programs(config.compilation_cache)
-    sweeping.train_sweep(config, place, show, progress or Progress())
+    if config.sweep.search == "optuna":
+        searching.train_search(config, place, show, progress or Progress())
+    else:
+        sweeping.train_sweep(config, place, show, progress or Progress())
     return Trained(place)
 
 
@@ -518,7 +521,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     progress = Progress(show)
     checks.validate(config)
     checks.check_students(sweep_runs(config).values())
-    check_installed(config.tracker)
+    _check_installed(config)
     is_logged = config.teacher.source == "logged"
     show("prepare_data")
     for line in prepare(config, progress=progress).lines:
@@ -541,6 +544,13 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
         written = report(students, output=place_of(f"{place}/report"))
     show(f"time: {progress}")
     return written._replace(teacher=teacher, students=students)
+
+
+def _check_installed(config: ConfigDict) -> None:
+    """Raise UserError if a config needs an extra that is not installed."""
+    check_tracker(config.tracker)
+    if config.sweep.search == "optuna":
+        asking.check_installed()
 
 
 def _copied(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigDict:

@@ -59,7 +59,7 @@ class Sweep:
     @property
     def folders(self) -> list[Path]:
         """The folders of the cohorts, with their checkpoints, metrics and results."""
-        return [self.workdir / FOLDER / str(index) for index in range(len(self.plan))]
+        return cohort_folders(self.workdir, self.plan)
 
     def is_complete(self) -> bool:
         """True if all runs are trained and measured, and their results joined.
@@ -144,6 +144,11 @@ class Sweep:
         if self.costs != FLOPS:
             provenance["costs"] = str(tuple(self.costs))
         return provenance
+
+
+def cohort_folders(workdir: Path, plan: Sequence[Sequence[str]]) -> list[Path]:
+    """Return the folders of the cohorts of a sweep."""
+    return [workdir / FOLDER / str(index) for index in range(len(plan))]
 
 
 def open_sweep(config: ConfigDict, workdir: Path, dataset: Provenance) -> Sweep:

@@ -39,6 +39,11 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             "out to read the whole log"
         )
     yield from _range_faults(c)
+    if c.sweep.search == "optuna" and (c.sweep.halving or c.sweep.part):
+        yield (
+            "sweep.search='optuna' decides round by round what to train: sweep.halving needs all "
+            "settings at once, and sweep.part all cohorts; leave them out"
+        )
     if c.sweep.whole_repeats:
         sets_batch_seed = any("batch.seed" in overrides for overrides in overrides_of_runs(c))
         if sets_batch_seed:
@@ -104,14 +109,17 @@ def _faults(c: ConfigDict) -> Iterator[str]:
 
 
 def _range_faults(c: ConfigDict) -> Iterator[str]:
-    """The faults of the ranges of a random search."""
+    """The faults of the ranges of a search."""
     for key in with_range():
         name = range_of(key.name)
         ends = value_of(c, name)
         if not ends:
             continue
-        if c.sweep.search != "random":
-            yield f"{name}={ends} is for sweep.search='random'; set that, or leave the range out"
+        if c.sweep.search == "grid":
+            yield (
+                f"{name}={ends} is for sweep.search='random' or 'optuna'; set one, or leave the "
+                "range out"
+            )
         elif len(ends) != 2 or ends[0] >= ends[1]:
             yield f"{name}={ends} must be two numbers, the smaller one first"
         elif key.logarithmic and ends[0] <= 0:

@@ -16,54 +16,65 @@ from kd_ranker.config.keys import Key
 
 Overrides = Mapping[str, Any]  # values by key
 Range = tuple[float, float]  # its ends
+Space = list[Any] | Range  # to draw a value of a key from
 
 
-class _Method(NamedTuple):
+Round = Mapping[str, Sequence[Overrides]]
+"""The draws of each method, by its name, that train together."""
+
+
+class Method(NamedTuple):
     """What the runs of a method have in common, and what they vary."""
 
-    fixed: dict[str, Any]  # values of keys that are not tuned
-    lists: dict[str, list[Any]]  # the distinct values of keys that are tuned
-    repeats: list[dict[str, Any]]  # the distinct values of the seeds
+    name: str  # a text that no other method of the sweep has
+    fixed: Overrides  # values of keys that are not tuned
+    spaces: Mapping[str, Space]  # of keys that are tuned: distinct values, or a range
+    repeats: Sequence[Overrides]  # the distinct values of the seeds
+
+    def runs(self, drawn: Overrides) -> Iterator[dict[str, Any]]:
+        """Yield the repeats of a draw."""
+        for repeat in self.repeats:
+            yield {**self.fixed, **drawn, **repeat}
 
 
 def draw_settings(
-    runs: Iterable[Overrides],
-    keys: Mapping[str, Key],
-    ranges: Mapping[str, Range],
-    draws: int,
-    seed: int,
+    methods: Iterable[Method], keys: Mapping[str, Key], draws: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the runs of a random search; those of more draws begin with those of fewer.
+
+    Args:
+      methods: those to draw settings of.
+      keys: the keys that runs may vary, by name.
+      draws: of each method.
+      seed: of the draws.
+    """
+    for method in methods:
+        for number in range(draws):
+            # By the name of the method, so that it keeps its draws beside other methods.
+            generator = np.random.default_rng([seed, number, number_of(method.name)])
+            drawn = {
+                name: _draw(generator, keys[name], space)
+                for name, space in sorted(method.spaces.items())
+            }
+            yield from method.runs(drawn)
+
+
+def methods_of(
+    runs: Iterable[Overrides], keys: Mapping[str, Key], ranges: Mapping[str, Range]
+) -> list[Method]:
+    """Return the methods of runs, in the order in which they begin.
 
     Args:
       runs: those of all combinations.
       keys: the keys that runs may vary, by name.
       ranges: of numbers to draw from in place of a list, by key. A range of a switch leaves runs
         alone that have it off.
-      draws: of each method.
-      seed: of the draws.
     """
-    for name, method in _methods(runs, keys).items():
-        spaces = method.lists | {
-            key: ends
-            for key, ends in ranges.items()
-            if not (keys[key].switch and method.fixed.get(key) == 0)
-        }
-        for number in range(draws):
-            # By the name of the method, so that it keeps its draws beside other methods.
-            generator = np.random.default_rng([seed, number, _number_of(name)])
-            drawn = {
-                key: _draw(generator, keys[key], space) for key, space in sorted(spaces.items())
-            }
-            for repeat in method.repeats:
-                yield {**method.fixed, **drawn, **repeat}
-
-
-def _methods(runs: Iterable[Overrides], keys: Mapping[str, Key]) -> dict[str, _Method]:
-    """Return the methods of runs by a text, in the order in which they begin."""
-    methods: dict[str, _Method] = {}
+    methods: dict[str, Method] = {}
     for run in runs:
-        fixed, tuned, repeat = {}, {}, {}
+        fixed: dict[str, Any] = {}
+        tuned: dict[str, Any] = {}
+        repeat: dict[str, Any] = {}
         for name, value in run.items():
             if keys[name].is_seed:
                 repeat[name] = value
@@ -72,22 +83,36 @@ def _methods(runs: Iterable[Overrides], keys: Mapping[str, Key]) -> dict[str, _M
             else:
                 fixed[name] = value
         text = repr((sorted(fixed.items()), sorted(tuned)))
-        method = methods.setdefault(text, _Method(fixed, {}, []))
+        if text not in methods:
+            methods[text] = Method(text, fixed, {name: [] for name in tuned}, [])
+        method = methods[text]
         for name, value in tuned.items():
-            values = method.lists.setdefault(name, [])
-            if value not in values:
-                values.append(value)
-        if repeat not in method.repeats:
-            method.repeats.append(repeat)
-    return methods
+            _add(method.spaces[name], value)
+        _add(method.repeats, repeat)
+    return [_with_ranges(method, keys, ranges) for method in methods.values()]
 
 
-def _number_of(text: str) -> int:
+def _add(distinct: Any, value: Any) -> None:
+    if value not in distinct:
+        distinct.append(value)
+
+
+def _with_ranges(method: Method, keys: Mapping[str, Key], ranges: Mapping[str, Range]) -> Method:
+    of_method = {
+        name: ends
+        for name, ends in ranges.items()
+        if not (keys[name].switch and method.fixed.get(name) == 0)
+    }
+    return method._replace(spaces={**method.spaces, **of_method})
+
+
+def number_of(text: str) -> int:
+    """Return a number below 2⁶⁴ for a text, the same on all machines."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def _draw(generator: np.random.Generator, key: Key, space: Sequence[Any]) -> Any:
-    """Draw a value of a key, from a list or from a `Range`."""
+def _draw(generator: np.random.Generator, key: Key, space: Space) -> Any:
+    """Draw a value of a key."""
     if isinstance(space, list):
         return space[int(generator.integers(len(space)))]
     low, high = space
@@ -95,6 +120,11 @@ def _draw(generator: np.random.Generator, key: Key, space: Sequence[Any]) -> Any
         number = math.exp(generator.uniform(math.log(low), math.log(high)))
     else:
         number = generator.uniform(low, high)
-    # Three digits, as the value is a part of names. An end may round to a number beyond it.
-    number = min(max(float(f"{number:.3g}"), low), high)
+    return rounded(number, key, space)
+
+
+def rounded(number: float, key: Key, ends: Range) -> float:
+    """Return a number of a range as runs take it: with three digits, as it is a part of names."""
+    # An end may round to a number beyond it.
+    number = min(max(float(f"{number:.3g}"), ends[0]), ends[1])
     return round(number) if key.type is int else number

@@ -86,7 +86,7 @@ class Key:
         one that a sweep may vary has a column under its own name.
       tuned: True if validation chooses the best of its values. The values of the other keys make
         different students, or different methods of teaching them, which are compared.
-      logarithmic: True if random search draws its logarithm, where it draws from a range.
+      logarithmic: True if a search draws its logarithm, where it draws from a range.
       switch: True if 0 turns something off: 0 and the other values make different methods.
       may_differ: True if sweeps that differ in it can share a report. Keys that a sweep varies, and
         keys that influence nothing, may always differ.
@@ -197,7 +197,9 @@ def section(
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
-SEARCHES = ("grid", "random")
+SEARCHES = ("grid", "random", "optuna")
+# The classes of `optuna.samplers`.
+OPTUNA_SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler"}
 # The parts of a sweep that are not cohorts.
 PLAN = "plan"
 JOIN = "join"
@@ -448,9 +450,14 @@ _ALL = (
             element=float),
         Key("seeds", (), "values of seed, for each run; () leaves it to the runs", element=int),
         Key("search", "grid", "the settings of each method: all combinations of the values of its "
-            "tuned keys, or random draws of them", SEARCHES),
-        Key("draws", 8, "settings that random search draws of each method", POSITIVE),
-        Key("draw_seed", 0, "of random search"),
+            "tuned keys, random draws of them, or rounds of draws by a sampler of Optuna, an extra",
+            SEARCHES),
+        Key("draws", 8, "settings of each method that a search draws", POSITIVE),
+        Key("draw_seed", 0, "of a search"),
+        Key("round", 4, "with optuna, settings of each method that are drawn and train together",
+            POSITIVE),
+        Key("sampler", "tpe", "of Optuna; gp needs the package torch",
+            OPTUNA_SAMPLERS),
         Key("rivals", (), "rankers of other architectures to compare with the students",
             RIVALS, element=str, may_differ=True, later=True),
         Key("halving", (), "steps after which the worse half of each method's settings stops, by "

@@ -11,7 +11,8 @@ They become `config.sweep.runs`. Without such a function there is one run for ea
 `sweep.modes`, `sweep.weights`, `sweep.seeds` and `sweep.axes.KEY` are lists of values, for the
 command line. Each run of the list then occurs once for each combination of these values.
 
-With `sweep.search="random"` these runs are methods, of each of which `drawing` draws settings.
+With another `sweep.search` these runs are methods, of each of which `drawing` draws settings, or
+`asking` asks Optuna for them.
 """
 
 import enum
@@ -88,17 +89,41 @@ def overrides_of_runs(config: ConfigDict) -> Iterator[Overrides]:
     """Yield the values of each run of a sweep, those of the axes included."""
     if config.sweep.search == "grid":
         return _all_combinations(config)
+    # Before Optuna has asked for settings, random ones stand for them: of the same methods.
     return drawing.draw_settings(
-        _all_combinations(config),
-        {key.name: key for key in schema.sweepable()},
-        ranges_of(config),
-        config.sweep.draws,
-        config.sweep.draw_seed,
+        methods_of(config), schema.sweepable_by_name(), config.sweep.draws, config.sweep.draw_seed
     )
 
 
+def methods_of(config: ConfigDict) -> list[drawing.Method]:
+    """Return the methods of a sweep, with what a search draws of each."""
+    return drawing.methods_of(
+        _all_combinations(config), schema.sweepable_by_name(), ranges_of(config)
+    )
+
+
+def of_rounds(config: ConfigDict, rounds: Sequence[drawing.Round]) -> ConfigDict:
+    """Return the sweep of the settings that rounds of draws have found; it may grow by others."""
+    methods = {method.name: method for method in methods_of(config)}
+    runs = [
+        run
+        for of_methods in rounds
+        for name, draws in of_methods.items()
+        for drawn in draws
+        for run in methods[name].runs(drawn)
+    ]
+    found = config.copy_and_resolve_references()
+    with found.unlocked():
+        for key in schema.sweepable():
+            found.update_from_flattened_dict({schema.axis_of(key.name): ()})
+        for key in schema.with_range():
+            found.update_from_flattened_dict({schema.range_of(key.name): ()})
+        found.sweep.update(search="grid", runs=list_runs(runs), extend=True)
+    return found
+
+
 def ranges_of(config: ConfigDict) -> dict[str, Any]:
-    """Return the ranges of a random search that are set, by the key that they are of."""
+    """Return the ranges of a search that are set, by the key that they are of."""
     ranges = {
         key.name: schema.value_of(config, schema.range_of(key.name)) for key in schema.with_range()
     }

@@ -33,8 +33,13 @@ def sweepable() -> list[Key]:
     return sorted(keys, key=lambda key: key.sweep != "cohorts")
 
 
+def sweepable_by_name() -> dict[str, Key]:
+    """The same by their names."""
+    return {key.name: key for key in sweepable()}
+
+
 def with_range() -> list[Key]:
-    """The keys that random search may draw from a range: tuned numbers."""
+    """The keys that a search may draw from a range: tuned numbers."""
     return [
         key
         for key in sweepable()
@@ -86,7 +91,7 @@ def _range_key(key: Key) -> Key:
     return Key(
         range_of(key.name),
         (),
-        f"the ends of a range of {key.name} for random search; () takes the values of the runs",
+        f"the ends of a range of {key.name} for a search; () takes the values of the runs",
         element=key.type,
         swept=key,
         influences="nothing",

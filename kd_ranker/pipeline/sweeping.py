@@ -50,7 +50,7 @@ def train_sweep(config: ConfigDict, workdir: Place, show: Show, progress: Progre
         show(f"cohort {part} of {cohorts} is trained")
         return
     with owned(workdir) as folder:
-        if not _train_all(config, workdir, folder, progress):
+        if not train_all(config, workdir, folder, progress):
             show(f"the sweep in {workdir} is complete; there is nothing to do")
         if part == PLAN:
             cohorts = len(read_plan(folder))
@@ -96,7 +96,8 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     # how it is tested, joined and reported; and with `sweep.extend` those that add runs.
     free = {*schema.without_influence("report"), "costs", "report", "sweep.rivals"}
     keys_of_runs = {
-        *("sweep.runs", "sweep.search", "sweep.draws", "sweep.draw_seed"),
+        *("sweep.runs", "sweep.search", "sweep.draws", "sweep.draw_seed", "sweep.round"),
+        "sweep.sampler",
         *(schema.axis_of(key.name) for key in schema.sweepable()),
         *(schema.range_of(key.name) for key in schema.with_range()),
     }
@@ -106,8 +107,13 @@ def _open(config: ConfigDict, workdir: Path, unchanged: bool = True) -> tuple[Sw
     return open_sweep(config, workdir, dataset), trainees
 
 
-def _train_all(config: ConfigDict, place: Place, workdir: Path, progress: Progress) -> bool:
-    """Do what is left of a sweep at a place; return False if it is complete."""
+def train_all(
+    config: ConfigDict, place: Place, workdir: Path, progress: Progress, more_follow: bool = False
+) -> bool:
+    """Do what is left of a sweep at a place; return False if it is complete.
+
+    If `more_follow`, its runs are measured on validation only, as later ones may be chosen.
+    """
     sweep, trainees = _open(config, workdir)
     if left_out := len(sweep_runs(config)) - len(sweep.runs):
         progress.show(f"{left_out} new runs are of settings that halving stopped: left out")
@@ -151,6 +157,8 @@ def _train_all(config: ConfigDict, place: Place, workdir: Path, progress: Progre
                 f"{', '.join(map(str, untrained))}; train each by its number, as "
                 f"sweep.part={untrained[0]}"
             )
+        if more_follow:
+            return True
         _test_and_join(sweep, cohorts, tracker)
         track_results(tracker, workdir, "student")
     return True

@@ -125,7 +125,7 @@ def test_values_at_the_limit_are_valid(changes):
         ),
         (
             {"sweep.ranges.train.steps": (100, 300)},
-            "sweep.ranges.train.steps=(100, 300) is for sweep.search='random'; set that",
+            "sweep.ranges.train.steps=(100, 300) is for sweep.search='random' or 'optuna'; set one",
         ),
         ({"data.dir": "gs://bucket/data"}, "datasets need a folder of this machine"),
         ({"parallel.devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from kd_ranker.config import schema
-from kd_ranker.config.drawing import draw_settings
+from kd_ranker.config.drawing import draw_settings, methods_of
 from kd_ranker.config.runs import sweep_runs
 from kd_ranker.configs import cascade
 
@@ -21,7 +21,7 @@ SHARED = [
 
 
 def drawn(runs, draws, ranges=None, seed=0):
-    return list(draw_settings(runs, KEYS, ranges or {}, draws, seed))
+    return list(draw_settings(methods_of(runs, KEYS, ranges or {}), KEYS, draws, seed))
 
 
 def test_each_method_gets_as_many_draws_with_all_of_its_repeats():
