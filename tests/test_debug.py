@@ -12,7 +12,9 @@ from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, Loss, bce
 from kd_ranker.errors import UserError
+from kd_ranker.pipeline import job
 from kd_ranker.pipeline.job import open_job
+from kd_ranker.pipeline.trained import load_teacher
 from kd_ranker.pipeline.training import prepare_program
 from kd_ranker.training import kept_steps
 
@@ -56,6 +58,21 @@ def test_a_member_of_a_sweep_is_replayed_at_the_line_of_its_loss(world, tmp_path
     assert "jax.numpy.log(" in str(again)
     weights = again.inputs.batch.teacher_weight
     assert again.inputs.batch.teacher_probability[weights > 0].min() < 2e-3
+
+
+def test_a_live_teacher_that_is_not_finite_is_named(world, tmp_path, monkeypatch):
+    def broken(config):
+        teacher = load_teacher(config)
+        parameters = teacher.ranker.parameters
+        dense = jax.tree.map(lambda leaf: leaf.at[...].set(np.nan), parameters.dense)
+        ranker = teacher.ranker._replace(parameters=dataclasses.replace(parameters, dense=dense))
+        return teacher._replace(ranker=ranker)
+
+    monkeypatch.setattr(job, "load_teacher", broken)
+    with pytest.raises(UserError, match="the teacher's probability at request .*mend the teacher"):
+        api.train(world.config(distill__mode="aux", train__steps=4), tmp_path)
+    again = kd.debug.replay(tmp_path)
+    assert again.first.startswith("the teacher's probability at request")
 
 
 def test_a_step_that_no_run_keeps_is_one_line(world, tmp_path):
