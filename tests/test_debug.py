@@ -69,7 +69,7 @@ def test_a_live_teacher_that_is_not_finite_is_named(world, tmp_path, monkeypatch
         return teacher._replace(ranker=ranker)
 
     monkeypatch.setattr(job, "load_teacher", broken)
-    with pytest.raises(UserError, match="the teacher's probability at request .*mend the teacher"):
+    with pytest.raises(UserError, match=r"the teacher's probability at request .*mend the teacher"):
         api.train(world.config(distill__mode="aux", train__steps=4), tmp_path)
     again = kd.debug.replay(tmp_path)
     assert again.first.startswith("the teacher's probability at request")

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import altair as alt
 import numpy as np
@@ -19,12 +19,14 @@ from kd_ranker.evaluation.metrics.registry import title_of
 from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, TARGET
 from kd_ranker.evaluation.saving import SAVINGS, by_repeat, of_split
 from kd_ranker.evaluation.setting_names import SETTING_COLUMNS
+from kd_ranker.reporting import findings
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import Interval, interval
 from kd_ranker.reporting.study import Study
 from kd_ranker.reporting.training_curves import GRADIENT_NORM, USER_LOSS, training_curves
 
 Chart = alt.LayerChart | alt.FacetChart
+_Side = Literal["top", "bottom"]  # of a legend
 
 # After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008), then of Tol's
 # muted one (personal.sron.nl/~pault, 2021). All are visible on a white and on a black page.
@@ -52,18 +54,20 @@ _THEME: dict[str, Any] = {
 }  # fmt: skip
 
 
+TRAINING = (USER_LOSS, GRADIENT_NORM.replace("/", "_"))
+"""The names of the figures on the training itself."""
+
+
 class Figure(NamedTuple):
-    """A figure of a study: its name in those of files, its table, and its chart without a size.
+    """A figure of a study, with its chart without a size."""
 
-    `height` is that of the plot in a file, in pixels.
-    """
-
-    name: str
+    name: str  # in the names of files
     title: str
-    caption: str
+    caption: str  # what it draws, in any study
+    finding: str  # what it shows in this one, as a sentence; "" if nothing can be said
     data: pd.DataFrame
     chart: Chart
-    height: int = 270
+    height: int = 270  # of the plot in a file, in pixels
 
 
 def files(figure: Figure) -> dict[str, bytes]:
@@ -75,6 +79,12 @@ def files(figure: Figure) -> dict[str, bytes]:
         "pdf": vl_convert.svg_to_pdf(svg),
         "png": vl_convert.svg_to_png(svg, ppi=200),
     }
+
+
+def page_image(figure: Figure) -> str:
+    """Return the chart of a figure as SVG, for a page without scripts."""
+    chart = _sized(figure, width=_WIDTH, height=figure.height)
+    return vl_convert.vegalite_to_svg(chart.to_dict())
 
 
 def page_chart(figure: Figure) -> str:
@@ -161,14 +171,14 @@ def _axis(
     )  # fmt: skip
 
 
-def _color(study: Study, data: pd.DataFrame, symbol: str) -> alt.Color:
+def _color(study: Study, data: pd.DataFrame, symbol: str, side: _Side = "top") -> alt.Color:
     """Return the colors of the lines by their methods; the incumbent is gray, a list is brown."""
     lines = data.drop_duplicates("line")
     colors: dict[str | None, str] = dict(zip(study.chosen, itertools.cycle(_COLORS), strict=False))
     colors[study.incumbent] = _INCUMBENT
     palette = [colors.get(method, _LIST) for method in lines["method"]]
     scale = alt.Scale(domain=lines["line"].tolist(), range=palette)
-    return alt.Color("line:N", scale=scale, legend=alt.Legend(symbolType=symbol))
+    return alt.Color("line:N", scale=scale, legend=alt.Legend(symbolType=symbol, orient=side))
 
 
 def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
@@ -241,20 +251,22 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         "test split: with the early ranker that filled the log, with a student of plain mode none, "
         "with the best ranker that needs no scores of the final ranker, and with the best student "
         "that learns from them. Bars are 95% intervals.",
+        findings.fewer_candidates(study, estimates),
         data, alt.layer(bars, ends, numbers, data=_values(data)), height=110,
     )  # fmt: skip
 
 
 def _points(
     study: Study, data: pd.DataFrame, x: Callable[[str], Any], y: Callable[[str], Any],
-    columns: Sequence[str], order: str = "",
+    columns: Sequence[str], order: str = "", legend: _Side = "top",
 ) -> list[alt.Chart]:  # fmt: skip
     """Return layers of a mark per row, with its intervals from `_low` to `_high` of the columns.
 
-    Lines connect the marks along the column `order`, which labels them; "" draws none.
+    Lines connect the marks along the column `order`, which labels them; "" draws none. `legend` is
+    the side of the legend.
     """
     x_column, y_column = columns
-    base = alt.Chart().encode(color=_color(study, data, "circle"))
+    base = alt.Chart().encode(color=_color(study, data, "circle", legend))
     # Pale, since readers should compare the marks.
     bar = base.mark_rule(strokeWidth=0.8, opacity=0.45)
     layers = [
@@ -309,7 +321,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
         origin.mark_rule().encode(x=alt.value(0), x2=alt.value("width")),
         origin.mark_point(filled=False, size=60, opacity=1),
         origin.mark_text(align="right", dx=-7, dy=-7, fontSize=10).encode(text="text:N"),
-        *_points(study, data, x, y, ("saving", "users")),
+        *_points(study, data, x, y, ("saving", "users"), legend="bottom"),
     ]
     return Figure(
         "plane", "Saving against the change for users",
@@ -319,6 +331,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
         f"{study.costs.unit}, that is saved, and the change of the value for users, as a share of "
         f"that if all are passed. The dashed line is the margin of {100 * margin:g}%. Bars are 95% "
         "intervals.",
+        findings.saving_methods(data, margin),
         data, alt.layer(*layers, data=_values(data)),
     )  # fmt: skip
 
@@ -391,14 +404,15 @@ def _over_k(study: Study, estimates: Estimates, curve: _Curve) -> Figure | None:
         marks = marks.encode(x=x("passed"), y=y("mean")).properties(data=on_rule)
         layers += [_rule(y, curve.rule), marks]
     caption = (
-        f"{curve.caption} Bands are 95% intervals. Gray is the early ranker that filled the log, "
-        "brown a list if no student without scores needs fewer."
+        f"{curve.caption} Bands are 95% intervals. Light gray is the early ranker that filled the "
+        "log, brown a list if no student without scores needs fewer."
     )
     # Vega could clip the marks, but a PNG of clipped marks takes seconds.
     lines = data.groupby("line", sort=False)
     in_window = pd.concat([_in_window(line, first_k, low) for _, line in lines])
     chart = alt.layer(*layers, data=_values(in_window))
-    return Figure(curve.measure, curve.title, caption, data, chart)
+    finding = findings.share_kept(study, estimates, curve.measure)
+    return Figure(curve.measure, curve.title, caption, finding, data, chart)
 
 
 def _in_window(curve: pd.DataFrame, first_k: int, bottom: float) -> pd.DataFrame:
@@ -469,6 +483,7 @@ def _pareto(study: Study) -> Figure | None:
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
         "over tasks, on validation; lower is better for both. One line per method as the distill "
         "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
+        findings.best_of_losses(data),
         data,
         alt.layer(*_points(study, data, x, y, measures, "weight"), data=_values(data)),
     )  # fmt: skip
@@ -486,19 +501,26 @@ def _training(study: Study) -> list[Figure]:
             study, curves, USER_LOSS, "Loss on user labels while training",
             "The loss on the user labels of the batch of a step, in nats. Negatives and further "
             "terms change its size, so compare a line with itself. " + alike,
+            findings.falling_losses,
         ),
         _over_steps(
             study, curves, GRADIENT_NORM, "Norm of the gradient while training",
             "The Euclidean norm of the gradient of the dense parameters. A slow rise is usual; a "
             "jump by orders of magnitude says that the rate is too high. " + alike,
+            findings.largest_rise,
         ),
     ]  # fmt: skip
 
 
 def _over_steps(
-    study: Study, curves: pd.DataFrame, measure: str, title: str, caption: str
+    study: Study,
+    curves: pd.DataFrame,
+    measure: str,
+    title: str,
+    caption: str,
+    find: Callable[[pd.DataFrame, str], str],
 ) -> Figure:
-    """Draw a line per method over the steps."""
+    """Draw a line per method over the steps; `find` says what the data show."""
     name = measure.replace("/", "_")
     data = curves.rename(columns={measure: name})[["method", "setting", "line", "step", name]]
     x = _axis(alt.X, "step", {"nice": False}, format="d")
@@ -507,7 +529,8 @@ def _over_steps(
     y = _axis(alt.Y, y_title, {"type": "log", "nice": False})
     lines = alt.Chart().mark_line(strokeWidth=1.5)
     lines = lines.encode(color=_color(study, data, "stroke"), x=x("step"), y=y(name))
-    return Figure(name, title, caption, data, alt.layer(lines, data=_values(data)))
+    chart = alt.layer(lines, data=_values(data))
+    return Figure(name, title, caption, find(data, name), data, chart)
 
 
 def _ends(name: str) -> tuple[str, str, str]:

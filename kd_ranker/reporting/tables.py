@@ -432,10 +432,10 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
             "": claims["claim"],
             "claim": claims["statement"],
             "verdict": claims["verdict"],
-            "setting": claims["setting"],
-            "measure": claims["measure"].map(title_of).replace(FEWER, f"fewer for {PERCENT}"),
             "value": means,
             "95% interval": ends,
+            "measure": claims["measure"].map(title_of).replace(FEWER, f"fewer for {PERCENT}"),
+            "setting": claims["setting"],
             "repeats": claims["n"].astype(str),
             "remark": claims["remark"],
         }

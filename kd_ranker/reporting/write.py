@@ -26,6 +26,14 @@ FIGURES = "figures"
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 
 
+class SectionTables(NamedTuple):
+    """The tables of a section of the page, by the question that they answer."""
+
+    sure: list[Table]
+    costs: list[Table]
+    tuned: list[Table]
+
+
 class Section(NamedTuple):
     """The part of the page about one dataset."""
 
@@ -35,7 +43,8 @@ class Section(NamedTuple):
     summary: str  # the table for a terminal
     figures: list[figures.Figure]
     claims: Table
-    tables: list[Table]
+    verdicts: str  # how many claims have which verdict
+    tables: SectionTables
 
 
 def write_report(
@@ -64,7 +73,15 @@ def write_report(
     # The page holds Vega, the figures' data, styles and scripts.
     template = templates_of("kd_ranker.reporting").get_template("page.html")
     vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
-    html = template.render(sections=sections, chart=figures.page_chart, vega=vega, zip=zip)
+    html = template.render(
+        sections=sections,
+        chart=figures.page_chart,
+        image=figures.page_image,
+        training=figures.TRAINING,
+        with_code=_with_code,
+        vega=vega,
+        zip=zip,
+    )
     for path, name in (names or {}).items():
         html = html.replace(path, escape(name))
     write_atomically(output / PAGE, html)
@@ -76,18 +93,23 @@ def _write_study(
 ) -> Section:
     name = study.file_name
     numbers = tables.comparison(study, estimates)
+    main = tables.main_table(study, estimates, numbers)
+    difference = tables.difference_table(study, estimates)
+    cost = tables.cost_table(study, estimates)
+    timeout = timeout_table(study, estimates)
+    tuning = tables.tuning_table(study)
     tables_by_file = {
-        name: tables.main_table(study, estimates, numbers),
-        f"{name}-difference": tables.difference_table(study, estimates),
-        f"{name}-cost": tables.cost_table(study, estimates),
-        f"{name}-timeout": timeout_table(study, estimates),
-        f"{name}-tuning": tables.tuning_table(study),
+        name: main,
+        f"{name}-difference": difference,
+        f"{name}-cost": cost,
+        f"{name}-timeout": timeout,
+        f"{name}-tuning": tuning,
     }
     _write_csv(output / TABLES / f"{name}.csv", numbers)
-    written = {file: table for file, table in tables_by_file.items() if table is not None}
-    for file, table in written.items():
-        write_atomically(output / TABLES / f"{file}.md", table.markdown())
-        write_atomically(output / TABLES / f"{file}.tex", table.latex())
+    for file, table in tables_by_file.items():
+        if table is not None:
+            write_atomically(output / TABLES / f"{file}.md", table.markdown())
+            write_atomically(output / TABLES / f"{file}.tex", table.latex())
     drawn = figures.figures(study, estimates)
     for figure in drawn:
         for ending, content in figures.files(figure).items():
@@ -99,7 +121,37 @@ def _write_study(
         summary=summary(study, estimates),
         figures=drawn,
         claims=tables.claims_table(study.dataset, tested_claims),
-        tables=list(written.values()),
+        verdicts=_counted_verdicts(tested_claims),
+        tables=SectionTables(
+            sure=_present(main, difference), costs=_present(cost, timeout), tuned=[tuning]
+        ),
+    )
+
+
+def _with_code(sentence: str) -> Markup:
+    """Return a sentence for a page, with the parts between backticks as code."""
+    parts = str(escape(sentence)).split("`")
+    return Markup(
+        "".join(f"<code>{part}</code>" if at % 2 else part for at, part in enumerate(parts))
+    )
+
+
+def _present(*of_section: Table | None) -> list[Table]:
+    return [table for table in of_section if table is not None]
+
+
+def _counted_verdicts(tested_claims: pd.DataFrame) -> str:
+    """Return for example "5 hold, 2 are undecided"."""
+    words = {
+        "holds": "hold",
+        "does not hold": "do not hold",
+        "equivalent": "find no difference",
+        "undecided": "are undecided",
+        "not measured": "are not measured",
+    }
+    counts = tested_claims["verdict"].value_counts()
+    return ", ".join(
+        f"{counts[verdict]} {text}" for verdict, text in words.items() if verdict in counts
     )
 
 

@@ -123,6 +123,7 @@ def without_pictures(*, with_charts: bool = False) -> Iterator[None]:
         patched.setattr(figures, "files", lambda _: dict.fromkeys(("svg", "pdf", "png"), b""))
         if not with_charts:
             patched.setattr(figures, "page_chart", lambda _: "")
+            patched.setattr(figures, "page_image", lambda _: "")
             patched.setattr(vl_convert, "javascript_bundle", lambda _: "")
         yield
 

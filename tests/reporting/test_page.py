@@ -31,9 +31,14 @@ def test_every_dataset_has_its_parts_in_one_page(page):
     assert text.count("window.vegaEmbed") == 1
     assert len(text) < 2_000_000
     markup = re.sub(r"(<script)[^>]*>.*?</script>", r"\1>", text, flags=re.DOTALL)
-    counts = {'class="sentence"': 2, 'class="chart"': 2 * FIGURES, 'class="sortable"': 2 * 6}
+    counts = {
+        'class="verdict-sentence"': 2,
+        'class="chart"': 2 * FIGURES,
+        "How to read it": 2 * FIGURES,
+        'class="sortable"': 2 * 6,
+        '<details class="table': 2 * 6,
+    }
     assert {part: markup.count(part) for part in counts} == counts
-    assert markup.count("<details") == 2
     loads = re.findall(r"""(?:src|href|srcset|action|data|poster|url)[=(]["']?([^"')]*)""", markup)
     assert loads
     assert all(load.startswith(("#", "data:")) for load in loads)
@@ -93,8 +98,34 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(loaded):
     assert [entry for entry in loaded.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.parametrize("size", [(1300, 900), (390, 844)])
+@pytest.mark.parametrize("with_scripts", [True, False])
+def test_the_answer_and_both_first_figures_are_on_the_first_screen(
+    browser, page, size, with_scripts
+):
+    width, height = size
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not with_scripts})
+    try:
+        browser.get(page.as_uri())
+        for part in (".verdict-sentence", ".sentences", ".waterfall svg"):
+            place = browser.find_element(By.CSS_SELECTOR, part).rect
+            assert place["x"] >= 0
+            assert place["x"] + place["width"] <= width
+            assert place["y"] + place["height"] <= height
+        # Its plot, with the origin and the margin, lies above its legend.
+        plane = browser.find_element(By.CSS_SELECTOR, ".plane svg").rect
+        assert plane["y"] + 0.5 * plane["height"] <= height
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def click_on_title(browser, title, press=None):
     """Click on a column's title in the main table; return its header and the column's texts."""
+    unfold = "document.querySelectorAll('details.table').forEach((table) => { table.open = true; })"
+    browser.execute_script(unfold)
     table = browser.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
     headers = table.find_elements(By.CSS_SELECTOR, "th")
     place = [header.text.split(" ↕")[0] for header in headers].index(title)

@@ -171,7 +171,7 @@ def test_faults_that_data_allow_accepts_are_below_the_answer(tmp_path):
     (answer,), page, *_ = api.report(*parts, output=tmp_path)
     warning = "Accepted by data.allow: rejected: 20 of 50 are rejected."
     assert answer.splitlines()[-1] == f"  note: {warning}"
-    assert f'<p class="caveat warning">{warning}</p>' in page.read_text()
+    assert f'<p class="note warning">{warning}</p>' in page.read_text()
     (parts[0] / "data_report.json").write_text("{")
     with pytest.raises(UserError, match=r"one/data_report.json is damaged"):
         api.report(*parts, output=tmp_path)

@@ -1,10 +1,19 @@
 "use strict";
 
+// Without scripts, a chart is the image that stands in its place.
 for (const element of document.querySelectorAll(".chart")) {
   const source = element.querySelector("script");
-  source.remove();
-  vegaEmbed(element, JSON.parse(source.textContent), { actions: false, renderer: "svg" });
+  const spec = JSON.parse(source.textContent);
+  // On a phone, the answer and both first figures are on one screen.
+  if (innerWidth <= 820) spec.height *= 0.6;
+  element.replaceChildren();
+  vegaEmbed(element, spec, { actions: false, renderer: "svg" });
 }
+
+// Paper cannot be unfolded.
+addEventListener("beforeprint", () => {
+  for (const table of document.querySelectorAll("details.table")) table.open = true;
+});
 
 // A click on a column's title sorts by it, a second one the other way; empty cells stay last.
 function sortBy(table, column, ascending) {
