@@ -1,0 +1,69 @@
+"""What figures show, by hand."""
+
+import numpy as np
+import pandas as pd
+
+from kd_ranker.reporting import findings
+
+
+def test_only_whole_intervals_count_as_saving_and_as_keeping_users():
+    data = pd.DataFrame(
+        {"saving_low": [0.1, 0.2, -0.1, np.nan], "users_low": [-0.001, -0.003, 0.0, 0.0]}
+    )
+    assert findings.saving_methods(data, margin=0.002) == (
+        "2 of 4 methods surely save; of these, 1 surely keep users within 0.2%."
+    )
+
+
+def test_the_best_of_two_losses_may_be_one_method_or_two():
+    data = pd.DataFrame(
+        {"method": ["a", "b"], "user_bce": [0.2, 0.3], "teacher_bce": [0.5, 0.4]}, index=[7, 7]
+    )
+    assert (
+        findings.best_of_losses(data)
+        == "“a” predicts users best, and “b” follows the teacher best."
+    )
+    same = data.assign(teacher_bce=[0.3, 0.4])
+    assert findings.best_of_losses(same) == "“a” predicts users best, and follows the teacher best."
+
+
+LINES = pd.DataFrame(
+    {
+        "line": ["x", "y", "x", "y", "x", "y"],
+        "step": [30, 30, 10, 10, 20, 20],
+        "loss": [1.0, 3.0, 2.0, 2.5, 6.0, 2.0],
+    }
+)
+
+
+def test_a_line_falls_if_its_last_step_is_below_its_first():
+    assert findings.falling_losses(LINES, "loss") == (
+        "The loss of 1 of 2 methods ends lower than it began."
+    )
+
+
+def test_the_largest_rise_is_from_a_step_to_the_next_of_the_same_line():
+    assert findings.largest_rise(LINES, "loss") == (
+        "The largest rise between two logged steps is by a factor of 3.0: “x”."
+    )
+    assert findings.largest_rise(LINES[LINES["step"] == 10], "loss") == ""
+
+
+def test_the_waterfall_says_how_many_fewer_candidates(estimates):
+    study = estimates.study
+    passed = study.tested.groupby("setting")["passed_for_99"].mean()
+    share = 1 - passed[study.best_with_scores] / passed[study.baseline]
+    word = "fewer" if share >= 0 else "more"
+    sentence = findings.fewer_candidates(study, estimates)
+    assert f"{abs(share):.0%} {word} than the best without" in sentence
+
+
+def test_curves_say_what_is_kept_at_the_size_of_the_funnel(estimates):
+    study = estimates.study
+    column = f"value_captured@{study.passed}"
+    kept = study.tested.groupby("setting")[column].mean()[study.best_with_scores]
+    sentence = findings.share_kept(study, estimates, "value_captured")
+    assert sentence.startswith(
+        f"If {study.passed} pass, it is {kept:.4f} with the best with scores"
+    )
+    assert findings.share_kept(study, estimates, "unknown") == ""
