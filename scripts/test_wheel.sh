@@ -38,5 +38,9 @@ done | xargs -P 2 -I {} sh -c '
     cat log.txt >&2
     exit 255
   }' "$root"
-test -s quickstart/runs/sweep/report.html
+# What the texts of the examples say is what they print.
+for example in quickstart own_log; do
+  test -s "$example/runs/$example/report.html"
+  grep -q "The final ranker's scores save [0-9]*% of the funnel's compute" "$example/log.txt"
+done
 echo "test_wheel: the wheel works without the clone" >&2
