@@ -154,7 +154,7 @@ class Trained(NamedTuple):
 
     @property
     def results(self) -> pd.DataFrame:
-        """Its `results.csv`: one row per ranker, head and split; see docs/concepts.md."""
+        """Its `results.csv`: one row per ranker, head and split; see docs/measures.md."""
         with fetched(self.workdir, with_checkpoints=False) as folder:
             return results.read_csv(folder / results.FILE)
 

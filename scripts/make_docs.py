@@ -18,11 +18,11 @@ def pages() -> dict[Path, str]:
     drawn = re.sub(
         r"(?<=```mermaid\n).*?(?=```)", rooms(), architecture.read_text(), count=1, flags=re.S
     )
-    concepts = DOCS / "concepts.md"
-    told = re.sub(
-        r"\| column \| formula \|.*?\n(?=\n)", metrics(), concepts.read_text(), count=1, flags=re.S
+    measures = DOCS / "measures.md"
+    table = re.sub(
+        r"\| column \| formula \|.*?\n(?=\n)", metrics(), measures.read_text(), count=1, flags=re.S
     )
-    return {DOCS / "config.md": keys_page(), architecture: drawn, concepts: told}
+    return {DOCS / "config.md": keys_page(), architecture: drawn, measures: table}
 
 
 def metrics() -> str:

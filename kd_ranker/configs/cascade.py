@@ -12,7 +12,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     defaults.check_variant(variant, "items", "small")
     config = defaults.get_config("cascade")
-    # At 1, the item by itself explains no more than in public data: docs/concepts.md, "How
+    # At 1, the item by itself explains no more than in public data: docs/cascade.md, "How
     # personal".
     config.data.taste = 0.0 if variant == "items" else 1.0
     config.data.test_requests = 2000

@@ -1,4 +1,4 @@
-"""Test claims about distilling into an early ranker on a study; `docs/report.md` has the rules.
+"""Test claims about distilling into an early ranker on a study; `docs/decisions.md` has the rules.
 
 A claim is a measure, the side of a threshold, and a text. Most measures are differences to the
 ranker to beat: the best on validation of the ranker without scores of the final ranker and the

@@ -30,7 +30,7 @@ from kd_ranker.reporting.study import Study
 
 DRAWS = 500
 # The least coverage at which labels of a log show the sign of the change for users. No two students
-# with less were compared with the truth (docs/report.md).
+# with less were compared with the truth (docs/decisions.md).
 COVERED = 0.35
 # `passed_for_alike` at the target of the criterion.
 ALIKE = at_target("passed_for_alike")
@@ -253,7 +253,7 @@ class Estimates:
         """Return why a log's labels cannot show the change for users between settings, else "".
 
         Labels of items that the final ranker chose count agreement with its mistakes as a gain, and
-        a student with scores agrees more. So they can show only its loss (`docs/report.md`).
+        a student with scores agrees more. So they can show only its loss (`docs/decisions.md`).
 
         Args:
           settings: a student that learns from the final ranker's scores, then the one before it.

@@ -145,7 +145,7 @@ def crossed_interval(setting: OverDraws) -> Interval:
     of freedom. The sum is an unbiased estimate of the variance if V_requests > 0. Its factor is the
     mean of both points, weighted by the parts (Cochran, Biometrics 1964). One point with
     Satterthwaite's degrees of freedom (Biometrics 1946) covers less if repeats are few.
-    `docs/report.md` has the measured coverage. The interval of one repeat is ± t_N · √V with
+    `docs/decisions.md` has the measured coverage. The interval of one repeat is ± t_N · √V with
     V = N/(N−1) · Var_b(drawn[b]), and covers the requests only.
 
     Returns:

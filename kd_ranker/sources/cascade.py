@@ -1,6 +1,6 @@
 """A simulated short-video feed with known true probabilities.
 
-`docs/concepts.md` describes items, users, sessions and the logged funnel, and has the reason for
+`docs/cascade.md` describes items, users, sessions and the logged funnel, and has the reason for
 each constant. Letters name axes: `K` topics, `H` events of history, `N` candidates of a request,
 `D` directions of taste; tasks are in the order of `TASKS`. Candidates are shuffled within each
 block of the funnel (shown, rest of the passed, rest of the retrieved), so that their order carries

@@ -64,7 +64,7 @@ def sweep(config: ConfigDict, variant: str = "") -> Iterator[Run]:
         return compare_methods((1e-2,), unshown=(0.3,), losses=("softmax",))
     if variant == "small":
         return compare_methods(rates, weights=(0.3,))
-    # Four seeds show a saving of 25% in nine studies of ten (docs/report.md). All methods of
+    # Four seeds show a saving of 25% in nine studies of ten (docs/decisions.md). All methods of
     # `:paper` need fewest candidates on validation with these steps and negatives,
     # and all except plain `none` with this rate.
     return compare_methods(

@@ -228,8 +228,7 @@ BY_K = (
     Metric(
         name="ips_user_value",
         formula="the same as `covered_user_value` with each label over its propensity (Horvitz and "
-        "Thompson 1952); empty without propensities. Agreement with the final ranker cannot win "
-        "it: labels of random slots represent all passed candidates",
+        "Thompson 1952); empty without propensities",
         sums=funnel_sums,
         final=Captured("ips_user_value"),
         better="higher",
