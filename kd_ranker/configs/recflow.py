@@ -1,4 +1,4 @@
-"""RecFlow: close reproductions of two published experiments; see docs/recflow.md."""
+"""RecFlow: close reproductions of two published experiments; see docs/datasets.md."""
 
 import pandas as pd
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = defaults.get_config("recflow")
     config.tasks = ("effective_view",)
     config.value_weights = (1.0,)
-    # The mirror lacks the day before (docs/recflow.md).
+    # The mirror lacks the day before (docs/datasets.md).
     config.data.train_days = _days("2024-01-14", "2024-02-16")
     config.data.update(validation_days=("2024-02-17",), test_days=("2024-02-18",))
     # The columns of the log that `sources/recflow.py` writes.

@@ -1,7 +1,7 @@
 """KuaiRand as a log: sessions of a short-video feed, and a test set that no policy has chosen.
 
 C. Gao, S. Li, Y. Zhang et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with
-Randomly Exposed Videos", CIKM 2022. `docs/kuairand.md` describes requests, splits and columns.
+Randomly Exposed Videos", CIKM 2022. `docs/datasets.md` describes requests, splits and columns.
 """
 
 from collections.abc import Sequence

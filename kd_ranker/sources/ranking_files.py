@@ -5,7 +5,7 @@
     LETOR line    grade qid:query 1:0.5 2:0.25 ... # docid = document
     scores        one number per LETOR line, of the final ranker
 
-`docs/ranking_files.md` describes stages, labels and columns. Errors name the file and the line.
+`docs/datasets.md` describes stages, labels and columns. Errors name the file and the line.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """RecFlow as a log: the requests of an industrial feed, with the stage that each candidate reached.
 
 Q. Liu, K. Zheng, R. Huang et al., "RecFlow: An Industrial Full Flow Recommendation Dataset", ICLR
-2025. `docs/recflow.md` describes files, stages, positions and columns.
+2025. `docs/datasets.md` describes files, stages, positions and columns.
 """
 
 import pickle
@@ -62,7 +62,7 @@ def find_files(data: ConfigDict) -> list[Path]:
             "data.test_days; each day once, and the splits in this order"
         )
     names = [f"{folder}/{day}.{ending}" for day in days for folder, ending in FOLDERS.items()]
-    return find_raw(data, names, f"{' and '.join(FOLDERS)} (docs/recflow.md)")
+    return find_raw(data, names, f"{' and '.join(FOLDERS)} (docs/datasets.md)")
 
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
