@@ -36,8 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.sweep.whole_repeats = True
         config.sweep.rivals = ("trees", "ease")
     if variant == "live":
-        # A ranker nearer to the one that filled the log: docs/results.md has how near. It has 60
-        # labels an item, not 15, and knows the user's interests, which the profile hardly shows.
+        # A ranker nearer to the one that filled the log. It has 60 labels an item, not 15, and
+        # knows the user's interests, which the profile hardly shows.
         config.data.update(train_requests=48000, history_length=50)
         config.teacher.optimizer.weight_decay = 0.3
         config.teacher.train.steps = 1200
