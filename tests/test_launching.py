@@ -25,6 +25,7 @@ from tests.test_docs import config_keys
 
 FOLDER = ROOT / "examples" / "launch"
 PAGE = ROOT / "docs" / "launching.md"
+PAGES = [PAGE, ROOT / "docs" / "running.md", ROOT / "docs" / "sweeps.md"]
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
 SCRIPTS = [path for path in FILES if path.suffix == ".sh"]
 # The module of a command, or a script that has the flags of one, where its name is another.
@@ -33,7 +34,7 @@ NAMES = {name: name for name in main.COMMANDS}
 NAMES |= {name.replace("-", "_"): name for name in main.COMMANDS} | ALIASES
 COMMAND = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, NAMES))})\s+(--config=.*)")
 
-over_files = pytest.mark.parametrize("path", [*FILES, PAGE], ids=lambda path: path.name)
+over_files = pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda path: path.name)
 
 
 class Started(NamedTuple):
@@ -94,7 +95,8 @@ def test_config_keys_exist(path):
 
 
 # How many commands a file has; most scripts take theirs from the caller, and show one.
-NUM_COMMANDS = {"jobset.yaml": 2, "skypilot.yaml": 2, "launching.md": 9}
+NUM_COMMANDS = {"jobset.yaml": 2, "skypilot.yaml": 2}
+NUM_COMMANDS |= {"launching.md": 7, "running.md": 10, "sweeps.md": 2}
 
 
 @over_files

@@ -1,6 +1,6 @@
 """The number of requests that a live test needs to show a change of clicks.
 
-`docs/live_test.md` has the formulas and their assumptions.
+`docs/serving.md` has the formulas and their assumptions.
 """
 
 import math
