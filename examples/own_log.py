@@ -14,8 +14,8 @@
 #
 # A log has a row per candidate: who asked, what was retrieved, how far it came, what the user did,
 # and the score of the final ranker. Here is one, made up. Users have a taste in genres, and some
-# films are better than others. Today's early ranker knows only how good a film is, roughly. The final
-# ranker knows both, and has scored all candidates.
+# films are better than others. Today's early ranker knows only how good a film is, roughly. The
+# final ranker knows both, and has scored all candidates.
 
 # %%
 import numpy as np
@@ -93,7 +93,7 @@ students = kd.sweep(
 print(students.table())
 
 # %% [markdown]
-# The decision: an early ranker that follows the final ranker may pass a third of today's candidates.
+# The decision: an early ranker that follows the final ranker may pass a third of what passes today.
 # What users get then, this log cannot say, as they saw only what the final ranker chose; the answer
 # names the size of the live test that can.
 

@@ -18,21 +18,33 @@ def pages() -> dict[Path, str]:
     drawn = re.sub(
         r"(?<=```mermaid\n).*?(?=```)", rooms(), architecture.read_text(), count=1, flags=re.S
     )
-    measures = DOCS / "measures.md"
-    table = re.sub(
-        r"\| column \| formula \|.*?\n(?=\n)", metrics(), measures.read_text(), count=1, flags=re.S
-    )
-    return {DOCS / "config.md": keys_page(), architecture: drawn, measures: table}
+    return {
+        DOCS / "config.md": keys_page(),
+        DOCS / "columns.md": columns_page(),
+        architecture: drawn,
+    }
 
 
-def metrics() -> str:
-    """The table of the metrics, a line an entry."""
+_COLUMNS = """\
+# Columns
+
+The formula of each measure in `results.csv`, see [Measures](measures.md) for the terms. w is a
+label weight or teacher weight, p the model's probability, q the teacher's, y a user label. k
+candidates pass, and m are shown (`funnel.shown`).
+
+`scripts/make_docs.py` writes this page from `kd_ranker/evaluation/metrics/`.
+
+"""
+
+
+def columns_page() -> str:
+    """The page of the metrics, a line an entry."""
     lines = ["| column | formula | better |", "|---|---|---|"]
     for metric in METRICS.values():
         axes = "@k" * ("k" in metric.per) + "/<task>" * ("task" in metric.per)
         axes += "_<percent>" * ("target" in metric.per)
         lines.append(f"| `{metric.name}{axes}` | {metric.formula} | {metric.better or ''} |")
-    return "\n".join([*lines, ""])
+    return _COLUMNS + "\n".join([*lines, ""])
 
 
 def rooms() -> str:

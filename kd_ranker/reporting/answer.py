@@ -302,6 +302,10 @@ def _two_digits(requests: float) -> str:
 def _seeds_for_saving(study: Study, estimates: Estimates, with_scores: str) -> str:
     """Return the number of seeds that would show a saving of the size at hand, and their flags."""
     saved = estimates.saved_over_draws(with_scores)
+    if len(saved.repeats) < 2:
+        flags = _flags_of_seeds(study, _MORE_SEEDS)
+        plan = "How much seeds differ, one seed cannot show"
+        return f"{plan}: add `{flags}`." if flags else f"{plan}."
     needed = repeats_to_see(saved, estimates.saved(with_scores).mean)
     if needed is None or needed > _MOST_SEEDS:
         return f"To see so small a difference takes more than {_MOST_SEEDS} seeds."

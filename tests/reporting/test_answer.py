@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kd_ranker.configs import sweeps as shipped
-from kd_ranker.reporting.answer import answer
+from kd_ranker.reporting.answer import _seeds_for_saving, answer
 from kd_ranker.reporting.estimates import ALIKE, Estimates
 from kd_ranker.reporting.study import read_studies
 from tests.reporting import sweeps
@@ -416,3 +416,9 @@ def test_a_log_without_a_truth_has_the_plan_of_a_live_test(tmp_path):
     # Two digits: the plan is rough.
     for text, number in zip(plan.groups(), needed, strict=True):
         assert float(text.replace(",", "")) == pytest.approx(number, rel=0.05)
+
+
+def test_one_seed_cannot_say_how_many_would_do(tmp_path):
+    estimates = sweeps.estimates_of(tmp_path, seeds=(0,))
+    advice = _seeds_for_saving(estimates.study, estimates, estimates.study.best_with_scores)
+    assert advice == "How much seeds differ, one seed cannot show: " + SEEDS.format("0,1,2")
