@@ -113,6 +113,7 @@ def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> 
 
     from kd_ranker import api
     from kd_ranker.pipeline.remote import break_lock, place_of
+    from kd_ranker.terminal import printable
 
     absl.flags.FLAGS.mark_as_parsed()  # for the log of absl, which waits for that
     logging.use_absl_handler()
@@ -126,7 +127,7 @@ def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> 
             break_lock(place_of(flags.workdir))
         result = command.call(api, config, flags)
         if result is not None:
-            print(result)
+            print(printable(str(result), sys.stdout))
     except (UserError, *_BAD_PATH) as error:
         _fail(error)
     except OSError as error:
@@ -354,10 +355,11 @@ def _fail(error: Exception) -> NoReturn:
 
 def _say(line: str) -> None:
     """Print a line on the progress of a command, apart from its result."""
+    from kd_ranker.terminal import printable
     from kd_ranker.training import processes
 
     if processes.is_first():
-        print(line, file=sys.stderr)
+        print(printable(line, sys.stderr), file=sys.stderr)
 
 
 def _train_teacher(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
@@ -427,7 +429,7 @@ def _export(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
 def _main_job(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
     report = api.run(config, flags.workdir, show=lambda line: _say(f"run: {line}"))
     tables = [report.students.table(wide=True)] if flags.wide else report.tables
-    return "\n\n".join([*tables, str(report)])
+    return "\n\n".join([*tables, _highlighted(report)])
 
 
 def _log_teacher(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> object:
@@ -436,7 +438,14 @@ def _log_teacher(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> o
 
 def _report(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> object:
     sweeps = flags.workdirs or [flags.workdir]
-    return api.report(*sweeps, output=flags.workdir)
+    return _highlighted(api.report(*sweeps, output=flags.workdir))
+
+
+def _highlighted(report: Any) -> str:
+    from kd_ranker.terminal import with_bold_verdict
+
+    answers = tuple(map(with_bold_verdict, report.answers))
+    return str(report._replace(answers=answers))
 
 
 _BREAK_LOCK = Flag("remove the lock that a killed process left at the URL of the workdir", False)
