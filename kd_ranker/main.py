@@ -384,10 +384,7 @@ def _prepare(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:
         if column and column != template.get(role)
     }
     named |= {key: schema.value_of(config, key) for key in flags.keys}
-    written = api.infer(config.data.path, flags.workdir, named)
-    checks = f"edit it, first of all what follows CHECK ({written.num_checks} times); then"
-    commands = [f"    {command}" for command in written.next_commands]
-    return "\n".join([f"config: {written.path}", checks, *commands])
+    return str(api.infer(config.data.path, flags.workdir, named))
 
 
 def _sweep(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> object:

@@ -7,7 +7,8 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from kd_ranker.config.schema import keys_of
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, check_choice
+from kd_ranker.sources.logs.layout import EARLY_SCORES, IDENTIFYING, OPTIONAL
 
 
 def get_config(source: str = "") -> ConfigDict:
@@ -23,6 +24,14 @@ def check_variant(variant: str, *known: str) -> None:
     if variant and variant not in known:
         names = ", ".join(f":{name}" for name in known) or "none"
         raise UserError(f"there is no variant :{variant}; the variants are: {names}")
+
+
+def columns(**columns: str) -> ConfigDict:
+    """Name the columns of a log, an entry of `config.data.columns` for each role; others are ""."""
+    roles = (*IDENTIFYING, *OPTIONAL, EARLY_SCORES)
+    for role in columns:
+        check_choice("data.columns", role, roles)
+    return ConfigDict({role: columns.get(role, "") for role in roles})
 
 
 def feature(

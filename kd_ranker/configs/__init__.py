@@ -11,7 +11,7 @@ functions have the names of their files. Import a file by its full module name.
     sweeps      sweeps of several of these: methods, weights and seeds
 """
 
-from kd_ranker.config.defaults import feature
+from kd_ranker.config.defaults import columns, feature, features
 from kd_ranker.configs import sweeps
 from kd_ranker.configs.cascade import get_config as cascade
 from kd_ranker.configs.ebnerd import get_config as ebnerd
@@ -25,8 +25,10 @@ from kd_ranker.configs.trec import get_config as trec
 
 __all__ = [
     "cascade",
+    "columns",
     "ebnerd",
     "feature",
+    "features",
     "filmsearch",
     "kuairand",
     "letor",

@@ -16,7 +16,7 @@ import kd_ranker as kd
 from kd_ranker import main
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.infer import OPEN
+from kd_ranker.sources.logs.infer.guess import OPEN
 from tests import small
 from tests.sources import ebnerd_files
 from tests.sources import planted_logs as logs
@@ -37,7 +37,7 @@ FEATURES = {
     "interests": ("user", "bag"), "item_count": ("user", "dense"), "hour": ("context", "category"),
     "device": ("context", "category"), "duration": ("item", "dense"),
     "category_id": ("item", "category"), "author_id": ("item", "category"), "tags": ("item", "bag"),
-    "retrieval_score_7d": ("candidate", "dense"), "followed": ("candidate", "category"),
+    "retrieval_score_7d": ("candidate", "dense"),
 }  # fmt: skip
 
 
@@ -68,9 +68,14 @@ def roles_of(config: ConfigDict) -> dict[str, Any]:
     return {key: of for key, of in found.items() if of not in ("", OPEN)}
 
 
-def wrong(config: ConfigDict, truth: dict[str, Any]) -> dict[str, Any]:
-    """The roles that the log does not give, whatever task names the config made up."""
+def wrong(config: ConfigDict, truth: dict[str, Any], text: str = "") -> dict[str, Any]:
+    """The roles that the log does not give, whatever task names the config made up.
+
+    With the text of the config, those below a CHECK do not count.
+    """
     found, tasks = roles_of(config), {}
+    if text:
+        found = {key: of for key, of in found.items() if not is_checked(text, key)}
     for key in [key for key in found if key.startswith(("data.labels.", "data.teacher."))]:
         tasks[key] = found.pop(key)
     labels = {of: key.rpartition(".")[2] for key, of in truth.items() if "labels" in key}
@@ -87,9 +92,35 @@ def features_of(config: ConfigDict) -> dict[str, tuple[str, str]]:
 
 def check_of(text: str, key: str) -> str:
     """The doubt above the line that sets a key; "" for none."""
-    above = re.search(rf"((?:    # .*\n)*)    {re.escape(key)} =", text)
+    section, _, name = key.rpartition(".")
+    line = {
+        "data.columns": rf"(?:data\.columns = configs\.columns\()?{name}=",
+        "data.labels": rf"(?:data\.labels = {{)?'{name}':",
+        "data.teacher": rf"(?:data\.teacher = {{)?'{name}':",
+        "config.funnel": r"config\.funnel\.update\(",
+    }.get(section, rf"{re.escape(key)} =")
+    above = re.search(rf"((?: +# .*\n)*) +{line}", text)
     assert above, key
     return " ".join(re.findall(r"# (.*)", above[1])).partition("CHECK: ")[2]
+
+
+def is_checked(text: str, key: str) -> bool:
+    """Whether a CHECK is above the line that sets a key, or the column of the stages."""
+    if key.startswith("data.stages."):
+        return is_checked(text, "data.columns.stage")
+    is_written = key != "data.rows" or "data.rows =" in text
+    return is_written and bool(check_of(text, key))
+
+
+def left_out(text: str) -> dict[str, str]:
+    """Column -> why it is left out."""
+    reasons = dict(re.findall(r"^    # '(.*)': (.*)$", text, re.MULTILINE))
+    for line in re.findall(r"^    # (data\.features\..*)$", text, re.MULTILINE):
+        code, _, why = line.partition("  # ")
+        name = code.split(" = ")[0].removeprefix("data.features.")
+        column = re.search(r"column='(.*?)'[,)]", code)
+        reasons[column[1] if column else name] = why
+    return reasons
 
 
 @pytest.mark.parametrize("rows", ["candidate", "request"])
@@ -105,8 +136,7 @@ def test_it_finds_the_planted_roles(columns, tmp_path, rows):
     sizes = (config.funnel.retrieved, config.funnel.passed, config.funnel.shown)
     assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
     assert features_of(config) == FEATURES
-    for name in ("source", "title", "trace", "dwell"):
-        assert f"left out: '{name}'" in text
+    assert {"source", "title", "trace", "dwell", "followed"} == left_out(text).keys()
     assert text.count("CHECK: ") == 1
     assert check_of(text, "config.value_weights")
 
@@ -121,7 +151,8 @@ RENAMED = {
     "partly": "session_id created_at device_id target_id status rank weight y f2",
     "unknown": "x1 x2 x3 x4 x5 x6 x7 x8 x9",
 }
-OPEN_ROLES = {"request", "time", "user", "item", "position", "label_weight"}
+# Roles that the values of the log point at.
+OF_VALUES = ("request", "time", "user", "item", "position")
 
 
 def renamed(new: dict[str, str]) -> dict[str, Any]:
@@ -138,11 +169,12 @@ def test_names_of_other_logs(columns, tmp_path, language):
     text, config = infer(tmp_path, table)
     assert not wrong(config, renamed(new))
     found = {key.removeprefix("data.columns.") for key in roles_of(config)}
-    is_open = OPEN_ROLES if language in ("partly", "unknown") else set()
+    is_hidden = language in ("partly", "unknown")
+    is_open = {"label_weight"} if is_hidden else set()
     assert {of.removesuffix("_id") for of in OLD[:-2]} - found == is_open
-    for role in is_open & {"request", "time", "item"}:
-        likely = new.get(f"{role}_id", new["time"]) if language == "partly" else ""
-        assert f"which column has the {role}: '{likely}" in check_of(text, f"data.columns.{role}")
+    for role in OF_VALUES:
+        check = check_of(text, f"data.columns.{role}")
+        assert check == (f"by its values; is it the {role}?" if is_hidden else "")
     assert {*config.data.labels.values()} == {new[task] for task in logs.TASKS}
     assert {*config.data.teacher.values()} == {new[of] for of in TEACHER.values()}
 
@@ -209,9 +241,13 @@ def test_what_the_ranking_wrote_is_no_feature_by_whatever_name(
     text, config = infer(tmp_path, table, named)
     features = {*features_of(config)}
     assert not features & {names[of] for of in WRITTEN_AFTER}
-    assert {*EARLIER, "listino"} <= features
+    assert {*EARLIER} <= features
+    proposed = {"stage": "data.columns.stage", "position": "data.columns.position"}
     for of in ("stage", "position", "score"):
-        assert f"left out: {names[of]!r}: " in text
+        is_proposed = roles_of(config).get(proposed.get(of)) == names[of]
+        assert is_proposed or names[of] in left_out(text)
+    # It has nothing to do with the ranking, which no value shows.
+    assert left_out(text)["listino"] == "differs within a request"
 
 
 @pytest.mark.parametrize("is_zero", [False, True], ids=["missing", "zero"])
@@ -264,8 +300,9 @@ def test_any_names_give_no_wrong_role(columns, tmp_path, seed):
     moved = [f"old_{of}" for of in rng.permutation(names)]
     new = np.select([kinds == "own", kinds == "none"], [names, hidden], moved)
     table = logs.table_of({str(of): columns[name] for of, name in zip(new, names, strict=True)})
-    _, config = infer(tmp_path, table)
-    assert not wrong(config, renamed(dict(zip(names.tolist(), new.tolist(), strict=True)))), new
+    text, config = infer(tmp_path, table)
+    truth = renamed(dict(zip(names.tolist(), new.tolist(), strict=True)))
+    assert not wrong(config, truth, text), new
 
 
 def test_names_that_mislead(columns, tmp_path):
@@ -297,8 +334,8 @@ def test_names_that_mislead(columns, tmp_path):
     assert features["click_count"] == features["weight"] == ("item", "dense")
     assert features["model_version"] == ("user", "category")
     assert features["item"] == ("item", "category")
-    assert features["share"] == ("candidate", "category")
-    assert "left out: '__index_level_0__': a row number" in text
+    assert left_out(text)["share"] == "differs within a request"
+    assert left_out(text)["__index_level_0__"] == "a row number"
 
 
 def open_bandit(folder: Path, rows: int = 6_000) -> None:
@@ -437,7 +474,7 @@ def test_a_log_of_only_shown_candidates(columns, tmp_path):
     text, config = infer(tmp_path, table.filter(pa.array(columns["stage"] == "shown")))
     assert not wrong(config, {k: v for k, v in PLANTED.items() if not any(of in k for of in gone)})
     assert {*config.data.labels} == {*logs.TASKS}
-    assert "left out: 'f': perhaps a label" in text
+    assert left_out(text)["f"] == "perhaps a label"
 
 
 def test_columns_whose_keys_are_equal_have_a_key_each(columns, tmp_path):
@@ -500,5 +537,4 @@ def test_columns_of_any_type_are_features_or_left_out(columns, tmp_path):
         odd[f"f{place}"] = pa.array([make(of) if of % 10 else None for of in values], type_)
     text, config = infer(tmp_path, logs.table_of(columns | odd))
     assert roles_of(config) == PLANTED
-    left_out = {name for name in odd if f"left out: '{name}'" in text}
-    assert {*features_of(config)} == {*FEATURES, *odd} - left_out
+    assert {*features_of(config)} == {*FEATURES, *odd} - left_out(text).keys()

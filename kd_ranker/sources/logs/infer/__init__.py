@@ -1,0 +1,134 @@
+"""Write a first config for a log, from the names of its columns and facts about their values.
+
+A role needs a name of `names.json` and values that fit. Where only the values fit, without a rival,
+the config proposes the column below a CHECK. Otherwise the role stays open: the config names the
+two likeliest columns, and `prepare_data` reports it as missing. A file imports only those above it:
+
+* `words` compares names. `guess` holds what is guessed. `sample` reads rows and their facts.
+* `by_name`, `by_structure`: the roles that names and values settle. `roles` decides between them.
+* `features` finds features; `funnel` counts its sizes. `config_text` writes the config.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+
+from kd_ranker.errors import UserError, command
+from kd_ranker.sources.logs.files import line_of
+from kd_ranker.sources.logs.infer.config_text import text_of_config
+from kd_ranker.sources.logs.infer.features import find_features
+from kd_ranker.sources.logs.infer.funnel import count_funnel
+from kd_ranker.sources.logs.infer.guess import CHECK, Guess, Roles
+from kd_ranker.sources.logs.infer.roles import (
+    check_clashes,
+    check_named_columns,
+    find_roles,
+    find_written_after,
+)
+from kd_ranker.sources.logs.infer.sample import Sample
+from kd_ranker.sources.logs.infer.words import NAMES, identifier
+
+
+class FirstConfig(NamedTuple):
+    """A config file, what it holds, and the commands to run next."""
+
+    path: Path
+    num_checks: int  # lines to confirm or to edit
+    num_features: int
+    num_left_out: int
+    next_commands: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return what to do next."""
+        counts = (
+            f"{_count(self.num_checks, 'line')} need you (CHECK); "
+            f"{_count(self.num_features, 'column')} became features; "
+            f"{self.num_left_out} were left out: read each. Then"
+        )
+        commands = [f"    {next_command}" for next_command in self.next_commands]
+        return "\n".join([f"config: {self.path}", counts, *commands])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: str) -> FirstConfig:
+    """Write a config for a log into a folder, see `api.infer`; name "" is that of the path."""
+    name = name or _name_of(path)
+    file = folder / f"{name}.py"
+    if file.exists():
+        raise UserError(f"{file} exists already; move it away, or give another --workdir")
+    sections = [key for key in named if key in ("data.columns", "data.labels", "data.teacher")]
+    by_key = {key: value for key, value in named.items() if key not in sections}
+    for section in sections:
+        for key, column in named[section].items():
+            by_key[f"{section}.{key}"] = column
+    check_clashes(by_key)
+    try:
+        sample = Sample(path, by_key, sections)
+        check_named_columns(sample)
+        roles = find_roles(sample)
+        guesses = _guess_keys(path, name, sample, roles)
+    except duckdb.Error as error:
+        raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
+    checks = " ".join(guess.check for guess in guesses.values())
+    doubtful = [column for column in sample.facts.index if repr(column) in checks]
+    written_after = find_written_after(sample, roles.used())
+    inferred = find_features(sample, roles, doubtful, written_after)
+    text = text_of_config(name, len(sample.codes), guesses, inferred)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    step = "train" if guesses["teacher.source"].value == "logged" else "train_teacher"
+    train = f"{command(step)} --config={file} --workdir=runs/{name}-{step}"
+    return FirstConfig(
+        path=file,
+        num_checks=text.count(CHECK),
+        num_features=len(inferred.features),
+        num_left_out=len(inferred.left_out),
+        next_commands=(f"{command('prepare')} --config={file}", train),
+    )
+
+
+def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str, Guess]:
+    """Return the guesses by key of the config, without features; defaults are left out."""
+    guesses = {"data.path": Guess(path), "data.title": Guess(name)}
+    rows = sample.layout.guess
+    if rows.value != "candidate" or rows.check:
+        guesses["data.rows"] = rows
+    sections = {
+        "columns": {role: guess for role, guess in roles.columns.items() if guess != Guess("")},
+        "stages": {stage: Guess(text) for stage, text in roles.stages.items()},
+        "labels": roles.labels,
+        "teacher": roles.teacher,
+    }
+    for section, its_guesses in sections.items():
+        for key, guess in its_guesses.items():
+            guesses[f"data.{section}.{key}"] = guess
+    unit = sample.facts["unit"].get(roles.column("time"))
+    if unit and unit != "s":
+        guesses["data.time_unit"] = Guess(unit)
+    version = roles.column("teacher_version")
+    if version:
+        most_frequent = next(iter(sample.texts(version).mode()), "")
+        guesses["data.teacher_version"] = Guess(most_frequent)
+    source = "logged" if roles.teacher else "live"
+    guesses["teacher.source"] = Guess(source, "", roles.teacher_doubt)
+    guesses["tasks"] = Guess(tuple(roles.labels))
+    worth = tuple(float(task not in NAMES["unwanted"]) for task in roles.labels)
+    doubt = "what is each task worth? 0 without a teacher" if len(worth) > 1 else ""
+    guesses["value_weights"] = Guess(worth, "", doubt)
+    guesses |= count_funnel(sample, roles).guesses()
+    for key, value in sample.named.items():
+        if key != "data.infer":
+            guesses[key] = Guess(value)
+    return guesses
+
+
+def _name_of(path: str) -> str:
+    """Return a name for the log at a path: the last part without wildcards."""
+    parts = [part for part in re.split(r"[/\\]+", path) if part and not re.search(r"[*?\[]", part)]
+    return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"

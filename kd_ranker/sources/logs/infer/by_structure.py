@@ -1,0 +1,373 @@
+"""The roles that the values of columns point at where their names say nothing.
+
+What this file finds is only proposed: each line of the config has a CHECK above it. Rows are
+candidates here. Where two columns fit equally, there is no proposal, and both are named.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from kd_ranker.sources.logs.infer.by_name import (
+    is_score,
+    may_be_item,
+    may_be_label,
+    may_be_teacher,
+    varies_in_requests,
+)
+from kd_ranker.sources.logs.infer.sample import Sample
+from kd_ranker.sources.logs.query import quoted
+
+# Fewer values are a category, not the requests, items or users of a log.
+_LEAST_OWNERS = 10
+# A share of rows that is as good as none.
+_HARDLY = 0.005
+# Fewer labels of 1 may lie in any rows by chance.
+_LEAST_ONES = 20
+# The requests of a session take at most this share of the time of a log.
+_SESSION = 0.05
+
+
+class Found(NamedTuple):
+    """The column that fits a role, or the columns that do so equally."""
+
+    column: str = ""
+    rivals: tuple[str, ...] = ()
+
+
+def find_request(sample: Sample) -> Found:
+    """Find the finest column within which the times are constant and the items differ."""
+    facts = sample.facts
+    is_possible = facts["is_id"] & facts["groups"] & (facts["unit"] == "") & ~facts["is_prose"]
+    is_possible &= (facts["known"] > 0.99) & (facts["distinct"] >= _LEAST_OWNERS)
+    possible = [*facts.index[is_possible]]
+    if sample.layout.guess.value == "candidate":
+        possible = [column for column in possible if _looks_like_request(sample, column)]
+    return _finest(sample, possible)
+
+
+def _looks_like_request(sample: Sample, column: str) -> bool:
+    facts = sample.facts
+    is_time = ((facts["kind"] == "time") | (facts["unit"] != "")) & (facts["known"] > 0.99)
+    times = facts.index[is_time & (facts["distinct"] > 1)]
+    if not (sample.constant_within(column, times) == 1).any():
+        return False
+    repeats = facts["is_id"] & (facts["distinct"] < facts["rows"] / 1.2) & ~facts["binary"]
+    items = facts.index[repeats & (facts["known"] > 0.95) & (facts["distinct"] >= _LEAST_OWNERS)]
+    owner = sample.codes[column]
+    return any(_hardly_repeats(sample.codes[item], owner) for item in items.drop(column))
+
+
+def _hardly_repeats(values: pd.Series, owner: pd.Series) -> bool:
+    pairs = pd.DataFrame({"owner": owner, "value": values}).dropna()
+    return bool(pairs.duplicated().mean() <= _HARDLY)
+
+
+def _finest(sample: Sample, possible: list[str]) -> Found:
+    """Return the column with the most values, if each of the others is constant within it."""
+    if not possible:
+        return Found()
+    finest = str(sample.facts["distinct"][possible].idxmax())
+    others = [column for column in possible if column != finest]
+    rivals = [other for other in others if not _is_coarser(sample, other, finest)]
+    return Found("", (finest, *rivals)) if rivals else Found(finest)
+
+
+def _is_coarser(sample: Sample, column: str, finest: str) -> bool:
+    """Return whether a column groups the values of another one, and is not one to one with it."""
+    is_constant = sample.constant_within(finest, [column])[column] == 1
+    is_one_to_one = sample.facts["distinct"][column] >= 0.99 * sample.facts["distinct"][finest]
+    return is_constant and not is_one_to_one
+
+
+def find_item(sample: Sample) -> Found:
+    """Find the id of candidates that occurs in several requests, and settles the most columns."""
+    facts = sample.facts
+    if facts["request"].isna().all():
+        return Found()
+    hardly_repeats = facts["in_requests"] >= (1 - _HARDLY) * facts["rows"]
+    repeats_elsewhere = facts["distinct"] < facts["rows"] / 1.2
+    is_possible = may_be_item(facts) & hardly_repeats & repeats_elsewhere & ~facts["is_prose"]
+    is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
+    largest = sample.request.value_counts().max()
+    counts_candidates = facts["low"].isin([0, 1]) & (facts["high"] <= largest)
+    possible = facts.index[is_possible & ~counts_candidates]
+    varying = facts.index[facts["request"] == 0]
+    settled = {
+        column: int((sample.constant_within(column, varying.drop(column)) == 1).sum())
+        for column in possible
+    }
+    best = [column for column in possible if settled[column] == max(settled.values())]
+    return Found(best[0]) if len(best) == 1 else Found("", tuple(best))
+
+
+def find_user(sample: Sample) -> Found:
+    """Find the finest id that owns several requests and, with them, other columns."""
+    facts = sample.facts
+    if not (facts["request"] == 1).any():
+        return Found()
+    num_requests = sample.request.nunique()
+    is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
+    is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
+    is_possible &= (facts["distinct"] < num_requests) & ~facts["is_prose"]
+    of_requests = facts.index[(facts["request"] == 1) & (facts["distinct"] > 1)]
+    possible = []
+    for column in facts.index[is_possible]:
+        is_constant = sample.constant_within(column, of_requests.drop(column)) == 1
+        if is_constant.any():
+            possible.append(column)
+    lasting = [column for column in possible if not _is_session(sample, column)]
+    found = _finest(sample, lasting or possible)
+    if not found.column:
+        return found
+    distinct = facts["distinct"]
+    # A device is hardly finer than a user; and users with one request each prove nothing.
+    close = [other for other in lasting if distinct[other] > 0.5 * distinct[found.column]]
+    is_sure = len(close) <= 1 and distinct[found.column] < 0.9 * num_requests
+    return found if is_sure else Found("", tuple(dict.fromkeys((found.column, *close))))
+
+
+def _is_session(sample: Sample, column: str) -> bool:
+    """Return whether the requests of an owner follow each other closely."""
+    facts = sample.facts
+    is_time = (facts["kind"] == "time") | (facts["unit"] != "")
+    times = facts.index[is_time & (facts["request"] == 1) & (facts["distinct"] > 1)]
+    for time in times:
+        if facts["kind"][time] == "time":
+            seconds = sample.frame(f"epoch({quoted(time)}::TIMESTAMP)").iloc[:, 0]
+        else:
+            seconds = sample.numbers[time]
+        span = seconds.max() - seconds.min()
+        of_owners = pd.DataFrame({"owner": sample.codes[column], "seconds": seconds})
+        of_requests = of_owners.groupby(sample.request).first()
+        groups = of_requests.groupby("owner")["seconds"].agg(["count", "min", "max"])
+        several = groups[groups["count"] > 1]
+        if len(several) and (several["max"] - several["min"]).median() <= _SESSION * span:
+            return True
+    return False
+
+
+def find_time(sample: Sample) -> Found:
+    """Find the only time of requests; the finest of several that contain each other."""
+    facts = sample.facts
+    is_time = (facts["kind"] == "time") | (facts["unit"] != "")
+    is_possible = is_time & (facts["request"] == 1) & (facts["user"] != 1) & (facts["item"] != 1)
+    is_possible &= (facts["known"] > 0.99) & (facts["distinct"] > 1)
+    return _finest(sample, [*facts.index[is_possible]])
+
+
+def find_shown(sample: Sample) -> pd.Series | None:
+    """Find the rows with a label: those of a column of 0 and 1 that others confirm; None if none.
+
+    A column confirms by being known for the same rows, or by having one of few values in them.
+    """
+    masks = _masks(sample)
+    labels = [mask for mask in masks if mask.is_label]
+    if labels:
+        return _shown_by_missing_labels(sample, masks, labels)
+    return _shown_by_ones(sample, masks)
+
+
+class _Mask(NamedTuple):
+    """The rows in which a column is known, or has one of few values."""
+
+    column: str
+    rows: pd.Series
+    is_label: bool  # 0 and 1 where it is known
+
+
+def _masks(sample: Sample) -> list[_Mask]:
+    """Return the rows that each column of candidates sets apart."""
+    facts = sample.facts
+    is_of_candidate = (facts["request"] == 0) & (facts["item"] != 1) & (facts["user"] != 1)
+    is_of_candidate &= ~facts["kind"].isin(["list", "other"])
+    masks = []
+    for column, facts_of_column in facts[is_of_candidate].iterrows():
+        codes = sample.codes[column]
+        if facts_of_column["known"] <= 0.99:
+            is_label = bool(facts_of_column["binary"]) and codes.nunique() == 2
+            masks.append(_Mask(str(column), codes.notna(), is_label))
+        elif codes.nunique() <= 3:
+            values = codes.dropna().unique()
+            masks += [_Mask(str(column), codes == value, False) for value in values]
+    return [mask for mask in masks if _splits_requests(mask.rows, sample.request)]
+
+
+def _splits_requests(rows: pd.Series, request: pd.Series) -> bool:
+    """Return whether most requests have some of the rows, but not most of their own."""
+    shares = rows.groupby(request).mean()
+    return bool(((shares > 0) & (shares < 1)).mean() > 0.5 and rows.mean() <= 0.9)
+
+
+def _shown_by_missing_labels(
+    sample: Sample, masks: list[_Mask], labels: list[_Mask]
+) -> pd.Series | None:
+    support = [_count_equal(label, masks) for label in labels]
+    best = max(support)
+    if best == 0 and (len(labels) > 1 or labels[0].rows.mean() > 0.5):
+        return None
+    # A label of few, such as that of a purchase after a click, is known for a part of the shown.
+    likely = [label for label, count in zip(labels, support, strict=True) if count == best]
+    return max(likely, key=lambda label: label.rows.sum()).rows
+
+
+def _count_equal(mask: _Mask, masks: list[_Mask]) -> int:
+    """Return how many other columns set the same rows apart."""
+    equal = {
+        other.column
+        for other in masks
+        if other.column != mask.column and _is_equal(mask.rows, other.rows)
+    }
+    return len(equal)
+
+
+def _is_equal(rows: pd.Series, others: pd.Series) -> bool:
+    return bool((rows ^ others).sum() <= 0.01 * min(rows.sum(), others.sum()))
+
+
+def _shown_by_ones(sample: Sample, masks: list[_Mask]) -> pd.Series | None:
+    """Return the fewest rows that two columns set apart and that have all ones of another."""
+    facts = sample.facts
+    binary = facts.index[may_be_label(facts) & (facts["known"] > 0.99) & (facts["request"] == 0)]
+    possible = []
+    for column in binary:
+        ones = sample.numbers[column] == 1
+        if ones.sum() < _LEAST_ONES:
+            continue
+        for mask in masks:
+            has_ones = mask.column != column and (ones & ~mask.rows).mean() <= 0.001 * ones.mean()
+            if has_ones and not _is_equal(ones, mask.rows):
+                possible.append(mask)
+    confirmed = [mask.rows for mask in possible if _count_equal(mask, masks) > 0]
+    rows = confirmed or [mask.rows for mask in possible]
+    return min(rows, key=lambda mask: mask.sum(), default=None)
+
+
+class FoundStage(NamedTuple):
+    """The column of the stages, and the text of each."""
+
+    found: Found
+    stages: dict[str, str]
+
+
+def find_stage(sample: Sample) -> FoundStage:
+    """Find the few texts one of which covers just the shown, and one the others with scores."""
+    facts = sample.facts
+    is_possible = facts["is_few"] & facts["distinct"].isin([2, 3]) & (facts["known"] > 0.99)
+    is_possible &= (facts["request"] == 0) & (facts["item"] != 1)
+    by_column = {}
+    for column in facts.index[is_possible]:
+        if stages := _stages_of(sample, column):
+            by_column[str(column)] = stages
+    if len(by_column) == 1:
+        ((column, stages),) = by_column.items()
+        return FoundStage(Found(column), stages)
+    return FoundStage(Found("", tuple(by_column)), {})
+
+
+def _stages_of(sample: Sample, column: str) -> dict[str, str]:
+    """Return the text of each stage in a column, {} if its values do not fit."""
+    texts = sample.texts(column)
+    values = [str(value) for value in texts.dropna().unique()]
+    shown = [value for value in values if _is_equal(texts == value, sample.shown)]
+    if len(shown) != 1:
+        return {}
+    others = [value for value in values if value not in shown]
+    scored = _is_scored(sample)
+    scored_shares = {value: scored[texts == value].mean() for value in others}
+    passed = [value for value in others if scored_shares[value] >= 0.3]
+    retrieved = [value for value in others if scored_shares[value] <= 0.02]
+    if len(passed) + len(retrieved) < len(others) or len(passed) > 1 or len(retrieved) > 1:
+        return {}
+    stages = {"shown": shown[0]}
+    if passed:
+        stages["passed"] = passed[0]
+    if retrieved:
+        stages["retrieved"] = retrieved[0]
+    return stages
+
+
+def _is_scored(sample: Sample) -> pd.Series:
+    """Return whether each row has a number that the shown and some of the others have."""
+    facts = sample.facts
+    is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
+    scores = facts.index[is_number & _is_known_further(facts)]
+    return sample.codes[scores].notna().any(axis=1)
+
+
+def _is_known_further(facts: pd.DataFrame) -> pd.Series:
+    """Return whether each column is known for shown candidates and some of the others."""
+    is_known_of_more = (facts["known_in"] >= 0.5) & (facts["known_out"] > 0.01)
+    return is_known_of_more & (facts["known"] < 0.99) & (facts["known_out"] < facts["known_in"])
+
+
+def find_position(sample: Sample) -> Found:
+    """Find the whole numbers from 0 or 1 that differ among the shown candidates of a request."""
+    facts = sample.facts
+    is_possible = (facts["kind"] == "integer") & facts["low"].isin([0, 1]) & facts["only_shown"]
+    is_possible &= varies_in_requests(facts) & (facts["distinct"] > 2)
+    shown = sample.request[sample.shown]
+    fitting = [
+        str(column)
+        for column in facts.index[is_possible]
+        if _hardly_repeats(sample.codes[column][sample.shown], shown)
+    ]
+    return Found(fitting[0]) if len(fitting) == 1 else Found("", tuple(fitting))
+
+
+def find_labels(sample: Sample) -> list[str]:
+    """Return the columns of 0 and 1 that are known only where shown, or 1 only there."""
+    facts = sample.facts
+    if not sample.shown.any():
+        return []
+    varies_among_shown = (facts["ones_in"] > 0) & (facts["ones_in"] < 1)
+    is_one_of_shown = (facts["known"] > 0.99) & (facts["ones_out"] <= 0.001 * facts["ones_in"])
+    is_label = facts["only_shown"] | is_one_of_shown
+    return [*facts.index[may_be_label(facts) & varies_among_shown & is_label]]
+
+
+def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
+    """Return the score of each task: that which predicts its label best; {} if it is not clear.
+
+    Args:
+      sample: of the log.
+      labels: task -> its column, for the tasks without a teacher.
+    """
+    facts = sample.facts
+    is_possible = may_be_teacher(facts) & is_score(facts) & _is_known_further(facts)
+    scores = [*facts.index[is_possible]]
+    if len(scores) != len(labels):
+        return {}
+    best = {}
+    for task, label in labels.items():
+        numbers = sample.numbers[[label, *scores]]
+        fitting = [score for score in scores if correlates(numbers[[score, label]])]
+        losses = {score: _log_loss(numbers[score], numbers[label]) for score in fitting}
+        if losses:
+            best[task] = min(losses, key=lambda score: losses[score])
+    has_one_each = len({*best.values()}) == len(labels)
+    return best if has_one_each else {}
+
+
+def correlates(numbers: pd.DataFrame) -> bool:
+    """Return True if two columns correlate by at least three standard errors."""
+    known = numbers.dropna()
+    return bool(known.corr().iat[0, 1] * len(known) ** 0.5 >= 3)
+
+
+def _log_loss(score: pd.Series, label: pd.Series) -> float:
+    is_known = score.notna() & label.notna()
+    probability = score[is_known].clip(1e-4, 1 - 1e-4)
+    positive = label[is_known] == 1
+    return float(-np.log(np.where(positive, probability, 1 - probability)).mean())
+
+
+# Role -> how to find it, in the order of the search by name.
+OWNERS: dict[str, Callable[[Sample], Found]] = {
+    "request": find_request,
+    "item": find_item,
+    "user": find_user,
+    "time": find_time,
+}

@@ -1,0 +1,155 @@
+"""The columns that become features, and those that are left out.
+
+A feature is constant within a user, an item or a request. A column that differs among the
+candidates of a request may be a score, a position or an outcome: it is a feature only if its name
+says that it is known before the final ranker runs.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kd_ranker.sources.logs.infer.guess import Roles
+from kd_ranker.sources.logs.infer.sample import Sample, kind_of
+from kd_ranker.sources.logs.infer.words import identifier
+from kd_ranker.sources.logs.query import quoted
+
+_ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
+
+
+class InferredFeature(NamedTuple):
+    """A feature, as the arguments of `configs.feature`."""
+
+    name: str  # its key in the config
+    column: str
+    of: str
+    kind: str
+    options: Sequence[str] = ()  # further arguments, as code
+
+
+class LeftOut(NamedTuple):
+    """A column that is no feature."""
+
+    column: str
+    why: str
+    feature: InferredFeature | None = None  # which it would be, if it is known before ranking
+
+
+class InferredFeatures(NamedTuple):
+    """The columns of a log that have no role."""
+
+    features: list[InferredFeature]
+    left_out: list[LeftOut]
+
+
+def find_features(
+    sample: Sample, roles: Roles, doubtful: Collection[str], written_after: Mapping[str, str]
+) -> InferredFeatures:
+    """Find what the columns without a role are.
+
+    Args:
+      sample: of the log.
+      roles: of its columns.
+      doubtful: columns that may have a role that is still open.
+      written_after: column -> the sign that it was written after the ranking.
+    """
+    features: list[InferredFeature] = []
+    left_out: list[LeftOut] = []
+    names: list[str] = []
+    for facts in sample.facts.drop(roles.used(), errors="ignore").itertuples():
+        column = str(facts.Index)
+        names.append(identifier(column, names))
+        kind = _kind_of_feature(facts, sample, roles.column("item"))
+        owner = _owner_of_feature(facts, kind.kind)
+        feature = InferredFeature(names[-1], column, owner or "candidate", *kind)
+        why = "perhaps a column of an open role" if column in doubtful else ""
+        why = why or _why_no_feature(facts, sample, roles, kind.kind)
+        if why:
+            left_out.append(LeftOut(column, why))
+        elif column in written_after:
+            left_out.append(LeftOut(column, written_after[column], feature))
+        elif owner:
+            features.append(feature)
+        else:
+            why = "differs within a request" if facts.request == 0 else "owner unknown"
+            left_out.append(LeftOut(column, why, feature))
+    return InferredFeatures(features, left_out)
+
+
+def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
+    """Return why a column can be no feature, "" if it may be one.
+
+    Args:
+      facts: those of the column, as `DataFrame.itertuples` yields them.
+      sample: of the log.
+      roles: of its columns.
+      kind: of the feature, "" for none.
+    """
+    may_vary = facts.item != 1 and facts.user != 1
+    is_output = facts.afterwards or facts.predictions or facts.teacher
+    is_output = is_output or (facts.uses and facts.amounts)
+    is_action = facts.task and not facts.binary
+    is_rare_elsewhere = facts.ones_out <= 0.2 * facts.ones_in
+    has_ones_only_in = facts.binary and not facts.ones_out
+    number = sample.facts["distinct"][roles.column("item")] if facts.item == 1 else facts.rows
+    reasons = {
+        "its type is not supported": not kind,
+        "constant": facts.distinct < 2,
+        "a row number": re.fullmatch(_ROW_NUMBER, facts.Index, re.IGNORECASE),
+        "missing where a candidate was not shown": facts.only_shown,
+        "perhaps a label": may_vary and facts.request != 1 and has_ones_only_in,
+        "a label of another task": facts.binary and facts.task and is_rare_elsewhere,
+        "known only afterwards, by its name": may_vary and (is_output or is_action),
+        "an id or a text": kind == "category" and facts.distinct > 0.8 * number,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _owner_of_feature(facts: Any, kind: str) -> str:
+    """Return the first owner for which a column is constant; "" if that is not settled."""
+    if (facts.user == 1 and facts.request != 0) or (kind == "history" and facts.request == 1):
+        return "user"
+    if facts.request == 1:
+        return "context"
+    if facts.item == 1:
+        return "item"
+    return "candidate" if facts.early and facts.request == 0 else ""
+
+
+class _FeatureKind(NamedTuple):
+    """The kind of a feature, "" for none, and further arguments of `configs.feature`, as code."""
+
+    kind: str
+    options: Sequence[str] = ()
+
+
+def _kind_of_feature(facts: Any, sample: Sample, item: str) -> _FeatureKind:
+    """Return the kind of the feature that a column may be."""
+    if facts.is_time or facts.kind == "other":
+        return _FeatureKind("")
+    hashed = ["hashed=True"] if facts.distinct > 10_000 else []
+    if facts.kind == "list":
+        return _kind_of_list(facts, sample, item, hashed)
+    has_many_values = facts.distinct > 32 and abs(facts.high) < 2**31
+    is_integer = facts.kind == "integer" and not facts.identifiers
+    is_amount = is_integer and (has_many_values or facts.quantities)
+    if facts.kind == "float" or is_amount:
+        return _FeatureKind("dense")
+    return _FeatureKind("category", hashed)
+
+
+def _kind_of_list(facts: Any, sample: Sample, item: str, hashed: Sequence[str]) -> _FeatureKind:
+    lists = f"(SELECT DISTINCT {quoted(facts.Index)} AS l FROM candidates)"
+    lengths = "min(len(l)), coalesce(quantile_disc(len(l), 0.95), 1)::INT"
+    shortest, long = sample.frame(lengths, lists).iloc[0]
+    length = f"length={min(max(long, 1), 200)}"
+    kind_of_elements = kind_of(re.sub(r"\[\d*\]$", "", facts.column_type))
+    if kind_of_elements not in ("integer", "text"):
+        is_vector = kind_of_elements == "float" and shortest == long
+        return _FeatureKind("dense" if is_vector else "", [length])
+    if item and facts.request != 0:
+        items = f"(SELECT {quoted(item)}::VARCHAR FROM candidates)"
+        are_items = f"avg((e::VARCHAR IN {items})::INT) > 0.5 AND count(DISTINCT e) > 20"
+        if sample.frame(are_items, f"(SELECT unnest(l) e FROM {lists})").iat[0, 0]:
+            return _FeatureKind("history", [length])
+    return _FeatureKind("bag", [*hashed, length])

@@ -1,0 +1,320 @@
+"""A sample of a log, and the facts of its columns that the rules for a first config look at."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import duckdb
+import numpy as np
+import pandas as pd
+from fsspec.implementations.local import LocalFileSystem
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.files import find_files, register_store, register_stores
+from kd_ranker.sources.logs.infer.guess import Guess
+from kd_ranker.sources.logs.infer.words import NAMES, find_key, without, words
+from kd_ranker.sources.logs.layout import TIME_UNITS, is_text_log, literal, sql_of_texts
+from kd_ranker.sources.logs.query import quoted
+
+# The limits of the sample.
+_MOST_ROWS = 120_000
+_MOST_BYTES = 200_000_000
+_MOST_FILES = 24
+_KINDS = {
+    r".*\]": "list",
+    r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|BOOLEAN": "integer",
+    "FLOAT|DOUBLE|DECIMAL.*": "float",
+    "VARCHAR|BLOB|UUID|ENUM.*": "text",
+    "DATE|TIMESTAMP.*": "time",
+}
+# In seconds since 1970: numbers between these two are probably times.
+_YEAR_2000, _YEAR_2050 = 946_684_800, 2_524_608_000
+# A column is constant within owners if at least so many rows could have shown the contrary.
+_LEAST_PROOF = 20
+
+
+class RowGuess(NamedTuple):
+    """What a row of the log is."""
+
+    guess: Guess  # of `data.rows`
+    lists: list[str]  # the columns of lists with one value per candidate
+
+
+class Sample:
+    """A table `candidates` in DuckDB, and the facts of its columns.
+
+    Attributes:
+      con: the connection to DuckDB.
+      log: a SELECT of the whole log.
+      named: what the user named, by key of the config.
+      sections: those that the user named as a whole, such as `data.labels`.
+      facts: a row per column of the log. Its facts `request`, `item` and `user` are 1 if the column
+        is constant in each request, item or user, 0 if not, NaN if unknown.
+      numbers: a number for each value, NaN for none; 0 and 1 for texts such as no and yes.
+      codes: a number for each value, NaN for none; equal values of a column have equal codes.
+      request: the request of each row.
+      layout: the guess of `data.rows`, and the lists of candidates.
+      shown: whether each row was shown.
+      passed: whether each row was passed.
+    """
+
+    def __init__(self, path: str, named: Mapping[str, Any], sections: Collection[str]) -> None:
+        """Read the beginnings of the files at a path; the user may have named some columns."""
+        self.named = named
+        self.sections = sections
+        self.con = duckdb.connect()
+        self.con.execute("SET enable_progress_bar = false")
+        self._read(self._select(path))
+        self.request = pd.Series(range(len(self.codes)))
+        self.layout = self._find_rows()
+        listed = self.layout.lists
+        if listed:
+            lists = ", ".join(f"unnest({name}) AS {name}" for name in map(quoted, listed))
+            self.request = self.frame(f"rowid, {lists}").iloc[:, 0]
+            self._read(f"SELECT * REPLACE ({lists}) FROM candidates")
+        if self.request.empty:
+            raise UserError(f"the log has no rows, or its lists {listed} are empty")
+        facts = self.facts
+        facts["groups"] = facts["distinct"] < facts["rows"] / 1.5
+        if self.layout.guess.value == "request":
+            facts["request"] = np.where(facts.index.isin(listed), 0.0, 1.0)
+            facts["groups"] = facts["distinct"] == self.request.nunique()
+        self.passed = pd.Series(False, self.request.index)
+        self.set_shown(self.passed)
+
+    def _select(self, path: str) -> str:
+        """Return the SELECT of some rows of text files, or of Parquet files at even distances."""
+        if not path:
+            raise UserError("data.path is empty; give a file, a directory or a glob of them")
+        if is_text_log(path):
+            self.log = sql_of_texts(path)
+            register_stores(self.con, self.log)
+            return f"SELECT * FROM ({self.log}) LIMIT {_MOST_ROWS}"
+        system, manifest = find_files(path)
+        paths = list(manifest)
+        if not isinstance(system, LocalFileSystem):
+            register_store(self.con, system)
+            paths = [system.unstrip_protocol(file) for file in paths]
+        # A name is a pattern to DuckDB.
+        files = [literal(re.sub(r"[*?\[]", r"[\g<0>]", file)) for file in paths]
+        options = "hive_partitioning = true, union_by_name = true"
+        self.log = f"SELECT * FROM read_parquet([{', '.join(files)}], {options})"
+        files = files[:: len(files) // _MOST_FILES + 1]
+        size = "sum(total_uncompressed_size) / sum(row_group_num_rows)"
+        row = f"count(DISTINCT path_in_schema) * {size}"
+        bytes_a_row: Any = self.frame(row, f"parquet_metadata({files[0]})").iat[0, 0]
+        rows = min(_MOST_ROWS, _MOST_BYTES / (bytes_a_row or 1))
+        rows_a_file = int(rows / len(files)) + 1
+        return " UNION ALL BY NAME ".join(
+            f"(FROM read_parquet({file}, hive_partitioning = true) LIMIT {rows_a_file})"
+            for file in files
+        )
+
+    def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
+        """Return the rows of a SELECT."""
+        return self.con.execute(f"SELECT {values} FROM {source}").df()
+
+    def _find_rows(self) -> RowGuess:
+        """Find what a row is, and the lists with one value per candidate."""
+        facts = self.facts
+        named = self.named.get("data.rows", "")
+        is_list = facts["kind"] == "list"
+        is_named_item = facts.index == self.named.get("data.columns.item")
+        is_item = (facts["sure"] == "item") | is_named_item
+        has_item = (is_item & ~is_list & (facts["known"] > 0.9)).any()
+        lists = facts.index[is_list]
+        lists_of_items = facts.index[is_list & is_item]
+        if named == "candidate" or lists.empty or (has_item and not named):
+            return RowGuess(Guess(named or "candidate"), [])
+        sizes = ", ".join(f"len({quoted(name)}) AS {quoted(name)}" for name in lists)
+        lengths = self.frame(sizes)
+        if not lists_of_items.empty:
+            item = lists_of_items[0]
+            candidates = _as_long_as(item, lengths)
+            why = f"{len(candidates)} columns hold lists as long as {item!r}"
+            return RowGuess(Guess("request", why), candidates)
+        candidates = self._find_lists_of_candidates(lengths)
+        if candidates:
+            doubt = f"by lists of one length, as {candidates[0]!r}; is a row a request?"
+            return RowGuess(Guess("request", "", "" if named else doubt), candidates)
+        is_id_of_row = (facts["sure"] == "request") & (facts["distinct"] == facts["rows"])
+        doubt = "" if named else "no column of lists is called like the item"
+        guess = "request" if is_id_of_row.any() else "candidate"
+        return RowGuess(Guess(named or guess, "", doubt), [])
+
+    def _find_lists_of_candidates(self, lengths: pd.DataFrame) -> list[str]:
+        """Return the lists of one length, one of them without repetition, in rows with a time."""
+        facts = self.facts
+        is_time = (facts["kind"] == "time") | (facts["unit"] != "")
+        if not is_time.any():
+            return []
+        groups = [_as_long_as(str(name), lengths) for name in lengths if lengths[name].mean() > 1.5]
+        candidates = max(groups, key=len, default=[])
+        if len(candidates) > 1 and any(map(self._never_repeats_in_rows, candidates)):
+            return candidates
+        return []
+
+    def _never_repeats_in_rows(self, column: str) -> bool:
+        elements = kind_of(re.sub(r"\[\d*\]$", "", self.facts["column_type"][column]))
+        if elements not in ("integer", "text"):
+            return False
+        differ = f"bool_and(len(list_distinct({quoted(column)})) = len({quoted(column)}))"
+        return bool(self.frame(differ).iat[0, 0])
+
+    def _read(self, select: str) -> None:
+        """Make the table, and the facts of its columns that need no role."""
+        self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {select}")
+        table = self.con.table("candidates")
+        facts = pd.DataFrame({"column_type": map(str, table.types)}, table.columns)
+        self.facts = facts
+        facts["kind"] = facts["column_type"].map(kind_of)
+        facts["is_number"] = facts["kind"].isin(["integer", "float"])
+        self._read_texts()
+        self._read_values()
+        self._count_values()
+        self._read_names()
+        is_named_time = (facts["sure"] + facts["hint"]) == "time"
+        facts["is_time"] = (facts["kind"] == "time") | ((facts["unit"] != "") & is_named_time)
+        is_discrete = facts["kind"].isin(["integer", "text"])
+        facts["is_id"] = is_discrete & ~facts["is_time"] & (facts["distinct"] > 1)
+        facts["is_few"] = facts["is_id"] & (facts["distinct"] <= 9)
+        is_truth = (facts["kind"] == "integer") | facts["is_truth"]
+        facts["binary"] = is_truth & (facts["low"] >= 0) & (facts["high"] == 1)
+        facts[["request", "item", "user"]] = float("nan")
+
+    def _read_texts(self) -> None:
+        """Find the texts that are truth values, times or several words."""
+        facts = self.facts
+        facts["is_truth"] = False
+        facts["is_prose"] = False
+        for column in facts.index[facts["column_type"] == "VARCHAR"]:
+            text = f"nullif(trim({quoted(column)}), '')"
+            values = (
+                f"count({text}), count(try_cast({text} AS BOOLEAN)), "
+                f"count(try_cast({text} AS TIMESTAMPTZ)), avg(({text} LIKE '% %')::INT)"
+            )
+            known, truths, times, spaced = self.frame(values).iloc[0]
+            facts.loc[column, "is_truth"] = 0 < known == truths
+            facts.loc[column, "is_prose"] = spaced > 0.5
+            if 0 < known == times:
+                facts.loc[column, "kind"] = "time"
+
+    def _read_values(self) -> None:
+        """Read the numbers and the codes of all values."""
+        facts = self.facts
+        numbers = self.frame(", ".join(map(self._sql_of_number, facts.index)))
+        codes = self.frame(", ".join(map(self._sql_of_code, facts.index)))
+        numbers.columns = facts.index
+        codes.columns = facts.index
+        floats = facts.index[facts["kind"] == "float"]
+        codes[floats] = numbers[floats]  # NaN is missing, too
+        # Integers next to missing ones may be floats.
+        is_whole = numbers.isna() | ((numbers % 1 == 0) & (numbers.abs() < 2**53))
+        facts.loc[facts["is_number"] & is_whole.all(), "kind"] = "integer"
+        self.numbers = numbers
+        self.codes = codes
+
+    def _sql_of_number(self, column: str) -> str:
+        facts = self.facts.loc[column]
+        if facts["is_truth"]:
+            return f"try_cast(trim({quoted(column)}) AS BOOLEAN)::DOUBLE"
+        return f"{quoted(column)}::DOUBLE" if facts["is_number"] else "NULL::DOUBLE"
+
+    def _sql_of_code(self, column: str) -> str:
+        value = quoted(column)
+        if self.facts["column_type"][column] == "VARCHAR":
+            value = f"nullif({value}, '')"  # which is missing to a dataset, too
+        return f"CASE WHEN {value} IS NOT NULL THEN (hash({value}) >> 12)::DOUBLE END"
+
+    def _count_values(self) -> None:
+        facts = self.facts
+        facts["rows"] = len(self.codes)
+        facts["distinct"] = self.codes.nunique()
+        facts["known"] = self.codes.notna().mean()
+        facts["low"] = self.numbers.min()
+        facts["high"] = self.numbers.max()
+        facts["unit"] = ""
+        middle = self.numbers.median()
+        for unit, per_second in TIME_UNITS.items():
+            is_recent = middle.between(_YEAR_2000 * per_second, _YEAR_2050 * per_second)
+            facts.loc[is_recent, "unit"] = unit
+
+    def _read_names(self) -> None:
+        """Find the roles, tasks and groups of words that the names of columns point at."""
+        facts = self.facts
+        facts["sure"] = [find_key(name, NAMES["sure"]) for name in facts.index]
+        facts["hint"] = [find_key(name, NAMES["maybe"]) for name in facts.index]
+        actions = ["_".join(without(name, "affixes", "outputs", "teacher")) for name in facts.index]
+        facts["task"] = [find_key(action, NAMES["tasks"]) for action in actions]
+        groups = [key for key, listed in NAMES.items() if isinstance(listed, list)]
+        for group in groups:
+            facts[group] = [without(name, group) != words(name) for name in facts.index]
+
+    def constant_within(self, owner: str, columns: Iterable[str] | None = None) -> pd.Series:
+        """Return whether each column has one value for each value of an owner: 1, 0, or NaN.
+
+        Owners of one row say nothing, and too few rows of others leave it unknown.
+        """
+        codes = self.codes if columns is None else self.codes[list(columns)]
+        is_repeated = self.codes[owner].duplicated(keep=False)
+        groups = codes[is_repeated].groupby(self.codes[owner])
+        counts = groups.count()
+        if counts.empty:
+            return pd.Series(np.nan, codes.columns)
+        # A value that only some rows of an owner have is not constant.
+        has_gaps = (counts > 0) & counts.lt(groups.size(), axis=0)
+        differs = (groups.min() != groups.max()) & (counts > 0)
+        is_constant = ~(has_gaps | differs).any()
+        proof = (counts - 1).clip(lower=0).sum()
+        return is_constant.astype(float).where(~is_constant | (proof >= _LEAST_PROOF))
+
+    def set_owner(self, role: str, column: str) -> None:
+        """Complete the facts by the column of requests, items or users; "" for none."""
+        facts = self.facts
+        if role not in facts:
+            return
+        if column and facts[role].isna().all():
+            facts[role] = self.constant_within(column)
+            if role == "request":
+                self.request = self.codes[column]
+        if role == "request":
+            ids = facts.index[facts["is_id"]]
+            facts["in_requests"] = self.codes[ids].groupby(self.request).nunique().sum()
+
+    def set_shown(self, shown: pd.Series) -> None:
+        """Complete the facts by who was shown; False for all if it is not known.
+
+        The facts `known_in` and `ones_in` are the shares of values known, and of 1, of shown
+        candidates; `known_out` and `ones_out` are those of others.
+        """
+        self.shown = shown
+        facts = self.facts
+        knows_shown = bool(shown.any())
+        inside = shown if knows_shown else ~shown
+        for suffix, rows in (("in", inside), ("out", ~inside)):
+            facts[f"known_{suffix}"] = self.codes[rows].notna().mean().fillna(0)
+            facts[f"ones_{suffix}"] = self.numbers[rows].mean().fillna(0)
+        is_known_of_shown = (facts["known_out"] <= 0.01) & (facts["known_in"] >= 0.5)
+        facts["only_shown"] = is_known_of_shown & knows_shown
+        # Without a stage, a candidate with a position counts as shown.
+        facts["placed"] = facts["only_shown"] | (not knows_shown)
+
+    def texts(self, column: str) -> pd.Series:
+        """Return the values of a column as the texts that a config names."""
+        texts = self.frame(f"{quoted(column)}::VARCHAR").iloc[:, 0]
+        texts = texts.where(self.codes[column].notna())
+        return texts.str.title() if self.facts["column_type"][column] == "BOOLEAN" else texts
+
+
+def kind_of(type_: str) -> str:
+    """Return the kind of a type of DuckDB."""
+    for pattern, kind in _KINDS.items():
+        if re.fullmatch(pattern, type_):
+            return kind
+    return "other"
+
+
+def _as_long_as(name: str, lengths: pd.DataFrame) -> list[str]:
+    """Return the columns whose lists are as long as those of one in each row; a list may miss."""
+    has_equal_length = (lengths.sub(lengths[name], axis=0).fillna(0) == 0).all()
+    return [*lengths.columns[has_equal_length]]
