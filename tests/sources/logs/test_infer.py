@@ -98,7 +98,7 @@ def check_of(text: str, key: str) -> str:
         "data.labels": rf"(?:data\.labels = {{)?'{name}':",
         "data.teacher": rf"(?:data\.teacher = {{)?'{name}':",
         "config.funnel": r"config\.funnel\.update\(",
-    }.get(section, rf"{re.escape(key)} =")
+    }.get(section, rf"{re.escape(key)} = ")
     above = re.search(rf"((?: +# .*\n)*) +{line}", text)
     assert above, key
     return " ".join(re.findall(r"# (.*)", above[1])).partition("CHECK: ")[2]
@@ -258,8 +258,8 @@ def test_a_score_is_no_feature_where_only_labels_tell_shown(columns, tmp_path, i
     named = {"data.columns.request": "richiesta", "data.labels.abbonato": "abbonato"}
     text, config = infer(tmp_path, table, named)
     assert "voto_finale" not in features_of(config)
-    assert "'voto_finale'" in check_of(text, "config.teacher.source")
-    assert "which column has the teacher" in check_of(text, "config.teacher.source")
+    assert "'voto_finale'" in check_of(text, "data.teacher")
+    assert "which column has the teacher" in check_of(text, "data.teacher")
 
 
 def test_a_log_of_passed_candidates_whose_scores_are_all_known(columns, tmp_path):
@@ -269,7 +269,7 @@ def test_a_log_of_passed_candidates_whose_scores_are_all_known(columns, tmp_path
     named = {"data.columns.request": "abruf", "data.labels.click": "gemocht"}
     text, config = infer(tmp_path, passed, named)
     assert "endnote" not in features_of(config)
-    assert "which column has the teacher: 'endnote'" in check_of(text, "config.teacher.source")
+    assert "which column has the teacher: 'endnote'" in check_of(text, "data.teacher")
 
 
 def test_named_labels_are_the_tasks(columns, tmp_path):
@@ -462,7 +462,7 @@ def test_positions_of_a_teacher_are_named(columns, tmp_path):
     rng = np.random.default_rng(0)
     ranks = [rng.permutation(logs.CANDIDATES) + 1 for _ in range(logs.REQUESTS)]
     text, config = infer(tmp_path, logs.table_of(without | {"final_rank": np.concatenate(ranks)}))
-    assert "which column has the teacher: 'final_rank'?" in check_of(text, "config.teacher.source")
+    assert "which column has the teacher: 'final_rank'?" in check_of(text, "data.teacher")
     assert not config.data.teacher
     assert "final_rank" not in features_of(config)
 

@@ -44,16 +44,16 @@ class FirstConfig(NamedTuple):
     def __str__(self) -> str:
         """Return what to do next."""
         counts = (
-            f"{_count(self.num_checks, 'line')} need you (CHECK); "
-            f"{_count(self.num_features, 'column')} became features; "
-            f"{self.num_left_out} were left out: read each. Then"
+            f"{_count(self.num_checks, 'line needs', 'lines need')} you (CHECK); "
+            f"{_count(self.num_features, 'column', 'columns')} became features; "
+            f"{_count(self.num_left_out, 'was', 'were')} left out: read each. Then"
         )
         commands = [f"    {next_command}" for next_command in self.next_commands]
         return "\n".join([f"config: {self.path}", counts, *commands])
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: str) -> FirstConfig:
@@ -75,14 +75,14 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
         guesses = _guess_keys(path, name, sample, roles)
     except duckdb.Error as error:
         raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
-    checks = " ".join(guess.check for guess in guesses.values())
+    checks = " ".join([roles.teacher_doubt, *(guess.check for guess in guesses.values())])
     doubtful = [column for column in sample.facts.index if repr(column) in checks]
     written_after = find_written_after(sample, roles.used())
     inferred = find_features(sample, roles, doubtful, written_after)
-    text = text_of_config(name, len(sample.codes), guesses, inferred)
+    text = text_of_config(name, len(sample.codes), guesses, inferred, roles.teacher_doubt)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    step = "train" if guesses["teacher.source"].value == "logged" else "train_teacher"
+    step = "train" if roles.teacher else "train_teacher"
     train = f"{command(step)} --config={file} --workdir=runs/{name}-{step}"
     return FirstConfig(
         path=file,
@@ -101,7 +101,7 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
         guesses["data.rows"] = rows
     sections = {
         "columns": {role: guess for role, guess in roles.columns.items() if guess != Guess("")},
-        "stages": {stage: Guess(text) for stage, text in roles.stages.items()},
+        "stages": roles.stages,
         "labels": roles.labels,
         "teacher": roles.teacher,
     }
@@ -115,8 +115,6 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     if version:
         most_frequent = next(iter(sample.texts(version).mode()), "")
         guesses["data.teacher_version"] = Guess(most_frequent)
-    source = "logged" if roles.teacher else "live"
-    guesses["teacher.source"] = Guess(source, "", roles.teacher_doubt)
     guesses["tasks"] = Guess(tuple(roles.labels))
     worth = tuple(float(task not in NAMES["unwanted"]) for task in roles.labels)
     doubt = "what is each task worth? 0 without a teacher" if len(worth) > 1 else ""

@@ -112,26 +112,31 @@ def find_user(sample: Sample) -> Found:
     is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
     is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
     is_possible &= (facts["distinct"] < num_requests) & ~facts["is_prose"]
-    of_requests = facts.index[(facts["request"] == 1) & (facts["distinct"] > 1)]
-    possible = []
-    for column in facts.index[is_possible]:
-        is_constant = sample.constant_within(column, of_requests.drop(column)) == 1
+    ids = [*facts.index[is_possible]]
+    lasting = [column for column in ids if not is_session(sample, column)]
+    others = facts.index[(facts["request"] == 1) & (facts["distinct"] > 1)]
+    owners = []
+    for column in lasting:
+        is_constant = sample.constant_within(column, others.drop(column)) == 1
         if is_constant.any():
-            possible.append(column)
-    lasting = [column for column in possible if not _is_session(sample, column)]
-    found = _finest(sample, lasting or possible)
+            owners.append(column)
+    found = _finest(sample, owners)
     if not found.column:
-        return found
+        return Found("", found.rivals or tuple(lasting or ids))
     distinct = facts["distinct"]
     # A device is hardly finer than a user; and users with one request each prove nothing.
-    close = [other for other in lasting if distinct[other] > 0.5 * distinct[found.column]]
+    close = [other for other in owners if distinct[other] > 0.5 * distinct[found.column]]
     is_sure = len(close) <= 1 and distinct[found.column] < 0.9 * num_requests
     return found if is_sure else Found("", tuple(dict.fromkeys((found.column, *close))))
 
 
-def _is_session(sample: Sample, column: str) -> bool:
-    """Return whether the requests of an owner follow each other closely."""
+def is_session(sample: Sample, column: str) -> bool:
+    """Return whether the requests of each value follow each other closely, and are of one user."""
     facts = sample.facts
+    is_coarser = facts["distinct"].between(_LEAST_OWNERS, 0.99 * facts["distinct"][column])
+    users = facts.index[facts["is_id"] & (facts["request"] == 1) & is_coarser]
+    if not (sample.constant_within(column, users) == 1).any():
+        return False
     is_time = (facts["kind"] == "time") | (facts["unit"] != "")
     times = facts.index[is_time & (facts["request"] == 1) & (facts["distinct"] > 1)]
     for time in times:
@@ -331,6 +336,8 @@ def find_labels(sample: Sample) -> list[str]:
 def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
     """Return the score of each task: that which predicts its label best; {} if it is not clear.
 
+    Only shown candidates count: a label of the others may be 0, whatever their score.
+
     Args:
       sample: of the log.
       labels: task -> its column, for the tasks without a teacher.
@@ -342,7 +349,7 @@ def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
         return {}
     best = {}
     for task, label in labels.items():
-        numbers = sample.numbers[[label, *scores]]
+        numbers = sample.numbers.loc[sample.shown, [label, *scores]]
         fitting = [score for score in scores if correlates(numbers[[score, label]])]
         losses = {score: _log_loss(numbers[score], numbers[label]) for score in fitting}
         if losses:

@@ -44,7 +44,11 @@ _OWNERS = ("user", "context", "item", "candidate")
 
 
 def text_of_config(
-    name: str, num_rows: int, guesses: Mapping[str, Guess], inferred: InferredFeatures
+    name: str,
+    num_rows: int,
+    guesses: Mapping[str, Guess],
+    inferred: InferredFeatures,
+    teacher_doubt: str,
 ) -> str:
     """Return the text of a config file.
 
@@ -53,6 +57,7 @@ def text_of_config(
       num_rows: of the sample.
       guesses: by key of the config, those of the log first.
       inferred: the columns without a role.
+      teacher_doubt: names further columns that may be the teacher; "" for none.
     """
     single = {key: guess for key, guess in guesses.items() if not key.startswith(_IN_BLOCKS)}
     features, of_log, of_config = [], [], []
@@ -63,8 +68,11 @@ def text_of_config(
             of_log += _assignment(key, guess)
         else:
             of_config += _assignment(f"config.{key}", guess)
+    if "teacher.source" not in guesses:
+        of_config.append("config.teacher.source = 'logged' if data.teacher else 'live'")
     for block in _OF_LOG:
-        of_log += _block(block, guesses)
+        doubt = teacher_doubt if block.section == "data.teacher" else ""
+        of_log += _block(block, guesses, doubt)
     of_config += _block(_OF_FUNNEL, guesses)
     lines = [
         *of_log,
@@ -87,8 +95,11 @@ def _check(guess: Guess) -> list[str]:
     return [f"# {CHECK}{guess.check}"] if guess.check else []
 
 
-def _block(block: _Block, guesses: Mapping[str, Guess]) -> list[str]:
-    """Return the assignment of a section: one line, or one for each key if they have doubts."""
+def _block(block: _Block, guesses: Mapping[str, Guess], doubt: str = "") -> list[str]:
+    """Return the assignment of a section: one line, or one for each key if their doubts differ.
+
+    A doubt about the section itself is above it.
+    """
     section = f"{block.section}."
     entries = {
         key.removeprefix(section): guess
@@ -102,14 +113,15 @@ def _block(block: _Block, guesses: Mapping[str, Guess]) -> list[str]:
         for name, guess in entries.items()
     }
     line = f"{block.start}{', '.join(codes.values())}{block.end}"
-    doubts = [check for guess in entries.values() for check in _check(guess)]
-    is_one_thing = len(entries) == 1 or block is _OF_FUNNEL
-    if len(line) <= _WIDTH and (is_one_thing or not doubts):
-        return [*doubts, line]
+    above = _check(Guess("", "", doubt))
+    doubts = {guess.check for guess in entries.values()}
+    has_one_doubt = len(doubts) <= 1 or block.section in ("data.stages", "funnel")
+    if len(line) <= _WIDTH and has_one_doubt:
+        return [*above, *(f"# {CHECK}{doubt}" for doubt in doubts if doubt), line]
     inside = []
     for name, guess in entries.items():
         inside += [*_check(guess), f"{codes[name]},"]
-    return [block.start, *(f"    {line}" for line in inside), block.end]
+    return [*above, block.start, *(f"    {line}" for line in inside), block.end]
 
 
 def _features(features: Sequence[InferredFeature]) -> list[str]:

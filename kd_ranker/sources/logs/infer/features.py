@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kd_ranker.sources.logs.infer.by_structure import is_session
 from kd_ranker.sources.logs.infer.guess import Roles
 from kd_ranker.sources.logs.infer.sample import Sample, kind_of
 from kd_ranker.sources.logs.infer.words import identifier
@@ -68,6 +69,8 @@ def find_features(
             left_out.append(LeftOut(column, why))
         elif column in written_after:
             left_out.append(LeftOut(column, written_after[column], feature))
+        elif owner == "context" and facts.is_id and is_session(sample, column):
+            left_out.append(LeftOut(column, "perhaps a session", feature))
         elif owner:
             features.append(feature)
         else:

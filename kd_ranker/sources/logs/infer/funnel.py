@@ -77,7 +77,7 @@ def _sql_of_candidates(sample: Sample, roles: Roles) -> str:
 def _sql_of_shown(roles: Roles) -> str:
     """Return the condition for candidates that count as shown, as in a dataset."""
     if stage := roles.column("stage"):
-        return _has_stage(stage, roles.stages.get("shown", ""))
+        return _has_stage(stage, roles.stages["shown"].value)
     labels = [guess.value for guess in roles.labels.values()]
     return _any_known([roles.column("position"), *labels])
 
@@ -85,8 +85,8 @@ def _sql_of_shown(roles: Roles) -> str:
 def _sql_of_passed(roles: Roles) -> str:
     """Return the condition for candidates that were passed, shown ones among them."""
     shown = _sql_of_shown(roles)
-    if roles.column("stage") and roles.stages.get("passed"):
-        return f"{shown} OR {_has_stage(roles.column('stage'), roles.stages['passed'])}"
+    if roles.column("stage") and "passed" in roles.stages:
+        return f"{shown} OR {_has_stage(roles.column('stage'), roles.stages['passed'].value)}"
     scores = [guess.value for guess in roles.teacher.values() if guess.value]
     return f"{shown} OR {_any_known(scores)}" if scores else "false"
 

@@ -1,6 +1,6 @@
 """Values of the config that are guessed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 CHECK = "CHECK: "
@@ -21,7 +21,7 @@ class Roles(NamedTuple):
     columns: dict[str, Guess]
     labels: dict[str, Guess]
     teacher: dict[str, Guess]
-    stages: dict[str, str]  # stage -> its text
+    stages: dict[str, Guess]  # stage -> its text
     teacher_doubt: str  # names further columns that may be the teacher; "" for none
 
     def used(self) -> list[str]:
@@ -34,7 +34,7 @@ class Roles(NamedTuple):
         return column_of(self.columns, role)
 
 
-def column_of(columns: dict[str, Guess], role: str) -> str:
+def column_of(columns: Mapping[str, Guess], role: str) -> str:
     """Return the column of a role; "" if it is open or none."""
     return columns[role].value.strip(OPEN) if role in columns else ""
 

@@ -83,7 +83,12 @@ def find_roles(sample: Sample) -> Roles:
     if not sample.passed.any():
         scores = [guess.value for guess in found_teacher.values()]
         sample.passed = sample.codes[scores].notna().any(axis=1)
-    return Roles(columns, labels, found_teacher, stages, doubt)
+    texts = {stage: Guess(text) for stage, text in stages.items()}
+    if columns["stage"].check and len(texts) == 2:
+        other = next(stage for stage in stages if stage != "shown")
+        doubt_of_text = f"is {stages[other]!r} retrieved, or passed?"
+        texts[other] = Guess(stages[other], "", doubt_of_text)
+    return Roles(columns, labels, found_teacher, texts, doubt)
 
 
 def _named(sample: Sample, section: str) -> dict[str, Guess]:
@@ -248,7 +253,12 @@ def _find_teacher(
             columns[task] = by_values(score, f"final ranker's probability of {task!r}")
     if not columns:
         floats = free.index[(free["kind"] == "float") & ~free["only_shown"]]
-        likely += [column for column in floats if column in written_after]
+        is_unclear = not sample.shown.any()
+        likely += [
+            column
+            for column in floats
+            if column in written_after or (is_unclear and column in scores.index)
+        ]
     chosen = {guess.value for guess in columns.values()}
     likely = [column for column in likely if column not in chosen]
     return columns, which("teacher", likely) if likely else ""

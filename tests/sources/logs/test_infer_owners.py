@@ -1,0 +1,245 @@
+"""First configs of logs with names that no list has: few edits, and no fault without a CHECK."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from ml_collections import ConfigDict
+
+import kd_ranker as kd
+from kd_ranker.config import schema
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.infer import funnel, sample
+from tests.sources import owner_logs
+from tests.sources.logs.test_infer import (
+    check_of,
+    features_of,
+    infer,
+    is_checked,
+    left_out,
+    roles_of,
+)
+
+# Log -> what its owner has to change: keys, or "sizes" of the funnel.
+EDITS = {
+    "french": {},
+    "polish": {},
+    "english": {"data.columns.user"},
+    "german": {"data.columns.position", "data.labels.gelesen", "data.teacher.gelesen"},
+    "swedish": {"data.stages", "data.teacher.spelad", "sizes"},
+}
+
+
+def found_roles(config: ConfigDict) -> dict[str, Any]:
+    """The roles of a config, with its tasks called as their labels."""
+    names = dict(config.data.labels)
+    found = {}
+    for key, column in roles_of(config).items():
+        section, _, name = key.rpartition(".")
+        is_of_task = section in ("data.labels", "data.teacher")
+        found[f"{section}.{names[name]}" if is_of_task else key] = column
+    if config.data.time_unit != "s":
+        found["data.time_unit"] = config.data.time_unit
+    return found
+
+
+def edits_of(config: ConfigDict, owner: owner_logs.OwnerLog) -> set[str]:
+    """The keys that an owner has to change; all stages, and all sizes, are on one line."""
+    found = found_roles(config)
+    different = {
+        key for key in found.keys() | owner.roles if found.get(key) != owner.roles.get(key)
+    }
+    edits = {"data.stages" if key.startswith("data.stages.") else key for key in different}
+    sizes = (config.funnel.retrieved, config.funnel.passed, config.funnel.shown)
+    return edits | ({"sizes"} if sizes != owner.sizes else set())
+
+
+@pytest.fixture(scope="module", params=owner_logs.OWNERS)
+def owner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The name of a log, what it is, and its first config."""
+    log = owner_logs.OWNERS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, log, *infer(folder, log.write(folder))
+
+
+def test_few_edits_and_none_without_a_check(owner):
+    name, log, text, config = owner
+    edits = edits_of(config, log)
+    assert edits == set(EDITS[name])
+    assert len(edits) <= 3
+    for key, column in found_roles(config).items():
+        if log.roles.get(key) != column:
+            assert is_checked(text, key), key
+    assert len(text.splitlines()) <= 55
+
+
+def test_no_outcome_is_a_feature(owner):
+    _, log, _, config = owner
+    found = {column: of for column, (of, _) in features_of(config).items()}
+    expected = {column: of for column, of in log.features.items() if column != "tenure"}
+    assert found == expected
+
+
+def test_a_dataset_builds_from_the_edited_config(owner, tmp_path):
+    _, log, _, config = owner
+    config = ConfigDict(config)  # unlocked
+    config.data.stages, config.data.labels, config.data.teacher = {}, {}, {}
+    for key, value in log.roles.items():
+        section, _, name = key.rpartition(".")
+        schema.value_of(config, section)[name] = value
+    config.tasks = tuple(config.data.labels)
+    config.value_weights = (1.0,) * len(config.tasks)
+    config.teacher.source = "logged"
+    retrieved, passed, shown = log.sizes
+    config.funnel.update(retrieved=retrieved, passed=passed, shown=shown, report_at=(shown,))
+    config.data.dir, config.data.allow = str(tmp_path), ("few_positives", "one_candidate")
+    prepared = kd.prepare(config)
+    assert (prepared.directory / "data_report.json").exists()
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return read_english(tmp_path_factory.mktemp("english"))
+
+
+def read_english(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(owner_logs.english_folder(folder))
+
+
+def test_sizes_are_those_of_whole_requests(english, tmp_path, monkeypatch):
+    """A sample of rows in any order has a part of each request."""
+    monkeypatch.setattr(sample, "_MOST_ROWS", 4_000)
+    _, config = infer(tmp_path / "all", english)
+    funnel_sizes = (config.funnel.retrieved, config.funnel.passed, config.funnel.shown)
+    assert funnel_sizes == owner_logs.SIZES
+    monkeypatch.setattr(funnel, "MOST_ROWS", 5_000)
+    text, config = infer(tmp_path / "sample", english)
+    assert config.funnel.retrieved < owner_logs.CANDIDATES
+    doubt = "counted in a sample of 4,001 rows; is no request larger?"
+    assert check_of(text, "config.funnel.retrieved") == doubt
+
+
+def test_columns_that_fit_equally_are_named(english, tmp_path):
+    table = english.assign(also="x" + english["page_load"], twin=english["thing"].astype(str))
+    text, config = infer(tmp_path, table)
+    assert config.data.columns.request == ""
+    rivals = "which column has the request: 'page_load' or 'also'?"
+    assert check_of(text, "data.columns.request") == rivals
+    # Without the request, nothing is known to be of the candidate, of the user or of the item.
+    assert not features_of(config)
+    table = english.assign(twin="x" + english["thing"].astype(str))
+    text, config = infer(tmp_path / "item", table)
+    assert config.data.columns.item == ""
+    assert check_of(text, "data.columns.item") == "which column has the item: 'thing' or 'twin'?"
+
+
+def test_an_early_score_is_a_feature_by_its_name_if_the_request_is_known(english, tmp_path):
+    rng = np.random.default_rng(0)
+    table = english.assign(
+        early_affinity=rng.random(len(english)), affinity=rng.random(len(english))
+    )
+    _, config = infer(tmp_path, table)
+    assert features_of(config)["early_affinity"] == ("candidate", "dense")
+    assert "affinity" not in features_of(config)
+    rivals = table.assign(also="x" + table["page_load"])
+    text, config = infer(tmp_path / "open", rivals)
+    assert "early_affinity" not in features_of(config)
+    assert left_out(text)["early_affinity"] == "owner unknown"
+
+
+def test_a_column_of_few_repeated_items_is_not_surely_theirs(english, tmp_path):
+    """Where no item comes twice, each column is constant within an item."""
+    rare = english.assign(thing=np.arange(len(english)) // 2)
+    rare["thing"] = np.where(np.arange(len(english)) < 16, rare["thing"], np.arange(len(english)))
+    text, config = infer(tmp_path, rare, {"data.columns.item": "thing"})
+    assert not [name for name, (of, _) in features_of(config).items() if of == "item"]
+    assert {"heft", "offer"} <= left_out(text).keys()
+
+
+def test_labels_of_all_candidates_need_a_stage(english, tmp_path):
+    """Without stages, a label says who was shown."""
+    table = english.drop(columns="lvl")
+    text, config = infer(tmp_path, table)
+    assert config.data.labels.to_dict() == {"opened": "opened", "saved": "saved"}
+    doubt = "all that have it count as shown; make it missing for the others, by data.sql"
+    assert doubt in check_of(text, "data.labels.opened")
+
+
+@pytest.mark.parametrize("words", [("true", "false"), ("Yes", "No"), ("1", "0")])
+def test_labels_may_be_texts(english, tmp_path, words):
+    is_shown = english["lvl"] == 2
+    text_of = np.where(english["opened"] == 1, *words)
+    table = english.assign(opened=np.where(is_shown, text_of, "")).drop(columns=["saved", "m_b"])
+    text, config = infer(tmp_path, table)
+    assert config.data.labels.to_dict() == {"opened": "opened"}
+    assert config.data.teacher.to_dict() == {"opened": "m_a"}
+    assert check_of(text, "data.labels.opened") == "by its values; is it the label of a task?"
+
+
+def test_two_scores_of_one_task_stay_open(english, tmp_path):
+    text, config = infer(tmp_path, english.drop(columns="saved"))
+    assert not config.data.teacher
+    assert check_of(text, "data.teacher") == "which column has the teacher: 'm_a' or 'm_b'?"
+    assert not {"m_a", "m_b"} & features_of(config).keys()
+
+
+def test_a_device_is_no_user(english, tmp_path):
+    """Most users have one device, so that values do not tell them apart."""
+    person = english["person"]
+    has_two = (person % 5 == 0) & (english["page_load"] > "0" * 26 + "5")
+    table = english.assign(slab=10 * person + has_two, tenure=person % 7)
+    text, config = infer(tmp_path, table)
+    rivals = "which column has the user: 'slab' or 'person'?"
+    assert (config.data.columns.user, check_of(text, "data.columns.user")) == ("?", rivals)
+
+
+def test_a_session_is_no_user(english, tmp_path):
+    """It owns the user; where nothing else is the user's, the values settle no role."""
+    text, config = infer(tmp_path, english.drop(columns="tenure"))
+    assert config.data.columns.user == "?"
+    assert check_of(text, "data.columns.user") == "which column has the user: 'person'?"
+
+
+def test_all_clashes_of_named_roles_are_one_message(tmp_path):
+    named = {
+        "data.columns.item": "thing",
+        "data.labels.a": "thing",
+        "data.labels.b": "opened",
+        "data.teacher": {"b": "opened"},
+        "data.columns.request": "person",
+        "data.columns.user": "person",
+    }
+    with pytest.raises(UserError) as caught:
+        infer(tmp_path, "no/such/log", named)
+    message = str(caught.value)
+    assert "'thing' is data.columns.item and data.labels.a; " in message
+    assert "'opened' is data.labels.b and data.teacher.b" in message
+    assert "person" not in message  # a request of each user
+
+
+def test_all_missing_columns_are_one_message(english, tmp_path):
+    named = {"data.columns.item": "thin", "data.labels.opened": "opend"}
+    with pytest.raises(UserError, match=r"item='thin' does not exist; .*opened='opend' does not"):
+        infer(tmp_path, english, named)
+
+
+def test_what_is_written_is_counted(english, tmp_path):
+    written = kd.infer(english, tmp_path)
+    lines = str(written).splitlines()
+    assert lines[1] == (
+        "9 lines need you (CHECK); 2 columns became features; 7 were left out: read each. Then"
+    )
+    assert lines[2] == f"    kd-ranker prepare --config={written.path}"
+
+
+def test_roles_that_are_not_named_have_no_column():
+    columns = kd.configs.columns(request="r", item="i")
+    assert columns.keys() == kd.configs.parquet().data.columns.keys()
+    assert {role: column for role, column in columns.items() if column} == {
+        "request": "r",
+        "item": "i",
+    }
+    with pytest.raises(UserError, match=r"data\.columns='itme' does not exist"):
+        kd.configs.columns(itme="i")
