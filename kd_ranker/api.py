@@ -236,9 +236,10 @@ def prepare(
 
 
 def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None) -> FirstConfig:
-    """Write a first config to edit for a log, with the reasons for its choices.
+    """Write a first config to edit for a log.
 
-    A role that names and values leave in doubt stays open, with the two likeliest columns.
+    A role that only values point at is proposed below a CHECK. One that names and values leave in
+    doubt stays open, with the two likeliest columns.
 
     Args:
       log: a file, directory or URL as in `data.path`, or a table of pandas, polars or Arrow, which
@@ -247,11 +248,12 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
       named: key of the config -> its value, as `{"data.columns.user": "uid"}`: taken as given.
 
     Returns:
-      The file, how many of its lines to verify or to fill in, and the commands to run next.
+      The file, how many of its lines to confirm or to edit, how many columns became features or
+      were left out, and the commands to run next. Printed, it says so.
 
     Raises:
-      UserError: the file exists, the log cannot be read, it lacks a named column, or the config
-        lacks a named key.
+      UserError: the file exists, the log cannot be read, it lacks named columns, one of them has
+        two roles, or the config lacks a named key.
     """
     template = parquet()
     for key in named or {}:

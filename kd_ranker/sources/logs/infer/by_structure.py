@@ -112,7 +112,7 @@ def find_user(sample: Sample) -> Found:
     is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
     is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
     is_possible &= (facts["distinct"] < num_requests) & ~facts["is_prose"]
-    ids = [*facts.index[is_possible]]
+    ids = [*facts[is_possible].sort_values("distinct", ascending=False).index]
     lasting = [column for column in ids if not is_session(sample, column)]
     others = facts.index[(facts["request"] == 1) & (facts["distinct"] > 1)]
     owners = []
@@ -122,7 +122,7 @@ def find_user(sample: Sample) -> Found:
             owners.append(column)
     found = _finest(sample, owners)
     if not found.column:
-        return Found("", found.rivals or tuple(lasting or ids))
+        return Found("", found.rivals or tuple(ids))
     distinct = facts["distinct"]
     # A device is hardly finer than a user; and users with one request each prove nothing.
     close = [other for other in owners if distinct[other] > 0.5 * distinct[found.column]]

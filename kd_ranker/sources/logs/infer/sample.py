@@ -28,7 +28,7 @@ _KINDS = {
     "DATE|TIMESTAMP.*": "time",
 }
 # In seconds since 1970: numbers between these two are probably times.
-_YEAR_2000, _YEAR_2050 = 946_684_800, 2_524_608_000
+_YEAR_1995, _YEAR_2050 = 788_918_400, 2_524_608_000
 # A column is constant within owners if at least so many rows could have shown the contrary.
 _LEAST_PROOF = 20
 
@@ -236,7 +236,7 @@ class Sample:
         facts["unit"] = ""
         middle = self.numbers.median()
         for unit, per_second in TIME_UNITS.items():
-            is_recent = middle.between(_YEAR_2000 * per_second, _YEAR_2050 * per_second)
+            is_recent = middle.between(_YEAR_1995 * per_second, _YEAR_2050 * per_second)
             facts.loc[is_recent, "unit"] = unit
 
     def _read_names(self) -> None:
