@@ -150,12 +150,19 @@ def test_an_early_score_is_a_feature_by_its_name_if_the_request_is_known(english
 
 
 def test_a_column_of_few_repeated_items_is_not_surely_theirs(english, tmp_path):
-    """Where no item comes twice, each column is constant within an item."""
-    rare = english.assign(thing=np.arange(len(english)) // 2)
-    rare["thing"] = np.where(np.arange(len(english)) < 16, rare["thing"], np.arange(len(english)))
+    """Where hardly an item comes twice, each column may be constant within items by chance."""
+    rare = english.reset_index(drop=True).assign(thing=np.arange(len(english)))
+    for column in ("thing", "heft", "offer", "gaze"):
+        rare.loc[8:15, column] = rare.loc[:7, column].to_numpy()
     text, config = infer(tmp_path, rare, {"data.columns.item": "thing"})
     assert not [name for name, (of, _) in features_of(config).items() if of == "item"]
-    assert {"heft", "offer"} <= left_out(text).keys()
+    assert {"heft", "offer", "gaze"} <= left_out(text).keys()
+
+
+def test_the_other_of_two_stages_is_asked_for(tmp_path):
+    text, config = infer(tmp_path, owner_logs.swedish_json(tmp_path))
+    assert config.data.stages.to_dict() == {"shown": "True", "retrieved": "False"}
+    assert check_of(text, "data.stages") == "is 'False' retrieved, or passed?"
 
 
 def test_labels_of_all_candidates_need_a_stage(english, tmp_path):
