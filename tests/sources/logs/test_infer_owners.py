@@ -159,6 +159,16 @@ def test_a_column_of_few_repeated_items_is_not_surely_theirs(english, tmp_path):
     assert {"heft", "offer", "gaze"} <= left_out(text).keys()
 
 
+def test_seconds_are_no_positions(english, tmp_path):
+    """They differ within a request as well, but exceed the number of its candidates."""
+    seconds = english.groupby("page_load")["gaze"].rank()
+    _, config = infer(tmp_path / "places", english.assign(gaze=seconds))
+    assert config.data.columns.position == "gaze"
+    text, config = infer(tmp_path, english.assign(gaze=1 + 20 * (seconds - 1)))
+    assert config.data.columns.position == ""
+    assert left_out(text)["gaze"] == "missing where a candidate was not shown"
+
+
 def test_the_other_of_two_stages_is_asked_for(tmp_path):
     text, config = infer(tmp_path, owner_logs.swedish_json(tmp_path))
     assert config.data.stages.to_dict() == {"shown": "True", "retrieved": "False"}

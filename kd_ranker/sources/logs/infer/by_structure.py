@@ -313,6 +313,7 @@ def find_position(sample: Sample) -> Found:
     facts = sample.facts
     is_possible = (facts["kind"] == "integer") & facts["low"].isin([0, 1]) & facts["only_shown"]
     is_possible &= varies_in_requests(facts) & (facts["distinct"] > 2)
+    is_possible &= facts["high"] <= sample.request.value_counts().max()
     shown = sample.request[sample.shown]
     fitting = [
         str(column)
