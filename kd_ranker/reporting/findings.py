@@ -35,7 +35,7 @@ def saving_methods(data: pd.DataFrame, margin: float) -> str:
     saves = data["saving_low"] > 0
     keeps_users = data["users_low"] > -margin
     return (
-        f"{saves.sum()} of {len(data)} methods surely save; of these, "
+        f"Of {len(data)} methods besides the baseline, {saves.sum()} surely save, and of these "
         f"{(saves & keeps_users).sum()} surely keep users within {100 * margin:g}%."
     )
 

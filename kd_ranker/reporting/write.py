@@ -29,9 +29,9 @@ _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 class SectionTables(NamedTuple):
     """The tables of a section of the page, by the question that they answer."""
 
-    sure: list[Table]
     costs: list[Table]
     tuned: list[Table]
+    results: list[Table]
 
 
 class Section(NamedTuple):
@@ -123,7 +123,7 @@ def _write_study(
         claims=tables.claims_table(study.dataset, tested_claims),
         verdicts=_counted_verdicts(tested_claims),
         tables=SectionTables(
-            sure=_present(main, difference), costs=_present(cost, timeout), tuned=[tuning]
+            costs=_present(cost, timeout), tuned=[tuning], results=_present(main, difference)
         ),
     )
 

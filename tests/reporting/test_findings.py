@@ -11,7 +11,8 @@ def test_only_whole_intervals_count_as_saving_and_as_keeping_users():
         {"saving_low": [0.1, 0.2, -0.1, np.nan], "users_low": [-0.001, -0.003, 0.0, 0.0]}
     )
     assert findings.saving_methods(data, margin=0.002) == (
-        "2 of 4 methods surely save; of these, 1 surely keep users within 0.2%."
+        "Of 4 methods besides the baseline, 2 surely save, and of these 1 surely keep users within "
+        "0.2%."
     )
 
 

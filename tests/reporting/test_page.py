@@ -126,7 +126,7 @@ def click_on_title(browser, title, press=None):
     """Click on a column's title in the main table; return its header and the column's texts."""
     unfold = "document.querySelectorAll('details.table').forEach((table) => { table.open = true; })"
     browser.execute_script(unfold)
-    table = browser.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
+    table = browser.find_elements(By.CSS_SELECTOR, ".results table.sortable")[0]
     headers = table.find_elements(By.CSS_SELECTOR, "th")
     place = [header.text.split(" ↕")[0] for header in headers].index(title)
     button = headers[place].find_element(By.TAG_NAME, "button")
