@@ -82,6 +82,27 @@ def test_the_parts_that_derive_from_the_code_are_up_to_date(monkeypatch):
         assert path.read_text() == text, "run scripts/make_docs.py"
 
 
+GENERATED = {"config.md", "columns.md"}
+
+
+def test_the_front_door_is_short():
+    """A reader of the README decides in two screens; a page is one sitting."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    assert len((ROOT / "CHANGELOG.md").read_text().splitlines()) <= 120
+    written = [page for page in PAGES[1:] if page.name not in GENERATED]
+    texts = {page.name: page.read_text() for page in written}
+    without_graphs = [
+        re.sub(r"```mermaid.*?```", "", text, flags=re.DOTALL) for text in texts.values()
+    ]
+    assert sum(len(text.split()) for text in without_graphs) <= 35_000
+    # Without the programs of examples, which a formatter spreads over lines.
+    prose = {
+        name: re.sub(r"^```python.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        for name, text in texts.items()
+    }
+    assert {name for name, text in prose.items() if text.count("\n") > 250} == set()
+
+
 def test_extending_and_data_formats_have_blocks_to_run():
     assert {page.name for page in PAGES if python_blocks(page)} >= {
         "extending.md",

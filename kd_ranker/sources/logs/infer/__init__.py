@@ -82,14 +82,13 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
     text = text_of_config(name, len(sample.codes), guesses, inferred, roles.teacher_doubt)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    step = "train" if roles.teacher else "train_teacher"
-    train = f"{command(step)} --config={file} --workdir=runs/{name}-{step}"
+    run = f"{command('run')} --config={file} --workdir=runs/{name}"
     return FirstConfig(
         path=file,
         num_checks=text.count(CHECK),
         num_features=len(inferred.features),
         num_left_out=len(inferred.left_out),
-        next_commands=(f"{command('prepare')} --config={file}", train),
+        next_commands=(f"{command('prepare')} --config={file}", run),
     )
 
 
