@@ -72,7 +72,17 @@ def test_few_edits_and_none_without_a_check(owner):
     for key, column in found_roles(config).items():
         if log.roles.get(key) != column:
             assert is_checked(text, key), key
-    assert len(text.splitlines()) <= 55
+    assert len(text.splitlines()) <= 60
+
+
+def test_a_sweep_compares_methods_that_the_log_can_teach(owner):
+    _, log, text, config = owner
+    modes = {run["distill.mode"] for run in config.sweep.runs}
+    losses = {run.get("distill.loss", "") for run in config.sweep.runs}
+    assert modes == {"none", "aux", "shared"}
+    only_shown = log.sizes[0] == log.sizes[2]
+    assert any(":stage" in loss for loss in losses) != only_shown
+    assert ("stages=False" in text) == only_shown
 
 
 def test_no_outcome_is_a_feature(owner):

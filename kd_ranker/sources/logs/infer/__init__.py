@@ -79,7 +79,10 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
     doubtful = [column for column in sample.facts.index if repr(column) in checks]
     written_after = find_written_after(sample, roles.used())
     inferred = find_features(sample, roles, doubtful, written_after)
-    text = text_of_config(name, len(sample.codes), guesses, inferred, roles.teacher_doubt)
+    has_unshown = bool(sample.shown.any() and not sample.shown.all())
+    text = text_of_config(
+        name, len(sample.codes), guesses, inferred, roles.teacher_doubt, has_unshown
+    )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     run = f"{command('run')} --config={file} --workdir=runs/{name}"

@@ -13,6 +13,7 @@ _TEMPLATE = '''"""A first config for the log {name}, inferred from {rows:,} rows
 from ml_collections import ConfigDict
 
 from kd_ranker import configs
+from kd_ranker.configs.sweeps.methods import compare_methods
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -21,6 +22,11 @@ def get_config(variant: str = "") -> ConfigDict:
     data = config.data
 {body}
     return config
+
+
+def sweep(config: ConfigDict, variant: str = ""):
+    """The methods to compare, with three seeds each; add rates, weights or losses."""
+    return compare_methods(rates=(1e-2,){stages})
 '''
 
 
@@ -49,6 +55,7 @@ def text_of_config(
     guesses: Mapping[str, Guess],
     inferred: InferredFeatures,
     teacher_doubt: str,
+    has_unshown: bool,
 ) -> str:
     """Return the text of a config file.
 
@@ -58,6 +65,8 @@ def text_of_config(
       guesses: by key of the config, those of the log first.
       inferred: the columns without a role.
       teacher_doubt: names further columns that may be the teacher; "" for none.
+      has_unshown: whether some candidates are known to be shown, and others not to be: only then
+        can students learn from stages.
     """
     single = {key: guess for key, guess in guesses.items() if not key.startswith(_IN_BLOCKS)}
     features, of_log, of_config = [], [], []
@@ -82,7 +91,8 @@ def text_of_config(
         *of_config,
     ]
     body = "\n".join(f"    {line}" for line in lines)
-    return _TEMPLATE.format(name=name, rows=num_rows, body=body)
+    stages = "" if has_unshown else ", stages=False"
+    return _TEMPLATE.format(name=name, rows=num_rows, body=body, stages=stages)
 
 
 def _assignment(key: str, guess: Guess) -> list[str]:
