@@ -268,7 +268,10 @@ def test_a_step_that_cannot_be_kept_ends_no_run(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(kept_steps, "write_atomically", fail)
 
     assert report_diverged(program, after, tmp_path, before=()) == {"bad": STEP}
-    assert "step 3; that step could not be kept: no space left. The others continue" in caplog.text
+    assert (
+        "step 3; that step could not be kept: OSError: no space left. The others continue"
+        in caplog.text
+    )
 
 
 def test_a_run_that_resumes_keeps_what_was_found_before(monkeypatch, tmp_path, caplog):
