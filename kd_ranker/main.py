@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from kd_ranker.errors import UserError
-from kd_ranker.progress import Progress
+from kd_ranker.progress import Progress, show_on_stderr
 from kd_ranker.training import interruption
 
 if TYPE_CHECKING:
@@ -355,11 +355,10 @@ def _fail(error: Exception) -> NoReturn:
 
 def _say(line: str) -> None:
     """Print a line on the progress of a command, apart from its result."""
-    from kd_ranker.terminal import printable
     from kd_ranker.training import processes
 
     if processes.is_first():
-        print(printable(line, sys.stderr), file=sys.stderr)
+        show_on_stderr(line)
 
 
 def _train_teacher(api: Any, config: "ConfigDict", flags: argparse.Namespace) -> str:

@@ -2,7 +2,8 @@
 
 A command such as `sweep` has phases (dataset, compiling, training, validation, test, report). A
 phase shows a line with its seconds when it ends. Within it, a `Bar` counts steps: as a bar with the
-time that is left on a terminal, and as a line from time to time elsewhere.
+time that is left on a terminal, and as a line from time to time elsewhere. `counted` is a bar for
+code that knows no phase, such as the conversion of a dataset.
 
 Example:
     progress = Progress(print)
@@ -12,15 +13,37 @@ Example:
 """
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeVar
 
 from tqdm import tqdm
 
+from kd_ranker.terminal import printable
+
+T = TypeVar("T")
 Show = Callable[[str], None]
 """A function that gets each line for people."""
 
 _SECONDS_BETWEEN_LINES = 30.0  # of a bar where there is no terminal
+
+
+def show_on_stderr(line: str) -> None:
+    """Print a line apart from the result of a command."""
+    sys.stderr.write(printable(f"{line}\n", sys.stderr))
+
+
+def counted(
+    parts: Iterable[T], name: str, total: int | None = None, unit: str = "step"
+) -> Iterator[T]:
+    """Yield parts, and count those that are done as steps; the total is their number, if known."""
+    if total is None and isinstance(parts, Sized):
+        total = len(parts)
+    with Progress(show_on_stderr).bar(name, total, unit, leave=False) as bar:
+        for part in parts:
+            yield part
+            bar.update(1)
 
 
 class Progress:
@@ -62,9 +85,12 @@ class Progress:
 
     @contextlib.contextmanager
     def bar(
-        self, name: str, total: int, unit: str, hidden: bool = False, leave: bool = True
+        self, name: str, total: int | None, unit: str, hidden: bool = False, leave: bool = True
     ) -> Iterator["Bar"]:
-        """Count the steps of a phase; a bar that is not `hidden` is left on the terminal or not."""
+        """Count the steps of a phase; a bar that is not `hidden` is left on the terminal or not.
+
+        A `total` of None is not known.
+        """
         disable = True if hidden else None  # None hides it where there is no terminal
         with tqdm(
             total=total, desc=name, unit=unit, disable=disable, leave=leave, dynamic_ncols=True
@@ -79,7 +105,13 @@ class Bar:
     """A count of steps, see `Progress.bar`."""
 
     def __init__(
-        self, progress: Progress, shown: tqdm, name: str, total: int, unit: str, hidden: bool
+        self,
+        progress: Progress,
+        shown: tqdm,
+        name: str,
+        total: int | None,
+        unit: str,
+        hidden: bool,
     ):
         self.progress = progress
         self._shown = shown
@@ -104,11 +136,14 @@ class Bar:
         now = self.progress.clock()
         if self._has_lines and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            per_step = (now - self._begin) / max(self._done - self._first, 1)
-            left = per_step * (self._total - self._done)
-            self.progress.show(
-                f"{self._name}: {self._done:,} of {self._total:,} {self._unit}s, {left:.0f} s left"
-            )
+            self.progress.show(f"{self._name}: {self._line(now)}")
+
+    def _line(self, now: float) -> str:
+        if self._total is None:
+            return f"{self._done:,} {self._unit}s"
+        per_step = (now - self._begin) / max(self._done - self._first, 1)
+        left = per_step * (self._total - self._done)
+        return f"{self._done:,} of {self._total:,} {self._unit}s, {left:.0f} s left"
 
     def set_postfix(self, text: str) -> None:
         """Show a short text at the end of the bar."""

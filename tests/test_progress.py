@@ -1,5 +1,6 @@
 """Phases, their seconds and bars, by a clock that a test moves."""
 
+import functools
 import io
 import re
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from kd_ranker import api, main
-from kd_ranker.progress import Progress
+from kd_ranker.progress import Progress, counted
 
 
 class Clock:
@@ -150,4 +151,23 @@ def test_a_sweep_ends_with_where_the_time_went(monkeypatch, capsys):
     assert output == ""
     assert lines.splitlines() == [
         "training: 0 s", "test: 0 s", "table: 0 s", "time: training 0 s, test 0 s, table 0 s",
+    ]  # fmt: skip
+
+
+def test_parts_are_counted_in_lines_where_there_is_no_terminal(monkeypatch, capsys, clock):
+    monkeypatch.setattr("kd_ranker.progress.Progress", functools.partial(Progress, clock=clock))
+    for _ in counted(range(4), "retrieve", unit="request"):
+        clock.now += 20
+    assert capsys.readouterr().err.splitlines() == [
+        "retrieve: 2 of 4 requests, 40 s left",
+        "retrieve: 4 of 4 requests, 0 s left",
+    ]
+
+
+def test_parts_of_an_unknown_number_are_counted(monkeypatch, capsys, clock):
+    monkeypatch.setattr("kd_ranker.progress.Progress", functools.partial(Progress, clock=clock))
+    for _ in counted(iter(range(3)), "scoring", unit="part"):
+        clock.now += 31
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 1 parts", "scoring: 2 parts", "scoring: 3 parts"
     ]  # fmt: skip

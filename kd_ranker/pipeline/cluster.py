@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from kd_ranker.compiled import keep_programs
 from kd_ranker.errors import UserError
+from kd_ranker.progress import counted
 
 _SECONDS_TO_ANSWER = 10
 
@@ -39,7 +39,7 @@ def call_on_cluster(
             scheduling_strategy="SPREAD",
         )
         waiting = [remote.remote(Path.cwd(), config, function, arguments) for arguments in calls]
-        for _ in tqdm(calls, description, leave=False, unit="part", disable=None):
+        for _ in counted(calls, description, unit="part"):
             (ended,), waiting = ray.wait(waiting, num_returns=1)
             ray.get(ended)
     except ray.exceptions.RayTaskError as error:

@@ -26,7 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Int
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from kd_ranker import manifest
 from kd_ranker.batch import Items
@@ -34,6 +33,7 @@ from kd_ranker.batches import cutting
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import funnel
 from kd_ranker.pipeline.trained import TrainedRanker
+from kd_ranker.progress import counted
 from kd_ranker.requests import lock
 from kd_ranker.requests.columns import Columns
 from kd_ranker.training.workdir import read_json
@@ -82,8 +82,8 @@ class Scorer(NamedTuple):
         self, work: Path, parts: Iterable[Part], counts: Mapping[str, Any] | None = None
     ) -> None:
         """Write the scores of each file (its parts follow each other) and a description."""
-        bar = tqdm(parts, "scoring", unit="part", leave=False, disable=None)
-        for path, parts_of_file in itertools.groupby(bar, key=operator.attrgetter("path")):
+        counted_parts = counted(parts, "scoring", unit="part")
+        for path, parts_of_file in itertools.groupby(counted_parts, operator.attrgetter("path")):
             tables = map(self.score, parts_of_file)
             first = next(tables)
             unfinished = path.with_name(f".{path.name}")

@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
 from kd_ranker import manifest
 from kd_ranker.batch import STORED, FeatureSpec, Items, Stage
 from kd_ranker.errors import UserError
+from kd_ranker.progress import Progress, show_on_stderr
 from kd_ranker.requests import row_files
 from kd_ranker.requests.columns import Columns, Rows, Windows, row_type
 from kd_ranker.requests.lock import hold
@@ -140,8 +140,8 @@ def _write_requests(source: Source, split: str, folder: Path, earlier: Dataset |
     expected = source.num_requests[split] + sum(map(len, held_out))
     pack = functools.partial(_pack, spec=source.spec, for_training=split == "train")
     parts = source.pack_blocks(pack, itertools.chain(*moved, source.blocks(split)))
-    with tqdm(total=expected, desc=f"writing {split}", unit="request", disable=None) as progress:
-        written = row_files.write(folder, split, source.spec, parts, progress.update)
+    with Progress(show_on_stderr).bar(f"writing {split}", expected, "request") as bar:
+        written = row_files.write(folder, split, source.spec, parts, bar.update)
     if written != expected:
         raise RuntimeError(f"{expected} requests in split {split!r}, {written} written")
     return written + (len(earlier.columns["train"]) if earlier else 0)

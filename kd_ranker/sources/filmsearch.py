@@ -24,9 +24,9 @@ import scipy.sparse
 from jaxtyping import Float, Float32, Int, Int64, Shaped
 from ml_collections import ConfigDict
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 from kd_ranker.errors import UserError
+from kd_ranker.progress import counted
 from kd_ranker.sources import sentences
 from kd_ranker.sources.converted import Converter, fetch, find_raw, write_rows
 from kd_ranker.sources.logs.layout import STAGES
@@ -341,8 +341,7 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     retriever = Retriever(collection, sentence_vectors(collection, Path(data.dir) / "logs"))
     queries = range(len(collection.queries))
     candidates = [
-        retriever.retrieve(query)
-        for query in tqdm(queries, desc="retrieve", disable=None, leave=False)
+        retriever.retrieve(query) for query in counted(queries, "retrieve", unit="request")
     ]
     groups, splits = split_queries(collection, candidates, int(data.seed))
     learned = [query for query in queries if splits[query] == RANKER]
@@ -390,7 +389,7 @@ def _rows(
         "tags": _word_lists(films["tags"]),
     }
     queries = [query for query, split in enumerate(splits) if split != RANKER]
-    for query in tqdm(queries, desc="write the log", disable=None, leave=False):
+    for query in counted(queries, "write the log", unit="request"):
         film, features, label = candidates[query]
         words = split_words(collection.queries[query])
         columns = dict(zip(FEATURES, features.T, strict=True))

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 from safetensors.numpy import load
-from tqdm import tqdm
 
 from kd_ranker.errors import UserError
+from kd_ranker.progress import counted
 
 WIDTH = 384
 LAYERS = 6
@@ -49,7 +49,7 @@ def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 3
     encoded = tokenizer.encode_batch(list(texts))
     by_length = np.argsort([len(text) for text in encoded], kind="stable")
     vectors = np.empty((len(texts), WIDTH), np.float32)
-    for start in tqdm(range(0, len(texts), _TEXTS), desc=title, disable=None, leave=False):
+    for start in counted(range(0, len(texts), _TEXTS), title):
         batch = by_length[start : start + _TEXTS]
         rows = [encoded[index] for index in np.resize(batch, _TEXTS)]  # the last one repeats texts
         length = -(-len(encoded[batch[-1]]) // _STEP) * _STEP
