@@ -144,7 +144,7 @@ def _changes(study: Study, estimates: Estimates) -> Iterator[Line]:
             yield _change(study, estimates, claim, chosen, to_beat)
     for method, setting in study.chosen.items():
         if to_beat and setting in set(learned["setting"]):
-            claim = _Claim("g", f"Fewer need passing with {method}", FEWER, "above")
+            claim = _Claim("g", f"Fewer need passing with {study.in_words[method]}", FEWER, "above")
             yield _change(study, estimates, claim, setting, to_beat)
 
 

@@ -230,7 +230,7 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
     # The longest bar leaves room for its number.
     x = _axis(
         alt.X, f"candidates to pass for {PERCENT} of the final value",
-        {"domain": (0, 1.15 * data["end"].max()), "nice": False},
+        {"domain": (0, 1.15 * max(data["end"].max(), study.passed)), "nice": False},
     )  # fmt: skip
     order = data["line"].tolist()
     color = alt.Scale(domain=order, range=colors)
@@ -242,6 +242,8 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         tooltip=["setting:N", alt.Tooltip("mean:Q", title="candidates", format=".0f")],
     )  # fmt: skip
     ends = base.mark_rule(strokeWidth=0.8).encode(x=x("low"), x2="high")
+    today = alt.Chart(alt.InlineData(values=[{"passed": study.passed}]))
+    today = today.mark_rule(strokeDash=[6, 5]).encode(x=x("passed"), color=alt.value(_RULE))
     numbers = base.mark_text(align="left", fontSize=11, dx=10).encode(
         x=x("end"), text=alt.Text("mean:Q", format=".0f")
     )
@@ -250,9 +252,10 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         f"Candidates per request that have to be passed for {PERCENT} of the final value, on the "
         "test split: with the early ranker that filled the log, with a student of plain mode none, "
         "with the best ranker that needs no scores of the final ranker, and with the best student "
-        "that learns from them. Bars are 95% intervals.",
+        "that learns from them. Bars are 95% intervals. The dashed line is funnel.passed, "
+        f"{study.passed}: what passes today, whatever share of the value that keeps.",
         findings.fewer_candidates(study, estimates),
-        data, alt.layer(bars, ends, numbers, data=_values(data)), height=110,
+        data, alt.layer(bars, today, ends, numbers, data=_values(data)), height=110,
     )  # fmt: skip
 
 
@@ -293,7 +296,7 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
                 continue
             lines.append(
                 {
-                    "line": method,
+                    "line": study.in_words[method],
                     "method": method,
                     "setting": setting,
                     **_numbers("saving", estimates.of(setting, SAVINGS[0])),
@@ -308,7 +311,9 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
     # Room beyond the outermost marks, so that neither the margin nor the origin is on an axis.
     x_domain = _with_room(0.0, *data[[*_ends("saving")]].to_numpy().ravel())
     y_domain = _with_room(0.0, -margin, *data[[*_ends("users")]].to_numpy().ravel())
-    x = _axis(alt.X, "saving", {"domain": x_domain, "nice": False}, format="~%")
+    x = _axis(
+        alt.X, "saving (below 0, it costs more)", {"domain": x_domain, "nice": False}, format="~%"
+    )
     y = _axis(
         alt.Y, "change for users", {"domain": y_domain, "nice": False},
         format="+.2~%", labelExpr="datum.label === '+0%' ? '0%' : datum.label",
@@ -367,7 +372,7 @@ def _over_k(study: Study, estimates: Estimates, curve: _Curve) -> Figure | None:
     students = data[data["method"].isin([*study.chosen])]
     if students.empty:
         return None
-    data["line"] = data["method"]
+    data["line"] = data["method"].map(lambda method: study.in_words.get(method, method))
     if curve.rule is not None:
         data["line"] += data["passed"].map(": {:.0f}".format)
     # Values start far below 99%: the window starts where the best of them is near it.
@@ -465,7 +470,7 @@ def _pareto(study: Study) -> Figure | None:
     alike = [column for column in SETTING_COLUMNS if column != "distill_weight"]
     chosen = rows.loc[rows["setting"].isin([*study.chosen.values()]), alike].drop_duplicates()
     points = rows.drop_duplicates("setting").merge(chosen, on=alike)
-    data = points[["method", "setting"]].assign(line=points["method"])
+    data = points[["method", "setting"]].assign(line=points["method"].map(study.in_words))
     data["weight"] = points["distill_weight"].where(points["distill_loss"].notna())
     measures = ("user_bce", "teacher_bce")
     for measure in measures:
@@ -494,7 +499,7 @@ def _training(study: Study) -> list[Figure]:
     curves = training_curves(study)
     if curves.empty:
         return []
-    curves["line"] = curves["method"]
+    curves["line"] = curves["method"].map(study.in_words)
     alike = "Of each method the setting that did best on validation, mean over its repeats."
     return [
         _over_steps(

@@ -1,13 +1,16 @@
-"""What each figure shows in a study, as one sentence; "" where nothing can be said."""
+"""What a study shows beside its answer, as sentences; "" where nothing can be said."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kd_ranker.evaluation.metrics.target import CRITERION
+from kd_ranker.evaluation.metrics.registry import metric_of, title_of
+from kd_ranker.evaluation.metrics.target import CRITERION, TARGET
+from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.study import Study
+from kd_ranker.reporting.tables import digits_of, important_columns, number, percents
 
 
 def fewer_candidates(study: Study, estimates: Estimates) -> str:
@@ -22,7 +25,67 @@ def fewer_candidates(study: Study, estimates: Estimates) -> str:
             share = 1 - with_scores / estimates.of(setting, CRITERION).mean
             if np.isfinite(share):
                 parts.append(f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} than {name}")
-    return f"The best with scores needs {' and '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    sentence = f"The best with scores needs {' and '.join(parts)}."
+    if study.incumbent is not None:
+        kept = estimates.of(study.incumbent, f"value_captured@{study.passed}").mean
+        if np.isfinite(kept):
+            sentence += (
+                f" The {study.passed} that pass today (dashed) keep {100 * kept:.0f}% of the final "
+                "value with today's early ranker."
+            )
+    return sentence
+
+
+def savings_at_targets(study: Study, estimates: Estimates) -> str:
+    """Say what the scores save if another share of the final value must be kept."""
+    if study.best_with_scores is None or study.baseline is None:
+        return ""
+    shown: list[str] = []
+    others: list[str] = []
+    for target in estimates.targets:
+        saved = estimates.cost_saved(study.best_with_scores, target)
+        mean, low, high = percents(saved)
+        if not low or target == TARGET:
+            continue
+        text = f"{mean}% ({low} to {high}) at {100 * target:g}%"
+        if saved.low > 0:
+            shown.append(text)
+        else:
+            others.append(text)
+    sentences = []
+    if shown:
+        sentences.append(
+            f"The scores also save at other shares of the final value: {', '.join(shown)}."
+        )
+    if others:
+        sentences.append(f"They are not shown to save at these shares: {', '.join(others)}.")
+    return " ".join(sentences)
+
+
+def worse_measures(study: Study, estimates: Estimates) -> str:
+    """Say in which main measures the best with scores is surely worse than the best without."""
+    with_scores = study.best_with_scores
+    if with_scores is None or study.baseline is None:
+        return ""
+    worse = []
+    for measure in important_columns(study):
+        metric = metric_of(measure)
+        if metric is None or metric.better not in ("lower", "higher"):
+            continue
+        # The answer has the saving, which counts the cost.
+        if measure in (*SAVINGS, "cost_ratio"):
+            continue
+        change = estimates.gap(with_scores, study.baseline, measure)
+        gain = change if metric.better == "higher" else change.scaled(-1)
+        if gain.high < 0:
+            digits = digits_of(measure)
+            ends = (number(end, digits, signed=True) for end in (change.low, change.high))
+            worse.append(f"{title_of(measure)} ({' to '.join(ends)})")
+    if not worse:
+        return "In no main measure is it surely worse than the best without."
+    return f"Against the best without, it is surely worse in {', '.join(worse)}."
 
 
 def saving_methods(data: pd.DataFrame, margin: float) -> str:

@@ -18,6 +18,7 @@ from kd_ranker.evaluation.metrics.registry import METRICS
 from kd_ranker.evaluation.metrics.target import at_target
 from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.reporting.intervals import Interval, interval
+from kd_ranker.reporting.words import method_in_words
 from kd_ranker.sources.logs.data_report import read_data_report, requests_a_day
 from kd_ranker.training import workdir as workdirs
 
@@ -67,6 +68,7 @@ class Study(NamedTuple):
     diverged: pd.DataFrame  # of runs with a loss that stopped being finite
     varying: list[str]  # columns of a setting that differ, without mode, head and weight
     allowed: list[str]  # faults of the user's log that `data.allow` accepted, in words
+    in_words: dict[str, str]  # how the students of each method in `chosen` were trained
     requests_a_day: float  # of the user's log; NaN without times
     configs: dict[str, ConfigDict]  # by the folder of each sweep
     environments: dict[str, Environment]  # the same
@@ -278,6 +280,12 @@ def _join_sweeps(dataset: str, folders: list[Path]) -> Study:
     healthy = _of_role(rankers, "student")
     references = _of_role(rankers, "reference")
 
+    varying = setting_names.varying_columns(students)
+    by_setting = healthy.drop_duplicates("setting").set_index("setting")
+    in_words = {
+        method: method_in_words(by_setting.loc[setting].to_dict(), varying)
+        for method, setting in chosen.items()
+    }
     reports = [report for report in map(read_data_report, folders) if report]
     allowed: list[str] = []
     for report in reports:
@@ -295,7 +303,8 @@ def _join_sweeps(dataset: str, folders: list[Path]) -> Study:
         num_teachers=_of_role(joined, "teacher")["seed"].nunique(dropna=False),
         references=references,
         diverged=students[~is_healthy].drop_duplicates(["source", "run"]),
-        varying=setting_names.varying_columns(students),
+        varying=varying,
+        in_words=in_words,
         allowed=list(dict.fromkeys(allowed)),
         requests_a_day=requests_a_day(reports[0]) if reports else float("nan"),
         configs=configs,

@@ -2,19 +2,16 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 from tabulate import MIN_PADDING, SEPARATING_LINE, tabulate
 
-from kd_ranker.config import schema
-from kd_ranker.distillation.terms import parse_terms
 from kd_ranker.evaluation.baselines import LISTS, NEED_SCORES
 from kd_ranker.evaluation.metrics.registry import title_of
 from kd_ranker.evaluation.metrics.target import CRITERION
-from kd_ranker.evaluation.saving import PLAIN, best
-from kd_ranker.evaluation.setting_names import key_title, value_text
+from kd_ranker.evaluation.saving import best
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import Interval
 from kd_ranker.reporting.study import Study
@@ -26,7 +23,6 @@ _LEAST_WIDTH = 20
 # Headers are wrapped to lines of this width; tabulate separates columns by a gap.
 _HEADER_WIDTH = 8
 _GAP = 2
-_SIGNALS = {"stage": "stages"}
 
 
 class _Line(NamedTuple):
@@ -74,9 +70,9 @@ def summary(study: Study, estimates: Estimates) -> str:
 def _students(study: Study, estimates: Estimates) -> list[_Line]:
     by_setting = study.tested.drop_duplicates("setting").set_index("setting")
     lines = []
-    for setting in study.chosen.values():
-        row = by_setting.loc[setting].to_dict()
-        lines.append(_Line(method_in_words(row, study.varying), setting, bool(row["needs_scores"])))
+    for method, setting in study.chosen.items():
+        needs_scores = bool(by_setting.loc[setting, "needs_scores"])
+        lines.append(_Line(study.in_words[method], setting, needs_scores))
     lines += [_Line(name, name, needs_scores) for name, needs_scores in study.rivals.items()]
     return _fewest_first(lines, estimates)
 
@@ -150,45 +146,3 @@ def _wrap_first_cells(headers: Sequence[str], rows: Sequence[list[str]]) -> list
 
 def _header_lines(header: str) -> list[str]:
     return textwrap.wrap(header, _HEADER_WIDTH, break_long_words=False)
-
-
-def method_in_words(row: Mapping[Any, Any], varying: Sequence[str]) -> str:
-    """Return how a student was trained: its mode, its losses, and the other keys that vary.
-
-    `row` is one of `results.csv`; `varying` are the columns in which the settings differ.
-
-    >>> row = {"mode": "aux", "distill_loss": "softmax + softmax:stage", "unshown_weight": 0.3}
-    >>> method_in_words(row, ["distill_loss", "unshown_weight"])
-    'aux, softmax on scores and stages, unshown negatives'
-    >>> method_in_words(row | {"mode": "none", "train.unshown_margin": 0.2}, [])
-    'none, softmax on scores and stages, unshown negatives not near the shown'
-    """
-    parts = [str(row["mode"])]
-    if not pd.isna(row.get("distill_loss")):
-        parts.append(_losses_in_words(str(row["distill_loss"])))
-    if row.get("user_loss", PLAIN["user_loss"]) != PLAIN["user_loss"]:
-        parts.append(f"{row['user_loss']} on labels")
-    if row.get("unshown_weight", 0) > 0:
-        negatives = "unshown negatives"
-        if row.get("train.unshown_margin", 0) > 0:
-            negatives += " not near the shown"
-        parts.append(negatives)
-    keys = {key.title: key for key in schema.setting_keys()}
-    named_above = ("distill_loss", "user_loss", "unshown_weight")
-    for column in varying:
-        if column in named_above or keys[column].tuned or pd.isna(row[column]):
-            continue
-        parts.append(f"{key_title(column)} {value_text(row[column])}")
-    return ", ".join(parts)
-
-
-def _losses_in_words(losses: str) -> str:
-    """Return distillation losses with the signals that they learn from.
-
-    >>> _losses_in_words("topk:stage"), _losses_in_words("bce + topk:stage")
-    ('topk on stages', 'bce on scores, topk on stages')
-    """
-    signals: dict[str, list[str]] = {}
-    for term in parse_terms(losses):
-        signals.setdefault(term.loss, []).append(_SIGNALS.get(term.signal, term.signal))
-    return ", ".join(f"{loss} on {' and '.join(names)}" for loss, names in signals.items())

@@ -181,7 +181,7 @@ def _width(cells: pd.DataFrame) -> int:
 
 
 def _over_repeats(values: pd.Series, measure: str) -> str:
-    return mean_text(interval(values.to_numpy(float)), _digits(measure))
+    return mean_text(interval(values.to_numpy(float)), digits_of(measure))
 
 
 def important_columns(study: Study) -> list[str]:
@@ -354,7 +354,7 @@ def _with_means(
         for means_of_row in zip(*means.values(), strict=True)
     ]
     texts = {
-        title_of(measure): [mean_text(mean, _digits(measure), signed) for mean in column]
+        title_of(measure): [mean_text(mean, digits_of(measure), signed) for mean in column]
         for measure, column in means.items()
     }
     return cells.assign(**{repeats: counts}, **texts)
@@ -423,7 +423,7 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     means = []
     ends = []
     for line in claims.to_dict("records"):
-        digits = _digits(line["measure"])
+        digits = digits_of(line["measure"])
         low = number(line["low"], digits)
         means.append(number(line["mean"], digits))
         ends.append(f"{low} to {number(line['high'], digits)}" if low else "")
@@ -452,7 +452,8 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     return Table(f"{dataset}: claims", cells, notes)
 
 
-def _digits(measure: str) -> int:
+def digits_of(measure: str) -> int:
+    """Return the digits after the decimal point of a measure in tables."""
     metric = metric_of(measure)
     return metric.digits if metric else 3
 

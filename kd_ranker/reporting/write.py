@@ -8,7 +8,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup, escape
 
-from kd_ranker.reporting import figures, tables
+from kd_ranker.reporting import figures, findings, tables
 from kd_ranker.reporting.answer import Answer, answer
 from kd_ranker.reporting.claims import claims
 from kd_ranker.reporting.estimates import Estimates
@@ -39,6 +39,7 @@ class Section(NamedTuple):
 
     study: Study
     answer: Answer
+    doubts: tuple[str, ...]  # where the saving is not shown, and what is worse
     timeout: str  # what is left if the final ranker times out; "" if it is not known
     summary: str  # the table for a terminal
     figures: list[figures.Figure]
@@ -117,6 +118,10 @@ def _write_study(
     return Section(
         study=study,
         answer=answer(study, estimates),
+        doubts=(
+            findings.savings_at_targets(study, estimates),
+            findings.worse_measures(study, estimates),
+        ),
         timeout=timeout_sentence(study, estimates),
         summary=summary(study, estimates),
         figures=drawn,
@@ -141,13 +146,13 @@ def _present(*of_section: Table | None) -> list[Table]:
 
 
 def _counted_verdicts(tested_claims: pd.DataFrame) -> str:
-    """Return for example "5 hold, 2 are undecided"."""
+    """Return for example "5 hold, 2 undecided"."""
     words = {
         "holds": "hold",
         "does not hold": "do not hold",
-        "equivalent": "find no difference",
-        "undecided": "are undecided",
-        "not measured": "are not measured",
+        "equivalent": "without a difference",
+        "undecided": "undecided",
+        "not measured": "not measured",
     }
     counts = tested_claims["verdict"].value_counts()
     return ", ".join(

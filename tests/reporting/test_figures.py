@@ -81,18 +81,20 @@ def test_the_page_has_the_numbers_and_no_name_ends_its_script(drawn, estimates):
     columns = ["user_bce", "user_bce_low", "teacher_bce_high"]
     np.testing.assert_allclose(values[columns], drawn["pareto"].data[columns], atol=1e-9)
     hostile = {f"</script>{method}": setting for method, setting in estimates.study.chosen.items()}
-    renamed = Estimates(estimates.study._replace(chosen=hostile))
+    words = {method: method for method in hostile}
+    renamed = Estimates(estimates.study._replace(chosen=hostile, in_words=words))
     assert "<" not in figures.page_chart(figures_by_name(renamed)["plane"])
 
 
 def test_the_pareto_front_has_a_line_a_method_a_point_a_weight(drawn, estimates):
     data = drawn["pareto"].data
-    assert list(data["line"].unique()) == ["none", "aux", "shared"]
-    assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
+    assert list(data["method"].unique()) == ["none", "aux", "shared"]
+    assert list(data["line"].unique()) == ["none", "aux, bce on scores", "shared, bce on scores"]
+    assert list(data.loc[data["method"] == "shared", "weight"]) == [0.3, 1.0]
     # All else as it was chosen.
-    settings_of_aux = data.loc[data["line"] == "aux", "setting"]
+    settings_of_aux = data.loc[data["method"] == "aux", "setting"]
     assert list(settings_of_aux) == ["aux (teacher), weight 0.3", "aux (teacher), weight 1"]
-    (none,) = data[data["line"] == "none"].to_dict("records")
+    (none,) = data[data["method"] == "none"].to_dict("records")
     assert np.isnan(none["weight"])
     rows = estimates.study.rows.query("setting == 'none' and split == 'validation'")
     assert none["user_bce"] == pytest.approx(rows.filter(like="user_bce/").to_numpy().mean())
@@ -111,7 +113,8 @@ def test_curves_show_the_chosen_settings_and_the_incumbent(drawn, roots, estimat
     for line in data.drop_duplicates("method").to_dict("records"):
         passed = estimates.of(line["setting"], "passed_for_99").mean
         number = f": {passed:.0f}" if measure == "value_captured" else ""
-        legend.append(f"{line['method']}{number}")
+        words = estimates.study.in_words.get(line["method"], "incumbent")
+        legend.append(f"{words}{number}")
     assert [text for text in texts_of(roots[measure]) if text in legend] == legend
 
 
@@ -196,7 +199,8 @@ def test_the_columns_of_a_legend_fit_the_figure(drawn, name):
 def test_the_plane_marks_methods_against_the_best_without(drawn, estimates):
     data = drawn["plane"].data
     assert estimates.study.baseline == "none"
-    assert list(data["line"]) == ["aux", "shared"]
+    assert list(data["method"]) == ["aux", "shared"]
+    assert list(data["line"]) == ["aux, bce on scores", "shared, bce on scores"]
     for mark in data.to_dict("records"):
         users = estimates.gap(mark["setting"], "none", "true_value_for_99")
         for name, mean in (("users", users), ("saving", estimates.cost_saved(mark["setting"]))):

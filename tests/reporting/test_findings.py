@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 
+from kd_ranker.evaluation.metrics.registry import title_of
 from kd_ranker.reporting import findings
+from kd_ranker.reporting.estimates import Estimates
 
 
 def test_only_whole_intervals_count_as_saving_and_as_keeping_users():
@@ -68,3 +70,30 @@ def test_curves_say_what_is_kept_at_the_size_of_the_funnel(estimates):
         f"If {study.passed} pass, it is {kept:.4f} with the best with scores"
     )
     assert findings.share_kept(study, estimates, "unknown") == ""
+
+
+def test_savings_at_other_targets_are_shown_or_not(estimates):
+    study = estimates.study
+    sentence = findings.savings_at_targets(study, estimates)
+    shown, _, others = sentence.partition("They are not shown")
+    for target in estimates.targets:
+        saved = estimates.cost_saved(study.best_with_scores, target)
+        text = f"at {100 * target:g}%"
+        assert (text in shown) == (target != 0.99 and saved.low > 0)
+        assert (text in others) == (target != 0.99 and not saved.low > 0)
+
+
+def test_a_measure_is_worse_if_its_whole_interval_is(estimates):
+    """A measure that is better when lower, one when higher, and one without a direction."""
+    study = estimates.study
+    sentence = findings.worse_measures(study, estimates)
+    worse = {"higher": -1, "lower": 1}
+    directions = {"survival@200": "higher", "user_bce/watch": "lower", "user_auc/watch": "higher"}
+    for measure, better in directions.items():
+        change = estimates.gap(study.best_with_scores, study.baseline, measure)
+        is_worse = change.scaled(worse[better]).low > 0
+        assert (title_of(measure) in sentence) == is_worse
+    swapped = study._replace(
+        baselines=study.baselines | {"funnel_cost_saving": study.best_with_scores}
+    )
+    assert findings.worse_measures(swapped, Estimates(swapped)) != sentence

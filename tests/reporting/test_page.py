@@ -80,8 +80,9 @@ def browser(tmp_path_factory):
         driver.quit()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def loaded(browser, page):
+    """The page with its charts drawn, anew: another test may have left it without scripts."""
     browser.get(page.as_uri())
     drawn = "return document.querySelectorAll('.chart svg').length"
     WebDriverWait(browser, 60).until(lambda it: it.execute_script(drawn) == 2 * FIGURES)
