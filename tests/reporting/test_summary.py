@@ -3,6 +3,7 @@
 import pytest
 
 from kd_ranker.configs import sweeps as shipped
+from kd_ranker.reporting.answer import answer
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.study import read_studies
 from kd_ranker.reporting.summary import summary
@@ -78,3 +79,35 @@ def test_a_ranker_trained_on_the_final_lists_needs_scores(tmp_path):
     lines = lines_of(tmp_path, [*students(STUDENTS), reference_row("top_rate", 800)])
     assert lines[-1].startswith("list of items: top_rate")
     assert " yes " in lines[-1]
+
+
+def _forty_ways():
+    """Students of twenty widths in two modes."""
+    rows = []
+    for width in range(20):
+        passed = {mode: [seeds[0] - width, seeds[1]] for mode, seeds in STUDENTS.items()}
+        rows += [row | {"student.width": 2**width} for row in students(passed)]
+    return rows
+
+
+SWEEPS = {
+    "one way": (students({"shared": [300, 322]}), 1),
+    "forty ways": (_forty_ways(), 40),
+    "no incumbent": (students(STUDENTS), 2),
+    "an incumbent": ([*students(STUDENTS), reference_row("incumbent", 1500)], 2),
+    "users": (students(STUDENTS, true_value={"none": 0.8, "shared": 0.9}), 2),
+    "one seed": (students({"none": [400], "shared": [300]}), 2),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_of_any_size_has_a_table_and_an_answer_that_fit(tmp_path, name):
+    rows, ways = SWEEPS[name]
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    estimates = Estimates(study)
+    assert len(study.chosen) == ways
+    table = summary(study, estimates)
+    given = answer(study, estimates)
+    assert max(map(len, [*table.splitlines(), *given.text.splitlines()])) <= 100
+    assert table.count("bce on scores") + table.count("none") >= ways
+    assert len(given.sentence.split()) <= 80
