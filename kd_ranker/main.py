@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from kd_ranker.errors import UserError
 from kd_ranker.progress import Progress, show_on_stderr
+from kd_ranker.terminal import print_plainly
 from kd_ranker.training import interruption
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def main(name: str = "") -> None:
     """Run the command `name`, or the first argument of the process; exit with 2 on bad input."""
     # Until there is something to clean up, a signal ends the process at once.
     interruption.end_on_signal()
+    print_plainly(sys.stdout, sys.stderr)
     arguments = sys.argv[1:]
     if not name:
         name = arguments[0] if arguments else "--help"
@@ -71,7 +73,7 @@ def main(name: str = "") -> None:
         run_command(COMMANDS[name]._replace(text=texts[name]), f"kd-ranker {name}", arguments)
     elif name in _HELP:
         lines = [f"    {command:15}{texts[command].splitlines()[0]}" for command in COMMANDS]
-        print("\n".join(["usage: kd-ranker NAME --help", "", *lines]))
+        _print("\n".join(["usage: kd-ranker NAME --help", "", *lines]))
     else:
         sys.stderr.write(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}\n")
         sys.exit(_BAD_INPUT)
@@ -79,7 +81,7 @@ def main(name: str = "") -> None:
 
 def _api_docstrings() -> dict[str, str]:
     """Return the docstrings of `api` by command, from its source: the import takes seconds."""
-    tree = ast.parse((Path(__file__).parent / "api.py").read_text())
+    tree = ast.parse((Path(__file__).parent / "api.py").read_text("utf-8"))
     return {
         node.name.replace("_", "-"): ast.get_docstring(node) or ""
         for node in tree.body
@@ -113,7 +115,6 @@ def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> 
 
     from kd_ranker import api
     from kd_ranker.pipeline.remote import break_lock, place_of
-    from kd_ranker.terminal import printable
 
     absl.flags.FLAGS.mark_as_parsed()  # for the log of absl, which waits for that
     logging.use_absl_handler()
@@ -127,7 +128,7 @@ def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> 
             break_lock(place_of(flags.workdir))
         result = command.call(api, config, flags)
         if result is not None:
-            print(printable(str(result), sys.stdout))
+            _print(str(result))
     except (UserError, *_BAD_PATH) as error:
         _fail(error)
     except OSError as error:
@@ -185,7 +186,7 @@ def _parser(command: Command, program: str) -> _Parser:
             parser.add_argument(f"--{name}", help=_escaped(flag.help), action="store_true")
         else:
             parser.add_argument(
-                f"--{name}", help=_escaped(flag.help), metavar="…", default=flag.default
+                f"--{name}", help=_escaped(flag.help), metavar="...", default=flag.default
             )
     if command.workdirs:
         parser.add_argument("workdirs", nargs="*", metavar="WORKDIR")
@@ -217,9 +218,9 @@ def _print_help(command: Command, parser: _Parser, arguments: Sequence[str]) -> 
             if section not in groups:
                 groups[section] = parser.add_argument_group(section)
             value = schema.value_of(config, name)
-            shown = "…" if isinstance(value, ConfigDict) else repr(value)
+            shown = "..." if isinstance(value, ConfigDict) else repr(value)
             groups[section].add_argument(f"--config.{name}", metavar=shown, help=_escaped(key.help))
-    parser.print_help()
+    _print(parser.format_help().rstrip("\n"))
 
 
 def _parse(
@@ -351,6 +352,15 @@ def _fail(error: Exception) -> NoReturn:
         sys.stderr.flush()
         os._exit(_BAD_INPUT)  # at once, without waiting for the others
     sys.exit(_BAD_INPUT)
+
+
+def _print(text: str) -> None:
+    """Print the result of a command."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has what it wanted. Python flushes again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:

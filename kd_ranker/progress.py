@@ -20,8 +20,6 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from kd_ranker.terminal import printable
-
 T = TypeVar("T")
 Show = Callable[[str], None]
 """A function that gets each line for people."""
@@ -31,7 +29,7 @@ _SECONDS_BETWEEN_LINES = 30.0  # of a bar where there is no terminal
 
 def show_on_stderr(line: str) -> None:
     """Print a line apart from the result of a command."""
-    sys.stderr.write(printable(f"{line}\n", sys.stderr))
+    sys.stderr.write(f"{line}\n")
 
 
 def counted(

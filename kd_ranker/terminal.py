@@ -1,5 +1,7 @@
 """Text for people at a terminal: bold where there is one, and ASCII where it shows no more."""
 
+import codecs
+import io
 import re
 from typing import TextIO
 
@@ -32,11 +34,16 @@ def with_bold_verdict(answer: str) -> str:
     return answer[:start] + colored(first[1], attrs=["bold"]) + answer[end:]
 
 
-def printable(text: str, stream: TextIO) -> str:
-    """Return a text with replacements for what the encoding of a stream lacks, such as ±."""
-    encoding = stream.encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
-    return text
+def print_plainly(*streams: TextIO) -> None:
+    """Let streams write what their encoding lacks, such as ±, in its own letters."""
+    codecs.register_error("plainly", _plainly)
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plainly")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_ASCII)
+    return text.encode("ascii", "replace").decode("ascii"), error.end

@@ -1,6 +1,8 @@
 import json
+import os
 import signal
 import socket
+import subprocess
 import sys
 import tomllib
 
@@ -293,6 +295,19 @@ def test_help_has_an_example_and_every_key_with_its_value():
     assert words[words.index("--config.data.num_users") + 1] == "50"  # 4000 without :small
     help_of_steps = " ".join(words[words.index("--config.train.steps") + 1 :][:3])
     assert help_of_steps == f"20 {KEYS['train.steps'].help}"
+
+
+def test_help_is_legible_in_ascii_and_ends_with_its_reader():
+    script = "from kd_ranker.main import main; main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "sweep", "--help"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith(b"usage: kd-ranker sweep")
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
 
 
 def test_a_benchmark_writes_what_it_promises(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
+NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text("utf-8"))
 
 
 @functools.cache
