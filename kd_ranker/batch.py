@@ -136,8 +136,8 @@ class FeatureSpec:
                 _check_size(field.name, getattr(self, field.name), least=0)
         if self.cheap_item_features > self.item_features:
             raise UserError(
-                f"cheap_item_features={self.cheap_item_features} is more than "
-                f"item_features={self.item_features}; it counts the first of these"
+                f"cheap_item_features={self.cheap_item_features} counts the first of "
+                f"item_features={self.item_features}, so it cannot be more; lower it"
             )
         check_choice("teacher_signal", self.teacher_signal, TEACHER_SIGNALS)
 

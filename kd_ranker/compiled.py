@@ -41,7 +41,10 @@ def keep_programs(folder: str) -> None:
         reason = f"the folder of compiled programs, {path}, cannot be written: {error}"
         if folder != AUTO:
             raise UserError(f"{reason}; name another in compilation_cache") from error
-        logging.warning("%s; programs are compiled again in each process", reason)
+        logging.warning(
+            "%s; name another in compilation_cache, or each process compiles its programs again",
+            reason,
+        )
         return
     if _folder_in_use() == str(path):
         return

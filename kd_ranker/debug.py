@@ -135,10 +135,15 @@ def _find(workdir: Path, step: int | None, run: str, trust: bool) -> _Kept:
         if step in (None, number) and run in ("", name)
     ]
     if not kept:
-        raise UserError(f"{workdir} keeps no step: none of its runs stopped being finite")
+        raise UserError(
+            f"{workdir} keeps no step: none of its runs stopped being finite; name the workdir of "
+            "a run that did"
+        )
     if len(asked) != 1:
         known = [f"step {number}" + (f" of {name}" if name else "") for _, number, name in kept]
-        raise UserError(f"name one of the kept steps of {workdir}: {'; '.join(known)}")
+        raise UserError(
+            f"{len(asked)} steps that {workdir} keeps match; name one of: {'; '.join(known)}"
+        )
     ((folder, number, name),) = asked
     stack = next(stack for stack in of_folders[folder].stacks if name in stack.names)
     return _Kept(folder, number, name, stack, trainees.dataset.items)

@@ -122,7 +122,7 @@ def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> 
     try:
         if config and config.parallel.processes:
             if not command.as_one:
-                raise UserError("this command is of one process; leave parallel.processes out")
+                raise UserError("this command runs in one process; set parallel.processes=False")
             _join_processes(config)
         if getattr(flags, "break_lock", False):
             break_lock(place_of(flags.workdir))
@@ -136,7 +136,8 @@ def _call(command: Command, config: "ConfigDict", flags: argparse.Namespace) -> 
             raise
         _fail(UserError(f"{error}; {_BAD_DISK[error.errno]}"))
     except MemoryError as error:
-        _fail(UserError(f"not enough memory: {error}; choose smaller sizes"))
+        remedy = "lower sizes of the config, such as batch.requests, or use a larger machine"
+        _fail(UserError(f"not enough memory: {error}; {remedy}"))
 
 
 def _join_processes(config: "ConfigDict") -> None:
@@ -326,7 +327,10 @@ def _with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDi
     from kd_ranker.config import checks
 
     if overrides and not config:
-        raise UserError(f"{overrides[0]!r} is not a flag of this command, which takes no config")
+        raise UserError(
+            f"{overrides[0]!r} is not a flag of this command, which takes no config; --help lists "
+            "its flags"
+        )
     for argument in overrides:
         if override := _KEY.match(argument):
             checks.check_key(config, override[1])

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import textwrap
 from pathlib import Path
 
 import jax
@@ -40,7 +41,7 @@ def is_available(source: Path, *functions: str) -> bool:
             "%s cannot be compiled (%s), so XLA's slower version is used; to avoid that, install a "
             "C++ compiler such as g++",
             source.name,
-            reason.strip(),
+            textwrap.shorten(reason, 100),
         )
         return False
     for name in functions:

@@ -83,7 +83,10 @@ def test_a_spec_comes_back_from_its_json():
     ("change", "message"),
     [
         ({"teacher_signal": "nope"}, "teacher_signal='nope' does not exist; choose one of: prob"),
-        ({"item_features": 2, "cheap_item_features": 3}, "cheap_item_features=3 is more than item"),
+        (
+            {"item_features": 2, "cheap_item_features": 3},
+            "cheap_item_features=3 counts the first of item",
+        ),
         ({"user_features": "2"}, "user_features='2' must be a whole number, at least 0"),
         ({"context_features": 1.5}, "context_features=1.5 must be a whole number, at least 0"),
         ({"num_items": -1}, "num_items=-1 must be a whole number, at least 0"),

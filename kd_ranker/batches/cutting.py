@@ -191,7 +191,7 @@ def evaluation_batches(
             if number > candidates:
                 raise UserError(
                     f"funnel.retrieved={candidates} is less than the {number} candidates of "
-                    f"request {request_id}"
+                    f"request {request_id}; raise it to the most of any request"
                 )
             # Stored in funnel order: in a tie, a ranker must not get the candidate that the logged
             # policy preferred for free. Item ids reveal popularity in some datasets, so a fixed

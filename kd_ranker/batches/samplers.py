@@ -290,7 +290,7 @@ def checked(result: Any, counts: Counts, batch: BatchConfig) -> tuple[Places, Fa
         ):
             return places, factors
     raise UserError(
-        f"sampler {batch.sampler}: the result for request {int(counts.request_id)} must be at most "
+        f"sampler {batch.sampler}, request {int(counts.request_id)}: return at most "
         f"{batch.candidates} different places, integers from 0 to {int(counts.retrieved) - 1}, and "
-        "as many factors, finite and not negative; see `kd_ranker.batches.samplers`"
+        "as many factors, finite and at least 0; see docs/extending.md"
     )

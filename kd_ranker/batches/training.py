@@ -178,7 +178,8 @@ def training_batches(
     columns = needed(stored, dataset.spec, needs.logged, needs.history)
     if len(columns) < parts:
         raise UserError(
-            f"{dataset.directory} has {len(columns)} training requests for {parts} processes"
+            f"{dataset.directory} has {len(columns)} training requests for {parts} processes; "
+            "start fewer processes"
         )
     inputs = samplers.inputs_of(stored, scores_stage)
     draws = _sampling_of(columns.counts, batch, needs.stage, inputs)

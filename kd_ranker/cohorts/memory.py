@@ -19,7 +19,7 @@ from kd_ranker.training.specs import Stack, shared_part
 _MARGIN = 7
 _REMEDY = (
     "use another --workdir with a lower sweep.cohort_size, or lower batch.requests, "
-    "batch.candidates or the widths of the model"
+    "batch.candidates or the model's widths"
 )
 
 

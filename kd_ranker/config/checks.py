@@ -83,12 +83,12 @@ def _faults(c: ConfigDict) -> Iterator[str]:
     if not c.funnel.shown <= c.funnel.passed <= c.funnel.retrieved:
         yield (
             f"funnel.shown={c.funnel.shown}, funnel.passed={c.funnel.passed}, funnel.retrieved="
-            f"{c.funnel.retrieved}: each stage must be no larger than the one before"
+            f"{c.funnel.retrieved}: each must be at most the next; raise or lower one"
         )
     if any(k > c.funnel.retrieved for k in c.funnel.report_at):
         yield (
             f"funnel.report_at={c.funnel.report_at} has a number above "
-            f"funnel.retrieved={c.funnel.retrieved}"
+            f"funnel.retrieved={c.funnel.retrieved}; leave that number out"
         )
     serves = {name for mode in MODES.values() for name in mode.serve}
     if c.distill.serve not in serves:
@@ -98,8 +98,8 @@ def _faults(c: ConfigDict) -> Iterator[str]:
     teacher = c.costs.teacher
     if not teacher.candidate and (student.candidate or student.request or teacher.request):
         yield (
-            "the other costs are in your own unit, and costs.teacher.candidate=0 takes FLOPs; set "
-            "that as well"
+            "costs.student.* or costs.teacher.request is in your own unit, and "
+            "costs.teacher.candidate=0 takes FLOPs; set that as well"
         )
     if student.candidate and len(_students(c)) > 1:
         yield (
@@ -164,7 +164,10 @@ def _device_faults(c: ConfigDict, available: int, single: bool) -> Iterator[str]
     parallel = c.parallel
     devices = parallel.devices or available
     if parallel.processes and parallel.devices:
-        yield "parallel.processes use all of their devices; set parallel.devices=0"
+        yield (
+            f"parallel.processes=True uses all devices, and parallel.devices={parallel.devices} "
+            "some of them; set parallel.devices=0"
+        )
     needs_shard_map = (
         parallel.runs > 1
         or parallel.tables == "sharded"
@@ -236,8 +239,8 @@ def check_keys(config: ConfigDict) -> dict[str, Key]:
 def _lacks(names: Sequence[str]) -> UserError:
     """The error for a config without some keys."""
     return UserError(
-        f"the config lacks {', '.join(names)}; it is that of another version of kd_ranker, which "
-        "environment.json of a run names"
+        f"the config lacks {', '.join(names)}: it is of another version of kd_ranker; install "
+        "the one that environment.json of its run names, or add the keys as in docs/config.md"
     )
 
 
@@ -397,9 +400,9 @@ def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bo
         check_students(runs, {SCORES: f"the log of {name} holds its {what}"})
     if is_learned and not is_logged.any():
         raise UserError(
-            f"the signal scores is missing: no training request of {name} holds a proper number "
-            "of its teacher; look at the columns and the version that data.* names, or choose "
-            "distill.mode=none without train.unshown_margin"
+            f"the signal scores is missing: no training request of {name} has a proper number of "
+            "its teacher; check the teacher's keys in data.*, or set distill.mode=none and "
+            "train.unshown_margin=0"
         )
     missing = [
         task
@@ -411,8 +414,8 @@ def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bo
     if is_logged.any() and missing:
         raise UserError(
             f"value_weights gives {', '.join(missing)} a weight, and no training request of {name} "
-            "holds a proper number of the teacher for it, so the teacher's value is unknown "
-            "everywhere; set that weight to 0, or leave the task out of tasks"
+            "has a proper number of the teacher for it; set that weight to 0, or leave the task "
+            "out of tasks"
         )
 
 
@@ -422,8 +425,8 @@ def _check_sampler(key: str, name: str, dataset: Dataset) -> None:
         others = sorted(name for name, sampler in SAMPLERS.items() if not sampler.needs_scores)
         raise UserError(
             f"{key}={name} needs teacher scores, and no training request of "
-            f"{dataset.spec.dataset} holds a proper one; log a teacher with "
-            f"{command('log_teacher')} and set teacher.source=logged, or choose "
+            f"{dataset.spec.dataset} has a proper one; run {command('log_teacher')} and set "
+            "teacher.source=logged, or set "
             f"{key}={' or '.join(others)}"
         )
 

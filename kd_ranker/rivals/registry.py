@@ -132,8 +132,8 @@ def _why_no_fusion(dataset: Dataset) -> str:
     for name, deviation in zip(names, _deviations(dataset), strict=True):
         if not deviation > 0:
             return (
-                f"the early score {name!r} is the same for all validation candidates, or missing; "
-                "leave it out of data.columns.early_scores"
+                f"data.columns.early_scores names {name!r}, which is the same for all validation "
+                "candidates, or missing"
             )
     return ""
 
@@ -174,7 +174,10 @@ def check(dataset: Dataset, names: Sequence[str]) -> None:
     """Raise UserError for a rival that does not apply to a dataset."""
     for name in names:
         if reason := RIVALS[name].why_not(dataset):
-            raise UserError(f"sweep.rivals has {name!r}, which does not apply: {reason}")
+            raise UserError(
+                f"sweep.rivals has {name!r}, which does not apply: {reason}; change that, or leave "
+                f"{name!r} out"
+            )
 
 
 def fit(task: Task, names: Sequence[str]) -> list[Rival]:

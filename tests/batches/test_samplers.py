@@ -229,5 +229,5 @@ def test_a_sampler_that_breaks_its_contract_is_an_error(result):
     number = int(counts.retrieved)
     good = (np.array([0, number - 1]), np.ones(2))
     assert checked(good, counts, BATCH._replace(sampler="mine")) == good
-    with pytest.raises(UserError, match=f"sampler mine: .* request 0 .* from 0 to {number - 1}"):
+    with pytest.raises(UserError, match=f"sampler mine, request 0: .* from 0 to {number - 1}"):
         checked(result, counts, BATCH._replace(sampler="mine"))

@@ -133,9 +133,9 @@ def test_values_at_the_limit_are_valid(changes):
         ({"parallel.runs": 2, "sweep.axes.batch.requests": (8, 6)}, "=6 cannot be shared by 4"),
         ({"teacher.batch.requests": 9}, "teacher.batch.requests=9 cannot be shared by 8 devices"),
         ({"parallel.runs": 2, "parallel.mapping": "pmap"}, "take 'auto' or 'shard_map'"),
-        ({"parallel.processes": True, "parallel.devices": 2}, "processes use all of their devices"),
-        ({"funnel.passed": 200}, "each stage must be no larger than the one before"),
-        ({"funnel.report_at": (10, 101)}, "has a number above funnel.retrieved=100"),
+        ({"parallel.processes": True, "parallel.devices": 2}, "parallel.devices=2 some of them"),
+        ({"funnel.passed": 200}, "each must be at most the next"),
+        ({"funnel.report_at": (10, 101)}, "above funnel.retrieved=100; leave that"),
         ({"costs.student.candidate": 0.1}, "costs.teacher.candidate=0 takes FLOPs; set that as"),
         (
             {
@@ -189,7 +189,7 @@ def test_a_config_file_has_all_keys_and_no_others():
     fault = fault_of(check, config)
     assert "'distill.wieght' does not exist; did you mean 'distill.weight'?" in fault
     del config.distill["wieght"], config.train["steps"]
-    assert "lacks train.steps; it is that of another version" in fault_of(check, config)
+    assert "lacks train.steps: it is of another version" in fault_of(check, config)
 
 
 @pytest.mark.parametrize(

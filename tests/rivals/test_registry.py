@@ -89,7 +89,7 @@ def test_no_trees_learn_scores_that_are_not_logged(tmp_path):
 def test_a_constant_early_score_is_refused_by_its_name(tmp_path):
     dataset, _ = open_some(tmp_path, constant=True)
 
-    with pytest.raises(UserError, match="'second' is the same for all validation candidates"):
+    with pytest.raises(UserError, match="'second', which is the same for all validation"):
         registry.check(dataset, ("fusion",))
 
 
