@@ -23,7 +23,7 @@ from kd_ranker.compiled import keep_programs
 from kd_ranker.config import asking, checks, defaults, schema
 from kd_ranker.config.runs import list_runs, repeats, sweep_runs
 from kd_ranker.configs import parquet
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_choice, listed
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import datasets, scoring, searching, sweeping, training
 from kd_ranker.pipeline.exporting import export_ranker
@@ -112,7 +112,8 @@ class Dataset(NamedTuple):
         """
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
         if not splits or {*splits} - {"", *SPLITS}:
-            raise UserError(in_memory.NO_REQUESTS)
+            keys = listed(map(str, splits)) or "none"
+            raise UserError(f"requests have the keys {keys}; {in_memory.GIVE_REQUESTS}")
         dataset_config = defaults.get_config(in_memory.NAME)
         dataset_config.data.dir = os.path.expanduser(directory)
         path, tasks, funnel = in_memory.write_requests(
@@ -496,7 +497,7 @@ def export(
     for name in formats:
         check_choice("--formats", name, FORMATS)
     if folder.exists():
-        raise UserError(f"{folder} exists; name a folder that does not as --out")
+        raise UserError(f"{folder} exists; give a folder that does not exist with --out")
     config = config_of(workdir, trust)
     keep_programs(config.compilation_cache)
     trained = open_ranker(workdir, run, serve, config)
@@ -525,7 +526,7 @@ def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Repor
     checks.check_students(sweep_runs(config).values())
     _check_installed(config)
     is_logged = config.teacher.source == "logged"
-    show("prepare_data")
+    show("prepare")
     for line in prepare(config, progress=progress).lines:
         show(line)
     teacher = None

@@ -29,6 +29,11 @@ def check_tasks(tasks: Sequence[str], known: Iterable[str]) -> None:
         raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
 
 
+def listed(names: Iterable[str]) -> str:
+    """Return names in one line, cut where there are many."""
+    return textwrap.shorten(", ".join(names), 100, placeholder=" …")
+
+
 def short(error: BaseException) -> str:
     """Return the beginning of an error's message in one line, after its type if it is not ours."""
     message = textwrap.shorten(str(error), 200)

@@ -107,7 +107,10 @@ def _check(source: Source, earlier: Dataset | None) -> None:
             )
     for split in SPLITS:
         if not source.num_requests.get(split) and not (earlier and split == "train"):
-            raise UserError(f"{spec.dataset} yields no requests for its split {split!r}")
+            raise UserError(
+                f"{spec.dataset} has no requests for its split {split!r}; give each of "
+                f"{', '.join(SPLITS)} some"
+            )
 
 
 def _write(source: Source, folder: Path, name: str, earlier: Dataset | None) -> None:

@@ -283,7 +283,10 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
             " must each be at least 1 and at most the next"
         )
     if data.fault_nan + data.fault_out_of_range > 1:
-        raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
+        raise UserError(
+            f"data.fault_nan={data.fault_nan} and data.fault_out_of_range="
+            f"{data.fault_out_of_range} add up to more than 1; lower one of them"
+        )
     columns = tuple(TASKS.index(task) for task in tasks)
     recipe = _Recipe(FrozenConfigDict(data), FrozenConfigDict(funnel), columns)
     world = _world_of(recipe.data)

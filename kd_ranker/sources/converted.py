@@ -74,7 +74,8 @@ class Converter(NamedTuple):
                 self.write(data, files, log)
             except (duckdb.Error, pa.ArrowException) as error:
                 raise UserError(
-                    f"{files[0].parent} cannot be made a log: {line_of(error)}"
+                    f"the files in {files[0].parent} cannot be read: {line_of(error)}; mend or "
+                    "replace them"
                 ) from error
             log.rename(folder)
 
@@ -263,7 +264,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
         writer.write_table(table)
     if writer is None:
-        raise UserError("the raw files hold no request")
+        raise UserError("the raw files hold no request; give whole ones, or others in data.path")
     writer.close()
 
 

@@ -336,7 +336,9 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per query that the final ranker has not learned from."""
     for package in ("bm25s", "lightgbm", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
+            raise UserError(
+                f"film search needs the package {package}: pip install 'kd_ranker[filmsearch]'"
+            )
     collection = read(files[0].parent)
     retriever = Retriever(collection, sentence_vectors(collection, Path(data.dir) / "logs"))
     queries = range(len(collection.queries))

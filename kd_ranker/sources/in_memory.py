@@ -21,7 +21,10 @@ from kd_ranker.requests.request import COUNTED_BY, SPLITS, block_of
 from kd_ranker.requests.source import RequestSource, Source
 
 NAME = "requests"
-NO_REQUESTS = "requests must be mappings, kd.Request or a table, or a mapping of splits to these"
+GIVE_REQUESTS = (
+    "give a list of mappings or kd.Request, or a table, or a mapping of train, validation and test "
+    "to these"
+)
 MADE_BY = "kd.Dataset.from_requests"
 
 _NEEDED = ("user_id", "item_id", "user_label")
@@ -36,13 +39,14 @@ def check_fits(dataset: Dataset, data: ConfigDict, tasks: Sequence[str], retriev
     """Raise UserError for other tasks, or a request of more than `retrieved` candidates."""
     if tuple(tasks) != dataset.spec.tasks:
         raise UserError(
-            f"tasks={tuple(tasks)}, and the requests at {data.path} have {dataset.spec.tasks}, in "
-            "that order"
+            f"tasks={tuple(tasks)}, and the requests at {data.path} have {dataset.spec.tasks}; "
+            "set tasks to these, in that order"
         )
     most = max(int(columns.counts.retrieved.max()) for columns in dataset.columns.values())
     if most > retrieved:
         raise UserError(
-            f"funnel.retrieved={retrieved}, and a request at {data.path} has {most} candidates"
+            f"funnel.retrieved={retrieved}, and a request at {data.path} has {most} candidates; "
+            "raise it to that"
         )
 
 
@@ -77,8 +81,12 @@ def write_requests(
     if item_category is not None:
         shape = (spec.num_items, spec.category_width("item"))
         item_category = _array(item_category, np.int32, shape, "item_category")
-        if ((item_category < -1) | (item_category >= spec.num_categories)).any():
-            raise UserError(f"item_category must lie in [-1, {spec.num_categories})")
+        is_wrong = (item_category < -1) | (item_category >= spec.num_categories)
+        if is_wrong.any():
+            raise UserError(
+                f"item_category holds {item_category[is_wrong][0]}; it must lie in "
+                f"[-1, {spec.num_categories})"
+            )
     source = RequestSource(
         spec=spec,
         item_features=features,
@@ -123,7 +131,7 @@ def _rows(requests: Any) -> Iterable[Any]:
     if is_table(requests):
         return arrow_of(requests).to_pylist()
     if not isinstance(requests, Iterable):
-        raise UserError(NO_REQUESTS)
+        raise UserError(f"requests have the type {type(requests).__name__}; {GIVE_REQUESTS}")
     return requests
 
 
@@ -150,9 +158,11 @@ def arrow_of(table: Any) -> pa.Table:
             rows = duckdb.from_arrow(rows).to_arrow_table()
     except (pa.ArrowException, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
-        raise UserError(f"a {kind} cannot be read as a table: {line}") from error
+        raise UserError(
+            f"a {kind} cannot be read as a table: {line}; give each column one type"
+        ) from error
     if not rows.num_rows:
-        raise UserError(f"a {kind} has no rows")
+        raise UserError(f"a {kind} has no rows; give one with at least one")
     return rows
 
 
@@ -216,7 +226,7 @@ def make_request(fields: Request | Mapping[str, Any], number: int, spec: Feature
     UserError names a field that is unknown, missing, or has another shape than that of `Request`.
     """
     if not isinstance(fields, (Request, Mapping)):
-        raise UserError(NO_REQUESTS)
+        raise UserError(f"request {number} has the type {type(fields).__name__}; {GIVE_REQUESTS}")
     present: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
     who = f"request {present.get('request_id', number)}"
     _check_names(present, who)
@@ -256,7 +266,7 @@ def _check_names(present: Mapping[str, Any], who: str) -> None:
         check_choice(f"{who}: field", min(unknown), known)
     for name in _NEEDED:
         if present.get(name) is None:
-            raise UserError(f"{who} lacks {name}")
+            raise UserError(f"{who} lacks {name}; every request needs {', '.join(_NEEDED)}")
 
 
 def _length(value: Any) -> int:
@@ -314,7 +324,7 @@ def _array(
         with np.errstate(invalid="ignore"):  # of NaN as a whole number, which is refused below
             array = original.astype(dtype)
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{what} must be an array of numbers: {error}") from error
     if array.shape != shape:
         raise UserError(f"{what} has the shape {array.shape}, and should have {shape}")
     is_whole = np.issubdtype(dtype, np.integer)

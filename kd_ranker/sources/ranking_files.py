@@ -102,7 +102,7 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
             WHERE one.place <= depth GROUP BY sizes.query, depth ORDER BY sizes.query""")
         shares = matches.fetchnumpy()["share"]
     if not len(shares):
-        raise UserError(f"{first} and {second} share no query")
+        raise UserError(f"{first} and {second} share no query; give runs of the same queries")
     draws = np.random.default_rng(0).choice(shares, (_RESAMPLES, len(shares))).mean(axis=1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return Agreement(float(np.mean(shares)), float(low), float(high), len(shares))
@@ -141,7 +141,7 @@ def _read(
             ) from error
         numbers += created.fetchone() or ()
         if not numbers[-1]:
-            raise UserError(f"{path} is empty")
+            raise UserError(f"{path} is empty; fetch or write it again")
     _check(con, paths, f"not “{layout.words}”", f"FROM {name} WHERE {groups[0]} = ''")
     if "document" in groups:
         twice = f"""FROM (SELECT part, max(line) AS line FROM {name} WHERE document <> ''
@@ -230,7 +230,7 @@ def _write_letor(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
             if num_lines[part] != num_scores[part]:
                 raise UserError(
                     f"{scores[part]} has {num_scores[part]} scores for {num_lines[part]} lines of "
-                    f"{path}"
+                    f"{path}; give one score per line"
                 )
         ranks = ", score::FLOAT AS final_score, final_rank" if data.scores else ""
         con.sql(f"""
@@ -264,7 +264,10 @@ def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
             known_parts = {part for (part,) in known.fetchall()}
             for part, path in enumerate(paths):
                 if part not in known_parts:
-                    raise UserError(f"{path}: {qrels[part]} has none of its queries")
+                    raise UserError(
+                        f"{path}: {qrels[part]} has none of its queries; name files of the same "
+                        "queries in data.runs and data.qrels"
+                    )
             insert = "CREATE TABLE runs AS" if turn == 0 else "INSERT INTO runs"
             con.execute(f"""{insert} SELECT {literal(name)} AS run, {turn} AS turn, * FROM run""")
         con.execute("""

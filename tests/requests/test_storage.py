@@ -47,7 +47,7 @@ def without(split):
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
-        (without("validation"), "test yields no requests for its split 'validation'"),
+        (without("validation"), "test has no requests for its split 'validation'; give"),
         (changed(context_features=0), "test: context_features has no columns; give at least one"),
         (with_fields(user_id=99), "request 0: user_id must lie in [0, 30), found 99 to 99"),
         (

@@ -131,9 +131,9 @@ def test_hand_worked_files_of_each_layout_become_rows(variant, write_files, tmp_
         ([(7, 9, 3.5, 1)], "unknown user, film, stars or time of a rating: 7, 9, 3.5, 1"),
         ([(7, 8, 5, 1)], "unknown user, film, stars or time of a rating: 7, 8"),
         ([(4, 9, 5, 1)], "unknown user, film, stars or time of a rating: 4, 9"),
-        ([(7, 9, 5, "")], "unknown user, film, stars or time of a rating: 7, 9, 5.0$"),
+        ([(7, 9, 5, "")], "unknown user, film, stars or time of a rating: 7, 9, 5.0; mend or"),
         ([*RATINGS, (7, 9, 3, 1, 5)], "Expected Number of Columns: 4 Found: 5"),
-        ([(7, 9, "x", 1)], 'cannot be made a log: .*"x"'),
+        ([(7, 9, "x", 1)], 'cannot be read: .*"x"'),
     ],
 )
 def test_a_fault_of_the_files_is_one_line(ratings, message, tmp_path):

@@ -286,7 +286,7 @@ def test_scores_of_another_length_are_named(fold):
         ("qrels.txt", "7 0 b", "qrels.txt, line 7: not “query 0 document grade”"),
         ("qrels.txt", "7 0 a 1", "qrels.txt, line 7: its query has this document already"),
         ("gpt.run", "7 Q0 c 4 1.0", "gpt.run, line 4: not “query Q0 document rank score tag”"),
-        ("gpt.run", "7 Q0 c 4 1e39 g", "cannot be made a log: Conversion Error: .*1e\\+39"),
+        ("gpt.run", "7 Q0 c 4 1e39 g", "cannot be read: Conversion Error: .*1e\\+39"),
         ("gpt.run", "7 Q0 a 4 0.5 g", "gpt.run, line 4: its query has this document already"),
         ("gpt.run", b"\n", "gpt.run is empty"),
         ("gpt.run", b"9 Q0 a 1 1 x", "gpt.run: .*qrels.txt has none of its queries"),

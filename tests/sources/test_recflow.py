@@ -229,9 +229,9 @@ ORDER = "each day once, and the splits in this order"
         ({"train_days": DAYS[:1] * 2}, ORDER),
         ({"validation_days": DAYS[1:3]}, ORDER),
         ({"test_days": DAYS[:1]}, ORDER),
-        ({"rank_index": None}, "cannot be made a log: .*rank_index"),
+        ({"rank_index": None}, "cannot be read: .*rank_index"),
         ({"like": "yes"}, "Could not convert string 'yes' to DOUBLE"),
-        ({}, "cannot be made a log: .*Could not open IPC input source"),
+        ({}, "cannot be read: .*Could not open IPC input source"),
     ],
 )  # fmt: skip
 def test_each_fault_is_one_line(tmp_path, changes, message):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from absl import logging
 
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, listed
 from kd_ranker.sources.logs.layout import EARLY_SCORES, IDENTIFYING, OPTIONAL, LogLayout
 
 # The contents of ids, in words.
@@ -142,7 +142,10 @@ def check_columns(layout: LogLayout, names: Mapping[str, Sequence[str]]) -> None
         lacking = sum(column.column not in names_in_file for names_in_file in names.values())
         if lacking:
             files = "file" if lacking == 1 else "files"
-            missing = f"is missing in {lacking:,} {files} of {len(names)}, where it is null"
+            missing = (
+                f"is missing in {lacking:,} {files} of {len(names)}, where it is null; if that is "
+                "wrong, write them again with it"
+            )
             logging.warning("column %r (%s) %s", column.column, column.key, missing)
 
 
@@ -165,7 +168,7 @@ def check_present(where: str, wanted: Sequence[WantedColumn], names: Collection[
     named = ", ".join(dict.fromkeys(f"{column.column!r} ({column.key})" for column in missing))
     close = difflib.get_close_matches(missing[0].column, names, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"{where} has no column {named}; {hint}it has: {', '.join(names)}")
+    raise UserError(f"{where} has no column {named}; {hint}name one of: {listed(names)}")
 
 
 def check_ids(layout: LogLayout, schemas: Mapping[str, pa.Schema]) -> None:

@@ -184,7 +184,9 @@ def log_errors(fault: str = "the log cannot be read") -> Iterator[None]:
     try:
         yield
     except duckdb.OutOfMemoryException as error:
-        raise UserError(f"reading takes more than data.memory allows: {line_of(error)}") from error
+        raise UserError(
+            f"reading takes more than data.memory allows: {line_of(error)}; raise data.memory"
+        ) from error
     except (duckdb.IOException, duckdb.InvalidInputException, duckdb.DataError) as error:
         raise UserError(f"{fault}: {line_of(error)}") from error
 

@@ -22,7 +22,7 @@ from kd_ranker.sources.logs.files import Manifest, find_files, manifest_differen
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.tables import Tables
 
-_REMEDY = "or make a dataset of the whole log: leave data.extends out"
+_REMEDY = "or leave data.extends out to read the whole log"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,13 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> EarlierDataset:
     if differences := manifest_differences(before, old_files_now):
         raise UserError(
             f"the log at {layout.path} has changed since {directory} was made of it "
-            f"({differences}), and only new files can be added; restore those files, {_REMEDY}"
+            f"({differences}); restore those files, {_REMEDY}"
         )
     if len(now) == len(before):
-        raise UserError(f"the log at {layout.path} has no file that {directory} lacks")
+        raise UserError(
+            f"the log at {layout.path} has no file that {directory} lacks; add the new files, or "
+            "leave data.extends out"
+        )
     splits = dataset.columns.values()
     return EarlierDataset(
         directory=directory,

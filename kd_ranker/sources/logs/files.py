@@ -5,6 +5,7 @@ import glob
 import hashlib
 import itertools
 import re
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def _open_select(layout: LogLayout) -> Log:
         with duckdb.connect() as connection:
             statements = duckdb.extract_statements(sql)
             if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-                raise UserError("data.sql must be one SELECT")
+                raise UserError(f"data.sql must be one SELECT, not {textwrap.shorten(sql, 80)!r}")
             register_stores(connection, sql)
             rows = connection.sql(sql)
             check_names(path, rows.columns)
@@ -147,7 +148,7 @@ def _sql_of_text_log(
     As numbers, the ids 1e5 and 100000 would be one.
     """
     if not rows.limit(1).fetchall():
-        raise UserError(f"{layout.path} has no rows")
+        raise UserError(f"{layout.path} has no rows; name files with some in data.path")
     types = dict(zip(rows.columns, map(str, rows.types), strict=True))
     ids = [
         wanted
@@ -183,7 +184,10 @@ def register_stores(connection: Any, sql: str) -> None:
                 "with pip"
             ) from error
         except ValueError as error:
-            raise UserError(f"{protocol}:// cannot be read: {error}") from error
+            raise UserError(
+                f"{protocol}:// cannot be read: {error}; copy the files to this machine, and name "
+                "them there"
+            ) from error
 
 
 def register_store(connection: Any, system: Any) -> None:
@@ -260,7 +264,10 @@ def find_files(path: str) -> Files:
         raise
     # Stores raise errors of many kinds: an unknown protocol, a missing package, refused access.
     except Exception as error:
-        raise UserError(f"data.path={path} cannot be read: {error}") from error
+        raise UserError(
+            f"data.path={path} cannot be read: {error}; check that it exists, and that this "
+            "machine may read it"
+        ) from error
 
 
 class _Place(NamedTuple):
@@ -277,7 +284,7 @@ def _files_at(place: _Place) -> list[str]:
     if glob.has_magic(path):
         files = [file for file in system.glob(path) if system.isfile(file)]
         if not files:
-            raise UserError(f"data.path={url} matches no file")
+            raise UserError(f"data.path={url} matches no file; give a glob that does")
         return files
     if system.isdir(path):
         return _files_in_folder(place)
@@ -341,4 +348,6 @@ def open_parquet(system: Any, file: str) -> Iterator[pq.ParquetFile]:
             yield parquet
     # A store that cannot read a part of a file raises a ValueError.
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from error
+        raise UserError(
+            f"{file} cannot be read as Parquet: {error}; write it again, or leave it out"
+        ) from error

@@ -232,8 +232,8 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
     event_keys = [feature.key for feature in features if feature.of == "event"]
     if event_keys and not histories:
         raise UserError(
-            f"data.features.{event_keys[0]}.of='event', and no feature has kind 'history'; name "
-            "the column of the items of these events"
+            f"data.features.{event_keys[0]}.of='event', and no feature has kind 'history'; add one "
+            "for the column with the items of these events"
         )
     columns = {
         use: column
@@ -308,7 +308,9 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
 def _read_stages(stages: ConfigDict) -> dict[str, int]:
     texts = {text: 1 + STAGES.index(name) for name, text in stages.items() if text}
     if len(texts) < sum(bool(text) for text in stages.values()):
-        raise UserError(f"data.stages={dict(stages)} gives two stages the same text")
+        raise UserError(
+            f"data.stages={dict(stages)} gives two stages the same text; give each its own"
+        )
     if not stages.get("shown"):
         raise UserError(
             "data.stages.shown is empty; give the text of the stage column for shown candidates"
@@ -321,12 +323,12 @@ def _read_features(data: ConfigDict, name: str) -> list[Feature]:
     key, value = f"data.features.{name}", data.features[name]
     known = {field.name for field in dataclasses.fields(Feature)} - {"name", "place"}
     if not isinstance(value, ConfigDict) or set(value) != known:
-        raise UserError(f"{key} must be made by kd_ranker.config.defaults.feature")
+        raise UserError(f"{key} is no feature; write it with kd.configs.feature(of, kind)")
     feature = Feature(name, **{**value, "column": value.column or name})
     check_choice(f"{key}.of", feature.of, FEATURE_OWNERS)
     check_choice(f"{key}.kind", feature.kind, FEATURE_KINDS)
     if feature.kind == "history" and feature.of not in ("user", "context"):
-        raise UserError(f"{key}.of={feature.of!r}: a history is one of: user, context")
+        raise UserError(f"{key}.of={feature.of!r}: of a history, it is one of: user, context")
     if feature.of == "event" and (feature.kind != "dense" or feature.standardize):
         raise UserError(
             f"{key}: a feature of events has kind 'dense' and standardize=False; the log holds its "
@@ -336,7 +338,10 @@ def _read_features(data: ConfigDict, name: str) -> list[Feature]:
         if value[number] < 1:
             raise UserError(f"{key}.{number}={value[number]} must be at least 1")
     if feature.kind == "category" and feature.length != 1:
-        raise UserError(f"{key}.length={feature.length}: kind {feature.kind!r} holds one value")
+        raise UserError(
+            f"{key}.length={feature.length}: kind {feature.kind!r} holds one value; leave length "
+            "out, or use kind 'bag'"
+        )
     # These hold the answer, or the outcome of a request. An early ranker may read the scores of the
     # current one.
     for section in ("columns", "labels", "teacher"):

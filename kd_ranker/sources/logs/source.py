@@ -197,6 +197,5 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         differences += f"; with another data.dir, --config.data.extends={data.dir} adds new files"
     raise UserError(
         f"the log at {data.path or files.SQL} has changed since {directory} was made of it "
-        f"({differences}); give another data.dir to make a dataset of it as it is now, or restore "
-        "its files"
+        f"({differences}); give another data.dir to make a new dataset, or restore its files"
     )

@@ -102,7 +102,11 @@ def read_unseen(
                 count(*) FILTER (WHERE items.id >= {items_in_train}) AS of_new_items
             FROM used JOIN request_rows USING (number) JOIN items USING (item)""")
         if not candidates["used"]:
-            raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
+            reasons = ", ".join(f"{name} {number:,}" for name, number in rejected.items())
+            raise UserError(
+                f"{layout.path}: not one row of the log can be used; rejected were: {reasons}; see "
+                "docs/own_logs.md for what a row needs"
+            )
         pieces = encode.write_ordered(database)
         items_of_log = database.fetch("SELECT * FROM item_fields ORDER BY id")
         largest = database.number(

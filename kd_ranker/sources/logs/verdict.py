@@ -49,7 +49,7 @@ def _check_split_column(tables: Tables) -> None:
         raise UserError(
             f"data.columns.split: in column {tables.layout.columns['split']!r}, "
             f"{bad['number']:,} requests, such as {bad['example']!r}, do not have one of "
-            f"{', '.join(SPLITS)} in all of their rows"
+            f"{', '.join(SPLITS)} in all of their rows; write one into each"
         )
 
 
@@ -134,7 +134,7 @@ def _cause_of_empty_split(layout: LogLayout, about_times: str) -> str:
         f"data.validation_share={layout.validation_share} and data.test_share={layout.test_share}"
     )
     if layout.split == "time":
-        advice = "each split needs another time: or split by 'request' or 'user'"
+        advice = "give each split times of its own, or set data.split to 'request' or 'user'"
         return f"{shares}; {advice}{about_times}"
     return shares
 

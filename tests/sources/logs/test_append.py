@@ -255,11 +255,11 @@ REFUSED = {
     "no new file": (dict(rows=()), "has no file that .* lacks"),
     "an older file is gone": (
         dict(change=lambda path: path.with_name("day-0.parquet").rename(path.with_name("_aside"))),
-        "1 file gone.*only new files .* leave data.extends out",
+        "1 file gone.*restore those files, or leave data.extends out",
     ),
     "an older file is rewritten": (
         dict(change=lambda path: os.utime(path.with_name("day-0.parquet"), ns=(0, 0))),
-        "1 file rewritten.*only new files .* leave data.extends out",
+        "1 file rewritten.*restore those files, or leave data.extends out",
     ),
     "another config": (dict(test_share=0.17), "holds no dataset of this config, with data.path as"),
     "another split": (dict(split="user"), "data.extends needs data.split='time', and it is 'user'"),
@@ -332,7 +332,7 @@ def test_training_goes_on_from_a_run_on_the_dataset_before(second, monday, day_o
     for name, first in known.items():
         assert_equal(new.tables[name][:first, :width], old.tables[name][:first, :width])
     config.student.width = 8
-    with pytest.raises(UserError, match=r"monday has a model of other sizes, or rows of another"):
+    with pytest.raises(UserError, match=r"monday has other model sizes, or rows of another"):
         api.train(config, tmp_path / "wide")
     other = made_small(config_of(day_one / "log", tmp_path / "other"))
     api.prepare(other)

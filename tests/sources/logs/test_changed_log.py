@@ -96,9 +96,7 @@ def test_nothing_trains_on_a_log_that_has_changed(world, made, tmp_path, change)
     directory = datasets.dataset_of(world).directory
     message = fault_of(api.prepare, world)
     assert f"has changed since {directory} was made of it (" in message
-    assert message.endswith(
-        "; give another data.dir to make a dataset of it as it is now, or restore its files"
-    )
+    assert message.endswith("; give another data.dir to make a new dataset, or restore its files")
     found = [*faults_of(world, made), *faults_of(world, tmp_path)]
     assert (
         {fault for _, fault in found} == {message} == {fault_of(api.run, world, tmp_path / "run")}

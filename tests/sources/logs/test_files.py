@@ -86,7 +86,7 @@ def test_files_are_in_order_without_what_writers_leave(tmp_path, log, monkeypatc
         (lambda of: of.drop_columns(["watch"]),
          "part-0.parquet has no column 'watch' (data.labels.watch)"),
         (lambda of: of.rename_columns({"user_id": "user", "like": "liked"}),
-         "'user_id' (data.columns.user), 'like' (data.labels.like); did you mean 'user'? it has: "),
+         "'user_id' (data.columns.user), 'like' (data.labels.like); did you mean 'user'? name one"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused(tmp_path, log, change, message):

@@ -551,7 +551,7 @@ def test_strict_ends_the_build_and_says_where_the_report_is(config):
     ("seconds", "stage", "changes", "message"),
     [
         (60, "lost", {}, "not one row of the log can be used; .*unknown_stage"),
-        (0.1, "passed", {}, "'validation' by data.split='time' .*; each split needs another time"),
+        (0.1, "passed", {}, "'validation' by data.split='time' .*; give each split times"),
         (60, "passed", {"split": "request", "validation_share": 1e-6},
          "no request is left for the split 'validation' by data.split='request' with "
          "data.validation_share=1e-06 and data.test_share=0.3; see .*data_report.html"),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import pandas as pd
 
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, listed
 from kd_ranker.sources.logs.infer import by_name, by_structure
 from kd_ranker.sources.logs.infer.guess import OPEN, Guess, Roles, by_values, column_of, which
 from kd_ranker.sources.logs.infer.sample import Sample
@@ -31,7 +31,7 @@ def check_clashes(named: Mapping[str, str]) -> None:
         if len(keys) > 1 and {*keys} not in _COMPATIBLE
     ]
     if clashes:
-        raise UserError(f"a column has one role: {'; '.join(clashes)}")
+        raise UserError(f"a column has one role: {'; '.join(clashes)}; give it only one of these")
 
 
 def check_named_columns(sample: Sample) -> None:
@@ -42,7 +42,7 @@ def check_named_columns(sample: Sample) -> None:
         if is_role and column not in ("", OPEN) and column not in sample.facts.index:
             missing.append(f"{key}={column!r} does not exist")
     if missing:
-        columns = ", ".join(sorted(sample.facts.index))
+        columns = listed(sorted(sample.facts.index))
         raise UserError(f"{'; '.join(missing)}; choose one of: {columns}")
 
 

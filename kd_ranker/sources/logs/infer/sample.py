@@ -73,7 +73,8 @@ class Sample:
             self.request = self.frame(f"rowid, {lists}").iloc[:, 0]
             self._read(f"SELECT * REPLACE ({lists}) FROM candidates")
         if self.request.empty:
-            raise UserError(f"the log has no rows, or its lists {listed} are empty")
+            lists = f", or its lists {', '.join(listed)} are empty" if listed else ""
+            raise UserError(f"data.path={path} has no rows{lists}; name a log with candidates")
         facts = self.facts
         facts["groups"] = facts["distinct"] < facts["rows"] / 1.5
         if self.layout.guess.value == "request":
