@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_ranker.compiled import keep_programs
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, short
 from kd_ranker.progress import counted
 
 _SECONDS_TO_ANSWER = 10
@@ -48,8 +48,8 @@ def call_on_cluster(
         raise
     except ray.exceptions.RayError as error:
         raise UserError(
-            f"{description}: a task lost its machine more than {config.ray.retries} times; what "
-            "was saved stays: start again"
+            f"{description}: a task lost its machine more than ray.retries={config.ray.retries} "
+            "times; start the same command again: it resumes from what is saved"
         ) from error
     finally:
         ray.shutdown()
@@ -79,7 +79,9 @@ def register(file: str) -> None:
     try:
         runpy.run_path(file)
     except Exception as error:
-        raise UserError(f"{file} does not load: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"registered_by={file} does not load: {short(error)}; mend that file"
+        ) from error
 
 
 def _call(folder: Path, config: ConfigDict, function: Callable, arguments: tuple) -> Any:

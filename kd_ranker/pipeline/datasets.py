@@ -60,12 +60,17 @@ def path_of(log: Any, directory: str) -> str:
     if isinstance(log, (str, PathLike)):
         return str(log)
     if not in_memory.is_table(log):
-        raise UserError(f"a {type(log).__name__} is not a table, and not a path")
+        raise UserError(
+            f"a {type(log).__name__} is not a table, and not a path; give a path, or a table of "
+            "pandas, polars or Arrow"
+        )
     buffer = pa.BufferOutputStream()
     try:
         pq.write_table(in_memory.arrow_of(log), buffer)
     except pa.ArrowException as error:
-        raise UserError(f"the table cannot be written to a Parquet file: {error}") from error
+        raise UserError(
+            f"the table cannot be written to a Parquet file: {error}; give each column one type"
+        ) from error
     content = buffer.getvalue().to_pybytes()
     path = Path(directory) / "tables" / f"{hashlib.sha256(content).hexdigest()[:12]}.parquet"
     if not path.exists():
@@ -83,8 +88,8 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
         if before and not storage.directory_of(name, before).exists():
             raise UserError(
                 f"data.extends={before} holds no dataset of this config, with data.path as "
-                "written; name the data.dir of the dataset before, or leave data.extends out "
-                "to read the whole log"
+                "written; name the data.dir of the dataset to extend, or leave data.extends "
+                "out to read the whole log"
             )
         extended = [storage.open_dataset(name, before, PREPARE_DATA)] if before else []
         opened = (config.data, config.tasks, config.funnel, *extended)

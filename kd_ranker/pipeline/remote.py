@@ -90,9 +90,8 @@ def fetched(place: Place, with_checkpoints: bool = True, lock_record: str = "") 
                 shutil.rmtree(above, ignore_errors=True)
         if lost:
             raise UserError(
-                f"{place} lacks the last results of this run ({short(lost)}), which are in "
-                f"{folder}: copy them there, or start the same command again, which resumes from "
-                "what is there"
+                f"{place} lacks the last results of this run ({short(lost)}); copy them from "
+                f"{folder}, or start the same command again, which resumes from what is there"
             ) from lost
 
 

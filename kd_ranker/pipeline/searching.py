@@ -116,8 +116,8 @@ def _read_rounds(workdir: Path, config: ConfigDict) -> list[Round]:
     content = read_json(path, "use another --workdir")
     if content.get("search") != _search_of(config):
         raise UserError(
-            f"{workdir} holds a search with other methods, ranges, sampler or draw_seed; use "
-            "another --workdir, or set them back"
+            f"{workdir} holds a search with other methods, ranges, sweep.sampler or "
+            "sweep.draw_seed; use another --workdir, or set them back"
         )
     return [
         {name: [_as_drawn(drawn) for drawn in draws] for name, draws in of_methods.items()}

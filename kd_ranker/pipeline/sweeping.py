@@ -73,8 +73,8 @@ def train_part(
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
-            f"sweep.part={number}, and the sweep in {workdir} has {len(sweep.plan)} cohorts, "
-            f"numbered from 0 to {len(sweep.plan) - 1}"
+            f"sweep.part={number} is no cohort of the sweep in {workdir}; choose a number from 0 "
+            f"to {len(sweep.plan) - 1}"
         )
     cohort = trainees.of(sweep.cohorts[number])
     folder = sweep.folders[number]

@@ -15,7 +15,7 @@ from kd_ranker.config import checks
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
-from kd_ranker.errors import UserError, check_choice, command
+from kd_ranker.errors import UserError, check_choice, command, listed
 from kd_ranker.evaluation import setting_names
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.manifest import Provenance
@@ -98,8 +98,9 @@ def config_of(workdir: Place, trust: bool = False, remedy: str = _TRUST) -> Conf
             register(file)  # a UserError if it is missing
         if trust or not file:
             raise UserError(f"the run at {workdir}: {error}") from error
+        fault, *_ = str(error).split(";")  # without the remedy of a config that one can edit
         raise UserError(
-            f"the run at {workdir} needs {file}, which would be executed ({error}); {remedy}"
+            f"the run at {workdir} needs {file}, which would be executed ({fault}); {remedy}"
         ) from error
     return config
 
@@ -112,9 +113,9 @@ def check_select(config: ConfigDict, workdir: Place, trust: bool) -> None:
     sql = " ".join(config.data.get("sql", "").split())
     if sql and not trust:
         raise UserError(
-            f"the run at {workdir} reads its log by data.sql, which can read any file of this "
-            f"machine ({sql}); if you trust it, add --trust, or trust=True in Python; else name a "
-            "log of your own, with data.sql=''"
+            f"the run at {workdir} reads its log by data.sql, which can read any file here "
+            f"({sql}); if you trust it, add --trust, or trust=True in Python; else name a log of "
+            "your own, with data.sql=''"
         )
 
 
@@ -142,7 +143,7 @@ def open_ranker(
                 "flags"
             )
         if run and owner != "sweep":
-            raise UserError(f"{place} is of {owner}, and only a sweep has {run!r}; leave --run out")
+            raise UserError(f"{place} is of {owner}, and --run={run} is for a sweep; leave it out")
         trainees = open_trainees(config, {"": config} if owner == "train" else None)
         workdirs.check_dataset(workdir, trainees.dataset.provenance)
         remedy = f"finish it with: {command(owner)}, with the flags that started it"
@@ -190,7 +191,9 @@ class _Saved(NamedTuple):
 def _saved_in_sweep(sweep: Sweep, trainees: Trainees, place: Place, run: str, serve: str) -> _Saved:
     """Find a student of a sweep, by default the best; UserError if there is none."""
     if run and run not in sweep.runs:
-        raise UserError(f"the sweep at {place} has no run {run!r}; it has: {', '.join(sweep.runs)}")
+        raise UserError(
+            f"the sweep at {place} has no run {run!r}; name one of: {listed(sweep.runs)}"
+        )
     if not sweep.is_complete():
         raise UserError(
             f"the sweep at {place} is not finished; start it again with the flags that started it"
@@ -199,7 +202,7 @@ def _saved_in_sweep(sweep: Sweep, trainees: Trainees, place: Place, run: str, se
     if best is None and not run:
         raise UserError(
             f"no student of the sweep at {place} reaches the criterion for the best on "
-            f"validation; name one with --run: {', '.join(sweep.runs)}"
+            f"validation; name one with --run: {listed(sweep.runs)}"
         )
     # A named run may miss the criterion.
     name, best_serve = best or (run, "")
@@ -229,7 +232,10 @@ def _restored(saved: _Saved, remedy: str, with_slots: bool) -> TrainedRanker:
     state = states[number]
     index = stack.names.index(run)
     if diverged_at := int(state.non_finite_step[index]):
-        raise UserError(f"{saved.title} stopped being finite at step {diverged_at}")
+        raise UserError(
+            f"{saved.title} stopped being finite at step {diverged_at}; name another one, or train "
+            "one with a smaller learning rate or weight"
+        )
 
     model = stack.train_spec.model
     mode = stack.train_spec.mode

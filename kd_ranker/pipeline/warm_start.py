@@ -33,7 +33,8 @@ def warm_start(job: TrainingJob, folder: Path, states: States) -> States:
         raise UserError(f"train.warm_start={workdir}: {error}") from error
     if before.role != trainees.role:
         raise UserError(
-            f"train.warm_start={workdir} is of a {before.role}, not of a {trainees.role}"
+            f"train.warm_start={workdir} is of a {before.role}, not of a {trainees.role}; name the "
+            f"workdir of a {trainees.role}"
         )
     dataset = trainees.dataset
     earlier = before.dataset.provenance["dataset"]
@@ -49,9 +50,9 @@ def warm_start(job: TrainingJob, folder: Path, states: States) -> States:
             parameters = _grown(before.model, start, stack, state.parameters)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"train.warm_start={workdir} has a model of other sizes, or rows of another "
-                "optimizer, than the config; keep the keys of the model, distill.mode and "
-                "optimizer.table_name of that run"
+                f"train.warm_start={workdir} has other model sizes, or rows of another optimizer, "
+                "than the config; keep the model's keys, distill.mode and optimizer.table_name of "
+                "that run"
             ) from error
         started.append(dataclasses.replace(state, parameters=parameters))
     workdirs.write_start(folder, workdir, before.version, before.needs_scores)

@@ -41,7 +41,7 @@ from kd_ranker.batch import (
 from kd_ranker.distillation.modes import ToProbability
 from kd_ranker.embedding.lookup import EmbeddingSpec, Rows, gather_rows, rows_of_ids
 from kd_ranker.embedding.lookup import Tables as TrainedTables
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, short
 from kd_ranker.evaluation.funnel import value
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
 from kd_ranker.models.model import Model, Parameters, apply_part
@@ -460,7 +460,7 @@ def to_onnx(program: Program) -> bytes:
     # The converter of an operation may raise any exception.
     except Exception as error:
         raise UserError(
-            f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
+            f"the program {program.name!r} cannot be written as ONNX: {short(error)}; use only "
             "--formats=jax"
         ) from error
     finally:

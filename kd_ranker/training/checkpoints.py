@@ -150,12 +150,14 @@ def restore(
             if batches is not None:
                 batches.set_state(record["batches"])
             return restored, step
-        absl.logging.warning("%s cannot be restored: %s", place, reason)
+        absl.logging.warning(
+            "%s cannot be restored: %s; the checkpoint before it is tried", place, reason
+        )
     if steps:
         raise UserError(
             f"none of the checkpoints in {checkpoints.directory} can be restored ({reason}); "
-            f"let all processes see the same files, install the packages that {ENVIRONMENT_FILE} "
-            "names, or remove that folder to train from the start"
+            f"show all processes the same files, install the packages of {ENVIRONMENT_FILE}, or "
+            "remove that folder to train from the start"
         )
     return state, 0
 

@@ -49,7 +49,7 @@ def report_diverged(
         if name in findings:
             text += f": {findings[name]}; that step is in nan/step_{step}, for kd.debug.replay"
         else:
-            text += f"; that step could not be kept: {failure}"
+            text += f"; that step could not be kept ({failure}); try a smaller learning rate"
         if not name:
             raise UserError(f"the loss {text}")
         # The warning must not land in the middle of the bar.

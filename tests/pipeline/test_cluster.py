@@ -95,7 +95,7 @@ def test_calls_are_made_in_the_same_folder(ray, tmp_path):
     ("numbers", "resources", "fault", "calls"),
     [
         ((1, 4, -1), {}, "marks on the cluster: -1 is no number", 1),
-        ((1, 4, 99), {}, "marks: a task lost its machine more than 3 times; what was saved", 1),
+        ((1, 4, 99), {}, "marks: a task lost its machine more than ray.retries=3 times; start", 1),
         ((1,), {"gpus": 1}, "no machine of the cluster has ray.cpus=1 and ray.gpus=1; choo", 0),
     ],
 )  # fmt: skip

@@ -739,7 +739,9 @@ def test_the_plan_of_a_sweep_names_its_cohorts(world, tmp_path):
 
     assert not (tmp_path / "cohorts").exists()
     fault = fault_of(run_part, world, tmp_path, "2")
-    assert fault.endswith(f"the sweep in {tmp_path} has 2 cohorts, numbered from 0 to 1")
+    assert fault.endswith(
+        f"sweep.part=2 is no cohort of the sweep in {tmp_path}; choose a number from 0 to 1"
+    )
     fault = fault_of(run_part, world, tmp_path, "0", train__steps=5)
     assert "train.steps (4 there, 5 now)" in fault
 

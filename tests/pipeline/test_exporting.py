@@ -393,7 +393,7 @@ def test_the_request_in_the_readme_of_the_server_fits_an_export(exported):
 
 REFUSED = [
     ({"ranker": "nowhere"}, "no run at nowhere: it holds no config.json"),
-    ({"run": "aux"}, "only a sweep has 'aux'; leave --run out"),
+    ({"run": "aux"}, "and --run=aux is for a sweep; leave it out"),
     ({"serve": "best"}, "--serve='best' does not exist; choose one of: blend, teac"),
     ({"formats": ("tflite",)}, "--formats='tflite' does not exist; choose one of: jax, on"),
 ]
@@ -412,7 +412,7 @@ def test_a_folder_or_a_type_that_cannot_be_exported_is_one_line(trained, tmp_pat
     fault = fault_of(exporting.export_ranker, finished, out, ("jax", "onnx"))
     assert "compute_dtype='bfloat16': the converter to ONNX" in fault
     out.mkdir()
-    assert "out exists; name a folder that does not" in fault_of(api.export, trained, out)
+    assert "out exists; give a folder that does not" in fault_of(api.export, trained, out)
     shutil.copytree(trained, unfinished := tmp_path / "unfinished")
     (unfinished / manifest.FILE).unlink()
     fault = fault_of(api.export, unfinished, tmp_path / "other")

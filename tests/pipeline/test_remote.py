@@ -266,7 +266,7 @@ def test_after_its_lock_is_broken_a_process_uploads_nothing():
     fault = fault_of(in_workdir, lose)
     assert "its lock was broken, and is that of process 7 on far" in fault
     (folder,) = (copy / "run" for copy in copies())
-    assert f"{folder}: copy them there" in fault
+    assert f"copy them from {folder}, or start" in fault
     assert (folder / "a").exists()
     assert contents(URL) == {lock.FILE: FAR, "a": b"of the other"}
 
@@ -293,7 +293,7 @@ def test_failed_uploads_are_repeated_and_keep_the_copy(sends, caplog, times):
         line = fault_of(in_workdir, work)
         assert line.startswith(f"{URL} lacks the last results of this run (OSError: the store is d")
         (folder,) = (copy / "run" for copy in copies())
-        assert f"are in {folder}: copy them there" in line
+        assert f"; copy them from {folder}, or start the same command" in line
         assert {path.name for path in folder.iterdir()} == {"a", "b"}
         assert contents(URL) == {"a": b"a"}
     (warning,) = caplog.records

@@ -420,8 +420,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, columns, keys
     ("workdir", "run", "message"),
     [
         ("", "", "no run at"),
-        ("sweep", "x", "has no run 'x'; it has: none-seed0, none-seed1"),
-        ("student", "x", "leave --run out"),
+        ("sweep", "x", "has no run 'x'; name one of: none-seed0, none-seed1"),
+        ("student", "x", "and --run=x is for a sweep; leave it out"),
     ],
 )
 def test_a_ranker_that_there_is_not_is_one_line(world, tmp_path, workdir, run, message):

@@ -102,7 +102,7 @@ def test_a_search_resumes_within_a_round_and_grows(world, searched, tmp_path):
 
 def test_another_search_is_refused_in_its_workdir(world, searched):
     line = fault_of(search, config_of(world, sweep__draw_seed=1), searched)
-    assert "holds a search with other methods, ranges, sampler or draw_seed" in line
+    assert "holds a search with other methods, ranges, sweep.sampler or sweep.draw_seed" in line
 
 
 def test_optuna_that_is_not_installed_is_one_line_before_any_work(world, tmp_path, monkeypatch):

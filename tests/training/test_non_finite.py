@@ -269,8 +269,8 @@ def test_a_step_that_cannot_be_kept_ends_no_run(monkeypatch, tmp_path, caplog):
 
     assert report_diverged(program, after, tmp_path, before=()) == {"bad": STEP}
     assert (
-        "step 3; that step could not be kept: OSError: no space left. The others continue"
-        in caplog.text
+        "step 3; that step could not be kept (OSError: no space left); try a smaller learning "
+        "rate. The others continue" in caplog.text
     )
 
 
