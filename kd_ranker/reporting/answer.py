@@ -16,7 +16,6 @@ from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import Interval, repeats_to_see
 from kd_ranker.reporting.study import Pair, Study
 from kd_ranker.reporting.tables import bounds_text, number, percents
-from kd_ranker.sources.registry import SOURCES
 
 # The change for users that a live test is planned for.
 _EFFECT = 0.002
@@ -511,11 +510,8 @@ def _caveats(study: Study, saving: Interval) -> tuple[str, ...]:
     }[saving.covers]
     teachers = _counted(study.num_teachers, "teacher")
     orders = _counted(study.tested["data_seed"].nunique(), "order")
-    # A source that a config file registers is not known here.
-    source = SOURCES.get(study.config.data.name)
-    is_simulated = source is not None and source.simulated
     return (
-        *(["These data are simulated; no people took part."] if is_simulated else []),
+        *(["These data are simulated; no people took part."] if study.is_simulated else []),
         f"{study.rows['setting'].nunique()} settings of {len(study.chosen)} methods were compared "
         "on validation; the best of each method was then read on the test.",
         f"{covered}; the repeats have {teachers} and {orders} of the data.",

@@ -35,6 +35,7 @@ _COLORS = (
     *("#332288", "#999933", "#882255", "#44aa99"),
 )
 _INCUMBENT = "#b4b4b4"
+_TODAY = "today's early ranker"
 _LIST = "#8c6d31"
 _RULE = "#808080"
 _WIDTH = 403  # of a file, in pixels or points
@@ -174,11 +175,17 @@ def _axis(
 def _color(study: Study, data: pd.DataFrame, symbol: str, side: _Side = "top") -> alt.Color:
     """Return the colors of the lines by their methods; the incumbent is gray, a list is brown."""
     lines = data.drop_duplicates("line")
-    colors: dict[str | None, str] = dict(zip(study.chosen, itertools.cycle(_COLORS), strict=False))
-    colors[study.incumbent] = _INCUMBENT
+    colors = _colors(study)
     palette = [colors.get(method, _LIST) for method in lines["method"]]
     scale = alt.Scale(domain=lines["line"].tolist(), range=palette)
     return alt.Color("line:N", scale=scale, legend=alt.Legend(symbolType=symbol, orient=side))
+
+
+def _colors(study: Study) -> dict[str | None, str]:
+    """Return the colors of methods, and that of the incumbent."""
+    colors: dict[str | None, str] = dict(zip(study.chosen, itertools.cycle(_COLORS), strict=False))
+    colors[study.incumbent] = _INCUMBENT
+    return colors
 
 
 def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
@@ -188,20 +195,19 @@ def _rule(y: Callable[[str], Any], value: float) -> alt.Chart:
 
 
 class _Step(NamedTuple):
-    """A step of `_waterfall`; a bar of two steps has the color of the second."""
+    """A step of `_waterfall`."""
 
     name: str
     setting: str | None  # None if it is not measured
-    color: str
 
 
 def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
     """Draw a bar per step from today's ranker to the best with scores, with its number."""
     steps = [
-        _Step("today's early ranker", study.incumbent, _INCUMBENT),
-        _Step("mode none", study.plain, _COLORS[0]),
-        _Step("best without scores", study.baseline, _COLORS[5]),
-        _Step("best with scores", study.best_with_scores, _COLORS[1]),
+        _Step(_TODAY, study.incumbent),
+        _Step("mode none", study.plain),
+        _Step("best without scores", study.baseline),
+        _Step("best with scores", study.best_with_scores),
     ]
     # A ranker that is two steps at once has one bar, with both names.
     steps_by_setting: dict[str, list[_Step]] = {}
@@ -209,6 +215,8 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
         if step.setting is not None:
             steps_by_setting.setdefault(step.setting, []).append(step)
     lines = []
+    colors_by_method = _colors(study)
+    method_of = {setting: method for method, setting in study.chosen.items()}
     for setting, its_steps in steps_by_setting.items():
         passed = estimates.of(setting, CRITERION)
         lines.append(
@@ -218,7 +226,7 @@ def _waterfall(study: Study, estimates: Estimates) -> Figure | None:
                 "mean": passed.mean,
                 "low": passed.low,
                 "high": passed.high,
-                "color": its_steps[-1].color,
+                "color": colors_by_method.get(method_of.get(setting, setting), _LIST),
             }
         )
     columns = ["line", "setting", "mean", "low", "high", "color"]
@@ -318,7 +326,9 @@ def _plane(study: Study, estimates: Estimates) -> Figure | None:
         alt.Y, "change for users", {"domain": y_domain, "nice": False},
         format="+.2~%", labelExpr="datum.label === '+0%' ? '0%' : datum.label",
     )  # fmt: skip
-    origin = alt.Chart(alt.InlineData(values=[{"saving": 0, "users": 0, "text": "the baseline"}]))
+    origin = alt.Chart(
+        alt.InlineData(values=[{"saving": 0, "users": 0, "text": "best without scores"}])
+    )
     origin = origin.encode(x=x("saving"), y=y("users"), color=alt.value(_RULE))
     layers = [
         _rule(y, -margin),
@@ -372,7 +382,10 @@ def _over_k(study: Study, estimates: Estimates, curve: _Curve) -> Figure | None:
     students = data[data["method"].isin([*study.chosen])]
     if students.empty:
         return None
-    data["line"] = data["method"].map(lambda method: study.in_words.get(method, method))
+    words = {name: name for name in others} | study.in_words
+    if study.incumbent is not None:
+        words[study.incumbent] = _TODAY
+    data["line"] = data["method"].map(words)
     if curve.rule is not None:
         data["line"] += data["passed"].map(": {:.0f}".format)
     # Values start far below 99%: the window starts where the best of them is near it.

@@ -65,7 +65,7 @@ def savings_at_targets(study: Study, estimates: Estimates) -> str:
 
 
 def worse_measures(study: Study, estimates: Estimates) -> str:
-    """Say in which main measures the best with scores is surely worse than the best without."""
+    """Say in which main measures the best with scores is worse, by its whole interval."""
     with_scores = study.best_with_scores
     if with_scores is None or study.baseline is None:
         return ""
@@ -84,8 +84,17 @@ def worse_measures(study: Study, estimates: Estimates) -> str:
             ends = (number(end, digits, signed=True) for end in (change.low, change.high))
             worse.append(f"{title_of(measure)} ({' to '.join(ends)})")
     if not worse:
-        return "In no main measure is it surely worse than the best without."
-    return f"Against the best without, it is surely worse in {', '.join(worse)}."
+        return "In no main measure is the best with scores worse than the best without."
+    return (
+        f"The best with scores is worse than the best without in {', '.join(worse)}; brackets are "
+        "95% intervals of the difference."
+    )
+
+
+def failed_claims(claims: pd.DataFrame) -> str:
+    """Say which statements do not hold; `claims` has a row per claim."""
+    failed = claims.loc[claims["verdict"] == "does not hold", "statement"].unique()
+    return f"Claims that do not hold: {'; '.join(failed)}." if len(failed) else ""
 
 
 def saving_methods(data: pd.DataFrame, margin: float) -> str:
@@ -98,8 +107,8 @@ def saving_methods(data: pd.DataFrame, margin: float) -> str:
     saves = data["saving_low"] > 0
     keeps_users = data["users_low"] > -margin
     return (
-        f"Of {len(data)} methods besides the baseline, {saves.sum()} surely save, and of these "
-        f"{(saves & keeps_users).sum()} surely keep users within {100 * margin:g}%."
+        f"With 95% confidence, {saves.sum()} of {len(data)} methods save against the baseline, and "
+        f"{(saves & keeps_users).sum()} of these keep users within {100 * margin:g}%."
     )
 
 
@@ -111,7 +120,8 @@ def share_kept(study: Study, estimates: Estimates, measure: str) -> str:
         if setting is not None:
             value = estimates.of(setting, f"{measure}@{study.passed}").mean
             if np.isfinite(value):
-                parts.append(f"{value:.4f} with {name}")
+                text = f"{value:.1%}" if measure.endswith("value_captured") else f"{value:.4f}"
+                parts.append(f"{text} with {name}")
     return f"If {study.passed} pass, it is {' and '.join(parts)}." if parts else ""
 
 

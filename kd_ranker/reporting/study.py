@@ -20,6 +20,7 @@ from kd_ranker.evaluation.saving import PLAIN, by_repeat, of_split
 from kd_ranker.reporting.intervals import Interval, interval
 from kd_ranker.reporting.words import method_in_words
 from kd_ranker.sources.logs.data_report import read_data_report, requests_a_day
+from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import workdir as workdirs
 
 
@@ -100,6 +101,12 @@ class Study(NamedTuple):
     def file_name(self) -> str:
         """Its name in the names of files, and of places in the page."""
         return re.sub(r"[^\w.-]", "_", self.dataset)
+
+    @property
+    def is_simulated(self) -> bool:
+        """True if no people took part, as far as is known: a config file may register a source."""
+        source = SOURCES.get(self.config.data.name)
+        return source is not None and source.simulated
 
     @property
     def knows_truth(self) -> bool:

@@ -4,6 +4,7 @@ With m shown, the final ranker has no choice among the first m of an early ranke
 `value_captured@m` is the value of these: no measure of its own is needed.
 """
 
+import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation.metrics.registry import metric_of, title_of
@@ -11,7 +12,7 @@ from kd_ranker.evaluation.saving import of_split
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import Interval
 from kd_ranker.reporting.study import Study
-from kd_ranker.reporting.tables import Table, mean_text, percents
+from kd_ranker.reporting.tables import Table, mean_text, number, percents
 
 
 def timeout_value(study: Study) -> str:
@@ -56,10 +57,17 @@ def timeout_sentence(study: Study, estimates: Estimates) -> str:
     if estimates.are_partly_scored:
         condition += ", and unscored candidates are worthless"
     shown = study.config.funnel.shown
-    return (
+    sentence = (
         f"{condition}, users get the early ranker's own top {shown}. Its share of the final value: "
         f"{', '.join(shares)}."
     )
+    if study.best_with_scores is None or study.baseline is None:
+        return sentence
+    gap = estimates.gap(study.best_with_scores, study.baseline, timeout_value(study)).scaled(100)
+    if not np.isfinite(gap.low):
+        return sentence
+    low, high = (number(end, 1, signed=True) for end in (gap.low, gap.high))
+    return f"{sentence} The scores change it by {low} to {high} points."
 
 
 def _share_text(share: Interval, with_interval: bool) -> str:

@@ -121,6 +121,7 @@ def _write_study(
         doubts=(
             findings.savings_at_targets(study, estimates),
             findings.worse_measures(study, estimates),
+            findings.failed_claims(tested_claims),
         ),
         timeout=timeout_sentence(study, estimates),
         summary=summary(study, estimates),

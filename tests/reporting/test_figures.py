@@ -113,7 +113,7 @@ def test_curves_show_the_chosen_settings_and_the_incumbent(drawn, roots, estimat
     for line in data.drop_duplicates("method").to_dict("records"):
         passed = estimates.of(line["setting"], "passed_for_99").mean
         number = f": {passed:.0f}" if measure == "value_captured" else ""
-        words = estimates.study.in_words.get(line["method"], "incumbent")
+        words = estimates.study.in_words.get(line["method"], "today's early ranker")
         legend.append(f"{words}{number}")
     assert [text for text in texts_of(roots[measure]) if text in legend] == legend
 
@@ -176,15 +176,21 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(drawn, roots, est
     assert {f"{mean:.0f}" for mean in data["mean"]} <= drawn_texts
 
 
-def test_steps_of_the_waterfall_have_colors_of_their_own(drawn):
+def test_a_ranker_has_the_same_color_in_the_waterfall_and_in_the_plane(drawn, estimates):
     colors = drawn["waterfall"].chart.to_dict()["layer"][0]["encoding"]["color"]["scale"]
     steps = dict(zip(colors["domain"], colors["range"], strict=True))
-    # A bar of two steps has the color of the second, and the last that of students with scores.
+    methods = list(estimates.study.chosen)
+    best = drawn["waterfall"].data.set_index("line").loc["best with scores", "setting"]
+    (method_of_best,) = [name for name, it in estimates.study.chosen.items() if it == best]
     assert steps == {
         "today's early ranker": figures._INCUMBENT,
-        "mode none, best without scores": figures._COLORS[5],
-        "best with scores": figures._COLORS[1],
+        "mode none, best without scores": figures._COLORS[methods.index("none")],
+        "best with scores": figures._COLORS[methods.index(method_of_best)],
     }
+    plane = drawn["plane"].chart.to_dict()["layer"][-1]["encoding"]["color"]["scale"]
+    colors_of_plane = dict(zip(plane["domain"], plane["range"], strict=True))
+    words = estimates.study.in_words[method_of_best]
+    assert colors_of_plane[words] == steps["best with scores"]
 
 
 @pytest.mark.parametrize("name", ["plane", *CURVES, "pareto"])

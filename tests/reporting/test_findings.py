@@ -13,8 +13,8 @@ def test_only_whole_intervals_count_as_saving_and_as_keeping_users():
         {"saving_low": [0.1, 0.2, -0.1, np.nan], "users_low": [-0.001, -0.003, 0.0, 0.0]}
     )
     assert findings.saving_methods(data, margin=0.002) == (
-        "Of 4 methods besides the baseline, 2 surely save, and of these 1 surely keep users within "
-        "0.2%."
+        "With 95% confidence, 2 of 4 methods save against the baseline, and 1 of these keep users "
+        "within 0.2%."
     )
 
 
@@ -67,7 +67,7 @@ def test_curves_say_what_is_kept_at_the_size_of_the_funnel(estimates):
     kept = study.tested.groupby("setting")[column].mean()[study.best_with_scores]
     sentence = findings.share_kept(study, estimates, "value_captured")
     assert sentence.startswith(
-        f"If {study.passed} pass, it is {kept:.4f} with the best with scores"
+        f"If {study.passed} pass, it is {kept:.1%} with the best with scores"
     )
     assert findings.share_kept(study, estimates, "unknown") == ""
 
@@ -97,3 +97,14 @@ def test_a_measure_is_worse_if_its_whole_interval_is(estimates):
         baselines=study.baselines | {"funnel_cost_saving": study.best_with_scores}
     )
     assert findings.worse_measures(swapped, Estimates(swapped)) != sentence
+
+
+def test_a_statement_that_fails_by_several_measures_is_named_once():
+    claims = pd.DataFrame(
+        {
+            "statement": ["a", "a", "b", "c"],
+            "verdict": ["does not hold", "does not hold", "holds", "does not hold"],
+        }
+    )
+    assert findings.failed_claims(claims) == "Claims that do not hold: a; c."
+    assert findings.failed_claims(claims[claims["verdict"] == "holds"]) == ""
