@@ -175,7 +175,8 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
     job = _job_of_shapes(name, config, sample, devices)
     program = training.prepare_program(job, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     packed, _ = program.batches.take(1)
-    span = Span(jnp.int32(0), jnp.int32(0))
+    zero: Any = jnp.int32(0)  # an array, as within a compiled program
+    span = Span(zero, zero)
     take: Any = program.take  # as JAX has made it, which can be lowered
     states = program.devices.place(abstract_states(program.filled))
     batches, same = jax.eval_shape(lambda: (packed, (span, program.hyperparameters)))
