@@ -27,15 +27,30 @@ def fewer_candidates(study: Study, estimates: Estimates) -> str:
                 parts.append(f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} than {name}")
     if not parts:
         return ""
-    sentence = f"The best with scores needs {' and '.join(parts)}."
-    if study.incumbent is not None:
-        kept = estimates.of(study.incumbent, f"value_captured@{study.passed}").mean
-        if np.isfinite(kept):
-            sentence += (
-                f" The {study.passed} that pass today (dashed) keep {100 * kept:.0f}% of the final "
-                "value with today's early ranker."
-            )
-    return sentence
+    sentences = [
+        f"The best with scores needs {' and '.join(parts)}.",
+        _kept_today(study, estimates),
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _kept_today(study: Study, estimates: Estimates) -> str:
+    """Say what the funnel keeps today, and with how many the best with scores keeps as much."""
+    if study.incumbent is None or study.best_with_scores is None:
+        return ""
+    kept = estimates.of(study.incumbent, f"value_captured@{study.passed}").mean
+    if not np.isfinite(kept):
+        return ""
+    sentence = (
+        f"Today's early ranker keeps {kept:.0%} of the final value with the {study.passed} that "
+        "pass (dashed)"
+    )
+    curve = estimates.curve(study.best_with_scores, "value_captured")
+    enough = curve.loc[curve["mean"] >= kept, "k"]
+    if enough.empty:
+        return f"{sentence}."
+    # Or somewhat fewer: not all k of the curve were kept.
+    return f"{sentence}; the best with scores keeps as much with {enough.min()}."
 
 
 def savings_at_targets(study: Study, estimates: Estimates) -> str:
@@ -107,8 +122,8 @@ def saving_methods(data: pd.DataFrame, margin: float) -> str:
     saves = data["saving_low"] > 0
     keeps_users = data["users_low"] > -margin
     return (
-        f"With 95% confidence, {saves.sum()} of {len(data)} methods save against the baseline, and "
-        f"{(saves & keeps_users).sum()} of these keep users within {100 * margin:g}%."
+        f"With 95% confidence, {saves.sum()} of {len(data)} methods save against the best without, "
+        f"and {(saves & keeps_users).sum()} save and keep users within {100 * margin:g}%."
     )
 
 
@@ -128,9 +143,9 @@ def share_kept(study: Study, estimates: Estimates, measure: str) -> str:
 def best_of_losses(data: pd.DataFrame) -> str:
     """Say which method predicts users best, and which follows the teacher best.
 
-    `data` has a row per setting: its `method`, `user_bce` and `teacher_bce`.
+    `data` has a row per setting: its `line` in the figure, `user_bce` and `teacher_bce`.
     """
-    methods = data["method"].to_numpy()
+    methods = data["line"].to_numpy()
     users = methods[data["user_bce"].to_numpy().argmin()]
     teacher = methods[data["teacher_bce"].to_numpy().argmin()]
     if users == teacher:

@@ -13,14 +13,14 @@ def test_only_whole_intervals_count_as_saving_and_as_keeping_users():
         {"saving_low": [0.1, 0.2, -0.1, np.nan], "users_low": [-0.001, -0.003, 0.0, 0.0]}
     )
     assert findings.saving_methods(data, margin=0.002) == (
-        "With 95% confidence, 2 of 4 methods save against the baseline, and 1 of these keep users "
-        "within 0.2%."
+        "With 95% confidence, 2 of 4 methods save against the best without, and 1 save and keep "
+        "users within 0.2%."
     )
 
 
 def test_the_best_of_two_losses_may_be_one_method_or_two():
     data = pd.DataFrame(
-        {"method": ["a", "b"], "user_bce": [0.2, 0.3], "teacher_bce": [0.5, 0.4]}, index=[7, 7]
+        {"line": ["a", "b"], "user_bce": [0.2, 0.3], "teacher_bce": [0.5, 0.4]}, index=[7, 7]
     )
     assert (
         findings.best_of_losses(data)
@@ -108,3 +108,14 @@ def test_a_statement_that_fails_by_several_measures_is_named_once():
     )
     assert findings.failed_claims(claims) == "Claims that do not hold: a; c."
     assert findings.failed_claims(claims[claims["verdict"] == "holds"]) == ""
+
+
+def test_the_waterfall_says_what_passes_today_and_what_keeps_as_much(estimates):
+    study = estimates.study
+    sentence = findings.fewer_candidates(study, estimates)
+    kept = estimates.of("incumbent", "value_captured@200").mean
+    assert f"keeps {kept:.0%} of the final value with the 200 that pass" in sentence
+    number = int(sentence.removesuffix(".").split()[-1])
+    curve = estimates.curve(study.best_with_scores, "value_captured").set_index("k")["mean"]
+    assert curve[number] >= kept
+    assert (curve[curve.index < number] < kept).all()
