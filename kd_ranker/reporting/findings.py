@@ -36,7 +36,8 @@ def fewer_candidates(study: Study, estimates: Estimates) -> str:
 
 def _kept_today(study: Study, estimates: Estimates) -> str:
     """Say what the funnel keeps today, and with how many the best with scores keeps as much."""
-    if study.incumbent is None or study.best_with_scores is None:
+    # Where only what passed has a score, today's ranker keeps all of the value that is known.
+    if estimates.are_partly_scored or study.incumbent is None or study.best_with_scores is None:
         return ""
     kept = estimates.of(study.incumbent, f"value_captured@{study.passed}").mean
     if not np.isfinite(kept):
@@ -54,8 +55,11 @@ def _kept_today(study: Study, estimates: Estimates) -> str:
 
 
 def savings_at_targets(study: Study, estimates: Estimates) -> str:
-    """Say what the scores save if another share of the final value must be kept."""
-    if study.best_with_scores is None or study.baseline is None:
+    """Say what the scores save if another share of the final value must be kept.
+
+    "" where the final ranker scored only a part: the counts have bounds, and savings none.
+    """
+    if estimates.are_partly_scored or study.best_with_scores is None or study.baseline is None:
         return ""
     shown: list[str] = []
     others: list[str] = []

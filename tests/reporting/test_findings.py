@@ -6,6 +6,8 @@ import pandas as pd
 from kd_ranker.evaluation.metrics.registry import title_of
 from kd_ranker.reporting import findings
 from kd_ranker.reporting.estimates import Estimates
+from tests.reporting import sweeps
+from tests.reporting.test_answer import partly_scored
 
 
 def test_only_whole_intervals_count_as_saving_and_as_keeping_users():
@@ -119,3 +121,12 @@ def test_the_waterfall_says_what_passes_today_and_what_keeps_as_much(estimates):
     curve = estimates.curve(study.best_with_scores, "value_captured").set_index("k")["mean"]
     assert curve[number] >= kept
     assert (curve[curve.index < number] < kept).all()
+
+
+def test_a_log_with_some_scores_says_nothing_of_today_and_of_other_targets(tmp_path):
+    rows = [row | {"value_captured@30": 1.0} for row in partly_scored(passed_auc=0.6)]
+    study = sweeps.study_of(tmp_path, rows)
+    estimates = Estimates(study)
+    assert estimates.are_partly_scored
+    assert "keeps" not in findings.fewer_candidates(study, estimates)
+    assert findings.savings_at_targets(study, estimates) == ""
