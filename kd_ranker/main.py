@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from kd_ranker.errors import UserError
 from kd_ranker.progress import Progress, show_on_stderr
-from kd_ranker.terminal import print_plainly
+from kd_ranker.terminal import replace_unprintable
 from kd_ranker.training import interruption
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(name: str = "") -> None:
     """Run the command `name`, or the first argument of the process; exit with 2 on bad input."""
     # Until there is something to clean up, a signal ends the process at once.
     interruption.end_on_signal()
-    print_plainly(sys.stdout, sys.stderr)
+    replace_unprintable(sys.stdout, sys.stderr)
     arguments = sys.argv[1:]
     if not name:
         name = arguments[0] if arguments else "--help"

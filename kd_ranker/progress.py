@@ -32,12 +32,9 @@ def show_on_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def counted(
-    parts: Iterable[T], name: str, total: int | None = None, unit: str = "step"
-) -> Iterator[T]:
-    """Yield parts, and count those that are done as steps; the total is their number, if known."""
-    if total is None and isinstance(parts, Sized):
-        total = len(parts)
+def counted(parts: Iterable[T], name: str, unit: str = "step") -> Iterator[T]:
+    """Yield parts, and count those that are done in a bar or in lines; `unit` is what one is."""
+    total = len(parts) if isinstance(parts, Sized) else None
     with Progress(show_on_stderr).bar(name, total, unit, leave=False) as bar:
         for part in parts:
             yield part
@@ -134,9 +131,9 @@ class Bar:
         now = self.progress.clock()
         if self._has_lines and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.progress.show(f"{self._name}: {self._line(now)}")
+            self.progress.show(f"{self._name}: {self._done_and_left(now)}")
 
-    def _line(self, now: float) -> str:
+    def _done_and_left(self, now: float) -> str:
         if self._total is None:
             return f"{self._done:,} {self._unit}s"
         per_step = (now - self._begin) / max(self._done - self._first, 1)

@@ -34,15 +34,16 @@ def with_bold_verdict(answer: str) -> str:
     return answer[:start] + colored(first[1], attrs=["bold"]) + answer[end:]
 
 
-def print_plainly(*streams: TextIO) -> None:
-    """Let streams write what their encoding lacks, such as ±, in its own letters."""
-    codecs.register_error("plainly", _plainly)
+def replace_unprintable(*streams: TextIO) -> None:
+    """Let streams write a character that their encoding lacks, such as ±, in ASCII."""
+    codecs.register_error("in_ascii", _in_ascii)
     for stream in streams:
+        # A notebook or a test may have put another stream there, which takes every character.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plainly")
+            stream.reconfigure(errors="in_ascii")
 
 
-def _plainly(error: UnicodeError) -> tuple[str, int]:
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_ASCII)

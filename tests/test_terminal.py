@@ -5,7 +5,7 @@ import io
 import pytest
 import termcolor
 
-from kd_ranker.terminal import print_plainly, with_bold_verdict
+from kd_ranker.terminal import replace_unprintable, with_bold_verdict
 
 ANSWER = (
     "my log: The scores save 2.5% of the\ncompute (95% interval 1.5 to 3%). For 99% of it, 3 pass."
@@ -49,7 +49,7 @@ def test_a_text_without_a_sentence_stays():
 )
 def test_what_an_encoding_lacks_is_written_in_its_letters(encoding, expected):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_plainly(stream)
+    replace_unprintable(stream)
     stream.write("6 ± 2, −0.5, “a”, 点")
     stream.flush()
     assert stream.buffer.getvalue().decode(encoding) == expected
