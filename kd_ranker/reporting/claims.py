@@ -85,7 +85,7 @@ def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
 def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it."""
     statement = (
-        "Without distillation the student predicts users nearly as well as the teacher, and not "
+        "Without distillation the student predicts users nearly as well as the teacher, but not "
         "the teacher (alignment ratio below 1/4)"
     )
     plain = study.plain or ""

@@ -46,12 +46,12 @@ def _kept_today(study: Study, estimates: Estimates) -> str:
         f"Today's early ranker keeps {kept:.0%} of the final value with the {study.passed} that "
         "pass (dashed)"
     )
+    # Not every k of the curve is kept, so somewhat fewer may be enough.
     curve = estimates.curve(study.best_with_scores, "value_captured")
     enough = curve.loc[curve["mean"] >= kept, "k"]
     if enough.empty:
         return f"{sentence}."
-    # Or somewhat fewer: not all k of the curve were kept.
-    return f"{sentence}; the best with scores keeps as much with {enough.min()}."
+    return f"{sentence}; the best with scores needs {enough.min()} for that."
 
 
 def savings_at_targets(study: Study, estimates: Estimates) -> str:
@@ -68,7 +68,7 @@ def savings_at_targets(study: Study, estimates: Estimates) -> str:
         mean, low, high = percents(saved)
         if not low or target == TARGET:
             continue
-        text = f"{mean}% ({low} to {high}) at {100 * target:g}%"
+        text = f"{100 * target:g}%: {mean}% ({low} to {high})"
         if saved.low > 0:
             shown.append(text)
         else:
@@ -79,7 +79,7 @@ def savings_at_targets(study: Study, estimates: Estimates) -> str:
             f"The scores also save at other shares of the final value: {', '.join(shown)}."
         )
     if others:
-        sentences.append(f"They are not shown to save at these shares: {', '.join(others)}.")
+        sentences.append(f"The scores are not shown to save at {', '.join(others)}.")
     return " ".join(sentences)
 
 
@@ -88,6 +88,7 @@ def worse_measures(study: Study, estimates: Estimates) -> str:
     with_scores = study.best_with_scores
     if with_scores is None or study.baseline is None:
         return ""
+    num_compared = 0
     worse = []
     for measure in important_columns(study):
         metric = metric_of(measure)
@@ -97,13 +98,22 @@ def worse_measures(study: Study, estimates: Estimates) -> str:
         if measure in (*SAVINGS, "cost_ratio"):
             continue
         change = estimates.gap(with_scores, study.baseline, measure)
+        if np.isnan(change.low):
+            continue
+        num_compared += 1
         gain = change if metric.better == "higher" else change.scaled(-1)
         if gain.high < 0:
             digits = digits_of(measure)
-            ends = (number(end, digits, signed=True) for end in (change.low, change.high))
-            worse.append(f"{title_of(measure)} ({' to '.join(ends)})")
+            low = number(change.low, digits, signed=True)
+            high = number(change.high, digits, signed=True)
+            worse.append(f"{title_of(measure)} ({low} to {high})")
+    if not num_compared:
+        return ""
     if not worse:
-        return "In no main measure is the best with scores worse than the best without."
+        return (
+            f"In none of {num_compared} main measures is the best with scores shown to be worse "
+            "than the best without."
+        )
     return (
         f"The best with scores is worse than the best without in {', '.join(worse)}; brackets are "
         "95% intervals of the difference."
@@ -111,13 +121,15 @@ def worse_measures(study: Study, estimates: Estimates) -> str:
 
 
 def failed_claims(claims: pd.DataFrame) -> str:
-    """Say which statements do not hold; `claims` has a row per claim."""
+    """Say which statements do not hold; `claims` has a row per statement and measure."""
     failed = claims.loc[claims["verdict"] == "does not hold", "statement"].unique()
-    return f"Claims that do not hold: {'; '.join(failed)}." if len(failed) else ""
+    if not len(failed):
+        return ""
+    return f"Claims that do not hold, by one measure or more: {'; '.join(failed)}."
 
 
 def saving_methods(data: pd.DataFrame, margin: float) -> str:
-    """Say how many methods save, and how many of these keep users, by their whole intervals.
+    """Say how many methods save, and how many save and keep users, by their whole intervals.
 
     Args:
       data: a row per method, with the lower ends `saving_low` and `users_low`.

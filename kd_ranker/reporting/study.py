@@ -163,7 +163,7 @@ class Study(NamedTuple):
                 self._cheapest(self._students(needs_scores=True)),
                 self._cheapest(self._students(needs_scores=False)),
             ),
-            "trees": (
+            "tree rankers": (
                 self._cheapest(self._trees(needs_scores=True)),
                 self._cheapest(self._trees(needs_scores=False)),
             ),
