@@ -148,14 +148,15 @@ def gather_rows_of_runs(
     gathered = {}
     for name, lookup in spec.lookups.items():
         row = row_numbers(spec, lookup, batch, items)
-        flat = _gather_of_runs(spec, tables[lookup.table], row.reshape(-1))
+        flat = gather_from_runs(spec, tables[lookup.table], row.reshape(-1))
         gathered[name] = flat.reshape(-1, *row.shape, spec.width)
     return gathered
 
 
-def _gather_of_runs(
+def gather_from_runs(
     spec: EmbeddingSpec, tables: Float[Array, "runs rows W"], row: Int[Array, "M"]
 ) -> Float[Array, "runs M D"]:
+    """Return the embeddings in these rows of each run's table."""
     runs, length, columns = tables.shape
 
     # One long table: on TPUs, a `vmap` over tables would need another layout.

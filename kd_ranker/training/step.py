@@ -14,8 +14,8 @@ A step says of each run:
     update_norm/<part>         that of their change by the update
     rows_touched/<table>       the share of a table's rows that have a gradient
 
-Norms and shares cost time, so only the last step of a call of many computes them. For a run that
-keeps its state, those of the update and of the embedding rows are 0.
+Norms and shares cost time, so a call of many steps computes only those of the last, after it. For a
+run that keeps its state, those of the update and of the embedding rows are 0.
 
 A cohort is a sequence of stacks. A stack is one or more runs that differ only in hyperparameters
 (`state`). One step reads one batch, scores it once with the live teacher, and updates every run of
@@ -24,7 +24,6 @@ once for all their values.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ from kd_ranker.distillation.terms import Term
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
     Rows,
+    gather_from_runs,
     gather_rows_of_runs,
     ids_of_table,
     is_known,
@@ -66,52 +66,84 @@ Dense = tuple[Any, Transform]
 StepMetrics = dict[str, Float[Array, "runs"]]
 """What a step says of the runs of a stack, see above."""
 Stepped = tuple[States, tuple[StepMetrics, ...]]
-Step = Callable[
-    [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Constants], Stepped
-]
+"""The states after one or more steps, and what the last of them says of each stack."""
+
+
+class Change(NamedTuple):
+    """What a step changes, to be measured; arrays without a comment have a leading axis of runs."""
+
+    gradients: Dense
+    moves: Dense  # what the update adds to the dense parameters and the transform
+    rows: Rows  # before the update, of the requests of this device
+    row_gradients: Rows
+    row_numbers: dict[str, Int[Array, "M"]]  # by table: its lookups, `rows` of it for padding
+    may_change: Bool[Array, "runs"]
+
+
+class Taken(NamedTuple):
+    """What a step makes of a stack."""
+
+    state: TrainState
+    losses: StepMetrics
+    change: Change
+
+
+class Step(NamedTuple):
+    """A train step of a cohort, in two functions that one device runs under a mapped axis `AXIS`.
+
+    Attributes:
+      take: (states, batch, hyperparameters, constants) -> a `Taken` per stack. The batch holds this
+        device's requests; states and hyperparameters are one per stack.
+      measure: a `Taken` per stack -> its norms and shares. They are equal on all devices.
+    """
+
+    take: Callable[
+        [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Constants],
+        tuple[Taken, ...],
+    ]
+    measure: Callable[[Sequence[Taken]], tuple[StepMetrics, ...]]
 
 
 def make_step(
     train_specs: Sequence[TrainSpec], teacher: LiveTeacher | None = None, devices_of_runs: int = 1
 ) -> Step:
-    """Build the function that one device runs under a mapped axis named `AXIS`.
+    """Build the step of a cohort.
 
-    The batch holds this device's requests. Devices that share the requests of a batch have the same
-    states before and after, except that each may hold its own rows of the tables. Losses are
-    weighted means over the valid entries, pairs or requests of all devices, and then over tasks.
-    Each device divides its numerators by the denominators of all, and the quotients are summed, so
-    the same global batch gives the same update on any number of devices. Devices along the axis of
-    runs train other runs on the same requests, independently.
+    Devices that share the requests of a batch have the same states before and after, except that
+    each may hold its own rows of the tables. Losses are weighted means over the valid entries,
+    pairs or requests of all devices, and then over tasks. Each device divides its numerators by the
+    denominators of all, and the quotients are summed, so the same global batch gives the same
+    update on any number of devices. Devices along the axis of runs train other runs on the same
+    requests, independently.
 
     Args:
       train_specs: one per stack; all of them learn from the same batches.
       teacher: the live teacher; None where probabilities come with the batch.
       devices_of_runs: the number of devices along the axis of runs, which hold the same requests.
         They share the teacher's pass and exchange only its logits.
-
-    Returns:
-      step(states, batch, hyperparameters, constants, measures=True) -> (states, metrics). States,
-      hyperparameters and metrics are one per stack. Metrics are equal on all devices along `AXIS`.
-      Without `measures`, norms and shares are 0.
     """
 
-    def step(
+    def take(
         states: Sequence[TrainState],
         batch: CandidateBatch,
         hyperparameters: Sequence[Hyperparameters],
         constants: Constants,
-        measures: bool | Bool[Array, ""] = True,
-    ) -> Stepped:
+    ) -> tuple[Taken, ...]:
         batch = with_live_teacher(teacher, batch, constants, devices_of_runs)
-        trained = [
-            _train_stack(train_spec, state, batch, own_hyperparameters, constants.items, measures)
+        return tuple(
+            _train_stack(train_spec, state, batch, own_hyperparameters, constants.items)
             for train_spec, state, own_hyperparameters in zip(
                 train_specs, states, hyperparameters, strict=True
             )
-        ]
-        return tuple(state for state, _ in trained), tuple(metrics for _, metrics in trained)
+        )
 
-    return step
+    def measure(taken: Sequence[Taken]) -> tuple[StepMetrics, ...]:
+        return tuple(
+            _measure(train_spec.model.embedding, of_stack)
+            for train_spec, of_stack in zip(train_specs, taken, strict=True)
+        )
+
+    return Step(take, measure)
 
 
 def with_live_teacher(
@@ -170,8 +202,7 @@ def _train_stack(
     batch: CandidateBatch,
     hyperparameters: Hyperparameters,
     items: Items,
-    measures: bool | Bool[Array, ""],
-) -> tuple[TrainState, StepMetrics]:
+) -> Taken:
     """Take one step of all runs of a stack.
 
     A run keeps its state if its loss, or the gradient of its dense parameters, is not finite.
@@ -240,21 +271,23 @@ def _train_stack(
         unknown_ids={name: table.unknown_ids for name, table in new_tables.items()},
         owners={name: table.owner for name, table in new_tables.items()},
     )
-    changes = _Changes(
+    row_numbers = {}
+    for name, table in embedding.tables.items():
+        ids, mask = ids_of_table(embedding, batch, items, name)
+        row_numbers[name] = jnp.where(mask, rows_of_ids(table, ids), table.rows)
+    change = Change(
         gradients=trained.gradients,
-        before=(state.parameters.dense, state.transform),
-        after=(trained.dense, trained.transform),
+        moves=jax.tree.map(
+            jnp.subtract,
+            (trained.dense, trained.transform),
+            (state.parameters.dense, state.transform),
+        ),
+        rows=rows,
         row_gradients=trained.rows.gradients,
-        rows_before=rows,
-        tables=after.parameters.tables,
+        row_numbers=row_numbers,
         may_change=trained.rows.may_change,
     )
-    measure = functools.partial(_measure, train_spec, batch, items)
-    if measures is True:
-        return after, trained.losses | measure(changes)
-    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, changes))
-    measured = jax.lax.cond(measures, measure, lambda _: nothing, changes)
-    return after, trained.losses | measured
+    return Taken(after, trained.losses, change)
 
 
 def with_targets(
@@ -492,42 +525,30 @@ def _update_table(
     return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown)
 
 
-class _Changes(NamedTuple):
-    """What the update of a stack changes; leaves have a leading axis of runs."""
-
-    gradients: Dense
-    before: Dense
-    after: Dense
-    row_gradients: Rows  # of the requests of this device
-    rows_before: Rows
-    tables: dict[str, Float[Array, "runs rows W"]]  # after the update
-    may_change: Bool[Array, "runs"]
-
-
-def _measure(
-    train_spec: TrainSpec, batch: CandidateBatch, items: Items, changes: _Changes
-) -> StepMetrics:
+def _measure(embedding: EmbeddingSpec, taken: Taken) -> StepMetrics:
     """Return the norms of gradients and updates, and the share of each table with a gradient."""
-    embedding = train_spec.model.embedding
-    moves = jax.tree.map(jnp.subtract, changes.after, changes.before)
+    state, _, change = taken
     metrics: StepMetrics = {}
-    for name, (dense, transform) in (("gradient_norm", changes.gradients), ("update_norm", moves)):
+    for name, (dense, transform) in (
+        ("gradient_norm", change.gradients),
+        ("update_norm", change.moves),
+    ):
         metrics[f"{name}/dense"] = jax.vmap(norm_of)(dense)
         if transform:
             metrics[f"{name}/transform"] = jax.vmap(norm_of)(transform)
-    rows_after = gather_rows_of_runs(embedding, changes.tables, batch, items)
-    moves_of_rows = jax.tree.map(jnp.subtract, rows_after, changes.rows_before)
-    squared_gradients = jnp.zeros(changes.may_change.shape)
-    squared_moves = jnp.zeros(changes.may_change.shape)
+    squared_gradients = jnp.zeros(change.may_change.shape)
+    squared_moves = jnp.zeros(change.may_change.shape)
     for name, table in embedding.tables.items():
-        ids, mask = ids_of_table(embedding, batch, items, name)
-        own_row = jnp.where(mask, rows_of_ids(table, ids), table.size + 1)  # padding behind all
-        own_gradients = rows_of_table(embedding, changes.row_gradients, name).swapaxes(0, 1)
-        own_moves = rows_of_table(embedding, moves_of_rows, name).swapaxes(0, 1)
-        row, row_gradients, row_moves = join_over_devices(
-            (own_row, own_gradients, own_moves), axis=0
+        own_row = change.row_numbers[name]
+        before = rows_of_table(embedding, change.rows, name)
+        after = gather_from_runs(
+            embedding, state.parameters.tables[name], jnp.minimum(own_row, table.rows - 1)
         )
-        touched = _touched_rows(row, row_gradients, row_moves, changes.may_change)
+        own_gradients = rows_of_table(embedding, change.row_gradients, name)
+        row, row_gradients, row_moves = join_over_devices(
+            (own_row, own_gradients.swapaxes(0, 1), (after - before).swapaxes(0, 1)), axis=0
+        )
+        touched = _touched_rows(row, row_gradients, row_moves, change.may_change)
         squared_gradients += touched.squared_gradients
         squared_moves += touched.squared_moves
         metrics[f"rows_touched/{name}"] = touched.number / (table.size + 1)
@@ -578,8 +599,22 @@ def norm_of(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(jnp.sum(jnp.square(numbers)))
 
 
+def one_step(step: Step) -> Callable[..., Stepped]:
+    """Build the function that takes a step: (states, batch, hyperparameters, constants)."""
+
+    def take(
+        states: Sequence[TrainState],
+        batch: CandidateBatch,
+        hyperparameters: Sequence[Hyperparameters],
+        constants: Constants,
+    ) -> Stepped:
+        return _stepped(step, step.take(states, batch, hyperparameters, constants))
+
+    return take
+
+
 def many_steps(step: Step) -> Callable[..., Stepped]:
-    """Build the function that takes a step of `make_step` on each of a range of batches.
+    """Build the function that takes a step on each of a range of batches.
 
     A step is many small operations. In one program they run without the host in between, and one
     program serves any number of steps.
@@ -589,7 +624,7 @@ def many_steps(step: Step) -> Callable[..., Stepped]:
       the last of the steps `span` (a `Span`, at least one step). They have the same bits as with
       one call per step.
     """
-    traced_once = jax.jit(step)
+    take_once = jax.jit(step.take)  # traced once for its shapes and for the loop
 
     def steps(
         states: Sequence[TrainState],
@@ -599,14 +634,24 @@ def many_steps(step: Step) -> Callable[..., Stepped]:
     ) -> Stepped:
         span, hyperparameters = span_and_hyperparameters
 
-        def take(index: Any, before: Stepped) -> Stepped:
-            states, _ = before
+        def take(index: Any, before: tuple[Taken, ...]) -> tuple[Taken, ...]:
             batch = unpack(batches, index)
-            is_last = index == span.stop - 1
-            return traced_once(states, batch, hyperparameters, constants, is_last)
+            return take_once([taken.state for taken in before], batch, hyperparameters, constants)
 
-        _, shapes = jax.eval_shape(take, span.start, (tuple(states), ()))
-        no_metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        return jax.lax.fori_loop(*span, take, (tuple(states), no_metrics))
+        abstract = jax.eval_shape(
+            lambda: take_once(states, unpack(batches, span.start), hyperparameters, constants)
+        )
+        # The first step needs states only; it replaces these losses and changes.
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+        first = tuple(
+            of_stack._replace(state=state) for of_stack, state in zip(nothing, states, strict=True)
+        )
+        return _stepped(step, jax.lax.fori_loop(*span, take, first))
 
     return steps
+
+
+def _stepped(step: Step, taken: Sequence[Taken]) -> Stepped:
+    measured = step.measure(taken)
+    metrics = [of_stack.losses | norms for of_stack, norms in zip(taken, measured, strict=True)]
+    return tuple(of_stack.state for of_stack in taken), tuple(metrics)

@@ -16,7 +16,7 @@ from kd_ranker.training import specs
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.program import initial_states, make_program, take_steps
 from kd_ranker.training.state import Constants, LiveTeacher
-from kd_ranker.training.step import make_step
+from kd_ranker.training.step import make_step, one_step
 
 
 class Program:
@@ -43,7 +43,7 @@ class Program:
         no_batches: Any = None  # each step is given its batch
         self.program = make_program(stacks, live, no_batches, constants, devices)
         self.states = initial_states(self.program)
-        step = make_step([stack.train_spec for stack in stacks], live)
+        step = one_step(make_step([stack.train_spec for stack in stacks], live))
         self.take_one = devices.map_step(step, jax.eval_shape(lambda: self.states))
         arguments = (self.states, self.batch, self.program.hyperparameters, self.program.constants)
         jitted: Any = self.take_one

@@ -13,7 +13,7 @@ from kd_ranker.evaluation import setting_names
 from kd_ranker.training import specs
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.state import Constants
-from kd_ranker.training.step import make_step
+from kd_ranker.training.step import make_step, one_step
 from tests.faults import fault_of
 from tests.random_batches import SPEC, random_batch, random_items
 from tests.sweeps import config_of
@@ -209,7 +209,7 @@ def test_numbers_of_a_new_loss_vary_within_one_program(monkeypatch):
     (stack,) = specs.student_stacks(valid_runs(config), SPEC)
     assert stack.hyperparameters.loss_numbers.own["least"].tolist() == [0.5, 2.0]
     mapping = MAPPINGS["shard_map"](jax.devices()[:1])
-    step = mapping.map_step(make_step([stack.train_spec]))
+    step = mapping.map_step(one_step(make_step([stack.train_spec])))
     state = mapping.create(lambda row_sharding: (stack.init(),))
     constants = mapping.place(Constants(random_items(), None))
     _, of_stacks = step(state, mapping.shard(random_batch(0)), (stack.hyperparameters,), constants)

@@ -27,7 +27,7 @@ from kd_ranker.training.state import (
     select_run,
     stack_runs,
 )
-from kd_ranker.training.step import make_step
+from kd_ranker.training.step import make_step, one_step
 from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, model_and_init, random_items
 
 
@@ -72,7 +72,7 @@ def program_of(train_specs, teacher, mapping, devices):
     key = (*map(id, train_specs), id(teacher), mapping, devices)
     if key not in PROGRAMS:
         spread = MAPPINGS[mapping](jax.devices()[:devices])
-        PROGRAMS[key] = spread, spread.map_step(make_step(train_specs, teacher))
+        PROGRAMS[key] = spread, spread.map_step(one_step(make_step(train_specs, teacher)))
     return PROGRAMS[key]
 
 
@@ -149,10 +149,15 @@ def run_of(state, run=0):
 
 def lowered(train_spec, state, batch, constants, teacher=None, devices=1):
     """The program of a step that measures nothing, before XLA compiles it."""
-    step = functools.partial(make_step([train_spec], teacher), measures=False)
-    step = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(step)
+    step = make_step([train_spec], teacher)
+
+    def take(*arguments):
+        (taken,) = step.take(*arguments)
+        return (taken.state,), (taken.losses,)
+
+    mapped = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(take)
     numbers = stack_runs([hyperparameters()] * len(state.non_finite_step))
-    return step.lower((state,), batch, (numbers,), constants)
+    return mapped.lower((state,), batch, (numbers,), constants)
 
 
 def learned(state):

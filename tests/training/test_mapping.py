@@ -17,6 +17,7 @@ from kd_ranker.training.program import (
     step_for,
 )
 from kd_ranker.training.state import TrainState
+from kd_ranker.training.step import one_step
 from tests.random_batches import SPEC, random_batch
 from tests.training.steps import assert_close, config_of, world_of
 
@@ -42,7 +43,7 @@ def made(mapping, devices, runs, sharded=False):
     teacher, constants = world_of(SPEC)
     devices = MAPPINGS[mapping](jax.devices()[:devices], runs, sharded=sharded)
     program = make_program(specs.student_stacks(RUNS, SPEC), teacher, None, constants, devices)
-    step = step_for(program.stacks, teacher, program.devices)
+    step = one_step(step_for(program.stacks, teacher, program.devices))
     return program._replace(take=devices.map_step(step, abstract_states(program.filled)))
 
 

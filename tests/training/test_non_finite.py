@@ -27,6 +27,7 @@ from kd_ranker.training.program import (
     step_for,
 )
 from kd_ranker.training.state import Constants
+from kd_ranker.training.step import one_step
 from tests.random_batches import SPEC, random_batch, random_items
 from tests.training.steps import assert_equal, config_of
 
@@ -164,7 +165,7 @@ def program_of(devices, changes):
     }
     constants = Constants(random_items(), None)
     program = make_program(specs.student_stacks(runs, SPEC), None, None, constants, sharded)
-    step = step_for(program.stacks, None, program.devices)
+    step = one_step(step_for(program.stacks, None, program.devices))
     program = program._replace(take=sharded.map_step(step, abstract_states(program.filled)))
     return program, states_on_host(program, initial_states(program))
 

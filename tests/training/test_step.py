@@ -27,7 +27,7 @@ from kd_ranker.training.state import (
     select_run,
     stack_runs,
 )
-from kd_ranker.training.step import make_step, many_steps, with_live_teacher
+from kd_ranker.training.step import make_step, many_steps, one_step, with_live_teacher
 from tests.batches.packing_by_hand import packed, prepared, starts_of
 from tests.random_batches import (
     CATEGORY_SPEC,
@@ -730,7 +730,7 @@ def test_a_step_for_a_tpu_has_the_kernel_of_its_spec(row_kernel):
     """Lowered for a TPU, which needs neither a TPU nor its compiler."""
     train_spec, state = make_train_spec("none")
     step = MAPPINGS["shard_map"](jax.devices()[:1]).map_step(
-        make_step([train_spec._replace(row_kernel=row_kernel)])
+        one_step(make_step([train_spec._replace(row_kernel=row_kernel)]))
     )
     numbers = stack_runs([hyperparameters()])
     constants = CONSTANTS.replace(teacher=None)
