@@ -8,14 +8,14 @@ A step says of each run:
 
     loss, user_loss, distill_loss
     user_term/<loss>           the terms of the user loss, if it has several
-    distill_term/<term>        those of the distillation loss, without their weights, if several
+    distill_term/<term>        the terms of the distillation loss, without their weights, if several
     gradient_norm/<part>       Euclidean norm of the gradient of the dense parameters (`dense`), the
                                mode's `transform`, or the embedding rows (`tables`)
-    update_norm/<part>         that of their change by the update
+    update_norm/<part>         Euclidean norm of what the update adds to them
     rows_touched/<table>       the share of a table's rows that have a gradient
 
-Norms and shares cost time, so a call of many steps computes only those of the last, after it. For a
-run that keeps its state, those of the update and of the embedding rows are 0.
+Norms and shares cost time, so a call of many steps computes them once, after its last step. For a
+run that keeps its state, norms of the update and of the tables are 0, and so are shares.
 
 A cohort is a sequence of stacks. A stack is one or more runs that differ only in hyperparameters
 (`state`). One step reads one batch, scores it once with the live teacher, and updates every run of
@@ -62,7 +62,7 @@ from kd_ranker.training.state import (
 )
 
 Dense = tuple[Any, Transform]
-"""Dense parameters and the mode's transform, or their gradients."""
+"""Dense parameters and the mode's transform, or as many numbers about them, as their gradients."""
 StepMetrics = dict[str, Float[Array, "runs"]]
 """What a step says of the runs of a stack, see above."""
 Stepped = tuple[States, tuple[StepMetrics, ...]]
@@ -70,18 +70,21 @@ Stepped = tuple[States, tuple[StepMetrics, ...]]
 
 
 class Change(NamedTuple):
-    """What a step changes, to be measured; arrays without a comment have a leading axis of runs."""
+    """What norms and shares are computed from.
+
+    All but the row numbers have a leading axis of runs. Rows are those of this device's requests.
+    """
 
     gradients: Dense
-    moves: Dense  # what the update adds to the dense parameters and the transform
-    rows: Rows  # before the update, of the requests of this device
+    moves: Dense  # what the update adds
+    rows_before: Rows
     row_gradients: Rows
-    row_numbers: dict[str, Int[Array, "M"]]  # by table: its lookups, `rows` of it for padding
+    row_numbers: dict[str, Int[Array, "M"]]  # of the lookups of each table, see `_TableUpdate`
     may_change: Bool[Array, "runs"]
 
 
-class Taken(NamedTuple):
-    """What a step makes of a stack."""
+class StackAfterStep(NamedTuple):
+    """A stack after a step."""
 
     state: TrainState
     losses: StepMetrics
@@ -92,16 +95,17 @@ class Step(NamedTuple):
     """A train step of a cohort, in two functions that one device runs under a mapped axis `AXIS`.
 
     Attributes:
-      take: (states, batch, hyperparameters, constants) -> a `Taken` per stack. The batch holds this
-        device's requests; states and hyperparameters are one per stack.
-      measure: a `Taken` per stack -> its norms and shares. They are equal on all devices.
+      take: (states, batch, hyperparameters, constants) -> the stacks after the step. The batch
+        holds this device's requests; states and hyperparameters are one per stack.
+      measure: the stacks after the step -> norms and shares of each, equal on all devices along
+        `AXIS`.
     """
 
     take: Callable[
         [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Constants],
-        tuple[Taken, ...],
+        tuple[StackAfterStep, ...],
     ]
-    measure: Callable[[Sequence[Taken]], tuple[StepMetrics, ...]]
+    measure: Callable[[Sequence[StackAfterStep]], tuple[StepMetrics, ...]]
 
 
 def make_step(
@@ -128,7 +132,7 @@ def make_step(
         batch: CandidateBatch,
         hyperparameters: Sequence[Hyperparameters],
         constants: Constants,
-    ) -> tuple[Taken, ...]:
+    ) -> tuple[StackAfterStep, ...]:
         batch = with_live_teacher(teacher, batch, constants, devices_of_runs)
         return tuple(
             _train_stack(train_spec, state, batch, own_hyperparameters, constants.items)
@@ -137,10 +141,10 @@ def make_step(
             )
         )
 
-    def measure(taken: Sequence[Taken]) -> tuple[StepMetrics, ...]:
+    def measure(stacks: Sequence[StackAfterStep]) -> tuple[StepMetrics, ...]:
         return tuple(
-            _measure(train_spec.model.embedding, of_stack)
-            for train_spec, of_stack in zip(train_specs, taken, strict=True)
+            _measure(train_spec.model.embedding, stack)
+            for train_spec, stack in zip(train_specs, stacks, strict=True)
         )
 
     return Step(take, measure)
@@ -176,6 +180,14 @@ def with_live_teacher(
     )
 
 
+class _RowUpdate(NamedTuple):
+    """The rows that runs looked up, for the update of tables; all have an axis of runs."""
+
+    gradients: Rows  # of this device; those of dense parameters are summed over devices
+    learning_rate: Float[Array, "*runs"]
+    may_change: Bool[Array, "*runs"]
+
+
 class _Trained(NamedTuple):
     """What a step makes of one run, or stacked of all runs of a stack."""
 
@@ -185,15 +197,7 @@ class _Trained(NamedTuple):
     optimizer_state: optax.OptState
     non_finite_step: Int[Array, "*runs"]
     losses: dict[str, Float[Array, "*runs"]]
-    rows: "_RowUpdate"
-
-
-class _RowUpdate(NamedTuple):
-    """The rows that runs looked up, for the update of tables; all have an axis of runs."""
-
-    gradients: Rows  # of this device; those of dense parameters are summed over devices
-    learning_rate: Float[Array, "*runs"]
-    may_change: Bool[Array, "*runs"]
+    row_update: _RowUpdate
 
 
 def _train_stack(
@@ -202,7 +206,7 @@ def _train_stack(
     batch: CandidateBatch,
     hyperparameters: Hyperparameters,
     items: Items,
-) -> Taken:
+) -> StackAfterStep:
     """Take one step of all runs of a stack.
 
     A run keeps its state if its loss, or the gradient of its dense parameters, is not finite.
@@ -241,7 +245,7 @@ def _train_stack(
             optimizer_state=optimizer_state,
             non_finite_step=jnp.where(takes_part & ~is_finite, step, non_finite_step),
             losses=losses,
-            rows=_RowUpdate(
+            row_update=_RowUpdate(
                 gradients=row_gradients,
                 learning_rate=factor * hyperparameters.optimizer.table_learning_rate,
                 may_change=may_change,
@@ -256,7 +260,9 @@ def _train_stack(
         hyperparameters,
     )
     new_tables = {
-        name: _update_table(name, train_spec, state, batch, items, trained.rows, hyperparameters)
+        name: _update_table(
+            name, train_spec, state, batch, items, trained.row_update, hyperparameters
+        )
         for name in tables
     }
     after = TrainState(
@@ -271,23 +277,17 @@ def _train_stack(
         unknown_ids={name: table.unknown_ids for name, table in new_tables.items()},
         owners={name: table.owner for name, table in new_tables.items()},
     )
-    row_numbers = {}
-    for name, table in embedding.tables.items():
-        ids, mask = ids_of_table(embedding, batch, items, name)
-        row_numbers[name] = jnp.where(mask, rows_of_ids(table, ids), table.rows)
+    dense_before = (state.parameters.dense, state.transform)
+    dense_after = (trained.dense, trained.transform)
     change = Change(
         gradients=trained.gradients,
-        moves=jax.tree.map(
-            jnp.subtract,
-            (trained.dense, trained.transform),
-            (state.parameters.dense, state.transform),
-        ),
-        rows=rows,
-        row_gradients=trained.rows.gradients,
-        row_numbers=row_numbers,
-        may_change=trained.rows.may_change,
+        moves=jax.tree.map(jnp.subtract, dense_after, dense_before),
+        rows_before=rows,
+        row_gradients=trained.row_update.gradients,
+        row_numbers={name: table.row_numbers for name, table in new_tables.items()},
+        may_change=trained.row_update.may_change,
     )
-    return Taken(after, trained.losses, change)
+    return StackAfterStep(after, trained.losses, change)
 
 
 def with_targets(
@@ -475,6 +475,7 @@ class _TableUpdate(NamedTuple):
     rows: Float[Array, "runs rows W"]
     owner: Int[Array, "rows"]  # which of equal ids owns a row, see `find_occurrences`
     unknown_ids: Int[Array, ""]
+    row_numbers: Int[Array, "M"]  # of this device's lookups; behind all rows for padding
 
 
 def _update_table(
@@ -493,6 +494,7 @@ def _update_table(
     embedding: EmbeddingSpec = train_spec.model.embedding
     table = embedding.tables[name]
     ids, mask = ids_of_table(embedding, batch, items, name)
+    own_row_numbers = jnp.where(mask, rows_of_ids(table, ids), table.rows)
     unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
     ids, mask = join_over_devices((ids, mask), axis=0)
     gradients = join_over_devices(rows_of_table(embedding, row_update.gradients, name), axis=1)
@@ -522,12 +524,12 @@ def _update_table(
     before = (state.parameters.tables[name], state.owners[name])
     row = rows_of_ids(table, ids)
     rows, owner = update_own_rows(embedding.row_sharding, update, before, row, mask, gradients)
-    return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown)
+    return _TableUpdate(rows, owner, state.unknown_ids[name] + unknown, own_row_numbers)
 
 
-def _measure(embedding: EmbeddingSpec, taken: Taken) -> StepMetrics:
+def _measure(embedding: EmbeddingSpec, stack: StackAfterStep) -> StepMetrics:
     """Return the norms of gradients and updates, and the share of each table with a gradient."""
-    state, _, change = taken
+    change = stack.change
     metrics: StepMetrics = {}
     for name, (dense, transform) in (
         ("gradient_norm", change.gradients),
@@ -540,15 +542,14 @@ def _measure(embedding: EmbeddingSpec, taken: Taken) -> StepMetrics:
     squared_moves = jnp.zeros(change.may_change.shape)
     for name, table in embedding.tables.items():
         own_row = change.row_numbers[name]
-        before = rows_of_table(embedding, change.rows, name)
-        after = gather_from_runs(
-            embedding, state.parameters.tables[name], jnp.minimum(own_row, table.rows - 1)
-        )
+        in_table = jnp.minimum(own_row, table.rows - 1)  # padding has no gradient anywhere
+        after = gather_from_runs(embedding, stack.state.parameters.tables[name], in_table)
+        own_moves = after - rows_of_table(embedding, change.rows_before, name)
         own_gradients = rows_of_table(embedding, change.row_gradients, name)
-        row, row_gradients, row_moves = join_over_devices(
-            (own_row, own_gradients.swapaxes(0, 1), (after - before).swapaxes(0, 1)), axis=0
+        row, gradients, moves = join_over_devices(
+            (own_row, own_gradients.swapaxes(0, 1), own_moves.swapaxes(0, 1)), axis=0
         )
-        touched = _touched_rows(row, row_gradients, row_moves, change.may_change)
+        touched = _touched_rows(row, gradients, moves, change.may_change)
         squared_gradients += touched.squared_gradients
         squared_moves += touched.squared_moves
         metrics[f"rows_touched/{name}"] = touched.number / (table.size + 1)
@@ -600,7 +601,11 @@ def norm_of(tree: Any) -> Float[Array, ""]:
 
 
 def one_step(step: Step) -> Callable[..., Stepped]:
-    """Build the function that takes a step: (states, batch, hyperparameters, constants)."""
+    """Build the function that takes one step and measures it.
+
+    Returns:
+      take(states, batch, hyperparameters, constants) -> (states, metrics), both one per stack.
+    """
 
     def take(
         states: Sequence[TrainState],
@@ -634,24 +639,27 @@ def many_steps(step: Step) -> Callable[..., Stepped]:
     ) -> Stepped:
         span, hyperparameters = span_and_hyperparameters
 
-        def take(index: Any, before: tuple[Taken, ...]) -> tuple[Taken, ...]:
-            batch = unpack(batches, index)
-            return take_once([taken.state for taken in before], batch, hyperparameters, constants)
+        def take(index: Any, stacks: tuple[StackAfterStep, ...]) -> tuple[StackAfterStep, ...]:
+            before = [stack.state for stack in stacks]
+            return take_once(before, unpack(batches, index), hyperparameters, constants)
 
         abstract = jax.eval_shape(
             lambda: take_once(states, unpack(batches, span.start), hyperparameters, constants)
         )
         # The first step needs states only; it replaces these losses and changes.
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
         first = tuple(
-            of_stack._replace(state=state) for of_stack, state in zip(nothing, states, strict=True)
+            stack._replace(state=state) for stack, state in zip(zeros, states, strict=True)
         )
         return _stepped(step, jax.lax.fori_loop(*span, take, first))
 
     return steps
 
 
-def _stepped(step: Step, taken: Sequence[Taken]) -> Stepped:
-    measured = step.measure(taken)
-    metrics = [of_stack.losses | norms for of_stack, norms in zip(taken, measured, strict=True)]
-    return tuple(of_stack.state for of_stack in taken), tuple(metrics)
+def _stepped(step: Step, stacks: Sequence[StackAfterStep]) -> Stepped:
+    states = tuple(stack.state for stack in stacks)
+    norms_and_shares = step.measure(stacks)
+    metrics = tuple(
+        stack.losses | measured for stack, measured in zip(stacks, norms_and_shares, strict=True)
+    )
+    return states, metrics

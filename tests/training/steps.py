@@ -152,8 +152,8 @@ def lowered(train_spec, state, batch, constants, teacher=None, devices=1):
     step = make_step([train_spec], teacher)
 
     def take(*arguments):
-        (taken,) = step.take(*arguments)
-        return (taken.state,), (taken.losses,)
+        (stack,) = step.take(*arguments)
+        return (stack.state,), (stack.losses,)
 
     mapped = MAPPINGS["shard_map"](jax.devices()[:devices]).map_step(take)
     numbers = stack_runs([hyperparameters()] * len(state.non_finite_step))
