@@ -208,7 +208,8 @@ def test_labels_may_be_texts(english, tmp_path, words):
 def test_two_scores_of_one_task_stay_open(english, tmp_path):
     text, config = infer(tmp_path, english.drop(columns="saved"))
     assert not config.data.teacher
-    assert check_of(text, "data.teacher") == "which column has the teacher: 'm_a' or 'm_b'?"
+    doubt = "which column has the teacher: 'm_a' or 'm_b'? Write {'TASK': 'COLUMN'}, or {} for none"
+    assert check_of(text, "data.teacher") == doubt
     assert not {"m_a", "m_b"} & features_of(config).keys()
 
 

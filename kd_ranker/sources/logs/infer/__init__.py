@@ -119,7 +119,11 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
         guesses["data.teacher_version"] = Guess(most_frequent)
     guesses["tasks"] = Guess(tuple(roles.labels))
     worth = tuple(float(task not in NAMES["unwanted"]) for task in roles.labels)
-    doubt = "what is each task worth? 0 without a teacher" if len(worth) > 1 else ""
+    doubt = (
+        "what is each task worth? 0 for a task that the teacher does not predict"
+        if len(worth) > 1
+        else ""
+    )
     guesses["value_weights"] = Guess(worth, "", doubt)
     guesses |= count_funnel(sample, roles).guesses()
     for key, value in sample.named.items():

@@ -63,7 +63,7 @@ def find_features(
         kind = _kind_of_feature(facts, sample, roles.column("item"))
         owner = _owner_of_feature(facts, kind.kind)
         feature = InferredFeature(names[-1], column, owner or "candidate", *kind)
-        why = "perhaps a column of an open role" if column in doubtful else ""
+        why = "perhaps the column that a CHECK asks for" if column in doubtful else ""
         why = why or _why_no_feature(facts, sample, roles, kind.kind)
         if why:
             left_out.append(LeftOut(column, why))

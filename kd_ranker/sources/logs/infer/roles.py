@@ -261,7 +261,10 @@ def _find_teacher(
         ]
     chosen = {guess.value for guess in columns.values()}
     likely = [column for column in likely if column not in chosen]
-    return columns, which("teacher", likely) if likely else ""
+    doubt = ""
+    if likely:
+        doubt = f"{which('teacher', likely)} Write {{'TASK': 'COLUMN'}}, or {{}} for none"
+    return columns, doubt
 
 
 def _outputs_of_task(free: pd.DataFrame, task: str, label: str) -> list[str]:
