@@ -328,7 +328,7 @@ def check_students(runs: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDE
                 raise UserError(
                     f"distill.loss={distill.loss!r}: {term.loss} needs the teacher's "
                     f"probabilities, and {orders[term.signal]}; take one of: "
-                    f"{', '.join(others)}; or distill.mode=none"
+                    f"{', '.join(others)}, also in the losses of a sweep; or distill.mode=none"
                 )
 
 

@@ -146,6 +146,11 @@ def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
         reasons = {name: entry["candidates"] for name, entry in candidates["by_reason"].items()}
         lines.append(candidates_line(candidates["used"], "used", reasons))
         lines += [f"remark: {remark}" for remark in report["remarks"]]
+        if "teacher" in config.data and not config.data.teacher:
+            lines.append(
+                "teacher: data.teacher names no column, so a final ranker is trained from the "
+                "labels; name the column if the log has the scores of yours"
+            )
     has_teacher = config.teacher.source == "live" or config.teacher.workdir
     trained = {"": config, "teacher.": config.teacher} if has_teacher else {"": config}
     for prefix, section in trained.items():

@@ -88,6 +88,15 @@ def test_prepare_prints_what_it_found_each_time(config, tmp_path):
     ]
 
 
+def test_prepare_says_that_no_column_has_the_teacher(config, tmp_path):
+    named = str(api.prepare(changed(config, dir=str(tmp_path))))
+    assert "\nteacher:" not in named
+    # `update` would keep the keys that are there.
+    unnamed = changed(config, dir=str(tmp_path))
+    unnamed.data.teacher = {}
+    assert "\nteacher: data.teacher names no column" in str(api.prepare(unnamed))
+
+
 def test_a_dataset_that_is_there_needs_its_faults_allowed_too(config):
     directory = api.prepare(config).directory
     other = changed(config, allow=("rejected", "times"))
