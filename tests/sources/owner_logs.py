@@ -115,6 +115,7 @@ FRENCH = OwnerLog(
         "data.columns.user": "acheteur", "data.columns.item": "ref",
         "data.columns.stage": "etat", "data.columns.position": "rang affiche",
         "data.stages.shown": "vu", "data.stages.passed": "garde", "data.stages.retrieved": "ecarte",
+        "data.columns.incumbent": "rapide",
         "data.labels.clic": "clic", "data.teacher.clic": "notation",
     },
     {"rayon": "item", "marque": "item", "tranche": "user"},
@@ -162,7 +163,7 @@ POLISH = OwnerLog(
         "data.rows": "request",
         "data.columns.request": "zapytanie", "data.columns.time": "kiedy",
         "data.columns.user": "kto", "data.columns.item": "oferty",
-        "data.columns.position": "kolejnosc",
+        "data.columns.position": "kolejnosc", "data.columns.incumbent": "wstepnie",
         "data.labels.otwarte": "otwarte", "data.teacher.otwarte": "wynik",
         "data.time_unit": "ms",
     },
@@ -295,6 +296,61 @@ SWEDISH = OwnerLog(
     (PASSED, PASSED, SHOWN),
 )  # fmt: skip
 
+
+def terse_lists(folder: Path) -> str:
+    """A Parquet file with lists, short names, codes of stages, and scores on a scale of their own.
+
+    Candidates that were not shown have position -1, label 0 and no seconds.
+    """
+    log = simulate(6)
+    rng = np.random.default_rng(6)
+    shown, passed, item = log["shown"], log["passed"], log["item"]
+    logit = np.log(log["final_first"]) - np.log1p(-log["final_first"])
+    of_candidates = {
+        "vids": 7 * 10**15 + item * 131_071,
+        "lr_s": np.log(log["early"]) - np.log1p(-log["early"]),
+        "hr_s": _only(logit, passed),
+        "stg": (passed.astype(int) + shown).astype(np.int8),
+        "slot": np.where(shown, log["place"], -1).astype(np.int16),
+        "lk": (log["first"] & shown).astype(np.int8),
+        "wt_s": np.where(shown, log["dwell"], 0.0),
+        "dur_s": _of(item, rng.integers(5, 120, size=ITEMS)),
+        "lng": _of(item, ["en", "de", "hi", "es", "ja"]),
+        "upl_age_h": (item % 211) + log["minutes"] / 60,
+    }
+    starts = pa.array(np.arange(0, len(shown) + 1, CANDIDATES, dtype=np.int32))
+    lists = {
+        name: pa.ListArray.from_arrays(starts, pa.array(values))
+        for name, values in of_candidates.items()
+    }
+    first = slice(None, None, CANDIDATES)
+    of_requests = {
+        "qid": 10**17 + np.arange(REQUESTS) * 131_071,
+        "uid": 88 * 10**12 + log["user"][first],
+        "ts_ms": 1_718_000_000_000 + 60_000 * log["minutes"][first],
+        "dev": _of(np.arange(REQUESTS) // 3, ["ios", "android", "tv", "web"]),
+        "ctry": _of(log["user"][first], ["US", "DE", "IN", "MX", "JP"]),
+    }
+    pq.write_table(pa.table(of_requests | lists), folder / "vfeed.parquet")
+    return str(folder / "vfeed.parquet")
+
+
+TERSE = OwnerLog(
+    terse_lists,
+    {
+        "data.rows": "request",
+        "data.columns.request": "qid", "data.columns.time": "ts_ms",
+        "data.columns.user": "uid", "data.columns.item": "vids", "data.columns.stage": "stg",
+        "data.columns.position": "slot", "data.columns.incumbent": "lr_s",
+        "data.stages.shown": "2", "data.stages.passed": "1", "data.stages.retrieved": "0",
+        "data.labels.lk": "lk", "data.teacher.lk": "hr_s",
+        "data.time_unit": "ms",
+    },
+    {"dur_s": "item", "lng": "item", "ctry": "user", "dev": "context"},
+    {"lr_s", "hr_s", "stg", "slot", "lk", "wt_s"},
+)  # fmt: skip
+
 OWNERS = {
     "french": FRENCH, "polish": POLISH, "english": ENGLISH, "german": GERMAN, "swedish": SWEDISH,
+    "terse": TERSE,
 }  # fmt: skip

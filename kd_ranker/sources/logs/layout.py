@@ -13,6 +13,7 @@ from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
 SPLIT_BY = ("time", "request", "user", "column")
+NO_PLACE = -1  # a position that means none
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
 # Events of the history have dense features, in lists aligned with it.

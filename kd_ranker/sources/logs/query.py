@@ -23,7 +23,14 @@ from kd_ranker.sources.logs.columns import (
     kind_of,
     wanted_columns,
 )
-from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout, early_score, literal
+from kd_ranker.sources.logs.layout import (
+    LARGEST,
+    NO_PLACE,
+    Feature,
+    LogLayout,
+    early_score,
+    literal,
+)
 
 # Before the names of the log's columns in all tables.
 PREFIX = "log:"
@@ -121,6 +128,7 @@ class Query:
                 if not self.known_size or f"known_feature:{feature.name}" in self.known_size
             ],
             largest=LARGEST,
+            no_place=NO_PLACE,
             least_whole=LEAST_WHOLE,
             most_reported=MOST_REPORTED,
             # A missing position comes last.

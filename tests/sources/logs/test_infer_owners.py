@@ -29,6 +29,7 @@ EDITS = {
     "english": {"data.columns.user"},
     "german": {"data.columns.position", "data.labels.gelesen", "data.teacher.gelesen"},
     "swedish": {"data.stages", "data.teacher.spelad", "sizes"},
+    "terse": {},
 }
 
 
@@ -177,6 +178,72 @@ def test_seconds_are_no_positions(english, tmp_path):
     text, config = infer(tmp_path, english.assign(gaze=1 + 20 * (seconds - 1)))
     assert config.data.columns.position == ""
     assert left_out(text)["gaze"] == "missing where a candidate was not shown"
+
+
+@pytest.fixture(scope="module")
+def terse(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The log of lists, a row per candidate."""
+    table = pd.read_parquet(owner_logs.terse_lists(tmp_path_factory.mktemp("terse")))
+    lists = [name for name in table if isinstance(table[name][0], np.ndarray)]
+    return table.explode(lists, ignore_index=True).infer_objects()
+
+
+def test_a_position_of_minus_one_is_none(terse, tmp_path):
+    """Also without a stage, where a candidate with a position was shown."""
+    of_shown = terse.assign(lk=terse["lk"].where(terse["slot"] >= 0)).drop(columns="stg")
+    text, config = infer(tmp_path, of_shown)
+    assert config.data.columns.position == "slot"
+    assert config.funnel.shown == owner_logs.SHOWN
+    below = terse.assign(slot=terse["slot"] - 1)  # -2 is no position
+    text, config = infer(tmp_path / "below", below)
+    assert config.data.columns.position == ""
+    assert "slot" in left_out(text)
+
+
+def test_the_early_ranker_s_score_orders_who_was_passed(terse, tmp_path):
+    text, config = infer(tmp_path, terse)
+    assert config.data.columns.incumbent == "lr_s"
+    doubt = "by its values; is it the score of today's early ranker?"
+    assert check_of(text, "data.columns.incumbent") == doubt
+    _, config = infer(tmp_path / "smallest_first", terse.assign(lr_s=-terse["lr_s"]))
+    assert config.data.columns.incumbent == ""
+    noise = np.random.default_rng(0).normal(size=len(terse))
+    _, config = infer(tmp_path / "noise", terse.assign(lr_s=noise))
+    assert config.data.columns.incumbent == ""
+    text, config = infer(tmp_path / "two", terse.assign(twin=2 * terse["lr_s"]))
+    assert config.data.columns.incumbent == "?"
+    doubt = "which column has the score of today's early ranker: 'lr_s' or 'twin'?"
+    assert check_of(text, "data.columns.incumbent") == doubt
+
+
+def test_scores_beyond_probabilities_are_a_signal_of_their_own(terse, tmp_path):
+    text, config = infer(tmp_path, terse)
+    assert config.data.teacher_signal == "score"
+    doubt = "'hr_s' leaves [0, 1]; does it hold scores, higher first?"
+    assert check_of(text, "data.teacher_signal") == doubt
+    losses = {run.get("distill.loss", config.distill.loss) for run in config.sweep.runs}
+    assert not {"bce", "focal"} & losses
+    probability = 1 / (1 + np.exp(-terse["hr_s"]))
+    text, config = infer(tmp_path / "probability", terse.assign(hr_s=probability))
+    assert config.data.teacher_signal == "probability"
+    assert "teacher_signal" not in text
+    assert "bce" in {run.get("distill.loss", "") for run in config.sweep.runs}
+
+
+def test_whole_numbers_from_one_are_positions_of_a_teacher(terse, tmp_path):
+    ranks = terse.groupby("qid")["hr_s"].rank(ascending=False, method="first").astype("Int64")
+    named = {"data.teacher": {"lk": "hr_s"}}
+    text, config = infer(tmp_path, terse.assign(hr_s=ranks), named)
+    assert config.data.teacher_signal == "rank"
+    doubt = "'hr_s' leaves [0, 1]; does it hold positions, smallest first?"
+    assert check_of(text, "data.teacher_signal") == doubt
+
+
+def test_raw_scores_of_two_tasks_go_to_the_labels_that_they_predict(english, tmp_path):
+    logits = {name: np.log(english[name] / (1 - english[name])) for name in ("m_a", "m_b")}
+    _, config = infer(tmp_path, english.assign(**logits))
+    found = {config.data.labels[task]: column for task, column in config.data.teacher.items()}
+    assert found == {"opened": "m_a", "saved": "m_b"}
 
 
 def test_the_other_of_two_stages_is_asked_for(tmp_path):

@@ -334,6 +334,25 @@ def test_stages_without_a_column_follow_from_what_is_there(build):
     assert same(build(rows).requests, build(rows, columns=columns_with(stage="")).requests)
 
 
+@pytest.mark.parametrize("stage", ["stage", ""])
+def test_a_position_of_minus_one_is_none(build, stage):
+    """Without a stage, it does not make a candidate a shown one."""
+    rows = make_rows(8)
+    log = build(rows, columns=columns_with(stage=stage))
+    number = sum(candidate["position"] is None for row in rows for candidate in row.candidates)
+    for candidate in (candidate for row in rows for candidate in row.candidates):
+        if candidate["position"] is None:
+            candidate["position"] = -1
+    with_codes = build(rows, columns=columns_with(stage=stage))
+    assert same(log.requests, with_codes.requests)
+    column = next(of for of in with_codes.report["columns"] if of["key"] == "data.columns.position")
+    assert (column["missing"], column["out_of_range"]) == (number, 0)
+    rows[0].candidates[0]["position"] = -2
+    report = build(rows, columns=columns_with(stage=stage)).report
+    column = next(of for of in report["columns"] if of["key"] == "data.columns.position")
+    assert column["out_of_range"] == 1
+
+
 def scored(signal, score, build):
     """A log with signals of a teacher, and by candidate of its first requests these and the stored.
 

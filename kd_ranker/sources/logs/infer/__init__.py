@@ -26,6 +26,7 @@ from kd_ranker.sources.logs.infer.roles import (
     check_clashes,
     check_named_columns,
     find_roles,
+    find_signal,
     find_written_after,
 )
 from kd_ranker.sources.logs.infer.sample import Sample
@@ -113,6 +114,9 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     unit = sample.facts["unit"].get(roles.column("time"))
     if unit and unit != "s":
         guesses["data.time_unit"] = Guess(unit)
+    if signal := find_signal(sample, roles):
+        guesses["data.teacher_signal"] = signal
+        guesses["distill.loss"] = Guess("softmax", "takes the order of scores, not probabilities")
     version = roles.column("teacher_version")
     if version:
         most_frequent = next(iter(sample.texts(version).mode()), "")

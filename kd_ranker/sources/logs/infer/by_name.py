@@ -27,10 +27,14 @@ def may_be_teacher(facts: pd.DataFrame) -> pd.Series:
     return is_number & (facts["sure"] == "") & ~facts["early"]
 
 
-def is_score(facts: pd.DataFrame) -> pd.Series:
-    """Return whether each column may hold probabilities."""
-    is_share = (facts["kind"] == "float") & (facts["low"] >= 0) & (facts["high"] <= 1)
-    return is_share & (facts["distinct"] >= 10)
+def may_be_score(facts: pd.DataFrame) -> pd.Series:
+    """Return whether each column may hold a model's scores."""
+    return (facts["kind"] == "float") & (facts["distinct"] >= 10)
+
+
+def is_probability(facts: pd.DataFrame) -> pd.Series:
+    """Return whether each column may hold a model's probabilities."""
+    return may_be_score(facts) & (facts["low"] >= 0) & (facts["high"] <= 1)
 
 
 def varies_in_requests(facts: pd.DataFrame) -> pd.Series:
@@ -57,7 +61,7 @@ def _may_be_stage(facts: pd.DataFrame) -> pd.Series:
 
 
 def _may_be_position(facts: pd.DataFrame) -> pd.Series:
-    counts_from_start = (facts["kind"] == "integer") & facts["low"].isin([0, 1])
+    counts_from_start = (facts["kind"] == "integer") & facts["first_place"].isin([0, 1])
     return counts_from_start & varies_in_requests(facts) & facts["placed"]
 
 
@@ -92,6 +96,8 @@ FITS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "propensity": _may_be_propensity,
 }
 REQUIRED = ("request", "item", "time")
+# What a question calls a role, if not by its key.
+CALLED = {"incumbent": "score of today's early ranker"}
 
 
 def choose(role: str, sample: Sample, used: list[str]) -> Guess:

@@ -4,21 +4,24 @@ What this file finds is only proposed: each line of the config has a CHECK above
 candidates here. Where two columns fit equally, there is no proposal, and both are named.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from kd_ranker.sources.logs.infer.by_name import (
-    is_score,
+    is_probability,
     may_be_item,
     may_be_label,
+    may_be_score,
     may_be_teacher,
     varies_in_requests,
 )
 from kd_ranker.sources.logs.infer.sample import Sample
+from kd_ranker.sources.logs.layout import NO_PLACE
 from kd_ranker.sources.logs.query import quoted
+from kd_ranker.sources.logs.written_after import share_shown_first
 
 # Fewer values are a category, not the requests, items or users of a log.
 _LEAST_OWNERS = 10
@@ -26,6 +29,9 @@ _LEAST_OWNERS = 10
 _HARDLY = 0.005
 # Fewer labels of 1 may lie in any rows by chance.
 _LEAST_ONES = 20
+# Least share of the passed candidates that the early ranker's score has first: quotas of sources,
+# and rules, pass some of the others.
+_ORDERS_PASSED = 0.8
 # The requests of a session take at most this share of the time of a log.
 _SESSION = 0.05
 
@@ -176,7 +182,7 @@ def find_shown(sample: Sample) -> pd.Series | None:
 
 
 class _Mask(NamedTuple):
-    """The rows in which a column is known, or has one of few values."""
+    """The rows in which a column is known, has one of few values, or a position."""
 
     column: str
     rows: pd.Series
@@ -197,6 +203,8 @@ def _masks(sample: Sample) -> list[_Mask]:
         elif codes.nunique() <= 3:
             values = codes.dropna().unique()
             masks += [_Mask(str(column), codes == value, False) for value in values]
+        elif facts_of_column["kind"] == "integer" and facts_of_column["low"] == NO_PLACE:
+            masks.append(_Mask(str(column), sample.numbers[column] != NO_PLACE, False))
     return [mask for mask in masks if _splits_requests(mask.rows, sample.request)]
 
 
@@ -309,9 +317,14 @@ def _is_known_further(facts: pd.DataFrame) -> pd.Series:
 
 
 def find_position(sample: Sample) -> Found:
-    """Find the whole numbers from 0 or 1 that differ among the shown candidates of a request."""
+    """Find the whole numbers from 0 or 1 that differ among the shown candidates of a request.
+
+    Others have none, or -1.
+    """
     facts = sample.facts
-    is_possible = (facts["kind"] == "integer") & facts["low"].isin([0, 1]) & facts["only_shown"]
+    if not sample.shown.any():
+        return Found()
+    is_possible = (facts["kind"] == "integer") & facts["first_place"].isin([0, 1]) & facts["placed"]
     is_possible &= varies_in_requests(facts) & (facts["distinct"] > 2)
     is_possible &= facts["high"] <= sample.request.value_counts().max()
     shown = sample.request[sample.shown]
@@ -320,6 +333,23 @@ def find_position(sample: Sample) -> Found:
         for column in facts.index[is_possible]
         if _hardly_repeats(sample.codes[column][sample.shown], shown)
     ]
+    return Found(fitting[0]) if len(fitting) == 1 else Found("", tuple(fitting))
+
+
+def find_incumbent(sample: Sample, used: Collection[str]) -> Found:
+    """Find the score that all candidates have, and the passed ones have the highest."""
+    facts, passed = sample.facts, sample.passed
+    if not passed.any() or passed.all():
+        return Found()
+    is_possible = may_be_teacher(facts) | facts["early"]
+    is_possible &= (facts["kind"] == "float") & (facts["known"] > 0.99) & (facts["user"] != 1)
+    is_possible &= varies_in_requests(facts)
+    scores = facts.index[is_possible].difference([*used])
+    numbers = sample.numbers[scores]
+    ranks = numbers.groupby(sample.request).rank()
+    is_higher = ranks[passed].mean() > ranks[~passed].mean()
+    orders_passed = share_shown_first(numbers, sample.request, passed) >= _ORDERS_PASSED
+    fitting = [*scores[is_higher & orders_passed]]
     return Found(fitting[0]) if len(fitting) == 1 else Found("", tuple(fitting))
 
 
@@ -344,15 +374,17 @@ def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
       labels: task -> its column, for the tasks without a teacher.
     """
     facts = sample.facts
-    is_possible = may_be_teacher(facts) & is_score(facts) & _is_known_further(facts)
-    scores = [*facts.index[is_possible]]
+    is_possible = may_be_teacher(facts) & may_be_score(facts) & _is_known_further(facts)
+    probabilities = [*facts.index[is_possible & is_probability(facts)]]
+    scores = probabilities or [*facts.index[is_possible]]
     if len(scores) != len(labels):
         return {}
     best = {}
     for task, label in labels.items():
         numbers = sample.numbers.loc[sample.shown, [label, *scores]]
         fitting = [score for score in scores if correlates(numbers[[score, label]])]
-        losses = {score: _log_loss(numbers[score], numbers[label]) for score in fitting}
+        loss = _log_loss if probabilities else _negative_correlation
+        losses = {score: loss(numbers[score], numbers[label]) for score in fitting}
         if losses:
             best[task] = min(losses, key=lambda score: losses[score])
     has_one_each = len({*best.values()}) == len(labels)
@@ -370,6 +402,10 @@ def _log_loss(score: pd.Series, label: pd.Series) -> float:
     probability = score[is_known].clip(1e-4, 1 - 1e-4)
     positive = label[is_known] == 1
     return float(-np.log(np.where(positive, probability, 1 - probability)).mean())
+
+
+def _negative_correlation(score: pd.Series, label: pd.Series) -> float:
+    return -float(score.corr(label))
 
 
 # Role -> how to find it, in the order of the search by name.

@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def sweep(config: ConfigDict, variant: str = ""):
     """The methods to compare, with three seeds each; add rates, weights or losses."""
-    return compare_methods(rates=(1e-2,){stages})
+    return compare_methods({arguments})
 '''
 
 
@@ -46,6 +46,8 @@ _OF_LOG = (
 )
 _OF_FUNNEL = _Block("funnel", "config.funnel.update(", ")")
 _IN_BLOCKS = tuple(f"{block.section}." for block in (*_OF_LOG, _OF_FUNNEL))
+# Those that `compare_methods` tries by default, without the ones that take probabilities.
+_LOSSES_OF_ORDER = 'losses=("softmax", "topk")'
 _OWNERS = ("user", "context", "item", "candidate")
 
 
@@ -91,8 +93,13 @@ def text_of_config(
         *of_config,
     ]
     body = "\n".join(f"    {line}" for line in lines)
-    stages = "" if has_unshown else ", stages=False"
-    return _TEMPLATE.format(name=name, rows=num_rows, body=body, stages=stages)
+    arguments = ["rates=(1e-2,)"]
+    if not has_unshown:
+        arguments.append("stages=False")
+    signal = guesses.get("data.teacher_signal", Guess("probability"))
+    if signal.value != "probability":
+        arguments.append(_LOSSES_OF_ORDER)
+    return _TEMPLATE.format(name=name, rows=num_rows, body=body, arguments=", ".join(arguments))
 
 
 def _assignment(key: str, guess: Guess) -> list[str]:

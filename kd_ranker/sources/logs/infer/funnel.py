@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from kd_ranker.sources.logs.infer.guess import Guess, Roles
 from kd_ranker.sources.logs.infer.sample import Sample
-from kd_ranker.sources.logs.layout import literal
+from kd_ranker.sources.logs.layout import NO_PLACE, literal
 from kd_ranker.sources.logs.query import quoted
 
 # A log with more rows is not read whole for a first config.
@@ -78,8 +78,11 @@ def _sql_of_shown(roles: Roles) -> str:
     """Return the condition for candidates that count as shown, as in a dataset."""
     if stage := roles.column("stage"):
         return _has_stage(stage, roles.stages["shown"].value)
-    labels = [guess.value for guess in roles.labels.values()]
-    return _any_known([roles.column("position"), *labels])
+    labels = _any_known([guess.value for guess in roles.labels.values()])
+    position = roles.column("position")
+    if not position:
+        return labels
+    return f"({labels} OR ({_any_known([position])} AND {quoted(position)} <> {NO_PLACE}))"
 
 
 def _sql_of_passed(roles: Roles) -> str:

@@ -83,6 +83,10 @@ def find_roles(sample: Sample) -> Roles:
     if not sample.passed.any():
         scores = [guess.value for guess in found_teacher.values()]
         sample.passed = sample.codes[scores].notna().any(axis=1)
+    if _is_open("incumbent", columns, sample):
+        used = Roles(columns, labels, found_teacher, {}, "").used()
+        found = by_structure.find_incumbent(sample, used)
+        columns["incumbent"] = _propose("incumbent", columns["incumbent"], found)
     texts = {stage: Guess(text) for stage, text in stages.items()}
     if columns["stage"].check and len(texts) == 2:
         other = next(stage for stage in stages if stage != "shown")
@@ -129,10 +133,10 @@ def _is_open(role: str, columns: Mapping[str, Guess], sample: Sample) -> bool:
 def _propose(role: str, guess: Guess, found: by_structure.Found) -> Guess:
     """Return what the values point at, or name the rivals; else the guess by name."""
     if found.column:
-        return by_values(found.column, role)
+        return by_values(found.column, by_name.CALLED.get(role, role))
     if found.rivals:
         value = "" if role in by_name.REQUIRED else OPEN
-        return Guess(value, "", which(role, found.rivals))
+        return Guess(value, "", which(by_name.CALLED.get(role, role), found.rivals))
     return guess
 
 
@@ -232,16 +236,16 @@ def _find_teacher(
     columns = {task: guess for task, guess in named.items() if guess.value}
     used = [guess.value for guess in (*labels.values(), *columns.values())]
     free = sample.facts[by_name.may_be_teacher(sample.facts)].drop(used, errors="ignore")
-    scores = free[by_name.is_score(free)]
+    probabilities = free[by_name.is_probability(free)]
     # An early ranker's score is known of all candidates, and a final ranker's of those passed.
-    known_of_passed = (scores["known"] < 0.99) & (scores["known_in"] > 0.9)
-    likely = [*scores.index[known_of_passed]]
+    known_of_passed = (probabilities["known"] < 0.99) & (probabilities["known_in"] > 0.9)
+    likely = [*probabilities.index[known_of_passed]]
     likely += [*free.index[free["teacher"] & free["ranks"]]]
     open_tasks = {}
     for task, label in labels.items():
         names = _outputs_of_task(free, task, label.value)
         likely = names + likely
-        is_only_score = len(names) == 1 and names[0] in scores.index
+        is_only_score = len(names) == 1 and by_name.may_be_score(free)[names[0]]
         if task in named or not label.value:
             continue
         if is_only_score and by_structure.correlates(sample.numbers[[names[0], label.value]]):
@@ -250,14 +254,14 @@ def _find_teacher(
             open_tasks[task] = label.value
     if open_tasks and not columns and "data.teacher" not in sample.sections:
         for task, score in by_structure.find_teacher(sample, open_tasks).items():
-            columns[task] = by_values(score, f"final ranker's probability of {task!r}")
+            columns[task] = by_values(score, f"final ranker's score of {task!r}")
     if not columns:
         floats = free.index[(free["kind"] == "float") & ~free["only_shown"]]
         is_unclear = not sample.shown.any()
         likely += [
             column
             for column in floats
-            if column in written_after or (is_unclear and column in scores.index)
+            if column in written_after or (is_unclear and column in probabilities.index)
         ]
     chosen = {guess.value for guess in columns.values()}
     likely = [column for column in likely if column not in chosen]
@@ -265,6 +269,20 @@ def _find_teacher(
     if likely:
         doubt = f"{which('teacher', likely)} Write {{'TASK': 'COLUMN'}}, or {{}} for none"
     return columns, doubt
+
+
+def find_signal(sample: Sample, roles: Roles) -> Guess | None:
+    """Return what the teacher's columns hold; None for probabilities, or without a teacher."""
+    columns = [guess.value for guess in roles.teacher.values() if guess.value]
+    facts = sample.facts.loc[columns]
+    facts = facts[(facts["low"] < 0) | (facts["high"] > 1)]
+    if facts.empty:
+        return None
+    outside = f"{facts.index[0]!r} leaves [0, 1]"
+    count_from_start = (facts["kind"] == "integer") & facts["first_place"].isin([0, 1])
+    if count_from_start.all():
+        return Guess("rank", "", f"{outside}; does it hold positions, smallest first?")
+    return Guess("score", "", f"{outside}; does it hold scores, higher first?")
 
 
 def _outputs_of_task(free: pd.DataFrame, task: str, label: str) -> list[str]:

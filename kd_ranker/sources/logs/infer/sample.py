@@ -13,7 +13,13 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import find_files, register_store, register_stores
 from kd_ranker.sources.logs.infer.guess import Guess
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, without, words
-from kd_ranker.sources.logs.layout import TIME_UNITS, is_text_log, literal, sql_of_texts
+from kd_ranker.sources.logs.layout import (
+    NO_PLACE,
+    TIME_UNITS,
+    is_text_log,
+    literal,
+    sql_of_texts,
+)
 from kd_ranker.sources.logs.query import quoted
 
 # The limits of the sample.
@@ -234,6 +240,7 @@ class Sample:
         facts["known"] = self.codes.notna().mean()
         facts["low"] = self.numbers.min()
         facts["high"] = self.numbers.max()
+        facts["first_place"] = self.numbers[self.numbers != NO_PLACE].min()
         facts["unit"] = ""
         middle = self.numbers.median()
         for unit, per_second in TIME_UNITS.items():
@@ -295,16 +302,22 @@ class Sample:
         for suffix, rows in (("in", inside), ("out", ~inside)):
             facts[f"known_{suffix}"] = self.codes[rows].notna().mean().fillna(0)
             facts[f"ones_{suffix}"] = self.numbers[rows].mean().fillna(0)
-        is_known_of_shown = (facts["known_out"] <= 0.01) & (facts["known_in"] >= 0.5)
-        facts["only_shown"] = is_known_of_shown & knows_shown
+        facts["only_shown"] = _are_of_shown(facts["known_in"], facts["known_out"]) & knows_shown
         # Without a stage, a candidate with a position counts as shown.
-        facts["placed"] = facts["only_shown"] | (not knows_shown)
+        places = self.numbers[self.numbers != NO_PLACE].notna()
+        has_place = _are_of_shown(places[inside].mean(), places[~inside].mean())
+        facts["placed"] = has_place | (not knows_shown)
 
     def texts(self, column: str) -> pd.Series:
         """Return the values of a column as the texts that a config names."""
         texts = self.frame(f"{quoted(column)}::VARCHAR").iloc[:, 0]
         texts = texts.where(self.codes[column].notna())
         return texts.str.title() if self.facts["column_type"][column] == "BOOLEAN" else texts
+
+
+def _are_of_shown(known_in: pd.Series, known_out: pd.Series) -> pd.Series:
+    """Return whether the values of each column are those of shown candidates, by their shares."""
+    return (known_out <= 0.01) & (known_in >= 0.5)
 
 
 def kind_of(type_: str) -> str:

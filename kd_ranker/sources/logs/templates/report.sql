@@ -66,7 +66,11 @@ CREATE TABLE faults_of_candidates AS SELECT
 {% set stage = code(columns.stage, layout.stages) %}
 {{ counts("columns.stage", stage, stage ~ " = 0") }}
 {%- endif %}
-{% for use, low in [("position", 0), ("label_weight", 0), ("teacher_weight", 0), ("propensity", -largest),
+{% if columns.position %}
+{% set place = "nullif(" ~ number(columns.position) ~ ", " ~ no_place ~ ")" %}
+{{ counts("columns.position", place, place ~ " < 0 OR " ~ place ~ " > " ~ largest) }}
+{%- endif %}
+{% for use, low in [("label_weight", 0), ("teacher_weight", 0), ("propensity", -largest),
                     ("incumbent", 0 if layout.incumbent_signal == "rank" else -largest)] if columns[use] %}
 {{ number_counts("columns." ~ use, columns[use], low, largest) }}
 {%- endfor %}
