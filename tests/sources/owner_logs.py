@@ -76,6 +76,17 @@ def _of(owner: np.ndarray, values: list[Any] | np.ndarray) -> np.ndarray:
     return np.asarray(values)[owner % len(values)]
 
 
+def _write_requests(file: Path, of_requests: Columns, of_candidates: Columns) -> str:
+    """Write a row per request, with the values of its candidates as lists; returns the path."""
+    starts = pa.array(np.arange(0, REQUESTS * CANDIDATES + 1, CANDIDATES, dtype=np.int32))
+    lists = {
+        name: pa.ListArray.from_arrays(starts, pa.array(values))
+        for name, values in of_candidates.items()
+    }
+    pq.write_table(pa.table(of_requests | lists), file)
+    return str(file)
+
+
 def french_csv(folder: Path) -> str:
     """A shop's CSV in any order: texts as ids, true and false, a session, a price for each."""
     log = simulate(1)
@@ -139,11 +150,6 @@ def polish_lists(folder: Path) -> str:
         "cena": (20 + log["item"] % 17) * (1 - log["discount"] / 100),
         "patrzyl": _only(log["dwell"], shown),
     }
-    starts = pa.array(np.arange(0, len(shown) + 1, CANDIDATES, dtype=np.int32))
-    lists = {
-        name: pa.ListArray.from_arrays(starts, pa.array(values))
-        for name, values in of_candidates.items()
-    }
     first = slice(None, None, CANDIDATES)
     of_requests = {
         "zapytanie": [f"{number:08x}" for number in rng.permutation(10**6)[:REQUESTS]],
@@ -153,8 +159,7 @@ def polish_lists(folder: Path) -> str:
         "ekran": _of(np.arange(REQUESTS), ["telefon", "komputer"]),
         "ostatnie": [[f"o{number}" for number in numbers] for numbers in seen],
     }
-    pq.write_table(pa.table(of_requests | lists), folder / "oferty.parquet")
-    return str(folder / "oferty.parquet")
+    return _write_requests(folder / "oferty.parquet", of_requests, of_candidates)
 
 
 POLISH = OwnerLog(
@@ -318,11 +323,6 @@ def terse_lists(folder: Path) -> str:
         "lng": _of(item, ["en", "de", "hi", "es", "ja"]),
         "upl_age_h": (item % 211) + log["minutes"] / 60,
     }
-    starts = pa.array(np.arange(0, len(shown) + 1, CANDIDATES, dtype=np.int32))
-    lists = {
-        name: pa.ListArray.from_arrays(starts, pa.array(values))
-        for name, values in of_candidates.items()
-    }
     first = slice(None, None, CANDIDATES)
     of_requests = {
         "qid": 10**17 + np.arange(REQUESTS) * 131_071,
@@ -331,8 +331,7 @@ def terse_lists(folder: Path) -> str:
         "dev": _of(np.arange(REQUESTS) // 3, ["ios", "android", "tv", "web"]),
         "ctry": _of(log["user"][first], ["US", "DE", "IN", "MX", "JP"]),
     }
-    pq.write_table(pa.table(of_requests | lists), folder / "vfeed.parquet")
-    return str(folder / "vfeed.parquet")
+    return _write_requests(folder / "vfeed.parquet", of_requests, of_candidates)
 
 
 TERSE = OwnerLog(

@@ -1,5 +1,6 @@
 """First configs of logs with names that no list has: few edits, and no fault without a CHECK."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from ml_collections import ConfigDict
 
 import kd_ranker as kd
 from kd_ranker.config import schema
+from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.teacher_signal import SCORES
+from kd_ranker.distillation.terms import parse_terms
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.infer import funnel, sample
 from tests.sources import owner_logs
@@ -200,6 +204,13 @@ def test_a_position_of_minus_one_is_none(terse, tmp_path):
     assert "slot" in left_out(text)
 
 
+def test_positions_may_be_texts(terse, tmp_path):
+    places = terse["slot"].where(terse["slot"] >= 0).astype("Int64").astype("string")
+    table = terse.assign(slot=places.fillna("none")).drop(columns=["stg", "lk"])
+    _, config = infer(tmp_path, table, {"data.columns.position": "slot"})
+    assert config.data.columns.position == "slot"
+
+
 def test_the_early_ranker_s_score_orders_who_was_passed(terse, tmp_path):
     text, config = infer(tmp_path, terse)
     assert config.data.columns.incumbent == "lr_s"
@@ -216,18 +227,27 @@ def test_the_early_ranker_s_score_orders_who_was_passed(terse, tmp_path):
     assert check_of(text, "data.columns.incumbent") == doubt
 
 
+def losses_on_scores(config: ConfigDict) -> set[str]:
+    """The losses of a sweep that learn from the teacher's scores."""
+    texts = [run["distill.loss"] for run in config.sweep.runs if "distill.loss" in run]
+    terms = itertools.chain(*map(parse_terms, texts))
+    return {term.loss for term in terms if term.signal == SCORES}
+
+
 def test_scores_beyond_probabilities_are_a_signal_of_their_own(terse, tmp_path):
     text, config = infer(tmp_path, terse)
     assert config.data.teacher_signal == "score"
     doubt = "'hr_s' leaves [0, 1]; does it hold scores, higher first?"
     assert check_of(text, "data.teacher_signal") == doubt
-    losses = {run.get("distill.loss", config.distill.loss) for run in config.sweep.runs}
-    assert not {"bce", "focal"} & losses
+    losses = losses_on_scores(config)
+    assert config.distill.loss in losses
     probability = 1 / (1 + np.exp(-terse["hr_s"]))
     text, config = infer(tmp_path / "probability", terse.assign(hr_s=probability))
     assert config.data.teacher_signal == "probability"
     assert "teacher_signal" not in text
-    assert "bce" in {run.get("distill.loss", "") for run in config.sweep.runs}
+    of_order = {loss for loss in losses_on_scores(config) if not LOSSES[loss].needs_probabilities}
+    assert of_order < losses_on_scores(config)
+    assert losses == of_order
 
 
 def test_whole_numbers_from_one_are_positions_of_a_teacher(terse, tmp_path):

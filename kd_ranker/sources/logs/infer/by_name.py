@@ -37,6 +37,11 @@ def is_probability(facts: pd.DataFrame) -> pd.Series:
     return may_be_score(facts) & (facts["low"] >= 0) & (facts["high"] <= 1)
 
 
+def may_count_places(facts: pd.DataFrame) -> pd.Series:
+    """Return whether each column holds whole numbers from 0 or 1, besides those that mean none."""
+    return (facts["kind"] == "integer") & facts["first_place"].isin([0, 1])
+
+
 def varies_in_requests(facts: pd.DataFrame) -> pd.Series:
     """Return whether each column may differ among candidates, and is not one of the item."""
     return (facts["request"] != 1) & (facts["item"] != 1)
@@ -61,8 +66,7 @@ def _may_be_stage(facts: pd.DataFrame) -> pd.Series:
 
 
 def _may_be_position(facts: pd.DataFrame) -> pd.Series:
-    counts_from_start = (facts["kind"] == "integer") & facts["first_place"].isin([0, 1])
-    return counts_from_start & varies_in_requests(facts) & facts["placed"]
+    return may_count_places(facts) & varies_in_requests(facts) & facts["placed"]
 
 
 def _may_be_weight(facts: pd.DataFrame) -> pd.Series:

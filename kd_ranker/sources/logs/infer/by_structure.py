@@ -16,6 +16,7 @@ from kd_ranker.sources.logs.infer.by_name import (
     may_be_label,
     may_be_score,
     may_be_teacher,
+    may_count_places,
     varies_in_requests,
 )
 from kd_ranker.sources.logs.infer.sample import Sample
@@ -319,13 +320,13 @@ def _is_known_further(facts: pd.DataFrame) -> pd.Series:
 def find_position(sample: Sample) -> Found:
     """Find the whole numbers from 0 or 1 that differ among the shown candidates of a request.
 
-    Others have none, or -1.
+    Candidates that were not shown have no number, or -1.
     """
     facts = sample.facts
     if not sample.shown.any():
         return Found()
-    is_possible = (facts["kind"] == "integer") & facts["first_place"].isin([0, 1]) & facts["placed"]
-    is_possible &= varies_in_requests(facts) & (facts["distinct"] > 2)
+    is_possible = may_count_places(facts) & varies_in_requests(facts) & facts["placed"]
+    is_possible &= facts["distinct"] > 2
     is_possible &= facts["high"] <= sample.request.value_counts().max()
     shown = sample.request[sample.shown]
     fitting = [
@@ -337,19 +338,21 @@ def find_position(sample: Sample) -> Found:
 
 
 def find_incumbent(sample: Sample, used: Collection[str]) -> Found:
-    """Find the score that all candidates have, and the passed ones have the highest."""
+    """Find a score of all candidates that is highest for those that were passed."""
     facts, passed = sample.facts, sample.passed
     if not passed.any() or passed.all():
         return Found()
+    # A name such as `early_score` rules out the final ranker, not the early one.
     is_possible = may_be_teacher(facts) | facts["early"]
     is_possible &= (facts["kind"] == "float") & (facts["known"] > 0.99) & (facts["user"] != 1)
     is_possible &= varies_in_requests(facts)
     scores = facts.index[is_possible].difference([*used])
     numbers = sample.numbers[scores]
+    # The passed ones may be first by the smallest numbers, too: then these are no scores.
+    orders_passed = share_shown_first(numbers, sample.request, passed) >= _ORDERS_PASSED
     ranks = numbers.groupby(sample.request).rank()
     is_higher = ranks[passed].mean() > ranks[~passed].mean()
-    orders_passed = share_shown_first(numbers, sample.request, passed) >= _ORDERS_PASSED
-    fitting = [*scores[is_higher & orders_passed]]
+    fitting = [*scores[orders_passed & is_higher]]
     return Found(fitting[0]) if len(fitting) == 1 else Found("", tuple(fitting))
 
 

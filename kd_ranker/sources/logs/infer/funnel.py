@@ -82,7 +82,9 @@ def _sql_of_shown(roles: Roles) -> str:
     position = roles.column("position")
     if not position:
         return labels
-    return f"({labels} OR ({_any_known([position])} AND {quoted(position)} <> {NO_PLACE}))"
+    # It may be a column of texts.
+    has_place = f"try_cast({quoted(position)} AS DOUBLE) IS DISTINCT FROM {NO_PLACE}"
+    return f"({labels} OR ({_any_known([position])} AND {has_place}))"
 
 
 def _sql_of_passed(roles: Roles) -> str:

@@ -132,11 +132,12 @@ def _is_open(role: str, columns: Mapping[str, Guess], sample: Sample) -> bool:
 
 def _propose(role: str, guess: Guess, found: by_structure.Found) -> Guess:
     """Return what the values point at, or name the rivals; else the guess by name."""
+    called = by_name.CALLED.get(role, role)
     if found.column:
-        return by_values(found.column, by_name.CALLED.get(role, role))
+        return by_values(found.column, called)
     if found.rivals:
         value = "" if role in by_name.REQUIRED else OPEN
-        return Guess(value, "", which(by_name.CALLED.get(role, role), found.rivals))
+        return Guess(value, "", which(called, found.rivals))
     return guess
 
 
@@ -279,8 +280,7 @@ def find_signal(sample: Sample, roles: Roles) -> Guess | None:
     if facts.empty:
         return None
     outside = f"{facts.index[0]!r} leaves [0, 1]"
-    count_from_start = (facts["kind"] == "integer") & facts["first_place"].isin([0, 1])
-    if count_from_start.all():
+    if by_name.may_count_places(facts).all():
         return Guess("rank", "", f"{outside}; does it hold positions, smallest first?")
     return Guess("score", "", f"{outside}; does it hold scores, higher first?")
 

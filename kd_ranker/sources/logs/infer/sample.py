@@ -240,6 +240,7 @@ class Sample:
         facts["known"] = self.codes.notna().mean()
         facts["low"] = self.numbers.min()
         facts["high"] = self.numbers.max()
+        # Of a position: the smallest number besides the one that means none.
         facts["first_place"] = self.numbers[self.numbers != NO_PLACE].min()
         facts["unit"] = ""
         middle = self.numbers.median()
