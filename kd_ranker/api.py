@@ -244,7 +244,7 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
 
     Args:
       log: a file, directory or URL as in `data.path`, or a table of pandas, polars or Arrow, which
-        is kept in `folder` as a Parquet file.
+        is kept in `folder` as a Parquet file; "" for the SELECT that `named` has for `data.sql`.
       folder: the folder of the new file, which is called after the log.
       named: key of the config -> its value, as `{"data.columns.user": "uid"}`: taken as given.
 

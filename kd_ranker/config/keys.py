@@ -520,6 +520,7 @@ _LOG = _of_source(
     Key("incumbent_signal", "score", "content of the incumbent's column: scores, higher first, or "
         "positions, smallest first", layout.INCUMBENT_SIGNALS),
     Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
+    Key("time_format", "", "of a time column of texts, as for strptime; \"\": ISO 8601"),
     Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.defaults.feature`"),
     Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
     Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
@@ -541,7 +542,7 @@ _LOG = _of_source(
 )  # fmt: skip
 
 # A public dataset is converted to a log, and the converter knows its rows.
-_OWN = ("data.infer", "data.extends", "data.sql", "data.rows", "data.stages")
+_OWN = ("data.infer", "data.extends", "data.sql", "data.rows", "data.stages", "data.time_format")
 _CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN} | _of_source(
     Key("split", "column", "what decides the split of a request; column: the converter of the "
         "files, or a hash of the request where these have no splits", layout.SPLIT_BY),

@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.teacher = dict(watch="teacher_probability_watch", like="teacher_probability_like")
     config.data.teacher_signal = "probability"  # or rank, score: the teacher columns hold those
     config.data.time_unit = "s"  # of a column of numbers: s, ms, us; timestamps contain it
+    config.data.time_format = ""  # of texts that are not ISO 8601: "%d/%m/%Y %H:%M:%S"
     config.data.features = dict(
         age=feature("user", "dense"),
         country=feature("user", "category"),

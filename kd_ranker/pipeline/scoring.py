@@ -148,7 +148,12 @@ def score_unseen(
     log, layout, trained_layout = _open_log(config, run_config, workdir)
     run_config.data.dir = config.data.dir or run_config.data.dir
     ranker = open_ranker(workdir, run, config=run_config)
-    how_read = [layout.by_request, layout.units_per_second, layout.retrieved]
+    how_read = [
+        layout.by_request,
+        layout.units_per_second,
+        layout.time_format,
+        layout.retrieved,
+    ]
     inputs = [log.manifest, repr(layout.features), layout.columns, *how_read]
     provenance = scores.scores_provenance(config, ranker, inputs)
     if output is None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.sources import converted
-from kd_ranker.sources.logs.layout import literal
+from kd_ranker.sources.logs.sql import literal
 
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
 STARS = {"100k": np.arange(1, 5.5), "1m": np.arange(1, 5.5), "32m": np.arange(0.5, 5.5, 0.5)}

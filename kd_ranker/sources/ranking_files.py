@@ -23,7 +23,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.converted import Converter, connect, find_raw
 from kd_ranker.sources.logs.files import line_of
-from kd_ranker.sources.logs.layout import literal
+from kd_ranker.sources.logs.sql import literal
 
 SPLIT = "{split}"
 """In the name of a file: replaced by the word that `data.splits` has for a split."""

@@ -349,7 +349,53 @@ TERSE = OwnerLog(
     {"lr_s", "hr_s", "stg", "slot", "lk", "wt_s"},
 )  # fmt: skip
 
+
+def italian_json(folder: Path) -> str:
+    """JSON lines, compressed: days before months, texts as ids, no stage, and a model's version."""
+    log = simulate(7)
+    rng = np.random.default_rng(7)
+    shown, passed, item, user = log["shown"], log["passed"], log["item"], log["user"]
+    # Eight days of March: their numbers may be months as well.
+    times = pd.Timestamp("2024-03-04 06:00") + pd.to_timedelta(log["minutes"] / 7, unit="min")
+    columns = {
+        "cod_ric": [f"{number * 7919:08x}" for number in log["request"]],
+        "quando": times.strftime("%d/%m/%Y %H:%M:%S"),
+        "cod_cand": [f"C{number:06d}" for number in user],
+        "cod_off": [f"off-{number * 131_071:08x}" for number in item],
+        "nota_pre": np.log(log["early"]) - np.log1p(-log["early"]),
+        "pb_fin": _only(log["final_first"].round(5), passed),
+        "pos_scherm": _only(log["place"] + 1, shown),
+        "aperto": _only(log["first"].astype(int), shown),
+        "sec_lett": _only(log["dwell"].round(1), shown),
+        "canale": _of(log["request"], ["app", "web", "posta"]),
+        "settore": _of(user, ["edilizia", "sanita", "vendite", "logistica"]),
+        "citta_off": _of(item, ["Milano", "Roma", "Torino", "Napoli", "Bari"]),
+        "paga": _of(item, rng.normal(2300, 350, size=ITEMS).round()),
+        "ver_mod": np.where(log["request"] < REQUESTS // 2, "mf-3.1", "mf-3.2"),
+    }
+    frame = pd.DataFrame(columns).sample(frac=1, random_state=0)
+    for part in range(2):
+        file = folder / f"ricerche{part}.jsonl.gz"
+        frame[part::2].to_json(file, orient="records", lines=True)
+    return str(folder / "ricerche*.jsonl.gz")
+
+
+ITALIAN = OwnerLog(
+    italian_json,
+    {
+        "data.rows": "candidate",
+        "data.columns.request": "cod_ric", "data.columns.time": "quando",
+        "data.columns.user": "cod_cand", "data.columns.item": "cod_off",
+        "data.columns.position": "pos_scherm", "data.columns.incumbent": "nota_pre",
+        "data.columns.teacher_version": "ver_mod",
+        "data.labels.aperto": "aperto", "data.teacher.aperto": "pb_fin",
+        "data.time_format": "%d/%m/%Y %H:%M:%S",
+    },
+    {"canale": "context", "settore": "user", "citta_off": "item", "paga": "item"},
+    {"nota_pre", "pb_fin", "pos_scherm", "aperto", "sec_lett", "ver_mod"},
+)  # fmt: skip
+
 OWNERS = {
     "french": FRENCH, "polish": POLISH, "english": ENGLISH, "german": GERMAN, "swedish": SWEDISH,
-    "terse": TERSE,
+    "terse": TERSE, "italian": ITALIAN,
 }  # fmt: skip

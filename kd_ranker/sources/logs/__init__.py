@@ -1,5 +1,6 @@
 """A user's own log as a source: `data.name = "parquet"`. A file imports only those above it here.
 
+* `sql` quotes names and texts; `times` reads times that are texts.
 * `layout` reads the config; `columns` checks the columns of the log by it.
 * `files` lists the files of the log and reads their schemas; `pages` checks their checksums.
 * `query` fills in the SQL in `templates/`; `database` runs it in DuckDB, `spark_engine` in Spark.

@@ -19,7 +19,8 @@ from kd_ranker.sources.logs.columns import is_list, wanted_columns
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import Feature, LogLayout
-from kd_ranker.sources.logs.query import logged, quoted
+from kd_ranker.sources.logs.query import logged
+from kd_ranker.sources.logs.sql import quoted
 
 JSON_FILE, PAGE, REJECTED_FOLDER = "data_report.json", "data_report.html", "rejected"
 Report = dict[str, Any]

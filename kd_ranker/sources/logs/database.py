@@ -19,8 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from kd_ranker.errors import UserError
 from kd_ranker.requests.row_files import Flat
 from kd_ranker.sources.logs.files import Log, line_of, register_store, register_stores
-from kd_ranker.sources.logs.layout import literal
-from kd_ranker.sources.logs.query import PREFIX, logged, quoted
+from kd_ranker.sources.logs.query import PREFIX, logged
+from kd_ranker.sources.logs.sql import literal, quoted
 
 # Bytes in memory of all tables that exist at a time, for a byte of the log on disk, about.
 _BYTES_A_BYTE = 12

@@ -13,6 +13,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.data_report import Report
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.layout import OWNERS, TIME_UNITS, Feature, LogLayout
+from kd_ranker.sources.logs.times import find_formats
 from kd_ranker.sources.logs.written_after import ORDERS_SHOWN, known_ratio, share_shown_first
 
 # A larger share of the candidates points at a fault of the log or of the config.
@@ -131,11 +132,20 @@ def _range(column: dict[str, Any]) -> str:
     return f" (its column holds {column['hint']})" if column.get("hint") else ""
 
 
-def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
-    """Return the unit in which numbers of the time column are recent, in words.
+def time_hint(numbers: Float64[np.ndarray, "n"], texts: Sequence[str], layout: LogLayout) -> str:
+    """Return how the time column is to be read, in words; "" if as the config says.
 
-    It is "" if that is the unit of the config, or if there are no numbers.
+    Args:
+      numbers: some of the column, to find the unit in which they are recent; none of another type.
+      texts: likewise, to find the format by which they are times.
+      layout: of the log.
     """
+    if texts:
+        formats = [each for each in find_formats(texts) if each != layout.time_format]
+        remedy = "write their format, as for strptime, in data.time_format"
+        if formats:
+            remedy = f"try --config.data.time_format='{formats[0]}'"
+        return f"; one is {texts[0]!r}: {remedy}"
     if not len(numbers):
         return ""
     middle = np.median(numbers)
@@ -163,7 +173,10 @@ def refusal(findings: Sequence[Finding], allow: Collection[str]) -> str:
         return ""
     texts = "; ".join(f"{name}: {text}" for name, text in refused)
     names = tuple(sorted({*allow, *(finding.name for finding in refused)}))
-    return f'{texts}; if this is expected, add --config.data.allow="{names}"'
+    remedy = f'if this is expected, add --config.data.allow="{names}"'
+    if len(refused) > 2:
+        remedy = f"first check the columns in the config, which one fault may explain; {remedy}"
+    return f"{texts}; {remedy}"
 
 
 def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, float]]:

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from kd_ranker.distillation.teacher_signal import LARGEST_SCORE
 from kd_ranker.errors import UserError, check_choice
+from kd_ranker.sources.logs.sql import literal
+from kd_ranker.sources.logs.times import check_format
 
 ROWS = ("candidate", "request")
 SPLIT_BY = ("time", "request", "user", "column")
@@ -41,11 +43,6 @@ _CSV_FILE = r"\.[ct]sv(\.gz)?$"
 _TEXT_FILE = rf"{_CSV_FILE}|\.(json|jsonl|ndjson)(\.gz)?$"
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
-
-
-def literal(text: str) -> str:
-    """Return a text as SQL takes it."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +91,7 @@ class LogLayout:
     teacher_version: str
     teacher_signal: str
     incumbent_signal: str
+    time_format: str  # of a time column of texts; "" is ISO 8601
     units_per_second: int  # of a time column of numbers
     features: tuple[Feature, ...]
     split: str
@@ -256,6 +254,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         labels={task: data.labels[task] for task in tasks},
         teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
         tasks=tuple(tasks),
+        time_format=str(data.get("time_format", "")),
         units_per_second=TIME_UNITS[data.time_unit],
         features=tuple(features),
         allow=tuple(data.allow),
@@ -284,6 +283,12 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
     if sql_of(data) and data.engine != "duckdb":
         raise UserError(
             f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
+        )
+    check_format(data.get("time_format", ""))
+    if data.get("time_format") and data.engine != "duckdb":
+        raise UserError(
+            f"data.time_format needs data.engine='duckdb', and it is {data.engine!r}; or write the "
+            "times as ISO 8601"
         )
     names = {"columns": (*IDENTIFYING, *OPTIONAL, EARLY_SCORES), "stages": STAGES}
     for section in ("columns", "stages", "labels", "teacher"):

@@ -23,14 +23,9 @@ from kd_ranker.sources.logs.columns import (
     kind_of,
     wanted_columns,
 )
-from kd_ranker.sources.logs.layout import (
-    LARGEST,
-    NO_PLACE,
-    Feature,
-    LogLayout,
-    early_score,
-    literal,
-)
+from kd_ranker.sources.logs.layout import LARGEST, NO_PLACE, Feature, LogLayout, early_score
+from kd_ranker.sources.logs.sql import literal, quoted
+from kd_ranker.sources.logs.times import sql_of_time
 
 # Before the names of the log's columns in all tables.
 PREFIX = "log:"
@@ -42,11 +37,6 @@ _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 MOST_REPORTED = 100_000
 # A row has one number in the log, that of its file times this plus its own.
 _ROWS_OF_A_FILE = 2**40
-
-
-def quoted(name: str) -> str:
-    """Return a name as SQL takes it."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def logged(column: str) -> str:
@@ -167,14 +157,14 @@ class Query:
         value, type_ = logged(column), self._inner(column)
         number = f"{self.number(column)} / {self.layout.units_per_second}"
         if is_text(type_):
-            number = f"epoch(try_cast({value} AS TIMESTAMPTZ))"
+            number = f"epoch({sql_of_time(value, self.layout.time_format)})"
         elif pa.types.is_timestamp(type_) or pa.types.is_date(type_):
             number = f"epoch({value})"
         return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
 
     def has_zones(self, column: str) -> bool:
-        """True if the times in a column may differ in having a time zone: texts."""
-        return is_text(self._inner(column))
+        """True if the times in a column may differ in having a time zone: texts of no format."""
+        return is_text(self._inner(column)) and not self.layout.time_format
 
     def has_zone(self, column: str) -> str:
         """The condition for the text of a time that has a time zone."""

@@ -10,16 +10,16 @@ from jaxtyping import Float64
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import vocabulary
-from kd_ranker.sources.logs.columns import check_types, wanted_columns
+from kd_ranker.sources.logs.columns import check_types, is_text, wanted_columns
 from kd_ranker.sources.logs.database import Database, open_duckdb
 from kd_ranker.sources.logs.encode import ITEM, USER, Encoding
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.pages import check_pages
-from kd_ranker.sources.logs.query import PREFIX, Query
+from kd_ranker.sources.logs.query import PREFIX, Query, logged
 
-# Numbers of a column that are enough to guess what they are.
-_SOME_NUMBERS = 1000
+# Values of a column that are enough to guess what they are.
+_SOME_VALUES = 1000
 
 
 class Tables(NamedTuple):
@@ -37,10 +37,21 @@ class Tables(NamedTuple):
         number = self.query.number(column)
         table = self.database.fetch(
             f"SELECT {number} AS number FROM unfolded WHERE {number} IS NOT NULL "
-            f'ORDER BY file, "row" LIMIT {_SOME_NUMBERS}'
+            f'ORDER BY file, "row" LIMIT {_SOME_VALUES}'
         )
         numbers = table["number"].to_numpy()
         return numbers[np.isfinite(numbers)]
+
+    def some_texts(self, column: str) -> list[str]:
+        """Return some texts of a column; none of one that holds something else."""
+        if not is_text(self.query.types[column]):
+            return []
+        text = f"nullif(trim({logged(column)}::VARCHAR), '')"
+        table = self.database.fetch(
+            f"SELECT {text} AS text FROM unfolded WHERE {text} IS NOT NULL "
+            f'ORDER BY file, "row" LIMIT {_SOME_VALUES}'
+        )
+        return table["text"].to_pylist()
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ def report_on_log(tables: Tables, counts: Counts, splits: Sequence[str]) -> Repo
     report = data_report.make_data_report(tables.log, layout, counts, tables.some_numbers)
 
     def time_hint() -> str:
-        return findings.time_hint(tables.some_numbers(layout.columns["time"]), layout)
+        column = layout.columns["time"]
+        return findings.time_hint(tables.some_numbers(column), tables.some_texts(column), layout)
 
     all_findings = findings.find(report, time_hint)
     report["allowed"] = []

@@ -108,8 +108,22 @@ def test_a_refusal_names_all_findings_and_the_flag_for_them():
 )
 def test_numbers_of_times_in_another_unit_look_like_it(scale, per_second, hint):
     numbers = np.full(3, float(START * scale))
-    assert time_hint(numbers, SimpleNamespace(units_per_second=per_second)) == hint
-    assert time_hint(numbers[:0], SimpleNamespace(units_per_second=per_second)) == ""
+    assert time_hint(numbers, [], SimpleNamespace(units_per_second=per_second)) == hint
+    assert time_hint(numbers[:0], [], SimpleNamespace(units_per_second=per_second)) == ""
+
+
+@pytest.mark.parametrize(
+    ("texts", "time_format", "remedy"),
+    [
+        (["24/12/2024 18:00"], "", "try --config.data.time_format='%d/%m/%Y %H:%M'"),
+        (["24/12/2024"], "%m/%d/%Y", "try --config.data.time_format='%d/%m/%Y'"),
+        (["at noon"], "", "write their format, as for strptime, in data.time_format"),
+        (["24/12/2024"], "%d/%m/%Y", "write their format, as for strptime, in data.time_format"),
+    ],
+)
+def test_texts_of_times_in_another_format_look_like_it(texts, time_format, remedy):
+    hint = time_hint(np.zeros(0), texts, SimpleNamespace(time_format=time_format))
+    assert hint == f"; one is {texts[0]!r}: {remedy}"
 
 
 def write_small_log(folder, by_request=False, **columns):

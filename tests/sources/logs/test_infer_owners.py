@@ -34,6 +34,7 @@ EDITS = {
     "german": {"data.columns.position", "data.labels.gelesen", "data.teacher.gelesen"},
     "swedish": {"data.stages", "data.teacher.spelad", "sizes"},
     "terse": {},
+    "italian": {},
 }
 
 
@@ -45,8 +46,9 @@ def found_roles(config: ConfigDict) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         is_of_task = section in ("data.labels", "data.teacher")
         found[f"{section}.{names[name]}" if is_of_task else key] = column
-    if config.data.time_unit != "s":
-        found["data.time_unit"] = config.data.time_unit
+    for key, default in (("time_unit", "s"), ("time_format", "")):
+        if config.data[key] != default:
+            found[f"data.{key}"] = config.data[key]
     return found
 
 
@@ -204,6 +206,13 @@ def test_a_position_of_minus_one_is_none(terse, tmp_path):
     assert "slot" in left_out(text)
 
 
+def test_positions_tell_who_was_shown(terse, tmp_path):
+    """Labels that are 0 where not shown, and no stages, do not."""
+    _, config = infer(tmp_path, terse.drop(columns="stg"))
+    assert config.data.columns.position == "slot"
+    assert config.data.labels.lk == "lk"
+
+
 def test_positions_may_be_texts(terse, tmp_path):
     places = terse["slot"].where(terse["slot"] >= 0).astype("Int64").astype("string")
     table = terse.assign(slot=places.fillna("none")).drop(columns=["stg", "lk"])
@@ -259,8 +268,69 @@ def test_whole_numbers_from_one_are_positions_of_a_teacher(terse, tmp_path):
     assert check_of(text, "data.teacher_signal") == doubt
 
 
+@pytest.fixture(scope="module")
+def italian(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    folder = tmp_path_factory.mktemp("italian")
+    owner_logs.italian_json(folder)
+    return pd.concat(pd.read_json(file, lines=True) for file in sorted(folder.iterdir()))
+
+
+def test_a_day_that_may_be_a_month_has_a_check(italian, tmp_path):
+    text, config = infer(tmp_path, italian)
+    assert config.data.time_format == "%d/%m/%Y %H:%M:%S"
+    doubt = "or '%m/%d/%Y %H:%M:%S', which fits as well?"
+    assert check_of(text, "data.time_format") == doubt
+    later = italian.assign(quando=italian["quando"].str.replace("/03/", "/13/"))
+    text, config = infer(tmp_path / "later", later)
+    assert config.data.time_format == "%m/%d/%Y %H:%M:%S"
+    assert not is_checked(text, "data.time_format")
+
+
+def test_a_time_may_have_any_format_that_the_user_names(italian, tmp_path):
+    years_first = italian["quando"].str.replace(r"(\d+)/(\d+)/(\d+)", r"\3, \2, \1", regex=True)
+    table = italian.assign(quando=years_first)
+    text, config = infer(tmp_path, table)
+    assert config.data.columns.time == ""
+    assert config.data.columns.user == "?"
+    doubt = "which column has the user: 'cod_ric' or 'cod_cand'?"
+    assert check_of(text, "data.columns.user") == doubt
+    named = {"data.time_format": "%Y, %m, %d %H:%M:%S"}
+    _, config = infer(tmp_path / "named", table, named)
+    assert config.data.columns.time == "quando"
+    assert config.data.columns.user == "cod_cand"
+
+
+def test_a_column_that_changes_with_time_may_be_the_teacher_s_version(italian, tmp_path):
+    text, config = infer(tmp_path, italian)
+    doubt = "by its values; is it the version of the final ranker?"
+    assert check_of(text, "data.columns.teacher_version") == doubt
+    # The test has only the later one.
+    assert config.data.teacher_version == ""
+    assert "all versions count; or only 'mf-3." in check_of(text, "data.teacher_version")
+    # One that comes back is none.
+    hours = italian["quando"].str.slice(11, 13).astype(int)
+    table = italian.assign(ver_mod=np.where(hours < 12, "early", "late"))
+    _, config = infer(tmp_path / "back", table)
+    assert config.data.columns.teacher_version == ""
+    assert features_of(config)["ver_mod"][0] == "context"
+    table = italian.assign(also=italian["ver_mod"] + "b")
+    text, config = infer(tmp_path / "two", table)
+    assert config.data.columns.teacher_version == "?"
+    assert not {"also", "ver_mod"} & {*features_of(config)}
+
+
+def test_a_select_gets_a_first_config(italian, tmp_path):
+    italian.to_parquet(tmp_path / "log.parquet")
+    named = {"data.sql": f"SELECT * EXCLUDE (citta_off) FROM '{tmp_path}/log.parquet';"}
+    _, config = infer(tmp_path, "", named)
+    assert (config.data.path, config.data.sql) == ("", named["data.sql"])
+    assert config.data.columns.request == "cod_ric"
+    assert "citta_off" not in features_of(config)
+
+
 def test_raw_scores_of_two_tasks_go_to_the_labels_that_they_predict(english, tmp_path):
-    logits = {name: np.log(english[name] / (1 - english[name])) for name in ("m_a", "m_b")}
+    # Scores have an origin of their own.
+    logits = {name: 100 + np.log(english[name] / (1 - english[name])) for name in ("m_a", "m_b")}
     _, config = infer(tmp_path, english.assign(**logits))
     found = {config.data.labels[task]: column for task, column in config.data.teacher.items()}
     assert found == {"opened": "m_a", "saved": "m_b"}

@@ -117,6 +117,20 @@ def test_seconds_are_rounded_down(values, array, units, expected):
 
 
 @pytest.mark.parametrize(
+    ("time_format", "array", "expected"),
+    [
+        ("%d/%m/%Y %H:%M", pa.array(["02/01/1970 00:01", "01/13/1970 00:01", "", None]), 86460),
+        ("%m/%d/%Y", pa.array([" 01/02/1970 ", "13/02/1970", "1970-01-02", None]), 86400),
+        ("%d/%b/%Y:%H:%M:%S %z", pa.array(["02/Jan/1970:02:00:00 +0200", "x", "", None]), 86400),
+        # It says nothing of other types.
+        ("%m/%d/%Y", pa.array([86400, None, None, None]), 86400),
+    ],
+)
+def test_texts_are_times_by_the_format_alone(values, time_format, array, expected):
+    assert values("seconds", array, time_format=time_format) == [expected, None, None, None]
+
+
+@pytest.mark.parametrize(
     "array",
     [
         pa.array([1, None], pa.uint8()),

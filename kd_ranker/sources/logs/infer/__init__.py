@@ -21,7 +21,7 @@ from kd_ranker.sources.logs.files import line_of
 from kd_ranker.sources.logs.infer.config_text import text_of_config
 from kd_ranker.sources.logs.infer.features import find_features
 from kd_ranker.sources.logs.infer.funnel import count_funnel
-from kd_ranker.sources.logs.infer.guess import CHECK, Guess, Roles
+from kd_ranker.sources.logs.infer.guess import CHECK, OPEN, Guess, Roles
 from kd_ranker.sources.logs.infer.roles import (
     check_clashes,
     check_named_columns,
@@ -75,7 +75,8 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
         roles = find_roles(sample)
         guesses = _guess_keys(path, name, sample, roles)
     except duckdb.Error as error:
-        raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
+        log = f"data.path={path}" if path else "data.sql"
+        raise UserError(f"{log} cannot be read: {line_of(error)}") from error
     checks = " ".join([roles.teacher_doubt, *(guess.check for guess in guesses.values())])
     doubtful = [column for column in sample.facts.index if repr(column) in checks]
     written_after = find_written_after(sample, roles.used())
@@ -98,7 +99,8 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
 
 def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str, Guess]:
     """Return the guesses by key of the config, without features; defaults are left out."""
-    guesses = {"data.path": Guess(path), "data.title": Guess(name)}
+    guesses = {"data.path": Guess(path)} if path else {}
+    guesses["data.title"] = Guess(name)
     rows = sample.layout.guess
     if rows.value != "candidate" or rows.check:
         guesses["data.rows"] = rows
@@ -111,16 +113,12 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     for section, its_guesses in sections.items():
         for key, guess in its_guesses.items():
             guesses[f"data.{section}.{key}"] = guess
-    unit = sample.facts["unit"].get(roles.column("time"))
-    if unit and unit != "s":
-        guesses["data.time_unit"] = Guess(unit)
+    guesses |= _guess_how_times_are_written(sample, roles.column("time"))
     if signal := find_signal(sample, roles):
         guesses["data.teacher_signal"] = signal
         guesses["distill.loss"] = Guess("softmax", "takes the order of scores, not probabilities")
-    version = roles.column("teacher_version")
-    if version:
-        most_frequent = next(iter(sample.texts(version).mode()), "")
-        guesses["data.teacher_version"] = Guess(most_frequent)
+    if version := roles.columns.get("teacher_version"):
+        guesses |= _guess_version(sample, version)
     guesses["tasks"] = Guess(tuple(roles.labels))
     worth = tuple(float(task not in NAMES["unwanted"]) for task in roles.labels)
     doubt = (
@@ -134,6 +132,29 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
         if key != "data.infer":
             guesses[key] = Guess(value)
     return guesses
+
+
+def _guess_version(sample: Sample, column: Guess) -> dict[str, Guess]:
+    """Return the version of the teacher that counts: the most frequent, if the name tells it."""
+    if column.value in ("", OPEN):
+        return {}
+    texts = sample.texts(column.value)
+    most_frequent = next(iter(texts.mode()), "")
+    if not column.check:
+        return {"data.teacher_version": Guess(most_frequent)}
+    return {
+        "data.teacher_version": Guess("", "", f"all versions count; or only {most_frequent!r}?")
+    }
+
+
+def _guess_how_times_are_written(sample: Sample, column: str) -> dict[str, Guess]:
+    unit = sample.facts["unit"].get(column)
+    if unit and unit != "s":
+        return {"data.time_unit": Guess(unit)}
+    if formats := sample.time_formats.get(column):
+        doubt = f"or {formats[1]!r}, which fits as well?" if len(formats) > 1 else ""
+        return {"data.time_format": Guess(formats[0], "", doubt)}
+    return {}
 
 
 def _name_of(path: str) -> str:

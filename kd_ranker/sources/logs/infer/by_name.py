@@ -101,7 +101,10 @@ FITS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
 }
 REQUIRED = ("request", "item", "time")
 # What a question calls a role, if not by its key.
-CALLED = {"incumbent": "score of today's early ranker"}
+CALLED = {
+    "incumbent": "score of today's early ranker",
+    "teacher_version": "version of the final ranker",
+}
 
 
 def choose(role: str, sample: Sample, used: list[str]) -> Guess:

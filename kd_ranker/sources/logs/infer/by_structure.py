@@ -21,7 +21,6 @@ from kd_ranker.sources.logs.infer.by_name import (
 )
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.layout import NO_PLACE
-from kd_ranker.sources.logs.query import quoted
 from kd_ranker.sources.logs.written_after import share_shown_first
 
 # Fewer values are a category, not the requests, items or users of a log.
@@ -113,8 +112,9 @@ def find_item(sample: Sample) -> Found:
 def find_user(sample: Sample) -> Found:
     """Find the finest id that owns several requests and, with them, other columns."""
     facts = sample.facts
-    if not (facts["request"] == 1).any():
-        return Found()
+    if facts["request"].isna().all():
+        may_own = facts["is_id"] & (facts["item"] != 1) & ~facts["is_prose"]
+        return Found("", (*facts.index[may_own & (facts["distinct"] >= _LEAST_OWNERS)],))
     num_requests = sample.request.nunique()
     is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
     is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
@@ -147,10 +147,7 @@ def is_session(sample: Sample, column: str) -> bool:
     is_time = (facts["kind"] == "time") | (facts["unit"] != "")
     times = facts.index[is_time & (facts["request"] == 1) & (facts["distinct"] > 1)]
     for time in times:
-        if facts["kind"][time] == "time":
-            seconds = sample.frame(f"epoch({quoted(time)}::TIMESTAMP)").iloc[:, 0]
-        else:
-            seconds = sample.numbers[time]
+        seconds = sample.seconds(time)
         span = seconds.max() - seconds.min()
         of_owners = pd.DataFrame({"owner": sample.codes[column], "seconds": seconds})
         of_requests = of_owners.groupby(sample.request).first()
@@ -168,6 +165,25 @@ def find_time(sample: Sample) -> Found:
     is_possible = is_time & (facts["request"] == 1) & (facts["user"] != 1) & (facts["item"] != 1)
     is_possible &= (facts["known"] > 0.99) & (facts["distinct"] > 1)
     return _finest(sample, [*facts.index[is_possible]])
+
+
+def find_version(sample: Sample, time: str) -> Found:
+    """Find the only column whose values follow each other in time, as the versions of a model do.
+
+    Versions of a model overlap while the next one is tried on a few requests.
+    """
+    facts = sample.facts
+    may_be_version = facts["is_few"] & (facts["item"] != 1) & (facts["user"] != 1)
+    seconds = sample.seconds(time)
+    versions = []
+    for column in facts.index[may_be_version]:
+        times = seconds.groupby(sample.codes[column])
+        spans = pd.DataFrame({"start": times.quantile(0.05), "end": times.quantile(0.95)})
+        spans = spans.sort_values("start")
+        follow_each_other = spans["start"].iloc[1:].to_numpy() >= spans["end"].iloc[:-1].to_numpy()
+        if times.size().min() >= _LEAST_ONES and follow_each_other.all():
+            versions.append(column)
+    return Found(versions[0]) if len(versions) == 1 else Found("", tuple(versions))
 
 
 def find_shown(sample: Sample) -> pd.Series | None:

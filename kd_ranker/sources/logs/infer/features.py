@@ -13,7 +13,7 @@ from kd_ranker.sources.logs.infer.by_structure import is_session
 from kd_ranker.sources.logs.infer.guess import Roles
 from kd_ranker.sources.logs.infer.sample import Sample, kind_of
 from kd_ranker.sources.logs.infer.words import identifier
-from kd_ranker.sources.logs.query import quoted
+from kd_ranker.sources.logs.sql import quoted
 
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
 

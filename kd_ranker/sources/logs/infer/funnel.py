@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 from kd_ranker.sources.logs.infer.guess import Guess, Roles
 from kd_ranker.sources.logs.infer.sample import Sample
-from kd_ranker.sources.logs.layout import NO_PLACE, literal
-from kd_ranker.sources.logs.query import quoted
+from kd_ranker.sources.logs.layout import NO_PLACE
+from kd_ranker.sources.logs.sql import literal, quoted
 
 # A log with more rows is not read whole for a first config.
 MOST_ROWS = 20_000_000

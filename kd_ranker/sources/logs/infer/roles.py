@@ -87,6 +87,10 @@ def find_roles(sample: Sample) -> Roles:
         used = Roles(columns, labels, found_teacher, {}, "").used()
         found = by_structure.find_incumbent(sample, used)
         columns["incumbent"] = _propose("incumbent", columns["incumbent"], found)
+    time = column_of(columns, "time")
+    if found_teacher and time and _is_open("teacher_version", columns, sample):
+        found = by_structure.find_version(sample, time)
+        columns["teacher_version"] = _propose("teacher_version", columns["teacher_version"], found)
     texts = {stage: Guess(text) for stage, text in stages.items()}
     if columns["stage"].check and len(texts) == 2:
         other = next(stage for stage in stages if stage != "shown")
@@ -118,7 +122,7 @@ def _choose(
         return guess
     found = find(sample)
     sure = by_name.sure_columns(role, sample)
-    if found.column in used:
+    if found.column and found.column in used:
         return guess
     # Two columns may be called like the role; the values cannot mean a third one.
     if sure and found.column and found.column not in sure:

@@ -1,7 +1,7 @@
 """A sample of a log, and the facts of its columns that the rules for a first config look at."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
@@ -13,14 +13,9 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import find_files, register_store, register_stores
 from kd_ranker.sources.logs.infer.guess import Guess
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, without, words
-from kd_ranker.sources.logs.layout import (
-    NO_PLACE,
-    TIME_UNITS,
-    is_text_log,
-    literal,
-    sql_of_texts,
-)
-from kd_ranker.sources.logs.query import quoted
+from kd_ranker.sources.logs.layout import NO_PLACE, TIME_UNITS, is_text_log, sql_of_texts
+from kd_ranker.sources.logs.sql import literal, quoted
+from kd_ranker.sources.logs.times import FORMATS, find_formats, sql_of_time
 
 # The limits of the sample.
 _MOST_ROWS = 120_000
@@ -57,6 +52,7 @@ class Sample:
       facts: a row per column of the log. Its facts `request`, `item` and `user` are 1 if the column
         is constant in each request, item or user, 0 if not, NaN if unknown.
       numbers: a number for each value, NaN for none; 0 and 1 for texts such as no and yes.
+      time_formats: column of texts -> the formats by which all of them are times, if not ISO 8601.
       codes: a number for each value, NaN for none; equal values of a column have equal codes.
       request: the request of each row.
       layout: the guess of `data.rows`, and the lists of candidates.
@@ -80,7 +76,8 @@ class Sample:
             self._read(f"SELECT * REPLACE ({lists}) FROM candidates")
         if self.request.empty:
             lists = f", or its lists {', '.join(listed)} are empty" if listed else ""
-            raise UserError(f"data.path={path} has no rows{lists}; name a log with candidates")
+            log = f"data.path={path}" if path else "data.sql"
+            raise UserError(f"{log} has no rows{lists}; name a log with candidates")
         facts = self.facts
         facts["groups"] = facts["distinct"] < facts["rows"] / 1.5
         if self.layout.guess.value == "request":
@@ -90,11 +87,12 @@ class Sample:
         self.set_shown(self.passed)
 
     def _select(self, path: str) -> str:
-        """Return the SELECT of some rows of text files, or of Parquet files at even distances."""
-        if not path:
+        """Return the SELECT of some rows: the first, or of Parquet files at even distances."""
+        sql = self.named.get("data.sql", "").strip().rstrip(";")
+        if not path and not sql:
             raise UserError("data.path is empty; give a file, a directory or a glob of them")
-        if is_text_log(path):
-            self.log = sql_of_texts(path)
+        if sql or is_text_log(path):
+            self.log = sql or sql_of_texts(path)
             register_stores(self.con, self.log)
             return f"SELECT * FROM ({self.log}) LIMIT {_MOST_ROWS}"
         system, manifest = find_files(path)
@@ -192,6 +190,7 @@ class Sample:
     def _read_texts(self) -> None:
         """Find the texts that are truth values, times or several words."""
         facts = self.facts
+        self.time_formats: dict[str, list[str]] = {}
         facts["is_truth"] = False
         facts["is_prose"] = False
         for column in facts.index[facts["column_type"] == "VARCHAR"]:
@@ -205,6 +204,15 @@ class Sample:
             facts.loc[column, "is_prose"] = spaced > 0.5
             if 0 < known == times:
                 facts.loc[column, "kind"] = "time"
+                continue
+            texts = self.frame(f"DISTINCT {text} AS text", f"candidates WHERE {text} IS NOT NULL")
+            if formats := find_formats(texts["text"].tolist(), self._formats_to_try()):
+                self.time_formats[column] = formats
+                facts.loc[column, "kind"] = "time"
+
+    def _formats_to_try(self) -> Sequence[str]:
+        named = self.named.get("data.time_format")
+        return (named,) if named else FORMATS
 
     def _read_values(self) -> None:
         """Read the numbers and the codes of all values."""
@@ -308,6 +316,15 @@ class Sample:
         places = self.numbers[self.numbers != NO_PLACE].notna()
         has_place = _are_of_shown(places[inside].mean(), places[~inside].mean())
         facts["placed"] = has_place | (not knows_shown)
+
+    def seconds(self, column: str) -> pd.Series:
+        """Return the times of a column, in its unit since 1970; NaN for none."""
+        if self.facts["kind"][column] != "time":
+            return self.numbers[column]
+        time = f"{quoted(column)}::TIMESTAMP"
+        if column in self.time_formats:
+            time = sql_of_time(quoted(column), self.time_formats[column][0])
+        return self.frame(f"epoch({time})").iloc[:, 0]
 
     def texts(self, column: str) -> pd.Series:
         """Return the values of a column as the texts that a config names."""
