@@ -75,7 +75,7 @@ class Change(NamedTuple):
     All but the row numbers have a leading axis of runs. Rows are those of this device's requests.
     """
 
-    gradients: Dense
+    gradient_norms: StepMetrics  # of dense parameters and transform
     moves: Dense  # what the update adds
     rows_before: Rows
     row_gradients: Rows
@@ -193,7 +193,7 @@ class _Trained(NamedTuple):
 
     dense: Any
     transform: Transform
-    gradients: Dense
+    gradient_norms: dict[str, Float[Array, "*runs"]]
     optimizer_state: optax.OptState
     non_finite_step: Int[Array, "*runs"]
     losses: dict[str, Float[Array, "*runs"]]
@@ -228,7 +228,8 @@ def _train_stack(
         gradients, row_gradients, losses = gradients_of_run(
             train_spec, hyperparameters, dense, rows, batch, targets, items
         )
-        is_finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm_of(gradients))
+        norms = _norms_of_parts(gradients)
+        is_finite = jnp.all(jnp.isfinite(jnp.stack([losses["loss"], *norms.values()])))
         takes_part = (non_finite_step == 0) & (step <= hyperparameters.steps)
         may_change = takes_part & is_finite
         factor = train_spec.schedule(step, hyperparameters.steps)
@@ -241,7 +242,7 @@ def _train_stack(
         return _Trained(
             dense=new_dense,
             transform=transform,
-            gradients=gradients,
+            gradient_norms=norms,
             optimizer_state=optimizer_state,
             non_finite_step=jnp.where(takes_part & ~is_finite, step, non_finite_step),
             losses=losses,
@@ -280,7 +281,7 @@ def _train_stack(
     dense_before = (state.parameters.dense, state.transform)
     dense_after = (trained.dense, trained.transform)
     change = Change(
-        gradients=trained.gradients,
+        gradient_norms=trained.gradient_norms,
         moves=jax.tree.map(jnp.subtract, dense_after, dense_before),
         rows_before=rows,
         row_gradients=trained.row_update.gradients,
@@ -530,14 +531,8 @@ def _update_table(
 def _measure(embedding: EmbeddingSpec, stack: StackAfterStep) -> StepMetrics:
     """Return the norms of gradients and updates, and the share of each table with a gradient."""
     change = stack.change
-    metrics: StepMetrics = {}
-    for name, (dense, transform) in (
-        ("gradient_norm", change.gradients),
-        ("update_norm", change.moves),
-    ):
-        metrics[f"{name}/dense"] = jax.vmap(norm_of)(dense)
-        if transform:
-            metrics[f"{name}/transform"] = jax.vmap(norm_of)(transform)
+    metrics = _named("gradient_norm", change.gradient_norms)
+    metrics |= _named("update_norm", jax.vmap(_norms_of_parts)(change.moves))
     squared_gradients = jnp.zeros(change.may_change.shape)
     squared_moves = jnp.zeros(change.may_change.shape)
     for name, table in embedding.tables.items():
@@ -556,6 +551,12 @@ def _measure(embedding: EmbeddingSpec, stack: StackAfterStep) -> StepMetrics:
     metrics["gradient_norm/tables"] = jnp.sqrt(squared_gradients)
     metrics["update_norm/tables"] = jnp.sqrt(squared_moves)
     return metrics
+
+
+def _norms_of_parts(dense: Dense) -> dict[str, Float[Array, ""]]:
+    """Return the norms of dense parameters and, if the mode has one, of its transform."""
+    parts = {"dense": dense[0], "transform": dense[1]}
+    return {name: norm_of(part) for name, part in parts.items() if jax.tree.leaves(part)}
 
 
 class _Touched(NamedTuple):
