@@ -267,7 +267,7 @@ def test_nothing_that_the_entry_points_import_is_tensorflow():
 
 def kd_ranker(*arguments):
     """What the console command of the package does."""
-    return small.run("-c", "from kd_ranker.main import main; main()", *arguments)
+    return small.run("-m", "kd_ranker", *arguments)
 
 
 def test_each_command_has_a_module_and_is_listed_without_a_name():

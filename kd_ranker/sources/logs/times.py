@@ -30,7 +30,7 @@ def sql_of_time(text: str, time_format: str) -> str:
     """Return the SQL of the time that a text means, or NULL; the format "" is ISO 8601."""
     if not time_format:
         return f"try_cast({text} AS TIMESTAMPTZ)"
-    return f"try_strptime(trim({text}::VARCHAR), {literal(time_format)})"
+    return f"try_strptime({text}::VARCHAR, {literal(time_format)})"
 
 
 def check_format(time_format: str) -> None:

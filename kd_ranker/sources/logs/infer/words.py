@@ -16,8 +16,13 @@ NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_t
 
 @functools.cache
 def words(name: str) -> tuple[str, ...]:
-    """Return the words of a name in lower case and the singular: last, item, id of lastItemIDs."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    """Return the words of a name in lower case and the singular.
+
+    >>> words("lastItemIDs"), words("ordCnt30d")
+    (('last', 'item', 'id'), ('ord', 'cnt', '30d'))
+    """
+    starts = "(?<=[a-z0-9])(?=[A-Z])|(?<=[a-z])(?=[0-9])"
+    spaced = re.sub(starts, " ", unicodedata.normalize("NFKC", name))
     parts = filter(None, re.split(r"[\W_]+", spaced.lower()))
     return tuple(re.sub(r"(?<=[^\W_]{2})(?<![suio])s$", "", part) for part in parts)
 
