@@ -96,6 +96,19 @@ def test_a_refusal_names_all_findings_and_the_flag_for_them():
     assert refusal(found, ["rejected", "one_label"]) == refusal([], ()) == ""
 
 
+def test_many_findings_may_have_one_cause():
+    changes = {
+        "candidates__rejected": 500,
+        "columns__0__out_of_range": 900,
+        "splits__test__rate/watch": 1.0,
+    }
+    assert "; first check the columns in the config, which" in refusal(
+        find(report_of(**changes)), []
+    )
+    changes.pop("candidates__rejected")
+    assert "first check" not in refusal(find(report_of(**changes)), [])
+
+
 @pytest.mark.parametrize(
     ("scale", "per_second", "hint"),
     [

@@ -27,6 +27,8 @@ def config_with(**changes):
         ({"path": ""}, "data.path is empty; give a Parquet file, a directory or a glob"),
         ({"sql": "SELECT 1"}, "data.path and data.sql are both set"),
         ({"path": "a.csv", "engine": "spark"}, "data.engine='duckdb', and it is 'spark'"),
+        ({"time_format": "noon"}, "data.time_format='noon' is no format; write it as for strptime"),
+        ({"time_format": "%d", "engine": "spark"}, "data.time_format needs data.engine='duckdb'"),
         ({"columns__item": ""}, "data.columns.item is empty; name the column"),
         ({"columns__user": "", "split": "user"}, "data.split='user' needs data.columns.user; nam"),
         ({"split": "column"}, "data.split='column' needs data.columns.split; name its c"),
