@@ -128,6 +128,11 @@ def _count(candidates: float) -> str:
     return number(candidates, 0) or _UNKNOWN_NUMBER
 
 
+def _passed(estimates: Estimates, setting: str) -> str:
+    """Return how many candidates must pass, or the bounds that the final ranker's scores leave."""
+    return bounds_text(estimates.passed_bounds(setting)) or _UNKNOWN_NUMBER
+
+
 class _Saving:
     """The saving by the scores: the cost of the funnel, or candidates where no cost is known."""
 
@@ -220,7 +225,7 @@ class _Saving:
         return f"{sentence}, {today}{best}."
 
     def _passed(self, setting: str) -> str:
-        return bounds_text(self._estimates.passed_bounds(setting)) or _UNKNOWN_NUMBER
+        return _passed(self._estimates, setting)
 
 
 class _Users(NamedTuple):
@@ -433,11 +438,10 @@ def _simple_orders(estimates: Estimates, student: str) -> Iterator[str]:
     if passed_by_order:
         best = min(passed_by_order, key=lambda name: passed_by_order[name])
         title = "A random order" if best == "random" else f"A list without a user, {best},"
-        passed = estimates.of(student, CRITERION).mean
-        verb = "does" if passed_by_order[best] <= passed else "may do"
+        does = passed_by_order[best] <= estimates.of(student, CRITERION).mean
         yield (
-            f"{title} {verb} as well as the best student: it needs "
-            f"{_count(passed_by_order[best])} candidates, the student {_count(passed)}."
+            f"{title} {'does' if does else 'may do'} as well as the best student: it needs "
+            f"{_passed(estimates, best)} candidates, the student {_passed(estimates, student)}."
         )
 
 
@@ -469,8 +473,8 @@ def _within_kinds(study: Study, estimates: Estimates, answered: Pair) -> Iterato
             word = "more"
         mean, low, high = percents(difference)
         interval = f" (95% interval {low} to {high}%)" if low else ""
-        with_scores = _count(estimates.of(pair.with_scores, CRITERION).mean)
-        without = _count(estimates.of(pair.without, CRITERION).mean)
+        with_scores = _passed(estimates, pair.with_scores)
+        without = _passed(estimates, pair.without)
         yield (
             f"Among {kind}, the best with scores needs {with_scores} candidates and the best "
             f"without {without}: {mean}% {word}{interval}."
