@@ -273,7 +273,10 @@ def _no_key(config: ConfigDict, name: str) -> UserError:
         last = name.rpartition(".")[2]
         guesses = [other for other in known if other.rpartition(".")[2] == last]
     hint = "docs/config.md lists the keys"
-    if guesses:
+    section, _, task = name.rpartition(".")
+    if section in ("data.labels", "data.teacher"):
+        hint = f"""name all tasks at once: --config.{section}="{{'{task}': 'COLUMN'}}\""""
+    elif guesses:
         hint = f"did you mean {' or '.join(map(repr, guesses))}?"
     return UserError(f"config key {name!r} does not exist; {hint}")
 

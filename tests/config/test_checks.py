@@ -188,6 +188,8 @@ def test_a_config_file_has_all_keys_and_no_others():
     config.distill.wieght = 3.0
     fault = fault_of(check, config)
     assert "'distill.wieght' does not exist; did you mean 'distill.weight'?" in fault
+    fault = fault_of(checks.check_key, config, "data.teacher.like")
+    assert """name all tasks at once: --config.data.teacher="{'like': 'COLUMN'}\"""" in fault
     del config.distill["wieght"], config.train["steps"]
     assert "lacks train.steps: it is of another version" in fault_of(check, config)
 

@@ -30,6 +30,9 @@ SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
 _CALIBRATION_TOLERANCE = 0.1
 # The largest request has a remark beyond this multiple of the median.
 _FAR = 5
+# A user has a remark who has so large a share of the requests, among at least so many users.
+MOST_OF_A_USER = 0.1
+LEAST_USERS = 20
 _NO_PROBABILITIES = (
     ": divide percentages by 100 and take the sigmoid of logits, or set data.teacher_signal='score'"
 )
@@ -255,6 +258,15 @@ def _remarks(report: Report) -> Iterator[str]:
         )
     if number := report["requests"]["several_times"]:
         yield f"The rows of {number:,} requests have several times; the earliest counts."
+    ids = report["ids"]
+    share = ids["requests_of_one_user"] / sum(
+        split["requests"] for split in report["splits"].values()
+    )
+    if ids["users"] >= LEAST_USERS and share >= MOST_OF_A_USER:
+        yield (
+            f"One user has {share:.0%} of the requests: if its id stands for users without an "
+            "account, give each of their requests a user of its own, by data.sql."
+        )
     splits = report["splits"]
     num_retrieved = sum(split["retrieved"] for split in splits.values())
     num_passed = sum(split["passed"] for split in splits.values())

@@ -195,14 +195,17 @@ def sql_of(data: ConfigDict) -> str:
     return str(data.sql).strip().rstrip(";")
 
 
-def sql_of_texts(path: str, as_texts: Sequence[str] = ()) -> str:
+def sql_of_texts(path: str, as_texts: Sequence[str] = (), decimal_separator: str = ".") -> str:
     """Return the SELECT of the text files at `data.path`, with types by all of their rows.
 
-    Columns `as_texts` of CSV files are texts, whatever their values.
+    Columns `as_texts` of CSV files are texts, whatever their values. The numbers of CSV files have
+    the decimal separator.
     """
     options = "sample_size = -1"
     types = ", ".join(f"{literal(column)}: 'VARCHAR'" for column in as_texts)
     csv_options = f"{options}, types = {{{types}}}" if types else options
+    if decimal_separator != ".":
+        csv_options += f", decimal_separator = {literal(decimal_separator)}"
     selects = []
     for file in split_path(path):
         if re.search(_CSV_FILE, file, re.IGNORECASE):

@@ -125,7 +125,7 @@ def why_written_after(
     if numbers.nunique() > 2:
         share = share_shown_first(numbers.to_frame("column"), request, shown)["column"]
         if share >= ORDERS_SHOWN:
-            return f"it orders the candidates as they were {word}"
+            return f"it has {share:.0%} of the {word} candidates first, beyond chance"
     return ""
 
 

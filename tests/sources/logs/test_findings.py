@@ -434,6 +434,20 @@ def test_times_with_and_without_a_zone_have_a_remark(tmp_path):
         assert ("have a time zone; the others are read as UTC" in remarks) == is_mixed
 
 
+@pytest.mark.parametrize(("guests", "has_remark"), [(0.3, True), (0.05, False)])
+def test_a_user_with_a_large_part_of_the_requests_has_a_remark(tmp_path, guests, has_remark):
+    def change(requests):
+        return [-1 if number % 60 < 60 * guests else number for number in requests]
+
+    log = write_small_log(tmp_path / "log")
+    table = pq.read_table(log / "part-0.parquet")
+    users = pa.array(change(table["request_id"].to_pylist()))
+    table = table.drop_columns(["user_id"]).append_column("user_id", users)
+    pq.write_table(table, log / "part-0.parquet")
+    _, report = read(log, tmp_path / "data", ALLOWABLE)
+    assert ("One user has 30% of the requests" in " ".join(report["remarks"])) == has_remark
+
+
 def test_numbers_of_a_vector_that_share_a_remark_have_one(tmp_path):
     log = write_small_log(tmp_path / "log")
     table = pq.read_table(log / "part-0.parquet")

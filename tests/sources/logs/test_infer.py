@@ -462,7 +462,8 @@ def test_positions_of_a_teacher_are_named(columns, tmp_path):
     rng = np.random.default_rng(0)
     ranks = [rng.permutation(logs.CANDIDATES) + 1 for _ in range(logs.REQUESTS)]
     text, config = infer(tmp_path, logs.table_of(without | {"final_rank": np.concatenate(ranks)}))
-    assert "which column has the teacher: 'final_rank'?" in check_of(text, "data.teacher")
+    doubt = "which columns have the teacher, one per task: 'final_rank'?"
+    assert doubt in check_of(text, "data.teacher")
     assert not config.data.teacher
     assert "final_rank" not in features_of(config)
 

@@ -18,6 +18,7 @@ import duckdb
 
 from kd_ranker.errors import UserError, command
 from kd_ranker.sources.logs.files import line_of
+from kd_ranker.sources.logs.infer.by_structure import follow_in_time
 from kd_ranker.sources.logs.infer.config_text import text_of_config
 from kd_ranker.sources.logs.infer.features import find_features
 from kd_ranker.sources.logs.infer.funnel import count_funnel
@@ -99,7 +100,9 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
 
 def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str, Guess]:
     """Return the guesses by key of the config, without features; defaults are left out."""
-    guesses = {"data.path": Guess(path)} if path else {}
+    guesses = {"data.path": Guess(path)}
+    if sample.sql:
+        guesses = {"data.sql": Guess(sample.sql, "with a decimal comma")}
     guesses["data.title"] = Guess(name)
     rows = sample.layout.guess
     if rows.value != "candidate" or rows.check:
@@ -118,7 +121,7 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
         guesses["data.teacher_signal"] = signal
         guesses["distill.loss"] = Guess("softmax", "takes the order of scores, not probabilities")
     if version := roles.columns.get("teacher_version"):
-        guesses |= _guess_version(sample, version)
+        guesses |= _guess_version(sample, version, roles.column("time"))
     guesses["tasks"] = Guess(tuple(roles.labels))
     worth = tuple(float(task not in NAMES["unwanted"]) for task in roles.labels)
     doubt = (
@@ -134,17 +137,19 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     return guesses
 
 
-def _guess_version(sample: Sample, column: Guess) -> dict[str, Guess]:
-    """Return the version of the teacher that counts: the most frequent, if the name tells it."""
+def _guess_version(sample: Sample, column: Guess, time: str) -> dict[str, Guess]:
+    """Return the version of the teacher that counts: all that follow each other, or the usual one.
+
+    The test is at the end of a log, where only the last version may be.
+    """
     if column.value in ("", OPEN):
         return {}
     texts = sample.texts(column.value)
-    most_frequent = next(iter(texts.mode()), "")
-    if not column.check:
-        return {"data.teacher_version": Guess(most_frequent)}
-    return {
-        "data.teacher_version": Guess("", "", f"all versions count; or only {most_frequent!r}?")
-    }
+    if time and follow_in_time(sample, column.value, time):
+        last = sample.seconds(time).groupby(texts).median().idxmax()
+        doubt = f"all versions count; or only the last one, {last!r}?"
+        return {"data.teacher_version": Guess("", "", doubt)}
+    return {"data.teacher_version": Guess(next(iter(texts.mode()), ""))}
 
 
 def _guess_how_times_are_written(sample: Sample, column: str) -> dict[str, Guess]:

@@ -137,10 +137,17 @@ def sure_columns(role: str, sample: Sample) -> list[str]:
 
 def _look_alikes(role: str, facts: pd.DataFrame) -> list[str]:
     """Return columns that a user may have meant, by a part of their names or by their values."""
-    known = {word for name in NAMES["sure"][role] for word in words(name)} - {"id"}
-    by_name = [name for name in facts.index if known & {*words(name)}]
-    by_values = facts["unit"] != "" if role == "time" else facts["is_id"]
+    by_name = [name for name in facts.index if has_word_of(role, name)]
+    is_time = (facts["kind"] == "time") | (facts["unit"] != "")
+    by_values = is_time if role == "time" else facts["is_id"]
     return [*by_name, *facts.index[by_values]]
+
+
+def has_word_of(role: str, column: str) -> bool:
+    """Return whether the name of a column has a word that alone, or with id, is a role's name."""
+    names = [{*words(name)} - {"id"} for name in NAMES["sure"][role]]
+    known = set().union(*(name for name in names if len(name) == 1))
+    return bool(known & {*words(column)})
 
 
 def stage_texts(sample: Sample, column: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ What this file finds is only proposed: each line of the config has a CHECK above
 candidates here. Where two columns fit equally, there is no proposal, and both are named.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from kd_ranker.sources.logs.infer.by_name import (
     varies_in_requests,
 )
 from kd_ranker.sources.logs.infer.sample import Sample
+from kd_ranker.sources.logs.infer.words import without
 from kd_ranker.sources.logs.layout import NO_PLACE
 from kd_ranker.sources.logs.written_after import share_shown_first
 
@@ -32,6 +33,10 @@ _LEAST_ONES = 20
 # Least share of the passed candidates that the early ranker's score has first: quotas of sources,
 # and rules, pass some of the others.
 _ORDERS_PASSED = 0.8
+# A share of requests that is nearly all.
+_MOSTLY = 0.9
+# A shorter name of a label may be a part of others by chance.
+_LEAST_LETTERS = 3
 # The requests of a session take at most this share of the time of a log.
 _SESSION = 0.05
 
@@ -119,6 +124,7 @@ def find_user(sample: Sample) -> Found:
     is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
     is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
     is_possible &= (facts["distinct"] < num_requests) & ~facts["is_prose"]
+    is_possible &= facts["known"] > 0.9  # not the number of an order, which few requests have
     ids = [*facts[is_possible].sort_values("distinct", ascending=False).index]
     lasting = [column for column in ids if not is_session(sample, column)]
     others = facts.index[(facts["request"] == 1) & (facts["distinct"] > 1)]
@@ -170,20 +176,25 @@ def find_time(sample: Sample) -> Found:
 def find_version(sample: Sample, time: str) -> Found:
     """Find the only column whose values follow each other in time, as the versions of a model do.
 
-    Versions of a model overlap while the next one is tried on a few requests.
+    It may be that of a teacher that has no column yet.
     """
     facts = sample.facts
     may_be_version = facts["is_few"] & (facts["item"] != 1) & (facts["user"] != 1)
-    seconds = sample.seconds(time)
-    versions = []
-    for column in facts.index[may_be_version]:
-        times = seconds.groupby(sample.codes[column])
-        spans = pd.DataFrame({"start": times.quantile(0.05), "end": times.quantile(0.95)})
-        spans = spans.sort_values("start")
-        follow_each_other = spans["start"].iloc[1:].to_numpy() >= spans["end"].iloc[:-1].to_numpy()
-        if times.size().min() >= _LEAST_ONES and follow_each_other.all():
-            versions.append(column)
+    columns = facts.index[may_be_version]
+    versions = [str(column) for column in columns if follow_in_time(sample, column, time)]
     return Found(versions[0]) if len(versions) == 1 else Found("", tuple(versions))
+
+
+def follow_in_time(sample: Sample, column: str, time: str) -> bool:
+    """Return whether each value of a column comes after the one before it, and none comes back.
+
+    Versions of a model overlap while the next one is tried on a few requests.
+    """
+    times = sample.seconds(time).groupby(sample.codes[column])
+    spans = pd.DataFrame({"start": times.quantile(0.05), "end": times.quantile(0.95)})
+    spans = spans.sort_values("start")
+    is_after = spans["start"].iloc[1:].to_numpy() >= spans["end"].iloc[:-1].to_numpy()
+    return bool(len(spans) > 1 and is_after.all() and times.size().min() >= _LEAST_ONES)
 
 
 def find_shown(sample: Sample) -> pd.Series | None:
@@ -258,7 +269,10 @@ def _is_equal(rows: pd.Series, others: pd.Series) -> bool:
 
 
 def _shown_by_ones(sample: Sample, masks: list[_Mask]) -> pd.Series | None:
-    """Return the fewest rows that two columns set apart and that have all ones of another."""
+    """Return the fewest rows that two columns set apart and that have all ones of another.
+
+    Those in a cart have all that is bought, too. So rows with a position come first.
+    """
     facts = sample.facts
     binary = facts.index[may_be_label(facts) & (facts["known"] > 0.99) & (facts["request"] == 0)]
     possible = []
@@ -270,9 +284,20 @@ def _shown_by_ones(sample: Sample, masks: list[_Mask]) -> pd.Series | None:
             has_ones = mask.column != column and (ones & ~mask.rows).mean() <= 0.001 * ones.mean()
             if has_ones and not _is_equal(ones, mask.rows):
                 possible.append(mask)
+    placed = [mask.rows for mask in possible if _has_positions(sample, mask)]
     confirmed = [mask.rows for mask in possible if _count_equal(mask, masks) > 0]
-    rows = confirmed or [mask.rows for mask in possible]
+    rows = placed or confirmed or [mask.rows for mask in possible]
     return min(rows, key=lambda mask: mask.sum(), default=None)
+
+
+def _has_positions(sample: Sample, mask: _Mask) -> bool:
+    """Return whether a column counts the rows of each request from 0 or 1, as positions do."""
+    if not may_count_places(sample.facts.loc[[mask.column]]).iat[0]:
+        return False
+    places = sample.numbers[mask.column][mask.rows].groupby(sample.request[mask.rows])
+    length = places.max() - places.min() + 1
+    counts_all = (places.nunique() == places.size()) & (length == places.size())
+    return bool(counts_all.mean() >= _MOSTLY and (places.size() > 1).mean() >= _MOSTLY)
 
 
 class FoundStage(NamedTuple):
@@ -305,26 +330,19 @@ def _stages_of(sample: Sample, column: str) -> dict[str, str]:
     if len(shown) != 1:
         return {}
     others = [value for value in values if value not in shown]
-    scored = _is_scored(sample)
-    scored_shares = {value: scored[texts == value].mean() for value in others}
-    passed = [value for value in others if scored_shares[value] >= 0.3]
-    retrieved = [value for value in others if scored_shares[value] <= 0.02]
-    if len(passed) + len(retrieved) < len(others) or len(passed) > 1 or len(retrieved) > 1:
-        return {}
-    stages = {"shown": shown[0]}
-    if passed:
-        stages["passed"] = passed[0]
-    if retrieved:
-        stages["retrieved"] = retrieved[0]
-    return stages
-
-
-def _is_scored(sample: Sample) -> pd.Series:
-    """Return whether each row has a number that the shown and some of the others have."""
     facts = sample.facts
     is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
     scores = facts.index[is_number & _is_known_further(facts)]
-    return sample.codes[scores].notna().any(axis=1)
+    # One of these is a score; others may be missing at random.
+    known = [sample.codes[score].notna() for score in scores]
+    for is_scored in known or [pd.Series(False, texts.index)]:
+        shares = {value: is_scored[texts == value].mean() for value in others}
+        passed = [value for value in others if shares[value] >= 0.3]
+        retrieved = [value for value in others if shares[value] <= 0.02]
+        if len(passed) <= 1 and len(retrieved) <= 1 and len(passed) + len(retrieved) == len(others):
+            stages = {"shown": shown, "passed": passed, "retrieved": retrieved}
+            return {stage: texts[0] for stage, texts in stages.items() if texts}
+    return {}
 
 
 def _is_known_further(facts: pd.DataFrame) -> pd.Series:
@@ -386,7 +404,8 @@ def find_labels(sample: Sample) -> list[str]:
 def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
     """Return the score of each task: that which predicts its label best; {} if it is not clear.
 
-    Only shown candidates count: a label of the others may be 0, whatever their score.
+    Only shown candidates count: a label of the others may be 0, whatever their score. If there are
+    more scores than tasks, as with a blend of them, or fewer, those called after a label are clear.
 
     Args:
       sample: of the log.
@@ -397,7 +416,7 @@ def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
     probabilities = [*facts.index[is_possible & is_probability(facts)]]
     scores = probabilities or [*facts.index[is_possible]]
     if len(scores) != len(labels):
-        return {}
+        return _called_after_labels(scores, labels)
     best = {}
     for task, label in labels.items():
         numbers = sample.numbers.loc[sample.shown, [label, *scores]]
@@ -407,7 +426,18 @@ def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
         if losses:
             best[task] = min(losses, key=lambda score: losses[score])
     has_one_each = len({*best.values()}) == len(labels)
-    return best if has_one_each else {}
+    return best if has_one_each else _called_after_labels(scores, labels)
+
+
+def _called_after_labels(scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the only score whose name contains a word of the label's, as pClk does of isClk."""
+    found = {}
+    for task, label in labels.items():
+        parts = [word for word in without(label, "affixes") if len(word) >= _LEAST_LETTERS]
+        called = [score for score in scores if any(part in score.lower() for part in parts)]
+        if len(called) == 1:
+            found[task] = called[0]
+    return found if len({*found.values()}) == len(found) else {}
 
 
 def correlates(numbers: pd.DataFrame) -> bool:

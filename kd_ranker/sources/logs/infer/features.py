@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 from kd_ranker.sources.logs.infer.by_structure import is_session
 from kd_ranker.sources.logs.infer.guess import Roles
 from kd_ranker.sources.logs.infer.sample import Sample, kind_of
-from kd_ranker.sources.logs.infer.words import identifier
+from kd_ranker.sources.logs.infer.words import identifier, words
 from kd_ranker.sources.logs.sql import quoted
 
+# A count of some days, such as orders_30d.
+_WINDOW = r"\d+(d|h|w|m)"
+# A column is set by a label if it is set in so many rows, and elsewhere in this share of them.
+_LEAST_SET, _STRAY = 20, 0.01
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
 
 
@@ -67,6 +71,10 @@ def find_features(
         why = why or _why_no_feature(facts, sample, roles, kind.kind)
         if why:
             left_out.append(LeftOut(column, why))
+        elif owner == "context" and _is_missing_without_labels(sample, roles, column):
+            left_out.append(LeftOut(column, "missing for requests without a label of 1", feature))
+        elif label := _label_that_sets(sample, roles, column):
+            left_out.append(LeftOut(column, f"known, or not 0, only where {label!r} is 1", feature))
         elif column in written_after:
             left_out.append(LeftOut(column, written_after[column], feature))
         elif owner == "context" and facts.is_id and is_session(sample, column):
@@ -89,6 +97,7 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
       kind: of the feature, "" for none.
     """
     may_vary = facts.item != 1 and facts.user != 1
+    is_of_request = facts.request == 1 and facts.user != 1
     is_output = facts.afterwards or facts.predictions or facts.teacher
     is_output = is_output or (facts.uses and facts.amounts)
     is_action = facts.task and not facts.binary
@@ -96,6 +105,7 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
     has_ones_only_in = facts.binary and not facts.ones_out
     number = sample.facts["distinct"][roles.column("item")] if facts.item == 1 else facts.rows
     reasons = {
+        "a date or a time, and no number": facts.kind == "time",
         "its type is not supported": not kind,
         "constant": facts.distinct < 2,
         "a row number": re.fullmatch(_ROW_NUMBER, facts.Index, re.IGNORECASE),
@@ -103,9 +113,35 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
         "perhaps a label": may_vary and facts.request != 1 and has_ones_only_in,
         "a label of another task": facts.binary and facts.task and is_rare_elsewhere,
         "known only afterwards, by its name": may_vary and (is_output or is_action),
+        "of an experiment, by its name": facts.request == 1 and facts.experiments,
+        "of what served the request, by its name": is_of_request and facts.system,
         "an id or a text": kind == "category" and facts.distinct > 0.8 * number,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _is_missing_without_labels(sample: Sample, roles: Roles, column: str) -> bool:
+    """Return whether no request that lacks a column has a label of 1, as with an order's number."""
+    is_missing = sample.codes[column].isna().groupby(sample.request).all()
+    for label in filter(None, (guess.value for guess in roles.labels.values())):
+        positive = (sample.numbers[label] == 1).groupby(sample.request).any()
+        expected = is_missing.sum() * positive.mean()
+        if expected >= _LEAST_SET and (is_missing & positive).sum() <= _STRAY * expected:
+            return True
+    return False
+
+
+def _label_that_sets(sample: Sample, roles: Roles, column: str) -> str:
+    """Return the label without which a column is 0 or missing, as a revenue; "" for none."""
+    is_set = sample.codes[column].notna() & (sample.numbers[column] != 0)
+    labels = list(filter(None, (guess.value for guess in roles.labels.values())))
+    # A purchase is a click, too.
+    for label in sorted(labels, key=lambda label: (sample.numbers[label] == 1).sum()):
+        is_positive = sample.numbers[label] == 1
+        is_elsewhere = is_set & ~is_positive
+        if is_set.sum() >= _LEAST_SET and is_elsewhere.sum() <= _STRAY * is_set.sum():
+            return label
+    return ""
 
 
 def _owner_of_feature(facts: Any, kind: str) -> str:
@@ -135,7 +171,8 @@ def _kind_of_feature(facts: Any, sample: Sample, item: str) -> _FeatureKind:
         return _kind_of_list(facts, sample, item, hashed)
     has_many_values = facts.distinct > 32 and abs(facts.high) < 2**31
     is_integer = facts.kind == "integer" and not facts.identifiers
-    is_amount = is_integer and (has_many_values or facts.quantities)
+    has_window = any(re.fullmatch(_WINDOW, word) for word in words(facts.Index))
+    is_amount = is_integer and (has_many_values or facts.quantities or has_window)
     if facts.kind == "float" or is_amount:
         return _FeatureKind("dense")
     return _FeatureKind("category", hashed)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import pandas as pd
 
 from kd_ranker.errors import UserError, listed
+from kd_ranker.sources.logs.data_report import LEAST_USERS, MOST_OF_A_USER
 from kd_ranker.sources.logs.infer import by_name, by_structure
 from kd_ranker.sources.logs.infer.guess import OPEN, Guess, Roles, by_values, column_of, which
 from kd_ranker.sources.logs.infer.sample import Sample
@@ -56,6 +57,7 @@ def find_roles(sample: Sample) -> Roles:
         if role not in columns:
             columns[role] = _choose(role, sample, _used(columns, used), find)
         sample.set_owner(role, column_of(columns, role))
+    columns["user"] = _doubt_user_of_many(sample, columns["user"])
     if "stage" not in columns:
         columns["stage"] = by_name.choose("stage", sample, _used(columns, used))
     stage = column_of(columns, "stage")
@@ -88,10 +90,16 @@ def find_roles(sample: Sample) -> Roles:
         found = by_structure.find_incumbent(sample, used)
         columns["incumbent"] = _propose("incumbent", columns["incumbent"], found)
     time = column_of(columns, "time")
-    if found_teacher and time and _is_open("teacher_version", columns, sample):
+    if time and _is_open("teacher_version", columns, sample):
         found = by_structure.find_version(sample, time)
         columns["teacher_version"] = _propose("teacher_version", columns["teacher_version"], found)
     texts = {stage: Guess(text) for stage, text in stages.items()}
+    if column_of(columns, "stage") and not texts:
+        texts = {"shown": Guess("", "", "which text has a shown candidate? Name all stages")}
+    if not column_of(columns, "request"):
+        columns["request"] = columns["request"]._replace(
+            check=f"{columns['request'].check} Name it and infer again: much else depends on it"
+        )
     if columns["stage"].check and len(texts) == 2:
         other = next(stage for stage in stages if stage != "shown")
         doubt_of_text = f"is {stages[other]!r} retrieved, or passed?"
@@ -130,6 +138,19 @@ def _choose(
     return _propose(role, guess, found)
 
 
+def _doubt_user_of_many(sample: Sample, guess: Guess) -> Guess:
+    """Doubt a user with a large part of all requests: it may stand for those without an account."""
+    column = guess.value.strip(OPEN)
+    if not column or column not in sample.facts.index:
+        return guess
+    of_requests = sample.texts(column).groupby(sample.request).first()
+    shares = of_requests.value_counts(normalize=True)
+    if len(shares) < LEAST_USERS or shares.iloc[0] < MOST_OF_A_USER:
+        return guess
+    doubt = f"{shares.index[0]!r} has {shares.iloc[0]:.0%} of the requests; is it nobody?"
+    return guess._replace(check=f"{guess.check} {doubt}".strip())
+
+
 def _is_open(role: str, columns: Mapping[str, Guess], sample: Sample) -> bool:
     return not column_of(columns, role) and f"data.columns.{role}" not in sample.named
 
@@ -139,6 +160,9 @@ def _propose(role: str, guess: Guess, found: by_structure.Found) -> Guess:
     called = by_name.CALLED.get(role, role)
     if found.column:
         return by_values(found.column, called)
+    called_so = [column for column in found.rivals if by_name.has_word_of(role, column)]
+    if len(called_so) == 1:
+        return by_values(called_so[0], called)
     if found.rivals:
         value = "" if role in by_name.REQUIRED else OPEN
         return Guess(value, "", which(called, found.rivals))
@@ -269,11 +293,14 @@ def _find_teacher(
             if column in written_after or (is_unclear and column in probabilities.index)
         ]
     chosen = {guess.value for guess in columns.values()}
-    likely = [column for column in likely if column not in chosen]
-    doubt = ""
-    if likely:
-        doubt = f"{which('teacher', likely)} Write {{'TASK': 'COLUMN'}}, or {{}} for none"
-    return columns, doubt
+    likely = [column for column in dict.fromkeys(likely) if column not in chosen]
+    is_named = "data.teacher" in sample.sections or named.keys() >= labels.keys()
+    if is_named or not likely:
+        return columns, ""
+    doubt = which("teacher", likely)
+    if len(labels) > 1:
+        doubt = f"which columns have the teacher, one per task: {', '.join(map(repr, likely[:3]))}?"
+    return columns, f"{doubt} Write {{'TASK': 'COLUMN'}}, or {{}} for none"
 
 
 def find_signal(sample: Sample, roles: Roles) -> Guess | None:

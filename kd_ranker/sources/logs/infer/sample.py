@@ -47,6 +47,7 @@ class Sample:
     Attributes:
       con: the connection to DuckDB.
       log: a SELECT of the whole log.
+      sql: the SELECT for `data.sql`, in place of the path; "" for none.
       named: what the user named, by key of the config.
       sections: those that the user named as a whole, such as `data.labels`.
       facts: a row per column of the log. Its facts `request`, `item` and `user` are 1 if the column
@@ -66,7 +67,11 @@ class Sample:
         self.sections = sections
         self.con = duckdb.connect()
         self.con.execute("SET enable_progress_bar = false")
+        self.sql = named.get("data.sql", "").strip().rstrip(";")
         self._read(self._select(path))
+        if not self.sql and is_text_log(path) and self._has_decimal_commas():
+            self.sql = sql_of_texts(path, decimal_separator=",")
+            self._read(self._select(path))
         self.request = pd.Series(range(len(self.codes)))
         self.layout = self._find_rows()
         listed = self.layout.lists
@@ -88,11 +93,10 @@ class Sample:
 
     def _select(self, path: str) -> str:
         """Return the SELECT of some rows: the first, or of Parquet files at even distances."""
-        sql = self.named.get("data.sql", "").strip().rstrip(";")
-        if not path and not sql:
+        if not path and not self.sql:
             raise UserError("data.path is empty; give a file, a directory or a glob of them")
-        if sql or is_text_log(path):
-            self.log = sql or sql_of_texts(path)
+        if self.sql or is_text_log(path):
+            self.log = self.sql or sql_of_texts(path)
             register_stores(self.con, self.log)
             return f"SELECT * FROM ({self.log}) LIMIT {_MOST_ROWS}"
         system, manifest = find_files(path)
@@ -114,6 +118,16 @@ class Sample:
             f"(FROM read_parquet({file}, hive_partitioning = true) LIMIT {rows_a_file})"
             for file in files
         )
+
+    def _has_decimal_commas(self) -> bool:
+        """Return whether a column of texts has only numbers, and some with a comma."""
+        texts = self.facts.index[self.facts["column_type"] == "VARCHAR"]
+        for text in map(quoted, texts):
+            is_number = f"regexp_full_match({text}, '-?[0-9]+(,[0-9]+)?')"
+            values = f"bool_and({is_number}) AND bool_or(contains({text}, ','))"
+            if self.frame(f"coalesce({values}, false)", f"candidates WHERE {text} <> ''").iat[0, 0]:
+                return True
+        return False
 
     def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
         """Return the rows of a SELECT."""

@@ -213,6 +213,8 @@ CREATE TABLE moments_of_{{ table }} AS SELECT
 CREATE TABLE ids AS SELECT
     (SELECT count(*) FROM users) AS users,
     (SELECT count(*) FROM users WHERE train = 0) AS users_not_in_train,
+    (SELECT max(number) FROM (SELECT count(*) AS number FROM requests GROUP BY usr))
+        AS requests_of_one_user,
     (SELECT count(*) FROM items) AS items,
     (SELECT count(*) FROM items WHERE train = 0) AS items_not_in_train;
 {% if layout.history %}
