@@ -11,6 +11,8 @@ from kd_ranker.embedding.row_sharding import RARELY
 
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _ON_CHIP = "S(1)"  # the memory space in a TPU's layouts
+# In bytes: an array of which a copy per call, before its many steps, costs nothing.
+_SMALL = 2 * 2**20
 _COPIES = ("copy", "transpose", "convert")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -51,21 +53,35 @@ def read_compiled(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Comp
 def _moved(text: str) -> Iterator[tuple[str, str, int, int]]:
     """Find the arrays that a program copies, and those that devices exchange or reduce.
 
-    Copies into a TPU memory on the chip do not count: only small arrays fit there. Yields the
-    operation without "-start", the type of the array, its entries, and its bytes.
+    Copies of small arrays do not count before the loop over steps, nor into a TPU memory on the
+    chip, where only such arrays fit. Yields the operation without "-start", the type of the array,
+    its entries, and its bytes.
 
     >>> list(_moved("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1]
     ('all-reduce', 's32[2,2]', 4, 16)
+    >>> step, entry = "%c = f32[3]{0} copy(%a)", "ENTRY %main () -> f32[3] {"
+    >>> len(list(_moved(step))), len(list(_moved(f"{entry}\\n{step}")))
+    (1, 0)
     """
     names = "|".join(_COPIES + _COLLECTIVES)
-    pattern = rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\("
-    for returned, operation in re.findall(pattern, text, re.MULTILINE):
-        if operation in _COPIES and _ON_CHIP in returned:
+    pattern = re.compile(rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\(")
+    is_before_steps = False
+    for line in text.splitlines():
+        if line.startswith("ENTRY"):  # the last part of a program; its loops are before it
+            is_before_steps = True
+        moved = pattern.match(line)
+        if not moved:
+            continue
+        returned, operation = moved.groups()
+        is_copy = operation in _COPIES
+        if is_copy and _ON_CHIP in returned:
             continue
         for dtype, sizes in _SHAPE.findall(returned):
             size = math.prod(map(int, filter(None, sizes.split(","))))
             bits = re.sub(r"^\D+", "", dtype)
-            yield operation, f"{dtype}[{sizes}]", size, size * int(bits or 8) // 8
+            nbytes = size * int(bits or 8) // 8
+            if not (is_copy and is_before_steps and nbytes <= _SMALL):
+                yield operation, f"{dtype}[{sizes}]", size, nbytes
 
 
 def cycles_of(text: str) -> int:
