@@ -80,6 +80,7 @@ def _faults(c: ConfigDict) -> Iterator[str]:
         yield (
             f"value_weights={c.value_weights} must have one weight per task of {c.tasks}, not all 0"
         )
+    yield from _value_faults(c)
     if not c.funnel.shown <= c.funnel.passed <= c.funnel.retrieved:
         yield (
             f"funnel.shown={c.funnel.shown}, funnel.passed={c.funnel.passed}, funnel.retrieved="
@@ -106,6 +107,20 @@ def _faults(c: ConfigDict) -> Iterator[str]:
             f"costs.student.candidate={student.candidate} is of one student, and the runs of the "
             "sweep have several; leave it 0, which takes the FLOPs of each"
         )
+
+
+def _value_faults(c: ConfigDict) -> Iterator[str]:
+    """The faults of tasks that a logged final ranker is to be ranked by, and does not predict."""
+    columns = c.data.get("teacher")
+    if c.teacher.source != "logged" or not columns or len(c.value_weights) != len(c.tasks):
+        return
+    for task, weight in zip(c.tasks, c.value_weights, strict=True):
+        if weight and not columns.get(task):
+            yield (
+                f"value_weights gives {task!r} a worth of {weight:g}, and data.teacher has no "
+                "column for it, so the final ranker's value is unknown; name its column, or set "
+                "its worth to 0"
+            )
 
 
 def _range_faults(c: ConfigDict) -> Iterator[str]:

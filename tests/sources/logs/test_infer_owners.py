@@ -107,7 +107,7 @@ def test_a_dataset_builds_from_the_edited_config(owner, tmp_path):
         section, _, name = key.rpartition(".")
         schema.value_of(config, section)[name] = value
     config.tasks = tuple(config.data.labels)
-    config.value_weights = (1.0,) * len(config.tasks)
+    config.value_weights = tuple(float(task in config.data.teacher) for task in config.tasks)
     config.teacher.source = "logged"
     retrieved, passed, shown = log.sizes
     config.funnel.update(retrieved=retrieved, passed=passed, shown=shown, report_at=(shown,))
@@ -425,6 +425,7 @@ def test_scores_called_after_labels_are_theirs_next_to_a_blend(english, tmp_path
     table = table.rename(columns={"hr_pSaved": "hr_x"})
     _, config = infer(tmp_path / "one", table)
     assert {*config.data.teacher.values()} == {"hr_pOpened"}
+    assert dict(zip(config.tasks, config.value_weights, strict=True)) == {"opened": 1, "saved": 0}
 
 
 def test_a_word_of_a_role_decides_between_columns_that_fit(english, tmp_path):

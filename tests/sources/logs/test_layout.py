@@ -72,6 +72,19 @@ def test_the_config_is_valid_and_has_the_tasks_of_its_labels():
         checks.validate(config)
 
 
+def test_a_task_that_the_final_ranker_does_not_predict_has_no_worth():
+    config = config_with()
+    config.parallel.devices = 1
+    config.teacher.source = "logged"
+    del config.data.teacher["like"]
+    with pytest.raises(
+        UserError, match=r"value_weights gives 'like' a worth of .* name its column"
+    ):
+        checks.validate(config)
+    config.value_weights = (1.0, 0.0)
+    checks.validate(config)
+
+
 def test_a_config_survives_the_file_that_a_workdir_keeps(tmp_path):
     from kd_ranker.training import workdir
 

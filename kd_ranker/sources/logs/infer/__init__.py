@@ -123,7 +123,11 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     if version := roles.columns.get("teacher_version"):
         guesses |= _guess_version(sample, version, roles.column("time"))
     guesses["tasks"] = Guess(tuple(roles.labels))
-    worth = tuple(float(task not in NAMES["unwanted"]) for task in roles.labels)
+    # A partial teacher knows no value of the others.
+    valued = {task for task, guess in roles.teacher.items() if guess.value} or {*roles.labels}
+    worth = tuple(float(task in valued - {*NAMES["unwanted"]}) for task in roles.labels)
+    if not any(worth):
+        worth = (1.0,) * len(worth)
     doubt = (
         "what is each task worth? 0 for a task that the teacher does not predict"
         if len(worth) > 1
