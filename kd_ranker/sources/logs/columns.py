@@ -10,7 +10,7 @@ import pyarrow as pa
 from absl import logging
 
 from kd_ranker.errors import UserError, listed
-from kd_ranker.sources.logs.layout import EARLY_SCORES, IDENTIFYING, OPTIONAL, LogLayout
+from kd_ranker.sources.logs.layout import EARLY_SCORES, IDENTIFYING, OPEN, OPTIONAL, LogLayout
 
 # The contents of ids, in words.
 NUMBERS, TEXTS = "whole numbers", "texts"
@@ -165,6 +165,11 @@ def check_present(where: str, wanted: Sequence[WantedColumn], names: Collection[
     missing = [column for column in wanted if column.column not in names]
     if not missing:
         return
+    for column in missing:
+        if column.column == OPEN:
+            raise UserError(
+                f"{column.key} is open: write the column that a CHECK asks for, or '' for none"
+            )
     named = ", ".join(dict.fromkeys(f"{column.column!r} ({column.key})" for column in missing))
     close = difflib.get_close_matches(missing[0].column, names, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? " if close else ""

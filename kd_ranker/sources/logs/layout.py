@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from kd_ranker.sources.logs.times import check_format
 ROWS = ("candidate", "request")
 SPLIT_BY = ("time", "request", "user", "column")
 NO_PLACE = -1  # a position that means none
+OPEN = "?"  # in a first config: a column that the user has to settle
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
 # Events of the history have dense features, in lists aligned with it.
@@ -195,23 +196,26 @@ def sql_of(data: ConfigDict) -> str:
     return str(data.sql).strip().rstrip(";")
 
 
-def sql_of_texts(path: str, as_texts: Sequence[str] = (), decimal_separator: str = ".") -> str:
+def sql_of_texts(
+    path: str, as_texts: Sequence[str] = (), options: Mapping[str, str] | None = None
+) -> str:
     """Return the SELECT of the text files at `data.path`, with types by all of their rows.
 
-    Columns `as_texts` of CSV files are texts, whatever their values. The numbers of CSV files have
-    the decimal separator.
+    Columns `as_texts` of CSV files are texts, whatever their values. `options` are further ones of
+    DuckDB's `read_csv`, as SQL.
     """
-    options = "sample_size = -1"
-    types = ", ".join(f"{literal(column)}: 'VARCHAR'" for column in as_texts)
-    csv_options = f"{options}, types = {{{types}}}" if types else options
-    if decimal_separator != ".":
-        csv_options += f", decimal_separator = {literal(decimal_separator)}"
+    of_all = "sample_size = -1"
+    of_csv = {**(options or {})}
+    if as_texts:
+        types = ", ".join(f"{literal(column)}: 'VARCHAR'" for column in as_texts)
+        of_csv["types"] = f"{{{types}}}"
+    csv_options = ", ".join([of_all, *(f"{name} = {value}" for name, value in of_csv.items())])
     selects = []
     for file in split_path(path):
         if re.search(_CSV_FILE, file, re.IGNORECASE):
             selects.append(f"SELECT * FROM read_csv({literal(file)}, {csv_options})")
         else:
-            selects.append(f"SELECT * FROM read_json({literal(file)}, {options})")
+            selects.append(f"SELECT * FROM read_json({literal(file)}, {of_all})")
     return " UNION ALL BY NAME ".join(selects)
 
 

@@ -22,7 +22,7 @@ from kd_ranker.sources.logs.infer.by_structure import follow_in_time
 from kd_ranker.sources.logs.infer.config_text import text_of_config
 from kd_ranker.sources.logs.infer.features import find_features
 from kd_ranker.sources.logs.infer.funnel import count_funnel
-from kd_ranker.sources.logs.infer.guess import CHECK, OPEN, Guess, Roles
+from kd_ranker.sources.logs.infer.guess import CHECK, Guess, Roles
 from kd_ranker.sources.logs.infer.roles import (
     check_clashes,
     check_named_columns,
@@ -32,6 +32,7 @@ from kd_ranker.sources.logs.infer.roles import (
 )
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import NAMES, identifier
+from kd_ranker.sources.logs.layout import OPEN
 
 
 class FirstConfig(NamedTuple):
@@ -47,8 +48,9 @@ class FirstConfig(NamedTuple):
         """Return what to do next."""
         counts = (
             f"{_count(self.num_checks, 'line needs', 'lines need')} you (CHECK); "
-            f"{_count(self.num_features, 'column', 'columns')} became features; "
-            f"{_count(self.num_left_out, 'was', 'were')} left out: read each. Then"
+            f"{_count(self.num_features, 'column', 'columns')} became features: is each known "
+            f"before the final ranker runs? {_count(self.num_left_out, 'was', 'were')} left out: "
+            "read why. Then"
         )
         commands = [f"    {next_command}" for next_command in self.next_commands]
         return "\n".join([f"config: {self.path}", counts, *commands])
@@ -102,7 +104,7 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     """Return the guesses by key of the config, without features; defaults are left out."""
     guesses = {"data.path": Guess(path)}
     if sample.sql:
-        guesses = {"data.sql": Guess(sample.sql, "with a decimal comma")}
+        guesses = {"data.sql": Guess(sample.sql, "in place of the path, for its numbers")}
     guesses["data.title"] = Guess(name)
     rows = sample.layout.guess
     if rows.value != "candidate" or rows.check:

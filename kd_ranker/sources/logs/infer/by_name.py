@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from kd_ranker.sources.logs.infer.guess import OPEN, Guess, which
+from kd_ranker.sources.logs.infer.guess import Guess, which
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, words
-from kd_ranker.sources.logs.layout import STAGES
+from kd_ranker.sources.logs.layout import OPEN, STAGES
 
 
 def may_be_item(facts: pd.DataFrame) -> pd.Series:

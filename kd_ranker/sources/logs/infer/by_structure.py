@@ -56,7 +56,10 @@ def find_request(sample: Sample) -> Found:
     possible = [*facts.index[is_possible]]
     if sample.layout.guess.value == "candidate":
         possible = [column for column in possible if _looks_like_request(sample, column)]
-    return _finest(sample, possible)
+    found = _finest(sample, possible)
+    # A session may have hardly more than one request.
+    others = [column for column in found.rivals if not facts["sessions"][column]]
+    return Found(others[0]) if len(others) == 1 else found
 
 
 def _looks_like_request(sample: Sample, column: str) -> bool:
@@ -118,22 +121,30 @@ def find_user(sample: Sample) -> Found:
     """Find the finest id that owns several requests and, with them, other columns."""
     facts = sample.facts
     if facts["request"].isna().all():
-        may_own = facts["is_id"] & (facts["item"] != 1) & ~facts["is_prose"]
+        may_own = facts["is_id"] & (facts["item"] != 1) & ~facts["is_prose"] & ~facts["system"]
         return Found("", (*facts.index[may_own & (facts["distinct"] >= _LEAST_OWNERS)],))
     num_requests = sample.request.nunique()
     is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
     is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
     is_possible &= (facts["distinct"] < num_requests) & ~facts["is_prose"]
-    is_possible &= facts["known"] > 0.9  # not the number of an order, which few requests have
+    with_it = sample.codes.groupby(sample.request).first().notna().sum()
+    requests_with_it = with_it.reindex(facts.index, fill_value=0)
+    is_possible &= facts["distinct"] < 0.9 * requests_with_it  # not the number of an order
+    is_possible &= ~facts["system"]  # not a latency
     ids = [*facts[is_possible].sort_values("distinct", ascending=False).index]
     lasting = [column for column in ids if not is_session(sample, column)]
     others = facts.index[(facts["request"] == 1) & (facts["distinct"] > 1)]
-    owners = []
+    owned = {}
     for column in lasting:
         is_constant = sample.constant_within(column, others.drop(column)) == 1
         if is_constant.any():
-            owners.append(column)
+            owned[column] = int(is_constant.sum())
+    owners = [*owned]
     found = _finest(sample, owners)
+    if found.rivals:
+        # The item of a page, or the age of an account, has hardly any columns of its own.
+        first, second, *_ = sorted(owners, key=lambda owner: owned[owner], reverse=True)
+        return Found(first) if owned[first] >= 2 * owned[second] else found
     if not found.column:
         return Found("", found.rivals or tuple(ids))
     distinct = facts["distinct"]
@@ -417,16 +428,30 @@ def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
     scores = probabilities or [*facts.index[is_possible]]
     if len(scores) != len(labels):
         return _called_after_labels(scores, labels)
+    # The probabilities of a ranker may be far from the rates of the labels.
+    losses = (_log_loss, _negative_correlation) if probabilities else (_negative_correlation,)
+    for loss in losses:
+        best = _best_scores(sample, scores, labels, loss)
+        if len({*best.values()}) == len(labels):
+            return best
+    return _called_after_labels(scores, labels)
+
+
+def _best_scores(
+    sample: Sample,
+    scores: Sequence[str],
+    labels: Mapping[str, str],
+    loss: Callable[[pd.Series, pd.Series], float],
+) -> dict[str, str]:
+    """Return the score with the least loss of each label, of those that correlate with it."""
     best = {}
     for task, label in labels.items():
         numbers = sample.numbers.loc[sample.shown, [label, *scores]]
         fitting = [score for score in scores if correlates(numbers[[score, label]])]
-        loss = _log_loss if probabilities else _negative_correlation
         losses = {score: loss(numbers[score], numbers[label]) for score in fitting}
         if losses:
             best[task] = min(losses, key=lambda score: losses[score])
-    has_one_each = len({*best.values()}) == len(labels)
-    return best if has_one_each else _called_after_labels(scores, labels)
+    return best
 
 
 def _called_after_labels(scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kd_ranker.sources.logs.infer.by_structure import is_session
-from kd_ranker.sources.logs.infer.guess import Roles
+from kd_ranker.sources.logs.infer.guess import Guess, Roles
 from kd_ranker.sources.logs.infer.sample import Sample, kind_of
 from kd_ranker.sources.logs.infer.words import identifier, words
 from kd_ranker.sources.logs.sql import quoted
@@ -19,6 +19,10 @@ from kd_ranker.sources.logs.sql import quoted
 _WINDOW = r"\d+(d|h|w|m)"
 # A column is set by a label if it is set in so many rows, and elsewhere in this share of them.
 _LEAST_SET, _STRAY = 20, 0.01
+# Requests with a label of 1 that would lack a column by chance.
+_LEAST_EXPECTED = 5
+# Least correlation of a count of labels with the labels' own.
+_COUNTS = 0.8
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
 
 
@@ -71,8 +75,8 @@ def find_features(
         why = why or _why_no_feature(facts, sample, roles, kind.kind)
         if why:
             left_out.append(LeftOut(column, why))
-        elif owner == "context" and _is_missing_without_labels(sample, roles, column):
-            left_out.append(LeftOut(column, "missing for requests without a label of 1", feature))
+        elif owner == "context" and (why := _why_of_request_after(sample, roles, column)):
+            left_out.append(LeftOut(column, why, feature))
         elif label := _label_that_sets(sample, roles, column):
             left_out.append(LeftOut(column, f"known, or not 0, only where {label!r} is 1", feature))
         elif column in written_after:
@@ -103,9 +107,9 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
     is_action = facts.task and not facts.binary
     is_rare_elsewhere = facts.ones_out <= 0.2 * facts.ones_in
     has_ones_only_in = facts.binary and not facts.ones_out
-    number = sample.facts["distinct"][roles.column("item")] if facts.item == 1 else facts.rows
+    number = _number_of_owners(facts, sample, roles)
     reasons = {
-        "a date or a time, and no number": facts.kind == "time",
+        "a date or a time, and no number": facts.kind == "time" or facts.is_date,
         "its type is not supported": not kind,
         "constant": facts.distinct < 2,
         "a row number": re.fullmatch(_ROW_NUMBER, facts.Index, re.IGNORECASE),
@@ -120,21 +124,45 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _is_missing_without_labels(sample: Sample, roles: Roles, column: str) -> bool:
-    """Return whether no request that lacks a column has a label of 1, as with an order's number."""
+def _number_of_owners(facts: Any, sample: Sample, roles: Roles) -> int:
+    """Return how many items, users or requests a column is constant for, or rows if for none."""
+    if facts.request == 1 and facts.user != 1:
+        return sample.request.nunique()
+    owner = "user" if facts.user == 1 else "item" if facts.item == 1 else ""
+    column = roles.column(owner) if owner else ""
+    return sample.facts["distinct"][column] if column else facts.rows
+
+
+def _why_of_request_after(sample: Sample, roles: Roles, column: str) -> str:
+    """Return the sign that a column of requests was written after the ranking; "" for none.
+
+    The number of an order is missing where nothing was bought, and a count is that of labels.
+    """
+    is_scored = sample.codes[_columns_of(roles.teacher)].notna().any(axis=1)
+    is_scored = is_scored.groupby(sample.request).any()
+    shares = is_scored.groupby(sample.codes[column].groupby(sample.request).first()).mean()
+    if (~is_scored).sum() >= _LEAST_EXPECTED and sorted(shares) == [0, 1]:
+        return "tells whether the final ranker scored the request"
     is_missing = sample.codes[column].isna().groupby(sample.request).all()
-    for label in filter(None, (guess.value for guess in roles.labels.values())):
-        positive = (sample.numbers[label] == 1).groupby(sample.request).any()
-        expected = is_missing.sum() * positive.mean()
-        if expected >= _LEAST_SET and (is_missing & positive).sum() <= _STRAY * expected:
-            return True
-    return False
+    numbers = sample.numbers[column].groupby(sample.request).first()
+    for label in _columns_of(roles.labels):
+        count = (sample.numbers[label] == 1).groupby(sample.request).sum()
+        expected = is_missing.sum() * (count > 0).mean()
+        if expected >= _LEAST_EXPECTED and not (is_missing & (count > 0)).any():
+            return f"missing for requests without a 1 of {label!r}"
+        if numbers.nunique() > 1 and abs(numbers.corr(count)) >= _COUNTS:
+            return f"goes with the number of 1 of {label!r} in the request"
+    return ""
+
+
+def _columns_of(guesses: Mapping[str, Guess]) -> list[str]:
+    return [guess.value for guess in guesses.values() if guess.value]
 
 
 def _label_that_sets(sample: Sample, roles: Roles, column: str) -> str:
     """Return the label without which a column is 0 or missing, as a revenue; "" for none."""
     is_set = sample.codes[column].notna() & (sample.numbers[column] != 0)
-    labels = list(filter(None, (guess.value for guess in roles.labels.values())))
+    labels = _columns_of(roles.labels)
     # A purchase is a click, too.
     for label in sorted(labels, key=lambda label: (sample.numbers[label] == 1).sum()):
         is_positive = sample.numbers[label] == 1

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from kd_ranker.sources.logs.layout import OPEN
+
 CHECK = "CHECK: "
-OPEN = "?"  # an optional role that the user has to settle
 
 
 class Guess(NamedTuple):

@@ -7,9 +7,10 @@ import pandas as pd
 from kd_ranker.errors import UserError, listed
 from kd_ranker.sources.logs.data_report import LEAST_USERS, MOST_OF_A_USER
 from kd_ranker.sources.logs.infer import by_name, by_structure
-from kd_ranker.sources.logs.infer.guess import OPEN, Guess, Roles, by_values, column_of, which
+from kd_ranker.sources.logs.infer.guess import Guess, Roles, by_values, column_of, which
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import identifier, without, words
+from kd_ranker.sources.logs.layout import OPEN
 from kd_ranker.sources.logs.written_after import guess_shown, why_written_after
 
 _SECTIONS = ("data.columns.", "data.labels.", "data.teacher.")
@@ -96,10 +97,11 @@ def find_roles(sample: Sample) -> Roles:
     texts = {stage: Guess(text) for stage, text in stages.items()}
     if column_of(columns, "stage") and not texts:
         texts = {"shown": Guess("", "", "which text has a shown candidate? Name all stages")}
-    if not column_of(columns, "request"):
-        columns["request"] = columns["request"]._replace(
-            check=f"{columns['request'].check} Name it and infer again: much else depends on it"
-        )
+    for role in ("request", "user"):
+        guess = columns[role]
+        if guess.check and not column_of(columns, role):
+            advice = "Name it and infer again: much else depends on it"
+            columns[role] = guess._replace(check=f"{guess.check} {advice}")
     if columns["stage"].check and len(texts) == 2:
         other = next(stage for stage in stages if stage != "shown")
         doubt_of_text = f"is {stages[other]!r} retrieved, or passed?"
@@ -268,6 +270,7 @@ def _find_teacher(
     probabilities = free[by_name.is_probability(free)]
     # An early ranker's score is known of all candidates, and a final ranker's of those passed.
     known_of_passed = (probabilities["known"] < 0.99) & (probabilities["known_in"] > 0.9)
+    known_of_passed &= probabilities["known_out"] <= 0.5 * probabilities["known_in"]
     likely = [*probabilities.index[known_of_passed]]
     likely += [*free.index[free["teacher"] & free["ranks"]]]
     open_tasks = {}

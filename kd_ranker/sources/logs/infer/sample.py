@@ -28,6 +28,10 @@ _KINDS = {
     "VARCHAR|BLOB|UUID|ENUM.*": "text",
     "DATE|TIMESTAMP.*": "time",
 }
+# Texts that programs write for a missing value.
+_MISSING = ("\\N", "NULL", "null", "None", "NaN", "nan")
+# Whole numbers between these two may be dates, as 20240131.
+_EARLIEST_DATE, _LATEST_DATE = 19_900_101, 21_001_231
 # In seconds since 1970: numbers between these two are probably times.
 _YEAR_1995, _YEAR_2050 = 788_918_400, 2_524_608_000
 # A column is constant within owners if at least so many rows could have shown the contrary.
@@ -69,8 +73,8 @@ class Sample:
         self.con.execute("SET enable_progress_bar = false")
         self.sql = named.get("data.sql", "").strip().rstrip(";")
         self._read(self._select(path))
-        if not self.sql and is_text_log(path) and self._has_decimal_commas():
-            self.sql = sql_of_texts(path, decimal_separator=",")
+        if not self.sql and is_text_log(path) and (options := self._options_of_texts()):
+            self.sql = sql_of_texts(path, options=options)
             self._read(self._select(path))
         self.request = pd.Series(range(len(self.codes)))
         self.layout = self._find_rows()
@@ -119,15 +123,20 @@ class Sample:
             for file in files
         )
 
-    def _has_decimal_commas(self) -> bool:
-        """Return whether a column of texts has only numbers, and some with a comma."""
+    def _options_of_texts(self) -> dict[str, str]:
+        """Return options by which columns of texts are numbers, or have missing values."""
         texts = self.facts.index[self.facts["column_type"] == "VARCHAR"]
+        options = {}
         for text in map(quoted, texts):
+            has_value = f"{text} NOT IN ('', {', '.join(map(literal, _MISSING))})"
             is_number = f"regexp_full_match({text}, '-?[0-9]+(,[0-9]+)?')"
             values = f"bool_and({is_number}) AND bool_or(contains({text}, ','))"
-            if self.frame(f"coalesce({values}, false)", f"candidates WHERE {text} <> ''").iat[0, 0]:
-                return True
-        return False
+            if self.frame(f"coalesce({values}, false)", f"candidates WHERE {has_value}").iat[0, 0]:
+                options["decimal_separator"] = literal(",")
+            found = self.frame(f"DISTINCT {text} AS text", f"candidates WHERE NOT {has_value}")
+            for marker in set(found["text"]) - {""}:
+                options["nullstr"] = f"['', {literal(marker)}]"
+        return options
 
     def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
         """Return the rows of a SELECT."""
@@ -194,8 +203,14 @@ class Sample:
         self._read_names()
         is_named_time = (facts["sure"] + facts["hint"]) == "time"
         facts["is_time"] = (facts["kind"] == "time") | ((facts["unit"] != "") & is_named_time)
+        facts["is_date"] = False
+        is_possible = (facts["kind"] == "integer") & (facts["low"] >= _EARLIEST_DATE)
+        for column in facts.index[is_possible & (facts["high"] <= _LATEST_DATE)]:
+            numbers = self.numbers[column].dropna().astype(int).unique()
+            facts.loc[column, "is_date"] = bool(find_formats([*map(str, numbers)], ("%Y%m%d",)))
         is_discrete = facts["kind"].isin(["integer", "text"])
-        facts["is_id"] = is_discrete & ~facts["is_time"] & (facts["distinct"] > 1)
+        is_moment = facts["is_time"] | facts["is_date"]
+        facts["is_id"] = is_discrete & ~is_moment & (facts["distinct"] > 1)
         facts["is_few"] = facts["is_id"] & (facts["distinct"] <= 9)
         is_truth = (facts["kind"] == "integer") | facts["is_truth"]
         facts["binary"] = is_truth & (facts["low"] >= 0) & (facts["high"] == 1)
