@@ -90,7 +90,10 @@ def _rejected_in_words(counts: Counts) -> str:
     if not counts.rejected:
         return ""
     numbers = ", ".join(f"{name} {number:,}" for name, number in counts.rejected.items())
-    return f"; rejected were: {numbers}"
+    remedy = (
+        "; give guests an id per request, by data.sql" if "missing_user" in counts.rejected else ""
+    )
+    return f"; rejected were: {numbers}{remedy}"
 
 
 def _reasons_to_refuse(

@@ -434,6 +434,15 @@ def test_times_with_and_without_a_zone_have_a_remark(tmp_path):
         assert ("have a time zone; the others are read as UTC" in remarks) == is_mixed
 
 
+def test_a_log_with_many_guests_is_refused_with_a_remedy(tmp_path):
+    def change(users):
+        return [None if number % 3 == 0 else user for number, user in enumerate(users)]
+
+    refusal_line, _ = read(write_small_log(tmp_path / "log", user_id=change), tmp_path / "data", ())
+    assert "missing_user" in refusal_line
+    assert "; give guests an id per request, by data.sql" in refusal_line
+
+
 @pytest.mark.parametrize(("guests", "has_remark"), [(0.3, True), (0.05, False)])
 def test_a_user_with_a_large_part_of_the_requests_has_a_remark(tmp_path, guests, has_remark):
     def change(requests):

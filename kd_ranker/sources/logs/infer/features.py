@@ -71,11 +71,12 @@ def find_features(
         kind = _kind_of_feature(facts, sample, roles.column("item"))
         owner = _owner_of_feature(facts, kind.kind)
         feature = InferredFeature(names[-1], column, owner or "candidate", *kind)
-        why = "perhaps the column that a CHECK asks for" if column in doubtful else ""
-        why = why or _why_no_feature(facts, sample, roles, kind.kind)
-        if why:
+        if column in doubtful:
+            why = "perhaps the column that a CHECK asks for"
+            left_out.append(LeftOut(column, why, feature if kind.kind else None))
+        elif why := _why_no_feature(facts, sample, roles, kind.kind):
             left_out.append(LeftOut(column, why))
-        elif owner == "context" and (why := _why_of_request_after(sample, roles, column)):
+        elif owner == "context" and (why := _why_known_after_ranking(sample, roles, column)):
             left_out.append(LeftOut(column, why, feature))
         elif label := _label_that_sets(sample, roles, column):
             left_out.append(LeftOut(column, f"known, or not 0, only where {label!r} is 1", feature))
@@ -133,7 +134,7 @@ def _number_of_owners(facts: Any, sample: Sample, roles: Roles) -> int:
     return sample.facts["distinct"][column] if column else facts.rows
 
 
-def _why_of_request_after(sample: Sample, roles: Roles, column: str) -> str:
+def _why_known_after_ranking(sample: Sample, roles: Roles, column: str) -> str:
     """Return the sign that a column of requests was written after the ranking; "" for none.
 
     The number of an order is missing where nothing was bought, and a count is that of labels.
