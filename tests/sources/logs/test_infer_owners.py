@@ -323,7 +323,7 @@ def test_a_column_that_changes_with_time_may_be_the_teacher_s_version(italian, t
 def test_numbers_may_have_a_decimal_comma(italian, tmp_path):
     file = tmp_path / "log.csv"
     italian.to_csv(file, index=False, sep=";", decimal=",")
-    _, config = infer(tmp_path, str(file))
+    _, config = infer(tmp_path, str(file), {"data.path": str(file)})  # as the command names it
     assert config.data.path == ""
     assert "decimal_separator = ','" in config.data.sql
     assert config.data.teacher.aperto == "pb_fin"
@@ -504,6 +504,19 @@ def test_stages_in_words_of_their_own_are_asked_for(italian, tmp_path):
     text, config = infer(tmp_path, italian.assign(fase=stage), named)
     assert config.data.stages.shown == ""
     assert "which text has a shown candidate?" in check_of(text, "data.stages")
+
+
+def test_more_texts_than_stages_are_a_question(italian, tmp_path):
+    shown, passed = italian["pos_scherm"].notna(), italian["pb_fin"].notna()
+    rows = np.arange(len(italian))
+    late = np.where(rows % 9 == 0, "TIMEOUT", "PASS")
+    stage = np.where(shown, "SEEN", np.where(passed, late, "CUT"))
+    text, config = infer(tmp_path, italian.assign(fase=stage))
+    assert config.data.columns.stage == "?"
+    assert check_of(text, "data.columns.stage") == "which column has the stage: 'fase'?"
+    # A text that is another's, too, is no stage.
+    _, config = infer(tmp_path / "other", italian.assign(fase=np.where(rows % 9, "SEEN", "CUT")))
+    assert config.data.columns.stage == ""
 
 
 def test_a_teacher_that_is_open_leaves_its_version_no_feature(italian, tmp_path):

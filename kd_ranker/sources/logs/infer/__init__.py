@@ -137,8 +137,9 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     )
     guesses["value_weights"] = Guess(worth, "", doubt)
     guesses |= count_funnel(sample, roles).guesses()
+    replaces_path = bool(sample.sql) and "data.sql" not in sample.named
     for key, value in sample.named.items():
-        if key != "data.infer":
+        if key != "data.infer" and not (key == "data.path" and replaces_path):
             guesses[key] = Guess(value)
     return guesses
 

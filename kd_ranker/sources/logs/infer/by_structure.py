@@ -319,28 +319,33 @@ class FoundStage(NamedTuple):
 
 
 def find_stage(sample: Sample) -> FoundStage:
-    """Find the few texts one of which covers just the shown, and one the others with scores."""
+    """Find the few texts one of which covers just the shown, and one the others with scores.
+
+    More texts than stages, as one for each reason to drop a candidate, are a question.
+    """
     facts = sample.facts
-    is_possible = facts["is_few"] & facts["distinct"].isin([2, 3]) & (facts["known"] > 0.99)
+    is_possible = facts["is_few"] & (facts["known"] > 0.99)
     is_possible &= (facts["request"] == 0) & (facts["item"] != 1)
     by_column = {}
-    for column in facts.index[is_possible]:
+    with_shown = []
+    for column in map(str, facts.index[is_possible]):
         if stages := _stages_of(sample, column):
-            by_column[str(column)] = stages
+            by_column[column] = stages
+        elif _text_of_shown(sample, column):
+            with_shown.append(column)
     if len(by_column) == 1:
         ((column, stages),) = by_column.items()
         return FoundStage(Found(column), stages)
-    return FoundStage(Found("", tuple(by_column)), {})
+    return FoundStage(Found("", tuple(by_column or with_shown)), {})
 
 
 def _stages_of(sample: Sample, column: str) -> dict[str, str]:
     """Return the text of each stage in a column, {} if its values do not fit."""
-    texts = sample.texts(column)
-    values = [str(value) for value in texts.dropna().unique()]
-    shown = [value for value in values if _is_equal(texts == value, sample.shown)]
-    if len(shown) != 1:
+    shown = _text_of_shown(sample, column)
+    if not shown:
         return {}
-    others = [value for value in values if value not in shown]
+    texts = sample.texts(column)
+    others = [str(value) for value in texts.dropna().unique() if value not in shown]
     facts = sample.facts
     is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
     scores = facts.index[is_number & _is_known_further(facts)]
@@ -354,6 +359,13 @@ def _stages_of(sample: Sample, column: str) -> dict[str, str]:
             stages = {"shown": shown, "passed": passed, "retrieved": retrieved}
             return {stage: texts[0] for stage, texts in stages.items() if texts}
     return {}
+
+
+def _text_of_shown(sample: Sample, column: str) -> list[str]:
+    """Return the text of a column that covers just the shown candidates; [] if none does."""
+    texts = sample.texts(column)
+    shown = [text for text in texts.dropna().unique() if _is_equal(texts == text, sample.shown)]
+    return [str(text) for text in shown] if len(shown) == 1 else []
 
 
 def _is_known_further(facts: pd.DataFrame) -> pd.Series:
