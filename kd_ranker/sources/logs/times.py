@@ -36,7 +36,8 @@ def sql_of_time(text: str, time_format: str) -> str:
 def check_format(time_format: str) -> None:
     """Raise UserError for a `data.time_format` that no text can have."""
     try:
-        duckdb.connect().execute(f"SELECT {sql_of_time('NULL', time_format)}")
+        with duckdb.connect() as connection:
+            connection.execute(f"SELECT {sql_of_time('NULL', time_format)}")
         is_format = not time_format or "%" in time_format
     except duckdb.Error:
         is_format = False

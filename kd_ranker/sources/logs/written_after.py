@@ -125,7 +125,7 @@ def why_written_after(
     if numbers.nunique() > 2:
         share = share_shown_first(numbers.to_frame("column"), request, shown)["column"]
         if share >= ORDERS_SHOWN:
-            return f"it has {share:.0%} of the {word} candidates first, beyond chance"
+            return f"it ranks the {word} candidates first far more than chance"
     return ""
 
 

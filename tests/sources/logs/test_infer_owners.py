@@ -328,10 +328,11 @@ def test_numbers_may_have_a_decimal_comma(italian, tmp_path):
     assert "decimal_separator = ','" in config.data.sql
     assert config.data.teacher.aperto == "pb_fin"
     assert config.data.columns.incumbent == "nota_pre"
-    # Missing values are written, too.
-    italian.to_csv(file, index=False, sep=";", na_rep="\\N")
+    # Missing values are written, too, by one program or by several.
+    other = italian.assign(altro=np.where(np.arange(len(italian)) % 2, "NULL", "5"))
+    other.to_csv(file, index=False, sep=";", na_rep="\\N")
     _, config = infer(tmp_path / "missing", str(file))
-    assert r"nullstr = ['', '\N']" in config.data.sql
+    assert r"nullstr = ['', 'NULL', '\N']" in config.data.sql
     assert config.data.teacher.aperto == "pb_fin"
     # A list of ids in a text is no number.
     listed = italian.assign(also=[f"{number},{number + 1}" for number in range(len(italian))])
@@ -444,6 +445,15 @@ def test_the_number_of_an_order_is_no_user(italian, tmp_path):
     table["pagato"] = np.where(has_order, request % 7, np.nan)
     _, config = infer(tmp_path, table)
     assert config.data.columns.user == "cod_cand"
+
+
+def test_users_of_one_request_each_are_a_question(italian, tmp_path):
+    request = pd.factorize(italian["cod_ric"])[0]
+    new = np.where(request % 20 == 0, request // 20 % 2, request)
+    table = italian.assign(cod_cand=[f"c{number}" for number in new])
+    text, config = infer(tmp_path, table.drop(columns="settore"))
+    assert config.data.columns.user == "?"
+    assert "which column has the user: 'cod_cand'" in check_of(text, "data.columns.user")
 
 
 def test_a_user_owns_more_than_the_item_of_a_page(italian, tmp_path):

@@ -127,9 +127,10 @@ def find_user(sample: Sample) -> Found:
     is_possible = facts["is_id"] & (facts["request"] == 1) & (facts["item"] != 1)
     is_possible &= (facts["unit"] == "") & (facts["distinct"] >= _LEAST_OWNERS)
     is_possible &= (facts["distinct"] < num_requests) & ~facts["is_prose"]
-    with_it = sample.codes.groupby(sample.request).first().notna().sum()
-    requests_with_it = with_it.reindex(facts.index, fill_value=0)
-    is_possible &= facts["distinct"] < 0.9 * requests_with_it  # not the number of an order
+    # The number of an order is missing for most requests, and new for each of the others.
+    num_known = sample.codes.groupby(sample.request).first().notna().sum()
+    is_new_each_time = facts["distinct"] >= 0.9 * num_known.reindex(facts.index, fill_value=0)
+    is_possible &= ~(is_new_each_time & (facts["known"] < 0.99))
     is_possible &= ~facts["system"]  # not a latency
     ids = [*facts[is_possible].sort_values("distinct", ascending=False).index]
     lasting = [column for column in ids if not is_session(sample, column)]
@@ -146,7 +147,7 @@ def find_user(sample: Sample) -> Found:
         first, second, *_ = sorted(owners, key=lambda owner: owned[owner], reverse=True)
         return Found(first) if owned[first] >= 2 * owned[second] else found
     if not found.column:
-        return Found("", found.rivals or tuple(ids))
+        return Found("", tuple(ids))
     distinct = facts["distinct"]
     # A device is hardly finer than a user; and users with one request each prove nothing.
     close = [other for other in owners if distinct[other] > 0.5 * distinct[found.column]]
@@ -345,27 +346,32 @@ def _stages_of(sample: Sample, column: str) -> dict[str, str]:
     if not shown:
         return {}
     texts = sample.texts(column)
-    others = [str(value) for value in texts.dropna().unique() if value not in shown]
+    others = [str(text) for text in texts.dropna().unique() if text != shown]
     facts = sample.facts
     is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
     scores = facts.index[is_number & _is_known_further(facts)]
     # One of these is a score; others may be missing at random.
     known = [sample.codes[score].notna() for score in scores]
     for is_scored in known or [pd.Series(False, texts.index)]:
-        shares = {value: is_scored[texts == value].mean() for value in others}
-        passed = [value for value in others if shares[value] >= 0.3]
-        retrieved = [value for value in others if shares[value] <= 0.02]
-        if len(passed) <= 1 and len(retrieved) <= 1 and len(passed) + len(retrieved) == len(others):
-            stages = {"shown": shown, "passed": passed, "retrieved": retrieved}
-            return {stage: texts[0] for stage, texts in stages.items() if texts}
+        shares = {text: is_scored[texts == text].mean() for text in others}
+        passed = [text for text in others if shares[text] >= 0.3]
+        retrieved = [text for text in others if shares[text] <= 0.02]
+        if len(passed) > 1 or len(retrieved) > 1 or len(passed) + len(retrieved) < len(others):
+            continue
+        stages = {"shown": shown}
+        if passed:
+            stages["passed"] = passed[0]
+        if retrieved:
+            stages["retrieved"] = retrieved[0]
+        return stages
     return {}
 
 
-def _text_of_shown(sample: Sample, column: str) -> list[str]:
-    """Return the text of a column that covers just the shown candidates; [] if none does."""
+def _text_of_shown(sample: Sample, column: str) -> str:
+    """Return the text of a column that covers just the shown candidates; "" if none does."""
     texts = sample.texts(column)
     shown = [text for text in texts.dropna().unique() if _is_equal(texts == text, sample.shown)]
-    return [str(text) for text in shown] if len(shown) == 1 else []
+    return str(shown[0]) if len(shown) == 1 else ""
 
 
 def _is_known_further(facts: pd.DataFrame) -> pd.Series:

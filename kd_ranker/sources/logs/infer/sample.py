@@ -73,7 +73,7 @@ class Sample:
         self.con.execute("SET enable_progress_bar = false")
         self.sql = named.get("data.sql", "").strip().rstrip(";")
         self._read(self._select(path))
-        if not self.sql and is_text_log(path) and (options := self._options_of_texts()):
+        if not self.sql and "read_csv(" in self.log and (options := self._options_of_csv()):
             self.sql = sql_of_texts(path, options=options)
             self._read(self._select(path))
         self.request = pd.Series(range(len(self.codes)))
@@ -123,10 +123,11 @@ class Sample:
             for file in files
         )
 
-    def _options_of_texts(self) -> dict[str, str]:
+    def _options_of_csv(self) -> dict[str, str]:
         """Return options by which columns of texts are numbers, or have missing values."""
         texts = self.facts.index[self.facts["column_type"] == "VARCHAR"]
         options = {}
+        markers: set[str] = set()
         for text in map(quoted, texts):
             has_value = f"{text} NOT IN ('', {', '.join(map(literal, _MISSING))})"
             is_number = f"regexp_full_match({text}, '-?[0-9]+(,[0-9]+)?')"
@@ -134,8 +135,9 @@ class Sample:
             if self.frame(f"coalesce({values}, false)", f"candidates WHERE {has_value}").iat[0, 0]:
                 options["decimal_separator"] = literal(",")
             found = self.frame(f"DISTINCT {text} AS text", f"candidates WHERE NOT {has_value}")
-            for marker in set(found["text"]) - {""}:
-                options["nullstr"] = f"['', {literal(marker)}]"
+            markers |= {*found["text"]}
+        if markers - {""}:
+            options["nullstr"] = f"[{', '.join(map(literal, sorted(markers | {''})))}]"
         return options
 
     def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
