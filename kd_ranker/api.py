@@ -40,7 +40,7 @@ from kd_ranker.serving.programs import FORMATS
 from kd_ranker.sources import in_memory
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
-from kd_ranker.sources.logs.layout import split_path
+from kd_ranker.sources.logs.layout import split_at_commas
 from kd_ranker.tracking.registry import check_installed as check_tracker
 from kd_ranker.training import workdir as workdirs
 
@@ -560,7 +560,7 @@ def _copied(config: ConfigDict, teacher: Trained | Folder | None = None) -> Conf
     """Copy a config, with a teacher, and with the home folder in place of ~ in its paths."""
     copy = config.copy_and_resolve_references()
     # No shell expands ~ after a =.
-    copy.data.path = ",".join(os.path.expanduser(path) for path in split_path(copy.data.path))
+    copy.data.path = ",".join(os.path.expanduser(path) for path in split_at_commas(copy.data.path))
     for section, name in _PATHS:
         if name in copy[section]:
             copy[section][name] = os.path.expanduser(copy[section][name])

@@ -512,7 +512,7 @@ _LOG = _of_source(
     Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
     Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
     Key("columns", ConfigDict(), "column by role; request, time and item are required"),
-    Key("stages", ConfigDict(), "text of the stage column by stage"),
+    Key("stages", ConfigDict(), "texts of the stage column by stage; commas between them"),
     Key("labels", ConfigDict(), "column by task: 0 or 1, for shown candidates"),
     Key("teacher", ConfigDict(), "column by task of the teacher that was logged"),
     Key("teacher_version", "", "the only version of the teacher that counts; \"\" takes all"),

@@ -26,7 +26,13 @@ from kd_ranker.sources.logs.columns import (
     check_types,
     wanted_columns,
 )
-from kd_ranker.sources.logs.layout import LogLayout, is_text_log, split_path, sql_of_texts
+from kd_ranker.sources.logs.layout import (
+    PARQUET,
+    LogLayout,
+    is_text_log,
+    split_at_commas,
+    sql_of_texts,
+)
 
 # Stands for the text of `data.sql` among the files of a manifest.
 SQL = "data.sql"
@@ -37,7 +43,6 @@ Manifest = dict[str, list]
 A SELECT has the files that it reads, and `SQL`.
 """
 
-_SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
 _FOOTERS_AT_A_TIME = 16
 # The names under which different stores keep a mark that differs once a file is rewritten.
@@ -93,7 +98,7 @@ def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
     check_columns(layout, names_by_file)
     check_ids(layout, schemas)
     return Log(
-        name=split_path(layout.path)[0],
+        name=split_at_commas(layout.path)[0],
         system=system,
         files=files,
         manifest=manifest,
@@ -158,7 +163,7 @@ def _sql_of_text_log(
         and types.get(wanted.column) == "DOUBLE"
     ]
     if ids:
-        for file in split_path(layout.path):
+        for file in split_at_commas(layout.path):
             check_present(file, ids, connection.sql(sql_of_texts(file)).columns)
     return sql_of_texts(layout.path, [wanted.column for wanted in ids])
 
@@ -202,7 +207,7 @@ def manifest_of(path: str, sql: str = "") -> Manifest:
     if sql:
         return _manifest_of_select(sql)
     manifest: Manifest = {}
-    for url in split_path(path):
+    for url in split_at_commas(path):
         with contextlib.suppress(UserError):
             manifest |= find_files(url).manifest
     return manifest
@@ -249,7 +254,7 @@ def find_files(path: str) -> Files:
     Raises:
       UserError: there are no files, or they are on several file systems.
     """
-    urls = split_path(path)
+    urls = split_at_commas(path)
     if not urls:
         raise UserError(f"data.path={path!r} names no file; give a file, a directory or a glob")
     try:
@@ -306,12 +311,12 @@ def _files_in_folder(place: _Place) -> list[str]:
             url,
         )
     visible = [file for file, names in names_of.items() if not any(map(_is_hidden, names))]
-    files = [file for file in visible if file.endswith(_SUFFIXES)]
+    files = [file for file in visible if file.endswith(PARQUET)]
     if files:
         return files
     content = f"holds {names_of[visible[0]][-1]}" if visible else "is empty"
     raise UserError(
-        f"data.path={url} holds no file that ends in {_SUFFIXES[0]}; it {content}; give a pattern "
+        f"data.path={url} holds no file that ends in {PARQUET[0]}; it {content}; give a pattern "
         "for files of other kinds, such as logs/*.csv, or a SELECT by data.sql"
     )
 

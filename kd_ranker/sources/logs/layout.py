@@ -1,6 +1,7 @@
 """`config.data` of a log, read once and checked: the use of each column."""
 
 import dataclasses
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +40,9 @@ OPTIONAL = (
 )
 EARLY_SCORES = "early_scores"
 """The role of several columns, in one text with commas."""
+
+PARQUET = (".parquet", ".pq")
+"""The ends of the files that are read in a folder."""
 
 _CSV_FILE = r"\.[ct]sv(\.gz)?$"
 _TEXT_FILE = rf"{_CSV_FILE}|\.(json|jsonl|ndjson)(\.gz)?$"
@@ -178,14 +182,18 @@ def early_score(column: str) -> str:
     return f"early_score:{column}"
 
 
-def split_path(path: str) -> list[str]:
-    """Return the paths in `data.path`, which commas separate."""
-    return list(filter(None, map(str.strip, path.split(","))))
+def split_at_commas(texts: str) -> list[str]:
+    """Return the paths, columns or texts of a stage that a value of the config holds.
+
+    >>> split_at_commas("ranked, filtered")
+    ['ranked', 'filtered']
+    """
+    return list(filter(None, map(str.strip, texts.split(","))))
 
 
 def is_text_log(path: str) -> bool:
     """Return True if all paths in `data.path` name text files."""
-    files = split_path(path)
+    files = split_at_commas(path)
     return bool(files) and all(re.search(_TEXT_FILE, file, re.IGNORECASE) for file in files)
 
 
@@ -211,12 +219,24 @@ def sql_of_texts(
         of_csv["types"] = f"{{{types}}}"
     csv_options = ", ".join([of_all, *(f"{name} = {value}" for name, value in of_csv.items())])
     selects = []
-    for file in split_path(path):
+    for file in split_at_commas(path):
         if re.search(_CSV_FILE, file, re.IGNORECASE):
             selects.append(f"SELECT * FROM read_csv({literal(file)}, {csv_options})")
         else:
             selects.append(f"SELECT * FROM read_json({literal(file)}, {of_all})")
     return " UNION ALL BY NAME ".join(selects)
+
+
+def sql_of_parquet(path: str) -> str:
+    """Return the SELECT of the Parquet files at `data.path`."""
+    files = [
+        file
+        if glob.has_magic(file) or file.endswith(PARQUET)
+        else f"{file.rstrip('/')}/**/*{PARQUET[0]}"
+        for file in split_at_commas(path)
+    ]
+    options = "hive_partitioning = true, union_by_name = true"
+    return f"SELECT * FROM read_parquet([{', '.join(map(literal, files))}], {options})"
 
 
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:
@@ -256,7 +276,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         directory=str(data.dir),
         by_request=data.rows == "request",
         columns=columns,
-        early_scores=tuple(split_path(data.columns.get(EARLY_SCORES, ""))),
+        early_scores=tuple(split_at_commas(data.columns.get(EARLY_SCORES, ""))),
         stages=_read_stages(data.stages) if "stage" in columns else {},
         labels={task: data.labels[task] for task in tasks},
         teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
@@ -319,11 +339,14 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
 
 
 def _read_stages(stages: ConfigDict) -> dict[str, int]:
-    texts = {text: 1 + STAGES.index(name) for name, text in stages.items() if text}
-    if len(texts) < sum(bool(text) for text in stages.values()):
-        raise UserError(
-            f"data.stages={dict(stages)} gives two stages the same text; give each its own"
-        )
+    texts: dict[str, int] = {}
+    for name, of_stage in stages.items():
+        for text in split_at_commas(of_stage):
+            if text in texts:
+                raise UserError(
+                    f"data.stages={dict(stages)} gives two stages the same text; give each its own"
+                )
+            texts[text] = 1 + STAGES.index(name)
     if not stages.get("shown"):
         raise UserError(
             "data.stages.shown is empty; give the text of the stage column for shown candidates"

@@ -1,9 +1,12 @@
 """First configs of logs with names that no list has: few edits, and no fault without a CHECK."""
 
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -516,14 +519,18 @@ def test_stages_in_words_of_their_own_are_asked_for(italian, tmp_path):
     assert "which text has a shown candidate?" in check_of(text, "data.stages")
 
 
-def test_more_texts_than_stages_are_a_question(italian, tmp_path):
+def test_a_stage_may_have_several_texts(italian, tmp_path):
     shown, passed = italian["pos_scherm"].notna(), italian["pb_fin"].notna()
     rows = np.arange(len(italian))
-    late = np.where(rows % 9 == 0, "TIMEOUT", "PASS")
+    late = np.where(rows % 9 == 0, "LATE", "PASS")
     stage = np.where(shown, "SEEN", np.where(passed, late, "CUT"))
     text, config = infer(tmp_path, italian.assign(fase=stage))
-    assert config.data.columns.stage == "?"
-    assert check_of(text, "data.columns.stage") == "which column has the stage: 'fase'?"
+    assert config.data.columns.stage == "fase"
+    texts = config.data.stages.to_dict()
+    assert {name: {*of.split(", ")} for name, of in texts.items()} == {
+        "shown": {"SEEN"}, "passed": {"PASS", "LATE"}, "retrieved": {"CUT"},
+    }  # fmt: skip
+    assert "are all of these passed: " in check_of(text, "data.stages")
     # A text that is another's, too, is no stage.
     _, config = infer(tmp_path / "other", italian.assign(fase=np.where(rows % 9, "SEEN", "CUT")))
     assert config.data.columns.stage == ""
@@ -625,3 +632,73 @@ def test_roles_that_are_not_named_have_no_column():
     }
     with pytest.raises(UserError, match=r"data\.columns='itme' does not exist"):
         kd.configs.columns(itme="i")
+
+
+def test_numbers_that_mean_none_are_missing(italian, tmp_path):
+    rng = np.random.default_rng(7)
+    none = rng.random(len(italian)) < 0.1
+    minutes = np.where(none, -1, rng.integers(8, 80, size=len(italian)))
+    stars = np.where(none, 0.0, rng.uniform(1.5, 5.0, size=len(italian)).round(1))
+    change = rng.normal(size=len(italian)).round(1)
+    place = italian["pos_scherm"] - italian["pos_scherm"].min() + 1
+    table = italian.assign(
+        attesa=minutes, stelle=stars, variazione=change, pos_scherm=place.fillna(0).astype(int)
+    )
+    text, config = infer(tmp_path, table)
+    doubt = check_of(text, "data.sql")
+    assert {*re.findall(r"(-?\d+) in '(\w+)'", doubt)} == {
+        ("0", "pos_scherm"), ("-1", "attesa"), ("0", "stelle"),
+    }  # fmt: skip
+    assert config.data.columns.position == "pos_scherm"
+    assert config.data.path == ""
+    rows = duckdb.sql(config.data.sql).df()
+    assert (rows["attesa"].isna() == none).all()
+    assert [*rows["pos_scherm"].isna()] == [*italian["pos_scherm"].isna()]
+
+
+def test_texts_that_join_values_are_lists(italian, tmp_path):
+    rng = np.random.default_rng(8)
+    words = np.array(["rosso", "blu", "verde", "nero", "giallo", "viola"])
+    colors = [["|".join(rng.permutation(words)[: 1 + i % 4])] for i in range(500)]
+    item = italian["cod_off"].astype("category").cat.codes
+    titles = [f"titolo {i}, volume {i % 7}" for i in range(500)]
+    table = italian.assign(
+        colori=[colors[i % 500][0] for i in item], titolo=[titles[i % 500] for i in item]
+    )
+    _, config = infer(tmp_path, table)
+    assert features_of(config)["colori"] == ("item", "bag")
+    assert "titolo" not in config.data.sql
+    lists = duckdb.sql(config.data.sql).df()["colori"]
+    assert list(lists[0]) == table["colori"].iloc[0].split("|")
+
+
+def test_objects_in_lists_are_candidates(tmp_path):
+    """As JSON has them, with the same roles as a row per candidate."""
+    rng = np.random.default_rng(9)
+    requests = []
+    for number in range(300):
+        scores = rng.normal(size=30)
+        order = np.argsort(np.argsort(-scores))
+        candidates = [
+            {
+                "video_id": int(item), "stage": "shown" if rank < 5 else "retrieved",
+                "kind": {"name": f"k{item % 7}"}, "tags": ["a", f"b{item % 5}"],
+                **({"position": int(rank), "clicked": bool(item % 3)} if rank < 5 else {}),
+            }
+            for item, rank in zip(rng.permutation(200)[:30], order, strict=True)
+        ]  # fmt: skip
+        requests.append(
+            {"request_id": f"r{number}", "ts": 1_750_000_000 + 60 * number,
+             "user_id": number % 40, "kind": "home", "candidates": candidates}
+        )  # fmt: skip
+    file = tmp_path / "log.json"
+    file.write_text("\n".join(map(json.dumps, requests)))
+    text, config = infer(tmp_path, str(file))
+    assert "is each object in 'candidates' a candidate?" in check_of(text, "data.sql")
+    columns = config.data.columns
+    assert (columns.request, columns.item, columns.user) == ("request_id", "video_id", "user_id")
+    assert (columns.stage, columns.position) == ("stage", "position")
+    assert config.data.labels.click == "clicked"
+    assert features_of(config)["kind_name"] == ("item", "category")
+    assert features_of(config)["tags"] == ("item", "bag")
+    assert len(duckdb.sql(config.data.sql).df()) == 300 * 30

@@ -93,6 +93,11 @@ def test_a_config_survives_the_file_that_a_workdir_keeps(tmp_path):
     assert layout_of(workdir.read_config(tmp_path)) == layout_of(config)
 
 
+def test_a_stage_may_have_several_texts():
+    layout = layout_of(config_with(stages__passed="ranked, filtered"))
+    assert layout.stages == {"retrieved": 1, "ranked": 2, "filtered": 2, "shown": 3}
+
+
 def test_what_the_log_lacks_is_left_out():
     layout = layout_of(config_with(columns__stage=""))
     assert "stage" not in layout.columns

@@ -4,7 +4,9 @@ A role needs a name of `names.json` and values that fit. Where only the values f
 the config proposes the column below a CHECK. Otherwise the role stays open: the config names the
 two likeliest columns, and `prepare_data` reports it as missing. A file imports only those above it:
 
-* `words` compares names. `guess` holds what is guessed. `sample` reads rows and their facts.
+* `words` compares names. `guess` holds what is guessed.
+* `nested` finds objects, and texts that are lists. `sample` reads rows and their facts.
+* `markers` finds numbers that mean none.
 * `by_name`, `by_structure`: the roles that names and values settle. `roles` decides between them.
 * `features` finds features; `funnel` counts its sizes. `config_text` writes the config.
 """
@@ -33,6 +35,9 @@ from kd_ranker.sources.logs.infer.roles import (
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import NAMES, identifier
 from kd_ranker.sources.logs.layout import OPEN
+
+# Keys that say where the log is.
+_OF_LOG = ("data.infer", "data.path", "data.sql")
 
 
 class FirstConfig(NamedTuple):
@@ -80,7 +85,8 @@ def write_first_config(path: str, folder: Path, named: Mapping[str, Any], name: 
     except duckdb.Error as error:
         log = f"data.path={path}" if path else "data.sql"
         raise UserError(f"{log} cannot be read: {line_of(error)}") from error
-    checks = " ".join([roles.teacher_doubt, *(guess.check for guess in guesses.values())])
+    of_roles = [guess.check for key, guess in guesses.items() if key not in _OF_LOG]
+    checks = " ".join([roles.teacher_doubt, *of_roles])
     doubtful = [column for column in sample.facts.index if repr(column) in checks]
     written_after = find_written_after(sample, roles.used())
     inferred = find_features(sample, roles, doubtful, written_after)
@@ -104,7 +110,7 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     """Return the guesses by key of the config, without features; defaults are left out."""
     guesses = {"data.path": Guess(path)}
     if sample.sql:
-        guesses = {"data.sql": Guess(sample.sql, "in place of the path, for its numbers")}
+        guesses = {"data.sql": _guess_select(sample)}
     guesses["data.title"] = Guess(name)
     rows = sample.layout.guess
     if rows.value != "candidate" or rows.check:
@@ -137,11 +143,19 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     )
     guesses["value_weights"] = Guess(worth, "", doubt)
     guesses |= count_funnel(sample, roles).guesses()
-    replaces_path = bool(sample.sql) and "data.sql" not in sample.named
-    for key, value in sample.named.items():
-        if key != "data.infer" and not (key == "data.path" and replaces_path):
-            guesses[key] = Guess(value)
+    guesses |= {key: Guess(value) for key, value in sample.named.items() if key not in _OF_LOG}
     return guesses
+
+
+def _guess_select(sample: Sample) -> Guess:
+    why = "" if "data.sql" in sample.named else "in place of the path, for its values"
+    none = [f"{number} in {column!r}" for column, number in sample.markers.items()]
+    doubts = []
+    if sample.unnested:
+        doubts.append(f"is each object in {sample.unnested!r} a candidate?")
+    if none:
+        doubts.append(f"does this mean none: {', '.join(none)}?")
+    return Guess(sample.sql, why, " ".join(doubts))
 
 
 def _guess_version(sample: Sample, column: Guess, time: str) -> dict[str, Guess]:
@@ -156,7 +170,9 @@ def _guess_version(sample: Sample, column: Guess, time: str) -> dict[str, Guess]
         last = sample.seconds(time).groupby(texts).median().idxmax()
         doubt = f"all versions count; or only the last one, {last!r}?"
         return {"data.teacher_version": Guess("", "", doubt)}
-    return {"data.teacher_version": Guess(next(iter(texts.mode()), ""))}
+    usual = next(iter(texts.mode()), "")
+    doubt = "only this version counts; or '' for all?" if texts.nunique() > 1 else ""
+    return {"data.teacher_version": Guess(usual, "", doubt)}
 
 
 def _guess_how_times_are_written(sample: Sample, column: str) -> dict[str, Guess]:

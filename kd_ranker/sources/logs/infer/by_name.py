@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from kd_ranker.sources.logs.infer.guess import Guess, which
+from kd_ranker.sources.logs.infer.guess import Guess, join, which
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, words
 from kd_ranker.sources.logs.layout import OPEN, STAGES
@@ -151,21 +151,24 @@ def has_word_of(role: str, column: str) -> bool:
 
 
 def stage_texts(sample: Sample, column: str) -> dict[str, str]:
-    """Return the text of each stage in a column, {} if a value names none."""
+    """Return the texts of each stage in a column, as the config has them; {} if one names none."""
     facts = sample.facts.loc[column]
     if not facts["is_few"]:
         return {}
     values = sorted(sample.texts(column).dropna().unique())
     if facts["binary"] and facts["sure"] == "shown":
         return dict(zip(("retrieved", "shown"), values, strict=False))
-    texts = {find_key(value, NAMES["stages"]): value for value in values}
+    texts: dict[str, list[str]] = {}
+    for value in values:
+        texts.setdefault(find_key(value, NAMES["stages"]), []).append(value)
     has_other_stage = {"shown"} < {*texts}
-    each_has_its_own = "" not in texts and len(texts) == len(values)
-    return texts if has_other_stage and each_has_its_own else {}
+    if "" in texts or not has_other_stage:
+        return {}
+    return {stage: join(texts[stage]) for stage in STAGES if stage in texts}
 
 
 def named_stages(sample: Sample, column: str, stages: dict[str, str]) -> dict[str, str]:
-    """Return the text of each stage, as the user named it; {} without that of the shown ones."""
+    """Return the texts of each stage, as the user named them; {} without those of the shown."""
     if not column:
         return {}
     for stage in STAGES:

@@ -19,6 +19,8 @@ from kd_ranker.sources.logs.infer.by_name import (
     may_count_places,
     varies_in_requests,
 )
+from kd_ranker.sources.logs.infer.guess import join
+from kd_ranker.sources.logs.infer.markers import counts_places
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import without
 from kd_ranker.sources.logs.layout import NO_PLACE
@@ -28,15 +30,17 @@ from kd_ranker.sources.logs.written_after import share_shown_first
 _LEAST_OWNERS = 10
 # A share of rows that is as good as none.
 _HARDLY = 0.005
+# A share of rows that may be wrong.
+_STRAY = 0.01
 # Fewer labels of 1 may lie in any rows by chance.
 _LEAST_ONES = 20
 # Least share of the passed candidates that the early ranker's score has first: quotas of sources,
 # and rules, pass some of the others.
 _ORDERS_PASSED = 0.8
-# A share of requests that is nearly all.
-_MOSTLY = 0.9
 # A shorter name of a label may be a part of others by chance.
 _LEAST_LETTERS = 3
+# The most letters of an ending, such as `ped` of tapped.
+_ENDING = 3
 # The requests of a session take at most this share of the time of a log.
 _SESSION = 0.05
 
@@ -277,7 +281,7 @@ def _count_equal(mask: _Mask, masks: list[_Mask]) -> int:
 
 
 def _is_equal(rows: pd.Series, others: pd.Series) -> bool:
-    return bool((rows ^ others).sum() <= 0.01 * min(rows.sum(), others.sum()))
+    return bool((rows ^ others).sum() <= _STRAY * min(rows.sum(), others.sum()))
 
 
 def _shown_by_ones(sample: Sample, masks: list[_Mask]) -> pd.Series | None:
@@ -296,34 +300,21 @@ def _shown_by_ones(sample: Sample, masks: list[_Mask]) -> pd.Series | None:
             has_ones = mask.column != column and (ones & ~mask.rows).mean() <= 0.001 * ones.mean()
             if has_ones and not _is_equal(ones, mask.rows):
                 possible.append(mask)
-    placed = [mask.rows for mask in possible if _has_positions(sample, mask)]
+    placed = [mask.rows for mask in possible if counts_places(sample, mask.column, mask.rows)]
     confirmed = [mask.rows for mask in possible if _count_equal(mask, masks) > 0]
     rows = placed or confirmed or [mask.rows for mask in possible]
     return min(rows, key=lambda mask: mask.sum(), default=None)
 
 
-def _has_positions(sample: Sample, mask: _Mask) -> bool:
-    """Return whether a column counts the rows of each request from 0 or 1, as positions do."""
-    if not may_count_places(sample.facts.loc[[mask.column]]).iat[0]:
-        return False
-    places = sample.numbers[mask.column][mask.rows].groupby(sample.request[mask.rows])
-    length = places.max() - places.min() + 1
-    counts_all = (places.nunique() == places.size()) & (length == places.size())
-    return bool(counts_all.mean() >= _MOSTLY and (places.size() > 1).mean() >= _MOSTLY)
-
-
 class FoundStage(NamedTuple):
-    """The column of the stages, and the text of each."""
+    """The column of the stages, and the texts of each, as the config has them."""
 
     found: Found
     stages: dict[str, str]
 
 
 def find_stage(sample: Sample) -> FoundStage:
-    """Find the few texts one of which covers just the shown, and one the others with scores.
-
-    More texts than stages, as one for each reason to drop a candidate, are a question.
-    """
+    """Find the few texts some of which cover just the shown, and some the others with scores."""
     facts = sample.facts
     is_possible = facts["is_few"] & (facts["known"] > 0.99)
     is_possible &= (facts["request"] == 0) & (facts["item"] != 1)
@@ -332,7 +323,7 @@ def find_stage(sample: Sample) -> FoundStage:
     for column in map(str, facts.index[is_possible]):
         if stages := _stages_of(sample, column):
             by_column[column] = stages
-        elif _text_of_shown(sample, column):
+        elif _texts_of_shown(sample, column):
             with_shown.append(column)
     if len(by_column) == 1:
         ((column, stages),) = by_column.items()
@@ -341,37 +332,35 @@ def find_stage(sample: Sample) -> FoundStage:
 
 
 def _stages_of(sample: Sample, column: str) -> dict[str, str]:
-    """Return the text of each stage in a column, {} if its values do not fit."""
-    shown = _text_of_shown(sample, column)
+    """Return the texts of each stage in a column, {} if its values do not fit."""
+    shown = _texts_of_shown(sample, column)
     if not shown:
         return {}
     texts = sample.texts(column)
-    others = [str(text) for text in texts.dropna().unique() if text != shown]
+    others = [str(text) for text in texts.dropna().unique() if text not in shown]
     facts = sample.facts
     is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
     scores = facts.index[is_number & _is_known_further(facts)]
     # One of these is a score; others may be missing at random.
     known = [sample.codes[score].notna() for score in scores]
-    for is_scored in known or [pd.Series(False, texts.index)]:
+    if not known and len(others) == 1:
+        return {"shown": join(shown), "retrieved": join(others)}
+    for is_scored in known:
         shares = {text: is_scored[texts == text].mean() for text in others}
         passed = [text for text in others if shares[text] >= 0.3]
         retrieved = [text for text in others if shares[text] <= 0.02]
-        if len(passed) > 1 or len(retrieved) > 1 or len(passed) + len(retrieved) < len(others):
-            continue
-        stages = {"shown": shown}
-        if passed:
-            stages["passed"] = passed[0]
-        if retrieved:
-            stages["retrieved"] = retrieved[0]
-        return stages
+        if len(passed) + len(retrieved) == len(others):
+            stages = {"shown": shown, "passed": passed, "retrieved": retrieved}
+            return {stage: join(of_stage) for stage, of_stage in stages.items() if of_stage}
     return {}
 
 
-def _text_of_shown(sample: Sample, column: str) -> str:
-    """Return the text of a column that covers just the shown candidates; "" if none does."""
+def _texts_of_shown(sample: Sample, column: str) -> list[str]:
+    """Return the texts of a column that cover just the shown candidates; [] if none do."""
     texts = sample.texts(column)
-    shown = [text for text in texts.dropna().unique() if _is_equal(texts == text, sample.shown)]
-    return str(shown[0]) if len(shown) == 1 else ""
+    shares = sample.shown.groupby(texts).mean()
+    shown = [str(text) for text in shares.index[shares >= 1 - _STRAY]]
+    return shown if _is_equal(texts.isin(shown), sample.shown) else []
 
 
 def _is_known_further(facts: pd.DataFrame) -> pd.Series:
@@ -430,29 +419,31 @@ def find_labels(sample: Sample) -> list[str]:
     return [*facts.index[may_be_label(facts) & varies_among_shown & is_label]]
 
 
-def find_teacher(sample: Sample, labels: dict[str, str]) -> dict[str, str]:
+def find_teacher(sample: Sample, labels: dict[str, str], used: Collection[str]) -> dict[str, str]:
     """Return the score of each task: that which predicts its label best; {} if it is not clear.
 
     Only shown candidates count: a label of the others may be 0, whatever their score. If there are
-    more scores than tasks, as with a blend of them, or fewer, those called after a label are clear.
+    more scores than tasks, as with a blend of them, or fewer, or if names settle some, those called
+    after a label are clear.
 
     Args:
       sample: of the log.
       labels: task -> its column, for the tasks without a teacher.
+      used: columns of the teacher's other tasks.
     """
-    facts = sample.facts
+    facts = sample.facts.drop([*used])
     is_possible = may_be_teacher(facts) & may_be_score(facts) & _is_known_further(facts)
     probabilities = [*facts.index[is_possible & is_probability(facts)]]
     scores = probabilities or [*facts.index[is_possible]]
-    if len(scores) != len(labels):
-        return _called_after_labels(scores, labels)
+    if used or len(scores) != len(labels):
+        return called_after_labels(scores, labels)
     # The probabilities of a ranker may be far from the rates of the labels.
     losses = (_log_loss, _negative_correlation) if probabilities else (_negative_correlation,)
     for loss in losses:
         best = _best_scores(sample, scores, labels, loss)
         if len({*best.values()}) == len(labels):
             return best
-    return _called_after_labels(scores, labels)
+    return called_after_labels(scores, labels)
 
 
 def _best_scores(
@@ -472,11 +463,18 @@ def _best_scores(
     return best
 
 
-def _called_after_labels(scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
-    """Return the only score whose name contains a word of the label's, as pClk does of isClk."""
+def called_after_labels(scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the only score whose name contains a word of the label's, as pClk does of isClk.
+
+    The end of a long word may differ, as p_purchase and purchased do.
+    """
     found = {}
     for task, label in labels.items():
-        parts = [word for word in without(label, "affixes") if len(word) >= _LEAST_LETTERS]
+        parts = [
+            word[: max(len(word) - _ENDING, _LEAST_LETTERS)]
+            for word in without(label, "affixes")
+            if len(word) >= _LEAST_LETTERS
+        ]
         called = [score for score in scores if any(part in score.lower() for part in parts)]
         if len(called) == 1:
             found[task] = called[0]

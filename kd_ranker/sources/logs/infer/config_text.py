@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kd_ranker.sources.logs.infer.features import InferredFeature, InferredFeatures, LeftOut
 from kd_ranker.sources.logs.infer.guess import CHECK, Guess
@@ -105,7 +105,18 @@ def text_of_config(
 def _assignment(key: str, guess: Guess) -> list[str]:
     """Return an assignment, with the reason next to it and the doubt above."""
     behind = f"  # {guess.why}" if guess.why else ""
-    return [*_check(guess), f"{key} = {guess.value!r}{behind}"]
+    code = _code(guess.value)
+    code[0] = f"{key} = {code[0]}"
+    code[-1] += behind
+    return [*_check(guess), *code]
+
+
+def _code(value: Any) -> list[str]:
+    """Return the code of a value: a line, or several of a SELECT."""
+    if not isinstance(value, str) or "\n" not in value:
+        return [repr(value)]
+    raw = "r" if "\\" in value else ""
+    return [f'{raw}"""', *value.splitlines(), '"""']
 
 
 def _check(guess: Guess) -> list[str]:

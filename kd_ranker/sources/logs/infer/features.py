@@ -76,6 +76,8 @@ def find_features(
             left_out.append(LeftOut(column, why, feature if kind.kind else None))
         elif why := _why_no_feature(facts, sample, roles, kind.kind):
             left_out.append(LeftOut(column, why))
+        elif _is_called_as_an_outcome(facts):
+            left_out.append(LeftOut(column, "known only afterwards, by its name", feature))
         elif owner == "context" and (why := _why_known_after_ranking(sample, roles, column)):
             left_out.append(LeftOut(column, why, feature))
         elif label := _label_that_sets(sample, roles, column):
@@ -103,9 +105,6 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
     """
     may_vary = facts.item != 1 and facts.user != 1
     is_of_request = facts.request == 1 and facts.user != 1
-    is_output = facts.afterwards or facts.predictions or facts.teacher
-    is_output = is_output or (facts.uses and facts.amounts)
-    is_action = facts.task and not facts.binary
     is_rare_elsewhere = facts.ones_out <= 0.2 * facts.ones_in
     has_ones_only_in = facts.binary and not facts.ones_out
     number = _number_of_owners(facts, sample, roles)
@@ -117,12 +116,21 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
         "missing where a candidate was not shown": facts.only_shown,
         "perhaps a label": may_vary and facts.request != 1 and has_ones_only_in,
         "a label of another task": facts.binary and facts.task and is_rare_elsewhere,
-        "known only afterwards, by its name": may_vary and (is_output or is_action),
         "of an experiment, by its name": facts.request == 1 and facts.experiments,
         "of what served the request, by its name": is_of_request and facts.system,
+        "a weight, by its name": is_of_request and facts.weights,
         "an id or a text": kind == "category" and facts.distinct > 0.8 * number,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _is_called_as_an_outcome(facts: Any) -> bool:
+    may_vary = facts.item != 1 and facts.user != 1
+    is_output = facts.predictions or facts.teacher or (facts.uses and facts.amounts)
+    # The count of ratings is one of the past.
+    is_outcome = facts.afterwards and not facts.quantities
+    is_action = facts.task and not facts.binary
+    return bool(may_vary and (is_output or is_outcome or is_action))
 
 
 def _number_of_owners(facts: Any, sample: Sample, roles: Roles) -> int:
@@ -145,6 +153,9 @@ def _why_known_after_ranking(sample: Sample, roles: Roles, column: str) -> str:
     if (~is_scored).sum() >= _LEAST_EXPECTED and sorted(shares) == [0, 1]:
         return "tells whether the final ranker scored the request"
     is_missing = sample.codes[column].isna().groupby(sample.request).all()
+    if user := roles.column("user"):
+        # Who has no account has no age of it, either.
+        is_missing &= sample.codes[user].notna().groupby(sample.request).all()
     numbers = sample.numbers[column].groupby(sample.request).first()
     for label in _columns_of(roles.labels):
         count = (sample.numbers[label] == 1).groupby(sample.request).sum()

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from kd_ranker.sources.logs.infer.guess import Guess, Roles
 from kd_ranker.sources.logs.infer.sample import Sample
-from kd_ranker.sources.logs.layout import NO_PLACE
+from kd_ranker.sources.logs.layout import NO_PLACE, split_at_commas
 from kd_ranker.sources.logs.sql import literal, quoted
 
 # A log with more rows is not read whole for a first config.
@@ -97,9 +97,10 @@ def _sql_of_passed(roles: Roles) -> str:
     return f"{shown} OR {_any_known(scores)}" if scores else "false"
 
 
-def _has_stage(column: str, text: str) -> str:
+def _has_stage(column: str, texts: str) -> str:
     # A truth value is True in a config, and true in SQL.
-    return f"lower({quoted(column)}::VARCHAR) = {literal(text.lower())}"
+    listed = ", ".join(literal(text.lower()) for text in split_at_commas(texts))
+    return f"lower({quoted(column)}::VARCHAR) IN ({listed})"
 
 
 def _any_known(columns: list[str]) -> str:

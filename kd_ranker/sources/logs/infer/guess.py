@@ -40,6 +40,11 @@ def column_of(columns: Mapping[str, Guess], role: str) -> str:
     return columns[role].value.strip(OPEN) if role in columns else ""
 
 
+def join(texts: Iterable[str]) -> str:
+    """Return the texts of a stage as one value of the config."""
+    return ", ".join(texts)
+
+
 def by_values(column: str, role: str) -> Guess:
     """Return a column that only its values point at: a line to confirm."""
     return Guess(column, "", f"by its values; is it the {role}?")

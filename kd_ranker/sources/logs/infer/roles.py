@@ -8,12 +8,15 @@ from kd_ranker.errors import UserError, listed
 from kd_ranker.sources.logs.data_report import LEAST_USERS, MOST_OF_A_USER
 from kd_ranker.sources.logs.infer import by_name, by_structure
 from kd_ranker.sources.logs.infer.guess import Guess, Roles, by_values, column_of, which
+from kd_ranker.sources.logs.infer.markers import find_markers
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import identifier, without, words
-from kd_ranker.sources.logs.layout import OPEN
+from kd_ranker.sources.logs.layout import OPEN, split_at_commas
 from kd_ranker.sources.logs.written_after import guess_shown, why_written_after
 
 _SECTIONS = ("data.columns.", "data.labels.", "data.teacher.")
+# Numbers of a user that may mean none.
+_NOBODY = ("0", "-1")
 # Pairs of roles that one column may have.
 _COMPATIBLE = (
     {"data.columns.request", "data.columns.user"},
@@ -58,6 +61,8 @@ def find_roles(sample: Sample) -> Roles:
         if role not in columns:
             columns[role] = _choose(role, sample, _used(columns, used), find)
         sample.set_owner(role, column_of(columns, role))
+    for column, number in find_markers(sample).items():
+        sample.set_missing(column, number)
     columns["user"] = _doubt_user_of_many(sample, columns["user"])
     if "stage" not in columns:
         columns["stage"] = by_name.choose("stage", sample, _used(columns, used))
@@ -102,11 +107,21 @@ def find_roles(sample: Sample) -> Roles:
         if guess.check and not column_of(columns, role):
             advice = "Name it and infer again: much else depends on it"
             columns[role] = guess._replace(check=f"{guess.check} {advice}")
-    if columns["stage"].check and len(texts) == 2:
-        other = next(stage for stage in stages if stage != "shown")
-        doubt_of_text = f"is {stages[other]!r} retrieved, or passed?"
-        texts[other] = Guess(stages[other], "", doubt_of_text)
+    if columns["stage"].check:
+        texts |= _doubt_texts(stages)
     return Roles(columns, labels, found_teacher, texts, doubt)
+
+
+def _doubt_texts(stages: Mapping[str, str]) -> dict[str, Guess]:
+    """Return the stages whose texts may be of another stage, with the question."""
+    doubtful = {}
+    for stage, texts in stages.items():
+        is_only_other = len(stages) == 2 and stage != "shown"
+        if is_only_other:
+            doubtful[stage] = Guess(texts, "", f"is {texts!r} retrieved, or passed?")
+        elif len(split_at_commas(texts)) > 1:
+            doubtful[stage] = Guess(texts, "", f"are all of these {stage}: {texts}?")
+    return doubtful
 
 
 def _named(sample: Sample, section: str) -> dict[str, Guess]:
@@ -147,7 +162,8 @@ def _doubt_user_of_many(sample: Sample, guess: Guess) -> Guess:
         return guess
     of_requests = sample.texts(column).groupby(sample.request).first()
     shares = of_requests.value_counts(normalize=True)
-    if len(shares) < LEAST_USERS or shares.iloc[0] < MOST_OF_A_USER:
+    is_marker = shares.index[0] in _NOBODY and shares.iloc[0] > shares.iloc[1:2].sum()
+    if len(shares) < LEAST_USERS or (shares.iloc[0] < MOST_OF_A_USER and not is_marker):
         return guess
     doubt = f"{shares.index[0]!r} has {shares.iloc[0]:.0%} of the requests; is it nobody?"
     return guess._replace(check=f"{guess.check} {doubt}".strip())
@@ -175,7 +191,7 @@ def _find_shown(sample: Sample, stage: str, stages: Mapping[str, str]) -> None:
     """Find who was shown and passed: by stages, by labels of known tasks, or by structure."""
     if stages:
         texts = sample.texts(stage)
-        sample.set_shown(texts == stages["shown"])
+        sample.set_shown(texts.isin(split_at_commas(stages["shown"])))
         _find_passed(sample, stage, stages)
         return
     facts = sample.facts
@@ -193,7 +209,8 @@ def _find_shown(sample: Sample, stage: str, stages: Mapping[str, str]) -> None:
 
 def _find_passed(sample: Sample, stage: str, stages: Mapping[str, str]) -> None:
     if len(stages) == 3:
-        sample.passed = sample.texts(stage) != stages["retrieved"]
+        retrieved = split_at_commas(stages["retrieved"])
+        sample.passed = ~sample.texts(stage).isin(retrieved)
 
 
 def _find_labels(sample: Sample, named: dict[str, Guess], used: list[str]) -> dict[str, Guess]:
@@ -284,8 +301,9 @@ def _find_teacher(
             columns[task] = Guess(names[0])
         else:
             open_tasks[task] = label.value
-    if open_tasks and not columns and "data.teacher" not in sample.sections:
-        for task, score in by_structure.find_teacher(sample, open_tasks).items():
+    if open_tasks and "data.teacher" not in sample.sections:
+        known = [guess.value for guess in columns.values()]
+        for task, score in by_structure.find_teacher(sample, open_tasks, known).items():
             columns[task] = by_values(score, f"final ranker's score of {task!r}")
     if not columns:
         floats = free.index[(free["kind"] == "float") & ~free["only_shown"]]

@@ -12,13 +12,21 @@ from fsspec.implementations.local import LocalFileSystem
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import find_files, register_store, register_stores
 from kd_ranker.sources.logs.infer.guess import Guess
+from kd_ranker.sources.logs.infer.nested import find_joined, unnest_objects
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, without, words
-from kd_ranker.sources.logs.layout import NO_PLACE, TIME_UNITS, is_text_log, sql_of_texts
+from kd_ranker.sources.logs.layout import (
+    NO_PLACE,
+    TIME_UNITS,
+    is_text_log,
+    sql_of_parquet,
+    sql_of_texts,
+)
 from kd_ranker.sources.logs.sql import literal, quoted
 from kd_ranker.sources.logs.times import FORMATS, find_formats, sql_of_time
 
 # The limits of the sample.
 _MOST_ROWS = 120_000
+_MOST_REQUESTS = 1_000  # if these are the rows
 _MOST_BYTES = 200_000_000
 _MOST_FILES = 24
 _KINDS = {
@@ -50,8 +58,8 @@ class Sample:
 
     Attributes:
       con: the connection to DuckDB.
-      log: a SELECT of the whole log.
-      sql: the SELECT for `data.sql`, in place of the path; "" for none.
+      unnested: the column of lists whose objects are the candidates; "" for none.
+      markers: column -> the number that means none, which is missing here and in `sql`.
       named: what the user named, by key of the config.
       sections: those that the user named as a whole, such as `data.labels`.
       facts: a row per column of the log. Its facts `request`, `item` and `user` are 1 if the column
@@ -71,11 +79,21 @@ class Sample:
         self.sections = sections
         self.con = duckdb.connect()
         self.con.execute("SET enable_progress_bar = false")
-        self.sql = named.get("data.sql", "").strip().rstrip(";")
+        self._path = path
+        self.markers: dict[str, int] = {}
+        self.unnested = ""
+        self._heads: list[str] = []
+        self._joined: dict[str, str] = {}
+        self._sql = named.get("data.sql", "").strip()
         self._read(self._select(path))
-        if not self.sql and "read_csv(" in self.log and (options := self._options_of_csv()):
-            self.sql = sql_of_texts(path, options=options)
+        if not self._sql and "read_csv(" in self._log and (options := self._options_of_csv()):
+            self._sql = sql_of_texts(path, options=options)
             self._read(self._select(path))
+        is_text = self.facts["column_type"] == "VARCHAR"
+        texts = self.facts.index[is_text & (self.facts["kind"] != "time") & ~self.facts["is_truth"]]
+        self._joined = find_joined(self.con, texts)
+        if self._joined:
+            self._read(_select_with(self._joined, "SELECT * FROM candidates"))
         self.request = pd.Series(range(len(self.codes)))
         self.layout = self._find_rows()
         listed = self.layout.lists
@@ -97,12 +115,15 @@ class Sample:
 
     def _select(self, path: str) -> str:
         """Return the SELECT of some rows: the first, or of Parquet files at even distances."""
-        if not path and not self.sql:
+        if not path and not self._sql:
             raise UserError("data.path is empty; give a file, a directory or a glob of them")
-        if self.sql or is_text_log(path):
-            self.log = self.sql or sql_of_texts(path)
-            register_stores(self.con, self.log)
-            return f"SELECT * FROM ({self.log}) LIMIT {_MOST_ROWS}"
+        if self._sql or is_text_log(path):
+            self._log = self._sql.rstrip(";") or sql_of_texts(path)
+            register_stores(self.con, self._log)
+            if any("STRUCT" in str(type_) for type_ in self.con.sql(self._log).types):
+                # Requests from all of the log, in the same order each time.
+                return f"SELECT * FROM ({self._log}) t ORDER BY hash(t) LIMIT {_MOST_REQUESTS}"
+            return f"SELECT * FROM ({self._log}) LIMIT {_MOST_ROWS}"
         system, manifest = find_files(path)
         paths = list(manifest)
         if not isinstance(system, LocalFileSystem):
@@ -111,7 +132,7 @@ class Sample:
         # A name is a pattern to DuckDB.
         files = [literal(re.sub(r"[*?\[]", r"[\g<0>]", file)) for file in paths]
         options = "hive_partitioning = true, union_by_name = true"
-        self.log = f"SELECT * FROM read_parquet([{', '.join(files)}], {options})"
+        self._log = f"SELECT * FROM read_parquet([{', '.join(files)}], {options})"
         files = files[:: len(files) // _MOST_FILES + 1]
         size = "sum(total_uncompressed_size) / sum(row_group_num_rows)"
         row = f"count(DISTINCT path_in_schema) * {size}"
@@ -140,6 +161,42 @@ class Sample:
             options["nullstr"] = f"[{', '.join(map(literal, sorted(markers | {''})))}]"
         return options
 
+    @property
+    def log(self) -> str:
+        """A SELECT of the whole log."""
+        return self._rewrite(self._log)
+
+    @property
+    def sql(self) -> str:
+        """The SELECT for `data.sql`, in place of the path; "" for none."""
+        if not (self._heads or self._joined or self.markers):
+            return self._sql
+        is_text = bool(self._sql) or is_text_log(self._path)
+        return self._rewrite(self._log if is_text else sql_of_parquet(self._path))
+
+    def _rewrite(self, select: str) -> str:
+        """Return a SELECT with columns for objects, lists for texts, and no number for none."""
+        for head in self._heads:
+            select = f"{head}\n{_from(select)}"
+        values = dict(self._joined)
+        for column, number in self.markers.items():
+            in_list = column in self.layout.lists
+            value = f"nullif({'value' if in_list else quoted(column)}, {number})"
+            each = f"list_transform({quoted(column)}, lambda value: {value})"
+            values[column] = each if in_list else value
+        return _select_with(values, select) if values else select
+
+    def set_missing(self, column: str, number: int) -> None:
+        """Take a number of a column for a missing value."""
+        self.markers[column] = number
+        self.con.execute(
+            f"UPDATE candidates SET {quoted(column)} = NULL WHERE {quoted(column)} = {number}"
+        )
+        is_none = self.numbers[column] == number
+        self.numbers[column] = self.numbers[column].mask(is_none)
+        self.codes[column] = self.codes[column].mask(is_none)
+        self._count_values()
+
     def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
         """Return the rows of a SELECT."""
         return self.con.execute(f"SELECT {values} FROM {source}").df()
@@ -148,13 +205,13 @@ class Sample:
         """Find what a row is, and the lists with one value per candidate."""
         facts = self.facts
         named = self.named.get("data.rows", "")
-        is_list = facts["kind"] == "list"
+        is_list = (facts["kind"] == "list") & ~facts.index.isin([*self._joined])
         is_named_item = facts.index == self.named.get("data.columns.item")
         is_item = (facts["sure"] == "item") | is_named_item
         has_item = (is_item & ~is_list & (facts["known"] > 0.9)).any()
         lists = facts.index[is_list]
         lists_of_items = facts.index[is_list & is_item]
-        if named == "candidate" or lists.empty or (has_item and not named):
+        if named == "candidate" or lists.empty or self.unnested or (has_item and not named):
             return RowGuess(Guess(named or "candidate"), [])
         sizes = ", ".join(f"len({quoted(name)}) AS {quoted(name)}" for name in lists)
         lengths = self.frame(sizes)
@@ -194,6 +251,11 @@ class Sample:
     def _read(self, select: str) -> None:
         """Make the table, and the facts of its columns that need no role."""
         self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {select}")
+        while unnested := unnest_objects(self.con.table("candidates")):
+            self._heads.append(unnested.head)
+            self.unnested = unnested.column if unnested.is_list else self.unnested
+            rows = f"{unnested.head} FROM candidates LIMIT {_MOST_ROWS}"
+            self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {rows}")
         table = self.con.table("candidates")
         facts = pd.DataFrame({"column_type": map(str, table.types)}, table.columns)
         self.facts = facts
@@ -201,21 +263,8 @@ class Sample:
         facts["is_number"] = facts["kind"].isin(["integer", "float"])
         self._read_texts()
         self._read_values()
-        self._count_values()
         self._read_names()
-        is_named_time = (facts["sure"] + facts["hint"]) == "time"
-        facts["is_time"] = (facts["kind"] == "time") | ((facts["unit"] != "") & is_named_time)
-        facts["is_date"] = False
-        is_possible = (facts["kind"] == "integer") & (facts["low"] >= _EARLIEST_DATE)
-        for column in facts.index[is_possible & (facts["high"] <= _LATEST_DATE)]:
-            numbers = self.numbers[column].dropna().astype(int).unique()
-            facts.loc[column, "is_date"] = bool(find_formats([*map(str, numbers)], ("%Y%m%d",)))
-        is_discrete = facts["kind"].isin(["integer", "text"])
-        is_moment = facts["is_time"] | facts["is_date"]
-        facts["is_id"] = is_discrete & ~is_moment & (facts["distinct"] > 1)
-        facts["is_few"] = facts["is_id"] & (facts["distinct"] <= 9)
-        is_truth = (facts["kind"] == "integer") | facts["is_truth"]
-        facts["binary"] = is_truth & (facts["low"] >= 0) & (facts["high"] == 1)
+        self._count_values()
         facts[["request", "item", "user"]] = float("nan")
 
     def _read_texts(self) -> None:
@@ -286,6 +335,19 @@ class Sample:
         for unit, per_second in TIME_UNITS.items():
             is_recent = middle.between(_YEAR_1995 * per_second, _YEAR_2050 * per_second)
             facts.loc[is_recent, "unit"] = unit
+        is_named_time = (facts["sure"] + facts["hint"]) == "time"
+        facts["is_time"] = (facts["kind"] == "time") | ((facts["unit"] != "") & is_named_time)
+        facts["is_date"] = False
+        is_possible = (facts["kind"] == "integer") & (facts["low"] >= _EARLIEST_DATE)
+        for column in facts.index[is_possible & (facts["high"] <= _LATEST_DATE)]:
+            numbers = self.numbers[column].dropna().astype(int).unique()
+            facts.loc[column, "is_date"] = bool(find_formats([*map(str, numbers)], ("%Y%m%d",)))
+        is_discrete = facts["kind"].isin(["integer", "text"])
+        is_moment = facts["is_time"] | facts["is_date"]
+        facts["is_id"] = is_discrete & ~is_moment & (facts["distinct"] > 1)
+        facts["is_few"] = facts["is_id"] & (facts["distinct"] <= 9)
+        is_truth = (facts["kind"] == "integer") | facts["is_truth"]
+        facts["binary"] = is_truth & (facts["low"] >= 0) & (facts["high"] == 1)
 
     def _read_names(self) -> None:
         """Find the roles, tasks and groups of words that the names of columns point at."""
@@ -362,6 +424,18 @@ class Sample:
         texts = self.frame(f"{quoted(column)}::VARCHAR").iloc[:, 0]
         texts = texts.where(self.codes[column].notna())
         return texts.str.title() if self.facts["column_type"][column] == "BOOLEAN" else texts
+
+
+def _select_with(values: Mapping[str, str], select: str) -> str:
+    """Return a SELECT of another one's columns, some of them with other values."""
+    replaced = ",\n".join(f"    {value} AS {quoted(column)}" for column, value in values.items())
+    return f"SELECT * REPLACE (\n{replaced}\n)\n{_from(select)}"
+
+
+def _from(select: str) -> str:
+    """Return the part of a SELECT that reads another one."""
+    plain = select.removeprefix("SELECT * ")
+    return plain if plain.startswith("FROM ") and " UNION " not in plain else f"FROM ({select})"
 
 
 def _are_of_shown(known_in: pd.Series, known_out: pd.Series) -> pd.Series:
