@@ -341,15 +341,16 @@ def _stages_of(sample: Sample, column: str) -> dict[str, str]:
     facts = sample.facts
     is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
     scores = facts.index[is_number & _is_known_further(facts)]
-    # One of these is a score; others may be missing at random.
-    known = [sample.codes[score].notna() for score in scores]
-    if not known and len(others) == 1:
+    has_one_other = len(others) == 1
+    if scores.empty and has_one_other:
         return {"shown": join(shown), "retrieved": join(others)}
-    for is_scored in known:
-        shares = {text: is_scored[texts == text].mean() for text in others}
+    # One of these is a score; others may be missing at random.
+    for score in scores:
+        shares = sample.codes[score].notna().groupby(texts).mean()[others]
         passed = [text for text in others if shares[text] >= 0.3]
         retrieved = [text for text in others if shares[text] <= 0.02]
-        if len(passed) + len(retrieved) == len(others):
+        is_complete = len(passed) + len(retrieved) == len(others)
+        if is_complete and ((passed and retrieved) or has_one_other):
             stages = {"shown": shown, "passed": passed, "retrieved": retrieved}
             return {stage: join(of_stage) for stage, of_stage in stages.items() if of_stage}
     return {}
