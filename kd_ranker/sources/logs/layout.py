@@ -227,16 +227,13 @@ def sql_of_texts(
     return " UNION ALL BY NAME ".join(selects)
 
 
-def sql_of_parquet(path: str) -> str:
-    """Return the SELECT of the Parquet files at `data.path`."""
-    files = [
-        file
-        if glob.has_magic(file) or file.endswith(PARQUET)
-        else f"{file.rstrip('/')}/**/*{PARQUET[0]}"
-        for file in split_at_commas(path)
-    ]
-    options = "hive_partitioning = true, union_by_name = true"
-    return f"SELECT * FROM read_parquet([{', '.join(map(literal, files))}], {options})"
+def patterns_of_parquet(path: str) -> str:
+    """Return `data.path` with a pattern of Parquet files in place of each folder."""
+    patterns = []
+    for file in split_at_commas(path):
+        is_folder = not glob.has_magic(file) and not file.endswith(PARQUET)
+        patterns.append(f"{file.rstrip('/')}/**/*{PARQUET[0]}" if is_folder else file)
+    return ",".join(patterns)
 
 
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:

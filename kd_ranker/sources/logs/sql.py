@@ -1,4 +1,7 @@
-"""Names and texts as SQL takes them."""
+"""Names and texts as SQL takes them, and SELECTs of SELECTs."""
+
+import re
+from collections.abc import Mapping
 
 
 def quoted(name: str) -> str:
@@ -9,3 +12,15 @@ def quoted(name: str) -> str:
 def literal(text: str) -> str:
     """Return a text as SQL takes it."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def replaced(values: Mapping[str, str], select: str) -> str:
+    """Return a SELECT of another one's columns, with other values by column."""
+    expressions = [f"    {value} AS {quoted(column)}" for column, value in values.items()]
+    return "SELECT * REPLACE (\n" + ",\n".join(expressions) + f"\n)\n{from_select(select)}"
+
+
+def from_select(select: str) -> str:
+    """Return the FROM that reads another SELECT; one of all that a function reads is left out."""
+    plain = re.fullmatch(r"SELECT \* (FROM read_\w+\([^()]*\))", select)
+    return plain[1] if plain else f"FROM (\n{select}\n)"

@@ -18,7 +18,7 @@ from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.teacher_signal import SCORES
 from kd_ranker.distillation.terms import parse_terms
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.infer import funnel, sample
+from kd_ranker.sources.logs.infer import by_structure, funnel, sample
 from tests.sources import owner_logs
 from tests.sources.logs.test_infer import (
     check_of,
@@ -656,6 +656,39 @@ def test_numbers_that_mean_none_are_missing(italian, tmp_path):
     assert [*rows["pos_scherm"].isna()] == [*italian["pos_scherm"].isna()]
 
 
+def test_numbers_for_none_in_lists_are_missing(tmp_path):
+    log = owner_logs.OWNERS["polish"]
+    table = pd.read_parquet(log.write(tmp_path))
+    table["czas"] = [
+        np.where(np.arange(len(of)) % 9, 8.5 + np.arange(len(of)), -1) for of in table["oferty"]
+    ]
+    text, config = infer(tmp_path / "none", table)
+    assert config.data.rows == "request"
+    assert check_of(text, "data.sql") == "does this mean none: -1 in 'czas'?"
+    minutes = duckdb.sql(f"SELECT czas FROM ({config.data.sql})").fetchall()[0][0]
+    assert [minute is None for minute in minutes] == [
+        place % 9 == 0 for place in range(owner_logs.CANDIDATES)
+    ]
+
+
+def test_unfinished_files_are_in_no_select(italian, tmp_path):
+    """A SELECT with a pattern would read them."""
+    table = italian.assign(attesa=np.where(np.arange(len(italian)) % 9, 20.5, -1))
+    (tmp_path / "_temporary").mkdir()
+    table.to_parquet(tmp_path / "part.parquet")
+    for name, pattern in (("whole", "**"), ("unfinished", "part.parquet")):
+        config = infer(tmp_path / name, str(tmp_path))[1]
+        assert pattern in config.data.sql
+        assert len(duckdb.sql(config.data.sql).df()) == len(table)
+        table.to_parquet(tmp_path / "_temporary" / "part.parquet")
+
+
+def test_a_name_is_a_stem_of_a_label_only_if_it_holds_no_whole_word():
+    labels = {"liked": "liked", "tapped": "tapped"}
+    found = by_structure._called_after_labels(["p_tap", "p_liked", "likelihood"], labels)
+    assert found == {"liked": "p_liked", "tapped": "p_tap"}
+
+
 def test_texts_that_join_values_are_lists(italian, tmp_path):
     rng = np.random.default_rng(8)
     words = np.array(["rosso", "blu", "verde", "nero", "giallo", "viola"])
@@ -670,6 +703,16 @@ def test_texts_that_join_values_are_lists(italian, tmp_path):
     assert "titolo" not in config.data.sql
     lists = duckdb.sql(config.data.sql).df()["colori"]
     assert list(lists[0]) == table["colori"].iloc[0].split("|")
+
+
+def test_objects_of_a_history_are_no_candidates(italian, tmp_path):
+    events = [[{"item_id": 7, "seconds": 3.5}, {"item_id": 8, "seconds": 1.0}]] * len(italian)
+    device = [{"model": f"m{row % 5}", "os": "ios"} for row in range(len(italian))]
+    table = italian.rename(columns={"cod_off": "item_id"}).assign(eventi=events, telefono=device)
+    text, config = infer(tmp_path, table)
+    assert left_out(text)["eventi"] == "its type is not supported"
+    assert "unnest" not in config.data.sql
+    assert {"telefono_model", "telefono_os"} <= {*duckdb.sql(config.data.sql).columns}
 
 
 def test_objects_in_lists_are_candidates(tmp_path):

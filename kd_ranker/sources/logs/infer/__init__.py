@@ -6,8 +6,8 @@ two likeliest columns, and `prepare_data` reports it as missing. A file imports 
 
 * `words` compares names. `guess` holds what is guessed.
 * `nested` finds objects, and texts that are lists. `sample` reads rows and their facts.
-* `markers` finds numbers that mean none.
-* `by_name`, `by_structure`: the roles that names and values settle. `roles` decides between them.
+* `by_name` and `by_structure` find the roles that names and values settle; `markers`, between them,
+  finds numbers that mean none. `roles` decides.
 * `features` finds features; `funnel` counts its sizes. `config_text` writes the config.
 """
 

@@ -162,7 +162,8 @@ def stage_texts(sample: Sample, column: str) -> dict[str, str]:
     for value in values:
         texts.setdefault(find_key(value, NAMES["stages"]), []).append(value)
     has_other_stage = {"shown"} < {*texts}
-    if "" in texts or not has_other_stage:
+    has_comma = any("," in value for value in values)  # which separates texts in a config
+    if "" in texts or has_comma or not has_other_stage:
         return {}
     return {stage: join(texts[stage]) for stage in STAGES if stage in texts}
 

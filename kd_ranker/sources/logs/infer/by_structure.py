@@ -39,8 +39,7 @@ _LEAST_ONES = 20
 _ORDERS_PASSED = 0.8
 # A shorter name of a label may be a part of others by chance.
 _LEAST_LETTERS = 3
-# The most letters of an ending, such as `ped` of tapped.
-_ENDING = 3
+_LONGEST_ENDING = 3  # such as `ped` of tapped
 # The requests of a session take at most this share of the time of a log.
 _SESSION = 0.05
 
@@ -337,6 +336,8 @@ def _stages_of(sample: Sample, column: str) -> dict[str, str]:
     if not shown:
         return {}
     texts = sample.texts(column)
+    if texts.str.contains(",").any():  # which separates texts in a config
+        return {}
     others = [str(text) for text in texts.dropna().unique() if text not in shown]
     facts = sample.facts
     is_number = may_be_teacher(facts) & (facts["distinct"] >= _LEAST_OWNERS)
@@ -352,7 +353,7 @@ def _stages_of(sample: Sample, column: str) -> dict[str, str]:
         is_complete = len(passed) + len(retrieved) == len(others)
         if is_complete and ((passed and retrieved) or has_one_other):
             stages = {"shown": shown, "passed": passed, "retrieved": retrieved}
-            return {stage: join(of_stage) for stage, of_stage in stages.items() if of_stage}
+            return {stage: join(named) for stage, named in stages.items() if named}
     return {}
 
 
@@ -420,7 +421,9 @@ def find_labels(sample: Sample) -> list[str]:
     return [*facts.index[may_be_label(facts) & varies_among_shown & is_label]]
 
 
-def find_teacher(sample: Sample, labels: dict[str, str], used: Collection[str]) -> dict[str, str]:
+def find_teacher(
+    sample: Sample, labels: dict[str, str], settled: Collection[str]
+) -> dict[str, str]:
     """Return the score of each task: that which predicts its label best; {} if it is not clear.
 
     Only shown candidates count: a label of the others may be 0, whatever their score. If there are
@@ -430,21 +433,21 @@ def find_teacher(sample: Sample, labels: dict[str, str], used: Collection[str]) 
     Args:
       sample: of the log.
       labels: task -> its column, for the tasks without a teacher.
-      used: columns of the teacher's other tasks.
+      settled: columns of the teacher's other tasks.
     """
-    facts = sample.facts.drop([*used])
+    facts = sample.facts.drop([*settled])
     is_possible = may_be_teacher(facts) & may_be_score(facts) & _is_known_further(facts)
     probabilities = [*facts.index[is_possible & is_probability(facts)]]
     scores = probabilities or [*facts.index[is_possible]]
-    if used or len(scores) != len(labels):
-        return called_after_labels(scores, labels)
+    if settled or len(scores) != len(labels):
+        return _called_after_labels(scores, labels)
     # The probabilities of a ranker may be far from the rates of the labels.
     losses = (_log_loss, _negative_correlation) if probabilities else (_negative_correlation,)
     for loss in losses:
         best = _best_scores(sample, scores, labels, loss)
         if len({*best.values()}) == len(labels):
             return best
-    return called_after_labels(scores, labels)
+    return _called_after_labels(scores, labels)
 
 
 def _best_scores(
@@ -464,21 +467,22 @@ def _best_scores(
     return best
 
 
-def called_after_labels(scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
+def _called_after_labels(scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
     """Return the only score whose name contains a word of the label's, as pClk does of isClk.
 
-    The end of a long word may differ, as p_purchase and purchased do.
+    If none does, the ends of words may differ, as those of p_purchase and purchased.
     """
     found = {}
     for task, label in labels.items():
-        parts = [
-            word[: max(len(word) - _ENDING, _LEAST_LETTERS)]
-            for word in without(label, "affixes")
-            if len(word) >= _LEAST_LETTERS
-        ]
-        called = [score for score in scores if any(part in score.lower() for part in parts)]
-        if len(called) == 1:
-            found[task] = called[0]
+        words_of_label = without(label, "affixes")
+        for num_letters in range(_LONGEST_ENDING + 1):
+            stems = [word[: len(word) - num_letters] for word in words_of_label]
+            stems = [stem for stem in stems if len(stem) >= _LEAST_LETTERS]
+            called = [score for score in scores if any(stem in score.lower() for stem in stems)]
+            if len(called) == 1:
+                found[task] = called[0]
+            if called:
+                break
     return found if len({*found.values()}) == len(found) else {}
 
 

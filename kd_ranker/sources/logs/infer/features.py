@@ -125,6 +125,7 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
 
 
 def _is_called_as_an_outcome(facts: Any) -> bool:
+    """Return whether the name of a column says that it is known only after the ranking."""
     may_vary = facts.item != 1 and facts.user != 1
     is_output = facts.predictions or facts.teacher or (facts.uses and facts.amounts)
     # The count of ratings is one of the past.

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from kd_ranker.sources.logs.infer.by_name import may_count_places
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.layout import NO_PLACE
 
@@ -11,7 +12,7 @@ _NEGATIVE = (-1, -99, -999, -9_999)
 _LEAST, _MOST = 0.002, 0.95
 # Fewer whole numbers are categories, one of which may be called -1.
 _LEAST_AMOUNTS = 32
-# The largest of some numbers that hardly differ, as the stars of a review, per smallest.
+# The ratio of the largest and the smallest of numbers that hardly differ, as stars of a review.
 _NARROW = 10
 # A share of requests that is nearly all.
 _MOSTLY = 0.9
@@ -32,6 +33,7 @@ def find_markers(sample: Sample) -> dict[str, int]:
 
 
 def _means_none(sample: Sample, column: str, lowest: float, others: pd.Series) -> bool:
+    """Return whether the lowest number of a column means none, beside the others."""
     is_fraction = bool((others % 1 != 0).any())
     if lowest == 0:
         # Stars of a review, and positions from 1.
@@ -51,18 +53,14 @@ def _counts_from_one(sample: Sample, column: str) -> bool:
     numbers = sample.numbers[column]
     if not counts_places(sample, column, numbers > 0):
         return False
-    of_requests = numbers.groupby(sample.request)
     repeats_zero = (numbers == 0).groupby(sample.request).sum() > 1
-    starts_at_one = numbers[numbers > 0].groupby(sample.request).min() == 1
-    return bool(
-        repeats_zero.mean() >= _MOSTLY and starts_at_one.sum() >= _MOSTLY * len(of_requests)
-    )
+    starts_at_one = numbers.where(numbers > 0).groupby(sample.request).min() == 1
+    return bool((repeats_zero & starts_at_one).mean() >= _MOSTLY)
 
 
 def counts_places(sample: Sample, column: str, rows: pd.Series) -> bool:
     """Return whether a column counts the rows of each request from 0 or 1, as positions do."""
-    facts = sample.facts.loc[column]
-    if facts["kind"] != "integer" or facts["first_place"] not in (0, 1):
+    if not may_count_places(sample.facts.loc[[column]]).iat[0]:
         return False
     places = sample.numbers[column][rows].groupby(sample.request[rows])
     length = places.max() - places.min() + 1

@@ -1,7 +1,7 @@
 """Values within a value: objects, lists of objects, and texts that join several values."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import pandas as pd
@@ -13,50 +13,51 @@ _SEPARATORS = ("|", ";", ",", " ")
 _LEAST_JOINED, _MOST_VALUES = 0.05, 0.5
 
 
-class Unnested(NamedTuple):
-    """A SELECT that makes columns of the fields of objects."""
-
-    column: str  # with the objects
-    head: str  # what the SELECT selects, without its FROM
-    is_list: bool  # whether the objects are in lists, and get a row each
-
-
-def unnest_objects(rows: duckdb.DuckDBPyRelation) -> Unnested | None:
-    """Return the SELECT for the first column of objects, or for the lists of the largest ones."""
-    columns = rows.columns
-    objects = {}  # column -> the fields of its objects
-    lists = {}  # column -> the fields of the objects in its lists
-    for column, of_column in zip(columns, rows.types, strict=True):
-        # Types have children of several kinds.
-        type_: Any = of_column
+def spread_object(rows: duckdb.DuckDBPyRelation) -> str:
+    """Return what to select for columns of the fields of the first object; "" if there is none."""
+    for column, type_ in _types(rows).items():
         if type_.id == "struct":
-            objects[column] = [field for field, _ in type_.children]
-        elif type_.id == "list" and type_.children[0][1].id == "struct":
-            lists[column] = [field for field, _ in type_.children[0][1].children]
-    for column, fields in objects.items():
-        selected = []
-        for field in fields:
-            name = f"{column}_{field}"
-            while name in columns:
-                name += "_"
-            selected.append(f"{quoted(column)}.{quoted(field)} AS {quoted(name)}")
-        head = f"SELECT * EXCLUDE ({quoted(column)}), {', '.join(selected)}"
-        return Unnested(column, head, False)
-    if not lists:
-        return None
-    column = max(lists, key=lambda column: len(lists[column]))
-    excluded = f"* EXCLUDE ({quoted(column)})"
-    if clashes := {*lists[column]} & {*columns}:
-        names = (f"{quoted(name)} AS {quoted(f'request_{name}')}" for name in sorted(clashes))
-        excluded += f" RENAME ({', '.join(names)})"
-    return Unnested(column, f"SELECT {excluded}, unnest({quoted(column)}, max_depth := 2)", True)
+            fields = []
+            for field, _ in type_.children:
+                name = f"{column}_{field}"
+                while name in rows.columns:
+                    name += "_"
+                fields.append(f"{quoted(column)}.{quoted(field)} AS {quoted(name)}")
+            return f"SELECT * EXCLUDE ({quoted(column)}), {', '.join(fields)}"
+    return ""
+
+
+def find_lists_of_objects(rows: duckdb.DuckDBPyRelation) -> dict[str, list[str]]:
+    """Return the fields of the objects in each column of lists of objects."""
+    fields = {}
+    for column, type_ in _types(rows).items():
+        if type_.id == "list" and type_.children[0][1].id == "struct":
+            fields[column] = [field for field, _ in type_.children[0][1].children]
+    return fields
+
+
+def unnest_objects(rows: duckdb.DuckDBPyRelation, column: str, fields: Collection[str]) -> str:
+    """Return what to select for a row per object in the lists of a column.
+
+    Columns that are called like a field get another name.
+    """
+    selected = f"* EXCLUDE ({quoted(column)})"
+    clashes = sorted({*fields} & {*rows.columns})
+    if clashes:
+        names = [f"{quoted(name)} AS {quoted(f'request_{name}')}" for name in clashes]
+        selected += f" RENAME ({', '.join(names)})"
+    return f"SELECT {selected}, unnest({quoted(column)}, max_depth := 2)"
+
+
+def _types(rows: duckdb.DuckDBPyRelation) -> dict[str, Any]:
+    return dict(zip(rows.columns, rows.types, strict=True))
 
 
 def find_joined(con: duckdb.DuckDBPyConnection, columns: Collection[str]) -> dict[str, str]:
     """Return the columns of texts that are lists, each with the SQL of the list.
 
-    Lists share their values: far fewer are distinct than the texts. So a title is none, whose words
-    an address or a comma separates.
+    Lists share their values: far fewer values are distinct than texts. The words of titles and of
+    addresses do not.
 
     Args:
       con: a connection with a table `candidates`.
@@ -83,20 +84,22 @@ def _list_of(con: duckdb.DuckDBPyConnection, column: str) -> str:
 
 def _facts_of_lists(con: duckdb.DuckDBPyConnection, column: str, values: str) -> pd.Series:
     """Return counts of the texts, of the lists that the SQL `values` makes, and of their values."""
-    of_texts = "count(text) AS texts, count(list) AS lists, avg((len(list) > 1)::INT) AS joined"
-    of_values = (
-        "count(DISTINCT value) AS values, bool_or(value = '' OR value != trim(value)) AS is_prose, "
-        "avg(regexp_matches(value, '[0-9]')::INT) AS numbered"
-    )
-    return (
-        con.execute(
-            f"WITH lists AS (SELECT DISTINCT {quoted(column)} AS text, {values} AS list "
-            f"FROM candidates) SELECT * FROM (SELECT {of_texts} FROM lists), "
-            f"(SELECT {of_values} FROM (SELECT unnest(list) AS value FROM lists))"
+    select = f"""
+        WITH lists AS (SELECT DISTINCT {quoted(column)} AS text, {values} AS list FROM candidates),
+        counts_of_lists AS (
+            SELECT count(text) AS texts, count(list) AS lists,
+                avg((len(list) > 1)::INT) AS joined
+            FROM lists
+        ),
+        counts_of_values AS (
+            SELECT count(DISTINCT value) AS values,
+                bool_or(value = '' OR value != trim(value)) AS is_prose,
+                avg(regexp_matches(value, '[0-9]')::INT) AS numbered
+            FROM (SELECT unnest(list) AS value FROM lists)
         )
-        .df()
-        .iloc[0]
-    )
+        SELECT * FROM counts_of_lists, counts_of_values
+    """
+    return con.execute(select).df().iloc[0]
 
 
 def _are_lists(facts: pd.Series) -> bool:

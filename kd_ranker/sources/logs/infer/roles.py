@@ -61,8 +61,7 @@ def find_roles(sample: Sample) -> Roles:
         if role not in columns:
             columns[role] = _choose(role, sample, _used(columns, used), find)
         sample.set_owner(role, column_of(columns, role))
-    for column, number in find_markers(sample).items():
-        sample.set_missing(column, number)
+    sample.set_missing(find_markers(sample))
     columns["user"] = _doubt_user_of_many(sample, columns["user"])
     if "stage" not in columns:
         columns["stage"] = by_name.choose("stage", sample, _used(columns, used))
@@ -162,8 +161,10 @@ def _doubt_user_of_many(sample: Sample, guess: Guess) -> Guess:
         return guess
     of_requests = sample.texts(column).groupby(sample.request).first()
     shares = of_requests.value_counts(normalize=True)
-    is_marker = shares.index[0] in _NOBODY and shares.iloc[0] > shares.iloc[1:2].sum()
-    if len(shares) < LEAST_USERS or (shares.iloc[0] < MOST_OF_A_USER and not is_marker):
+    if len(shares) < LEAST_USERS:
+        return guess
+    is_marker = shares.index[0] in _NOBODY and shares.iloc[0] > shares.iloc[1]
+    if shares.iloc[0] < MOST_OF_A_USER and not is_marker:
         return guess
     doubt = f"{shares.index[0]!r} has {shares.iloc[0]:.0%} of the requests; is it nobody?"
     return guess._replace(check=f"{guess.check} {doubt}".strip())
@@ -302,8 +303,8 @@ def _find_teacher(
         else:
             open_tasks[task] = label.value
     if open_tasks and "data.teacher" not in sample.sections:
-        known = [guess.value for guess in columns.values()]
-        for task, score in by_structure.find_teacher(sample, open_tasks, known).items():
+        settled = [guess.value for guess in columns.values()]
+        for task, score in by_structure.find_teacher(sample, open_tasks, settled).items():
             columns[task] = by_values(score, f"final ranker's score of {task!r}")
     if not columns:
         floats = free.index[(free["kind"] == "float") & ~free["only_shown"]]

@@ -12,16 +12,22 @@ from fsspec.implementations.local import LocalFileSystem
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import find_files, register_store, register_stores
 from kd_ranker.sources.logs.infer.guess import Guess
-from kd_ranker.sources.logs.infer.nested import find_joined, unnest_objects
+from kd_ranker.sources.logs.infer.nested import (
+    find_joined,
+    find_lists_of_objects,
+    spread_object,
+    unnest_objects,
+)
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, without, words
 from kd_ranker.sources.logs.layout import (
     NO_PLACE,
     TIME_UNITS,
     is_text_log,
-    sql_of_parquet,
+    patterns_of_parquet,
+    split_at_commas,
     sql_of_texts,
 )
-from kd_ranker.sources.logs.sql import literal, quoted
+from kd_ranker.sources.logs.sql import from_select, literal, quoted, replaced
 from kd_ranker.sources.logs.times import FORMATS, find_formats, sql_of_time
 
 # The limits of the sample.
@@ -93,7 +99,7 @@ class Sample:
         texts = self.facts.index[is_text & (self.facts["kind"] != "time") & ~self.facts["is_truth"]]
         self._joined = find_joined(self.con, texts)
         if self._joined:
-            self._read(_select_with(self._joined, "SELECT * FROM candidates"))
+            self._read(replaced(self._joined, "SELECT * FROM candidates"))
         self.request = pd.Series(range(len(self.codes)))
         self.layout = self._find_rows()
         listed = self.layout.lists
@@ -120,7 +126,8 @@ class Sample:
         if self._sql or is_text_log(path):
             self._log = self._sql.rstrip(";") or sql_of_texts(path)
             register_stores(self.con, self._log)
-            if any("STRUCT" in str(type_) for type_ in self.con.sql(self._log).types):
+            # CSV files have no objects, and to ask for their types is to read them all.
+            if "read_csv(" not in self._log and self._list_of_candidates(self.con.sql(self._log)):
                 # Requests from all of the log, in the same order each time.
                 return f"SELECT * FROM ({self._log}) t ORDER BY hash(t) LIMIT {_MOST_REQUESTS}"
             return f"SELECT * FROM ({self._log}) LIMIT {_MOST_ROWS}"
@@ -131,8 +138,7 @@ class Sample:
             paths = [system.unstrip_protocol(file) for file in paths]
         # A name is a pattern to DuckDB.
         files = [literal(re.sub(r"[*?\[]", r"[\g<0>]", file)) for file in paths]
-        options = "hive_partitioning = true, union_by_name = true"
-        self._log = f"SELECT * FROM read_parquet([{', '.join(files)}], {options})"
+        self._log = _sql_of_parquet(files)
         files = files[:: len(files) // _MOST_FILES + 1]
         size = "sum(total_uncompressed_size) / sum(row_group_num_rows)"
         row = f"count(DISTINCT path_in_schema) * {size}"
@@ -171,30 +177,38 @@ class Sample:
         """The SELECT for `data.sql`, in place of the path; "" for none."""
         if not (self._heads or self._joined or self.markers):
             return self._sql
-        is_text = bool(self._sql) or is_text_log(self._path)
-        return self._rewrite(self._log if is_text else sql_of_parquet(self._path))
+        if self._sql or is_text_log(self._path):
+            return self._rewrite(self._log)
+        pattern = patterns_of_parquet(self._path)
+        # A pattern matches the files of an unfinished job, too.
+        has_same_files = find_files(pattern).manifest == find_files(self._path).manifest
+        files = split_at_commas(pattern)
+        return self._rewrite(_sql_of_parquet(map(literal, files)) if has_same_files else self._log)
 
     def _rewrite(self, select: str) -> str:
         """Return a SELECT with columns for objects, lists for texts, and no number for none."""
         for head in self._heads:
-            select = f"{head}\n{_from(select)}"
+            select = f"{head}\n{from_select(select)}"
         values = dict(self._joined)
         for column, number in self.markers.items():
             in_list = column in self.layout.lists
             value = f"nullif({'value' if in_list else quoted(column)}, {number})"
             each = f"list_transform({quoted(column)}, lambda value: {value})"
             values[column] = each if in_list else value
-        return _select_with(values, select) if values else select
+        return replaced(values, select) if values else select
 
-    def set_missing(self, column: str, number: int) -> None:
-        """Take a number of a column for a missing value."""
-        self.markers[column] = number
-        self.con.execute(
-            f"UPDATE candidates SET {quoted(column)} = NULL WHERE {quoted(column)} = {number}"
-        )
-        is_none = self.numbers[column] == number
-        self.numbers[column] = self.numbers[column].mask(is_none)
-        self.codes[column] = self.codes[column].mask(is_none)
+    def set_missing(self, markers: Mapping[str, int]) -> None:
+        """Take a number of each of some columns for a missing value."""
+        if not markers:
+            return
+        self.markers = dict(markers)
+        values = {column: f"nullif({quoted(column)}, {markers[column]})" for column in markers}
+        select = replaced(values, "SELECT * FROM candidates")
+        self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {select}")
+        for column, number in markers.items():
+            is_none = self.numbers[column] == number
+            self.numbers[column] = self.numbers[column].mask(is_none)
+            self.codes[column] = self.codes[column].mask(is_none)
         self._count_values()
 
     def frame(self, values: str, source: str = "candidates") -> pd.DataFrame:
@@ -251,10 +265,9 @@ class Sample:
     def _read(self, select: str) -> None:
         """Make the table, and the facts of its columns that need no role."""
         self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {select}")
-        while unnested := unnest_objects(self.con.table("candidates")):
-            self._heads.append(unnested.head)
-            self.unnested = unnested.column if unnested.is_list else self.unnested
-            rows = f"{unnested.head} FROM candidates LIMIT {_MOST_ROWS}"
+        while head := self._head_of_objects():
+            self._heads.append(head)
+            rows = f"{head} FROM candidates LIMIT {_MOST_ROWS}"
             self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {rows}")
         table = self.con.table("candidates")
         facts = pd.DataFrame({"column_type": map(str, table.types)}, table.columns)
@@ -266,6 +279,30 @@ class Sample:
         self._read_names()
         self._count_values()
         facts[["request", "item", "user"]] = float("nan")
+
+    def _head_of_objects(self) -> str:
+        """Return the next SELECT, without its FROM, that unfolds objects; "" if none are left."""
+        rows = self.con.table("candidates")
+        if head := spread_object(rows):
+            return head
+        column = self._list_of_candidates(rows)
+        if not column:
+            return ""
+        self.unnested = column
+        return unnest_objects(rows, column, find_lists_of_objects(rows)[column])
+
+    def _list_of_candidates(self, rows: duckdb.DuckDBPyRelation) -> str:
+        """Return the column of lists whose objects are the candidates; "" if it has none.
+
+        In a log with a row per candidate, lists of objects are the events of a history.
+        """
+        keys = [find_key(name, NAMES["sure"]) for name in rows.columns]
+        has_candidates = {*keys} & {"item", "stage", "position"}
+        has_labels = any(find_key(name, NAMES["tasks"]) for name in rows.columns)
+        if has_candidates or has_labels or self.unnested or "data.rows" in self.named:
+            return ""
+        lists = find_lists_of_objects(rows)
+        return max(lists, key=lambda column: len(lists[column]), default="")
 
     def _read_texts(self) -> None:
         """Find the texts that are truth values, times or several words."""
@@ -426,16 +463,10 @@ class Sample:
         return texts.str.title() if self.facts["column_type"][column] == "BOOLEAN" else texts
 
 
-def _select_with(values: Mapping[str, str], select: str) -> str:
-    """Return a SELECT of another one's columns, some of them with other values."""
-    replaced = ",\n".join(f"    {value} AS {quoted(column)}" for column, value in values.items())
-    return f"SELECT * REPLACE (\n{replaced}\n)\n{_from(select)}"
-
-
-def _from(select: str) -> str:
-    """Return the part of a SELECT that reads another one."""
-    plain = select.removeprefix("SELECT * ")
-    return plain if plain.startswith("FROM ") and " UNION " not in plain else f"FROM ({select})"
+def _sql_of_parquet(files: Iterable[str]) -> str:
+    """Return the SELECT of Parquet files, whose names are literals."""
+    options = "hive_partitioning = true, union_by_name = true"
+    return f"SELECT * FROM read_parquet([{', '.join(files)}], {options})"
 
 
 def _are_of_shown(known_in: pd.Series, known_out: pd.Series) -> pd.Series:
