@@ -27,7 +27,7 @@ from kd_ranker.sources.logs.layout import (
     split_at_commas,
     sql_of_texts,
 )
-from kd_ranker.sources.logs.sql import from_select, literal, quoted, replaced
+from kd_ranker.sources.logs.sql import from_select, literal, quoted, select_with
 from kd_ranker.sources.logs.times import FORMATS, find_formats, sql_of_time
 
 # The limits of the sample.
@@ -85,12 +85,15 @@ class Sample:
         self.sections = sections
         self.con = duckdb.connect()
         self.con.execute("SET enable_progress_bar = false")
-        self._path = path
         self.markers: dict[str, int] = {}
         self.unnested = ""
-        self._heads: list[str] = []
-        self._joined: dict[str, str] = {}
+        self._path = path
+        # A SELECT in place of the path: the user's, or one with options for CSV files.
         self._sql = named.get("data.sql", "").strip()
+        # What unfolds objects: SELECTs without their FROM, each of the rows of the one before.
+        self._heads: list[str] = []
+        # Column of texts that join values -> the SQL of its lists.
+        self._joined: dict[str, str] = {}
         self._read(self._select(path))
         if not self._sql and "read_csv(" in self._log and (options := self._options_of_csv()):
             self._sql = sql_of_texts(path, options=options)
@@ -99,7 +102,7 @@ class Sample:
         texts = self.facts.index[is_text & (self.facts["kind"] != "time") & ~self.facts["is_truth"]]
         self._joined = find_joined(self.con, texts)
         if self._joined:
-            self._read(replaced(self._joined, "SELECT * FROM candidates"))
+            self._read(select_with(self._joined, "SELECT * FROM candidates"))
         self.request = pd.Series(range(len(self.codes)))
         self.layout = self._find_rows()
         listed = self.layout.lists
@@ -195,7 +198,7 @@ class Sample:
             value = f"nullif({'value' if in_list else quoted(column)}, {number})"
             each = f"list_transform({quoted(column)}, lambda value: {value})"
             values[column] = each if in_list else value
-        return replaced(values, select) if values else select
+        return select_with(values, select) if values else select
 
     def set_missing(self, markers: Mapping[str, int]) -> None:
         """Take a number of each of some columns for a missing value."""
@@ -203,7 +206,7 @@ class Sample:
             return
         self.markers = dict(markers)
         values = {column: f"nullif({quoted(column)}, {markers[column]})" for column in markers}
-        select = replaced(values, "SELECT * FROM candidates")
+        select = select_with(values, "SELECT * FROM candidates")
         self.con.execute(f"CREATE OR REPLACE TABLE candidates AS {select}")
         for column, number in markers.items():
             is_none = self.numbers[column] == number
