@@ -656,6 +656,20 @@ def test_numbers_that_mean_none_are_missing(italian, tmp_path):
     assert [*rows["pos_scherm"].isna()] == [*italian["pos_scherm"].isna()]
 
 
+def test_numbers_with_a_meaning_are_left_alone(italian, tmp_path):
+    """-1 beside negative numbers, -1 of a position, which a dataset knows, and 0 of prices."""
+    rng = np.random.default_rng(9)
+    place = italian["pos_scherm"].fillna(-1).astype(int)
+    cosine = rng.uniform(-1.0, 1.0, size=len(italian)).clip(-0.99).round(2)
+    cosine[rng.random(len(italian)) < 0.05] = -1
+    price = rng.gamma(2.0, 30.0, size=len(italian)).round(2)
+    price[rng.random(len(italian)) < 0.05] = 0
+    table = italian.assign(pos_scherm=place, coseno=cosine, prezzo=price)
+    _, config = infer(tmp_path, table)
+    assert config.data.columns.position == "pos_scherm"
+    assert config.data.sql == ""
+
+
 def test_numbers_for_none_in_lists_are_missing(tmp_path):
     log = owner_logs.OWNERS["polish"]
     table = pd.read_parquet(log.write(tmp_path))
@@ -703,6 +717,45 @@ def test_texts_that_join_values_are_lists(italian, tmp_path):
     assert "titolo" not in config.data.sql
     lists = duckdb.sql(config.data.sql).df()["colori"]
     assert list(lists[0]) == table["colori"].iloc[0].split("|")
+
+
+def test_texts_of_words_are_no_lists(italian, tmp_path):
+    words = np.array(["rosso", "blu", "verde", "nero", "giallo", "viola", "grigio"])
+    rng = np.random.default_rng(11)
+    phrases = [" ".join(rng.permutation(words)[: 1 + i % 4]) for i in range(500)]
+    places = [", ".join(rng.permutation(words)[: 1 + i % 4]) for i in range(500)]
+    history = [" ".join(f"N{n}" for n in rng.integers(40, size=1 + i % 4)) for i in range(500)]
+    item = italian["cod_off"].astype("category").cat.codes
+    of_items = {"frase": phrases, "luogo": places, "letti": history}
+    table = italian.assign(**{name: [of[i] for i in item] for name, of in of_items.items()})
+    _, config = infer(tmp_path, table)
+    assert re.findall(r"string_split\(\"(\w+)\"", config.data.sql) == ["letti"]
+
+
+def test_a_text_with_a_comma_is_no_stage(italian, tmp_path):
+    """Commas separate the texts of a stage in a config."""
+    shown, passed = italian["pos_scherm"].notna(), italian["pb_fin"].notna()
+    stage = np.where(shown, "SEEN, TOP", np.where(passed, "PASS", "CUT"))
+    _, config = infer(tmp_path, italian.assign(fase=stage))
+    assert config.data.columns.stage == "?"
+    named = np.where(shown, "shown", np.where(passed, "pass,ed", "retrieved"))
+    _, config = infer(tmp_path / "named", italian.assign(stage=named))
+    assert not config.data.stages.get("passed")
+
+
+def test_a_user_of_0_may_be_nobody(italian, tmp_path):
+    """Though it has few of the requests."""
+    users = italian["cod_cand"].str[1:].astype(int) + 1
+    nobody = italian["cod_ric"].isin(italian["cod_ric"].drop_duplicates()[:20])
+    table = italian.assign(cod_cand=users.where(~nobody, 0))
+    text, _ = infer(tmp_path, table, {"data.columns.user": "cod_cand"})
+    assert "'0' has " in check_of(text, "data.columns.user")
+
+
+def test_a_weight_of_requests_is_no_feature(italian, tmp_path):
+    weights = np.where(italian["canale"] == "app", 100, 20)
+    text, _ = infer(tmp_path, italian.assign(req_wgt=weights))
+    assert left_out(text)["req_wgt"] == "a weight, by its name"
 
 
 def test_objects_of_a_history_are_no_candidates(italian, tmp_path):
