@@ -161,10 +161,10 @@ def _doubt_user_of_many(sample: Sample, guess: Guess) -> Guess:
         return guess
     of_requests = sample.texts(column).groupby(sample.request).first()
     shares = of_requests.value_counts(normalize=True)
-    if len(shares) < LEAST_USERS:
+    if shares.empty:
         return guess
-    is_marker = shares.index[0] in _NOBODY and shares.iloc[0] > shares.iloc[1]
-    if shares.iloc[0] < MOST_OF_A_USER and not is_marker:
+    is_one_of_many = len(shares) >= LEAST_USERS and shares.iloc[0] >= MOST_OF_A_USER
+    if not is_one_of_many and shares.index[0] not in _NOBODY:
         return guess
     doubt = f"{shares.index[0]!r} has {shares.iloc[0]:.0%} of the requests; is it nobody?"
     return guess._replace(check=f"{guess.check} {doubt}".strip())
