@@ -531,6 +531,7 @@ def test_a_stage_may_have_several_texts(italian, tmp_path):
         "shown": {"SEEN"}, "passed": {"PASS", "LATE"}, "retrieved": {"CUT"},
     }  # fmt: skip
     assert "are all of these passed: " in check_of(text, "data.stages")
+    assert config.funnel.passed == owner_logs.SIZES[1]
     # A text that is another's, too, is no stage.
     _, config = infer(tmp_path / "other", italian.assign(fase=np.where(rows % 9, "SEEN", "CUT")))
     assert config.data.columns.stage == ""
@@ -753,6 +754,20 @@ def test_a_user_of_0_may_be_nobody(italian, tmp_path):
     assert "'0' has " in check_of(text, "data.columns.user")
 
 
+def test_what_guests_lack_is_no_outcome(italian, tmp_path):
+    """They have no account, no age of it, and here no click either."""
+    guests = italian["cod_ric"].isin(italian["cod_ric"].drop_duplicates()[::5])
+    age = italian["cod_cand"].str[1:].astype(int) * 3 + italian["cod_ric"].str[-1:].eq("0")
+    table = italian.assign(
+        cod_cand=italian["cod_cand"].mask(guests),
+        eta_conto=age.astype(float).mask(guests),
+        settore=italian["settore"].mask(guests),
+        aperto=italian["aperto"].mask(guests & (italian["aperto"] == 1), 0),
+    )
+    text, config = infer(tmp_path, table, {"data.columns.user": "cod_cand"})
+    assert "eta_conto" in features_of(config), left_out(text).get("eta_conto")
+
+
 def test_a_weight_of_requests_is_no_feature(italian, tmp_path):
     weights = np.where(italian["canale"] == "app", 100, 20)
     text, _ = infer(tmp_path, italian.assign(req_wgt=weights))
@@ -786,7 +801,8 @@ def test_objects_in_lists_are_candidates(tmp_path):
         ]  # fmt: skip
         requests.append(
             {"request_id": f"r{number}", "ts": 1_750_000_000 + 60 * number,
-             "user_id": number % 40, "kind": "home", "candidates": candidates}
+             "user_id": number % 40, "kind": "home", "candidates": candidates,
+             "recent": [{"video": 3, "at": 7}, {"video": 4, "at": 8}]}
         )  # fmt: skip
     file = tmp_path / "log.json"
     file.write_text("\n".join(map(json.dumps, requests)))
@@ -799,3 +815,21 @@ def test_objects_in_lists_are_candidates(tmp_path):
     assert features_of(config)["kind_name"] == ("item", "category")
     assert features_of(config)["tags"] == ("item", "bag")
     assert len(duckdb.sql(config.data.sql).df()) == 300 * 30
+
+
+def test_only_one_column_of_lists_is_unnested(tmp_path):
+    """Else each candidate would have a row per event of a history."""
+    requests = [
+        {
+            "anfrage": f"a{number}",
+            "dinge": [{"ding": 7 * number % 50 + k, "wert": k, "art": "x"} for k in range(20)],
+            "zuletzt": [{"film": 3, "tag": 7}, {"film": 4, "tag": 8}],
+        }
+        for number in range(100)
+    ]
+    file = tmp_path / "log.json"
+    file.write_text("\n".join(map(json.dumps, requests)))
+    text, config = infer(tmp_path, str(file))
+    assert "is each object in 'dinge' a candidate?" in check_of(text, "data.sql")
+    assert len(duckdb.sql(config.data.sql).df()) == 100 * 20
+    assert left_out(text)["zuletzt"] == "its type is not supported"
