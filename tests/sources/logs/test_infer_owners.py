@@ -833,3 +833,80 @@ def test_only_one_column_of_lists_is_unnested(tmp_path):
     assert "is each object in 'dinge' a candidate?" in check_of(text, "data.sql")
     assert len(duckdb.sql(config.data.sql).df()) == 100 * 20
     assert left_out(text)["zuletzt"] == "its type is not supported"
+
+
+def test_the_time_of_a_request_is_not_that_of_its_writing(english, tmp_path):
+    request = pd.factorize(english["page_load"])[0]
+    later = pd.to_datetime(english["at"]) + pd.to_timedelta(request % 97, "h")
+    text, config = infer(tmp_path, english.assign(written_at=later))
+    assert config.data.columns.time == "at"
+    assert left_out(text)["written_at"] == "a date or a time, and no number"
+    text, config = infer(tmp_path / "other", english.assign(other_at=later))
+    assert config.data.columns.time == ""
+
+
+def test_a_column_called_a_model_s_version_may_be_the_teacher_s(italian, tmp_path):
+    """Two versions serve at the same time."""
+    version = np.array(["v41", "v42"])[pd.factorize(italian["cod_ric"])[0] % 2]
+    table = italian.drop(columns="ver_mod").assign(rankerVer=version)
+    text, config = infer(tmp_path, table)
+    assert config.data.columns.teacher_version == "rankerVer"
+    assert is_checked(text, "data.columns.teacher_version")
+    assert is_checked(text, "data.teacher_version")
+    for name in ("app_ver", "early_model_ver"):
+        _, config = infer(tmp_path / name, table.rename(columns={"rankerVer": name}))
+        assert config.data.columns.teacher_version == ""
+
+
+def test_requests_may_have_lost_their_labels(italian, tmp_path):
+    shown, passed = italian["pos_scherm"].notna(), italian["pb_fin"].notna()
+    stage = np.where(shown, "SEEN", np.where(passed, "PASS", "CUT"))
+    is_lost = pd.Series(pd.factorize(italian["cod_ric"])[0] % 10 == 0, italian.index)
+    lost = italian.assign(fase=stage, aperto=italian["aperto"].mask(is_lost))
+    _, config = infer(tmp_path, lost)
+    assert config.data.columns.stage == "fase"
+    assert config.data.stages.shown == "SEEN"
+
+
+def test_what_was_seen_or_paid_for_is_no_task(italian, tmp_path):
+    shown = italian["pos_scherm"].notna()
+    is_third = shown & (np.arange(len(italian)) % 3 == 0)
+    table = italian.assign(seen=is_third.astype(int), sponsored=(shown & ~is_third).astype(int))
+    text, config = infer(tmp_path, table)
+    assert not {"seen", "sponsored"} & {*config.data.labels.values()}
+    reasons = left_out(text)
+    assert reasons["seen"] == reasons["sponsored"] == "no action of a user, by its name"
+
+
+def test_years_of_experience_are_perhaps_an_experiment(italian, tmp_path):
+    user = pd.factorize(italian["cod_cand"])[0]
+    text, config = infer(tmp_path, italian.assign(years_exp=user % 40 + 0.5))
+    assert "years_exp" not in features_of(config)
+    line = (
+        "# data.features.years_exp = configs.feature('user', 'dense')  # perhaps of an experiment"
+    )
+    assert line in text
+
+
+def test_a_request_that_was_written_twice_has_its_candidates_once(english, tmp_path):
+    is_first = english["page_load"] == english["page_load"].iloc[0]
+    _, config = infer(tmp_path, pd.concat([english, english[is_first]]))
+    assert config.funnel.retrieved == owner_logs.CANDIDATES
+
+
+def test_the_rate_of_an_item_is_no_prediction(english, tmp_path):
+    rng = np.random.default_rng(0)
+    rate = rng.uniform(0.01, 0.99, len(english))
+    is_new = (english["lvl"] != 2) & (rng.random(len(english)) < 0.1)
+    names = {"m_a": "p_opened", "m_b": "p_saved"}
+    table = english.rename(columns=names).assign(opened_rate=np.where(is_new, np.nan, rate))
+    text, config = infer(tmp_path, table)
+    found = {config.data.labels[task]: column for task, column in config.data.teacher.items()}
+    assert found == {"opened": "p_opened", "saved": "p_saved"}
+    assert "opened_rate" in left_out(text)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("author_fans", "dense"), ("fan_code", "category")])
+def test_the_last_word_of_a_name_says_what_a_number_is(english, tmp_path, name, kind):
+    _, config = infer(tmp_path, english.assign(**{name: english["thing"] % 29}))
+    assert features_of(config)[name] == ("item", kind)

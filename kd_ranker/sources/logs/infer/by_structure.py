@@ -185,19 +185,30 @@ def find_time(sample: Sample) -> Found:
     is_time = (facts["kind"] == "time") | (facts["unit"] != "")
     is_possible = is_time & (facts["request"] == 1) & (facts["user"] != 1) & (facts["item"] != 1)
     is_possible &= (facts["known"] > 0.99) & (facts["distinct"] > 1)
-    return _finest(sample, [*facts.index[is_possible]])
+    found = _finest(sample, [*facts.index[is_possible]])
+    # A row is written some time after its request.
+    others = [column for column in found.rivals if not facts["bookkeeping"][column]]
+    return Found(others[0]) if len(others) == 1 else found
 
 
 def find_version(sample: Sample, time: str) -> Found:
     """Find the only column whose values follow each other in time, as the versions of a model do.
 
-    It may be that of a teacher that has no column yet.
+    It may be that of a teacher that has no column yet. If none does, the only column that is called
+    the version of a model.
     """
     facts = sample.facts
-    may_be_version = facts["is_few"] & (facts["item"] != 1) & (facts["user"] != 1)
-    columns = facts.index[may_be_version]
+    columns = facts.index[_may_be_version(facts)]
     versions = [str(column) for column in columns if follow_in_time(sample, column, time)]
+    if not versions:
+        # Two versions may serve at the same time, a user each.
+        is_called = facts["versions"] & facts["models"] & ~facts["early"]
+        versions = [*facts.index[_may_be_version(facts) & is_called]]
     return Found(versions[0]) if len(versions) == 1 else Found("", tuple(versions))
+
+
+def _may_be_version(facts: pd.DataFrame) -> pd.Series:
+    return facts["is_few"] & (facts["item"] != 1) & (facts["user"] != 1)
 
 
 def follow_in_time(sample: Sample, column: str, time: str) -> bool:
@@ -266,7 +277,15 @@ def _shown_by_missing_labels(
         return None
     # A label of few, such as that of a purchase after a click, is known for a part of the shown.
     likely = [label for label, count in zip(labels, support, strict=True) if count == best]
-    return max(likely, key=lambda label: label.rows.sum()).rows
+    labeled = max(likely, key=lambda label: label.rows.sum()).rows
+    # The events of whole requests may be lost, whose candidates have positions.
+    is_in_request = labeled.groupby(sample.request).transform("any")
+    for mask in masks:
+        if _is_equal(labeled, mask.rows & is_in_request) and counts_places(
+            sample, mask.column, mask.rows
+        ):
+            return mask.rows
+    return labeled
 
 
 def _count_equal(mask: _Mask, masks: list[_Mask]) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kd_ranker.sources.logs.infer.by_structure import is_session
 from kd_ranker.sources.logs.infer.guess import Guess, Roles
 from kd_ranker.sources.logs.infer.sample import Sample, kind_of
-from kd_ranker.sources.logs.infer.words import identifier, words
+from kd_ranker.sources.logs.infer.words import NAMES, identifier, words
 from kd_ranker.sources.logs.sql import quoted
 
 # A count of some days, such as orders_30d.
@@ -76,6 +76,8 @@ def find_features(
             left_out.append(LeftOut(column, why, feature if kind.kind else None))
         elif why := _why_no_feature(facts, sample, roles, kind.kind):
             left_out.append(LeftOut(column, why))
+        elif facts.request == 1 and facts.experiments:  # or of experience: an amount
+            left_out.append(LeftOut(column, "perhaps of an experiment, by its name", feature))
         elif _is_called_as_an_outcome(facts):
             left_out.append(LeftOut(column, "known only afterwards, by its name", feature))
         elif owner == "context" and (why := _why_known_after_ranking(sample, roles, column)):
@@ -105,6 +107,8 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
     """
     may_vary = facts.item != 1 and facts.user != 1
     is_of_request = facts.request == 1 and facts.user != 1
+    is_no_action = may_vary and facts.binary and facts.no_actions and facts.request != 1
+    is_of_experiment = facts.request == 1 and facts.experiments
     is_rare_elsewhere = facts.ones_out <= 0.2 * facts.ones_in
     has_ones_only_in = facts.binary and not facts.ones_out
     number = _number_of_owners(facts, sample, roles)
@@ -114,9 +118,10 @@ def _why_no_feature(facts: Any, sample: Sample, roles: Roles, kind: str) -> str:
         "constant": facts.distinct < 2,
         "a row number": re.fullmatch(_ROW_NUMBER, facts.Index, re.IGNORECASE),
         "missing where a candidate was not shown": facts.only_shown,
+        "no action of a user, by its name": is_no_action,
         "perhaps a label": may_vary and facts.request != 1 and has_ones_only_in,
         "a label of another task": facts.binary and facts.task and is_rare_elsewhere,
-        "of an experiment, by its name": facts.request == 1 and facts.experiments,
+        "of an experiment, by its name": is_of_experiment and kind != "dense",
         "of what served the request, by its name": is_of_request and facts.system,
         "a weight, by its name": is_of_request and facts.weights,
         "an id or a text": kind == "category" and facts.distinct > 0.8 * number,
@@ -211,7 +216,9 @@ def _kind_of_feature(facts: Any, sample: Sample, item: str) -> _FeatureKind:
     if facts.kind == "list":
         return _kind_of_list(facts, sample, item, hashed)
     has_many_values = facts.distinct > 32 and abs(facts.high) < 2**31
-    is_integer = facts.kind == "integer" and not facts.identifiers
+    *_, last_word = ("", *words(facts.Index))
+    is_code = facts.identifiers and last_word not in NAMES["quantities"]
+    is_integer = facts.kind == "integer" and not is_code
     has_window = any(re.fullmatch(_WINDOW, word) for word in words(facts.Index))
     is_amount = is_integer and (has_many_values or facts.quantities or has_window)
     if facts.kind == "float" or is_amount:

@@ -41,8 +41,11 @@ def count_funnel(sample: Sample, roles: Roles) -> FunnelSizes:
     is_large = num_rows > MOST_ROWS
     rows = "candidates" if is_large else f"({_sql_of_candidates(sample, roles)})"
     known = f"{quoted(request)} IS NOT NULL"
+    # A request may be written twice.
+    item = roles.column("item")
+    candidates = f"count(DISTINCT {quoted(item)})" if item else "count(*)"
     counts = (
-        f"SELECT count(*) AS candidates, count(*) FILTER ({_sql_of_passed(roles)}) AS passed, "
+        f"SELECT {candidates} AS candidates, count(*) FILTER ({_sql_of_passed(roles)}) AS passed, "
         f"count(*) FILTER ({_sql_of_shown(roles)}) AS shown "
         f"FROM {rows} WHERE {known} GROUP BY {quoted(request)}"
     )

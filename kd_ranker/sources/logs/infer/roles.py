@@ -223,7 +223,8 @@ def _find_labels(sample: Sample, named: dict[str, Guess], used: list[str]) -> di
     if labels and "data.labels" in sample.sections:
         return labels
     facts = sample.facts
-    possible = facts[by_name.may_be_label(facts)].drop(used, errors="ignore")
+    possible = facts[by_name.may_be_label(facts) & ~facts["no_actions"]]
+    possible = possible.drop(used, errors="ignore")
     is_rare_elsewhere = possible["ones_out"] <= 0.2 * possible["ones_in"]
     is_named = (possible["task"] != "") & (possible["only_shown"] | is_rare_elsewhere)
     by_structure_only = [
@@ -294,6 +295,8 @@ def _find_teacher(
     open_tasks = {}
     for task, label in labels.items():
         names = _outputs_of_task(free, task, label.value)
+        # The rate of an item's clicks is known of all candidates.
+        names = [name for name in names if known_of_passed.get(name, False)] or names
         likely = names + likely
         is_only_score = len(names) == 1 and by_name.may_be_score(free)[names[0]]
         if task in named or not label.value:
