@@ -1,6 +1,7 @@
 """A model as the step uses it: a graph definition, embeddings and separate parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -116,15 +117,20 @@ def build_model(
     def build(key: Any) -> nnx.Module:
         return module(spec, heads, config, rngs=nnx.Rngs(params=key))
 
+    # Traced once, though states are made, and their shapes asked for, many times.
+    @functools.partial(jax.jit, inline=True)
+    def initial_dense(key: PRNGKeyArray) -> nnx.State:
+        _, dense = nnx.split(build(key), nnx.Param)
+        return dense
+
     def init(key: PRNGKeyArray, slots: int, row_sharding: RowSharding = WHOLE) -> Parameters:
         dense_key, table_key = jax.random.split(key)
-        _, dense = nnx.split(build(dense_key), nnx.Param)
         keys = jax.random.split(table_key, len(tables))
         initial = {
             name: init_table(table, config.width, slots, config.table_scale, key, row_sharding)
             for (name, table), key in zip(tables.items(), keys, strict=True)
         }
-        return Parameters(dense, initial)
+        return Parameters(initial_dense(dense_key), initial)
 
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(0)), nnx.Param)
     return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype], reads_history), init

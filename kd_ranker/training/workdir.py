@@ -63,11 +63,9 @@ def values_by_key(config: ConfigDict, without: Sequence[str] = ()) -> dict[str, 
 
     Keys and sections in `without` are left out.
     """
-    return {
-        key: value
-        for key, value in flatten_dict(json.loads(config.to_json()), sep=".").items()
-        if not any(f"{key}.".startswith(f"{other}.") for other in without)
-    }
+    left_out = tuple(f"{other}." for other in without)
+    values = flatten_dict(json.loads(config.to_json()), sep=".")
+    return {key: value for key, value in values.items() if not f"{key}.".startswith(left_out)}
 
 
 def read_environment(workdir: Path) -> dict[str, Any]:
