@@ -381,7 +381,6 @@ def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> Non
         a sampler needs scores that the log lacks.
     """
     config = next(iter(runs))
-    name = config.data.name
     counts = dataset.columns["train"].counts
     num_at_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
     signals = set()
@@ -392,7 +391,7 @@ def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> Non
             run_signals.add(SCORES)
         if SCORES in run_signals and stage in num_at_stage and not num_at_stage[stage].any():
             raise UserError(
-                f"teacher.stage={stage}: in the training requests of {name}, no candidate has "
+                f"teacher.stage={stage}: in the training requests, no candidate has "
                 f"{stage} as its furthest stage; choose another one"
             )
         _check_sampler("batch.sampler", run.batch.sampler, dataset)
@@ -402,24 +401,23 @@ def check_teacher_signals(dataset: Dataset, runs: Collection[ConfigDict]) -> Non
     reached = np.stack([counts.shown, counts.passed])
     if "stage" in signals and not ((reached > 0) & (reached < counts.retrieved)).any():
         raise UserError(
-            f"the signal stage is constant: all candidates of a request of {name} came equally "
-            "far; learn from scores instead, or choose distill.mode=none"
+            "the signal stage is constant: all candidates of a request came equally far; "
+            "learn from scores instead, or choose distill.mode=none"
         )
 
 
 def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bool) -> None:
     """Check the logged teacher of students; `is_learned` if any of them learns from its scores."""
     config = next(iter(runs))
-    name = config.data.name
     signal = dataset.spec.teacher_signal
     is_logged = _is_logged(dataset.columns["train"])
     if is_learned and signal != "probability":
         what = {"rank": "positions", "score": "scores"}[signal]
-        check_students(runs, {SCORES: f"the log of {name} holds its {what}"})
+        check_students(runs, {SCORES: f"the log holds its {what}"})
     if is_learned and not is_logged.any():
         raise UserError(
-            f"the signal scores is missing: no training request of {name} has a proper number of "
-            "its teacher; check the teacher's keys in data.*, or set distill.mode=none and "
+            "the signal scores is missing: no training request has a proper number of its teacher; "
+            "check the teacher's keys in data.*, or set distill.mode=none and "
             "train.unshown_margin=0"
         )
     missing = [
@@ -431,9 +429,9 @@ def _check_logged(dataset: Dataset, runs: Collection[ConfigDict], is_learned: bo
     ]
     if is_logged.any() and missing:
         raise UserError(
-            f"value_weights gives {', '.join(missing)} a weight, and no training request of {name} "
-            "has a proper number of the teacher for it; set that weight to 0, or leave the task "
-            "out of tasks"
+            f"value_weights gives {', '.join(missing)} a weight, and no training request has a "
+            "proper number of the teacher for it; set that weight to 0, or leave the task out of "
+            "tasks"
         )
 
 
@@ -442,9 +440,8 @@ def _check_sampler(key: str, name: str, dataset: Dataset) -> None:
     if SAMPLERS[name].needs_scores and not _is_logged(dataset.columns["train"]).any():
         others = sorted(name for name, sampler in SAMPLERS.items() if not sampler.needs_scores)
         raise UserError(
-            f"{key}={name} needs teacher scores, and no training request of "
-            f"{dataset.spec.dataset} has a proper one; run {command('log_teacher')} and set "
-            "teacher.source=logged, or set "
+            f"{key}={name} needs teacher scores, and no training request has a proper one; run "
+            f"{command('log_teacher')} and set teacher.source=logged, or set "
             f"{key}={' or '.join(others)}"
         )
 
@@ -454,8 +451,8 @@ def check_labels(dataset: Dataset) -> None:
     for split, columns in dataset.columns.items():
         if not _has_labels(columns):
             raise UserError(
-                f"no {split} request of {dataset.spec.dataset} has a user label; give labels of a "
-                "positive weight to shown candidates"
+                f"no {split} request has a user label; give labels of a positive weight to shown "
+                "candidates"
             )
 
 
@@ -475,8 +472,8 @@ def check_teacher_log(config: ConfigDict, dataset: Dataset) -> None:
     weight = config.teacher.log_weight
     if weight and (not spec.teacher_version or spec.teacher_signal != "probability"):
         raise UserError(
-            f"teacher.log_weight={weight:g} needs teacher probabilities, which the log of "
-            f"{config.data.name} does not hold; leave it at 0"
+            f"teacher.log_weight={weight:g} needs teacher probabilities, which the log does not "
+            "hold; leave it at 0"
         )
 
 

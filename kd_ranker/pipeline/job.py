@@ -65,8 +65,8 @@ def open_teaching(config: ConfigDict, dataset: Dataset) -> Teaching:
         return Teaching(teacher, datasets.dataset_under(config, dataset, teacher.version))
     if not dataset.spec.teacher_version:
         raise UserError(
-            f"{config.data.name} holds no teacher probabilities; name a teacher in "
-            f"teacher.workdir and make them with: {datasets.LOG_TEACHER}"
+            "the dataset holds no teacher probabilities; name a teacher in teacher.workdir, and "
+            f"make them with: {datasets.LOG_TEACHER}"
         )
     return Teaching(None, dataset)
 

@@ -331,7 +331,7 @@ def test_each_split_needs_a_label(split):
     checks.check_labels(dataset_of(0.5))
     for dataset in (dataset_of(0), dataset_of(1, NOTHING_SHOWN)):
         fault = fault_of(checks.check_labels, dataset)
-        assert fault.startswith(f"no {split} request of cascade has a user label; ")
+        assert fault.startswith(f"no {split} request has a user label; ")
 
 
 def test_a_teacher_learns_from_a_log_only_by_its_probabilities():
