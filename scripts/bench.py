@@ -4,6 +4,7 @@
 
     train_step   a train step against a plain PyTorch student (needs the extra `torch`)
     table_size   a train step at ten million table rows against one at a hundred thousand
+    metrics      train steps that measure norms and shares against the same without
     pipeline     train steps with the loader against steps on a resident batch
     from_disk    train steps with batches from files against batches from memory
     checkpoint   the time that a training waits for a checkpoint against that until it is whole
@@ -38,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 NAMES = (
     "train_step",
     "table_size",
+    "metrics",
     "pipeline",
     "from_disk",
     "checkpoint",
