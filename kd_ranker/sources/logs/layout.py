@@ -274,7 +274,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         by_request=data.rows == "request",
         columns=columns,
         early_scores=tuple(split_at_commas(data.columns.get(EARLY_SCORES, ""))),
-        stages=_read_stages(data.stages) if "stage" in columns else {},
+        stages=_read_stages(data.stages, "position" in columns) if "stage" in columns else {},
         labels={task: data.labels[task] for task in tasks},
         teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
         tasks=tuple(tasks),
@@ -335,7 +335,8 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         )
 
 
-def _read_stages(stages: ConfigDict) -> dict[str, int]:
+def _read_stages(stages: ConfigDict, has_position: bool) -> dict[str, int]:
+    """Return the stage of each text; those of the shown may lack where positions tell them."""
     texts: dict[str, int] = {}
     for name, of_stage in stages.items():
         for text in split_at_commas(of_stage):
@@ -344,9 +345,14 @@ def _read_stages(stages: ConfigDict) -> dict[str, int]:
                     f"data.stages={dict(stages)} gives two stages the same text; give each its own"
                 )
             texts[text] = 1 + STAGES.index(name)
-    if not stages.get("shown"):
+    if not stages.get("shown") and not ("passed" in stages and "shown" not in stages):
         raise UserError(
             "data.stages.shown is empty; give the text of the stage column for shown candidates"
+        )
+    if "shown" not in stages and not has_position:
+        raise UserError(
+            "data.stages has no text for shown candidates; add it, or name data.columns.position: "
+            "candidates with a position then count as shown"
         )
     return texts
 

@@ -910,3 +910,104 @@ def test_the_rate_of_an_item_is_no_prediction(english, tmp_path):
 def test_the_last_word_of_a_name_says_what_a_number_is(english, tmp_path, name, kind):
     _, config = infer(tmp_path, english.assign(**{name: english["thing"] % 29}))
     assert features_of(config)[name] == ("item", kind)
+
+
+def with_flag(italian: pd.DataFrame) -> pd.DataFrame:
+    """Say in a column of its own who was passed."""
+    return italian.assign(ammesso=italian["pb_fin"].notna())
+
+
+def test_a_flag_of_the_passed_is_a_stage_next_to_positions(italian, tmp_path):
+    text, config = infer(tmp_path, with_flag(italian))
+    assert config.data.columns.stage == "ammesso"
+    assert config.data.stages.to_dict() == {"retrieved": "False", "passed": "True"}
+    doubt = "those with a position count as shown; are the others passed, or retrieved?"
+    assert check_of(text, "data.stages") == doubt
+    sizes = (config.funnel.passed, config.funnel.shown)
+    assert sizes == (owner_logs.PASSED, owner_logs.SHOWN)
+
+
+def test_the_order_by_the_early_score_tells_a_flag_of_the_passed(italian, tmp_path):
+    """No score of the final ranker is known of the passed alone."""
+    scored = with_flag(italian)
+    _, config = infer(tmp_path, scored.assign(pb_fin=scored["pb_fin"].fillna(0.01)))
+    assert config.data.columns.stage == "ammesso"
+
+
+def test_a_flag_that_no_score_confirms_is_no_stage(italian, tmp_path):
+    is_shown = italian["pos_scherm"].notna()
+    rng = np.random.default_rng(0)
+    in_stock = is_shown | (rng.random(len(italian)) < 0.4)
+    _, config = infer(tmp_path, italian.assign(disponibile=in_stock))
+    assert config.data.columns.stage == ""
+    is_passed = with_flag(italian)["ammesso"]
+    table = italian.assign(ammesso=is_passed & ~(is_shown & (rng.random(len(italian)) < 0.1)))
+    _, config = infer(tmp_path / "other", table)
+    assert config.data.columns.stage == ""
+
+
+def test_two_flags_of_the_passed_are_a_question(italian, tmp_path):
+    table = with_flag(italian)
+    text, config = infer(tmp_path, table.assign(scelto=table["ammesso"].astype(int)))
+    assert config.data.columns.stage == "?"
+    doubt = "which column has the stage: 'ammesso' or 'scelto'?"
+    assert check_of(text, "data.columns.stage") == doubt
+
+
+def test_the_score_that_orders_the_shown_is_of_the_label_it_ranks_best(italian, tmp_path):
+    is_shown = italian["pos_scherm"].notna()
+    rng = np.random.default_rng(0)
+    saved = (rng.random(len(italian)) < 0.3).astype(float)
+    aside = pd.Series(rng.random(len(italian)), italian.index).where(italian["pb_fin"].notna())
+    order = italian["pos_scherm"].rank(ascending=False) + 0.5
+    table = italian.assign(salvato=saved, affine=aside, pb_fin=order.fillna(italian["pb_fin"]))
+    table["salvato"] = table["salvato"].where(is_shown)
+    text, config = infer(tmp_path, table)
+    assert config.data.teacher.to_dict() == {"aperto": "pb_fin"}
+    assert is_checked(text, "data.teacher.aperto")
+    twin = table.assign(affine=2 * table["pb_fin"])
+    _, config = infer(tmp_path / "two", twin)
+    assert not config.data.teacher
+
+
+def test_the_early_scores_of_whole_requests_may_be_lost(italian, tmp_path):
+    request = pd.factorize(italian["cod_ric"])[0]
+    lost = italian.assign(nota_pre=italian["nota_pre"].mask(request % 40 == 0))
+    _, config = infer(tmp_path, lost)
+    assert config.data.columns.incumbent == "nota_pre"
+    gaps = italian.assign(nota_pre=italian["nota_pre"].mask(italian.index % 40 == 0))
+    _, config = infer(tmp_path / "gaps", gaps)
+    assert config.data.columns.incumbent == ""
+
+
+def test_zeros_of_whole_requests_are_lost_scores(italian, tmp_path):
+    is_lost = pd.factorize(italian["cod_ric"])[0] % 20 == 0
+    zeros = italian.assign(nota_pre=italian["nota_pre"].mask(is_lost, 0.0))
+    text, config = infer(tmp_path, zeros)
+    assert check_of(text, "data.sql") == "does this mean none: 0 in 'nota_pre'?"
+    assert 'nullif("nota_pre", 0)' in config.data.sql
+    several = zeros.assign(nota_pre=zeros["nota_pre"].mask(zeros.index % 50 == 0, 0.0))
+    _, config = infer(tmp_path / "elsewhere", several)
+    assert not config.data.sql
+
+
+@pytest.mark.parametrize(
+    ("lost", "what"),
+    [("pb_fin", "whether the final ranker scored the request"), ("aperto", "for which requests")],
+)
+def test_the_status_of_a_request_that_lost_something_is_no_feature(italian, tmp_path, lost, what):
+    request = pd.factorize(italian["cod_ric"])[0]
+    status = np.where(request % 12 == 0, "LOST", np.where(request % 2, "A", "B"))
+    table = italian.assign(stato=status)
+    table[lost] = table[lost].mask(status == "LOST")
+    text, config = infer(tmp_path, table)
+    assert left_out(text)["stato"].startswith(f"tells {what}")
+    _, config = infer(tmp_path / "known", italian.assign(stato=status))
+    assert features_of(config)["stato"] == ("context", "category")
+
+
+def test_an_id_as_large_as_a_time_is_the_item(italian, tmp_path):
+    ids = 1_200_000_000 + pd.factorize(italian["cod_off"])[0]
+    table = italian.drop(columns="cod_off").assign(off_id=ids)
+    _, config = infer(tmp_path, table)
+    assert config.data.columns.item == "off_id"

@@ -36,6 +36,10 @@ def config_with(**changes):
         ({"columns__usr": "user"}, "data.columns='usr' does not exist"),
         ({"teacher__share": "score"}, "data.teacher='share' does not exist; choose one of: like"),
         ({"stages__shown": ""}, "data.stages.shown is empty"),
+        (
+            {"stages": ConfigDict(dict(passed="yes")), "columns__position": ""},
+            "data.stages has no text for shown candidates; add it, or name data.columns.position",
+        ),
         ({"stages": ConfigDict(dict(retrieved=0, shown=2))}, "data.stages.retrieved=0 must be a t"),
         ({"labels": ConfigDict(dict(watch=3))}, "data.labels.watch=3 must be a text"),
         ({"stages__passed": "shown"}, "gives two stages the same text"),

@@ -334,6 +334,17 @@ def test_stages_without_a_column_follow_from_what_is_there(build):
     assert same(build(rows).requests, build(rows, columns=columns_with(stage="")).requests)
 
 
+def test_a_flag_of_the_passed_and_positions_tell_the_stages(build):
+    rows = make_rows(8)
+    expected = build(rows)
+    for row in rows:
+        for candidate in row.candidates:
+            candidate["stage"] = "no" if candidate["stage"] == "retrieved" else "yes"
+    flagged = build(rows, stages=ConfigDict(dict(retrieved="no", passed="yes")))
+    assert same(flagged.requests, expected.requests)
+    assert not flagged.counts
+
+
 @pytest.mark.parametrize("stage", ["stage", ""])
 def test_a_position_of_minus_one_is_none(build, stage):
     """Without a stage, it does not make a candidate a shown one."""

@@ -37,6 +37,11 @@ _LEAST_ONES = 20
 # Least share of the passed candidates that the early ranker's score has first: quotas of sources,
 # and rules, pass some of the others.
 _ORDERS_PASSED = 0.8
+# A score is known of some rejected candidates, to monitor it, but only of this share.
+_RARELY = 0.2
+# Least correlation of positions and the final ranker's score, which rules of a page disturb, and
+# how many times that of any other score it is.
+_ORDERS_SHOWN, _CLEARLY = 0.4, 2
 # A shorter name of a label may be a part of others by chance.
 _LEAST_LETTERS = 3
 _LONGEST_ENDING = 3  # such as `ped` of tapped
@@ -390,6 +395,40 @@ def _is_known_further(facts: pd.DataFrame) -> pd.Series:
     return is_known_of_more & (facts["known"] < 0.99) & (facts["known_out"] < facts["known_in"])
 
 
+def find_passed(sample: Sample) -> FoundStage:
+    """Find the flag of the passed: of all shown, and of others that have or top some score."""
+    facts = sample.facts
+    is_possible = facts["is_few"] & (facts["known"] > 0.99)
+    is_possible &= (facts["request"] == 0) & (facts["item"] != 1) & (facts["user"] != 1)
+    by_column = {}
+    for column in map(str, facts.index[is_possible]):
+        texts = sample.texts(column)
+        shares = sample.shown.groupby(texts).mean()
+        passed = [str(text) for text in shares.index[shares > _STRAY]]
+        retrieved = [str(text) for text in shares.index.difference(passed)]
+        rows = texts.isin(passed)
+        covers_shown = (sample.shown & ~rows).sum() <= _STRAY * sample.shown.sum()
+        has_comma = texts.str.contains(",").any()  # which separates texts in a config
+        if retrieved and covers_shown and not has_comma and _are_passed(sample, rows):
+            by_column[column] = {"retrieved": join(retrieved), "passed": join(passed)}
+    if len(by_column) == 1:
+        ((column, stages),) = by_column.items()
+        return FoundStage(Found(column), stages)
+    return FoundStage(Found("", tuple(by_column)), {})
+
+
+def _are_passed(sample: Sample, rows: pd.Series) -> bool:
+    """Return whether some score is known of these rows alone, or highest for them."""
+    if not _splits_requests(rows, sample.request) or _is_equal(rows, sample.shown):
+        return False
+    facts = sample.facts
+    scores = facts.index[may_be_score(facts) & varies_in_requests(facts) & (facts["user"] != 1)]
+    known = sample.codes[scores].notna()
+    is_known_of_them = (known[rows].mean() > 0.9) & (known[~rows].mean() <= _RARELY)
+    orders_them = share_shown_first(sample.numbers[scores], sample.request, rows)
+    return bool(is_known_of_them.any() or (orders_them >= _ORDERS_PASSED).any())
+
+
 def find_position(sample: Sample) -> Found:
     """Find the whole numbers from 0 or 1 that differ among the shown candidates of a request.
 
@@ -417,9 +456,11 @@ def find_incumbent(sample: Sample, used: Collection[str]) -> Found:
         return Found()
     # A name such as `early_score` rules out the final ranker, not the early one.
     is_possible = may_be_teacher(facts) | facts["early"]
-    is_possible &= (facts["kind"] == "float") & (facts["known"] > 0.99) & (facts["user"] != 1)
-    is_possible &= varies_in_requests(facts)
+    is_possible &= (facts["kind"] == "float") & (facts["user"] != 1) & varies_in_requests(facts)
     scores = facts.index[is_possible].difference([*used])
+    # The scores of whole requests may be lost.
+    known = sample.codes[scores].notna().groupby(sample.request).mean()
+    scores = scores[(known.mean() > 0.95) & (known[known > 0].mean() > 0.99)]
     numbers = sample.numbers[scores]
     # The passed ones may be first by the smallest numbers, too: then these are no scores.
     orders_passed = share_shown_first(numbers, sample.request, passed) >= _ORDERS_PASSED
@@ -467,6 +508,44 @@ def find_teacher(
         if len({*best.values()}) == len(labels):
             return best
     return _called_after_labels(scores, labels)
+
+
+def find_score_of_order(
+    sample: Sample, labels: Mapping[str, str], position: str, possible: Sequence[str]
+) -> dict[str, str]:
+    """Return the score that orders the shown by position, for the label that it ranks best.
+
+    Labels of different rates cannot be compared by a loss, so the area under the ROC curve decides,
+    less its standard error: that of a rare label may be large by chance.
+    """
+    shown = sample.shown
+    request = sample.request[shown]
+    places = sample.numbers.loc[shown, position].groupby(request).rank()
+    ranks = sample.numbers.loc[shown, [*possible]].groupby(request).rank()
+    agreement = -ranks.corrwith(places).fillna(0).sort_values()
+    best, *others = [*agreement.items(), ("", 0.0)]
+    if best[1] < max(_ORDERS_SHOWN, _CLEARLY * others[0][1] if others else 0):
+        return {}
+    score = str(best[0])
+    numbers = sample.numbers.loc[shown, [score, *labels.values()]]
+    areas = {task: _area_at_least(numbers[score], numbers[label]) for task, label in labels.items()}
+    return {max(areas, key=lambda task: areas[task]): score}
+
+
+def _area_at_least(score: pd.Series, label: pd.Series) -> float:
+    """Return the area under the ROC curve less its standard error.
+
+    The area is Mann-Whitney's U over its largest value, and the error that of as many independent
+    pairs as there are labels of the rarer kind.
+    """
+    is_known = score.notna() & label.notna()
+    is_one = label[is_known] == 1
+    ones, zeros = int(is_one.sum()), int((~is_one).sum())
+    if not ones or not zeros:
+        return 0.0
+    ranks = score[is_known].rank()
+    area = float((ranks[is_one].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    return area - (area * (1 - area) / min(ones, zeros)) ** 0.5
 
 
 def _best_scores(

@@ -21,6 +21,8 @@ _WINDOW = r"\d+(d|h|w|m)"
 _LEAST_SET, _STRAY = 20, 0.01
 # Requests with a label of 1 that would lack a column by chance.
 _LEAST_EXPECTED = 5
+# A column tells where others are missing if its values do in so many of these requests.
+_LEAST_TOLD = 0.3
 # Least correlation of a count of labels with the labels' own.
 _COUNTS = 0.8
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
@@ -153,11 +155,13 @@ def _why_known_after_ranking(sample: Sample, roles: Roles, column: str) -> str:
 
     The number of an order is missing where nothing was bought, and a count is that of labels.
     """
-    is_scored = sample.codes[_columns_of(roles.teacher)].notna().any(axis=1)
-    is_scored = is_scored.groupby(sample.request).any()
-    shares = is_scored.groupby(sample.codes[column].groupby(sample.request).first()).mean()
-    if (~is_scored).sum() >= _LEAST_EXPECTED and sorted(shares) == [0, 1]:
-        return "tells whether the final ranker scored the request"
+    written = {
+        "whether the final ranker scored the request": _columns_of(roles.teacher),
+        "for which requests the labels were lost": _columns_of(roles.labels),
+    }
+    for what, columns in written.items():
+        if _tells_where_known(sample, column, columns):
+            return f"tells {what}"
     is_missing = sample.codes[column].isna().groupby(sample.request).all()
     if user := roles.column("user"):
         # Who has no account has no age of it, either.
@@ -171,6 +175,22 @@ def _why_known_after_ranking(sample: Sample, roles: Roles, column: str) -> str:
         if numbers.nunique() > 1 and abs(numbers.corr(count)) >= _COUNTS:
             return f"goes with the number of 1 of {label!r} in the request"
     return ""
+
+
+def _tells_where_known(sample: Sample, column: str, others: Sequence[str]) -> bool:
+    """Return whether some values of a column of requests occur just where the others are missing.
+
+    As the status of a request does whose scores were lost.
+    """
+    if not others or not sample.facts["is_few"][column]:
+        return False
+    is_known = sample.codes[[*others]].notna().any(axis=1).groupby(sample.request).any()
+    values = sample.codes[column].groupby(sample.request).first()
+    shares = is_known.groupby(values).mean()
+    is_told = values.isin(shares.index[shares == 0])
+    num_missing = (~is_known).sum()
+    is_exception = num_missing < 0.5 * len(is_known)
+    return bool(is_exception and is_told.sum() >= max(_LEAST_EXPECTED, _LEAST_TOLD * num_missing))
 
 
 def _columns_of(guesses: Mapping[str, Guess]) -> list[str]:

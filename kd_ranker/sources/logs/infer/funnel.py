@@ -80,7 +80,7 @@ def _sql_of_candidates(sample: Sample, roles: Roles) -> str:
 def _sql_of_shown(roles: Roles) -> str:
     """Return the condition for candidates that count as shown, as in a dataset."""
     stage = roles.column("stage")
-    if stage and roles.stages["shown"].value:
+    if stage and "shown" in roles.stages and roles.stages["shown"].value:
         return _has_stage(stage, roles.stages["shown"].value)
     labels = _any_known([guess.value for guess in roles.labels.values()])
     position = roles.column("position")

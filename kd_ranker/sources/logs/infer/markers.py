@@ -1,8 +1,11 @@
-"""Numbers that stand for a missing value: -1 for no time of delivery, 0 for no position."""
+"""Numbers that stand for a missing value: -1 for no time of delivery, 0 for no position.
+
+And 0 for the scores of a request whose scores were lost.
+"""
 
 import pandas as pd
 
-from kd_ranker.sources.logs.infer.by_name import may_count_places
+from kd_ranker.sources.logs.infer.by_name import may_count_places, varies_in_requests
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.layout import NO_PLACE
 
@@ -16,6 +19,10 @@ _LEAST_AMOUNTS = 32
 _NARROW = 10
 # A share of requests that is nearly all.
 _MOSTLY = 0.9
+# Requests whose scores were lost: so many, with so many rows each, and not most of them.
+_LEAST_LOST, _LEAST_LOST_ROWS, _MOST_LOST = 5, 10, 0.5
+# A share of rows that may be 0 by chance.
+_STRAY = 0.001
 
 
 def find_markers(sample: Sample) -> dict[str, int]:
@@ -29,7 +36,22 @@ def find_markers(sample: Sample) -> dict[str, int]:
         is_marker = _LEAST <= (values == lowest).mean() <= _MOST and not others.empty
         if is_marker and _means_none(sample, column, lowest, others):
             markers[column] = int(lowest)
+    for column in map(str, facts.index[facts["kind"] == "float"]):
+        if column not in markers and _lost_whole_requests(sample, column):
+            markers[column] = 0
     return markers
+
+
+def _lost_whole_requests(sample: Sample, column: str) -> bool:
+    """Return whether a column is 0 for all candidates of some requests, and hardly elsewhere."""
+    if not varies_in_requests(sample.facts.loc[[column]]).iat[0]:
+        return False
+    is_zero = sample.numbers[column] == 0
+    of_requests = is_zero.groupby(sample.request).agg(["mean", "size"])
+    lost = of_requests.index[(of_requests["mean"] == 1) & (of_requests["size"] >= _LEAST_LOST_ROWS)]
+    is_lost = sample.request.isin(lost)
+    is_rare = 0 < len(lost) / len(of_requests) < _MOST_LOST
+    return bool(is_rare and len(lost) >= _LEAST_LOST and is_zero[~is_lost].mean() <= _STRAY)
 
 
 def _means_none(sample: Sample, column: str, lowest: float, others: pd.Series) -> bool:

@@ -79,14 +79,18 @@ def find_roles(sample: Sample) -> Roles:
     if _is_open("position", columns, sample):
         found = by_structure.find_position(sample)
         columns["position"] = _propose("position", columns["position"], found)
+    position = column_of(columns, "position")
+    if position and _is_open("stage", columns, sample) and sample.shown.any():
+        found, stages = by_structure.find_passed(sample)
+        columns["stage"] = _propose("stage", columns["stage"], found)
+        _find_passed(sample, column_of(columns, "stage"), stages)
     labels = _find_labels(sample, labels, _used(columns, used))
-    has_stage = bool(column_of(columns, "stage"))
     labels = {
-        task: guess if has_stage else _doubt_labels_of_all(sample, guess)
+        task: guess if column_of(columns, "stage") else _doubt_labels_of_all(sample, guess)
         for task, guess in labels.items()
     }
     written_after = find_written_after(sample, Roles(columns, labels, {}, {}, "").used())
-    found_teacher, doubt = _find_teacher(sample, labels, teacher, written_after)
+    found_teacher, doubt = _find_teacher(sample, labels, teacher, written_after, position)
     if not sample.passed.any():
         scores = [guess.value for guess in found_teacher.values()]
         sample.passed = sample.codes[scores].notna().any(axis=1)
@@ -113,6 +117,9 @@ def find_roles(sample: Sample) -> Roles:
 
 def _doubt_texts(stages: Mapping[str, str]) -> dict[str, Guess]:
     """Return the stages whose texts may be of another stage, with the question."""
+    if "shown" not in stages:
+        doubt = "those with a position count as shown; are the others passed, or retrieved?"
+        return {stage: Guess(texts, "", doubt) for stage, texts in stages.items()}
     doubtful = {}
     for stage, texts in stages.items():
         is_only_other = len(stages) == 2 and stage != "shown"
@@ -209,7 +216,7 @@ def _find_shown(sample: Sample, stage: str, stages: Mapping[str, str]) -> None:
 
 
 def _find_passed(sample: Sample, stage: str, stages: Mapping[str, str]) -> None:
-    if len(stages) == 3:
+    if "passed" in stages and "retrieved" in stages:
         retrieved = split_at_commas(stages["retrieved"])
         sample.passed = ~sample.texts(stage).isin(retrieved)
 
@@ -281,8 +288,12 @@ def _find_teacher(
     labels: Mapping[str, Guess],
     named: dict[str, Guess],
     written_after: Collection[str],
+    position: str,
 ) -> tuple[dict[str, Guess], str]:
-    """Find the teacher's column of each task, and name further columns that may be one."""
+    """Find the teacher's column of each task, and name further columns that may be one.
+
+    `position` is the column of the places of the shown; "" for none.
+    """
     columns = {task: guess for task, guess in named.items() if guess.value}
     used = [guess.value for guess in (*labels.values(), *columns.values())]
     free = sample.facts[by_name.may_be_teacher(sample.facts)].drop(used, errors="ignore")
@@ -309,6 +320,11 @@ def _find_teacher(
         settled = [guess.value for guess in columns.values()]
         for task, score in by_structure.find_teacher(sample, open_tasks, settled).items():
             columns[task] = by_values(score, f"final ranker's score of {task!r}")
+        if position and not columns:
+            possible = [*free.index[by_name.may_be_score(free)].difference([position])]
+            by_order = by_structure.find_score_of_order(sample, open_tasks, position, possible)
+            for task, score in by_order.items():
+                columns[task] = by_values(score, f"final ranker's score of {task!r}")
     if not columns:
         floats = free.index[(free["kind"] == "float") & ~free["only_shown"]]
         is_unclear = not sample.shown.any()

@@ -371,10 +371,12 @@ class Sample:
         # Of a position: the smallest number besides the one that means none.
         facts["first_place"] = self.numbers[self.numbers != NO_PLACE].min()
         facts["unit"] = ""
+        # Ids that count up may be as large as times.
+        is_id = pd.Series([words(column)[-1:] == ("id",) for column in facts.index], facts.index)
         middle = self.numbers.median()
         for unit, per_second in TIME_UNITS.items():
             is_recent = middle.between(_YEAR_1995 * per_second, _YEAR_2050 * per_second)
-            facts.loc[is_recent, "unit"] = unit
+            facts.loc[is_recent & ~is_id, "unit"] = unit
         is_named_time = (facts["sure"] + facts["hint"]) == "time"
         facts["is_time"] = (facts["kind"] == "time") | ((facts["unit"] != "") & is_named_time)
         facts["is_date"] = False

@@ -60,12 +60,14 @@ CREATE VIEW unfolded AS SELECT file, "row", (-1)::BIGINT AS place, {{ names(want
 CREATE TABLE names AS SELECT value, (row_number() OVER (ORDER BY value))::INT AS item
     FROM (SELECT DISTINCT {{ id(columns.item) }} AS value FROM unfolded) AS ids WHERE value IS NOT NULL;
 {% endif %}
+{% set place = (within(columns.position, 0) if columns.position else "NULL") ~ "::FLOAT" %}
+{% set stage = code(columns.stage, layout.stages) if columns.stage %}
 CREATE TABLE staged AS
     WITH valued AS (SELECT file, "row", place,
         {{ id(columns.user) if columns.user else "0::BIGINT" }} AS usr,
         {{ "item" if has_names else id(columns.item) ~ " AS item" }},
         {{ seconds(columns.time) if columns.time else "0::BIGINT" }} AS time,
-        {{ within(columns.position, 0) if columns.position else "NULL" }}::FLOAT AS position,
+        {{ place }} AS position,
     {% for task in layout.tasks %}
         {% set label = label_number(labels[task]) if labels[task] else "NULL" %}
         CASE WHEN {{ label }} IN (0, 1) THEN {{ label }} WHEN {{ label }} IS NULL THEN -1 ELSE -2
@@ -98,11 +100,15 @@ CREATE TABLE staged AS
     {% if layout.split == "column" %}
         {{ code(columns.split, split_codes) }} - 1 AS logged_split,
     {% endif %}
-        {{ id(columns.request) }} AS request{% if columns.stage %},
-        {{ code(columns.stage, layout.stages) }} AS stage{% endif %} FROM unfolded
+    {% if stage and 3 in layout.stages.values() %}
+        {{ stage }} AS stage,
+    {% elif stage %}
+        CASE WHEN {{ place }} IS NOT NULL THEN 3 ELSE {{ stage }} END::TINYINT AS stage,
+    {% endif %}
+        {{ id(columns.request) }} AS request FROM unfolded
         {% if has_names %}LEFT JOIN names ON value = {{ id(columns.item) }}{% endif %})
     SELECT *
-    {% if not columns.stage %}
+    {% if not stage %}
         , CASE WHEN position IS NOT NULL
              {% for task in layout.tasks %} OR "label:{{ task }}" <> -1{% endfor %} THEN 3
         {% for task in layout.scored_tasks %}
