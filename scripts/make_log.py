@@ -2,9 +2,10 @@
 
     python scripts/make_log.py DIRECTORY [--rows N] [--files N] [--by-request] [--faults SHARE]
 
-Requests of a feed over thirty days: of a hundred candidates, fifty are passed and ten shown. Users
-and items have a few hidden traits; the better these match, the more a candidate is watched and
-liked. The logged teacher knows the true probabilities of what was passed, and errs a little.
+Requests of a feed over thirty days. Users and items have a few hidden traits, and the items of an
+author resemble each other. The better the traits match, the more a candidate is watched and liked.
+Of a hundred candidates, today's early ranker passes fifty: it knows the truth vaguely. The final
+ranker errs a little, and shows ten. It scores what was passed, and all candidates of some requests.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CANDIDATES, PASSED, SHOWN = 100, 50, 10
-TRAITS, HISTORY = 8, 20
+TRAITS, HISTORY = 4, 20
 FIRST, DAYS = 1_700_000_000, 30
 COUNTRIES = np.array([f"country {number}" for number in range(60)])
 DEVICES = np.array(["phone", "tablet", "television", "web"])
@@ -33,7 +34,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="candidates in all")
     parser.add_argument("--files", type=int, default=4)
     parser.add_argument("--users", type=int, default=0, help="0: one for every five requests")
-    parser.add_argument("--items", type=int, default=20_000)
+    parser.add_argument("--items", type=int, default=2_000)
+    parser.add_argument(
+        "--scored-whole",
+        type=float,
+        default=0.1,
+        help="the share of requests of which the final ranker scored all candidates",
+    )
     parser.add_argument("--by-request", action="store_true", help="a row a request, with lists")
     parser.add_argument("--faults", type=float, default=0.0, help="the share of rows with a fault")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,7 +55,11 @@ def main() -> None:
         writer = None
         for first in range(start, end, 2000):
             table = make_requests(
-                world, np.arange(first, min(first + 2000, end)), requests, generator
+                world,
+                np.arange(first, min(first + 2000, end)),
+                requests,
+                arguments.scored_whole,
+                generator,
             )
             if arguments.faults:
                 table = with_faults(table, arguments.faults, generator)
@@ -64,13 +75,16 @@ def main() -> None:
 def make_world(users: int, items: int, seed: int) -> dict[str, np.ndarray]:
     """Users and items as columns, each with hidden traits."""
     generator = np.random.default_rng([seed, 0])
-    traits = generator.normal(size=(users, TRAITS)), generator.normal(size=(items, TRAITS))
+    authors = max(items // 10, 1)
+    author = generator.integers(0, authors, items)
+    item_traits = generator.normal(size=(authors, TRAITS))[author]
+    item_traits += 0.5 * generator.normal(size=(items, TRAITS))
     return {
-        "user_traits": traits[0].astype(np.float32),
-        "item_traits": traits[1].astype(np.float32),
+        "user_traits": generator.normal(size=(users, TRAITS)).astype(np.float32),
+        "item_traits": item_traits.astype(np.float32),
         "age": generator.integers(13, 80, users),
         "country": generator.zipf(1.6, users) % len(COUNTRIES),
-        "author": generator.integers(0, max(items // 10, 1), items),
+        "author": author,
         "duration": generator.lognormal(3, 1, items).astype(np.float32),
         "quality": generator.normal(size=items).astype(np.float32),
         "tags": generator.integers(0, len(TAGS), (items, 3)),
@@ -81,6 +95,7 @@ def make_requests(
     world: dict[str, np.ndarray],
     numbers: np.ndarray,
     requests: int,
+    scored_whole: float,
     generator: np.random.Generator,
 ) -> pa.Table:
     """Some of all requests, a row a candidate, in the order of time."""
@@ -95,15 +110,16 @@ def make_requests(
     item = (start[:, None] + step[:, None] * np.arange(CANDIDATES)) % items
     match = np.einsum("rt,rct->rc", world["user_traits"][user], world["item_traits"][item])
     logit = 0.5 * match + 0.5 * world["quality"][item] - 1
-    score = logit + generator.normal(size=logit.shape)
-    order = np.argsort(-score, axis=1)
-    item = np.take_along_axis(item, order, axis=1)
-    logit = np.take_along_axis(logit, order, axis=1)
-    score = np.take_along_axis(score, order, axis=1)
-    place = np.broadcast_to(np.arange(CANDIDATES), item.shape)
-    shown = place < SHOWN
-    passed = place < PASSED
     probability = [1 / (1 + np.exp(-logit)), 1 / (1 + np.exp(1.5 - logit))]
+    teacher = [
+        1 / (1 + np.exp(np.log(1 / truth - 1) + 0.3 * generator.normal(size=truth.shape)))
+        for truth in probability
+    ]
+    score = 0.5 * logit + generator.normal(size=logit.shape)
+    passed = _place(score) < PASSED
+    position = _place(np.where(passed, teacher[0] + teacher[1], -1))
+    shown = position < SHOWN
+    scored = passed | (generator.random((count, 1)) < scored_whole)
     row = np.repeat(np.arange(count), CANDIDATES)
 
     def flat(values: np.ndarray, known: np.ndarray | None = None) -> pa.Array:
@@ -113,15 +129,18 @@ def make_requests(
         return pa.array(names).take(pa.array(index.ravel()))
 
     second = FIRST + numbers * (DAYS * 86_400) // requests
-    recent = generator.integers(0, items, (count, HISTORY))
+    # A history: of some items, those that match the user best.
+    recent = generator.integers(0, items, (count, 5 * HISTORY))
+    match = np.einsum("rt,rht->rh", world["user_traits"][user], world["item_traits"][recent])
+    recent = np.take_along_axis(recent, np.argsort(-match, axis=1)[:, :HISTORY], axis=1)
     item_names = pa.array(np.char.add("item-", np.arange(items).astype(str)))
     columns = {
         "request_id": text(np.char.add("request-", numbers.astype(str)), row),
         "time": pa.array(second[row], pa.timestamp("s")).cast(pa.timestamp("ms")),
         "user_id": pa.array(user[row] + 1000),
         "item_id": item_names.take(flat(item)),
-        "stage": text(np.array(["retrieved", "passed", "shown"]), passed.astype(int) + shown),
-        "position": flat(place, shown),
+        "stage": text(np.array(["retrieved", "passed", "shown"]), np.where(shown, 2, passed)),
+        "position": flat(position, shown),
         "teacher_version": pa.array(["v1"]).take(pa.array(np.zeros(len(row), int))),
         "age": pa.array(world["age"][user][row]),
         "country": text(COUNTRIES, world["country"][user][row]),
@@ -139,13 +158,16 @@ def make_requests(
             item_names.take(flat(recent[row])), HISTORY
         ).cast(pa.list_(pa.string())),
     }
-    for task, truth in zip(("watch", "like"), probability, strict=True):
+    for task, truth, value in zip(("watch", "like"), probability, teacher, strict=True):
         label = (generator.random(truth.shape) < truth).astype(np.int8)
-        error = 0.3 * generator.normal(size=truth.shape)
-        scored = 1 / (1 + np.exp(-np.log(truth / (1 - truth)) - error))
         columns[task] = flat(label, shown)
-        columns[f"teacher_probability_{task}"] = flat(scored.astype(np.float32), passed)
+        columns[f"teacher_probability_{task}"] = flat(value.astype(np.float32), scored)
     return pa.table(columns)
+
+
+def _place(score: np.ndarray) -> np.ndarray:
+    """The place of each candidate of a request, the largest score first."""
+    return np.argsort(np.argsort(-score, axis=1), axis=1)
 
 
 def with_faults(table: pa.Table, share: float, generator: np.random.Generator) -> pa.Table:
