@@ -20,6 +20,7 @@ CANDIDATES, PASSED, SHOWN = 100, 50, 10
 TRAITS, HISTORY = 4, 20
 FIRST, DAYS = 1_700_000_000, 30
 COUNTRIES = np.array([f"country {number}" for number in range(60)])
+STAGES = np.array(["retrieved", "passed", "shown"])
 DEVICES = np.array(["phone", "tablet", "television", "web"])
 SOURCES = np.array(["following", "popular", "similar items", "trending"])
 TAGS = np.array([f"tag {number}" for number in range(500)])
@@ -119,6 +120,7 @@ def make_requests(
     passed = _place(score) < PASSED
     position = _place(np.where(passed, teacher[0] + teacher[1], -1))
     shown = position < SHOWN
+    stage = np.where(shown, 2, np.where(passed, 1, 0))
     scored = passed | (generator.random((count, 1)) < scored_whole)
     row = np.repeat(np.arange(count), CANDIDATES)
 
@@ -139,7 +141,7 @@ def make_requests(
         "time": pa.array(second[row], pa.timestamp("s")).cast(pa.timestamp("ms")),
         "user_id": pa.array(user[row] + 1000),
         "item_id": item_names.take(flat(item)),
-        "stage": text(np.array(["retrieved", "passed", "shown"]), np.where(shown, 2, passed)),
+        "stage": text(STAGES, stage),
         "position": flat(position, shown),
         "teacher_version": pa.array(["v1"]).take(pa.array(np.zeros(len(row), int))),
         "age": pa.array(world["age"][user][row]),
@@ -153,7 +155,7 @@ def make_requests(
             pa.list_(pa.string())
         ),
         "score": flat(score.astype(np.float32)),
-        "source": text(SOURCES, generator.integers(0, len(SOURCES), item.shape)),
+        "source": text(SOURCES, generator.integers(0, len(SOURCES), (count, CANDIDATES))),
         "recent": pa.FixedSizeListArray.from_arrays(
             item_names.take(flat(recent[row])), HISTORY
         ).cast(pa.list_(pa.string())),
