@@ -148,9 +148,10 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
 
 
 def _guess_select(sample: Sample) -> Guess:
-    why = "" if "data.sql" in sample.named else "in place of the path, for its values"
+    is_for_values = "data.sql" not in sample.named and not sample.doubt_of_tables
+    why = "in place of the path, for its values" if is_for_values else ""
     none = [f"{number} in {column!r}" for column, number in sample.markers.items()]
-    doubts = []
+    doubts = [sample.doubt_of_tables] if sample.doubt_of_tables else []
     if sample.unnested:
         doubts.append(f"is each object in {sample.unnested!r} a candidate?")
     if none:

@@ -213,7 +213,8 @@ def find_version(sample: Sample, time: str) -> Found:
 
 
 def _may_be_version(facts: pd.DataFrame) -> pd.Series:
-    return facts["is_few"] & (facts["item"] != 1) & (facts["user"] != 1)
+    may_differ = (facts["item"] != 1) & (facts["user"] != 1)
+    return facts["is_few"] & ~facts["binary"] & may_differ
 
 
 def follow_in_time(sample: Sample, column: str, time: str) -> bool:

@@ -25,6 +25,8 @@ _LEAST_EXPECTED = 5
 _LEAST_TOLD = 0.3
 # Least correlation of a count of labels with the labels' own.
 _COUNTS = 0.8
+# A number of requests counts their passed candidates if it does so in this share of them.
+_LEAST_EQUAL = 0.9
 _ROW_NUMBER = r"__index_level_\d+__|unnamed.*|index|column0+|"
 
 
@@ -83,6 +85,9 @@ def find_features(
         elif _is_called_as_an_outcome(facts):
             left_out.append(LeftOut(column, "known only afterwards, by its name", feature))
         elif owner == "context" and (why := _why_known_after_ranking(sample, roles, column)):
+            left_out.append(LeftOut(column, why, feature))
+        elif facts.request == 1 and (stage := _stage_that_it_counts(sample, column)):
+            why = f"the number of {stage} candidates of the request"
             left_out.append(LeftOut(column, why, feature))
         elif label := _label_that_sets(sample, roles, column):
             left_out.append(LeftOut(column, f"known, or not 0, only where {label!r} is 1", feature))
@@ -174,6 +179,16 @@ def _why_known_after_ranking(sample: Sample, roles: Roles, column: str) -> str:
             return f"missing for requests without a 1 of {label!r}"
         if numbers.nunique() > 1 and abs(numbers.corr(count)) >= _COUNTS:
             return f"goes with the number of 1 of {label!r} in the request"
+    return ""
+
+
+def _stage_that_it_counts(sample: Sample, column: str) -> str:
+    """Return the stage that as many candidates of a request reached as a column says; or ""."""
+    said = sample.numbers[column].groupby(sample.request).first()
+    for stage, reached in {"passed": sample.passed, "shown": sample.shown}.items():
+        count = reached.groupby(sample.request).sum()
+        if count.nunique() > 1 and (said == count).mean() >= _LEAST_EQUAL:
+            return stage
     return ""
 
 

@@ -10,7 +10,7 @@ from kd_ranker.sources.logs.infer import by_name, by_structure
 from kd_ranker.sources.logs.infer.guess import Guess, Roles, by_values, column_of, which
 from kd_ranker.sources.logs.infer.markers import find_markers
 from kd_ranker.sources.logs.infer.sample import Sample
-from kd_ranker.sources.logs.infer.words import identifier, without, words
+from kd_ranker.sources.logs.infer.words import identifier, is_showing, without, words
 from kd_ranker.sources.logs.layout import OPEN, split_at_commas
 from kd_ranker.sources.logs.written_after import guess_shown, why_written_after
 
@@ -235,7 +235,9 @@ def _find_labels(sample: Sample, named: dict[str, Guess], used: list[str]) -> di
     is_rare_elsewhere = possible["ones_out"] <= 0.2 * possible["ones_in"]
     is_named = (possible["task"] != "") & (possible["only_shown"] | is_rare_elsewhere)
     by_structure_only = [
-        column for column in by_structure.find_labels(sample) if column in possible.index
+        column
+        for column in by_structure.find_labels(sample)
+        if column in possible.index and not is_showing(column)
     ]
     for column, task in possible[is_named]["task"].items():
         task = task if task not in labels else identifier(str(column), labels)

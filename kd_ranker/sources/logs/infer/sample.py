@@ -18,6 +18,7 @@ from kd_ranker.sources.logs.infer.nested import (
     spread_object,
     unnest_objects,
 )
+from kd_ranker.sources.logs.infer.several_tables import join_tables
 from kd_ranker.sources.logs.infer.words import NAMES, find_key, without, words
 from kd_ranker.sources.logs.layout import (
     NO_PLACE,
@@ -90,6 +91,9 @@ class Sample:
         self._path = path
         # A SELECT in place of the path: the user's, or one with options for CSV files.
         self._sql = named.get("data.sql", "").strip()
+        self._tables = None if self._sql else join_tables(self.con, path)
+        if self._tables:
+            self._sql = self._tables.sql
         # What unfolds objects: SELECTs without their FROM, each of the rows of the one before.
         self._heads: list[str] = []
         # Column of texts that join values -> the SQL of its lists.
@@ -133,7 +137,14 @@ class Sample:
             if "read_csv(" not in self._log and self._list_of_candidates(self.con.sql(self._log)):
                 # Requests from all of the log, in the same order each time.
                 return f"SELECT * FROM ({self._log}) t ORDER BY hash(t) LIMIT {_MOST_REQUESTS}"
+            if self._tables and not is_text_log(self._tables.candidates):
+                rows = self._select_of_parquet(self._tables.candidates)
+                return self._log.replace(self._tables.source, f"({rows})", 1)
             return f"SELECT * FROM ({self._log}) LIMIT {_MOST_ROWS}"
+        return self._select_of_parquet(path)
+
+    def _select_of_parquet(self, path: str) -> str:
+        """Return the SELECT of some rows of Parquet files, at even distances."""
         system, manifest = find_files(path)
         paths = list(manifest)
         if not isinstance(system, LocalFileSystem):
@@ -141,7 +152,8 @@ class Sample:
             paths = [system.unstrip_protocol(file) for file in paths]
         # A name is a pattern to DuckDB.
         files = [literal(re.sub(r"[*?\[]", r"[\g<0>]", file)) for file in paths]
-        self._log = _sql_of_parquet(files)
+        if not self._tables:
+            self._log = _sql_of_parquet(files)
         files = files[:: len(files) // _MOST_FILES + 1]
         size = "sum(total_uncompressed_size) / sum(row_group_num_rows)"
         row = f"count(DISTINCT path_in_schema) * {size}"
@@ -169,6 +181,11 @@ class Sample:
         if markers - {""}:
             options["nullstr"] = f"[{', '.join(map(literal, sorted(markers | {''})))}]"
         return options
+
+    @property
+    def doubt_of_tables(self) -> str:
+        """Whether the tables of a folder are joined right; "" for one table."""
+        return self._tables.doubt if self._tables else ""
 
     @property
     def log(self) -> str:

@@ -36,6 +36,12 @@ def find_key(name: str, names: Mapping[str, Sequence[str]]) -> str:
     return ""
 
 
+def is_showing(name: str) -> bool:
+    """Return whether a name says that something was shown, which no user does."""
+    listed = [*NAMES["sure"]["shown"], *NAMES["stages"]["shown"]]
+    return bool(find_key(name, {"shown": listed}))
+
+
 def without(name: str, *groups: str) -> tuple[str, ...]:
     """Return the words of a name that are in no group of `NAMES`."""
     unwanted = {word for group in groups for word in NAMES[group]}

@@ -1,0 +1,218 @@
+"""A folder that holds a log as several tables: the candidates, their requests, items, events.
+
+The table with the most rows is that of the candidates. A table joins it by the columns that both
+have, if these are different in each of its rows. A table of events becomes a column per type of
+event: 1 for the candidates that have one, 0 for the others.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+
+from kd_ranker.sources.logs.infer.words import identifier
+from kd_ranker.sources.logs.layout import PARQUET, is_text_log, sql_of_texts
+from kd_ranker.sources.logs.sql import literal, quoted
+
+# Files of one table share at least this share of the columns of the wider one.
+_LEAST_SHARED = 0.5
+_MOST_EVENT_TYPES = 12
+# Whether columns tell candidates apart is tried on so many.
+_MOST_ROWS = 120_000
+
+
+class Joined(NamedTuple):
+    """A SELECT with a row per candidate of several tables."""
+
+    sql: str
+    candidates: str  # the path or pattern of the table of candidates
+    source: str  # what FROM reads for it
+    doubt: str  # names the tables, and those that did not join
+
+
+class _Table(NamedTuple):
+    name: str
+    path: str  # or a pattern
+    source: str  # what FROM reads
+    columns: tuple[str, ...]
+
+
+def join_tables(con: duckdb.DuckDBPyConnection, path: str) -> Joined | None:
+    """Return the tables of a local folder as one; None if fewer than two join."""
+    tables = _find_tables(con, path)
+    if len(tables) < 2:
+        return None
+    candidates = max(tables, key=lambda table: _value(con, f"SELECT count(*) FROM {table.source}"))
+    others = [table for table in tables if table is not candidates]
+    query = _Query(candidates)
+    left = _join_events(con, query, _join_by_keys(con, query, others))
+    if left == others:
+        return None
+    doubt = f"is each row of {candidates.name!r} a candidate, and are the tables joined right?"
+    if left:
+        doubt += f" Not joined: {', '.join(table.name for table in left)}."
+    return Joined(query.sql, candidates.path, candidates.source, doubt)
+
+
+class _Query:
+    """A SELECT that grows by the tables that join.
+
+    Attributes:
+      candidates: the table that the others join.
+      owners: column -> the table that it is taken from.
+    """
+
+    def __init__(self, candidates: _Table) -> None:
+        self.candidates = candidates
+        self.owners = dict.fromkeys(candidates.columns, candidates.name)
+        self._clauses = [f"FROM {candidates.source} AS {quoted(candidates.name)}"]
+        self._values = [f"{quoted(candidates.name)}.*"]
+
+    @property
+    def sql(self) -> str:
+        return "\n".join(["SELECT " + ",\n    ".join(self._values), *self._clauses])
+
+    def join(self, source: str, name: str, key: Sequence[str]) -> None:
+        """Join what FROM reads by columns that the query has; `take` says which values count."""
+        equal = "\n    AND ".join(
+            f"{quoted(name)}.{quoted(column)} = {quoted(self.owners[column])}.{quoted(column)}"
+            for column in key
+        )
+        self._clauses.append(f"LEFT JOIN {source} AS {quoted(name)}\n    ON {equal}")
+
+    def take(self, name: str, values: Sequence[str], columns: Iterable[str]) -> None:
+        """Take columns of a table that joined, by these values."""
+        self._values += values
+        self.owners |= dict.fromkeys(columns, name)
+
+
+def _join_by_keys(
+    con: duckdb.DuckDBPyConnection, query: _Query, tables: Sequence[_Table]
+) -> list[_Table]:
+    """Join the tables with a key; returns the others.
+
+    A table may join by a column of another that joined before: users by their requests.
+    """
+    left = list(tables)
+    while joining := [
+        (table, key) for table in left if (key := _find_key(con, table, query.owners))
+    ]:
+        table, key = joining[0]
+        left.remove(table)
+        query.join(table.source, table.name, key)
+        repeated = ", ".join(quoted(column) for column in table.columns if column in query.owners)
+        new = [column for column in table.columns if column not in query.owners]
+        query.take(table.name, [f"{quoted(table.name)}.* EXCLUDE ({repeated})"] if new else [], new)
+    return left
+
+
+def _join_events(
+    con: duckdb.DuckDBPyConnection, query: _Query, tables: Sequence[_Table]
+) -> list[_Table]:
+    """Join the tables with events of the candidates; returns the others."""
+    left = []
+    some = f"(SELECT * FROM {query.candidates.source} LIMIT {_MOST_ROWS})"
+    candidates = query.candidates._replace(source=some)
+    for table in tables:
+        key = _find_key(con, candidates, table.columns)
+        types = _find_event_types(con, table, query.owners) if key else {}
+        if not types:
+            left.append(table)
+            continue
+        query.join(_count_events(table, key, types), table.name, key)
+        values = [
+            f"coalesce({quoted(table.name)}.{quoted(name)}, 0) AS {quoted(name)}" for name in types
+        ]
+        query.take(table.name, values, types)
+    return left
+
+
+def _count_events(table: _Table, key: Sequence[str], types: dict[str, str]) -> str:
+    """Return what FROM reads for events: a row per key, with 1 for each type that it has."""
+    keys = ", ".join(map(quoted, key))
+    values = [
+        f"max(CAST({is_type} AS INTEGER)) AS {quoted(name)}" for name, is_type in types.items()
+    ]
+    columns = ",\n        ".join([keys, *values])
+    return f"(\n    SELECT {columns}\n    FROM {table.source}\n    GROUP BY {keys}\n)"
+
+
+def _find_tables(con: duckdb.DuckDBPyConnection, path: str) -> list[_Table]:
+    """Return the tables in a folder: its parts, of which those with like columns are one."""
+    if not os.path.isdir(path):
+        return []
+    tables: list[_Table] = []
+    for part in sorted(Path(path).iterdir()):
+        pattern = "" if part.name[0] in "._" else _pattern_of(part)
+        if not pattern:
+            continue
+        source = f"read_parquet({literal(pattern)})"
+        if is_text_log(pattern):
+            source = sql_of_texts(pattern).removeprefix("SELECT * FROM ")
+        columns = tuple(con.sql(f"SELECT * FROM {source} LIMIT 0").columns)
+        if any(_are_alike(columns, table.columns) for table in tables):
+            # The parts of one table: the usual log, which is read as a whole.
+            return []
+        name = identifier(re.sub(r"\..*", "", part.name), [table.name for table in tables])
+        tables.append(_Table(name, pattern, source, columns))
+    return tables
+
+
+def _pattern_of(part: Path) -> str:
+    """Return a file, or the pattern of a folder with files of one kind; "" for others."""
+    files = [part] if part.is_file() else sorted(file for file in part.rglob("*") if file.is_file())
+    files = [file for file in files if file.name[0] not in "._"]
+    if files and all(file.name.endswith(PARQUET) for file in files):
+        return str(part if part.is_file() else part / f"**/*{files[0].suffix}")
+    if files and is_text_log(",".join(map(str, files))):
+        last = files[0].suffixes
+        ending = "".join(last[-2:]) if last[-1] == ".gz" else last[-1]
+        return str(part if part.is_file() else part / f"**/*{ending}")
+    return ""
+
+
+def _are_alike(columns: Sequence[str], others: Sequence[str]) -> bool:
+    shared = {*columns} & {*others}
+    return len(shared) >= _LEAST_SHARED * max(len(columns), len(others))
+
+
+def _find_key(
+    con: duckdb.DuckDBPyConnection, table: _Table, known: Collection[str]
+) -> tuple[str, ...]:
+    """Return the fewest known columns that differ in each row of a table; () for none."""
+    shared = [column for column in table.columns if column in known]
+    for size in (1, 2):
+        for key in itertools.combinations(shared, size):
+            columns = ", ".join(map(quoted, key))
+            is_key = f"count(*) = count(DISTINCT ({columns}))"
+            if _value(con, f"SELECT {is_key} FROM {table.source}"):
+                return key
+    return ()
+
+
+def _find_event_types(
+    con: duckdb.DuckDBPyConnection, table: _Table, known: Collection[str]
+) -> dict[str, str]:
+    """Return column -> the condition of its type of events, by the first column of a few texts."""
+    rows = con.sql(f"SELECT * FROM {table.source} LIMIT 0")
+    for column, type_ in zip(rows.columns, rows.types, strict=True):
+        if type_ != "VARCHAR" or column in known:
+            continue
+        select = f"SELECT DISTINCT {quoted(column)} FROM {table.source}"
+        found = f"{select} WHERE {quoted(column)} IS NOT NULL LIMIT {_MOST_EVENT_TYPES + 1}"
+        texts = sorted(text for (text,) in con.sql(found).fetchall())
+        if len(texts) <= _MOST_EVENT_TYPES:
+            types: dict[str, str] = {}
+            for text in texts:
+                name = identifier(text, [*known, *types])
+                types[name] = f"{quoted(column)} = {literal(text)}"
+            return types
+    return {}
+
+
+def _value(con: duckdb.DuckDBPyConnection, select: str) -> Any:
+    return con.sql(select).fetchall()[0][0]

@@ -1,0 +1,154 @@
+"""First configs of folders that hold a log as several tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import kd_ranker as kd
+from tests.sources import owner_logs
+from tests.sources.logs.test_infer import (
+    check_of,
+    features_of,
+    infer,
+    left_out,
+    roles_of,
+)
+
+_DAYS = 3
+
+
+@pytest.fixture
+def tables() -> dict[str, pd.DataFrame]:
+    """Tables of one funnel: candidates, their requests, users, items and events."""
+    log = owner_logs.simulate(8)
+    rng = np.random.default_rng(8)
+    item, request, shown = log["item"], log["request"], log["shown"]
+    first = slice(None, None, owner_logs.CANDIDATES)
+    # The retrieval dropped some candidates, so that requests differ in the number passed.
+    kept = rng.random(len(item)) < 0.9
+    candidates = pd.DataFrame(
+        {
+            "req": [f"r{number}" for number in request],
+            "article": [f"a{number}" for number in item],
+            "prescore": log["early"],
+            "reached": np.where(shown, "page", np.where(log["passed"], "heavy", "light")),
+            "bigscore": np.where(log["passed"], log["final_first"], np.nan),
+            "placed": np.where(shown, log["place"] + 1, np.nan),
+        }
+    )[kept]
+    num_passed = candidates.groupby("req", sort=False)["bigscore"].count()
+    requests = pd.DataFrame(
+        {
+            "req": num_passed.index,
+            "ts": pd.Timestamp("2025-06-01") + pd.to_timedelta(log["minutes"][first], unit="min"),
+            "reader": log["user"][first] + 40,
+            "screen": rng.choice(["phone", "desk"], size=owner_logs.REQUESTS),
+            "sent_on": num_passed.to_numpy(),
+        }
+    )
+    readers = pd.DataFrame({"reader": np.arange(owner_logs.USERS) + 40})
+    readers["plan"] = rng.choice(["free", "paid", "trial"], size=owner_logs.USERS)
+    articles = pd.DataFrame({"article": [f"a{number}" for number in range(owner_logs.ITEMS)]})
+    articles["desk"] = rng.choice(["sport", "world", "arts"], size=owner_logs.ITEMS)
+    keys = candidates[["req", "article"]]
+    # Impressions are logged by the screen: not all that was shown was seen.
+    is_seen = shown[kept] & (rng.random(len(keys)) < 0.9)
+    is_open, is_saved = (log[task][kept] & shown[kept] for task in ("first", "second"))
+    events = pd.concat(
+        [
+            keys[is_seen].assign(kind="impression"),
+            keys[is_open].assign(kind="open"),
+            keys[is_open].assign(kind="open"),  # some are written twice
+            keys[is_saved].assign(kind="save"),
+        ]
+    ).sample(frac=1, random_state=0)
+    return {
+        "candidates": candidates, "requests": requests, "readers": readers, "articles": articles,
+        "events": events,
+    }  # fmt: skip
+
+
+def write(tables: dict[str, pd.DataFrame], folder: Path) -> str:
+    """Write each table in a form of its own, the candidates by day; returns the folder."""
+    for day in range(_DAYS):
+        part = folder / f"candidates/dt=2025-06-0{day + 1}"
+        part.mkdir(parents=True)
+        is_of_day = tables["candidates"]["req"].str[1:].astype(int) % _DAYS == day
+        tables["candidates"][is_of_day].to_parquet(part / "part.parquet", index=False)
+    tables["requests"].to_parquet(folder / "requests.parquet", index=False)
+    tables["readers"].to_csv(folder / "readers.csv", index=False)
+    tables["articles"].to_csv(folder / "articles.csv", index=False)
+    (folder / "events").mkdir()
+    file = folder / "events/all.jsonl.gz"
+    tables["events"].to_json(file, orient="records", lines=True)
+    (folder / "_done").touch()
+    return str(folder)
+
+
+@pytest.fixture
+def inferred(tables: dict[str, pd.DataFrame], tmp_path: Path) -> tuple[str, Any]:
+    return infer(tmp_path, write(tables, tmp_path / "log"))
+
+
+def test_the_tables_give_the_roles(inferred):
+    text, config = inferred
+    roles = roles_of(config)
+    # Which of two alike tasks the score predicts is for the owner to say.
+    scored = [key for key, column in roles.items() if column == "bigscore"]
+    assert len(scored) == 1
+    assert scored[0].startswith("data.teacher.")
+    assert "# CHECK: by its values; is it the final ranker's score of" in text
+    del roles[scored[0]]
+    tasks = {column: task for task, column in config.data.labels.items()}
+    assert roles == {
+        "data.rows": "candidate",
+        "data.columns.request": "req", "data.columns.time": "ts", "data.columns.user": "reader",
+        "data.columns.item": "article", "data.columns.position": "placed",
+        "data.columns.stage": "reached", "data.stages.shown": "page",
+        "data.stages.passed": "heavy", "data.stages.retrieved": "light",
+        "data.columns.incumbent": "prescore",
+        f"data.labels.{tasks['open']}": "open", f"data.labels.{tasks['save']}": "save",
+    }  # fmt: skip
+    assert check_of(text, "data.sql") == (
+        "is each row of 'candidates' a candidate, and are the tables joined right?"
+    )
+
+
+def test_features_come_from_every_table(inferred):
+    _, config = inferred
+    assert features_of(config) == {
+        "screen": ("context", "category"), "plan": ("user", "category"),
+        "desk": ("item", "category"),
+    }  # fmt: skip
+
+
+def test_what_was_shown_is_no_label_and_a_count_of_the_passed_no_feature(inferred):
+    text, _ = inferred
+    assert left_out(text)["sent_on"] == "the number of passed candidates of the request"
+    assert "impression" in left_out(text)
+
+
+def test_the_select_has_a_row_per_candidate(tables, inferred, tmp_path):
+    _, config = inferred
+    config.data.dir, config.data.allow = str(tmp_path / "data"), ("few_positives", "one_candidate")
+    prepared = kd.prepare(config)
+    report = json.loads((prepared.directory / "data_report.json").read_text())
+    assert report["candidates"]["used"] == len(tables["candidates"])
+
+
+def test_parts_of_one_table_are_the_usual_log(tmp_path):
+    folder = owner_logs.english_folder(tmp_path)
+    _, config = infer(tmp_path, folder)
+    assert not config.data.sql
+    assert config.data.path == folder
+
+
+def test_a_table_with_a_repeated_key_is_not_joined(tables, tmp_path):
+    tables["articles"] = pd.concat([tables["articles"], tables["articles"].iloc[:1]])
+    text, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert check_of(text, "data.sql").endswith("Not joined: articles.")
+    assert "desk" not in features_of(config)
