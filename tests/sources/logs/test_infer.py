@@ -93,15 +93,22 @@ def features_of(config: ConfigDict) -> dict[str, tuple[str, str]]:
 def check_of(text: str, key: str) -> str:
     """The doubt above the line that sets a key; "" for none."""
     section, _, name = key.rpartition(".")
-    line = {
-        "data.columns": rf"(?:data\.columns = configs\.columns\()?{name}=",
-        "data.labels": rf"(?:data\.labels = {{)?'{name}':",
-        "data.teacher": rf"(?:data\.teacher = {{)?'{name}':",
-        "config.funnel": r"config\.funnel\.update\(",
-    }.get(section, rf"{re.escape(key)} = ")
-    above = re.search(rf"((?: +# .*\n)*) +{line}", text)
-    assert above, key
-    return " ".join(re.findall(r"# (.*)", above[1])).partition("CHECK: ")[2]
+    statement, comments = "", []
+    for line in text.splitlines():
+        code = line.strip()
+        if code.startswith("# "):
+            comments.append(code[2:])
+            continue
+        if re.match(r" {4}\S", line):
+            statement = code
+        # A section may be one line, or have one for each of its names.
+        is_of_section = statement.startswith((f"{section} = ", f"{section}.update("))
+        if code.startswith(f"{key} = ") or (
+            is_of_section and re.search(rf"'{name}':|\b{name}=", line)
+        ):
+            return " ".join(comments).partition("CHECK: ")[2]
+        comments = []
+    raise AssertionError(f"no line sets {key}")
 
 
 def is_checked(text: str, key: str) -> bool:

@@ -8,7 +8,7 @@ from kd_ranker.sources.logs.infer.features import InferredFeature, InferredFeatu
 from kd_ranker.sources.logs.infer.guess import CHECK, Guess
 
 _WIDTH = 96  # of a line without its indent
-_TEMPLATE = '''"""A first config for the log {name}, inferred from {rows:,} rows."""
+_TEMPLATE = '''"""A first config for {name}, inferred from {rows:,} rows."""
 
 from ml_collections import ConfigDict
 
