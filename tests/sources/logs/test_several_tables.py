@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,7 +55,8 @@ def tables() -> dict[str, pd.DataFrame]:
     readers["plan"] = rng.choice(["free", "paid", "trial"], size=owner_logs.USERS)
     articles = pd.DataFrame({"article": [f"a{number}" for number in range(owner_logs.ITEMS)]})
     articles["desk"] = rng.choice(["sport", "world", "arts"], size=owner_logs.ITEMS)
-    keys = candidates[["req", "article"]]
+    # The events copy the stage, which is no type of event.
+    keys = candidates[["req", "article", "reached"]]
     # Impressions are logged by the screen: not all that was shown was seen.
     is_seen = shown[kept] & (rng.random(len(keys)) < 0.9)
     is_open, is_saved = (log[task][kept] & shown[kept] for task in ("first", "second"))
@@ -85,7 +87,8 @@ def write(tables: dict[str, pd.DataFrame], folder: Path) -> str:
     (folder / "events").mkdir()
     file = folder / "events/all.jsonl.gz"
     tables["events"].to_json(file, orient="records", lines=True)
-    (folder / "_done").touch()
+    (folder / "_delta_log").mkdir()
+    (folder / "_delta_log/0.json").write_text('{"rows": 1}')
     return str(folder)
 
 
@@ -140,11 +143,44 @@ def test_the_select_has_a_row_per_candidate(tables, inferred, tmp_path):
     assert report["candidates"]["used"] == len(tables["candidates"])
 
 
+def test_a_type_of_event_is_1_where_there_is_one_and_0_elsewhere(tables, inferred):
+    _, config = inferred
+    rows = duckdb.sql(config.data.sql).df()
+    has_saved = rows.set_index(["req", "article"])["save"].sort_index()
+    candidates, events = tables["candidates"], tables["events"]
+    saved = events[events["kind"] == "save"].set_index(["req", "article"]).index
+    expected = candidates.set_index(["req", "article"]).index.isin(saved)
+    by_key = pd.Series(expected, candidates.set_index(["req", "article"]).index).sort_index()
+    assert 0 < by_key.sum() < len(by_key)
+    assert has_saved.tolist() == by_key.astype(float).tolist()
+
+
 def test_parts_of_one_table_are_the_usual_log(tmp_path):
     folder = owner_logs.english_folder(tmp_path)
     _, config = infer(tmp_path, folder)
     assert not config.data.sql
     assert config.data.path == folder
+
+
+def test_numbered_files_beside_others_are_one_table(tables, tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    candidates = tables["candidates"]
+    candidates[:5000].to_parquet(folder / "scored-9.parquet", index=False)
+    candidates[5000:].to_parquet(folder / "scored-10.parquet", index=False)
+    tables["events"].to_parquet(folder / "scored-events.parquet", index=False)
+    tables["requests"].to_csv(folder / "requests.csv", index=False)
+    _, config = infer(tmp_path, str(folder))
+    assert len(duckdb.sql(config.data.sql)) == len(candidates)
+    assert {*config.data.labels.values()} == {"open", "save"}
+
+
+@pytest.mark.parametrize("others", [lambda number: -number, lambda number: f"other {number}"])
+def test_a_table_without_a_common_key_is_not_joined(tables, tmp_path, others):
+    tables["readers"]["reader"] = tables["readers"]["reader"].map(others)
+    text, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert check_of(text, "data.sql").endswith("Not joined: readers.")
+    assert "plan" not in features_of(config)
 
 
 def test_a_table_with_a_repeated_key_is_not_joined(tables, tmp_path):

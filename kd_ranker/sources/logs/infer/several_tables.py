@@ -1,14 +1,14 @@
 """A folder that holds a log as several tables: the candidates, their requests, items, events.
 
 The table with the most rows is that of the candidates. A table joins it by the columns that both
-have, if these are different in each of its rows. A table of events becomes a column per type of
-event: 1 for the candidates that have one, 0 for the others.
+have, if these are different in each of its rows and some values are in both. A table of events
+becomes a column per type of event: 1 for the candidates that have one, 0 for the others.
 """
 
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from kd_ranker.sources.logs.layout import PARQUET, is_text_log, sql_of_texts
 from kd_ranker.sources.logs.sql import literal, quoted
 
 # Files of one table share at least this share of the columns of the wider one.
-_LEAST_SHARED = 0.5
+_LEAST_SHARED = 0.75
 _MOST_EVENT_TYPES = 12
+_NUMBER = "[0-9]*"  # in a pattern
 # Whether columns tell candidates apart is tried on so many.
 _MOST_ROWS = 120_000
 
@@ -99,7 +100,9 @@ def _join_by_keys(
     """
     left = list(tables)
     while joining := [
-        (table, key) for table in left if (key := _find_key(con, table, query.owners))
+        (table, key)
+        for table in left
+        if (key := _find_key(con, table, query.owners)) and _have_common(con, query, table, key)
     ]:
         table, key = joining[0]
         left.remove(table)
@@ -142,14 +145,11 @@ def _count_events(table: _Table, key: Sequence[str], types: dict[str, str]) -> s
 
 
 def _find_tables(con: duckdb.DuckDBPyConnection, path: str) -> list[_Table]:
-    """Return the tables in a folder: its parts, of which those with like columns are one."""
+    """Return the tables in a folder; none if two are parts of one table."""
     if not os.path.isdir(path):
         return []
     tables: list[_Table] = []
-    for part in sorted(Path(path).iterdir()):
-        pattern = "" if part.name[0] in "._" else _pattern_of(part)
-        if not pattern:
-            continue
+    for name, pattern in _find_patterns(Path(path)):
         source = f"read_parquet({literal(pattern)})"
         if is_text_log(pattern):
             source = sql_of_texts(pattern).removeprefix("SELECT * FROM ")
@@ -157,9 +157,29 @@ def _find_tables(con: duckdb.DuckDBPyConnection, path: str) -> list[_Table]:
         if any(_are_alike(columns, table.columns) for table in tables):
             # The parts of one table: the usual log, which is read as a whole.
             return []
-        name = identifier(re.sub(r"\..*", "", part.name), [table.name for table in tables])
+        name = identifier(name, [table.name for table in tables])
         tables.append(_Table(name, pattern, source, columns))
     return tables
+
+
+def _find_patterns(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and pattern of what may be a table.
+
+    It is a folder, a file, or files whose names differ in a number: `events-0.csv`, `events-1.csv`.
+    """
+    parts: dict[str, list[Path]] = {}
+    for part in sorted(folder.iterdir()):
+        if part.name[0] not in "._":
+            name = re.sub(r"\d+", _NUMBER, part.name) if part.is_file() else part.name
+            parts.setdefault(name, []).append(part)
+    for name, group in parts.items():
+        pattern = _pattern_of(group[0])
+        if not pattern:
+            continue
+        if len(group) == 1:
+            yield re.sub(r"\..*", "", group[0].name), pattern
+        else:
+            yield re.sub(r"\..*", "", name.replace(_NUMBER, "")), str(folder / name)
 
 
 def _pattern_of(part: Path) -> str:
@@ -192,6 +212,18 @@ def _find_key(
             if _value(con, f"SELECT {is_key} FROM {table.source}"):
                 return key
     return ()
+
+
+def _have_common(
+    con: duckdb.DuckDBPyConnection, query: _Query, table: _Table, key: Sequence[str]
+) -> bool:
+    """Return whether some values of a key are in the query and in a table."""
+    columns = ", ".join(map(quoted, key))
+    common = f"FROM ({query.sql}) q SEMI JOIN {table.source} t USING ({columns})"
+    try:
+        return bool(_value(con, f"SELECT count(*) FROM (SELECT 1 {common} LIMIT 1)"))
+    except duckdb.ConversionException:
+        return False  # numbers in one, texts in the other
 
 
 def _find_event_types(
