@@ -184,9 +184,9 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
     """(c) `shared` comes closer to the teacher's order than `aux`, with either of its heads.
 
     On validation, where all settings are measured: the paired tau of `shared` less that of `aux`,
-    all else equal. It is averaged over settings within a repeat, so that nothing is chosen.
+    all else equal. It is averaged over the settings that both trained in full, within a repeat.
     """
-    rows = of_split(study.rows, "validation")
+    rows = study.trained_in_full
     alike = [key for key in (*SETTING_COLUMNS, "repeat") if key not in ("mode", "serve")]
     rows = rows.reindex(columns=["setting", "mode", "serve", *alike, "teacher_tau", "cost_ratio"])
     shared = rows[rows["mode"] == "shared"]
@@ -196,7 +196,10 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
         claim = _Claim("c", statement, "teacher_tau", "above")
         pairs = shared.merge(aux[aux["serve"] == heads], on=alike, suffixes=("", "_of_aux"))
         if pairs.empty:
-            why = "there are no students of mode shared and mode aux that differ in nothing else"
+            why = (
+                "there are no students of mode shared and mode aux, both trained in full, that "
+                "differ in nothing else"
+            )
             yield claim.line() | {"remark": why}
             continue
         gap = pairs["teacher_tau"] - pairs["teacher_tau_of_aux"]
@@ -205,7 +208,8 @@ def _shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
         mean_gaps = gaps.mean(axis="columns").to_numpy()
         # Two one-sided tests at 5% each (Schuirmann, J. Pharmacokinet. Biopharm. 1987).
         narrower = interval(mean_gaps, 0.90)
-        setting = f"mean over {gaps.shape[1]} settings, on validation"
+        number = gaps.shape[1]
+        setting = f"mean over {number} setting{'s' if number > 1 else ''}, on validation"
         line = claim.line(setting, interval(mean_gaps), float(pairs["cost_ratio"].max()))
         if narrower.low > -TAU_MARGIN and narrower.high < TAU_MARGIN:
             line |= {"verdict": "equivalent", "remark": f"within ±{TAU_MARGIN:g}"}

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from kd_ranker.evaluation.metrics.registry import title_of
 from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, TARGET
-from kd_ranker.evaluation.saving import SAVINGS, by_repeat, of_split
+from kd_ranker.evaluation.saving import SAVINGS, by_repeat
 from kd_ranker.evaluation.setting_names import SETTING_COLUMNS
 from kd_ranker.reporting import findings
 from kd_ranker.reporting.estimates import Estimates
@@ -477,9 +477,10 @@ def _crossing(
 def _pareto(study: Study) -> Figure | None:
     """Draw the loss against the teacher over that against users, on validation.
 
-    The points of a method are its chosen setting and those that differ from it only in the weight.
+    The points of a method are its chosen setting and those that differ from it only in the weight,
+    if they trained in full.
     """
-    rows = of_split(study.rows, "validation")
+    rows = study.trained_in_full
     alike = [column for column in SETTING_COLUMNS if column != "distill_weight"]
     chosen = rows.loc[rows["setting"].isin([*study.chosen.values()]), alike].drop_duplicates()
     points = rows.drop_duplicates("setting").merge(chosen, on=alike)
@@ -500,7 +501,8 @@ def _pareto(study: Study) -> Figure | None:
         "pareto", "Predicting users against following the teacher",
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
         "over tasks, on validation; lower is better for both. One line per method as the distill "
-        "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
+        "weight grows, all else as it was chosen, without settings that halving stopped; bars are "
+        "95% intervals over repeats.",
         findings.best_of_losses(data),
         data,
         alt.layer(*_points(study, data, x, y, measures, "weight"), data=_values(data)),

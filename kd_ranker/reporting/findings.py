@@ -4,10 +4,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from kd_ranker.evaluation.metrics.registry import metric_of, title_of
-from kd_ranker.evaluation.metrics.target import CRITERION, TARGET
+from kd_ranker.evaluation.metrics.target import CRITERION, PERCENT, TARGET
 from kd_ranker.evaluation.saving import SAVINGS
+from kd_ranker.evaluation.setting_names import key_title, value_text
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.study import Study
 from kd_ranker.reporting.tables import digits_of, important_columns, number, percents
@@ -81,6 +83,48 @@ def savings_at_targets(study: Study, estimates: Estimates) -> str:
     if others:
         sentences.append(f"The scores are not shown to save at {', '.join(others)}.")
     return " ".join(sentences)
+
+
+def saved_over_today(study: Study, estimates: Estimates) -> str:
+    """Say what the best with scores saves against today's ranker, if the answer does not."""
+    with_scores = study.best_with_scores
+    if with_scores is None or study.incumbent in (None, study.baseline):
+        return ""
+    if estimates.are_partly_scored:
+        return ""
+    mean, low, high = percents(estimates.cost_saved(with_scores, over=study.incumbent))
+    if not low:
+        return ""
+    return (
+        f"Against today's early ranker, the best with scores saves {mean}% of the funnel's "
+        f"{study.saved_unit} (95% interval {low} to {high}%), if each passes what it needs for "
+        f"{PERCENT} of the final value."
+    )
+
+
+def at_an_end(study: Study) -> str:
+    """Say which tuned numbers of the rankers that the answer compares are at an end of their grid.
+
+    A better value may lie beyond it.
+    """
+    ends = []
+    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
+    for name, setting in rankers.items():
+        of_setting = study.rows[study.rows["setting"] == setting]
+        if of_setting.empty:
+            continue  # not a student
+        of_method = study.rows[study.rows["method"] == of_setting["method"].iloc[0]]
+        for column in ("distill_weight", *study.varying):
+            if not is_numeric_dtype(of_method[column]):
+                continue
+            tried = sorted(of_method[column].dropna().unique())
+            value = of_setting[column].iloc[0]
+            if len(tried) > 1 and value in (tried[0], tried[-1]):
+                values = ", ".join(map(value_text, tried))
+                ends.append(f"{key_title(column)} {value_text(value)} of {name} (tried: {values})")
+    if not ends:
+        return ""
+    return f"At an end of the values tried, so a better one may lie beyond: {'; '.join(ends)}."
 
 
 def worse_measures(study: Study, estimates: Estimates) -> str:

@@ -49,8 +49,8 @@ class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
     The tables of rankers are rows of `results.csv` with the columns of `setting_names.with_names`,
-    `source` (the number of the sweep), `needs_scores` and, under their names, the means over tasks
-    of metrics that are `averaged`.
+    `source` (the number of the sweep), `is_stopped` (by halving), `needs_scores` and, under their
+    names, the means over tasks of metrics that are `averaged`.
 
     Of the students, only those of finite loss take part, except in `diverged`.
     """
@@ -174,6 +174,12 @@ class Study(NamedTuple):
             if with_scores is not None and without is not None
         }
 
+    @property
+    def trained_in_full(self) -> pd.DataFrame:
+        """The students' rows on validation, without the runs that halving stopped."""
+        rows = of_split(self.rows, "validation")
+        return rows[~rows["is_stopped"]]
+
     def _students(self, needs_scores: bool) -> list[str]:
         rows = self.tested[self.tested["needs_scores"] == needs_scores]
         return [*rows["setting"].unique()]
@@ -258,10 +264,11 @@ def _join_sweeps(dataset: str, folders: list[Path]) -> Study:
     configs = {str(folder): workdirs.read_config(folder) for folder in folders}
     _check_alike(configs)
     first = next(iter(configs.values()))
-    tables = (
-        results.read_csv(folder / results.FILE).assign(source=source)
-        for source, folder in enumerate(folders)
-    )
+    tables = []
+    for source, folder in enumerate(folders):
+        rows_of_sweep = results.read_csv(folder / results.FILE)
+        is_stopped = rows_of_sweep["step"].isin(configs[str(folder)].sweep.halving)
+        tables.append(rows_of_sweep.assign(source=source, is_stopped=is_stopped))
     joined = pd.concat(tables, ignore_index=True)
     if "student" not in set(joined["role"]):
         names = ", ".join(configs)

@@ -403,6 +403,10 @@ def tuning_table(study: Study) -> Table:
     rows = of_split(study.rows, "validation")
     settings = rows.drop_duplicates("setting")
     cells = _key_cells(settings, study.varying)
+    is_stopped = settings["is_stopped"].to_numpy()
+    if is_stopped.any():
+        steps = settings["step"].map("{:.0f}".format).to_numpy()
+        cells["steps"] = np.where(is_stopped, steps + ", stopped", steps)
     chosen = settings["setting"].isin(list(study.chosen.values()))
     cells[""] = np.where(chosen, "chosen", "")
     by_setting = rows.groupby("setting", sort=False)
@@ -415,6 +419,11 @@ def tuning_table(study: Study) -> Table:
         "All that was tried, on the validation split; of each method the setting with the smallest "
         f"mean {title_of(CRITERION)} was chosen. ± is half the 95% interval over repeats."
     ]
+    if is_stopped.any():
+        notes.append(
+            "A stopped setting was behind others of its method, and has the numbers of the step at "
+            "which halving stopped it. Do not compare it with one that trained to the end."
+        )
     return Table(f"{study.dataset}: every setting, on validation", cells, notes)
 
 
@@ -445,9 +454,10 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
         "hold if the whole interval is on the other side, and is undecided if the interval "
         "includes the threshold or one repeat gives none. Intervals are not corrected for the "
         "number of claims.",
-        "(a) is of plain mode none. (c) is shared less aux, all else equal, averaged over all "
-        "settings. The other numbers are paired differences to the best on validation of the "
-        "rankers without scores and the lists of items; (f) holds only if (d) does.",
+        "(a) is of plain mode none. (c) is shared less aux, all else equal, averaged over the "
+        "settings that both trained in full. The other numbers are paired differences to the best "
+        "on validation of the rankers without scores and the lists of items; (f) holds only if (d) "
+        "does.",
     ]
     return Table(f"{dataset}: claims", cells, notes)
 

@@ -8,6 +8,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup, escape
 
+from kd_ranker.evaluation.metrics.registry import metric_of, title_of
 from kd_ranker.reporting import figures, findings, tables
 from kd_ranker.reporting.answer import Answer, answer
 from kd_ranker.reporting.claims import claims
@@ -40,12 +41,15 @@ class Section(NamedTuple):
     study: Study
     answer: Answer
     doubts: tuple[str, ...]  # where the saving is not shown, and what is worse
+    over_today: str  # the saving against today's ranker; "" if it is not known
     timeout: str  # what is left if the final ranker times out; "" if it is not known
+    tuned: str  # where a better setting may lie; "" if nothing says so
     summary: str  # the table for a terminal
     figures: list[figures.Figure]
     claims: Table
     verdicts: str  # how many claims have which verdict
     tables: SectionTables
+    formulas: dict[str, str]  # of the measures in the tables, by their titles
 
 
 def write_report(
@@ -123,7 +127,9 @@ def _write_study(
             findings.worse_measures(study, estimates),
             findings.failed_claims(tested_claims),
         ),
+        over_today=findings.saved_over_today(study, estimates),
         timeout=timeout_sentence(study, estimates),
+        tuned=findings.at_an_end(study),
         summary=summary(study, estimates),
         figures=drawn,
         claims=tables.claims_table(study.dataset, tested_claims),
@@ -131,6 +137,7 @@ def _write_study(
         tables=SectionTables(
             costs=_present(cost, timeout), tuned=[tuning], results=_present(main, difference)
         ),
+        formulas=_formulas(study),
     )
 
 
@@ -140,6 +147,17 @@ def _with_code(sentence: str) -> Markup:
     return Markup(
         "".join(f"<code>{part}</code>" if at % 2 else part for at, part in enumerate(parts))
     )
+
+
+def _formulas(study: Study) -> dict[str, str]:
+    """Return the formulas of the main measures by their titles, as text."""
+    formulas = {}
+    for column in [*tables.important_columns(study), *study.users_measures]:
+        measure = column.partition("/")[0]  # without a task
+        metric = metric_of(measure)
+        if metric is not None:
+            formulas[title_of(measure)] = metric.formula.replace("*", "")
+    return formulas
 
 
 def _present(*of_section: Table | None) -> list[Table]:

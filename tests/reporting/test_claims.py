@@ -107,14 +107,14 @@ TABLE = {
          # Without a counterpart.
          ({"mode": "shared", "weight": 9.0}, {"tau": [0.59, 0.59]})],
         {("c", ""): [("mean over 2 settings, on validation", HOLDS, (0.1 + 0.04) / 2),
-                     ("mean over 1 settings, on validation", FAILS, -(0.09 + 0.10) / 2)]},
+                     ("mean over 1 setting, on validation", FAILS, -(0.09 + 0.10) / 2)]},
     ),
     "c: within a hundredth of tau": (
         [({"mode": "none"}, {"tau": [0.3, 0.3, 0.3]}),
          ({"mode": "aux"}, {"tau": [0.400, 0.410, 0.400]}),
          ({"mode": "shared"}, {"tau": [0.401, 0.4105, 0.4015]})],
         # There are no heads of the teacher.
-        {("c", ""): [("mean over 1 settings, on validation", "equivalent", 0.001),
+        {("c", ""): [("mean over 1 setting, on validation", "equivalent", 0.001),
                      ("", UNKNOWN, None)]},
     ),
     "d: the saving counts the student's own cost": (
@@ -144,7 +144,7 @@ TABLE = {
     ),
     "without a baseline": (
         [({"mode": "aux"}, {"tau": [0.3, 0.31]}), ({"mode": "shared"}, {"tau": [0.4, 0.41]})],
-        {("c", "user"): [("mean over 1 settings, on validation", HOLDS, 0.1)],
+        {("c", "user"): [("mean over 1 setting, on validation", HOLDS, 0.1)],
          ("e", "fewer"): [("", UNKNOWN, None)] * 2, ("b", ""): [("", UNKNOWN, None)] * 2},
     ),
 }  # fmt: skip
@@ -165,6 +165,23 @@ def test_the_numbers_and_verdicts_of_claims(tmp_path, name):
                 assert line["mean"] == pytest.approx(mean)
             if verdict == UNKNOWN:
                 assert line["remark"]
+
+
+def test_c_leaves_out_settings_that_halving_stopped(tmp_path):
+    study = study_on(
+        tmp_path,
+        ({"mode": "none"}, {"tau": [0.3, 0.3]}),
+        ({"mode": "aux"}, {"tau": [0.40, 0.41]}),
+        ({"mode": "aux", "weight": 3.0}, {"tau": [0.40, 0.41]}),
+        ({"mode": "shared"}, {"tau": [0.50, 0.51]}),
+        # Stopped, so it is behind one that trained on.
+        ({"mode": "shared", "weight": 3.0}, {"tau": [0.20, 0.21]}),
+    )
+    is_stopped = study.rows["setting"] == "shared, weight 3"
+    study = study._replace(rows=study.rows.assign(is_stopped=is_stopped))
+    line, _ = lines_of(claims(study, Estimates(study)), "c")
+    assert line["setting"] == "mean over 1 setting, on validation"
+    assert line["mean"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", ["show_rate", "top_rate"])

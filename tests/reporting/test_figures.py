@@ -101,6 +101,14 @@ def test_the_pareto_front_has_a_line_a_method_a_point_a_weight(drawn, estimates)
     assert none["user_bce_low"] < none["user_bce"] < none["user_bce_high"]
 
 
+def test_the_pareto_front_leaves_out_settings_that_halving_stopped(estimates):
+    is_stopped = estimates.study.rows["setting"] == "shared, weight 0.3"
+    study = estimates.study._replace(rows=estimates.study.rows.assign(is_stopped=is_stopped))
+    data = figures_by_name(Estimates(study))["pareto"].data
+    assert list(data.loc[data["method"] == "shared", "weight"]) == [1.0]
+    assert list(data.loc[data["method"] == "aux", "weight"]) == [0.3, 1.0]
+
+
 @pytest.mark.parametrize("measure", CURVES)
 def test_curves_show_the_chosen_settings_and_the_incumbent(drawn, roots, estimates, measure):
     data = drawn[measure].data

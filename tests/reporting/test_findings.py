@@ -138,3 +138,26 @@ def test_without_intervals_no_measure_is_called_worse_or_not(tmp_path):
     study = sweeps.study_of(tmp_path, rows)
     assert study.best_with_scores is not None
     assert findings.worse_measures(study, Estimates(study)) == ""
+
+
+def test_the_saving_over_today_is_of_the_compute(estimates):
+    study = estimates.study
+    cost = pd.concat([study.rows, study.references])
+    cost = cost[cost["split"] == "test"].pivot_table("funnel_cost", "repeat", "setting")
+    saved = (1 - cost[study.best_with_scores] / cost["incumbent"]).mean()
+    sentence = findings.saved_over_today(study, estimates)
+    assert f"saves {saved:.0%} of the funnel's compute" in sentence
+
+
+def test_a_chosen_number_at_an_end_of_its_grid_is_named(tmp_path):
+    """The weight of mode shared, which the best with scores has, is in the middle or at an end."""
+    rows = [sweeps.teacher_row(), {"mode": "none", "passed": 400}]
+    rows += [{"mode": "shared", "weight": 0.3, "passed": 330}]
+    rows += [{"mode": "shared", "weight": 1.0, "passed": 300}]
+    study = sweeps.study_of(tmp_path / "end", rows)
+    assert findings.at_an_end(study) == (
+        "At an end of the values tried, so a better one may lie beyond: weight 1 of the best with "
+        "scores (tried: 0.3, 1)."
+    )
+    rows += [{"mode": "shared", "weight": 3.0, "passed": 320}]
+    assert findings.at_an_end(sweeps.study_of(tmp_path / "middle", rows)) == ""

@@ -36,7 +36,7 @@ def test_every_dataset_has_its_parts_in_one_page(page):
         'class="chart"': 2 * FIGURES,
         "How to read it": 2 * FIGURES,
         'class="sortable"': 2 * 6,
-        '<details class="table': 2 * 6,
+        '<details class="table': 2 * 7,
     }
     assert {part: markup.count(part) for part in counts} == counts
     loads = re.findall(r"""(?:src|href|srcset|action|data|poster|url)[=(]["']?([^"')]*)""", markup)

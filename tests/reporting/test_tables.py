@@ -11,6 +11,7 @@ from kd_ranker.evaluation.metrics.registry import metric_of, title_of
 from kd_ranker.reporting import tables
 from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.intervals import interval
+from kd_ranker.reporting.study import read_studies
 from tests.reporting import sweeps
 
 
@@ -182,6 +183,21 @@ def test_the_tuning_table_has_every_setting_and_the_choices(estimates):
     assert chosen[["mode", "serves", "weight"]].to_numpy().tolist() == [
         ["none", "user", ""], ["aux", "teacher", "1"], ["shared", "user", "1"],
     ]  # fmt: skip
+
+
+def test_the_tuning_table_says_where_halving_stopped_a_setting(tmp_path):
+    halving = {"sweep.halving": (300,)}
+    workdir = sweeps.write_sweep(tmp_path, modes=("none", "shared"), changes=halving)
+    sweeps.change(workdir, _stop_the_small_weight)
+    (study,) = read_studies([workdir])
+    table = tables.tuning_table(study)
+    assert list(table.cells["steps"]) == ["1500", "300, stopped", "1500"]
+    assert "halving stopped it" in table.notes[-1]
+
+
+def _stop_the_small_weight(rows):
+    is_stopped = (rows["mode"] == "shared") & (rows["distill_weight"] == 0.3)
+    return rows.assign(step=np.where(is_stopped, 300, 1500))
 
 
 def assert_costs(estimates, *, teacher, request, aux, none):

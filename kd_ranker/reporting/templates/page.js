@@ -6,6 +6,8 @@ for (const element of document.querySelectorAll(".chart")) {
   const spec = JSON.parse(source.textContent);
   // On a phone, the answer and both first figures are on one screen.
   if (innerWidth <= 820) spec.height *= 0.6;
+  // Legends do not wrap.
+  if (element.clientWidth < 420) spec.config.legend.labelFontSize = 9;
   element.replaceChildren();
   vegaEmbed(element, spec, { actions: false, renderer: "svg" });
 }
