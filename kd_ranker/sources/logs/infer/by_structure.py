@@ -179,7 +179,8 @@ def is_session(sample: Sample, column: str) -> bool:
         of_requests = of_owners.groupby(sample.request).first()
         groups = of_requests.groupby("owner")["seconds"].agg(["count", "min", "max"])
         several = groups[groups["count"] > 1]
-        if len(several) and (several["max"] - several["min"]).median() <= _SESSION * span:
+        # Most visits of a user may be single ones, but not nearly all.
+        if len(several) and (several["max"] - several["min"]).quantile(0.9) <= _SESSION * span:
             return True
     return False
 

@@ -82,13 +82,18 @@ def _sql_of_shown(roles: Roles) -> str:
     stage = roles.column("stage")
     if stage and "shown" in roles.stages and roles.stages["shown"].value:
         return _has_stage(stage, roles.stages["shown"].value)
-    labels = _any_known([guess.value for guess in roles.labels.values()])
     position = roles.column("position")
-    if not position:
-        return labels
     # It may be a column of texts.
-    has_place = f"try_cast({quoted(position)} AS DOUBLE) IS DISTINCT FROM {NO_PLACE}"
-    return f"({labels} OR ({_any_known([position])} AND {has_place}))"
+    is_placed = (
+        f"({_any_known([position])} AND try_cast({quoted(position)} AS DOUBLE) "
+        f"IS DISTINCT FROM {NO_PLACE})"
+        if position
+        else "false"
+    )
+    if stage and "passed" in roles.stages:
+        return is_placed
+    labels = _any_known([guess.value for guess in roles.labels.values()])
+    return f"({labels} OR {is_placed})"
 
 
 def _sql_of_passed(roles: Roles) -> str:

@@ -156,7 +156,7 @@ def _choose(
     if found.column and found.column in used:
         return guess
     # Two columns may be called like the role; the values cannot mean a third one.
-    if sure and found.column and found.column not in sure:
+    if sure and not {found.column, *found.rivals} & {*sure}:
         return guess
     return _propose(role, guess, found)
 

@@ -1,19 +1,21 @@
 """A folder that holds a log as several tables: the candidates, their requests, items, events.
 
 The table with the most rows is that of the candidates. A table joins it by the columns that both
-have, if these are different in each of its rows and some values are in both. A table of events
-becomes a column per type of event: 1 for the candidates that have one, 0 for the others.
+have, if these are different in each of its rows and some values are in both. Where their names
+differ, columns with the same ids take part. A table of events becomes a column per type of event: 1
+for the candidates that have one, 0 for the others.
 """
 
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
 
+from kd_ranker.sources.logs.infer.same_ids import Ids, are_same, ids_of
 from kd_ranker.sources.logs.infer.words import identifier
 from kd_ranker.sources.logs.layout import PARQUET, is_text_log, sql_of_texts
 from kd_ranker.sources.logs.sql import literal, quoted
@@ -41,6 +43,25 @@ class _Table(NamedTuple):
     source: str  # what FROM reads
     columns: tuple[str, ...]
 
+    def has(self, name: str) -> bool:
+        """Return whether it has a column of this name; SQL ignores case."""
+        return name.lower() in _in_lower_case(self.columns)
+
+    def renamed(self, as_others: Mapping[str, Ids]) -> "_Table":
+        """Return the table with columns that have the names and types of others."""
+        if not as_others:
+            return self
+        old = ", ".join(map(quoted, as_others))
+        new = ", ".join(
+            f"try_cast({quoted(column)} AS {other.type}) AS {quoted(other.name)}"
+            for column, other in as_others.items()
+        )
+        left = (column for column in self.columns if column not in as_others)
+        return self._replace(
+            source=f"(SELECT * EXCLUDE ({old}), {new} FROM {self.source})",
+            columns=(*left, *(other.name for other in as_others.values())),
+        )
+
 
 def join_tables(con: duckdb.DuckDBPyConnection, path: str) -> Joined | None:
     """Return the tables of a local folder as one; None if fewer than two join."""
@@ -63,13 +84,13 @@ class _Query:
     """A SELECT that grows by the tables that join.
 
     Attributes:
-      candidates: the table that the others join.
-      owners: column -> the table that it is taken from.
+      tables: that of the candidates, and those with a key that joined it.
+      owners: column in lower case -> the name of the table that it is taken from.
     """
 
     def __init__(self, candidates: _Table) -> None:
-        self.candidates = candidates
-        self.owners = dict.fromkeys(candidates.columns, candidates.name)
+        self.tables = [candidates]
+        self.owners = dict.fromkeys(map(str.lower, candidates.columns), candidates.name)
         self._clauses = [f"FROM {candidates.source} AS {quoted(candidates.name)}"]
         self._values = [f"{quoted(candidates.name)}.*"]
 
@@ -80,7 +101,8 @@ class _Query:
     def join(self, source: str, name: str, key: Sequence[str]) -> None:
         """Join what FROM reads by columns that the query has; `take` says which values count."""
         equal = "\n    AND ".join(
-            f"{quoted(name)}.{quoted(column)} = {quoted(self.owners[column])}.{quoted(column)}"
+            f"{quoted(name)}.{quoted(column)} = "
+            f"{quoted(self.owners[column.lower()])}.{quoted(column)}"
             for column in key
         )
         self._clauses.append(f"LEFT JOIN {source} AS {quoted(name)}\n    ON {equal}")
@@ -88,7 +110,14 @@ class _Query:
     def take(self, name: str, values: Sequence[str], columns: Iterable[str]) -> None:
         """Take columns of a table that joined, by these values."""
         self._values += values
-        self.owners |= dict.fromkeys(columns, name)
+        self.owners |= dict.fromkeys(map(str.lower, columns), name)
+
+
+class _Keyed(NamedTuple):
+    """A table with a key; its columns have the names of others."""
+
+    table: _Table
+    key: tuple[str, ...]
 
 
 def _join_by_keys(
@@ -99,18 +128,43 @@ def _join_by_keys(
     A table may join by a column of another that joined before: users by their requests.
     """
     left = list(tables)
-    while joining := [
-        (table, key)
-        for table in left
-        if (key := _find_key(con, table, query.owners)) and _have_common(con, query, table, key)
-    ]:
-        table, key = joining[0]
-        left.remove(table)
+    while keyed := _find_keyed(con, query, left):
+        table, key = keyed
+        left = [other for other in left if other.name != table.name]
         query.join(table.source, table.name, key)
-        repeated = ", ".join(quoted(column) for column in table.columns if column in query.owners)
-        new = [column for column in table.columns if column not in query.owners]
+        known = [column for column in table.columns if column.lower() in query.owners]
+        new = [column for column in table.columns if column not in known]
+        repeated = ", ".join(map(quoted, known))
         query.take(table.name, [f"{quoted(table.name)}.* EXCLUDE ({repeated})"] if new else [], new)
+        query.tables.append(table)
     return left
+
+
+def _find_keyed(
+    con: duckdb.DuckDBPyConnection, query: _Query, tables: Sequence[_Table]
+) -> _Keyed | None:
+    """Return the first table with a key, by names if there is one; None if none has."""
+    for find in (_keyed_by_names, _keyed_by_ids):
+        for table in tables:
+            if keyed := find(con, query, table):
+                return keyed
+    return None
+
+
+def _keyed_by_names(con: duckdb.DuckDBPyConnection, query: _Query, table: _Table) -> _Keyed | None:
+    key = _find_key(con, table, query.owners)
+    return _Keyed(table, key) if key and _have_common(con, query, table, key) else None
+
+
+def _keyed_by_ids(con: duckdb.DuckDBPyConnection, query: _Query, table: _Table) -> _Keyed | None:
+    others = [ids for joined in query.tables for ids in ids_of(con, joined.source)]
+    for own in ids_of(con, table.source):
+        if not _is_key(con, table, [own.name]):
+            continue
+        for other in others:
+            if not table.has(other.name) and are_same(con, own, other):
+                return _Keyed(table.renamed({own.name: other}), (other.name,))
+    return None
 
 
 def _join_events(
@@ -118,20 +172,36 @@ def _join_events(
 ) -> list[_Table]:
     """Join the tables with events of the candidates; returns the others."""
     left = []
-    some = f"(SELECT * FROM {query.candidates.source} LIMIT {_MOST_ROWS})"
-    candidates = query.candidates._replace(source=some)
     for table in tables:
-        key = _find_key(con, candidates, table.columns)
-        types = _find_event_types(con, table, query.owners) if key else {}
+        events, key = _events_of(con, query.tables[0], table)
+        types = _find_event_types(con, events, query.owners) if key else {}
         if not types:
             left.append(table)
             continue
-        query.join(_count_events(table, key, types), table.name, key)
+        query.join(_count_events(events, key, types), table.name, key)
         values = [
             f"coalesce({quoted(table.name)}.{quoted(name)}, 0) AS {quoted(name)}" for name in types
         ]
         query.take(table.name, values, types)
     return left
+
+
+def _events_of(con: duckdb.DuckDBPyConnection, candidates: _Table, table: _Table) -> _Keyed:
+    """Return a table with the names of the key of the candidates; the key is () for none."""
+    first = f"(SELECT * FROM {candidates.source} LIMIT {_MOST_ROWS})"
+    some = candidates._replace(source=first)
+    if key := _find_key(con, some, _in_lower_case(table.columns)):
+        return _Keyed(table, key)
+    own_ids = ids_of(con, table.source)
+    same: dict[str, Ids] = {}
+    for other in ids_of(con, candidates.source):
+        for own in own_ids:
+            if own.name not in same and not table.has(other.name) and are_same(con, own, other):
+                same[own.name] = other
+                break
+    key = _find_key(con, some, _in_lower_case(table.renamed(same).columns))
+    of_key = {own: other for own, other in same.items() if other.name in key}
+    return _Keyed(table.renamed(of_key), key)
 
 
 def _count_events(table: _Table, key: Sequence[str], types: dict[str, str]) -> str:
@@ -203,15 +273,25 @@ def _are_alike(columns: Sequence[str], others: Sequence[str]) -> bool:
 def _find_key(
     con: duckdb.DuckDBPyConnection, table: _Table, known: Collection[str]
 ) -> tuple[str, ...]:
-    """Return the fewest known columns that differ in each row of a table; () for none."""
-    shared = [column for column in table.columns if column in known]
+    """Return the fewest known columns that differ in each row of a table; () for none.
+
+    `known` are in lower case.
+    """
+    shared = [column for column in table.columns if column.lower() in known]
     for size in (1, 2):
         for key in itertools.combinations(shared, size):
-            columns = ", ".join(map(quoted, key))
-            is_key = f"count(*) = count(DISTINCT ({columns}))"
-            if _value(con, f"SELECT {is_key} FROM {table.source}"):
+            if _is_key(con, table, key):
                 return key
     return ()
+
+
+def _is_key(con: duckdb.DuckDBPyConnection, table: _Table, columns: Sequence[str]) -> bool:
+    key = ", ".join(map(quoted, columns))
+    return bool(_value(con, f"SELECT count(*) = count(DISTINCT ({key})) FROM {table.source}"))
+
+
+def _in_lower_case(names: Iterable[str]) -> set[str]:
+    return {name.lower() for name in names}
 
 
 def _have_common(
@@ -232,7 +312,7 @@ def _find_event_types(
     """Return column -> the condition of its type of events, by the first column of a few texts."""
     rows = con.sql(f"SELECT * FROM {table.source} LIMIT 0")
     for column, type_ in zip(rows.columns, rows.types, strict=True):
-        if type_ != "VARCHAR" or column in known:
+        if type_ != "VARCHAR" or column.lower() in known:
             continue
         select = f"SELECT DISTINCT {quoted(column)} FROM {table.source}"
         found = f"{select} WHERE {quoted(column)} IS NOT NULL LIMIT {_MOST_EVENT_TYPES + 1}"

@@ -1,0 +1,69 @@
+"""Columns that hold the same ids under other names: one system's `item_id` is another's `adId`."""
+
+from typing import NamedTuple
+
+import duckdb
+
+from kd_ranker.sources.logs.sql import quoted
+
+# Two columns hold the same ids if this share of so many values of one is in the other.
+_LEAST_COMMON = 0.5
+_TRIED_VALUES = 1000
+# A column of ids has at least so many values in the first rows. Whole numbers fill no more than
+# this share of their range: small ones are in each other's range by chance.
+_LEAST_IDS = 100
+_MOST_FILLED = 0.25
+_FIRST_ROWS = 120_000
+_WHOLE_NUMBERS = ("INTEGER", "BIGINT", "HUGEINT", "UINTEGER", "UBIGINT")
+
+
+class Ids(NamedTuple):
+    """A column that may hold ids."""
+
+    name: str
+    type: str  # in SQL
+    source: str  # what FROM reads for its table
+
+
+def ids_of(con: duckdb.DuckDBPyConnection, source: str) -> list[Ids]:
+    """Return the columns of texts and of whole numbers with many values."""
+    rows = con.sql(f"SELECT * FROM {source} LIMIT {_FIRST_ROWS}")
+    columns = [
+        Ids(name, str(type_), source)
+        for name, type_ in zip(rows.columns, rows.types, strict=True)
+        if str(type_) in ("VARCHAR", *_WHOLE_NUMBERS)
+    ]
+    return [column for column in columns if _has_ids(con, column)]
+
+
+def _has_ids(con: duckdb.DuckDBPyConnection, column: Ids) -> bool:
+    name = quoted(column.name)
+    spread = f"max({name}) - min({name})" if column.type in _WHOLE_NUMBERS else "NULL"
+    select = (
+        f"SELECT count(DISTINCT {name}), {spread} "
+        f"FROM (SELECT {name} FROM {column.source} LIMIT {_FIRST_ROWS})"
+    )
+    (number, width) = con.sql(select).fetchall()[0]
+    return number >= _LEAST_IDS and (width is None or number <= _MOST_FILLED * width)
+
+
+def are_same(con: duckdb.DuckDBPyConnection, one: Ids, other: Ids) -> bool:
+    """Return whether most values of one column are in the other.
+
+    Either may be the larger: a catalog holds more items than a log, a log more than its clicks.
+    """
+    return any(
+        _share_within(con, inner, outer) >= _LEAST_COMMON
+        for inner, outer in ((one, other), (other, one))
+    )
+
+
+def _share_within(con: duckdb.DuckDBPyConnection, inner: Ids, outer: Ids) -> float:
+    tried = f"SELECT * FROM ({_values(inner)}) ORDER BY hash(id) LIMIT {_TRIED_VALUES}"
+    select = f"SELECT avg((id IN ({_values(outer)}))::INTEGER) FROM ({tried})"
+    return float(con.sql(select).fetchall()[0][0])
+
+
+def _values(column: Ids) -> str:
+    name = quoted(column.name)
+    return f"SELECT DISTINCT {name}::VARCHAR AS id FROM {column.source} WHERE {name} IS NOT NULL"
