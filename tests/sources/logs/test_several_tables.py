@@ -188,3 +188,62 @@ def test_a_table_with_a_repeated_key_is_not_joined(tables, tmp_path):
     text, config = infer(tmp_path, write(tables, tmp_path / "log"))
     assert check_of(text, "data.sql").endswith("Not joined: articles.")
     assert "desk" not in features_of(config)
+
+
+def _with_sparse_articles(tables: dict[str, pd.DataFrame]) -> None:
+    """Number the articles as a database does that other tables share."""
+    for name in ("candidates", "articles", "events"):
+        numbers = tables[name]["article"].str[1:].astype(int)
+        tables[name]["article"] = 70_000_000 + 9973 * numbers
+
+
+def test_the_same_ids_join_under_other_names(tables, tmp_path):
+    """The events are of another system, which writes the ids of articles as texts."""
+    _with_sparse_articles(tables)
+    events = tables["events"].rename(columns={"req": "searchId", "article": "adId"})
+    events["adId"] = events["adId"].astype(str)
+    tables["events"] = events
+    tables["articles"] = tables["articles"].rename(columns={"article": "number"})
+    text, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert "Not joined" not in check_of(text, "data.sql")
+    assert features_of(config)["desk"] == ("item", "category")
+    rows = duckdb.sql(config.data.sql).df()
+    saved = set(events.loc[events["kind"] == "save", ["searchId", "adId"]].itertuples(index=False))
+    expected = [
+        (request, str(article)) in saved
+        for request, article in zip(rows["req"], rows["article"], strict=True)
+    ]
+    assert 0 < sum(expected) < len(rows) == len(tables["candidates"])
+    assert rows["save"].astype(bool).tolist() == expected
+
+
+def test_names_of_keys_may_differ_in_case(tables, tmp_path):
+    tables["readers"] = tables["readers"].rename(columns=str.upper)
+    text, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert "Not joined" not in check_of(text, "data.sql")
+    assert features_of(config)["PLAN"] == ("user", "category")
+
+
+def test_small_numbers_of_other_names_do_not_join(tables, tmp_path):
+    """The desk of a number is of articles, and says nothing on a reader with this number."""
+    desks = tables["articles"].assign(number=np.arange(owner_logs.ITEMS)).drop(columns="article")
+    tables["articles"] = desks
+    text, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert check_of(text, "data.sql").endswith("Not joined: articles.")
+    assert "desk" not in features_of(config)
+
+
+def test_candidates_with_a_position_are_the_shown_ones_of_a_log_without_their_stage(
+    tables, tmp_path
+):
+    """The types of events are known, 0 or 1, for every candidate."""
+    candidates = tables["candidates"]
+    candidates["reached"] = (candidates["reached"] != "light").astype(int)
+    by_request = candidates.groupby("req")
+    candidates["placed"] = by_request["placed"].rank()  # without gaps
+    del tables["events"]["reached"]
+    _, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert (config.data.columns.stage, config.data.columns.position) == ("reached", "placed")
+    assert set(config.data.stages) == {"retrieved", "passed"}
+    assert config.funnel.shown == by_request["placed"].count().median()
+    assert config.funnel.passed == by_request["reached"].sum().median()
