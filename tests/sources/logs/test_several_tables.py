@@ -247,3 +247,14 @@ def test_candidates_with_a_position_are_the_shown_ones_of_a_log_without_their_st
     assert set(config.data.stages) == {"retrieved", "passed"}
     assert config.funnel.shown == by_request["placed"].count().median()
     assert config.funnel.passed == by_request["reached"].sum().median()
+
+
+@pytest.mark.parametrize("days", [0, 400])
+def test_a_table_that_is_later_than_the_requests_is_doubted(tables, tmp_path, days):
+    """Its prices and states may be those after a sale; one as old as the log hides nothing."""
+    changed = pd.Timestamp("2024-06-01") + pd.to_timedelta(days, unit="D")
+    tables["articles"]["changed"] = changed
+    tables["articles"].loc[::3, "changed"] = pd.Timestamp("2024-01-01")
+    text, _ = infer(tmp_path, write(tables, tmp_path / "log"))
+    is_doubted = "Times in 'changed' are later than the requests" in check_of(text, "data.sql")
+    assert is_doubted == (days > 0)

@@ -5,7 +5,8 @@ the config proposes the column below a CHECK. Otherwise the role stays open: the
 two likeliest columns, and `prepare_data` reports it as missing. A file imports only those above it:
 
 * `words` compares names. `guess` holds what is guessed.
-* `nested` finds objects, and texts that are lists. `sample` reads rows and their facts.
+* `nested` finds objects, and texts that are lists. `several_tables` joins those of a folder, by the
+  `same_ids`. `sample` reads rows and their facts.
 * `by_name` and `by_structure` find the roles that names and values settle; `markers`, between them,
   finds numbers that mean none. `roles` decides.
 * `features` finds features; `funnel` counts its sizes. `config_text` writes the config.
@@ -34,8 +35,10 @@ from kd_ranker.sources.logs.infer.roles import (
 )
 from kd_ranker.sources.logs.infer.sample import Sample
 from kd_ranker.sources.logs.infer.words import NAMES, identifier
-from kd_ranker.sources.logs.layout import OPEN
+from kd_ranker.sources.logs.layout import OPEN, TIME_UNITS
 
+# Share of candidates with a time that is not wrong by chance.
+_OFTEN = 0.01
 # Keys that say where the log is.
 _OF_LOG = ("data.infer", "data.path", "data.sql")
 
@@ -110,7 +113,7 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     """Return the guesses by key of the config, without features; defaults are left out."""
     guesses = {"data.path": Guess(path)}
     if sample.sql:
-        guesses = {"data.sql": _guess_select(sample)}
+        guesses = {"data.sql": _guess_select(sample, roles.column("time"))}
     guesses["data.title"] = Guess(name)
     rows = sample.layout.guess
     if rows.value != "candidate" or rows.check:
@@ -147,16 +150,37 @@ def _guess_keys(path: str, name: str, sample: Sample, roles: Roles) -> dict[str,
     return guesses
 
 
-def _guess_select(sample: Sample) -> Guess:
+def _guess_select(sample: Sample, time: str) -> Guess:
     is_for_values = "data.sql" not in sample.named and not sample.doubt_of_tables
     why = "in place of the path, for its values" if is_for_values else ""
     none = [f"{number} in {column!r}" for column, number in sample.markers.items()]
-    doubts = [sample.doubt_of_tables] if sample.doubt_of_tables else []
+    doubts = []
+    if sample.doubt_of_tables:
+        doubts.append(sample.doubt_of_tables)
+        doubts += [
+            f"Times in {column!r} are later than the requests: which columns of its table hold "
+            "what came after? Leave them out."
+            for column in _later_than_requests(sample, time)[:1]
+        ]
     if sample.unnested:
         doubts.append(f"is each object in {sample.unnested!r} a candidate?")
     if none:
         doubts.append(f"does this mean none: {', '.join(none)}?")
     return Guess(sample.sql, why, " ".join(doubts))
+
+
+def _later_than_requests(sample: Sample, time: str) -> list[str]:
+    """Return the times of an item or a user that are often later than the request."""
+    if not time:
+        return []
+    facts = sample.facts
+    is_of_owner = (facts["item"] == 1) | (facts["user"] == 1)
+    requested = sample.seconds(time) / TIME_UNITS[facts["unit"][time] or "s"]
+    return [
+        str(column)
+        for column in facts.index[is_of_owner & (facts["kind"] == "time")]
+        if (sample.seconds(column) > requested).mean() > _OFTEN
+    ]
 
 
 def _guess_version(sample: Sample, column: Guess, time: str) -> dict[str, Guess]:
