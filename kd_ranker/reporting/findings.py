@@ -14,6 +14,8 @@ from kd_ranker.reporting.estimates import Estimates
 from kd_ranker.reporting.study import Study
 from kd_ranker.reporting.tables import digits_of, important_columns, number, percents
 
+_END_TO_END = title_of("end_to_end_hit_rate")
+
 
 def fewer_candidates(study: Study, estimates: Estimates) -> str:
     """Say how many fewer candidates must pass with the scores."""
@@ -37,7 +39,7 @@ def fewer_candidates(study: Study, estimates: Estimates) -> str:
 
 
 def _kept_today(study: Study, estimates: Estimates) -> str:
-    """Say what the funnel keeps today, and with how many the best with scores keeps as much."""
+    """Say what the funnel keeps today, and with how many the best rankers keep as much."""
     # Where only what passed has a score, today's ranker keeps all of the value that is known.
     if estimates.are_partly_scored or study.incumbent is None or study.best_with_scores is None:
         return ""
@@ -48,12 +50,17 @@ def _kept_today(study: Study, estimates: Estimates) -> str:
         f"Today's early ranker keeps {kept:.0%} of the final value with the {study.passed} that "
         "pass (dashed)"
     )
-    # Not every k of the curve is kept, so somewhat fewer may be enough.
-    curve = estimates.curve(study.best_with_scores, "value_captured")
-    enough = curve.loc[curve["mean"] >= kept, "k"]
-    if enough.empty:
-        return f"{sentence}."
-    return f"{sentence}; the best with scores needs {enough.min()} for that."
+    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
+    needed = []
+    for name, setting in rankers.items():
+        if setting in (None, study.incumbent):
+            continue
+        # Not every k of the curve is kept, so somewhat fewer may be enough.
+        curve = estimates.curve(str(setting), "value_captured")
+        enough = curve.loc[curve["mean"] >= kept, "k"]
+        if not enough.empty:
+            needed.append(f"{name} needs {enough.min()}")
+    return f"{sentence}; for that, {' and '.join(needed)}." if needed else f"{sentence}."
 
 
 def savings_at_targets(study: Study, estimates: Estimates) -> str:
@@ -158,10 +165,16 @@ def worse_measures(study: Study, estimates: Estimates) -> str:
             f"In none of {num_compared} main measures is the best with scores shown to be worse "
             "than the best without."
         )
-    return (
+    sentence = (
         f"The best with scores is worse than the best without in {', '.join(worse)}; brackets are "
         "95% intervals of the difference."
     )
+    if any(measure.startswith(_END_TO_END) for measure in worse):
+        sentence += (
+            f" The {_END_TO_END} counts what the log did not show as lost, so it falls with almost "
+            "any change."
+        )
+    return sentence
 
 
 def failed_claims(claims: pd.DataFrame) -> str:

@@ -1,5 +1,7 @@
 """What figures show, by hand."""
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -118,10 +120,12 @@ def test_the_waterfall_says_what_passes_today_and_what_keeps_as_much(estimates):
     sentence = findings.fewer_candidates(study, estimates)
     kept = estimates.of("incumbent", "value_captured@200").mean
     assert f"keeps {kept:.0%} of the final value with the 200 that pass" in sentence
-    number = int(sentence.removesuffix(" for that.").split()[-1])
-    curve = estimates.curve(study.best_with_scores, "value_captured").set_index("k")["mean"]
-    assert curve[number] >= kept
-    assert (curve[curve.index < number] < kept).all()
+    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
+    for name, setting in rankers.items():
+        number = int(re.search(f"{name} needs (\\d+)( and |\\.$)", sentence)[1])
+        curve = estimates.curve(setting, "value_captured").set_index("k")["mean"]
+        assert curve[number] >= kept
+        assert (curve[curve.index < number] < kept).all()
 
 
 def test_a_log_with_some_scores_says_nothing_of_today_and_of_other_targets(tmp_path):
@@ -161,3 +165,17 @@ def test_a_chosen_number_at_an_end_of_its_grid_is_named(tmp_path):
     )
     rows += [{"mode": "shared", "weight": 3.0, "passed": 320}]
     assert findings.at_an_end(sweeps.study_of(tmp_path / "middle", rows)) == ""
+
+
+def test_a_worse_end_to_end_hit_rate_is_explained(tmp_path):
+    rows = [sweeps.teacher_row()]
+    for mode, passed, hit_rate in (("none", 400, 0.8), ("shared", 300, 0.7)):
+        rows += [
+            {"mode": mode, "seed": seed, "passed": passed + seed, "user_auc/watch": 0.7 + seed / 50,
+             "end_to_end_hit_rate@30/watch": hit_rate + seed / 100 * (mode == "none")}
+            for seed in range(3)
+        ]  # fmt: skip
+    study = sweeps.study_of(tmp_path, rows)
+    sentence = findings.worse_measures(study, Estimates(study))
+    assert "end-to-end hit rate@30 watch (" in sentence
+    assert sentence.endswith("so it falls with almost any change.")

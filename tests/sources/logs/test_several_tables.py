@@ -1,6 +1,7 @@
 """First configs of folders that hold a log as several tables."""
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,12 @@ def tables() -> dict[str, pd.DataFrame]:
 
 def write(tables: dict[str, pd.DataFrame], folder: Path) -> str:
     """Write each table in a form of its own, the candidates by day; returns the folder."""
+    request, _ = pd.factorize(tables["candidates"]["req"])
     for day in range(_DAYS):
         part = folder / f"candidates/dt=2025-06-0{day + 1}"
         part.mkdir(parents=True)
-        is_of_day = tables["candidates"]["req"].str[1:].astype(int) % _DAYS == day
-        tables["candidates"][is_of_day].to_parquet(part / "part.parquet", index=False)
+        of_day = tables["candidates"][request % _DAYS == day]
+        of_day.to_parquet(part / "part.parquet", index=False)
     tables["requests"].to_parquet(folder / "requests.parquet", index=False)
     tables["readers"].to_csv(folder / "readers.csv", index=False)
     tables["articles"].to_csv(folder / "articles.csv", index=False)
@@ -198,8 +200,14 @@ def _with_sparse_articles(tables: dict[str, pd.DataFrame]) -> None:
 
 
 def test_the_same_ids_join_under_other_names(tables, tmp_path):
-    """The events are of another system, which writes the ids of articles as texts."""
+    """The events are of another system, which writes the ids of articles as texts.
+
+    Texts that are UUIDs have a type of their own when they are read from JSON.
+    """
     _with_sparse_articles(tables)
+    for name in ("candidates", "requests", "events"):
+        numbers = tables[name]["req"].str[1:].astype(int)
+        tables[name]["req"] = [str(uuid.UUID(int=10**30 + number)) for number in numbers]
     events = tables["events"].rename(columns={"req": "searchId", "article": "adId"})
     events["adId"] = events["adId"].astype(str)
     tables["events"] = events

@@ -26,12 +26,12 @@ class Ids(NamedTuple):
 
 
 def ids_of(con: duckdb.DuckDBPyConnection, source: str) -> list[Ids]:
-    """Return the columns of texts and of whole numbers with many values."""
+    """Return the columns of texts, UUIDs and whole numbers with many values."""
     rows = con.sql(f"SELECT * FROM {source} LIMIT {_FIRST_ROWS}")
     columns = [
         Ids(name, str(type_), source)
         for name, type_ in zip(rows.columns, rows.types, strict=True)
-        if str(type_) in ("VARCHAR", *_WHOLE_NUMBERS)
+        if str(type_) in ("VARCHAR", "UUID", *_WHOLE_NUMBERS)
     ]
     return [column for column in columns if _has_ids(con, column)]
 
