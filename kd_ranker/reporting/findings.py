@@ -55,11 +55,11 @@ def _kept_today(study: Study, estimates: Estimates) -> str:
     for name, setting in rankers.items():
         if setting in (None, study.incumbent):
             continue
-        # Not every k of the curve is kept, so somewhat fewer may be enough.
         curve = estimates.curve(str(setting), "value_captured")
-        enough = curve.loc[curve["mean"] >= kept, "k"]
-        if not enough.empty:
-            needed.append(f"{name} needs {enough.min()}")
+        if curve["mean"].max() >= kept:
+            # Not every k of the curve is kept: interpolated on its logarithmic axis.
+            enough = np.exp(np.interp(kept, curve["mean"], np.log(curve["k"])))
+            needed.append(f"{name} needs {enough:.0f}")
     return f"{sentence}; for that, {' and '.join(needed)}." if needed else f"{sentence}."
 
 
