@@ -246,7 +246,9 @@ def _users(study: Study, estimates: Estimates, with_scores: str, without: str) -
         return _users_by_truth(study, at_passed, at_target)
     (change,) = changes
     if study.has_labels_beyond_shown:
-        text = change_text(change, study.config.report.margin)
+        # The margin is relative to what users have without the scores, and a gap of NDCG is not.
+        ndcg_without = estimates.of(without, study.users_measures[0]).mean
+        text = change_text(change.scaled(1 / ndcg_without), study.config.report.margin)
         sentence = f"For users, by their labels: {text} if both pass {study.passed}."
         return _Users(sentence, text.startswith(_UNDECIDED))
     return _users_by_labels(estimates, with_scores, without, change)

@@ -191,7 +191,8 @@ STEPS = {
         students({"none": [400, 400], "shared": [300, 300]}, coverage={"none": 0.1, "shared": 0.1},
                  **{"served_ndcg@30": {"none": [0.50, 0.525], "shared": [0.60, 0.62]},
                     "shown_recall@30": {"none": 0.5, "shared": 0.5}}),
-        "For users, by their labels: more (+",
+        # Gaps of 0.1 and 0.095: 0.0975 ± 12.706 · 0.0025, over an NDCG of 0.5125.
+        "For users, by their labels: more (+12.83% to +25.22%) if both pass 30.",
     ),
     "no relevant difference by labels of more than the shown items": (
         students({"none": [400, 400], "shared": [300, 300]},
