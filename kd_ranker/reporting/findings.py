@@ -17,6 +17,12 @@ from kd_ranker.reporting.tables import digits_of, important_columns, number, per
 _END_TO_END = title_of("end_to_end_hit_rate")
 
 
+def _best_rankers(study: Study) -> dict[str, str]:
+    """Return the settings that the answer compares, those that are measured, by their names."""
+    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
+    return {name: setting for name, setting in rankers.items() if setting is not None}
+
+
 def fewer_candidates(study: Study, estimates: Estimates) -> str:
     """Say how many fewer candidates must pass with the scores."""
     if study.best_with_scores is None:
@@ -50,13 +56,10 @@ def _kept_today(study: Study, estimates: Estimates) -> str:
         f"Today's early ranker keeps {kept:.0%} of the final value with the {study.passed} that "
         "pass (dashed)"
     )
-    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
     needed = []
-    for name, setting in rankers.items():
-        if setting in (None, study.incumbent):
-            continue
-        curve = estimates.curve(str(setting), "value_captured")
-        if curve["mean"].max() >= kept:
+    for name, setting in _best_rankers(study).items():
+        curve = estimates.curve(setting, "value_captured")
+        if setting != study.incumbent and curve["mean"].max() >= kept:
             # Not every k of the curve is kept: interpolated on its logarithmic axis.
             enough = np.exp(np.interp(kept, curve["mean"], np.log(curve["k"])))
             needed.append(f"{name} needs {enough:.0f}")
@@ -110,25 +113,24 @@ def saved_over_today(study: Study, estimates: Estimates) -> str:
 
 
 def at_an_end(study: Study) -> str:
-    """Say which tuned numbers of the rankers that the answer compares are at an end of their grid.
+    """Say which tuned numbers of the best rankers are the smallest or the largest that was tried.
 
     A better value may lie beyond it.
     """
     ends = []
-    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
-    for name, setting in rankers.items():
-        of_setting = study.rows[study.rows["setting"] == setting]
-        if of_setting.empty:
-            continue  # not a student
-        of_method = study.rows[study.rows["method"] == of_setting["method"].iloc[0]]
+    for name, setting in _best_rankers(study).items():
+        rows = study.rows[study.rows["setting"] == setting]
+        if rows.empty:
+            continue  # a list or trees: only students are tuned here
+        chosen = rows.iloc[0]
+        rows_of_method = study.rows[study.rows["method"] == chosen["method"]]
         for column in ("distill_weight", *study.varying):
-            if not is_numeric_dtype(of_method[column]):
+            if not is_numeric_dtype(rows_of_method[column]):
                 continue
-            tried = sorted(of_method[column].dropna().unique())
-            value = of_setting[column].iloc[0]
-            if len(tried) > 1 and value in (tried[0], tried[-1]):
-                values = ", ".join(map(value_text, tried))
-                ends.append(f"{key_title(column)} {value_text(value)} of {name} (tried: {values})")
+            tried = sorted(rows_of_method[column].dropna().unique())
+            if len(tried) > 1 and chosen[column] in (tried[0], tried[-1]):
+                number_chosen = f"{key_title(column)} {value_text(chosen[column])} of {name}"
+                ends.append(f"{number_chosen} (tried: {', '.join(map(value_text, tried))})")
     if not ends:
         return ""
     return f"At an end of the values tried, so a better one may lie beyond: {'; '.join(ends)}."
@@ -169,7 +171,7 @@ def worse_measures(study: Study, estimates: Estimates) -> str:
         f"The best with scores is worse than the best without in {', '.join(worse)}; brackets are "
         "95% intervals of the difference."
     )
-    if any(measure.startswith(_END_TO_END) for measure in worse):
+    if any(text.startswith(_END_TO_END) for text in worse):
         sentence += (
             f" The {_END_TO_END} counts what the log did not show as lost, so it falls with almost "
             "any change."
@@ -202,14 +204,12 @@ def saving_methods(data: pd.DataFrame, margin: float) -> str:
 
 def share_kept(study: Study, estimates: Estimates, measure: str) -> str:
     """Say what the best rankers keep of a measure if `funnel.passed` candidates pass."""
-    rankers = {"the best with scores": study.best_with_scores, "the best without": study.baseline}
     parts = []
-    for name, setting in rankers.items():
-        if setting is not None:
-            value = estimates.of(setting, f"{measure}@{study.passed}").mean
-            if np.isfinite(value):
-                text = f"{value:.1%}" if measure.endswith("value_captured") else f"{value:.4f}"
-                parts.append(f"{text} with {name}")
+    for name, setting in _best_rankers(study).items():
+        value = estimates.of(setting, f"{measure}@{study.passed}").mean
+        if np.isfinite(value):
+            text = f"{value:.1%}" if measure.endswith("value_captured") else f"{value:.4f}"
+            parts.append(f"{text} with {name}")
     return f"If {study.passed} pass, it is {' and '.join(parts)}." if parts else ""
 
 

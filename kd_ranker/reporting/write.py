@@ -156,6 +156,7 @@ def _formulas(study: Study) -> dict[str, str]:
         measure = column.partition("/")[0]  # without a task
         metric = metric_of(measure)
         if metric is not None:
+            # Markdown's emphasis: the page shows a formula as it stands.
             formulas[title_of(measure)] = metric.formula.replace("*", "")
     return formulas
 
