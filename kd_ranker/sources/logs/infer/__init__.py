@@ -157,11 +157,11 @@ def _guess_select(sample: Sample, time: str) -> Guess:
     doubts = []
     if sample.doubt_of_tables:
         doubts.append(sample.doubt_of_tables)
-        doubts += [
-            f"Times in {column!r} are later than the requests: which columns of its table hold "
-            "what came after? Leave them out."
-            for column in _later_than_requests(sample, time)[:1]
-        ]
+        if late := _later_than_requests(sample, time):
+            doubts.append(
+                f"Times in {late[0]!r} are later than the requests: which columns of its table "
+                "hold what came after? Leave them out."
+            )
     if sample.unnested:
         doubts.append(f"is each object in {sample.unnested!r} a candidate?")
     if none:

@@ -82,18 +82,20 @@ def _sql_of_shown(roles: Roles) -> str:
     stage = roles.column("stage")
     if stage and "shown" in roles.stages and roles.stages["shown"].value:
         return _has_stage(stage, roles.stages["shown"].value)
-    position = roles.column("position")
-    # It may be a column of texts.
-    is_placed = (
-        f"({_any_known([position])} AND try_cast({quoted(position)} AS DOUBLE) "
-        f"IS DISTINCT FROM {NO_PLACE})"
-        if position
-        else "false"
-    )
+    has_place = _has_place(roles.column("position"))
     if stage and "passed" in roles.stages:
-        return is_placed
+        # A label may be known of all: only places tell the shown from the passed.
+        return has_place
     labels = _any_known([guess.value for guess in roles.labels.values()])
-    return f"({labels} OR {is_placed})"
+    return f"({labels} OR {has_place})"
+
+
+def _has_place(position: str) -> str:
+    if not position:
+        return "false"
+    # It may be a column of texts.
+    number = f"try_cast({quoted(position)} AS DOUBLE)"
+    return f"({_any_known([position])} AND {number} IS DISTINCT FROM {NO_PLACE})"
 
 
 def _sql_of_passed(roles: Roles) -> str:

