@@ -17,7 +17,7 @@ _FIRST_ROWS = 120_000
 _WHOLE_NUMBERS = ("INTEGER", "BIGINT", "HUGEINT", "UINTEGER", "UBIGINT")
 
 
-class Ids(NamedTuple):
+class IdColumn(NamedTuple):
     """A column that may hold ids."""
 
     name: str
@@ -25,45 +25,46 @@ class Ids(NamedTuple):
     source: str  # what FROM reads for its table
 
 
-def ids_of(con: duckdb.DuckDBPyConnection, source: str) -> list[Ids]:
+def id_columns(con: duckdb.DuckDBPyConnection, source: str) -> list[IdColumn]:
     """Return the columns of texts, UUIDs and whole numbers with many values."""
     rows = con.sql(f"SELECT * FROM {source} LIMIT {_FIRST_ROWS}")
     columns = [
-        Ids(name, str(type_), source)
+        IdColumn(name, str(type_), source)
         for name, type_ in zip(rows.columns, rows.types, strict=True)
         if str(type_) in ("VARCHAR", "UUID", *_WHOLE_NUMBERS)
     ]
     return [column for column in columns if _has_ids(con, column)]
 
 
-def _has_ids(con: duckdb.DuckDBPyConnection, column: Ids) -> bool:
+def _has_ids(con: duckdb.DuckDBPyConnection, column: IdColumn) -> bool:
     name = quoted(column.name)
     spread = f"max({name}) - min({name})" if column.type in _WHOLE_NUMBERS else "NULL"
     select = (
         f"SELECT count(DISTINCT {name}), {spread} "
         f"FROM (SELECT {name} FROM {column.source} LIMIT {_FIRST_ROWS})"
     )
-    (number, width) = con.sql(select).fetchall()[0]
-    return number >= _LEAST_IDS and (width is None or number <= _MOST_FILLED * width)
+    num_ids, width = con.sql(select).fetchall()[0]
+    return num_ids >= _LEAST_IDS and (width is None or num_ids <= _MOST_FILLED * width)
 
 
-def are_same(con: duckdb.DuckDBPyConnection, one: Ids, other: Ids) -> bool:
+def have_same_ids(con: duckdb.DuckDBPyConnection, one: IdColumn, other: IdColumn) -> bool:
     """Return whether most values of one column are in the other.
 
     Either may be the larger: a catalog holds more items than a log, a log more than its clicks.
     """
-    return any(
-        _share_within(con, inner, outer) >= _LEAST_COMMON
-        for inner, outer in ((one, other), (other, one))
+    return (
+        _share_within(con, one, other) >= _LEAST_COMMON
+        or _share_within(con, other, one) >= _LEAST_COMMON
     )
 
 
-def _share_within(con: duckdb.DuckDBPyConnection, inner: Ids, outer: Ids) -> float:
+def _share_within(con: duckdb.DuckDBPyConnection, inner: IdColumn, outer: IdColumn) -> float:
+    """Return the share of the values of a column that another one has, by some of them."""
     tried = f"SELECT * FROM ({_values(inner)}) ORDER BY hash(id) LIMIT {_TRIED_VALUES}"
     select = f"SELECT avg((id IN ({_values(outer)}))::INTEGER) FROM ({tried})"
     return float(con.sql(select).fetchall()[0][0])
 
 
-def _values(column: Ids) -> str:
+def _values(column: IdColumn) -> str:
     name = quoted(column.name)
     return f"SELECT DISTINCT {name}::VARCHAR AS id FROM {column.source} WHERE {name} IS NOT NULL"

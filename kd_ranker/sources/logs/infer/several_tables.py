@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 
-from kd_ranker.sources.logs.infer.same_ids import Ids, are_same, ids_of
+from kd_ranker.sources.logs.infer.same_ids import IdColumn, have_same_ids, id_columns
 from kd_ranker.sources.logs.infer.words import identifier
 from kd_ranker.sources.logs.layout import PARQUET, is_text_log, sql_of_texts
 from kd_ranker.sources.logs.sql import literal, quoted
@@ -47,7 +47,7 @@ class _Table(NamedTuple):
         """Return whether it has a column of this name; SQL ignores case."""
         return name.lower() in _in_lower_case(self.columns)
 
-    def renamed(self, as_others: Mapping[str, Ids]) -> "_Table":
+    def renamed(self, as_others: Mapping[str, IdColumn]) -> "_Table":
         """Return the table with columns that have the names and types of others."""
         if not as_others:
             return self
@@ -157,13 +157,26 @@ def _keyed_by_names(con: duckdb.DuckDBPyConnection, query: _Query, table: _Table
 
 
 def _keyed_by_ids(con: duckdb.DuckDBPyConnection, query: _Query, table: _Table) -> _Keyed | None:
-    others = [ids for joined in query.tables for ids in ids_of(con, joined.source)]
-    for own in ids_of(con, table.source):
-        if not _is_key(con, table, [own.name]):
-            continue
-        for other in others:
-            if not table.has(other.name) and are_same(con, own, other):
+    unique = [
+        column for column in id_columns(con, table.source) if _is_key(con, table, [column.name])
+    ]
+    for joined in query.tables:
+        for other in id_columns(con, joined.source):
+            own = _same_column(con, table, unique, other)
+            if own is not None:
                 return _Keyed(table.renamed({own.name: other}), (other.name,))
+    return None
+
+
+def _same_column(
+    con: duckdb.DuckDBPyConnection, table: _Table, columns: Sequence[IdColumn], other: IdColumn
+) -> IdColumn | None:
+    """Return the first of a table's columns with the ids of another one, under another name."""
+    if table.has(other.name):
+        return None
+    for column in columns:
+        if have_same_ids(con, column, other):
+            return column
     return None
 
 
@@ -173,12 +186,12 @@ def _join_events(
     """Join the tables with events of the candidates; returns the others."""
     left = []
     for table in tables:
-        events, key = _events_of(con, query.tables[0], table)
-        types = _find_event_types(con, events, query.owners) if key else {}
-        if not types:
+        keyed = _keyed_events(con, query.tables[0], table)
+        types = _find_event_types(con, keyed.table, query.owners) if keyed else {}
+        if keyed is None or not types:
             left.append(table)
             continue
-        query.join(_count_events(events, key, types), table.name, key)
+        query.join(_count_events(keyed.table, keyed.key, types), table.name, keyed.key)
         values = [
             f"coalesce({quoted(table.name)}.{quoted(name)}, 0) AS {quoted(name)}" for name in types
         ]
@@ -186,22 +199,27 @@ def _join_events(
     return left
 
 
-def _events_of(con: duckdb.DuckDBPyConnection, candidates: _Table, table: _Table) -> _Keyed:
-    """Return a table with the names of the key of the candidates; the key is () for none."""
-    first = f"(SELECT * FROM {candidates.source} LIMIT {_MOST_ROWS})"
-    some = candidates._replace(source=first)
-    if key := _find_key(con, some, _in_lower_case(table.columns)):
+def _keyed_events(
+    con: duckdb.DuckDBPyConnection, candidates: _Table, table: _Table
+) -> _Keyed | None:
+    """Return a table with the key of the candidates, under their names; None if it lacks one."""
+    first_rows = f"(SELECT * FROM {candidates.source} LIMIT {_MOST_ROWS})"
+    some_candidates = candidates._replace(source=first_rows)
+    if key := _find_key(con, some_candidates, _in_lower_case(table.columns)):
         return _Keyed(table, key)
-    own_ids = ids_of(con, table.source)
-    same: dict[str, Ids] = {}
-    for other in ids_of(con, candidates.source):
-        for own in own_ids:
-            if own.name not in same and not table.has(other.name) and are_same(con, own, other):
-                same[own.name] = other
-                break
-    key = _find_key(con, some, _in_lower_case(table.renamed(same).columns))
-    of_key = {own: other for own, other in same.items() if other.name in key}
-    return _Keyed(table.renamed(of_key), key)
+    # The id columns of the candidates, by those of the table that hold the same.
+    same: dict[str, IdColumn] = {}
+    own_columns = id_columns(con, table.source)
+    for other in id_columns(con, candidates.source):
+        left = [column for column in own_columns if column.name not in same]
+        own = _same_column(con, table, left, other)
+        if own is not None:
+            same[own.name] = other
+    key = _find_key(con, some_candidates, _in_lower_case(table.renamed(same).columns))
+    if not key:
+        return None
+    in_key = {name: other for name, other in same.items() if other.name in key}
+    return _Keyed(table.renamed(in_key), key)
 
 
 def _count_events(table: _Table, key: Sequence[str], types: dict[str, str]) -> str:
