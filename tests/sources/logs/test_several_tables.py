@@ -266,3 +266,34 @@ def test_a_table_that_is_later_than_the_requests_is_doubted(tables, tmp_path, da
     text, _ = infer(tmp_path, write(tables, tmp_path / "log"))
     is_doubted = "Times in 'changed' are later than the requests" in check_of(text, "data.sql")
     assert is_doubted == (days > 0)
+
+
+def _with_visitors(tables: dict[str, pd.DataFrame], returning: int) -> None:
+    """Give each visitor visits within minutes, and one in `returning` a visit nine days later.
+
+    An account is known for half of them, and a region is coarser than both.
+    """
+    requests, readers = tables["requests"], tables["readers"]
+    numbers = requests.pop("reader").to_numpy()
+    requests["vis_id"] = [f"v{number}" for number in numbers]
+    requests["usr_id"] = [f"u{number}" if number % 2 else None for number in numbers]
+    requests["region"] = [f"region {number % 20}" for number in numbers]
+    readers["vis_id"] = [f"v{number}" for number in readers.pop("reader")]
+    visit = requests.groupby("vis_id").cumcount()
+    is_late = (visit == 2) & (numbers % returning == 0)
+    first = requests.groupby("vis_id")["ts"].transform("min")
+    requests["ts"] = first + pd.to_timedelta(visit + 60 * 24 * 9 * is_late, unit="min")
+
+
+def test_a_user_may_have_mostly_single_visits(tables, tmp_path):
+    _with_visitors(tables, returning=4)
+    _, config = infer(tmp_path, write(tables, tmp_path / "log"))
+    assert config.data.columns.user == "vis_id"
+
+
+def test_the_names_of_two_users_count_more_than_other_values(tables, tmp_path):
+    """By their values, visitors who never return are sessions, and regions are users."""
+    _with_visitors(tables, returning=1000)
+    text, _ = infer(tmp_path, write(tables, tmp_path / "log"))
+    doubt = check_of(text, "data.columns.user")
+    assert doubt.startswith("which column has the user: 'vis_id' or 'usr_id'?")
