@@ -271,13 +271,16 @@ def test_a_table_that_is_later_than_the_requests_is_doubted(tables, tmp_path, da
 def _with_visitors(tables: dict[str, pd.DataFrame], returning: int) -> None:
     """Give each visitor visits within minutes, and one in `returning` a visit nine days later.
 
-    An account is known for half of them, and a region is coarser than both.
+    An account is known for half of them. A town and a region are coarser than both, and each sets
+    another column, as a user does.
     """
     requests, readers = tables["requests"], tables["readers"]
     numbers = requests.pop("reader").to_numpy()
     requests["vis_id"] = [f"v{number}" for number in numbers]
     requests["usr_id"] = [f"u{number}" if number % 2 else None for number in numbers]
-    requests["region"] = [f"region {number % 20}" for number in numbers]
+    for name, of_name, count in (("town", "county", 30), ("region", "state", 20)):
+        requests[name] = [f"{name}{number % count}" for number in numbers]
+        requests[of_name] = [f"{of_name}{number % count // 2}" for number in numbers]
     readers["vis_id"] = [f"v{number}" for number in readers.pop("reader")]
     visit = requests.groupby("vis_id").cumcount()
     is_late = (visit == 2) & (numbers % returning == 0)
@@ -292,7 +295,7 @@ def test_a_user_may_have_mostly_single_visits(tables, tmp_path):
 
 
 def test_the_names_of_two_users_count_more_than_other_values(tables, tmp_path):
-    """By their values, visitors who never return are sessions, and regions are users."""
+    """By their values, visitors who never return are sessions, and towns or regions are users."""
     _with_visitors(tables, returning=1000)
     text, _ = infer(tmp_path, write(tables, tmp_path / "log"))
     doubt = check_of(text, "data.columns.user")
